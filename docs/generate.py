@@ -15,12 +15,12 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import mhacut
-from mhacut.cli.app import app
-from mhacut.options.generate import COMMANDS
-from mhacut.options.option import Option, Panel
+from mhacut.cli.app import COMMANDS, app
+from mhacut.cli.flags import PANELS, SHORT
+from mhacut.options.option import Option
 
 REFERENCE = Path(__file__).parent / "reference"
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
@@ -91,10 +91,10 @@ def _first_sentence(name: str) -> str:
 def command_page(name: str) -> str:
     """Return the reference of one command: what it does, then its options by panel."""
     known = COMMANDS[name].options()
-    arguments = " ".join(stated.metavar or stated.name for stated in known.values() if stated.is_argument)
+    arguments = " ".join(stated.placeholder for stated in known.values() if stated.is_argument)
     summary, *paragraphs = _documentation(name)
     body = [f"# mhacut {name}", summary, *paragraphs, f"```text\nmhacut {name} {arguments} [OPTIONS]\n```"]
-    for panel in get_args(Panel):
+    for panel in PANELS:
         own = [stated for stated in known.values() if stated.panel == panel]
         if own:
             body += [f"## {panel}", "\n".join(_table(own))]
@@ -105,18 +105,16 @@ def command_page(name: str) -> str:
 def _documentation(name: str) -> list[str]:
     """Return the paragraphs of the command's help, in Markdown."""
     (found,) = (one for one in app.registered_commands if one.name == name)
-    text = inspect.cleandoc(found.callback.__doc__ or "")
-    paragraphs = [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
     return [
         re.sub(r"^Example: (.*)$", r"Example: `\1`", one) if one.startswith("Example") else _with_code(one)
-        for one in paragraphs
+        for one in (found.callback.__doc__ or "").split("\n\n")
     ]
 
 
 def _table(options: Sequence[Option]) -> Iterator[str]:
     if options[0].is_argument:
         yield from ("| argument | meaning |", "|---|---|")
-        yield from (f"| `{one.metavar}` | {_with_code(one.help)} |" for one in options)
+        yield from (f"| `{one.placeholder}` | {_with_code(one.help)} |" for one in options)
         return
     yield from ("| flag | meaning |", "|---|---|")
     for one in options:
@@ -125,18 +123,17 @@ def _table(options: Sequence[Option]) -> Iterator[str]:
 
 def _flags(option: Option) -> str:
     """Return the flags, the main one with its value."""
-    value = "" if option.kind is bool or option.choices or "|" in (option.metavar or "") else option.metavar
+    value = "" if option.choices else option.placeholder
     flags = [f"`{option.flag} {value}`" if value else f"`{option.flag}`"]
     if option.kind is bool and option.default is not False:
         flags.append(f"`--no-{option.flag.removeprefix('--')}`")
-    return ", ".join([*flags, *([f"`{option.short}`"] if option.short else [])])
+    return ", ".join([*flags, *([f"`{SHORT[option.name]}`"] if option.name in SHORT else [])])
 
 
 def _facts(option: Option) -> Iterator[str]:
     """Yield sentences about choices, bounds and the default."""
-    choices = option.choices or ((option.metavar or "").split("|") if "|" in (option.metavar or "") else ())
-    if choices:
-        yield "One of " + ", ".join(f"`{choice}`" for choice in choices) + "."
+    if option.choices:
+        yield "One of " + ", ".join(f"`{choice}`" for choice in option.choices) + "."
     if option.limits:
         yield option.limits.capitalize() + "."
     default = option.default

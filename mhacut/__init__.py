@@ -8,14 +8,13 @@ model = mhacut.load_model(result.output)
 
 from __future__ import annotations
 
-# No other imports: until mhacut.cli.main() runs, Ctrl-C ends in Python's own traceback.
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from mhacut._timm_hook import register_with_timm
 from mhacut._version import __version__
 
-TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
-
     from mhacut.checkpoint.load import load_model
     from mhacut.checkpoint.write import save_model
     from mhacut.commands.bench import BenchResult, bench
@@ -97,6 +96,4 @@ def __getattr__(name: str) -> Any:
     """Import what is first used: torch and timm take seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mhacut' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(_HOMES[name]), name)

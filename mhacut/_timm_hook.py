@@ -7,12 +7,10 @@ mhacut, finds our models there; whoever does not, does not pay for it.
 from __future__ import annotations
 
 import sys
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:  # imports at run time would delay the handler of Ctrl-C
-    from importlib.machinery import ModuleSpec
-    from types import ModuleType
-    from typing import Any
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
 
 _MODELS = ("mhacut.flatten", "mhacut.exporting.timm_model")
 
@@ -26,8 +24,6 @@ def register_with_timm() -> None:
 
 
 def _import_models() -> None:
-    from importlib import import_module
-
     for name in _MODELS:
         import_module(name)
 

@@ -45,7 +45,7 @@ from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.options.base import PreprocessingOptions
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.runtime.progress import SILENT
 dense, slim, model, runtime, batch, threads, seconds = sys.argv[1:]
 dense = read_model(dense, model=model)

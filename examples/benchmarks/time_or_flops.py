@@ -46,7 +46,7 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import calibration_images
 from mhacut.measuring.agreement import agreement
 from mhacut.options.base import DataOptions, PreprocessingOptions
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.runtime.progress import SILENT
 asked = json.loads(sys.argv[1])
 dense = read_model(asked["dense"], model=asked["model"], model_args=asked["model_args"])

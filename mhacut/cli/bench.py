@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.budget import format_flops
-from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
-from mhacut.options.bench import BenchOptions
+from mhacut.cli.running import Console
+from mhacut.options.measure import BenchOptions
+from mhacut.text import safe, table
 
 if TYPE_CHECKING:
     from mhacut.commands.bench import BenchedModel, BenchResult, Timing

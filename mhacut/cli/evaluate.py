@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
-from mhacut.options.evaluate import EvaluateOptions
+from mhacut.cli.running import Console
+from mhacut.options.measure import EvaluateOptions
+from mhacut.text import safe, table
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.provenance import Provenance

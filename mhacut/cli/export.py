@@ -6,9 +6,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.cli.console import Console, safe, table
 from mhacut.cli.flags import command
+from mhacut.cli.running import Console
 from mhacut.options.export import ExportOptions
+from mhacut.text import safe, table
 
 if TYPE_CHECKING:
     from mhacut.commands.export import ExportResult

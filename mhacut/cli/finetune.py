@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.cli.console import Console, safe
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.cli.running import Console
 from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.text import safe_table
+from mhacut.text import safe, safe_table
 
 if TYPE_CHECKING:
     from mhacut.finetuning.result import FinetuneResult

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING, Any
 
-from mhacut.cli.console import Console
+from mhacut._version import __version__
+from mhacut.budget import format_flops
 from mhacut.cli.flags import command
+from mhacut.cli.running import Console
 from mhacut.options.inspect import InspectOptions
+from mhacut.report.history import step
 from mhacut.runtime.files import check_outputs
+from mhacut.text import ranges, safe, table
+
+if TYPE_CHECKING:
+    from mhacut.commands.inspect import InspectResult
+    from mhacut.inspection.compare import Comparison
+    from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
+
+_WIDTH = 80
 
 
 def _check_outputs(options: InspectOptions) -> None:
@@ -23,12 +37,284 @@ def inspect(options: InspectOptions, console: Console) -> None:
 
     Example: mhacut inspect vit.safetensors --layer 'blocks.1*.attn'
     """
-    from mhacut.cli.inspect_json import document
-    from mhacut.cli.inspect_text import text
     from mhacut.commands.inspect import run_inspect
 
     heads = options.heads or options.layer is not None
     if console.as_json:  # which has everything
         options = replace(options, heads=True)
     result = run_inspect(options, console)
-    console.result(text(result, heads=heads), document(result))
+    console.result(_text(result, heads=heads), _document(result))
+
+
+def _text(result: InspectResult, *, heads: bool) -> str:
+    """Return the whole report.
+
+    Args:
+        result: of the inspection.
+        heads: one by one, with the channels they keep or would keep.
+    """
+    inspection = result.inspection
+    parts = ["\n".join(_filled(safe(result.verdict), ""))]
+    attention = [layer for layer in result.chosen if layer.heads is not None]
+    mlps = [layer for layer in result.chosen if layer.heads is None]
+    if heads:
+        parts += [_layer(layer) for layer in attention]
+    elif attention:
+        parts.append(_attention_table(attention, judged=inspection.judged_by is not None))
+    if mlps:
+        parts.append(_mlp_table(mlps))
+    if result.comparison is not None:
+        parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
+    parts.append("\n".join(line for note in _about(inspection, heads) for line in _filled(note, "  ")))
+    parts += [f"saved {safe(path)}" for path in result.written]
+    return "\n\n".join(parts)
+
+
+def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
+    found = ["sim", "r99"] if judged else []
+    mlps = ["hidden"] if any("hidden" in layer.units for layer in layers) else []  # in blocks that hold both
+    rows = [["attention", "heads", "qk", *found, "v", *found, *mlps, "FLOPs", "params"]]
+    for layer in layers:
+        cells = [safe(layer.name), str(layer.heads)]
+        for kind in ("qk", "v"):
+            cells += [_width(layer, kind), *(_means(layer, kind) if judged else [])]
+        cells += [_width(layer, kind) for kind in mlps]
+        rows.append([*cells, _percent(layer.share), _percent(layer.parameter_share)])
+    return table(rows)
+
+
+def _mlp_table(layers: Sequence[LayerReport]) -> str:
+    rows = [["MLP", "hidden", "FLOPs", "params"]]
+    for layer in layers:
+        shares = [_percent(layer.share), _percent(layer.parameter_share)]
+        rows.append([safe(layer.name), _width(layer, "hidden"), *shares])
+    return table(rows)
+
+
+def _layer(layer: LayerReport) -> str:
+    """One attention layer, head by head."""
+    heads = layer.heads or 1
+    share = f"{_percent(layer.share)} of FLOPs, {_percent(layer.parameter_share)} of parameters"
+    title = f"{safe(layer.name)} ({layer.module}), {heads} heads: {share}"
+    units = [layer.units[kind] for kind in ("qk", "v") if kind in layer.units]
+    judged = any(unit.heads for unit in units)
+    found = ["sim", "r90", "r99"] if judged else []
+    rows = [["  head", "qk", *found, "v", *found, "FLOPs", "params"]]
+    for head in range(heads):
+        cells = [f"  {head}"]
+        for kind in ("qk", "v"):
+            unit = layer.units.get(kind)
+            cells.append("" if unit is not None and head >= unit.head_count else _width(layer, kind))
+            if judged:
+                known = unit is not None and head < len(unit.heads)
+                cells += _findings(unit.heads[head]) if unit is not None and known else ["", "", ""]
+        rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])
+    lines = [*_filled(title, "  "), table(rows)]
+    for unit in units:
+        lines += _channels(unit)
+    return "\n".join(lines)
+
+
+def _channels(unit: UnitReport) -> list[str]:
+    """Channels that a slim file kept and lost, and that a cut would keep, head by head."""
+    lines = []
+    if unit.kept is not None:
+        basis = "principal" if unit.basis == "principal" else "original"
+        lines.append(f"  {unit.kind}: of {unit.dense} {basis} channels, kept (removed)")
+        for head, kept in enumerate(unit.kept):
+            gone = sorted(set(range(unit.dense)) - set(kept))
+            lines += _wrapped(f"    {head}: ", f"{ranges(kept)} ({ranges(gone)})")
+    for share in unit.heads[0].keeps if unit.heads else ():
+        lines.append(f"  {unit.kind}: at {share} % it would keep these of its {unit.now} channels")
+        for head, found in enumerate(unit.heads):
+            lines += _wrapped(f"    {head}: ", ranges(found.keeps[share]))
+    return lines
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
+
+
+def _filled(line: str, indent: str) -> list[str]:
+    """Wrap a line of prose for a terminal; names too long for one line stay unbroken."""
+    return textwrap.wrap(
+        line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _means(layer: LayerReport, kind: Any) -> list[str]:
+    """Mean over heads of similarity and rank."""
+    unit = layer.units.get(kind)
+    if unit is None or not unit.heads:
+        return ["", ""]
+    count = len(unit.heads)
+    return [
+        _similarity(sum(head.similarity for head in unit.heads) / count),
+        f"{sum(head.rank99 for head in unit.heads) / count:.0f}",
+    ]
+
+
+def _findings(head: HeadFindings) -> list[str]:
+    return [_similarity(head.similarity), str(head.rank90), str(head.rank99)]
+
+
+def _similarity(value: float) -> str:
+    """Format as ``.31``: further digits make no difference."""
+    return f"{value:.2f}".removeprefix("0")
+
+
+def _width(layer: LayerReport, kind: Any) -> str:
+    if kind in layer.not_prunable:
+        return "whole"
+    if kind in layer.coupled_with:
+        return f"as {layer.coupled_with[kind]}"
+    if kind not in layer.units:
+        return ""
+    unit = layer.units[kind]
+    return str(unit.now) if unit.now == unit.dense else f"{unit.now}/{unit.dense}"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}%"
+
+
+def _comparison(found: Comparison, names: Sequence[str]) -> str:
+    by_name = {layer.name: layer for layer in found.layers}
+    rows = [["dense -> slim", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
+    for name in names:
+        layer = by_name[name]
+        before, after = layer.flops
+        rows.append(
+            [
+                safe(name),
+                " ".join(f"{kind} {dense}>{slim}" for kind, (dense, slim) in layer.widths.items()),
+                format_flops(after),
+                _percent(after / before) if before else "",
+                f"{layer.own_error:.3f}",
+                f"{layer.error:.3f}",
+                f"{layer.agreement:.4f}",
+            ]
+        )
+    (dense, slim), (weights, left) = found.flops, found.parameters
+    lines = [
+        f"compared with {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
+        f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
+        f"({_percent(left / weights)})",
+        f"outputs on {safe(found.data)}: {_agreement(found)}",
+        "error: relative error of the layer's output inside the pruned model; own: the same, but with the "
+        "dense model's input; agree: mean cosine similarity of tokens",
+    ]
+    return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
+
+
+def _agreement(found: Comparison) -> str:
+    if found.agreement is None:
+        return f"features differ by {found.divergence:.2g} of their variance"
+    return f"{_percent(found.agreement)} have the same top-1 class, KL divergence {found.divergence:.2g} nats"
+
+
+def _about(inspection: Inspection, heads: bool) -> list[str]:
+    channels, height, width = inspection.input_size
+    classes = f"{inspection.classes} classes" if inspection.classes else "no classifier"
+    lines = [
+        f"{safe(inspection.architecture)}, {channels}x{height}x{width}, {classes}: "
+        f"{format_flops(inspection.flops)} FLOPs, {format_flops(inspection.parameters)} parameters, "
+        f"{' and '.join(inspection.dtypes)}",
+    ]
+    if any(unit.now != unit.dense for layer in inspection.layers for unit in layer.units.values()):
+        lines.append("qk, v, hidden: channels per head (of the MLP) now/before the cut")
+    if inspection.judged_by is not None:
+        lines += [
+            "sim: mean similarity of a channel to the others of its head, from 0 (unlike) to 1 (alike)",
+            ("r90, r99" if heads else "r99")
+            + f": principal channels that hold {'90, ' if heads else ''}99 % of the energy",
+            f"assessed on: {safe(inspection.judged_by)}",
+        ]
+    described = inspection.provenance.describe(inspection.preprocessing)
+    lines.append(f"preprocessing: {safe(described)}")
+    lines += [f"not prunable: {safe(line)}" for line in inspection.not_prunable]
+    lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
+    return lines
+
+
+def _document(result: InspectResult) -> dict[str, Any]:
+    """Return the report as one JSON object; a slim file's history is passed on unchanged."""
+    inspection = result.inspection
+    return {
+        "command": "inspect",
+        "mhacut": __version__,
+        "checkpoint": inspection.source,
+        "verdict": result.verdict,
+        "architecture": inspection.architecture,
+        "input_size": list(inspection.input_size),
+        "classes": inspection.classes,
+        "flops": inspection.flops,
+        "parameters": inspection.parameters,
+        "dtypes": list(inspection.dtypes),
+        "tokens": inspection.tokens.to_json(),
+        "judged_by": inspection.judged_by,
+        "layers": [_layer_document(layer) for layer in result.chosen],
+        "comparison": None if result.comparison is None else _comparison_document(result.comparison),
+        "left_whole": list(inspection.not_prunable),
+        "preprocessing": inspection.preprocessing.to_json(),
+        "preprocessing_from": dict(inspection.provenance.origins),
+        "slim": inspection.slim,
+        "written": [str(path) for path in result.written],
+        "history": [dict(entry) for entry in inspection.history],
+    }
+
+
+def _comparison_document(found: Comparison) -> dict[str, Any]:
+    def sides(pair: tuple[int, int]) -> dict[str, int]:
+        return {"dense": pair[0], "slim": pair[1]}
+
+    return {
+        "dense": found.dense,
+        "flops": sides(found.flops),
+        "parameters": sides(found.parameters),
+        "agreement": found.agreement,
+        "divergence": found.divergence,
+        "images": found.images,
+        "data": found.data,
+        "layers": [
+            {
+                "layer": layer.name,
+                "widths": {kind: sides(pair) for kind, pair in layer.widths.items()},
+                "flops": sides(layer.flops),
+                "own_error": layer.own_error,
+                "error": layer.error,
+                "agreement": layer.agreement,
+            }
+            for layer in found.layers
+        ],
+    }
+
+
+def _layer_document(layer: LayerReport) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "module": layer.module,
+        "heads": layer.heads,
+        "widths": {kind: {"now": unit.now, "dense": unit.dense} for kind, unit in layer.units.items()},
+        "left_whole": dict(layer.not_prunable),
+        "goes_with": dict(layer.coupled_with),
+        "flops": layer.flops,
+        "share": layer.share,
+        "parameters": layer.parameters,
+        "parameter_share": layer.parameter_share,
+        "units": {kind: _unit_document(unit) for kind, unit in layer.units.items()},
+    }
+
+
+def _unit_document(unit: UnitReport) -> dict[str, Any]:
+    removed = None
+    if unit.kept is not None:
+        removed = [sorted(set(range(unit.dense)) - set(kept)) for kept in unit.kept]
+    return {
+        "now": unit.now,
+        "dense": unit.dense,
+        "basis": unit.basis,
+        "kept": None if unit.kept is None else [list(kept) for kept in unit.kept],
+        "removed": removed,
+        "heads": [asdict(head) for head in unit.heads],
+    }

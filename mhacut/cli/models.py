@@ -6,10 +6,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.cli.console import Console, table
 from mhacut.cli.flags import command
+from mhacut.cli.running import Console
 from mhacut.errors import UsageError
-from mhacut.options.models import ModelsOptions
+from mhacut.options.measure import ModelsOptions
+from mhacut.text import table
 
 if TYPE_CHECKING:
     from mhacut.commands.models import CatalogueEntry

@@ -1,129 +1,196 @@
-"""Surroundings of every command: a console, quiet libraries, errors turned into exit codes."""
+"""Surroundings of a command: the only printer, quiet libraries, signals and errors as exit codes."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import signal
+import sys
+import threading
 import time
+import traceback
 import warnings
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
 
 import typer
 
-from mhacut.cli.console import Console, safe_lines
-from mhacut.cli.interrupts import interruptible
-from mhacut.cli.quitting import INTERRUPTED
 from mhacut.errors import (
     FailedElsewhere,
     Interrupted,
     MhacutError,
     OptionWriter,
+    OutputError,
     UsageError,
     option_name,
     options_written_by,
 )
-from mhacut.runtime.process import rank
+from mhacut.runtime.process import rank, world_size
+from mhacut.runtime.progress import SILENT, StageDisplay, StageTimer
+from mhacut.text import safe, table
 
-FAILED, USAGE = 1, 2
+SCHEMA_VERSION = 1
+"""Version of the JSON that every command prints under ``--json``."""
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 """Words of a RuntimeError of torch on the CPU, and of the system."""
-_TOO_MANY = "Too many open files"
 _SECONDS_TO_SAY_WHY = 10
 """Delay before a process that fails because of another exits: torchrun ends all processes at the first
 failure, and the process that reports the reason must be first."""
 
 
-@dataclass(frozen=True)
-class Globals:
-    """Flags that may stand before or after the command's name."""
+class Console:
+    """Shows one command to one user; a :class:`mhacut.runtime.progress.Reporter`.
 
-    quiet: bool = False
-    verbose: int = 0
-    as_json: bool = False
+    Of several processes, all but the first print errors only.
 
-    def joined(self, other: Globals | None) -> Globals:
-        other = other or Globals()
-        return Globals(self.quiet or other.quiet, self.verbose + other.verbose, self.as_json or other.as_json)
+    Args:
+        quiet: show nothing but the result and errors.
+        verbose: 0, 1 or 2.
+        as_json: the result is one JSON object.
+    """
+
+    def __init__(self, *, quiet: bool = False, verbose: int = 0, as_json: bool = False) -> None:
+        self.rank = rank()
+        self.quiet = quiet or self.rank > 0
+        self.verbose = verbose
+        self.as_json = as_json
+        self._timer = StageTimer(SILENT)
+        self._display: StageDisplay | None = None
+        self._has_bar = False
+
+    def result(self, text: str, document: Mapping[str, Any]) -> None:
+        """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error.
+
+        The seconds of each stage are added to ``document``, and shown with ``-v``.
+
+        Raises:
+            OutputError: stdout cannot be written.
+        """
+        self.finish()
+        if self.rank > 0:
+            return
+        seconds = self._timer.seconds
+        if self.verbose and not self.quiet:
+            rows = [[stage, f"{spent:.1f} s"] for stage, spent in seconds.items()]
+            self.say(table([*rows, ["all stages", f"{sum(seconds.values()):.1f} s"]]))
+        if self.as_json:
+            document = {"schema_version": SCHEMA_VERSION, **document, "stage_seconds": seconds}
+            text = json.dumps(document, allow_nan=False, indent=2)
+        try:
+            print(text, flush=True)
+        except OSError as error:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, sys.stdout.fileno())  # else Python tries to write the rest again at its end
+            if not isinstance(error, BrokenPipeError):  # of `| head`
+                raise OutputError(f"the output cannot be written: {error.strerror or error}") from error
+
+    def log(self, message: str) -> None:
+        if not self.quiet:
+            self.say(message)
+
+    def start(self, stage: str) -> None:
+        self._timer.start(stage)
+        if self.quiet:
+            return
+        if self._display is None:
+            self._has_bar = not self.as_json and sys.stderr.isatty()
+            self._display = StageDisplay(None if self._has_bar else self.say)
+        if self.verbose and not self._has_bar:
+            self.say(stage)
+        self._display.start(stage)
+
+    def advance(self, done: int, total: int, detail: str = "") -> None:
+        if self._display is not None:
+            self._display.advance(done, total, detail)
+
+    def finish(self) -> None:
+        """End the last stage, and take the bar off the terminal."""
+        self._timer.stop()
+        if self._display is not None:
+            self._display.close()
+            self._display, self._has_bar = None, False
+
+    def error(self, text: str) -> None:
+        """Print ``text`` whatever the verbosity."""
+        self.finish()
+        self.say(text if self.rank == 0 else f"process {self.rank}: {text}")
+
+    def say(self, text: str) -> None:
+        """Print lines on stderr, made safe, above the bar if there is one."""
+        lines = "\n".join(map(safe, text.split("\n")))
+        if self._display is not None and self._has_bar:
+            from rich.text import Text
+
+            self._display.console.print(Text(lines), soft_wrap=True)
+        else:
+            with suppress(OSError):  # nobody reads on, or the disk is full: there is nowhere to say so
+                print(lines, file=sys.stderr, flush=True)
 
 
 @contextmanager
-def running(flags: Globals, writer: OptionWriter, known: Collection[str]) -> Iterator[Console]:
-    """Give a command's body a console, and turn its errors into messages and exit codes.
+def running(console: Console, writer: OptionWriter, known: Collection[str]) -> Iterator[None]:
+    """Turn the errors of a command's body into messages and exit codes.
 
     Messages name options as ``writer`` writes them, and of those that save memory only ``known`` ones.
-
     mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
     ``MHACUT_DEBUG=1`` shows every traceback.
     """
-    console = Console(quiet=flags.quiet, verbose=flags.verbose, as_json=flags.as_json, rank=rank())
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
-    with options_written_by(writer), _library_logs(console):
+    with options_written_by(writer), _library_logs(console), _sigterm_as_interrupt():
         try:
-            with interruptible():
-                _check_current_directory()
-                yield console
-        except KeyboardInterrupt:
-            if console.rank == 0:
-                console.error("interrupted; nothing was left half written")
+            yield
+        except (KeyboardInterrupt, Interrupted) as error:
             code = INTERRUPTED
-        except Interrupted as error:
-            if console.rank == 0:  # all processes stop alike
-                console.error(str(error))
-            code = INTERRUPTED
+            if console.rank == 0:  # all processes stop for the same reason
+                console.error(str(error) or "interrupted; nothing was left half written")
         except FailedElsewhere:
-            time.sleep(_SECONDS_TO_SAY_WHY)
             code = FAILED
-        except MhacutError as error:
-            if debug:
-                console.traceback()
-            console.error(f"error: {error}")
-            code = USAGE if isinstance(error, UsageError) else FAILED
+            time.sleep(_SECONDS_TO_SAY_WHY)
         except Exception as error:
-            if _out_of_memory(error) and not debug:
-                console.error(f"error: out of memory{_advice(known)}")
-                code = FAILED
-            elif _TOO_MANY in str(error) and not debug:
-                console.error("error: too many open files; allow more, as with `ulimit -n 4096`")
-                code = FAILED
-            else:
-                code = _unforeseen(console, error)
+            code = USAGE if isinstance(error, UsageError) else FAILED
+            message = str(error) if isinstance(error, MhacutError) else _out_of_memory(error, known)
+            if debug or not message:
+                console.error(traceback.format_exc().rstrip())
+            kind = type(error).__name__
+            unforeseen = f"mhacut did not foresee this {kind}; please report it with the lines above"
+            console.error(f"error: {message or unforeseen}")
         finally:
             console.finish()
     if code:
         raise typer.Exit(code)
 
 
-def _check_current_directory() -> None:
-    """Check that it is still there; without it torch cannot be imported, whatever the paths."""
-    try:
-        os.getcwd()
-    except FileNotFoundError:
-        raise MhacutError("the current directory no longer exists; change to another (cd)") from None
-
-
-def _unforeseen(console: Console, error: Exception) -> int:
-    console.traceback()
-    console.error(
-        f"error: mhacut did not foresee this {type(error).__name__}; please report it with the lines above"
-    )
-    return FAILED
-
-
-def _advice(known: Collection[str]) -> str:
-    """Return what to do where memory is short, with the options of the command."""
+def _out_of_memory(error: Exception, known: Collection[str]) -> str:
+    """Return that memory was short, and what to do; empty for an error of another kind."""
+    # By name: this module must not import torch, nor wait for it.
+    by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not by_type and not any(words in str(error) for words in _NO_MEMORY):
+        return ""
     ways = [f"a smaller {option_name('batch_size')}"] if "batch_size" in known else []
     ways += [f"smaller {option_name('batch_sizes')}"] if "batch_sizes" in known else []
     ways += [option_name("device", "cpu")] if "device" in known else []
-    return f"; use {', or '.join(ways)}" if ways else ""
+    return "out of memory" + (f"; use {', or '.join(ways)}" if ways else "")
 
 
-def _out_of_memory(error: Exception) -> bool:
-    # By name: this module must not import torch, nor wait for it.
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(words in str(error) for words in _NO_MEMORY)
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, unless somebody handles it.
+
+    Of several processes it ends each at once: one that waits for the others would see no exception.
+    """
+    ours = threading.current_thread() is threading.main_thread() and world_size() == 1
+    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _ToConsole(logging.Handler):
@@ -134,7 +201,7 @@ class _ToConsole(logging.Handler):
         self.console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.say(safe_lines(self.format(record)))
+        self.console.say(self.format(record))
 
 
 @contextmanager

@@ -28,7 +28,8 @@ from mhacut.exporting.programs import (
 )
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
-from mhacut.options.bench import BenchOptions
+from mhacut.options.measure import BenchOptions
+from mhacut.options.option import lists_options
 from mhacut.runtime.device import many_compiled, refusing_compile, with_default_torch
 from mhacut.runtime.files import REMOTE
 from mhacut.runtime.process import in_new_process
@@ -38,7 +39,7 @@ from mhacut.surgery.flops import count_parameters, measure_flops
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from mhacut.options.keywords import BenchKeywords
+    from mhacut.options.measure import BenchKeywords
 
 ALIGNED = 8
 """Best divisor of widths: kernels are slower if a width is one more than a multiple of it."""
@@ -118,6 +119,7 @@ class _Setup:
 
 
 @with_default_torch
+@lists_options(BenchOptions)
 def bench(
     *checkpoints: PathLike,
     progress: bool | None = None,
@@ -130,7 +132,7 @@ def bench(
         checkpoints: whatever ``mhacut prune`` reads or writes; the others are compared with the first.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.BenchKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.

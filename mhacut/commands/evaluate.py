@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
@@ -21,18 +21,14 @@ from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
-from mhacut.options.evaluate import EvaluateOptions
+from mhacut.options.measure import EvaluateKeywords, EvaluateOptions
+from mhacut.options.option import takes_keywords
 from mhacut.report.choices import html_table
 from mhacut.runtime.device import resolve_device, warn_of_slow_amp, with_default_torch
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.text import safe_table
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from mhacut.options.keywords import EvaluateKeywords
 
 
 @dataclass(frozen=True)
@@ -72,14 +68,24 @@ class EvaluateResult:
         return [(self.architecture, ""), *self.rows()], [f"from {self.source}, on {self.data}"]
 
 
+@dataclass(frozen=True)
+class _Call(EvaluateKeywords):
+    checkpoint: PathLike | nn.Module
+    _: KW_ONLY
+    images: ImagesInMemory | None = None
+    progress: bool | None = None
+    reporter: Reporter | None = None
+
+
 @with_default_torch
+@takes_keywords(_Call)
 def evaluate(
     checkpoint: PathLike | nn.Module,
     *,
     images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[EvaluateKeywords],
+    **options: Any,
 ) -> EvaluateResult:
     """Measure the accuracy of ``checkpoint`` on labelled images of a validation split or in memory.
 
@@ -91,7 +97,7 @@ def evaluate(
             tuples.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.EvaluateKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`: the checkpoint or the images cannot be read,

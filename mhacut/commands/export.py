@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,7 +15,6 @@ from torch import nn
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.commands.idle import log_idle_options
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.quantize import Quantization, quantize_and_compare
@@ -30,15 +29,11 @@ from mhacut.exporting.runtimes import (
 )
 from mhacut.exporting.timm_folder import FILES, check_folder, check_hub, push_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
-from mhacut.options.export import ExportOptions
+from mhacut.options.export import ExportKeywords, ExportOptions
+from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.files import check_outputs, write_whole
 from mhacut.runtime.progress import Reporter, reporting
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from mhacut.options.keywords import ExportKeywords
 
 _BATCH_SIZES = (1, 2, 5)
 """Batch sizes at which a file for any batch size is compared."""
@@ -71,13 +66,22 @@ class ExportResult:
     """Address of the commit on the hub; None where nothing was pushed."""
 
 
+@dataclass(frozen=True)
+class _Call(ExportKeywords):
+    checkpoint: PathLike
+    _: KW_ONLY
+    progress: bool | None = None
+    reporter: Reporter | None = None
+
+
 @with_default_torch
+@takes_keywords(_Call)
 def export(
     checkpoint: PathLike,
     *,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[ExportKeywords],
+    **options: Any,
 ) -> ExportResult:
     """Write a checkpoint, dense or slim, for another program, and compare the outputs of the two.
 
@@ -85,7 +89,7 @@ def export(
         checkpoint: whatever ``mhacut prune`` reads or writes.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.ExportKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written, except a folder that the
@@ -103,7 +107,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
-    log_idle_options(options, options.idle(), reporter)
+    for note in options.idle().values():
+        reporter.log(note)
     loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mhacut.checkpoint.load import load_model
-from mhacut.commands.idle import log_idle_options
 from mhacut.errors import Interrupted
 from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading
 from mhacut.finetuning.history import portable
@@ -21,25 +21,30 @@ from mhacut.finetuning.steps import train
 from mhacut.finetuning.training import check_precision, repeatable
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.options.base import PathLike
-from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.finetune import FinetuneKeywords, FinetuneOptions
+from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.process import stop_request
 from mhacut.runtime.progress import Reporter, Silent, reporting
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-    from mhacut.options.keywords import FinetuneKeywords
+@dataclass(frozen=True)
+class _Call(FinetuneKeywords):
+    checkpoint: PathLike | None = None
+    _: KW_ONLY
+    progress: bool | None = None
+    reporter: Reporter | None = None
 
 
 @with_default_torch
+@takes_keywords(_Call)
 def finetune(
     checkpoint: PathLike | None = None,
     *,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[FinetuneKeywords],
+    **options: Any,
 ) -> FinetuneResult:
     """Fine-tune a slim file and write a better one.
 
@@ -52,7 +57,7 @@ def finetune(
         checkpoint: a slim file; left out to continue a run (``resume``).
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.FinetuneKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Raises:
         Interrupted: the run was asked to stop; everything is saved.
@@ -72,7 +77,8 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
             if processes.first:
                 check_folder_before_reading(options)  # the command line did; Python did not
                 if options.resume is None:  # else it was said when the run began
-                    log_idle_options(options, options.idle(), reporter)
+                    for note in options.idle().values():
+                        reporter.log(note)
             run = read_run(options, processes, reporter if processes.first else Silent())
         try:
             return _finetune(run)

@@ -24,7 +24,7 @@ from mhacut.checkpoint.write import save_slim
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import MhacutError
 from mhacut.measuring.latency import Comparison
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.runtime.files import temporary_folder
 from mhacut.runtime.process import in_new_process
 from mhacut.runtime.progress import Silent

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options, part_of_dense
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.commands.idle import log_idle_options
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare, read_dense
 from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.options.base import DataOptions, PathLike
-from mhacut.options.inspect import InspectOptions
+from mhacut.options.inspect import InspectKeywords, InspectOptions
+from mhacut.options.option import takes_keywords
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.history import stored_curves
 from mhacut.report.page import write_page
@@ -27,11 +27,6 @@ from mhacut.runtime.device import resolve_device, with_default_torch
 from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import find_prunable_layers
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from mhacut.options.keywords import InspectKeywords
 
 _NAMED = 8
 
@@ -52,13 +47,22 @@ class InspectResult:
     """Files that the report was written to."""
 
 
+@dataclass(frozen=True)
+class _Call(InspectKeywords):
+    checkpoint: PathLike
+    _: KW_ONLY
+    progress: bool | None = None
+    reporter: Reporter | None = None
+
+
 @with_default_torch
+@takes_keywords(_Call)
 def inspect(
     checkpoint: PathLike,
     *,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[InspectKeywords],
+    **options: Any,
 ) -> InspectResult:
     """Describe every head of ``checkpoint``: its cost, how similar its channels are, how many are useful.
 
@@ -66,7 +70,7 @@ def inspect(
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.InspectKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Raises:
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
@@ -78,7 +82,8 @@ def inspect(
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """Run :func:`inspect` with its options in one object."""
     check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
-    log_idle_options(options, options.idle(), reporter)
+    for note in options.idle().values():
+        reporter.log(note)
     reporter.start("reading")
     opened = _open(options, reporter)
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]

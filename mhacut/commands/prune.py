@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,7 +24,8 @@ from mhacut.commands.prune_timing import reached_time, time_file, with_less_time
 from mhacut.data import ImagesInMemory
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
-from mhacut.options.prune import PruneOptions
+from mhacut.options.option import takes_keywords
+from mhacut.options.prune import PruneKeywords, PruneOptions
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.page import measured_figures, write_overview, write_report
 from mhacut.runtime.device import with_default_torch
@@ -32,13 +33,29 @@ from mhacut.runtime.distributed import Processes, gathered
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
 from mhacut.surgery.find import find_prunable_layers
 
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
-    from mhacut.options.keywords import PruneKeywords
+@dataclass(frozen=True)
+class _Call(PruneKeywords):
+    checkpoint: PathLike | nn.Module
+    _: KW_ONLY
+    flops: str | float | None = None
+    images: ImagesInMemory | None = None
+    progress: bool | None = None
+    reporter: Reporter | None = None
+
+
+@dataclass(frozen=True)
+class _CallMany(PruneKeywords):
+    checkpoint: PathLike | nn.Module
+    _: KW_ONLY
+    flops: Sequence[str | float]
+    images: ImagesInMemory | None = None
+    progress: bool | None = None
+    reporter: Reporter | None = None
 
 
 @with_default_torch
+@takes_keywords(_Call)
 def prune(
     checkpoint: PathLike | nn.Module,
     *,
@@ -46,7 +63,7 @@ def prune(
     images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[PruneKeywords],
+    **options: Any,
 ) -> PruneResult:
     """Cut ``checkpoint`` down to its targets and write a slim safetensors file.
 
@@ -66,7 +83,7 @@ def prune(
             measured on images that were not used to calibrate.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; see :class:`mhacut.options.keywords.PruneKeywords`.
+        options: options of the command line; ``help()`` lists them below.
 
     Under torchrun, every process makes the same call and calibrates on its share of the images; the first
     process then searches and writes, and all return the same result.
@@ -82,6 +99,7 @@ def prune(
 
 
 @with_default_torch
+@takes_keywords(_CallMany)
 def prune_many(
     checkpoint: PathLike | nn.Module,
     *,
@@ -89,7 +107,7 @@ def prune_many(
     images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
-    **options: Unpack[PruneKeywords],
+    **options: Any,
 ) -> PruneResults:
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 

@@ -17,7 +17,6 @@ from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance
-from mhacut.commands.idle import log_idle_options
 from mhacut.commands.prune_images import LabelledBatches, read_images
 from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.prune_names import (
@@ -136,7 +135,10 @@ def read_inputs(
     check_one_source(given, options.data)
     check_files_before_reading(options)  # the command line did; Python did not
     reporter.start("reading")
-    _log_idle_options(options, processes, reporter, in_memory=given is not None)
+    for note in options.idle().values():
+        reporter.log(note)
+    if options.amp:
+        warn_of_slow_amp(processes.device, reporter.log)
     loaded = _open(options, reporter, module)
     each = options_of_each(options, loaded.stem)
     check_files(options, each, loaded.path)  # default names of what is no file are known only now
@@ -371,13 +373,3 @@ def _check_held_out(max_kl: float | None, images: int, reporter: Reporter) -> No
             f"{bound} is measured on {held} of {images} images, which say little about others; "
             f"give {_FEW_HELD_OUT * round(1 / HELD_OUT)} or more"
         )
-
-
-def _log_idle_options(
-    options: PruneOptions, processes: Processes, reporter: Reporter, *, in_memory: bool
-) -> None:
-    """Name the options that were changed to no effect; warn of mixed precision that is slow here."""
-    idle = options.idle(in_memory=in_memory)
-    log_idle_options(options, idle, reporter)
-    if options.amp and "amp" not in idle:
-        warn_of_slow_amp(processes.device, reporter.log)

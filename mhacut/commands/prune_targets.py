@@ -17,8 +17,7 @@ from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.layer_times import TimeTable
 from mhacut.measuring.time_curve import TimeCurve
-from mhacut.options.prune import PruneOptions
-from mhacut.options.targets import TARGETS
+from mhacut.options.prune import TARGETS, PruneOptions
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits, lowest_flops, reachable_amounts
@@ -201,7 +200,7 @@ def stored_dtypes(loaded: Checkpoint, model: nn.Module) -> Dtypes:
 
 def recorded_options(options: PruneOptions) -> dict[str, Any]:
     """Return the options that a slim file states; newer ones only where they were given."""
-    changed = {*options.changed(), *options.timing.changed()}
+    changed = options.changed()
     return {
         name: value
         for name, value in options.flat().items()

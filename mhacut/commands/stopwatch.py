@@ -21,7 +21,7 @@ from mhacut.exporting.programs import (
     using_threads,
 )
 from mhacut.measuring.latency import Comparison, Run, compare_runs, fixed_images, run_of
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.runtime.device import many_compiled, refusing_compile, same_device
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.hooks import Replay

@@ -23,8 +23,7 @@ from mhacut.exporting.runtimes import (
     require_packages,
 )
 from mhacut.measuring.latency import fixed_images, run_of
-from mhacut.options.base import ExportDtype
-from mhacut.options.timing import Runtime
+from mhacut.options.base import ExportDtype, Runtime
 from mhacut.runtime.device import resolve_device
 
 

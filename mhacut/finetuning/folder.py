@@ -29,8 +29,8 @@ from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.finetuning.logs import remove_logs
 from mhacut.limits import is_int
 from mhacut.options.base import PathLike
-from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.option import read_config
 from mhacut.runtime.files import (
     check_output,
     is_no_file,

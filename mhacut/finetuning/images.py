@@ -22,8 +22,8 @@ from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint, label_outside
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
-from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
+from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.process import outlive_signals
 
 _TRIES = 10

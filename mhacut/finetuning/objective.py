@@ -14,7 +14,7 @@ from timm.data import Mixup
 from torch import Tensor, nn
 
 from mhacut.errors import UsageError, option_name
-from mhacut.options.augmentation import AugmentationOptions
+from mhacut.options.finetune import AugmentationOptions
 from mhacut.pruning.preserve import ANSWERS
 from mhacut.surgery.find import find_prunable_layers
 

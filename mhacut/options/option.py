@@ -1,86 +1,71 @@
-"""Option stated once: flag, YAML key, bound, help, Python keyword and reference follow from it."""
+"""Options: fields of dataclasses, from which flags, YAML keys, Python keywords, bounds and help follow."""
 
 from __future__ import annotations
 
+import ast
 import copy
-import dataclasses
 import difflib
+import inspect
+import json
 import math
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, dataclass, field
+import sys
+from ast import literal_eval
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
+from itertools import pairwise
+from numbers import Integral, Real
+from pathlib import Path
+from reprlib import Repr
+from types import UnionType
 from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
     Literal,
+    ParamSpec,
     TypeVar,
+    Union,
     get_args,
     get_origin,
     get_type_hints,
 )
 
 from mhacut.errors import UsageError, option_name
-from mhacut.options.values import is_one, is_text, plain, types
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
-
-Panel = Literal[
-    "Arguments",
-    "Result",
-    "Quantization",
-    "What is shown",
-    "Models",
-    "Teacher",
-    "Data",
-    "Model",
-    "Training",
-    "Augmentation",
-    "Preprocessing",
-    "Measuring",
-    "Computing",
-    "Output",
-    "Rarer options",
-    "Research switches",
-]
-"""Headings of ``--help``, in this order."""
-
-Reads = Literal["checkpoint", "data_dir", "class_map"]
-"""Kinds of paths that are read."""
-
-REQUIRED: Any = MISSING
-"""Default of an option that must be given."""
-
-_NOUNS: Mapping[Any, str] = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    os.PathLike: "a path",
-    Mapping: "a mapping",
-}
-_MOST = {bool: 1, int: 2**31 - 1, float: 1e30}
-"""Largest absolute values where an option states no bound: the libraries overflow above."""
-_LONGEST = 200
-"""Longest value, in characters, that a message about its type shows."""
+OptionsT = TypeVar("OptionsT", bound="Options")
+PathLike = str | os.PathLike[str]
+GIVEN: Any = ...
+"""Stands in ``needs`` for any value but None, False, 0 and nothing."""
+_NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
+_METAVARS = {int: "N", float: "X", str: "NAME", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
+_MOST = {int: 2**31 - 1, float: 1e30}
+"""Largest absolute values where an option states no upper bound: the libraries overflow above."""
+_SHORT = Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
     """Everything that is known about one option."""
 
-    help: str
-    """Sentences for ``--help`` and the reference; the default is added to them."""
-    panel: Panel
+    name: str
+    """Name in Python and in YAML."""
+    type: Any
+    default: Any
+    owner: type[Options]
+    """Class that states the option; its docstring under the field is the help."""
+    panel: str
     """Heading in ``--help``; "Arguments" stand on the command line without a flag."""
-    metavar: str | None = None
-    """Placeholder of the value in ``--help``."""
-    short: str | None = None
-    """Second flag, ``-o``."""
+    metavar: str = ""
+    """Placeholder of the value in ``--help``; by default it follows from the type."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -88,16 +73,17 @@ class Option:
     """Bounds; they hold for each element of a tuple; None as a value is always within."""
     endings: tuple[str, ...] = ()
     """Endings of which a file's name must have one, in upper or lower case."""
-    reads: Reads | None = None
+    reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
     """Kind of what is read from the path, or from each of several."""
     repeats: bool = False
     """Whether the flag may be given several times, for as many values."""
-    once: bool = False
-    """Whether a flag that is given again is refused; of others that do not repeat, the last value counts."""
-    name: str = ""
-    """Name in Python and in YAML; filled in by :class:`Options`, as are type and default."""
-    type: Any = None
-    default: Any = None
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    """Values of other options, one of which must be given for this option to have an effect."""
+
+    @property
+    def help(self) -> str:
+        """Sentences for ``--help`` and the reference."""
+        return _field_docstrings(self.owner.__module__).get((self.owner.__name__, self.name), "")
 
     @property
     def flag(self) -> str:
@@ -116,28 +102,31 @@ class Option:
 
     @property
     def kind(self) -> Any:
-        """Type without None: ``int`` for ``int | None``."""
-        known = [part for part in get_args(self.type) if part is not type(None)]
-        return known[0] if self.takes_none and len(known) == 1 else self.type
-
-    @property
-    def takes_none(self) -> bool:
-        return type(None) in get_args(self.type)
+        """Type without its alternatives: ``int`` for ``int | None``."""
+        return _main(self.type)
 
     @property
     def takes_pairs(self) -> bool:
         """Whether the value is a mapping, ``KEY=VALUE`` on the command line."""
-        return get_origin(self.kind) in (Mapping, dict)
+        return get_origin(self.kind) is Mapping
 
     @property
     def element(self) -> Any:
         """Type of each of several values; None where there is one value only."""
-        return get_args(self.kind)[0] if get_origin(self.kind) is tuple else None
+        return _main(get_args(self.kind)[0]) if get_origin(self.kind) is tuple else None
 
     @property
     def choices(self) -> tuple[str, ...]:
         """Possible values, where they can be listed."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
+
+    @property
+    def placeholder(self) -> str:
+        """Placeholder of the value: ``N``, or ``fast|balanced|best``; empty for a switch."""
+        one = self.element or self.kind
+        known = _METAVARS.get(get_origin(one) or one, "")
+        several = f"{known},{known}" if self.element and not self.repeats else known
+        return self.metavar or "|".join(self.choices) or several
 
     @property
     def limits(self) -> str:
@@ -148,187 +137,154 @@ class Option:
             "at most": self.at_most,
             "below": self.below,
         }
-        known = {words: bound for words, bound in bounds.items() if bound is not None}
         return ", ".join(
-            f"{words} {bound}" if isinstance(bound, int) else f"{words} {bound:.10g}"
-            for words, bound in known.items()
+            f"{words} {bound if isinstance(bound, int) else format(bound, '.10g')}"
+            for words, bound in bounds.items()
+            if bound is not None
         )
 
     def check(self, value: Any) -> Any:
-        """Return ``value`` in the option's type; numbers of NumPy become Python's, which JSON can hold.
+        """Return ``value``, from a flag, YAML or Python, in the option's type.
+
+        Text is read as a flag's: ``"0.5,0.4"`` are two numbers, ``"img_size=32"`` is a mapping. Numbers of
+        NumPy become Python's, which JSON can hold.
 
         Raises:
             UsageError: it is none of the option's values; the message names the option.
         """
-        value = plain(value)
-        if value is None:
-            require(self.name, value, self.takes_none, "a value")
+        value = value.tolist() if hasattr(value, "tolist") else value
+        if value is None and type(None) in get_args(self.type):
             return None
+        if self.takes_pairs:
+            return self._pairs(value)
+        if self.element is None:
+            return self._one(value, self.kind)
+        if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
+            value = [value]
+        if self.element is not os.PathLike and str not in get_args(self.type):  # names may have commas
+            value = [text for one in value for text in (one.split(",") if isinstance(one, str) else [one])]
+        return tuple(self._one(one, self.element) for one in value)
+
+    def _one(self, value: Any, kind: Any) -> Any:
+        """Return one value in its type, within the bounds."""
+        value = value.tolist() if hasattr(value, "tolist") else value
         if self.choices:
             require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
-            return value
-        if self.element is None:
-            return self._checked(value, self.kind)
-        numbers = self.element in (int, float)
-        if isinstance(value, str | os.PathLike) and not numbers:
-            value = (value,)  # one text is one of several
-        if isinstance(value, str) or not isinstance(value, Iterable):
-            expected = "a list of numbers" if numbers else "text, or a list of texts"
-            raise UsageError(f"{self._shown(value)}: expected {expected}")
-        return tuple(self._checked(plain(part), self.element) for part in value)
+        elif kind is bool:
+            require(self.name, value, value in (True, False), _NOUNS[bool])
+            value = bool(value)
+        elif kind in (int, float):
+            value = self._number(value, kind)
+        else:
+            if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+                value = str(value)  # a budget of 2000000000 needs no quotes in YAML
+            path = kind is not str and isinstance(value, os.PathLike)
+            require(self.name, value, path or isinstance(value, str), _NOUNS.get(kind, "text"))
+            ends = not self.endings or os.fspath(value).lower().endswith(self.endings)
+            require(self.name, value, ends, f"a name that ends in {' or '.join(self.endings[:1])}")
+        return value
 
-    def _checked(self, value: Any, kind: Any) -> Any:
-        """Return one value in its type, within the bounds."""
-        known = types(kind)
-        if tuple in known:
-            return value  # one budget, or several
-        if not is_one(value, known):
-            limits = f", {self.limits}" if self.limits else ""
-            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[known[-1]]}{limits}")
-        if isinstance(value, str | os.PathLike):
-            require(self.name, value, is_text(os.fspath(value)), "text without NUL that UTF-8 can encode")
-        for ending in self.endings[:1]:
-            name = os.fspath(value)
-            require(self.name, name, name.lower().endswith(self.endings), f"a name that ends in {ending}")
-        if kind not in (bool, int, float):
-            return value
-        try:
-            number = kind(value)
-        except OverflowError:  # a whole number beyond all others
-            raise UsageError(f"{self._shown(value)}: expected {_NOUNS[kind]}") from None
-        require(self.name, value, self._holds(number), self.limits)
-        if self.at_most is None and self.below is None and math.isfinite(number):
-            most = _MOST[kind]
-            require(self.name, value, number <= most, f"at most {most}")
-            require(self.name, value, number >= -most, f"at least {-most}")
+    def _number(self, value: Any, kind: type) -> Any:
+        number: Any = None
+        if isinstance(value, str | (Integral if kind is int else Real)) and not isinstance(value, bool):
+            try:
+                number = kind(value)
+            except (ValueError, OverflowError):
+                number = None
+        valid = number is not None and math.isfinite(number)
+        require(self.name, value, valid, ", ".join(filter(None, (_NOUNS[kind], self.limits))))
+        within = (
+            (self.at_least is None or number >= self.at_least)
+            and (self.above is None or number > self.above)
+            and (self.at_most is None or number <= self.at_most)
+            and (self.below is None or number < self.below)
+        )
+        require(self.name, value, within, self.limits)
+        if self.at_most is None and self.below is None:
+            require(self.name, value, number <= _MOST[kind], f"at most {_MOST[kind]}")
         return number
 
-    def _shown(self, value: Any) -> str:
-        """Return the option with its value, or without a long one, such as a whole model."""
-        return option_name(self.name, value) if len(repr(value)) <= _LONGEST else option_name(self.name)
-
-    def _holds(self, amount: float) -> bool:
-        return (
-            (self.at_least is None or amount >= self.at_least)
-            and (self.above is None or amount > self.above)
-            and (self.at_most is None or amount <= self.at_most)
-            and (self.below is None or amount < self.below)
-            and (not self.limits or -math.inf < amount < math.inf)
-        )
+    def _pairs(self, value: Any) -> dict[str, Any]:
+        """Return a mapping, a ``KEY=VALUE``, or a list of them, as one mapping."""
+        pairs: dict[str, Any] = {}
+        for part in value if isinstance(value, list | tuple) else [value]:
+            known = dict([key_value(self.name, part)]) if isinstance(part, str) else part
+            valid = isinstance(known, Mapping) and all(isinstance(key, str) for key in known)
+            require(self.name, part, valid, "a mapping of names to values, or KEY=VALUE")
+            pairs |= known
+        return pairs
 
 
-def option(
-    default: T,
-    help: str,
-    *,
-    panel: Panel,
-    metavar: str | None = None,
-    short: str | None = None,
-    at_least: float | None = None,
-    above: float | None = None,
-    at_most: float | None = None,
-    below: float | None = None,
-    endings: tuple[str, ...] = (),
-    reads: Reads | None = None,
-    repeats: bool = False,
-    once: bool = False,
-) -> T:
-    """State an option as a field of an :class:`Options` dataclass; see :class:`Option` for the arguments.
+def option(default: T, **facts: Any) -> T:
+    """State an option, in more than type and default, as a field of an :class:`Options` dataclass.
 
     >>> @dataclass(frozen=True, kw_only=True)
-    ... class CutOptions(Options):
-    ...     round_to: int = option(8, "Round widths to multiples of N.", panel="Result", at_least=1)
+    ... class CutOptions(Options, panel="Result"):
+    ...     round_to: int = option(8, at_least=1)
     >>> CutOptions.options()["round_to"].flag
     '--round-to'
     >>> CutOptions(round_to=0)
     Traceback (most recent call last):
     mhacut.errors.UsageError: round_to=0: expected at least 1
+
+    Args:
+        default: value of the option if it is not given; ``MISSING`` if it must be.
+        facts: fields of :class:`Option`.
     """
-    stated = Option(
-        help=help,
-        panel=panel,
-        metavar=metavar,
-        short=short,
-        at_least=at_least,
-        above=above,
-        at_most=at_most,
-        below=below,
-        endings=endings,
-        reads=reads,
-        repeats=repeats,
-        once=once,
-    )
-    metadata = {"option": stated}
-    made: Any
-    if isinstance(default, dict):
-        made = field(default_factory=default.copy, metadata=metadata)
-    else:
-        made = field(default=default, metadata=metadata)
+    made: Any = field(default=default, metadata=facts)
     return made  # type: ignore[no-any-return]
 
 
 class Options:
-    """Options of a command, in groups or on one level; flags, YAML keys and keywords are flat names.
+    """Options of a command; flags, YAML keys and keywords have the names of the fields.
 
-    A subclass is a frozen dataclass. Its fields are made by :func:`option`, or are groups, which are
-    :class:`Options` themselves. Types and bounds are checked when an object is made.
+    A subclass is a frozen dataclass with a docstring, the help, under each field. Commands inherit options
+    that they share. Types and bounds are checked when an object is made.
+
+    Args:
+        panel: heading of the class's options in ``--help``.
+        needs: values of other options that they need, where they state none themselves.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
+    def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
+        super().__init_subclass__()
+        cls._shared = {"panel": panel, "needs": needs or {}}
+
+    _shared: ClassVar[dict[str, Any]]
+
     def __post_init__(self) -> None:
-        for name, stated in self.own_options().items():
+        for name, stated in self.options().items():
             object.__setattr__(self, name, stated.check(getattr(self, name)))
 
     @classmethod
-    def options(cls) -> dict[str, Option]:
-        """Every option by its flat name, in the order of the fields."""
-        own, groups = cls.own_options(), cls.groups()
-        found: dict[str, Option] = {}
-        for name in cls.__dataclass_fields__:
-            found |= groups[name].options() if name in groups else {name: own[name]}
-        return found
-
-    @classmethod
     @cache  # reading annotations takes milliseconds
-    def groups(cls) -> Mapping[str, type[Options]]:
-        """Fields that hold options themselves, with their class."""
-        return {
-            name: kind
-            for name, kind in get_type_hints(cls).items()
-            if isinstance(kind, type) and issubclass(kind, Options)
-        }
-
-    @classmethod
-    @cache
-    def own_options(cls) -> Mapping[str, Option]:
-        """Options that belong to no group, by name."""
+    def options(cls) -> Mapping[str, Option]:
+        """Every option by its name, in the order of the fields."""
         types = get_type_hints(cls)
+        owners: dict[str, Any] = {
+            name: kind for kind in reversed(cls.__mro__) for name in inspect.get_annotations(kind)
+        }
         return {
-            name: dataclasses.replace(
-                stated.metadata["option"],
-                name=name,
-                type=types[name],
-                default=stated.default if stated.default_factory is MISSING else stated.default_factory(),
+            one.name: Option(
+                name=one.name,
+                type=types[one.name],
+                default=one.default if one.default_factory is MISSING else one.default_factory(),
+                owner=owners[one.name],
+                **{**owners[one.name]._shared, **one.metadata},
             )
-            for name, stated in cls.__dataclass_fields__.items()
-            if "option" in stated.metadata
+            for one in fields(cls)
         }
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
         """Values of the options that are not given; those that must be given are left out."""
-        return {
-            name: copy.copy(stated.default) for name, stated in cls.options().items() if not stated.required
-        }
+        return {name: copy.copy(one.default) for name, one in cls.options().items() if not one.required}
 
     @classmethod
     def from_flat(cls, **values: Any) -> Self:
-        """Make the options from values by flat names.
-
-        >>> from mhacut.options.prune import PruneOptions
-        >>> PruneOptions.from_flat(checkpoint="vit.safetensors", flops="50%", steps=10).search.steps
-        10
+        """Make the options from values by name.
 
         Raises:
             UsageError: a name that is no option, with the one it resembles; an option that must be given is
@@ -338,47 +294,76 @@ class Options:
         for name in values:
             if name not in known:
                 raise UsageError(unknown_option(name, tuple(known)))
-        for name, stated in known.items():
-            if stated.required and name not in values:
-                raise UsageError(f"{option_name(name)} is missing. {stated.help}")
-        groups = {
-            name: group(**{key: values.pop(key) for key in list(values) if key in group.options()})
-            for name, group in cls.groups().items()
-        }
-        return cls(**values, **groups)
+        for name, one in known.items():
+            if one.required and name not in values:
+                raise UsageError(f"{option_name(name)} is missing. {one.help}")
+        return cls(**values)
 
     def flat(self) -> dict[str, Any]:
         """Return the arguments of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
-        values: dict[str, Any] = {}
-        for name in self.__dataclass_fields__:
-            value = getattr(self, name)
-            if isinstance(value, Options):
-                values |= value.flat()
-            else:
-                values[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
-        return values
+        values = {name: getattr(self, name) for name in self.options()}
+        return {
+            k: os.fspath(value) if isinstance(value, os.PathLike) else value for k, value in values.items()
+        }
+
+    def only(self, kind: type[OptionsT]) -> OptionsT:
+        """Return those of the options that ``kind``, one of the classes they inherit, has."""
+        return kind(**{name: getattr(self, name) for name in kind.options()})
 
     def files_read(self) -> tuple[str, ...]:
         """Files, and folders of checkpoints, that the options name to be read; also names on the hub.
 
         Not folders of images: a file that is written can never be one, and may lie in one.
         """
-        values = self.flat()
         found: list[str] = []
-        for name, stated in self.options().items():
-            value = values[name]
-            if stated.reads not in (None, "data_dir") and value:
-                found += map(os.fspath, value if stated.element else (value,))
+        for name, one in self.options().items():
+            value = getattr(self, name)
+            if one.reads not in (None, "data_dir") and value:
+                found += map(os.fspath, value if one.element else (value,))
         return tuple(found)
 
     def changed(self) -> list[str]:
-        """Names of the options, those of groups excepted, that differ from their defaults."""
-        return [name for name, stated in self.own_options().items() if getattr(self, name) != stated.default]
+        """Names of the options that differ from their defaults."""
+        return [name for name, one in self.options().items() if getattr(self, name) != one.default]
 
-    def all_changed(self) -> set[str]:
-        """Names of the options, those of groups included, that differ from their defaults."""
-        groups = [getattr(self, name).all_changed() for name in self.groups()]
-        return set(self.changed()).union(*groups)
+    def idle(self) -> dict[str, str]:
+        """Options that were changed to no effect, each with a sentence about what it needs."""
+        found = {}
+        for name in self.changed():
+            needs = self.options()[name].needs
+            if needs and not any(self._has(*need) for need in needs.items()):
+                off = getattr(self, name) is False
+                named = (option_name(*(need[:1] if need[1] is GIVEN else need)) for need in needs.items())
+                shown = option_name(name, False) if off else option_name(name)
+                found[name] = f"{shown} has no effect without {' or '.join(named)}"
+        return found
+
+    def _has(self, name: str, wanted: Any) -> bool:
+        value = getattr(self, name)
+        return bool(value) if wanted is GIVEN else value == wanted
+
+
+@cache
+def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
+    """Docstrings under the fields of a module's classes, by class and field; Python itself drops them."""
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {
+        (kind.name, ast.unparse(above.target)): " ".join(str(below.value.value).split())
+        for kind in tree.body
+        if isinstance(kind, ast.ClassDef)
+        for above, below in pairwise(kind.body)
+        if isinstance(above, ast.AnnAssign)
+        and isinstance(below, ast.Expr)
+        and isinstance(below.value, ast.Constant)
+    }
+
+
+def _main(kind: Any) -> Any:
+    """Return the type that flags are read as: of alternatives the tuple, else the last that is not None."""
+    union = get_origin(kind) in (Union, UnionType)
+    parts = [part for part in get_args(kind) if part is not type(None)] if union else [kind]
+    main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
+    return os.PathLike if get_origin(main) is os.PathLike else main
 
 
 def unknown_option(name: str, known: tuple[str, ...]) -> str:
@@ -390,4 +375,95 @@ def unknown_option(name: str, known: tuple[str, ...]) -> str:
 def require(name: str, value: object, holds: bool, expected: str) -> None:
     """Raise a :class:`UsageError` that names the option and its value unless ``holds``."""
     if not holds:
-        raise UsageError(f"{option_name(name, value)}: expected {expected}")
+        short = isinstance(value, str | int | float | os.PathLike) and len(str(value)) <= 200
+        shown = option_name(name, value) if short else f"{option_name(name)}={_SHORT.repr(value)}"
+        raise UsageError(f"{shown}: expected {expected}")
+
+
+def key_value(name: str, text: str) -> tuple[str, Any]:
+    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text.
+
+    >>> [key_value("model_args", text) for text in ("img_size=32", "qk_norm=True", "global_pool=avg")]
+    [('img_size', 32), ('qk_norm', True), ('global_pool', 'avg')]
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key.isidentifier():
+        raise UsageError(f"{option_name(name)} {text!r}: expected KEY=VALUE, like img_size=32")
+    for read in (json.loads, literal_eval):
+        try:
+            return key, read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return key, value
+
+
+def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """Read the options in a YAML file, converted to their types.
+
+    Args:
+        path: path of a mapping from option names, as in Python or as the flags are spelled, to values.
+        options: every option by its name.
+        where: name of the file in messages.
+
+    Raises:
+        OSError: the file cannot be read.
+        UsageError: it holds something that is no option or of another type.
+    """
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_bytes())
+    except OSError:
+        raise
+    except Exception as error:  # tags that do not fit their values fail in any way
+        raise UsageError(f"{where}: is not YAML: {error!s:.500}") from None
+    if document is not None and not isinstance(document, dict):
+        raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    spelled = {one.flag.removeprefix("--").replace("-", "_"): name for name, one in options.items()}
+    values: dict[str, Any] = {}
+    for key, value in (document or {}).items():
+        name = str(key).replace("-", "_")
+        name, positive = spelled.get(name, name), name.removeprefix("no_")
+        try:
+            if name not in options and positive in options and options[positive].kind is bool:
+                name, value = positive, not options[positive].check(value)  # `no-latency: true`, as the flag
+            if name not in options:
+                raise UsageError(unknown_option(name, tuple(options)))
+            values[name] = options[name].check(value)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error}") from None
+    return values
+
+
+def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
+    """Give a function of ``**options`` the signature of the dataclass ``call``, and its docstring their help.
+
+    Type checkers and editors see each keyword with its type; ``help()`` and notebooks also its default.
+
+    Args:
+        call: subclass of the class of keywords, with the function's other parameters as fields.
+    """
+
+    def decorate(function: Callable[..., R]) -> Callable[P, R]:
+        written: Any = function
+        returned = inspect.signature(function).return_annotation
+        written.__signature__ = inspect.signature(call).replace(return_annotation=returned)
+        return lists_options(call.__base__)(function)  # type: ignore[attr-defined]
+
+    return decorate
+
+
+def lists_options(options: type[Options]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Add the help of ``options`` to the docstring of a function that takes them as keywords."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        lines = [
+            f"    {name}: {one.help}{'' if one.default is None else f' Default: {one.default!r}.'}"
+            for name, one in options.options().items()
+            if not one.required
+        ]
+        text = inspect.cleandoc(function.__doc__ or "")
+        function.__doc__ = "\n".join([text, "", "Options:", *lines])
+        return function
+
+    return decorate

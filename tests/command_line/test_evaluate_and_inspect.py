@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 import re
 
-import pytest
 from safetensors.torch import save_file
 
 from helpers.cli import run
-from mhacut.options.inspect import InspectOptions
 
 
 def test_evaluate(slim, images):
@@ -63,22 +61,6 @@ def test_inspect_dense(tiny_vit):
     assert cells[5][:2] == ["blocks.0.mlp", "192"]
     assert "7 classes: 1.16M FLOPs, 67.1K" in result.stdout
     assert max(map(len, lines)) <= 80
-
-
-@pytest.mark.parametrize(
-    ("options", "idle"),
-    [
-        (
-            {"seed": 7, "device": "cpu", "batch_size": 4, "train_split": "x"},
-            {"seed", "device", "batch_size", "train_split"},
-        ),
-        ({"compare": "dense", "seed": 7, "device": "cpu", "train_split": "x"}, {"train_split"}),
-        ({"data_dir": "images", "seed": 7, "train_split": "x", "batch_size": 4}, set()),
-        ({}, set()),
-    ],
-)
-def test_options_of_inspect_without_effect_are_found(options, idle):
-    assert InspectOptions.from_flat(checkpoint="a", **options).idle().keys() == idle
 
 
 def test_inspect_slim_shows_before_and_after(slim):

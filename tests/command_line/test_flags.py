@@ -8,11 +8,9 @@ import pytest
 import typer
 
 from helpers.cli import run
-from mhacut.cli.app import app
-from mhacut.errors import UsageError
-from mhacut.options.config import convert, read_config
-from mhacut.options.evaluate import EvaluateOptions
-from mhacut.options.generate import COMMANDS
+from mhacut.cli.app import COMMANDS, app
+from mhacut.options.measure import EvaluateOptions
+from mhacut.options.option import read_config
 from mhacut.options.prune import PruneOptions
 
 # Flags of every command that are no options of its function.
@@ -30,27 +28,6 @@ def test_flags_are_the_options():
 def test_defaults_are_the_options(captured):
     assert run("prune", "a.safetensors", "--flops", "50%").exit_code == 1
     assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
-
-
-@pytest.mark.parametrize(
-    ("flag", "values"),
-    [
-        ("--params", ("60%", "80%")),
-        ("--size", ("6MB", "7MB")),
-        ("--max-latency", ("12ms", "60%")),
-        ("--max-kl", ("0.5", "0.25")),
-        ("--max-drop", ("1.0", "2.0")),
-    ],
-)
-def test_a_target_that_is_given_twice_is_refused(captured, flag, values):
-    """The last one counted, without a word; the guide says that all targets are met."""
-    first, second = values
-    result = run("prune", "a.safetensors", flag, first, flag, second)
-    assert (result.exit_code, captured) == (2, [])
-    assert result.stderr.strip() == f"error: {flag}: expected one value, found {first} and {second}"
-    run("prune", "a.safetensors", flag, second)
-    (options,) = captured
-    assert str(getattr(options, flag.removeprefix("--").replace("-", "_"))) == second
 
 
 FULL = PruneOptions.from_flat(
@@ -175,34 +152,10 @@ def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
     assert captured == [FULL, BUDGETS, BOUNDED]
 
 
-REST = ["img_size=[224,288]", "global_pool=avg"]
-
-
-@pytest.mark.parametrize(
-    "given",
-    [
-        ["--model-arg", "depth=2", *REST],
-        ["--model-arg=depth=2", REST[0], "--model-arg", REST[1]],
-        ["--model-arg", "depth=3", "img_size=0", "--model-arg", "depth=2", *REST],
-    ],
-)
-def test_one_flag_takes_several_pairs(captured, given):
-    for arguments in (["a.pth", "--flops", "50%", *given], ["--flops", "50%", *given, "a.pth"]):
-        run("prune", *arguments)
-        assert captured.pop().model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
-
-
-def test_a_file_and_what_is_no_value_of_pairs_are_left_alone(captured, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "run=3.pth").touch()
-    run("prune", "--flops", "50%", "--model-arg", "depth=2", "run=3.pth")
-    assert (captured[-1].checkpoint, captured.pop().model_args) == ("run=3.pth", {"depth": 2})
-    for given in (["--output", "x.safetensors", "b=2"], ["b=2"], ["--model-arg", "a=1", "--", "b=2"]):
-        result = run("prune", "a.pth", "--flops", "50%", *given)
-        assert result.exit_code == 2
-        assert "b=2" in result.stderr
-    assert run("prune", "a.pth", "--flops", "50%", "--model-arg", "2", "b=2").exit_code == 2
-    assert not captured
+def test_a_flag_takes_a_pair(captured):
+    given = ["--model-arg", "depth=3", "--model-arg", "depth=2", "--model-arg=img_size=[224,288]"]
+    run("prune", "a.pth", "--flops", "50%", *given, "--model-arg", "global_pool=avg")
+    assert captured.pop().model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
 
 
 @pytest.mark.parametrize(
@@ -221,9 +174,9 @@ def test_yaml_takes_pairs_as_mappings_and_lists(captured, tmp_path, value):
         run("prune", "--config", file)
         made = captured.pop()
         assert made.model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
-        assert made.preprocessing.mean == (0.5, 0.4, 0.3)
+        assert made.mean == (0.5, 0.4, 0.3)
     file.write_text("checkpoint: a.pth\nflops: 50%\nmodel-arg: depth=2\n")
-    run("prune", "--config", file, "--model-arg", "img_size=32", "depth=3")
+    run("prune", "--config", file, "--model-arg", "img_size=32", "--model-arg", "depth=3")
     assert captured.pop().model_args == {"depth": 3, "img_size": 32}
 
 
@@ -246,7 +199,7 @@ def test_flags_win_over_the_file(captured, tmp_path):
     file.write_text("flops: 50%\nsteps: 7\nlr: 1e-2\nlabels: false\nmodel-args: {img_size: 32, depth: 6}\n")
     run("prune", "a", "-c", file, "--steps", "8", "--labels", "--model-arg", "depth=2")
     (options,) = captured
-    assert (options.flops, options.search.steps, options.search.lr, options.labels) == ("50%", 8, 0.01, True)
+    assert (options.flops, options.steps, options.lr, options.labels) == ("50%", 8, 0.01, True)
     assert options.model_args == {"img_size": 32, "depth": 2}
 
 
@@ -255,50 +208,36 @@ def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
     config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
     run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
     (options,) = captured
-    assert (options.timing.latency, options.search.similarity, options.model_args) == (
+    assert (options.latency, options.similarity, options.model_args) == (
         False,
         True,
         {"depth": 2},
     )
 
 
-def test_what_only_the_command_line_takes_is_said(tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("json: true\n")
-    result = run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
-    assert result.exit_code == 2
-    assert "command line only, --json" in result.stderr
-
-
-def aliases(depth: int) -> str:
-    """A list of lists of lists, each nine times the one before."""
-    levels = [f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(depth)]
-    return f"[{', '.join(levels)}]"
+LEVELS = [f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(12)]
+ALIASES = f"[{', '.join(LEVELS)}]"
+"""A list of lists of lists, each nine times the one before."""
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
-        ("data-dirr: x", "did you mean 'data-dir'?"),
-        ("steps: many", "steps: expected a whole number, found 'many'"),
-        ("steps: true", "expected a whole number, found True"),
-        ("amp: 1", "expected true or false, found 1"),
-        ("lr: .nan", "expected a number, found nan"),
-        ("mean: [0.5, x]", "expected a number, found 'x'"),
-        ("output: [a]", "expected text, found ['a']"),
-        ("model-args: 3", "expected NAME: VALUE pairs, or a list of KEY=VALUE, found 3"),
-        ("data-dir: a\ndata_dir: b", "'data_dir' appears twice"),
-        ("flops: 45%\nflops: 60%", "'flops' appears twice"),
-        ("model-arg: {depth: 2, depth: 3}", "'depth' appears twice"),
+        ("json: true", "no option 'json'"),
+        ("steps: many", "--steps many: expected a whole number"),
+        ("steps: true", "expected a whole number"),
+        ("amp: 2", "--amp 2: expected True or False"),
+        ("lr: .nan", "expected a number"),
+        ("mean: [0.5, x]", "--mean x: expected a number"),
+        ("output: [a]", "expected a path"),
+        ("model-args: 3", "expected a mapping of names to values, or KEY=VALUE"),
         ("- 1", "expected lines of NAME: VALUE, found list"),
         ("a: [", "is not YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML"),
         ("a: !!timestamp x", "is not YAML"),
         ("a: " + "[" * 900, "is not YAML"),
-        ("output: " + aliases(12), "aliases make it more than 10000 values; expected a few lines"),
-        ("model-args: &a {b: *a}", "an alias refers to a value that contains it"),
-        ("a: " + "x" * 2**16, "is larger than 65536 bytes; expected a few lines of YAML"),
+        ("output: " + ALIASES, "expected a path"),
     ],
 )
 def test_config_errors_name_file_and_key(tmp_path, text, message):
@@ -321,9 +260,3 @@ def test_empty_config_says_nothing(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("# nothing\n")
     assert read_config(file, PruneOptions.options(), "run.yaml") == {}
-
-
-def test_budget_without_a_unit_may_be_a_number():
-    assert convert(2_000_000_000, str, "flops") == "2000000000"
-    with pytest.raises(UsageError, match="flops: expected text, found None"):
-        convert(None, str, "flops")

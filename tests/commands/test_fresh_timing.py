@@ -16,7 +16,7 @@ from mhacut.commands.prune_latency import TimeTarget
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import OutputError
 from mhacut.measuring.latency import Comparison
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.plan import Plan
 from mhacut.runtime.progress import SILENT
 

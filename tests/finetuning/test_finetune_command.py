@@ -25,8 +25,8 @@ from mhacut.commands import finetune as run_module
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
-from mhacut.options.config import read_config
 from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.option import read_config
 from mhacut.runtime import files
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"

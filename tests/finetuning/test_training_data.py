@@ -21,9 +21,8 @@ from mhacut.finetuning.images import StepBatches, training_images, training_load
 from mhacut.finetuning.progress import Progress
 from mhacut.finetuning.steps import _logging_unreadable
 from mhacut.finetuning.teacher import make_objective
-from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
-from mhacut.options.finetune import FinetuneOptions
+from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
 from mhacut.runtime.progress import Silent
 
 SIZES = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8, "num_classes": CLASSES}

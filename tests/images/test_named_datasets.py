@@ -21,8 +21,8 @@ from mhacut.data import named
 from mhacut.data.named import NamedStream, ShardedSamples, open_named
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
-from mhacut.options.augmentation import AugmentationOptions
 from mhacut.options.base import DataOptions
+from mhacut.options.finetune import AugmentationOptions
 
 
 class Pictures(torch.utils.data.Dataset):

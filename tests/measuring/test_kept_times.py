@@ -20,7 +20,7 @@ from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError
 from mhacut.measuring.kept_times import kept_table
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable
-from mhacut.options.timing import TimingOptions
+from mhacut.options.base import TimingOptions
 from mhacut.plan import Plan
 from mhacut.runtime.progress import SILENT
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from torch import nn
 
 import mhacut
 from helpers.docs import PAGES, blocks
-from mhacut.options.generate import KEYWORDS, keywords_module
+from mhacut.options.measure import BenchKeywords, BenchOptions
 
 HERE = Path(__file__).parents[1]
 
@@ -35,8 +36,23 @@ def test_good_calls_and_the_documentation_pass_mypy_strict_and_mistakes_do_not(t
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_keywords_are_generated_from_the_options():
-    assert KEYWORDS.read_text() == keywords_module(), "run python -m mhacut.options.generate"
+def test_keywords_are_shown_with_type_default_and_help():
+    for function in (mhacut.prune, mhacut.prune_many, mhacut.finetune, mhacut.evaluate, mhacut.inspect):
+        shown = inspect.signature(function).parameters
+        assert next(iter(shown)) == "checkpoint"
+        assert {"batch_size", "device", "progress", "reporter"} <= set(shown)
+        assert "    batch_size: Images per batch" in (inspect.getdoc(function) or "")
+    shown = inspect.signature(mhacut.prune).parameters
+    assert (shown["steps"].annotation, shown["steps"].default) == ("int", 60)
+    assert "    steps: Optimiser steps of the indicators. Default: 60." in (
+        inspect.getdoc(mhacut.prune) or ""
+    )
+    assert "fused: Use fused attention" in (inspect.getdoc(mhacut.bench) or "")
+
+
+def test_keywords_of_bench_are_its_options():
+    options = {name: one.type for name, one in BenchOptions.options().items() if name != "checkpoints"}
+    assert typing.get_type_hints(BenchKeywords) == options
 
 
 def test_every_public_name_is_there():
@@ -50,9 +66,3 @@ def test_the_output_of_a_dry_run_is_refused():
         mhacut.load_model(None)
     with pytest.raises(mhacut.CheckpointError, match="a dry run of prune writes none"):
         mhacut.save_model(nn.Linear(1, 1), "x.safetensors", like=None)
-
-
-def test_keywords_resolve_at_run_time():
-    from mhacut.options.keywords import PruneKeywords
-
-    assert typing.get_type_hints(PruneKeywords)["batch_size"] is int

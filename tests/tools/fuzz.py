@@ -36,8 +36,8 @@ with atheris.instrument_imports(include=["mhacut", "torch._weights_only_unpickle
     from mhacut.errors import MhacutError
     from mhacut.finetuning import folder, saved_state
     from mhacut.finetuning import training as training_steps
-    from mhacut.options.config import read_config
     from mhacut.options.finetune import FinetuneOptions
+    from mhacut.options.option import read_config
     from mhacut.options.prune import SearchOptions
     from mhacut.pruning.job import Job
     from mhacut.runtime.distributed import Processes

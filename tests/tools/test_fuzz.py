@@ -32,7 +32,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.training import read_training
 from mhacut.commands.prune_calibration import METADATA_KEY, _flat, check_run, fingerprint_of, read_calibration
 from mhacut.errors import CheckpointError, DataError, MhacutError, UsageError
-from mhacut.options.config import key_value, read_config
+from mhacut.options.option import key_value, read_config
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.job import Job
 

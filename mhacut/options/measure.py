@@ -1,0 +1,106 @@
+"""Options of ``mhacut evaluate``, ``mhacut bench`` and ``mhacut models``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from mhacut.errors import UsageError, option_name
+from mhacut.options.base import (
+    REQUIRED,
+    ArchitectureOptions,
+    CheckpointOptions,
+    DeviceOptions,
+    ExportDtype,
+    LabelledImages,
+    ModelOptions,
+    PreprocessingOptions,
+    Runtime,
+    threads_option,
+)
+from mhacut.options.option import Options, PathLike, option, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateKeywords(ModelOptions, LabelledImages, PreprocessingOptions, DeviceOptions, panel="Computing"):
+    """Keywords of :func:`mhacut.evaluate`."""
+
+    batch_size: int = option(64, at_least=1)
+    """Images per batch."""
+    amp: bool = False
+    """Compute under bfloat16 autocast."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(EvaluateKeywords, CheckpointOptions):
+    """Options of ``mhacut evaluate``."""
+
+    @property
+    def data(self) -> LabelledImages:
+        return self.only(LabelledImages)
+
+    @property
+    def preprocessing(self) -> PreprocessingOptions:
+        return self.only(PreprocessingOptions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
+    """Options of ``mhacut bench``."""
+
+    checkpoints: tuple[PathLike, ...] = option(
+        REQUIRED, panel="Arguments", metavar="CHECKPOINT...", reads="checkpoint"
+    )
+    """One or more checkpoints; the others are compared with the first."""
+    runtime: Runtime = "eager"
+    """PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO."""
+    int8: bool = False
+    """Time each checkpoint in INT8 too, with the dynamic quantization of ONNX Runtime."""
+    batch_sizes: tuple[int, ...] = option((1, 8), at_least=1)
+    """Images per batch."""
+    seconds: float = option(5.0, above=0)
+    """Time to measure per batch size, for all checkpoints together."""
+    threads: int | None = threads_option()
+    """CPU threads; by default torch's own choice."""
+    dtype: ExportDtype = "float32"
+    """Precision of the computation."""
+    fused: bool = True
+    """Use fused attention where a layer can."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("checkpoints", "batch_sizes"):
+            if not getattr(self, name):
+                raise UsageError(f"{option_name(name)}: expected at least one")
+        if self.int8:
+            require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
+            require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
+        computes = self.runtime != "openvino" or self.dtype == "float32"
+        require("dtype", self.dtype, computes, f"float32 with {option_name('runtime', 'openvino')}")
+
+
+class BenchKeywords(TypedDict, total=False):
+    """Keywords of :func:`mhacut.bench`: beside ``*checkpoints``, no type is inferred from a dataclass."""
+
+    model: str | None
+    model_args: Mapping[str, Any]
+    part: str | None
+    device: str
+    runtime: Runtime
+    int8: bool
+    batch_sizes: tuple[int, ...]
+    seconds: float
+    threads: int | None
+    dtype: ExportDtype
+    fused: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelsOptions(Options, panel="Models"):
+    """Options of ``mhacut models``."""
+
+    pattern: str = option("*", panel="Arguments", metavar="PATTERN")
+    """Pattern of names, as for timm.list_models; all models by default, which takes minutes."""
+    refused: bool = False
+    """List only models that cannot be pruned, with the reason."""
