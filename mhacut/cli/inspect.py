@@ -12,7 +12,6 @@ from mhacut.budget import format_flops
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
 from mhacut.options.inspect import InspectOptions
-from mhacut.report.history import step
 from mhacut.runtime.files import check_outputs
 from mhacut.text import ranges, safe, table
 
@@ -214,6 +213,8 @@ def _agreement(found: Comparison) -> str:
 
 
 def _about(inspection: Inspection, heads: bool) -> list[str]:
+    from mhacut.report.history import step
+
     channels, height, width = inspection.input_size
     classes = f"{inspection.classes} classes" if inspection.classes else "no classifier"
     lines = [

@@ -161,7 +161,7 @@ class Option:
             return self._one(value, self.kind)
         if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
             value = [value]
-        if self.element is not os.PathLike and str not in get_args(self.type):  # names may have commas
+        if self.element is not os.PathLike and str not in _alternatives(self.type):  # names may have commas
             value = [text for one in value for text in (one.split(",") if isinstance(one, str) else [one])]
         return tuple(self._one(one, self.element) for one in value)
 
@@ -358,10 +358,15 @@ def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
     }
 
 
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    """Return the types of which ``kind`` is one, without None."""
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    return tuple(part for part in parts if part is not type(None))
+
+
 def _main(kind: Any) -> Any:
-    """Return the type that flags are read as: of alternatives the tuple, else the last that is not None."""
-    union = get_origin(kind) in (Union, UnionType)
-    parts = [part for part in get_args(kind) if part is not type(None)] if union else [kind]
+    """Return the type that flags are read as: of alternatives the tuple, else the last."""
+    parts = _alternatives(kind)
     main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
     return os.PathLike if get_origin(main) is os.PathLike else main
 

@@ -8,13 +8,13 @@ import shutil
 import pytest
 import torch
 from huggingface_hub.errors import EntryNotFoundError
-from mhacut.cli.paths import check_paths
 from safetensors.torch import save_file
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from mhacut.checkpoint import hub
 from mhacut.checkpoint.folder import INDEXES
 from mhacut.checkpoint.load import read_model, states_its_model
+from mhacut.cli.flags import check_paths
 from mhacut.options.measure import EvaluateOptions
 
 INDEX, INDEX_OF_TORCH = INDEXES

@@ -52,7 +52,6 @@ WRONG = [
     ("prune {file} --flops 2,0G", 2, "--flops 2,0G is not a budget"),
     ("prune {file} --flops 500%", 2, "a share is at most 100%"),
     ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
-    ("prune nowhere/ --flops 50%", 1, "no such folder: nowhere/"),
     ("prune {empty} --flops 50%", 1, "file is empty"),
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
     ("prune {file} --flops 50% --data-dir {file}", 1, "is a file; --data-dir expects a directory"),
@@ -60,14 +59,10 @@ WRONG = [
     ("prune {file} --flops 50% -o {slim}", 1, "exists already; choose another name, or --overwrite"),
     ("prune {slim} --flops 50% -o {slim} --overwrite", 1, "is the input"),
     ("prune {file} --flops 50% --report {file}/a.html", 1, "is not a directory"),
-    ("prune {file} --flops 50% -o /proc/new/x.safetensors", 1, "x.safetensors: cannot be created in /proc: "),
-    ("prune {file} --flops 9% -o {file} --calibration /proc/x.safetensors", 1, "cannot be created in /proc"),
-    ("inspect {file} --html /proc/a.html", 1, "/proc/a.html: cannot be created in /proc: "),
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} -o {slim}", 1, "is a file; expected a directory for the run (--output)"),
     ("finetune {file} -o {run}", 1, "already holds a run (args.yaml); continue it with --resume"),
-    ("finetune {file} -o /proc/new/run", 1, "cannot be created in /proc: "),
     ("finetune --resume {run} --overwrite", 2, "--overwrite: would remove the run"),
     ("finetune --resume nowhere", 2, "--resume nowhere: no run to continue"),
     ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
@@ -114,7 +109,7 @@ def test_help_groups_flags():
     headings = re.findall(r"^╭─ (.+?) ─", text, re.MULTILINE)
     assert headings[:4] == ["Arguments", "Options", "Result", "Data"]
     assert headings[-2:] == ["Rarer options", "Research switches"]
-    assert text.index("--flops") < text.index("--effort") < text.index("--data-dir")
+    assert text.index("--flops") < text.index("--effort") < text.index("--dataset")
     assert "[default: 60]" in text
     assert "'*.attn.qk'" in text
 
@@ -138,7 +133,6 @@ def test_what_cannot_be_parsed_is_a_usage_error(arguments, message):
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
-    assert "-h' for help" in result.stderr
 
 
 def test_no_arguments_at_all_are_answered_by_help():

@@ -77,19 +77,6 @@ def test_contradictions_are_refused(given, message):
         PruneOptions.from_flat(checkpoint="a", **given)
 
 
-@pytest.mark.parametrize(
-    ("given", "idle"),
-    [
-        ({"max_latency": "50%", "latency": False}, {"latency": "max_latency measures it"}),
-        ({"max_latency": "50%", "threads": 1}, {}),
-        ({"flops": "50%", "latency": False, "threads": 1}, {"threads": "latency=False measures none"}),
-        ({"flops": "50%", "runtime": "onnx"}, {}),
-    ],
-)
-def test_options_without_effect_are_named(given, idle):
-    assert PruneOptions.from_flat(checkpoint="a", **given).idle() == idle
-
-
 def test_a_runtime_that_is_not_installed_is_named_before_the_work(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name, package=None: None)
     with pytest.raises(MhacutError, match=r"runtime='openvino' needs onnx, .*mhacut\[openvino\]"):

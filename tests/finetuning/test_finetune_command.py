@@ -55,56 +55,10 @@ def test_what_makes_no_sense_is_refused(tune, options, message):
         tune(**options)
 
 
-@pytest.mark.parametrize(
-    ("options", "reasons"),
-    [
-        ({}, {}),
-        ({"teacher": "b", "label_weight": 0.5, "kd_temperature": 2.0, "teacher_model": "c"}, {}),
-        (
-            {"label_weight": 0.5, "kd_temperature": 2.0},
-            {"label_weight": "there is no teacher", "kd_temperature": "there is no teacher"},
-        ),
-        ({"teacher": "b", "labels": False, "smoothing": 0.1}, {"smoothing": "labels=False uses none"}),
-        ({"steps": 5, "epochs": 3}, {"epochs": "steps says how long to train"}),
-        ({"reprob": 0.1, "recount": 2, "aa": "rand-m9", "mixup": 1.0, "mixup_prob": 0.5}, {}),
-        ({"recount": 2}, {"recount": "reprob=0 erases nothing"}),
-        ({"aug": False, "mixup": 0.5, "aa": "rand-m9"}, {"aa": "aug=False leaves images as they are"}),
-        (
-            {"cutmix": 1.0, "mixup_switch_prob": 0.2},
-            {"mixup_switch_prob": "mixup and cutmix are not both on"},
-        ),
-        ({"mixup_prob": 0.5}, {"mixup_prob": "neither mixup nor cutmix is on"}),
-        ({"aa": "rand-m9", "color_jitter": 0.2}, {"color_jitter": "aa='rand-m9' varies colours itself"}),
-        ({"aa": "3a", "color_jitter": 0.2}, {}),
-        (
-            {"teacher": "b", "label_weight": 0.0, "smoothing": 0.1},
-            {"smoothing": "label_weight=0 uses no labels"},
-        ),
-        ({"sched": "step", "decay_epochs": 3.0, "decay_rate": 0.5, "opt": "sgd", "momentum": 0.8}, {}),
-        ({"sched": "poly", "decay_rate": 0.5, "min_lr": 1e-5}, {}),
-        (
-            {"decay_epochs": 3.0, "decay_rate": 0.5, "momentum": 0.8},
-            {
-                "decay_epochs": "sched='cosine' does not decay in steps",
-                "decay_rate": "sched='cosine' has no such factor",
-                "momentum": "opt='adamw' has none",
-            },
-        ),
-        ({"sched": "constant", "min_lr": 1e-5}, {"min_lr": "sched='constant' has no lowest rate"}),
-        ({"clip_grad": None, "clip_mode": "agc"}, {"clip_mode": "clip_grad=None clips nothing"}),
-        ({"model_ema_warmup": False}, {"model_ema_warmup": "there is no average without model_ema=True"}),
-        ({"warmup_lr": 1e-5}, {"warmup_lr": "there is no warmup without warmup_epochs"}),
-        ({"amp_dtype": "float16"}, {"amp_dtype": "precision is mixed with amp=True only"}),
-    ],
-)
-def test_options_without_effect_are_found(options, reasons):
-    assert FinetuneOptions.from_flat(checkpoint="a", **options).idle() == reasons
-
-
 def test_options_without_effect_are_named_when_a_run_begins(slim, images, tmp_path):
     given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
     result = run(*given, "--steps", "1", "--no-model-ema-warmup")
-    said = "--no-model-ema-warmup has no effect: there is no average without --model-ema"
+    said = "--no-model-ema-warmup has no effect without --model-ema"
     assert (result.exit_code, said in result.stderr) == (0, True)
     assert "no effect" not in run("finetune", "--resume", tmp_path / "out").stderr
 
@@ -230,24 +184,7 @@ def test_recipes_are_options(recipe):
     options = FinetuneOptions.from_flat(checkpoint="a", **values)
     assert {key: options.flat()[key] for key in values} == values
     assert "Cost: " in recipe.read_text()
-    assert FinetuneOptions.from_flat(checkpoint="a", teacher="b", **values).idle() == {}
-
-
-def test_help_shows_rarer_options_last():
-    shown = " ".join(run("finetune", "--help").stdout.split())
-    common, rare = shown.split(" Rarer options: ")
-    assert "--mixup ALPHA Alpha of mixup; 0 for none. (default: 0.0)" in common
-    assert (
-        "--scale A,B Smallest and largest share of the area that a random crop keeps. (default: 0.5,1)"
-        in rare
-    )
-    assert "--ratio A,B Smallest and largest aspect ratio of a random crop. (default: 0.75,1.333)" in rare
-
-
-def test_flat_names_are_unique_and_round_trip():
-    options = FinetuneOptions.from_flat(checkpoint="a", lr=0.5, scale=(0.1, 0.2), teacher="b", workers=3)
-    assert FinetuneOptions.from_flat(**options.flat()) == options
-    assert len(FinetuneOptions.options()) == len(options.flat())
+    assert FinetuneOptions.from_flat(checkpoint="a", teacher="b", data_dir="c", **values).idle() == {}
 
 
 def test_a_log_that_is_not_installed_is_named_before_the_work(tune, tmp_path, monkeypatch):

@@ -256,4 +256,4 @@ def test_options_of_folders_have_no_effect(digits):
     options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 8}
     mhacut.prune(DIGITS / "model", images=digits, train_split="val", reporter=recorder, **options)
     idle = [message for message in recorder.messages if "has no effect" in message]
-    assert idle == ["train_split has no effect: images are in memory"]
+    assert idle == ["train_split has no effect without data_dir or dataset"]
