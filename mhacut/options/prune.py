@@ -230,8 +230,9 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
             for text in several:
                 require("flops", text, several.count(text) == 1, "each budget once")
-        budgets = [name for name in ("flops", "params", "size", "max_latency") if self._has(name, GIVEN)]
-        bounds = [name for name in ("max_kl", "max_drop") if getattr(self, name) is not None]
+        given = self.changed()
+        budgets = [name for name in ("flops", "params", "size", "max_latency") if name in given]
+        bounds = [name for name in ("max_kl", "max_drop") if name in given]
         if not budgets and not bounds:
             others = ", ".join(map(option_name, ("params", "size", "max_latency", "max_kl")))
             raise UsageError(
