@@ -9,7 +9,7 @@ import os
 import re
 import tarfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,38 +40,32 @@ class NamedImages(Dataset[Sample]):
         self,
         name: str,
         opened: Any,
-        indices: Sequence[int],
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """Take some images of a dataset.
+        """Take a dataset.
 
         Args:
             name: name of the dataset, for messages.
             opened: the dataset.
-            indices: numbers of the images.
             preprocessing: preprocessing of the model.
             transform: transform in place of the one for evaluation.
         """
-        self.name, self.opened, self.indices = name, opened, indices
+        self.name, self.opened = name, opened
         self._channels = preprocessing.input_size[0]
         self._transform = transform or preprocessing.transform()
 
-    def __len__(self) -> int:
-        return len(self.indices)
-
     def __getitem__(self, index: int) -> Sample:
-        position = self.indices[index]
         reader = getattr(self.opened, "reader", None)
         try:
             # Past timm's ImageDataset, which puts the next image in place of one it cannot read.
-            source, target = (self.opened if reader is None else reader)[position]
+            source, target = (self.opened if reader is None else reader)[index]
             if isinstance(source, Image.Image):
                 picture = with_channels(source, self._channels)
             else:
                 picture = open_image(source, self._channels)
         except Exception as error:
-            return Unreadable(f"{self.name}[{position}]", reason_of(error)), -1
+            return Unreadable(f"{self.name}[{index}]", reason_of(error)), -1
         return self._transform(picture), -1 if target is None else int(target)
 
 

@@ -83,9 +83,6 @@ class ImageFiles(Dataset[Sample]):
         self._channels = preprocessing.input_size[0]
         self._transform = transform or preprocessing.transform()
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.images[index]
         try:

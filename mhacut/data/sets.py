@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan, subfolders
 from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
-from mhacut.data.preprocessing import Preprocessing
+from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import (
     ImageFiles,
     Sample,
@@ -30,6 +30,108 @@ from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
 from mhacut.runtime.process import outlive_signals, worker_count
 from mhacut.text import listed
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a folder or of a named dataset: its images are listed, none is opened."""
+
+    name: str
+    """Text for readers: ``under val/``, ``of torch/cifar10 val``."""
+    images: Dataset[Sample] | None
+    """Images by index; None for a stream."""
+    groups: Sequence[object]
+    """Class of each image, by its folder or label, where it is known; otherwise all are equal."""
+    labelled: bool
+    """Whether the images have labels that are used."""
+    identity: Callable[[Sequence[int]], str]
+    """Function from numbers of images to a digest of their names and labels, equal for equal data."""
+    stream: Any = None
+    """Dataset of timm's that can only be read from its beginning."""
+
+    @property
+    def label_note(self) -> str:
+        """Whether there are labels, as descriptions say it."""
+        return "with labels" if self.labelled else "without labels"
+
+
+def open_split(
+    data: LabelledImages,
+    option: Literal["train_split", "val_split"],
+    preprocessing: Preprocessing,
+    *,
+    num_classes: int | None,
+    use_labels: bool = True,
+    seed: int | None = None,
+    transform: Transform | None = None,
+) -> Split:
+    """List the images of a split.
+
+    Args:
+        data: options that name a folder or a dataset, and the split.
+        option: name of the option that chooses the split.
+        preprocessing: preprocessing of the model.
+        num_classes: number of classes of the model's head, to check the data against.
+        use_labels: whether to read labels; False ignores labels, and needs no class folders.
+        seed: seed of the order in which a stream is shuffled; None leaves the order.
+        transform: transform in place of the one for evaluation.
+
+    Raises:
+        DataError: images or labels that are missing, or do not fit the model.
+    """
+    split = getattr(data, option)
+    if data.dataset is not None:
+        return _named_split(data, split, preprocessing, num_classes, use_labels, seed, transform)
+    assert data.data_dir is not None
+    folder = scan(find_folder(data.data_dir, split, option))
+    if not folder.images:
+        raise DataError(
+            f"{folder.path}: no images found; folders there: {listed(folder.classes)}. The names of image "
+            f"files end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    labels = [-1] * len(folder.images)
+    labelled = use_labels and any(folder.names)
+    if labelled:
+        hint = f", or leave labels out with {option_name('labels', False)}" if option == "train_split" else ""
+        labels = label_images(folder, data, num_classes, hint)
+    return Split(
+        f"under {folder.name}/",
+        ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
+        folder.names,
+        labelled,
+        lambda chosen: fingerprint([folder.images[i] for i in chosen], [labels[i] for i in chosen]),
+    )
+
+
+def _named_split(
+    data: LabelledImages,
+    split: str,
+    preprocessing: Preprocessing,
+    num_classes: int | None,
+    use_labels: bool,
+    seed: int | None,
+    transform: Transform | None,
+) -> Split:
+    name = str(data.dataset)
+    opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
+    where = f"of {name} {split}"
+    if isinstance(opened, IterableDataset):
+        count = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
+        return Split(where, None, (), use_labels, lambda _: fingerprint([name, split], [count]), opened)
+    if not len(opened):
+        raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
+    targets = targets_of(name, opened)
+    images = NamedImages(name, opened, preprocessing, transform)
+    return Split(
+        where,
+        images,
+        targets,
+        use_labels,
+        lambda chosen: fingerprint([name, split], [targets[i] for i in chosen]),
+    )
+
+
+# -- calibration --
 
 
 @dataclass(frozen=True)
@@ -74,117 +176,64 @@ def calibration_images(
     """
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
-    if data.has_images:
-        given = f"{option_name('data_dir')} and {option_name('dataset')}"
-        preprocessing.check_channels(f"; leave {given} out, no images are needed")
-    if data.dataset is not None:
-        return _calibration_dataset(preprocessing, data, count, seed, num_classes, use_labels)
-    if data.data_dir is not None:
-        return _calibration_folder(preprocessing, data, count, seed, num_classes, use_labels)
-    _, height, width = preprocessing.input_size
-    images = synthetic_images(count, preprocessing.input_size, preprocessing.mean, preprocessing.std, seed)
-    return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
-
-
-def _calibration_folder(
-    preprocessing: Preprocessing,
-    data: DataOptions,
-    count: int,
-    seed: int,
-    num_classes: int | None,
-    use_labels: bool,
-) -> CalibrationImages:
-    assert data.data_dir is not None
-    folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
-    if not folder.images:
+    if not data.has_images:
+        size = _, height, width = preprocessing.input_size
+        images = synthetic_images(count, size, preprocessing.mean, preprocessing.std, seed)
+        return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
+    given = f"{option_name('data_dir')} and {option_name('dataset')}"
+    preprocessing.check_channels(f"; leave {given} out, no images are needed")
+    split = open_split(
+        data, "train_split", preprocessing, num_classes=num_classes, use_labels=use_labels, seed=seed
+    )
+    if split.stream is None:
+        images, labels, description = _choose(split, count, seed)
+    else:
+        samples = list(NamedStream(str(data.dataset), split.stream, count, preprocessing))
+        images, labels, _ = collate(samples)
+        description = f"the first {len(labels)} images {split.name}, shuffled ({split.label_note})"
+        if not samples:
+            raise DataError(f"images {split.name}: none arrived")
+    if not split.labelled:
+        return CalibrationImages(images, None, description)
+    wrong = label_outside(labels, num_classes)
+    if wrong is not None:
         raise DataError(
-            f"{folder.path}: no images found; the names of image files end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}; without {option_name('data_dir')}, none are needed"
+            f"images {split.name}: label {wrong} is not a class of the model's head ({num_classes} classes). "
+            f"Map them with {option_name('class_map')}, or leave them out with {option_name('labels', False)}"
         )
-    labelled = use_labels and any(folder.names)
-    labels = [-1] * len(folder.images)
-    if labelled:
-        hint = f", or leave labels out with {option_name('labels', False)}"
-        labels = label_images(folder, data, num_classes, hint)
-    files = ImageFiles(folder.path, folder.images, labels, preprocessing)
-    return _choose(files, folder.names, count, seed, f"under {folder.name}/", labelled)
+    return CalibrationImages(images, labels, description)
 
 
-def _choose(
-    files: Dataset[Sample], groups: Sequence[object], count: int, seed: int, where: str, labelled: bool
-) -> CalibrationImages:
-    """Return the first ``count`` readable images in :func:`balanced_order`."""
-    images: list[Tensor] = []
-    labels: list[int] = []
-    bad: list[Unreadable] = []
-    for index in balanced_order(groups, seed):
-        image, label = files[index]
-        if isinstance(image, Unreadable):
-            bad.append(image)
-            continue
-        images.append(image)
-        labels.append(label)
-        if len(images) == count:
-            break
-    left_out = _left_out(bad, len(images), min(count, len(groups)), where)
-    with_labels = "with labels" if labelled else "without labels"
-    description = f"{len(images)} of {len(groups)} images {where} ({with_labels}){left_out}"
-    indices = torch.tensor(labels, dtype=torch.int64) if labelled else None
-    return CalibrationImages(torch.stack(images).float(), indices, description)
-
-
-def _left_out(bad: Sequence[Unreadable], readable: int, needed: int, where: str) -> str:
-    """Return what a description says of unreadable images; empty without any.
+def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
+    """Return the first ``count`` readable images in :func:`balanced_order`, their labels and a description.
 
     Raises:
         DataError: fewer than half of the images that are needed are readable.
     """
-    if 2 * readable < needed:
+    assert split.images is not None
+    good: list[Sample] = []
+    bad: list[Unreadable] = []
+    for index in balanced_order(split.groups, seed):
+        image, label = split.images[index]
+        if isinstance(image, Unreadable):
+            bad.append(image)
+            continue
+        good.append((image, label))
+        if len(good) == count:
+            break
+    needed = min(count, len(split.groups))
+    if 2 * len(good) < needed:
         raise DataError(
-            f"{len(bad)} of {len(bad) + readable} images {where} cannot be read, which leaves {readable} of "
-            f"the {needed} needed. First: {bad[0].file}: {bad[0].reason}"
+            f"{len(bad)} of {len(bad) + len(good)} images {split.name} cannot be read, which leaves "
+            f"{len(good)} of the {needed} needed. First: {bad[0].file}: {bad[0].reason}"
         )
-    if not bad:
-        return ""
-    # This text ends up in slim files, which need not know where somebody keeps their images.
-    first = "/".join(Path(bad[0].file).parts[-2:])
-    return f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
-
-
-def _calibration_dataset(
-    preprocessing: Preprocessing,
-    data: DataOptions,
-    count: int,
-    seed: int,
-    num_classes: int | None,
-    use_labels: bool,
-) -> CalibrationImages:
-    name, split = str(data.dataset), data.train_split
-    opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
-    where = f"of {name} {split}"
-    if isinstance(opened, IterableDataset):
-        samples = list(NamedStream(name, opened, count, preprocessing))
-        if not samples:
-            raise DataError(f"{option_name('dataset', name)}, split {split!r}: gave no images")
-        images, labels, _ = collate(samples)
-        with_labels = "with labels" if use_labels else "without labels"
-        description = f"the first {len(labels)} images {where}, shuffled ({with_labels})"
-        chosen = CalibrationImages(images, labels, description)
-    else:
-        if not len(opened):
-            raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
-        everything = NamedImages(name, opened, range(len(opened)), preprocessing)
-        chosen = _choose(everything, targets_of(name, opened), count, seed, where, use_labels)
-    if not use_labels or chosen.labels is None:
-        return CalibrationImages(chosen.images, None, chosen.description)
-    wrong = label_outside(chosen.labels, num_classes)
-    if wrong is not None:
-        raise DataError(
-            f"{option_name('dataset', name)}: label {wrong} is not a class of the model's "
-            f"head ({num_classes} classes). Map them with {option_name('class_map')}, or leave labels out "
-            f"with {option_name('labels', False)}"
-        )
-    return chosen
+    description = f"{len(good)} of {len(split.groups)} images {split.name} ({split.label_note})"
+    if bad:
+        # This text ends up in slim files, which need not know where somebody keeps their images.
+        first = "/".join(Path(bad[0].file).parts[-2:])
+        description += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
+    images, labels, _ = collate(good)
+    return images.float(), labels, description
 
 
 # -- accuracy --
@@ -286,90 +335,41 @@ def evaluation_loader(
             error at the end of a pass.
         UsageError: ``data`` names no images.
     """
-    if data.dataset is not None:
-        chosen = _evaluation_dataset(preprocessing, data, num_classes, limit, part)
-    elif data.data_dir is not None:
-        chosen = _evaluation_folder(preprocessing, data, num_classes, limit, part)
-    else:
+    if data.dataset is None and data.data_dir is None:
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
-    return EvaluationLoader(
-        chosen.samples,
-        total=chosen.total,
-        batch_size=batch_size,
-        # Shards are divided among workers unevenly, and a stream's images could then not be counted.
-        workers=0 if isinstance(chosen.samples, IterableDataset) else worker_count(data.workers),
-        num_classes=num_classes,
-        description=chosen.description,
-        fingerprint=chosen.fingerprint,
-    )
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """One part of the images of a split."""
-
-    samples: Dataset[Sample] | IterableDataset[Sample]
-    total: int
-    """Number of images in the part; 0 if a stream does not state it."""
-    description: str
-    """All parts together, for readers."""
-    fingerprint: str
-    """All parts together."""
-
-
-def _evaluation_folder(
-    preprocessing: Preprocessing,
-    data: LabelledImages,
-    num_classes: int | None,
-    limit: int | None,
-    part: tuple[int, int],
-) -> _Chosen:
-    assert data.data_dir is not None
-    folder = scan(find_folder(data.data_dir, data.val_split, "val_split"))
-    if not folder.images:
-        raise DataError(f"{folder.path}: no images; folders there: {listed(folder.classes)}")
-    if not any(folder.names):
+    split = open_split(data, "val_split", preprocessing, num_classes=num_classes)
+    if not split.labelled:
+        assert data.data_dir is not None
         raise WithoutLabels(
-            f"{folder.path}: images without class folders; accuracy needs {data.val_split}/<class>/<image>. "
+            f"images without class folders {split.name}; accuracy needs {data.val_split}/<class>/<image>. "
             f"Folders in {os.fspath(data.data_dir)}: {listed(subfolders(Path(data.data_dir)))}"
         )
-    labels = label_images(folder, data, num_classes, "")
-    indices = _spread(labels, limit)
-    images, labels = [folder.images[index] for index in indices], [labels[index] for index in indices]
-    first, step = _checked_part(part, len(images))
-    files = ImageFiles(folder.path, images[first::step], labels[first::step], preprocessing)
-    description = f"{len(images)} of {len(folder.images)} images under {folder.name}/"
-    return _Chosen(files, len(files), description, fingerprint(images, labels))
-
-
-def _evaluation_dataset(
-    preprocessing: Preprocessing,
-    data: LabelledImages,
-    num_classes: int | None,
-    limit: int | None,
-    part: tuple[int, int],
-) -> _Chosen:
-    name, split = str(data.dataset), data.val_split
-    opened = open_named(data, split, num_classes, check_classes=True)
-    if isinstance(opened, IterableDataset):
+    samples: Dataset[Sample]
+    if split.images is None:
         if part[1] > 1:
-            raise DataError(
-                f"{option_name('dataset', name)}: is a stream, which several processes cannot share"
-            )
-        total = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
+            raise DataError(f"images {split.name}: are a stream, which several processes cannot share")
+        total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)
-        description = f"{total or 'all'} images of {name} {split}"
-        stream = NamedStream(name, opened, limit, preprocessing)
-        return _Chosen(stream, total, description, fingerprint([name, split], [total]))
-    targets = targets_of(name, opened)
-    indices = _spread(targets, limit)
-    first, step = _checked_part(part, len(indices))
-    images = NamedImages(name, opened, indices[first::step], preprocessing)
-    description = f"{len(indices) or 'all'} images of {name} {split}"
-    whole = fingerprint([name, split], [targets[index] for index in indices])
-    return _Chosen(images, len(images), description, whole)
+        description = f"{total or 'all'} images {split.name}"
+        samples, chosen = NamedStream(str(data.dataset), split.stream, limit, preprocessing), []
+    else:
+        chosen = _spread(split.groups, limit)
+        first, step = _checked_part(part, len(chosen))
+        total = len(chosen[first::step])
+        description = f"{len(chosen)} of {len(split.groups)} images {split.name}"
+        samples = Subset(split.images, chosen[first::step])
+    return EvaluationLoader(
+        samples,
+        total=total,
+        batch_size=batch_size,
+        # Shards are divided among workers unevenly, and a stream's images could then not be counted.
+        workers=0 if split.images is None else worker_count(data.workers),
+        num_classes=num_classes,
+        description=description,
+        fingerprint=split.identity(chosen),
+    )
 
 
 def _checked_part(part: tuple[int, int], images: int) -> tuple[int, int]:

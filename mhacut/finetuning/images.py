@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset
 
 from mhacut.data import Preprocessing
-from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan
-from mhacut.data.named import NamedImages, open_named, targets_of
 from mhacut.data.preprocessing import Transform
-from mhacut.data.reading import ImageFiles, Sample, Unreadable, fingerprint, label_outside
+from mhacut.data.reading import Sample, Unreadable, label_outside
+from mhacut.data.sets import open_split
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
@@ -60,8 +59,7 @@ class TrainingImages:
     fingerprint: str
     """Digest of names and labels: equal for equal data, wherever it lies."""
     num_classes: int | None = None
-    """Number of classes to check labels against when images are read; None if they were checked, or are not
-    used."""
+    """Number of classes to check labels against when images are read; None if they are not used."""
 
 
 def training_images(
@@ -89,61 +87,34 @@ def training_images(
     """
     transform = training_transform(preprocessing, augmentation)
     use_labels = use_labels and num_classes > 1
-    if data.dataset is not None:
-        return _named(data, preprocessing, transform, num_classes, use_labels)
-    if data.data_dir is None:
+    if data.dataset is None and data.data_dir is None:
         raise UsageError(f"nothing to train on: give {option_name('data_dir')} or {option_name('dataset')}")
-    folder = scan(find_folder(data.data_dir, data.train_split, "train_split"))
-    if not folder.images:
+    split = open_split(
+        data,
+        "train_split",
+        preprocessing,
+        num_classes=num_classes or None,
+        use_labels=use_labels,
+        transform=transform,
+    )
+    if split.images is None:
         raise DataError(
-            f"{folder.path}: no images found; the names of image files end in "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"images {split.name}: are a stream, which cannot be resumed at a step; download its shards as "
+            "plain tar files, unpack it, or use hfds/"
         )
-    labelled = use_labels and any(folder.names)
-    if need_labels and not labelled:
+    if need_labels and data.dataset is None and not split.labelled:
         raise DataError(
-            f"{folder.path}: images without class folders, so without labels; "
+            f"images without class folders {split.name}, so without labels; "
             f"give a {option_name('teacher')}, or put them in <class>/<image>"
         )
-    labels = [-1] * len(folder.images)
-    if labelled:
-        hint = f", or leave labels out with {option_name('labels', False)}"
-        labels = label_images(folder, data, num_classes, hint)
-    with_labels = "with labels" if labelled else "without labels"
+    count = len(split.groups)
     return TrainingImages(
-        samples=ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
-        count=len(labels),
-        labelled=labelled,
-        description=f"{len(labels)} images under {folder.name}/ ({with_labels})",
-        fingerprint=fingerprint(folder.images, labels),
-    )
-
-
-def _named(
-    data: DataOptions,
-    preprocessing: Preprocessing,
-    transform: Transform,
-    num_classes: int,
-    use_labels: bool,
-) -> TrainingImages:
-    name, split = str(data.dataset), data.train_split
-    opened = open_named(data, split, num_classes or None, check_classes=use_labels)
-    if isinstance(opened, IterableDataset):
-        raise DataError(
-            f"{option_name('dataset', name)}: is a stream, which cannot be resumed at a step; download its "
-            "shards as plain tar files, unpack it, or use hfds/"
-        )
-    count = len(opened)
-    if not count:
-        raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
-    with_labels = "with labels" if use_labels else "without labels"
-    return TrainingImages(
-        samples=NamedImages(name, opened, range(count), preprocessing, transform),
+        samples=split.images,
         count=count,
-        labelled=use_labels,
-        description=f"{count} images of {name} {split} ({with_labels})",
-        fingerprint=fingerprint([name, split], targets_of(name, opened)),
-        num_classes=num_classes if use_labels else None,
+        labelled=split.labelled,
+        description=f"{count} images {split.name} ({split.label_note})",
+        fingerprint=split.identity(range(count)),
+        num_classes=num_classes if split.labelled else None,
     )
 
 
