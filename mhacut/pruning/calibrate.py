@@ -21,7 +21,6 @@ from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.pruning.unit_moments import SpilledMoments, UnitMoments, UnitSums, output_gram_of, spill_for
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
-from mhacut.runtime.tensor_files import Spill
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 
@@ -50,69 +49,6 @@ class Calibration:
     """Preserved outputs of the dense model, [images, classes] or as :meth:`Preserved.outputs` gives them."""
     preserved: Preserved = ANSWERS
     """Description of these outputs."""
-
-
-class _Pass:
-    """Sums and outputs that one pass gathers in this process."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        prunable: PrunableLayers,
-        fisher: FisherInformation,
-        spill: Spill | None = None,
-    ) -> None:
-        self.spill = spill
-        self.accumulators = {
-            unit.key: UnitSums(unit, fisher, output_gram_of(model, layer) if unit.linear else None, spill)
-            for layer in prunable.layers
-            for unit in layer.units
-        }
-        self.outputs: Tensor | None = None
-        """[images, classes], on the CPU; zeros for the images of other processes."""
-        self._images, self._held = 0, False
-
-    def start_batch(self, images: int, held: bool) -> None:
-        """Announce the size of the next batch, whose images are all held out or all to fit."""
-        self._images, self._held = images, held
-
-    def feed(self, unit: Unit, hook: str, channels: Tensor) -> None:
-        """Add the activation of one hook for the current batch."""
-        self.accumulators[unit.key].feed(hook, channels, self._images, self._held)
-
-    def add_outputs(self, start: int, outputs: Tensor, images: int) -> None:
-        """Keep the outputs of the images from ``start`` on, of ``images`` in all."""
-        if self.outputs is None:
-            self.outputs = torch.zeros(images, *outputs.shape[1:])
-        self.outputs[start : start + len(outputs)] = outputs.float().cpu()
-
-    def share(self, processes: Processes) -> Tensor:
-        """Add up, in place, what all processes gathered; return the outputs of all images."""
-        sums = {
-            f"{number} {name}": part
-            for number, accumulator in enumerate(self.accumulators.values())
-            for name, part in accumulator.sums().items()
-        }
-        if self.outputs is not None:
-            sums["outputs"] = self.outputs
-        sums = processes.summed(sums)
-        for number, accumulator in enumerate(self.accumulators.values()):
-            prefix = f"{number} "
-            own = {name: part for name, part in sums.items() if name.startswith(prefix)}
-            accumulator.take_sums({name.removeprefix(prefix): part for name, part in own.items()})
-        return sums["outputs"].cpu()
-
-    def moments(self) -> Mapping[UnitKey, UnitMoments]:
-        found = {key: accumulator.moments() for key, accumulator in self.accumulators.items()}
-        return found if self.spill is None else SpilledMoments(found, self.spill)
-
-    def statistics(self, model: nn.Module) -> dict[UnitKey, UnitStatistics]:
-        found = {}
-        for key, accumulator in self.accumulators.items():
-            found[key] = accumulator.statistics(model.get_submodule(accumulator.unit.layer))
-            if self.spill is not None:
-                self.spill.drop()
-        return found
 
 
 @torch.no_grad()
@@ -161,19 +97,46 @@ def calibrate(
             processes=processes,
         )
     preserved = preserved.thinned(model, images[:1].to(device), count)
-    gathered = _Pass(model, prunable, information, spill_for(prunable, device, processes))
+    spill = spill_for(prunable, device, processes)
+    gathered = {
+        unit.key: UnitSums(unit, information, output_gram_of(model, layer) if unit.linear else None, spill)
+        for layer in prunable.layers
+        for unit in layer.units
+    }
+    size, held_batch = 0, False  # of the batch that runs
+    sums: dict[str, Tensor] = {}
+
+    def feed(unit: Unit, hook: str, channels: Tensor) -> None:
+        gathered[unit.key].feed(hook, channels, size, held_batch)
+
     batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
-    with capturing(model, prunable.units(), gathered.feed):
+    with capturing(model, prunable.units(), feed):
         for number, (start, stop) in enumerate(batches):
             if number % processes.size == processes.rank:
-                gathered.start_batch(stop - start, start < held)
-                outputs = preserved.outputs(model, images[start:stop].to(device))
-                gathered.add_outputs(start, outputs, count)
+                size, held_batch = stop - start, start < held
+                outputs = preserved.outputs(model, images[start:stop].to(device)).float().cpu()
+                if "outputs" not in sums:
+                    sums["outputs"] = torch.zeros(count, *outputs.shape[1:])  # 0 where others have outputs
+                sums["outputs"][start:stop] = outputs
             counter.add(stop - start)
-    outputs = gathered.share(processes)
-    check_outputs(outputs)
-    statistics = gathered.statistics(model)
-    return Calibration(held, gathered.moments(), statistics, information, outputs, preserved)
+    for number, each in enumerate(gathered.values()):
+        sums |= {f"{number} {name}": part for name, part in each.sums.items()}
+    sums = processes.summed(sums)
+    for number, each in enumerate(gathered.values()):
+        prefix = f"{number} "
+        each.sums = {
+            name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)
+        }
+    check_outputs(sums["outputs"])
+    statistics = {}
+    for key, each in gathered.items():
+        statistics[key] = each.statistics(model.get_submodule(key[0]))
+        if spill is not None:
+            spill.drop()
+    moments: Mapping[UnitKey, UnitMoments] = {key: each.moments() for key, each in gathered.items()}
+    if spill is not None:
+        moments = SpilledMoments(moments, spill)
+    return Calibration(held, moments, statistics, information, sums["outputs"].cpu(), preserved)
 
 
 def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:

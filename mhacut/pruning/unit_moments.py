@@ -72,7 +72,11 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 
 
 class UnitSums:
-    """Sums over images for one unit, float64, on the model's device."""
+    """Sums over images for one unit, by name, float64, on the model's device.
+
+    ``rows``, ``total`` and ``second`` of a hook, of images to fit or held-out ones, are its moments. ``gram``
+    of a hook and ``energy``, over all images, are what :class:`UnitStatistics` follow from.
+    """
 
     def __init__(
         self,
@@ -84,129 +88,111 @@ class UnitSums:
         """Start from nothing.
 
         Args:
-            unit: whose channels are seen.
+            unit: unit whose channels are seen.
             fisher: weights of their tokens.
             output_gram: [H, d_v, d_v], needed for linear attention only.
             spill: where second moments lie; None for memory.
         """
         self.unit, self.fisher, self.output_gram, self.spill = unit, fisher, output_gram, spill
-        self.parts: dict[tuple[str, bool], Moments] = {}
-        self.grams: dict[str, Tensor] = {}
-        self.energy: Tensor | None = None
+        self.sums: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
 
     def feed(self, hook: str, channels: Tensor, images: int, held: bool) -> None:
         """Add one batch of ``images`` images from one hook, [..., heads, width]."""
-        if self.unit.linear:
+        unit = self.unit
+        if unit.linear:
             self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)  # (B, H, N, d)
             return
         weights = None
         if hook != "key":
-            weights = self.fisher.token_importance(self.unit.layer, channels.shape[:-2], images)
-        if self.unit.kind == "qk":
+            weights = self.fisher.token_importance(unit.layer, channels.shape[:-2], images)
+        if unit.kind == "qk":
             x = channels.movedim(-2, 1).flatten(2, -2)  # (B, H, N, d)
-            self._energy(hook, x)
-            if hook == "key" and self.unit.mixing != "select":
+            self._add_logit_energy(hook, x)
+            if hook == "key" and unit.mixing != "select":
                 x = x - x.mean(dim=-2, keepdim=True)  # softmax ignores what is constant over the keys
-            self._gram(hook, x.transpose(0, 1).flatten(1, 2))
-            self._moments(hook, x.transpose(0, 1).flatten(1, 2), weights, held)  # (H, B * N, d)
+            rows = x.transpose(0, 1).flatten(1, 2)  # (H, B * N, d)
+            self._add_gram(hook, rows)
+            self._add_moments(hook, Moments.of(rows, weights), held)
             return
-        if hook != "output":  # values, or hidden channels, which are what the output projection reads
-            self._gram(hook, channels.flatten(0, -3).transpose(0, 1))  # (H, B * N, d)
-        if hook != "value":
-            self._moments(hook, channels.flatten(-2).flatten(0, -2), weights, held)  # (B * N, H * d)
+        if hook == "value":  # before attention; similarity alone needs it
+            self._add_gram(hook, channels.flatten(0, -3).transpose(0, 1))  # (H, B * N, d)
+        else:
+            self._add_moments(hook, Moments.of(channels.flatten(-2).flatten(0, -2), weights), held)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
         """Add features or values, (B, H, N, d), once query, key and value of a batch are there."""
         self._waiting[hook] = x
         if hook != "value":
-            self._gram(hook, x.transpose(0, 1).flatten(1, 2))
+            self._add_gram(hook, x.transpose(0, 1).flatten(1, 2))
         if len(self._waiting) < 3:
             return
         query, key, value = (self._waiting.pop(name) for name in ("query", "key", "value"))
         energy = linear_attention_energy(query, key)
-        self.energy = energy if self.energy is None else self.energy + energy
         assert self.output_gram is not None
         second = linear_contributions(query, key, value, self.output_gram)
         rows = query.shape[0] * query.shape[2]
-        self._add(("parts", held), Moments(rows, torch.zeros_like(energy), second))
+        self._add_moments("parts", Moments(rows, torch.zeros_like(energy), second), held)
+        self._add("energy", energy)
 
-    def _moments(self, hook: str, rows: Tensor, weights: Tensor | None, held: bool) -> None:
-        self._add((hook, held), Moments.of(rows, weights))
-
-    def _add(self, key: tuple[str, bool], moments: Moments) -> None:
-        if key in self.parts:
-            self.parts[key] += moments
-        else:
-            self.parts[key] = moments
-            if self.spill is not None:
-                moments.second = self.spill.keep(moments.second)
-        if self.spill is not None:
-            self.spill.drop()
-
-    def _gram(self, hook: str, rows: Tensor) -> None:
-        """Add unweighted products of rows, [H, rows, d], for similarity; an MLP's moments serve for that."""
-        if self.unit.kind == "hidden":
-            return
-        flat = rows.float()
-        gram = (flat.mT @ flat).double()  # (H, d, d)
-        self.grams[hook] = self.grams[hook] + gram if hook in self.grams else gram
-
-    def _energy(self, hook: str, x: Tensor) -> None:
+    def _add_logit_energy(self, hook: str, x: Tensor) -> None:
+        """Add queries or keys, (B, H, N, d), once both of a batch are there."""
         self._waiting[hook] = x
         if len(self._waiting) == 2:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
             if len(query) < len(key):  # queries of an image that all its windows share
                 query = query.repeat_interleave(len(key) // len(query), dim=0)
-            energy = logit_energy(query, key, centre=self.unit.mixing != "select")
-            self.energy = energy.double() if self.energy is None else self.energy + energy.double()
+            self._add("energy", logit_energy(query, key, centre=self.unit.mixing != "select").double())
 
-    def sums(self) -> dict[str, Tensor]:
-        """Everything gathered so far, under names that are the same in every process."""
-        found = {f"gram {hook}": gram for hook, gram in self.grams.items()}
-        if self.energy is not None:
-            found["energy"] = self.energy
-        for (hook, held), part in self.parts.items():
-            name = f"{hook} {'held' if held else 'fit'}"
-            rows = torch.tensor(part.rows, dtype=torch.int64, device=part.total.device)
-            found |= {f"rows {name}": rows, f"total {name}": part.total, f"second {name}": part.second}
-        return found
+    def _add_gram(self, hook: str, rows: Tensor) -> None:
+        """Add unweighted products of rows, [H, rows, d]."""
+        flat = rows.float()
+        self._add(f"gram {hook}", (flat.mT @ flat).double())  # (H, d, d)
 
-    def take_sums(self, sums: Mapping[str, Tensor]) -> None:
-        """Replace everything gathered by ``sums``; the inverse of :meth:`sums`."""
-        self.energy = sums.get("energy")
-        self.grams = {name[5:]: gram for name, gram in sums.items() if name.startswith("gram ")}
-        self.parts = {
-            (name.split()[1], name.endswith(" held")): Moments(
-                int(rows), sums["total" + name[4:]], sums["second" + name[4:]]
-            )
-            for name, rows in sums.items()
-            if name.startswith("rows ")
-        }
+    def _add_moments(self, hook: str, moments: Moments, held: bool) -> None:
+        name = f"{hook} {'held' if held else 'fit'}"
+        self._add(f"rows {name}", torch.tensor(moments.rows, device=moments.total.device))
+        self._add(f"total {name}", moments.total)
+        self._add(f"second {name}", moments.second)
+        if self.spill is not None:
+            self.spill.drop()
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value  # in place, which for wide layers saves much copying
+        elif self.spill is not None and name.startswith("second"):
+            self.sums[name] = self.spill.keep(value)
+        else:
+            self.sums[name] = value
 
     def moments(self) -> UnitMoments:
-        """Moments of everything gathered so far."""
+        """Return the moments of everything gathered so far."""
         hooks = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
         if self.unit.linear:
             hooks = ("parts",)
         fit, held = (
-            tuple(self.parts[hook, part] for hook in hooks if (hook, part) in self.parts)
-            for part in (False, True)
+            tuple(
+                Moments(
+                    int(self.sums[f"rows {name}"]), self.sums[f"total {name}"], self.sums[f"second {name}"]
+                )
+                for name in (f"{hook} {part}" for hook in hooks)
+                if f"rows {name}" in self.sums
+            )
+            for part in ("fit", "held")
         )
         return UnitMoments(fit or held, held or fit)
 
     def statistics(self, module: nn.Module) -> UnitStatistics:
-        """Statistics of everything gathered so far, on the CPU; ``module`` is the unit's layer."""
-        unit, moments = self.unit, self.moments().every
+        """Return the statistics of everything gathered so far, on the CPU; ``module`` is the unit's layer."""
+        unit = self.unit
         if unit.kind == "qk":
-            assert self.energy is not None
-            similar = redundancy(cosine_similarity(self.grams["query"]), cosine_similarity(self.grams["key"]))
-            return UnitStatistics(similar.cpu(), self.energy.sqrt().cpu())
-        second = moments[0].second
-        gram = second[None] if unit.kind == "hidden" else self.grams["value"]
-        columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
-        energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
-        return UnitStatistics(redundancy(cosine_similarity(gram)).cpu(), energy.sqrt().cpu())
+            grams, energy = [self.sums["gram query"], self.sums["gram key"]], self.sums["energy"]
+        else:
+            second = self.moments().every[0].second
+            grams = [second[None] if unit.kind == "hidden" else self.sums["gram value"]]
+            columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
+            energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
+        return UnitStatistics(redundancy(*map(cosine_similarity, grams)).cpu(), energy.sqrt().cpu())
 
 
 class SpilledMoments(Mapping[UnitKey, UnitMoments]):
