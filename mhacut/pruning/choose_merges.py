@@ -8,15 +8,15 @@ cost table is counted again for every schedule that is tried.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
 from mhacut.pruning.allocate import job_widths, total_error
 from mhacut.pruning.calibrate import Calibration
@@ -61,45 +61,108 @@ class MergeChoice:
     predicted: float
     """Divergence in nats that merges and cut are expected to cause together."""
 
+    def __str__(self) -> str:
+        """Return one line for the log."""
+        if not self.merged:
+            return "no tokens are merged: channels alone are expected to cost less"
+        counts = ", ".join(str(count) for count in self.merged)
+        return (
+            f"tokens merged per block: {counts} ({sum(self.merged)} in all); a divergence of about "
+            f"{self.predicted:.2g} is expected"
+        )
+
 
 class MergeSearch:
     """Search for merges of one model, for any budget; the model is tried and counted once."""
 
-    def __init__(self, job: Job, calibration: Calibration) -> None:
+    def __init__(self, job: Job, calibration: Calibration, law: MergeLaw | None = None) -> None:
         """Try a few schedules on calibration images.
 
         Args:
             job: what is pruned; its model merges no tokens, and can.
-            calibration: of its model.
+            calibration: calibration of its model.
+            law: law of its model; None to fit it to schedules that are tried.
         """
         self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
         self.last = merging_blocks(job.model, self.tokens)
-        self.law = measured_law(job, calibration, self.tokens, self.last)
-        self._tables: dict[Schedule, CostTable] = {}
+        self.law = law or self._fitted_law(calibration)
+        self._tables: dict[Schedule, CostTable] = {(): job.table}
+
+    @torch.no_grad()
+    def _fitted_law(self, calibration: Calibration) -> MergeLaw:
+        tried = self.job.distillation(calibration).part(0, TRIED_IMAGES)
+        model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
+        for done, schedule in enumerate(trials, 1):
+            set_merged(model, schedule)
+            measured.append(tried.divergence_of(model))
+            self.job.reporter.advance(done, len(trials))
+        return MergeLaw.fit(trials, measured, self.tokens)
+
+    @cached_property
+    def schedules(self) -> list[Schedule]:
+        """Schedules of least cost, from no merges to as many as can be."""
+        cheapest = _cheapest_schedules(self.job, self.law, self.tokens, self.last)
+        return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
+
+    def table(self, schedule: Schedule) -> CostTable:
+        """Return the cost table of the job's model with merges."""
+        if schedule not in self._tables:
+            model = copy.deepcopy(self.job.model)
+            set_merged(model, schedule)
+            prunable = find_prunable_layers(model)
+            self._tables[schedule] = build_cost_table(model, prunable, self.job.input_size)
+        return self._tables[schedule]
 
     def choose(self, limits: Limits, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
         """Return the merges and widths of least predicted divergence within reachable limits.
+
+        The schedules of least cost are searched, from few merges to many.
 
         Args:
             limits: limits that the plan must keep.
             curves: curves of the job's units.
         """
-        return _best(limits, curves, self)
+        job, schedules = self.job, self.schedules
 
-    @cached_property
-    def schedules(self) -> list[Schedule]:
-        """Schedules of least cost, from no merges to as many as can be."""
-        prices = [price / self.job.table.dense for price in _PRICES]
-        costs = block_costs(self.job, self.tokens)
-        found = [(), *cheapest_schedules(self.law, self.tokens, costs, self.last, prices)]
-        found = [schedule for index, schedule in enumerate(found) if any(schedule) or not index]
-        return [*found, most_merged(self.tokens, self.last)]
+        def choice_of(schedule: Schedule, widths: Mapping[UnitKey, int]) -> MergeChoice:
+            predicted = divergence_by_cut(total_error(curves, widths))
+            if schedule:
+                predicted += self.law.divergence(schedule, self.tokens)
+            return MergeChoice(schedule, self.table(schedule), widths, predicted)
 
-    def table(self, schedule: Schedule) -> CostTable:
-        """Return the cost table of the job's model with merges."""
-        if schedule not in self._tables:
-            self._tables[schedule] = _table_with(self.job, schedule)
-        return self._tables[schedule]
+        def excess(schedule: Schedule) -> int:
+            """Return by how much the narrowest layers miss the limits; 0 or less if they keep them."""
+            within = job.limits_on_widths(limits, self.table(schedule))
+            return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
+
+        @cache
+        def choice(index: int) -> MergeChoice | None:
+            schedule = schedules[index]
+            if excess(schedule) > 0:
+                return None
+            widths = job_widths(job, limits, curves, self.table(schedule), close_gap=False)
+            return choice_of(schedule, widths)
+
+        def worth(index: int) -> float:
+            found = choice(index)
+            return math.inf if found is None else found.predicted
+
+        # Too few merges cost channels, too many cost tokens: there is one valley, whose left side may be
+        # infinite. It is searched by thirds.
+        low, high = 0, len(schedules) - 1
+        while high - low > 2:
+            left, right = low + (high - low) // 3, high - (high - low) // 3
+            if worth(left) == math.inf or worth(left) > worth(right):
+                low = left + 1
+            else:
+                high = right - 1
+        # No merges are no part of the valley where merging takes time that its FLOPs do not show.
+        best = min({0, *range(low, high + 1)}, key=worth)
+        found = choice(best)
+        if found is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
+            schedule = min((schedules[0], schedules[-1]), key=excess)
+            return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
+        return replace(found, widths=job_widths(job, limits, curves, found.table))
 
 
 def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> float | None:
@@ -111,7 +174,7 @@ def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> flo
     Args:
         job: what is pruned, a classifier.
         flops: FLOPs of the model that merges tokens, at most.
-        calibration: of its model.
+        calibration: calibration of the job's model.
 
     Returns:
         Nats; None if the model cannot merge that many tokens.
@@ -119,13 +182,10 @@ def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> flo
     if job.merged or calibration.held == 0 or why_not_merged(job.model):
         return None
     tokens = tokens_of_model(job.model, job.input_size)
-    costs, last = block_costs(job, tokens), merging_blocks(job.model, tokens)
-    saved = job.table.flops({}) - flops
-    dense = flops_of_blocks(costs, (0,) * tokens.depth, tokens)
-    prices = [price / job.table.dense for price in _PRICES]
-    schedules = cheapest_schedules(TYPICAL, tokens, costs, last, prices)
-    enough = (each for each in schedules if dense - flops_of_blocks(costs, each, tokens) >= saved)
-    schedule = next(enough, None)
+    cost = partial(_flops_of_blocks, block_costs(job, tokens), tokens)
+    most = cost((0,) * tokens.depth) - (job.table.flops({}) - flops)
+    schedules = _cheapest_schedules(job, TYPICAL, tokens, merging_blocks(job.model, tokens))
+    schedule = next((each for each in schedules if cost(each) <= most), None)
     if schedule is None:
         return None
     model = copy.deepcopy(job.model)
@@ -133,118 +193,19 @@ def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> flo
     return job.held_out(calibration).part(0, _FEW).divergence_of(model)
 
 
-def flops_of_blocks(costs: Sequence[BlockCost], schedule: Schedule, tokens: Tokens) -> float:
+def _cheapest_schedules(job: Job, law: MergeLaw, tokens: Tokens, last: int) -> list[Schedule]:
+    """Return the schedules of least cost by ``law`` in the first ``last`` blocks, from few merges to many."""
+    prices = [price / job.table.dense for price in _PRICES]
+    return cheapest_schedules(law, tokens, block_costs(job, tokens), last, prices)
+
+
+def _flops_of_blocks(costs: Sequence[BlockCost], tokens: Tokens, schedule: Schedule) -> float:
     """Return the approximate FLOPs of all blocks under a schedule."""
     count, total = tokens.total, 0.0
     for cost, merged in zip(costs, schedule, strict=True):
         total += cost.token * count + cost.pair * count**2 + cost.mlp * (count - merged)
         count -= merged
     return total
-
-
-def with_all_merged(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
-    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can."""
-    tokens, copied = tokens_of_model(model, size), copy.deepcopy(model)
-    set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
-    return copied
-
-
-def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
-    """Number of blocks that may merge tokens; the last may not if it computes only the tokens read."""
-    return tokens.depth - (read_of(model) is not None)
-
-
-@torch.no_grad()
-def tokens_of_model(model: Any, size: tuple[int, int, int]) -> Tokens:
-    """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
-    with recorded_calls(model, ["blocks.0"]) as calls:
-        model(torch.zeros(1, *size, device=next(model.parameters()).device))
-    total = calls["blocks.0"][0].args[0].shape[1]
-    return Tokens(total, model.num_prefix_tokens, len(model.blocks))
-
-
-@torch.no_grad()
-def measured_law(job: Job, calibration: Calibration, tokens: Tokens, last: int) -> MergeLaw:
-    """Return the law of the job's model, fitted to a few schedules tried on calibration images."""
-    judge = job.distillation(calibration).part(0, TRIED_IMAGES)
-    model, trials, measured = copy.deepcopy(job.model), trial_schedules(tokens, last), []
-    for done, schedule in enumerate(trials, 1):
-        set_merged(model, schedule)
-        measured.append(judge.divergence_of(model))
-        job.reporter.advance(done, len(trials))
-    return MergeLaw.fit(trials, measured, tokens)
-
-
-def _best(limits: Limits, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
-    """Search the schedules of least cost, from few merges to many, for the best division of the budget."""
-    job, schedules = search.job, search.schedules
-
-    @cache
-    def choice(index: int) -> MergeChoice | None:
-        table = search.table(schedules[index])
-        within = job.limits_on_widths(limits, table)
-        if any(lowest_flops(job.allowed, limit.cost) > limit.most for limit in within):
-            return None
-        widths = job_widths(job, limits, curves, table, close_gap=False)
-        predicted = divergence_by_cut(total_error(curves, widths))
-        if schedules[index]:
-            predicted += search.law.divergence(schedules[index], search.tokens)
-        return MergeChoice(schedules[index], table, widths, predicted)
-
-    def worth(index: int) -> float:
-        found = choice(index)
-        return float("inf") if found is None else found.predicted
-
-    # Too few merges cost channels, too many cost tokens: there is one valley; its left side may be infinite.
-    low, high = 0, len(schedules) - 1
-    while high - low > 2:
-        left, right = low + (high - low) // 3, high - (high - low) // 3
-        if worth(left) == float("inf") or worth(left) > worth(right):
-            low = left + 1
-        else:
-            high = right - 1
-    # No merges are no part of the valley where merging takes time that its FLOPs do not show.
-    found = [each for each in map(choice, {0, *range(low, high + 1)}) if each is not None]
-    if not found:
-        return _least(limits, curves, search)
-    best = min(found, key=lambda each: each.predicted)
-    return replace(best, widths=job_widths(job, limits, curves, best.table))
-
-
-def _least(limits: Limits, curves: Mapping[UnitKey, Curve], search: MergeSearch) -> MergeChoice:
-    """Return the narrowest layers, with the merges that miss the limits least: no choice keeps them."""
-    job = search.job
-
-    def excess(schedule: Schedule) -> int:
-        within = job.limits_on_widths(limits, search.table(schedule))
-        return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
-
-    schedule = min((search.schedules[0], search.schedules[-1]), key=excess)
-    widths = {key: choices[0] for key, choices in job.allowed.items()}
-    predicted = divergence_by_cut(total_error(curves, widths))
-    if schedule:
-        predicted += search.law.divergence(schedule, search.tokens)
-    return MergeChoice(schedule, search.table(schedule), widths, predicted)
-
-
-def described(choice: MergeChoice) -> str:
-    """Return one line about a choice, for the log."""
-    if not choice.merged:
-        return "no tokens are merged: channels alone are expected to cost less"
-    counts = ", ".join(str(count) for count in choice.merged)
-    return (
-        f"tokens merged per block: {counts} ({sum(choice.merged)} in all); a divergence of about "
-        f"{choice.predicted:.2g} is expected"
-    )
-
-
-def _table_with(job: Job, schedule: Schedule) -> CostTable:
-    """Return the cost table of the job's model with merges."""
-    if not schedule:
-        return job.table
-    model = copy.deepcopy(job.model)
-    set_merged(model, schedule)
-    return build_cost_table(model, find_prunable_layers(model), job.input_size)
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
@@ -254,7 +215,7 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     for block in range(tokens.depth):
         layers = [layer for layer in job.prunable.layers if layer.name.startswith(f"blocks.{block}.")]
         attention = [layer for layer in layers if layer.adapter.family == "attention"]
-        pair = sum(_heads_times_width(unit) for layer in attention for unit in layer.units)
+        pair = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
         if block == tokens.depth - 1 and read_of(job.model) is not None:
             pair = 0  # its queries are few, whatever is merged before
         total = sum(by_layer[layer.name] for layer in attention)
@@ -265,5 +226,22 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     return costs
 
 
-def _heads_times_width(unit: Unit) -> int:
-    return unit.heads * unit.width
+def with_all_merged(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can."""
+    tokens, copied = tokens_of_model(model, size), copy.deepcopy(model)
+    set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
+    return copied
+
+
+def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
+    """Return the number of blocks that may merge; the last may not if it computes only the tokens read."""
+    return tokens.depth - (read_of(model) is not None)
+
+
+@torch.no_grad()
+def tokens_of_model(model: Any, size: tuple[int, int, int]) -> Tokens:
+    """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
+    with recorded_calls(model, ["blocks.0"]) as calls:
+        model(torch.zeros(1, *size, device=next(model.parameters()).device))
+    total = calls["blocks.0"][0].args[0].shape[1]
+    return Tokens(total, model.num_prefix_tokens, len(model.blocks))

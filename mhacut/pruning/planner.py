@@ -14,7 +14,7 @@ from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
-from mhacut.pruning.choose_merges import MergeSearch, described
+from mhacut.pruning.choose_merges import MergeSearch
 from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Constraint, Limit, Limits
@@ -109,7 +109,7 @@ class Planner:
                 self.reporter.start("choosing merges")
                 choice = self._merge_search.choose(limits, curves)
                 widths, table, merged = choice.widths, choice.table, choice.merged
-                self.reporter.log(described(choice))
+                self.reporter.log(str(choice))
             else:
                 widths = job_widths(job, limits, curves)
         ready = self._reconstructed(widths)

@@ -54,9 +54,8 @@ def test_tokens_and_channels_share_a_budget(model, tmp_path):
     assert slim(torch.randn(2, 3, 96, 96)).shape == (2, 10)
 
 
-def test_schedules_go_from_no_merges_to_as_many_as_there_can_be(model, monkeypatch):
-    monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
-    search = MergeSearch(job_of(model, image(VIT, batch=2), counted=True), None)
+def test_schedules_go_from_no_merges_to_as_many_as_there_can_be(model):
+    search = MergeSearch(job_of(model, image(VIT, batch=2), counted=True), None, TYPICAL)
     none, *some, most = search.schedules
     assert none == ()
     assert most == most_merged(search.tokens, search.last)
@@ -235,10 +234,9 @@ def test_of_a_single_patch_nothing_is_merged():
     assert result.slim.flops <= result.budget
 
 
-def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model, monkeypatch):
-    monkeypatch.setattr(choose_merges, "measured_law", lambda *args: TYPICAL)
+def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):
     job = job_of(model, image(VIT, batch=2), counted=True)
-    search = MergeSearch(job, None)
+    search = MergeSearch(job, None, TYPICAL)
     # No model without merges meets half the time, however narrow; those that merge take the time of their
     # FLOPs.
     dense, most = job.table.dense, search.table(search.schedules[-1])
