@@ -347,7 +347,7 @@ FILES = (
         "safetensors, ViT of width 200, 5 heads",
         of_timm(VIT, **TEN, embed_dim=200, num_heads=5),
         plain("model.safetensors"),
-        {"model_args": {"num_heads": 5}},
+        {"model": VIT, "model_args": {"num_heads": 5}},
     ),
     File("safetensors, resnet18 (no attention)", of_timm("resnet18", **TEN), plain("model.safetensors")),
     hugging_face("ViT", "ViTForImageClassification", "ViTConfig", logits, **SMALL, num_labels=7),

@@ -16,8 +16,7 @@ from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_fi
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
-from mhacut.checkpoint.infer import Identified
-from mhacut.checkpoint.names import to_model_names
+from mhacut.checkpoint.infer import Identified, to_model_names
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError

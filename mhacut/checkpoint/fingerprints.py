@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import base64
-import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -26,12 +24,9 @@ CLASSIFIERS = re.compile(
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
 """Tensors of classifiers in timm; their shape depends on the classes, and a file may have none."""
+_OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamma|attn\.qkv\.bias)")
+"""Kinds of tensors that are there, or are not, by an argument that the others show."""
 _NUMBER = re.compile(r"\.\d+(?=\.)")
-_SLOTS = 12
-"""Minima of each of the two halves of a sketch."""
-_MOST_SIMILAR = 12
-_LEAST_LIKENESS = 2
-"""Smallest likeness of an architecture that is worth building."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +37,7 @@ class Fingerprint:
     """Digest of all names and shapes; tables of positions count by their names only."""
     any_size: str
     """Digest of the kinds of tensors, blocks without their number, and of their shapes in blocks: equal
-    whatever the depth, the input channels, the patches and the image size."""
-    sketch: bytes
-    """MinHash of the kinds, and of them with their shapes (a byte of each minimum; Li and König, 2010)."""
-    width: int
-    """Number of elements of one tensor of each kind and shape: grows with the width, not with the depth."""
-
-
-@dataclass(frozen=True)
-class Group:
-    """Architectures with equal :attr:`Fingerprint.any_size`."""
-
-    any_size: str
-    sketch: bytes
-    width: int
-    architectures: Mapping[str, tuple[str, ...]]
-    """Names of architectures, by :attr:`Fingerprint.exact`."""
-
-    def names(self) -> tuple[str, ...]:
-        """Names of all architectures of the group."""
-        return tuple(name for names in self.architectures.values() for name in names)
+    whatever the depth, the input channels, the patches, the image size, the pooling and the registers."""
 
 
 @dataclass(frozen=True)
@@ -69,83 +45,53 @@ class Table:
     """Fingerprints of all prunable architectures of one version of timm."""
 
     timm: str
-    groups: tuple[Group, ...]
+    groups: Mapping[str, Mapping[str, tuple[str, ...]]]
+    """Names of architectures, by :attr:`Fingerprint.any_size`, then by :attr:`Fingerprint.exact`."""
 
     def exactly(self, shapes: Shapes) -> tuple[str, ...]:
         """Names of the architectures that have these tensors, classes and image size aside."""
-        exact = fingerprint(shapes).exact
-        return tuple(name for group in self.groups for name in group.architectures.get(exact, ()))
+        found = fingerprint(shapes)
+        return self.groups.get(found.any_size, {}).get(found.exact, ())
 
     def of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
-        """Names of those that may have them with another depth, patch size or number of input channels."""
-        any_size = fingerprint(shapes).any_size
-        return tuple(name for group in self.groups if group.any_size == any_size for name in group.names())
-
-    def similar(self, shapes: Shapes) -> tuple[Group, ...]:
-        """Groups with the most similar tensors, most similar first; none if no group is.
-
-        Of equally similar ones, those come first whose width is nearest.
-        """
-        own = fingerprint(shapes)
-        ranked = sorted(
-            (-_likeness(group.sketch, own.sketch), abs(math.log(group.width / own.width)), number)
-            for number, group in enumerate(self.groups)
-        )
-        return tuple(
-            self.groups[number]
-            for likeness, _, number in ranked[:_MOST_SIMILAR]
-            if -likeness >= _LEAST_LIKENESS
-        )
+        """Names of those that may have them with other arguments."""
+        group = self.groups.get(fingerprint(shapes).any_size, {})
+        return tuple(name for names in group.values() for name in names)
 
 
 def fingerprint(shapes: Shapes) -> Fingerprint:
     """Return the fingerprint of a model, or of a file, from the shape of each of its tensors."""
     exact: set[str] = set()
     any_size: set[str] = set()
-    elements: dict[str, int] = {}
     for name, shape in shapes.items():
         if CLASSIFIERS.fullmatch(name):
             continue
         sides = "" if POSITIONS.search(name) else "x".join(map(str, shape))
         kind = _NUMBER.sub("", name)
         exact.add(f"{name} {sides}")
-        any_size.add(kind if kind == name else f"{kind} {sides}")
-        elements[f"{kind} {sides}"] = math.prod(shape) if sides else 0
-    kinds = {text.split(" ")[0] for text in elements}
-    sketch = _sketch(kinds) + _sketch(elements)
-    return Fingerprint(_digest(exact, 6), _digest(any_size, 4), sketch, 1 + sum(elements.values()))
+        if not _OPTIONAL.fullmatch(kind):
+            # A model that averages its tokens has its last norm behind that, under another name.
+            kind = re.sub(r"^fc_norm\.", "norm.", kind)
+            any_size.add(f"{kind} {sides}" if _NUMBER.search(name) else kind)
+    return Fingerprint(_digest(exact, 6), _digest(any_size, 4))
 
 
 def _digest(lines: Iterable[str], size: int) -> str:
     return blake2b("\n".join(sorted(lines)).encode(), digest_size=size).hexdigest()
 
 
-def _sketch(features: Iterable[str]) -> bytes:
-    digests = [blake2b(feature.encode(), digest_size=2 * _SLOTS).digest() for feature in features]
-    slots = range(0, 2 * _SLOTS, 2)
-    return bytes(min((digest[i : i + 2] for digest in digests), default=b"\0\0")[1] for i in slots)
-
-
-def _likeness(one: bytes, other: bytes) -> int:
-    """Return a grade from 0 to 8, coarse enough that the width decides between nearly equal sketches."""
-    return sum(a == b for a, b in zip(one, other, strict=True)) // 3
-
-
 def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
     """Return the text of a table, from the fingerprint of each architecture.
 
-    A line without indent begins a group: its digest, its width and its sketch. Below it, each line has a
-    digest of all names and shapes and the architectures that share it.
+    A line without indent begins a group with its digest. Below it, each line has a digest of all names and
+    shapes and the architectures that share it.
     """
     groups: dict[str, dict[str, list[str]]] = {}
-    firsts: dict[str, Fingerprint] = {}
     for name, found in sorted(fingerprints.items()):
         groups.setdefault(found.any_size, {}).setdefault(found.exact, []).append(name)
-        firsts.setdefault(found.any_size, found)
     lines = [f"timm {timm}"]
     for any_size, by_exact in groups.items():
-        sketch = base64.b64encode(firsts[any_size].sketch).decode()
-        lines.append(f"{any_size} {firsts[any_size].width} {sketch}")
+        lines.append(any_size)
         lines += [" " + " ".join([exact, *names]) for exact, names in by_exact.items()]
     return "\n".join(lines) + "\n"
 
@@ -154,13 +100,12 @@ def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
 def read_table() -> Table:
     """Read the table that mhacut ships."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
-    groups: list[Group] = []
-    members: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, dict[str, tuple[str, ...]]] = {}
+    group: dict[str, tuple[str, ...]] = {}
     for line in lines:
-        head, *rest = line.split()
+        digest, *names = line.split()
         if line.startswith(" "):
-            members[head] = tuple(rest)
+            group[digest] = tuple(names)
         else:
-            members = {}
-            groups.append(Group(head, base64.b64decode(rest[1]), int(rest[0]), members))
-    return Table(first.removeprefix("timm "), tuple(groups))
+            group = groups.setdefault(digest, {})
+    return Table(first.removeprefix("timm "), groups)

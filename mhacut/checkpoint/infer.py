@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
@@ -15,11 +15,11 @@ from mhacut.checkpoint.fingerprints import POSITIONS
 from mhacut.checkpoint.foreign.recognise import Conversion
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
-from mhacut.checkpoint.mismatch import is_foreign
-from mhacut.checkpoint.names import infos_by_model_names
-from mhacut.checkpoint.visible_args import Shapes, Shown, visible_args
+from mhacut.checkpoint.visible_args import Shown, visible_args, visible_classes, visible_img_size
 from mhacut.errors import CheckpointError
-from mhacut.flatten import img_size_of
+from mhacut.flatten import checkpoint_filter, img_size_of
+
+Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Identified:
     """The dense model."""
     skeleton: nn.Module
     """The model on the meta device, cut if the file is slim."""
-    tensors: Mapping[str, TensorInfo]
+    tensors: Tensors
     """Tensors of the file, under the names they have in the model."""
     notes: tuple[str, ...]
     """Lines for the user: what was inferred, and from where."""
@@ -44,19 +44,14 @@ class Identified:
 
 
 def infer_from_shapes(
-    name: str,
-    args: Mapping[str, Any],
-    cfg: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
-    *,
-    bounded: bool = False,
+    name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], tensors: Tensors, *, bounded: bool = False
 ) -> Identified:
     """Build model ``name`` with the arguments that the shapes of its tensors show.
 
     Args:
         name: architecture in timm.
         args: arguments of ``timm.create_model``. ``num_classes`` and ``img_size`` are inferred where missing;
-            unless ``bounded``, so are those of :func:`visible_args`.
+            unless ``bounded``, so are those of :func:`visible_args`. 0 classes leave the classifier out.
         cfg: timm's pretrained_cfg of the weights.
         tensors: tensors of the file.
         bounded: the file itself states the model and its arguments, so that its tensors bound the model's
@@ -68,44 +63,51 @@ def infer_from_shapes(
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
+    headless = args.get("num_classes") == 0
     shown: list[Shown] = []
     if "img_size" not in args:
         # Before anything is built: not every argument goes with every size.
         patch_size = args.get("patch_size", 4)
         size = img_size_of(name, shapes, patch_size if isinstance(patch_size, int) else 4)
         if size is not None:
-            args["img_size"] = size
             shown.append(Shown("img_size", size, "the shape of positional_encoding"))
-    # The shapes of the file decide, whatever size the configuration was written for.
+            args["img_size"] = size
     if bounded:
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     else:
         model, further = _with_visible_args(ModelIdentity(name, args, dict(cfg)), tensors)
         args |= {one.name: one.value for one in further}
         shown += further
-    last = len(shown)
-    if "num_classes" not in args:
-        classes, origin = _classes(model, infos_by_model_names(tensors, model))
-        shown.append(Shown("num_classes", classes, origin))
-    if "img_size" not in args:
-        size = _img_size(model, shapes)
-        if size is not None:
-            shown.append(Shown("img_size", size, "the shape of pos_embed"))
-    args |= {one.name: one.value for one in shown[last:]}
-    if any(one.value != getattr(model, one.name, None) for one in shown[last:]):
+    # The shapes of the file decide, whatever size the configuration was written for.
+    last = [] if "num_classes" in args else [visible_classes(model, _shapes_for(model, tensors))]
+    size_shown = None if "img_size" in args else visible_img_size(model, shapes)
+    last += [] if size_shown is None else [size_shown]
+    args |= {one.name: one.value for one in last}
+    if any(one.value != getattr(model, one.name, None) for one in last):
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
-    return Identified(
-        identity_of(model, name, args),
-        model,
-        infos_by_model_names(tensors, model),
-        tuple(map(str, shown)),
-        inferred=frozenset(one.name for one in shown),
-    )
+    shown += last
+    infos = infos_by_model_names(tensors, model)
+    notes = [*map(str, shown)]
+    if headless:
+        infos, left_out = _without_classifier(infos, model)
+        notes += left_out
+    identity = identity_of(model, name, args)
+    return Identified(identity, model, infos, tuple(notes), inferred=frozenset(one.name for one in shown))
 
 
-def _with_visible_args(
-    identity: ModelIdentity, tensors: Mapping[str, TensorInfo]
-) -> tuple[nn.Module, tuple[Shown, ...]]:
+def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Return the tensors without those of a classifier that ``model`` does not have, and a note."""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+    heads = tuple(f"{name.partition('.')[0]}." for name in names)
+    own = model.state_dict()
+    kept = {name: info for name, info in infos.items() if name in own or not name.startswith(heads)}
+    shapes = {name: info.shape for name, info in infos.items()}
+    classes = visible_classes(model, shapes).value
+    return kept, [f"its classifier of {classes} classes is left out"] if classes else []
+
+
+def _with_visible_args(identity: ModelIdentity, tensors: Tensors) -> tuple[nn.Module, tuple[Shown, ...]]:
     """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
     fault: CheckpointError | None = None
     try:
@@ -116,9 +118,7 @@ def _with_visible_args(
         if args == identity.model_args:
             raise
         model, fault = build_skeleton(dataclasses.replace(identity, model_args=args)), error
-    shapes = {key: info.shape for key, info in infos_by_model_names(tensors, model).items()}
-    foreign = is_foreign(model.state_dict(), shapes)
-    shown = () if foreign else visible_args(model, shapes, identity.model_args)
+    shown = visible_args(model, _shapes_for(model, tensors), identity.model_args)
     if shown:
         try:
             args = {**identity.model_args, **{one.name: one.value for one in shown}}
@@ -130,36 +130,36 @@ def _with_visible_args(
     return model, ()
 
 
-def position_shapes(tensors: Mapping[str, TensorInfo]) -> list[tuple[int, ...]]:
+def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:
     """Return the shapes of the tables of positions, sorted; they depend on the image size."""
     return sorted(info.shape for name, info in tensors.items() if POSITIONS.search(name))
 
 
-def _classes(model: Any, tensors: Mapping[str, TensorInfo]) -> tuple[int, str]:
-    """Return the number of classes, 0 without a classifier, and what shows it."""
-    classifier = model.pretrained_cfg.get("classifier") or ()
-    for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
-        weight = tensors.get(f"{name}.weight")
-        if weight is not None and weight.shape:
-            return weight.shape[0], f"the shape of {name}.weight"
-    return 0, "the file, which has no classifier"
+def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a dense file under the names, and at the image size, of ``model``.
+
+    FLatten models have other names in the files of their authors, and a linear classifier ``head`` has
+    another name in some architectures; other tensors stay as they are.
+    """
+    convert = checkpoint_filter(model)
+    named = dict(tensors) if convert is None else convert(tensors, model)
+    own, classifier = model.state_dict(), getattr(model, "pretrained_cfg", {}).get("classifier")
+    if not isinstance(classifier, str) or f"{classifier}.weight" in named or "head.weight" in own:
+        return named
+    translated = {f"head.{kind}": f"{classifier}.{kind}" for kind in ("weight", "bias")}
+    return {translated.get(name, name): tensor for name, tensor in named.items()}
 
 
-def _img_size(model: Any, shapes: Shapes) -> int | None:
-    """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
-    found = shapes.get("pos_embed")
-    expected = getattr(model, "pos_embed", None)
-    patch_embed = getattr(model, "patch_embed", None)
-    patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
-    if not isinstance(expected, Tensor) or found is None or tuple(expected.shape) == found:
-        return None
-    patches_found = shapes.get("patch_embed.proj.weight", ())[-1:]
-    if patches_found and isinstance(patch_size, tuple) and patches_found != tuple(patch_size[-1:]):
-        return None  # patches of another size: the grid would be misread
-    if len(found) != 3 or expected.dim() != 3 or found[2] != expected.shape[2] or found[0] != 1:
-        return None
-    if not isinstance(patches, int) or not isinstance(patch_size, tuple) or patch_size[0] != patch_size[1]:
-        return None
-    prefix = expected.shape[1] - patches  # class and register tokens with a position of their own
-    side = math.isqrt(max(found[1] - prefix, 0))
-    return side * int(patch_size[0]) if side > 0 and side * side == found[1] - prefix else None
+def infos_by_model_names(tensors: Tensors, model: nn.Module) -> dict[str, TensorInfo]:
+    """Return shapes and dtypes as :func:`to_model_names` leaves those of the tensors. Reads no weight."""
+    announced = {
+        name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()
+    }
+    return {
+        name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+        for name, tensor in to_model_names(announced, model).items()
+    }
+
+
+def _shapes_for(model: nn.Module, tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in infos_by_model_names(tensors, model).items()}

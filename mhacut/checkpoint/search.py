@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import functools
+import math
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
 from typing import Any
+
+from torch import nn
 
 from mhacut.checkpoint.build import known_model, shapes_of
 from mhacut.checkpoint.fingerprints import read_table
+from mhacut.checkpoint.foreign.family import VIT_SIZES
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
-from mhacut.checkpoint.same_function import differences
-from mhacut.checkpoint.unlisted import unlisted_models
 from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
@@ -21,6 +25,23 @@ from mhacut.surgery.find import model_input_size
 _MOST_NAMED = 4
 """Architectures in a message."""
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
+_NOT_COMPUTED = frozenset(
+    (
+        *("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values"),
+        *("img_size", "num_patches", "grid_size", "feature_size"),
+    )
+)
+"""Attributes that change nothing about the outputs of a model in eval mode, once its weights are read; among
+them those of images, on which the function depends only where shapes of tensors and windows do."""
+_ONLY_TRAINED = ("Identity", "Dropout", "DropPath", "PatchDropout", "DropBlock2d")
+_FLATTEN: dict[str, tuple[str, ...]] = {
+    "flatten_cswin": ("stage1.0.attns.0.positional_encoding", "stage1.0.attn.attns.0.positional_encoding"),
+    "flatten_deit": ("blocks.0.attn.positional_encoding",),
+    "flatten_pvt": ("block1.0.attn.positional_encoding",),
+    "flatten_pvt_v2": (*("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),),
+    "flatten_swin": ("layers.0.blocks.0.attn.positional_encoding",),
+}
+"""FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
 
 def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] = ()) -> Identified:
@@ -37,15 +58,16 @@ def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] =
     Raises:
         CheckpointError: no model has them, or several that compute different things.
     """
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    table = read_table()
-    fits = _nearest(_build(header, args, table.exactly(shapes)), header)
-    fits = fits or _nearest(_build(header, args, _released(table.of_any_size(shapes))), header)
-    fits = fits or _nearest(_build(header, args, unlisted_models(shapes, args)), header)
+    shapes, table = header.shapes, read_table()
+    built = _build(header, args, table.exactly(shapes))
+    fits = _nearest(built, header)
     if not fits:
-        fits, built = _similar(header, args)
-        if not fits:
-            raise CheckpointError(_heads_unknown(header, args) or _nothing_fits(header, built))
+        names = [name for name in table.of_any_size(shapes) if not name.startswith("test_")]
+        built += _build(header, args, names)
+        fits = _nearest(built, header)
+    fits = fits or _nearest(_build(header, args, _of_flatten(shapes)), header)
+    if not fits:
+        raise CheckpointError(_nothing_fits(header, built))
     chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
@@ -53,29 +75,12 @@ def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] =
     return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others, given)))
 
 
-def _image_size(fit: Identified) -> tuple[int, int]:
-    identity = fit.identity
-    _, height, width = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
-    return height, width
+def _of_flatten(names: Collection[str]) -> Iterator[str]:
+    import timm
 
-
-def _similar(header: FileHeader, args: Mapping[str, Any]) -> tuple[list[Identified], list[Identified]]:
-    """Return the models that fit with other arguments than those of sizes, and all that were built.
-
-    One architecture is built of each similar group, and of the nearest group that fits all.
-    """
-    shapes = {name: info.shape for name, info in header.tensors.items()}
-    groups = [_released(group.names()) for group in read_table().similar(shapes)]
-    built = _build(header, args, [min(names, key=_plainness) for names in groups if names])
-    fits = {fit.identity.architecture: fit for fit in _nearest(built, header)}
-    alike = next((names for names in groups if fits.keys() & set(names)), [])
-    others = _build(header, args, [name for name in alike if name not in fits])
-    return _nearest([*fits.values(), *others], header), built
-
-
-def _released(names: Iterable[str]) -> list[str]:
-    """Names of architectures, without timm's own test models."""
-    return [name for name in names if not name.startswith("test_")]
+    for module, signs in _FLATTEN.items():
+        if any(sign in names for sign in signs):
+            yield from timm.list_models(module=module)
 
 
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
@@ -91,14 +96,15 @@ def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) ->
 
 def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified]:
     """Return those of the fitting models for which the fewest arguments were inferred."""
-    fits = [one for one in built if _fits(one, header)]
+    positions = position_shapes(header.tensors)
+    fits = [
+        one
+        for one in built
+        if position_shapes(one.tensors) == positions
+        and shapes_of(one.skeleton) == {name: info.shape for name, info in one.tensors.items()}
+    ]
     least = min(map(_distance, fits), default=0)
     return [fit for fit in fits if _distance(fit) == least]
-
-
-def _fits(one: Identified, header: FileHeader) -> bool:
-    same_positions = position_shapes(one.tensors) == position_shapes(header.tensors)
-    return same_positions and shapes_of(one.skeleton) == {n: info.shape for n, info in one.tensors.items()}
 
 
 def _distance(fit: Identified) -> tuple[int, int, int]:
@@ -112,15 +118,66 @@ def _plainness(name: str) -> tuple[bool, int, str]:
     return not name.startswith("vit_"), len(name), name
 
 
+def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
+    """Return what ``other`` computes differently, as ``blocks.attn.num_heads 6``; empty if nothing.
+
+    Classes of modules of the same name, and their settings, are compared. Models that are built for images of
+    another size compute the same if nothing but that size differs.
+    """
+    ours, theirs = _computed(one), _computed(other)
+    keys = [*theirs, *(key for key in ours if key not in theirs)]
+    found = [f"{_without_numbers(key)} {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
+    return tuple(sorted(dict.fromkeys(found), key=lambda text: (text.count("."), len(text), text)))
+
+
+def _computed(model: nn.Module) -> dict[str, str]:
+    """Return the class of each module, its settings, and the shapes of tables that it computes itself."""
+    found = {}
+    for name, module in model.named_modules():
+        if type(module).__name__ in _ONLY_TRAINED:
+            continue
+        found[name or "model"] = type(module).__name__
+        settings = {key: _text(value) for key, value in vars(module).items() if not key.startswith("_")}
+        for key, buffer in module.named_buffers(recurse=False):  # of windows and positions
+            if key in module._non_persistent_buffers_set:
+                settings[key] = str(tuple(buffer.shape))
+        found |= {
+            f"{name}.{key}": f"{text:.40}" for key, text in settings.items() if key not in _NOT_COMPUTED
+        }
+    return found
+
+
+def _without_numbers(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part and not part.isdigit())
+
+
+def _text(value: Any) -> str:
+    """Text of a setting that is equal for equal settings; of other objects, their class."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return str(value)
+    if isinstance(value, tuple | list):
+        return "[" + ", ".join(map(_text, value)) + "]"
+    if isinstance(value, dict):
+        return _text(list(value.items()))
+    if isinstance(value, functools.partial):
+        return f"{_text(value.func)}({_text(value.args)}, {_text(value.keywords)})"
+    return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
+
+
 def _alternatives(chosen: Identified, others: Sequence[Identified], given: Collection[str]) -> list[str]:
     """Return a note that names models that compute the same with another preprocessing."""
     named: dict[str, list[str]] = {}
     normalised: set[str] = set()
     for other in others:
-        sizes = ["x".join(map(str, _image_size(model))) for model in (other, chosen)]
+        sizes = [
+            model_input_size(model.skeleton, model.identity.pretrained_cfg, model.identity.model_args)[1:]
+            for model in (other, chosen)
+        ]
         prepared = _preprocessing(other, chosen, given)
         normalised |= prepared.keys() & {"mean", "std"}
-        texts = [f"for images of {sizes[0]}, not {sizes[1]}"] if sizes[0] != sizes[1] else []
+        (height, width), (chosen_height, chosen_width) = sizes
+        larger = f"for images of {height}x{width}, not {chosen_height}x{chosen_width}"
+        texts = [larger] if sizes[0] != sizes[1] else []
         texts += [f"preprocessed with {_listed(prepared)}"] if prepared else []
         if texts:
             named.setdefault(", ".join(texts), []).append(other.identity.architecture)
@@ -143,11 +200,8 @@ def _preprocessing(one: Identified, other: Identified, given: Collection[str] = 
 
 
 def _listed(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {_value(value)}" for key, value in values.items())
-
-
-def _value(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    texts = {k: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for k, v in values.items()}
+    return ", ".join(f"{key} {text}" for key, text in texts.items())
 
 
 def _some(names: Sequence[str]) -> str:
@@ -162,57 +216,43 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
         text = "; ".join(filter(None, ["; ".join(settings[:3]), _listed(_preprocessing(other, chosen))]))
         differing.setdefault(text or "the same", []).append(other.identity.architecture)
     lines = [f"  {_some(names)}: {text}" for text, names in differing.items()]
-    more = [f"  and {len(lines) - _MOST_NAMED} more groups"] if len(lines) > _MOST_NAMED else []
-    return "\n".join(
-        [
-            f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
-            f"{option_name('model', 'NAME')}:",
-            f"  {chosen.identity.architecture}",
-            *lines[:_MOST_NAMED],
-            *more,
-        ]
+    first = (
+        f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
+        f"{option_name('model', 'NAME')}:"
     )
-
-
-def _heads_unknown(header: FileHeader, args: Mapping[str, Any]) -> str | None:
-    """Return the message for a file that a model fits once its number of heads is given."""
-    fits = [] if "num_heads" in args else _similar(header, {**args, "num_heads": 1})[0]
-    if not fits:
-        return None
-    nearest = min(fits, key=lambda fit: _plainness(fit.identity.architecture)).identity
-    sizes = {name: value for name, value in nearest.model_args.items() if name != "num_heads"}
-    return (
-        f"{show(header.path)}: its tensors are those of {nearest.architecture} "
-        f"({', '.join(f'{name}={value}' for name, value in sizes.items())}), but no shape shows how many "
-        f"heads it has; give {option_name('model_args', {'num_heads': 'N'})}"
-    )
+    return "\n".join([first, f"  {chosen.identity.architecture}", *lines[:_MOST_NAMED]])
 
 
 def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
     """Return the message for a file that no model fits, with the nearest one and how it differs."""
-    where = show(header.path)
+    where, shapes = show(header.path), header.shapes
     text = (
         f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
-        f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "
+        f"{len(shapes)} tensors; give {option_name('model', 'NAME')} (and "
         f"{option_name('model_args', {'KEY': 'VALUE'})} for what differs)"
     )
     nearest = max(built, key=_tensors_in_common, default=None)
-    if nearest is None:
+    if nearest is not None:
+        text += f"\n  nearest is {nearest.identity.architecture}"
+        try:
+            check_tensors(where, nearest.tensors, nearest.skeleton, nearest.identity)
+        except CheckpointError as error:
+            first, *lines = str(error).removeprefix(f"{where}: its ").split("\n")
+            text = "\n".join([f"{text}; {first}", *lines])
         return text
-    common, names = _tensors_in_common(nearest)
-    if 2 * names < len(nearest.tensors):
-        return text
-    text += f"\n  nearest is {nearest.identity.architecture}, with {common} tensors in common"
-    try:
-        check_tensors(where, nearest.tensors, nearest.skeleton, nearest.identity)
-    except CheckpointError as error:
-        first, *lines = str(error).removeprefix(f"{where}: its ").split("\n")
-        text = "\n".join([f"{text}; {first}", *lines])
+    width, *_ = (*shapes.get("blocks.0.norm1.weight", ()), 0)
+    if width and "blocks.0.attn.qkv.weight" in shapes:
+        # Own sizes of the plain ViT are what files without a name mostly hold.
+        size = min(VIT_SIZES, key=lambda one: abs(math.log(one[0] / width)))
+        text += (
+            f"\n  if it is a ViT, {width} wide: "
+            f"{option_name('model', f'vit_{VIT_SIZES[size]}_patch16_224')} and "
+            f"{option_name('model_args', {'num_heads': 'N'})}, as no shape shows how many heads it has"
+        )
     return text
 
 
-def _tensors_in_common(one: Identified) -> tuple[int, int]:
-    """Number of tensors of the file that the model has, by name and shape, then by name alone."""
+def _tensors_in_common(one: Identified) -> int:
+    """Number of tensors of the file that the model has, by name and shape."""
     expected = shapes_of(one.skeleton)
-    shared = [name for name in one.tensors if name in expected]
-    return sum(one.tensors[name].shape == expected[name] for name in shared), len(shared)
+    return sum(expected.get(name) == info.shape for name, info in one.tensors.items())

@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.checkpoint.build import shapes_of
 
@@ -18,6 +18,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
 """Arguments that every user changes: they come with the images."""
 SIZES = frozenset({"depth", "depths", "patch_size"})
+_SWITCHES: dict[str, tuple[str, Any, Any]] = {
+    "blocks.0.attn.qkv.bias": ("qkv_bias", True, False),
+    "blocks.0.ls1.gamma": ("init_values", 1e-5, None),  # it only initialises what the file overwrites
+    "norm_pre.weight": ("pre_norm", True, False),
+    "cls_token": ("class_token", True, False),
+}
+"""Tensors that there are, or are not, by the value of one argument: with the tensor, and without."""
 
 
 @dataclass(frozen=True)
@@ -32,20 +39,6 @@ class Shown:
         return f"{self.name} {self.value}, from {self.origin}"
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """A model built with its defaults, compared with the file."""
-
-    model: Any
-    expected: Shapes
-    found: Shapes
-    given: Mapping[str, Any]
-
-    def differs(self, name: str) -> bool:
-        """Whether just one of the two has the tensor."""
-        return (name in self.found) != (name in self.expected)
-
-
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[Shown, ...]:
     """Return the arguments in which the file differs from ``model``, as far as its shapes show them.
 
@@ -57,10 +50,25 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
         shapes: shape of each tensor of the file, by the model's names.
         given: arguments that are not to be inferred.
     """
-    pair = _Comparison(model, shapes_of(model), shapes, given)
+    expected = shapes_of(model)
+    if is_foreign(expected, shapes):
+        return ()
+    rules = (
+        _stem(model, expected, shapes),
+        _depth(expected, shapes),
+        _widths(model, expected, shapes, given),
+        _switched(expected, shapes),
+        _tokens(model, expected, shapes, given),
+        _pooling(model, expected, shapes),
+    )
     accepted = _parameters(type(model)) - set(given)
-    shown = (one for rule in _RULES for one in rule(pair))
-    return tuple(one for one in shown if one.name in accepted)
+    return tuple(one for rule in rules for one in rule if one.name in accepted)
+
+
+def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
+    """Whether most of a file's names are of a kind that the model does not have, whatever the block."""
+    ours, theirs = ({re.sub(r"\.\d+\.", ".", name) for name in one} for one in (expected, names))
+    return len(ours & theirs) < len(theirs) / 2
 
 
 def _parameters(kind: type) -> set[str]:
@@ -75,33 +83,32 @@ def _parameters(kind: type) -> set[str]:
     return names
 
 
-def _stem(pair: _Comparison) -> Iterator[Shown]:
-    first = pair.model.pretrained_cfg.get("first_conv") or "patch_embed.proj"
+def _stem(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
+    first = model.pretrained_cfg.get("first_conv") or "patch_embed.proj"
     name = f"{first if isinstance(first, str) else first[0]}.weight"
-    expected, found = pair.expected.get(name, ()), pair.found.get(name, ())
-    if len(expected) != 4 or len(found) != 4:
+    ours, theirs = expected.get(name, ()), found.get(name, ())
+    if len(ours) != 4 or len(theirs) != 4:
         return
-    if found[1] != expected[1] == getattr(pair.model, "in_chans", 3):
-        yield Shown("in_chans", found[1], f"the shape of {name}")
-    if name == "patch_embed.proj.weight" and found[2:] != expected[2:] and found[2] == found[3]:
-        yield Shown("patch_size", found[2], f"the shape of {name}")
+    # Behind another convolution, these are not the channels of images.
+    if theirs[1] != ours[1] == getattr(model, "in_chans", 3):
+        yield Shown("in_chans", theirs[1], f"the shape of {name}")
+    if name == "patch_embed.proj.weight" and theirs[2:] != ours[2:] and theirs[2] == theirs[3]:
+        yield Shown("patch_size", theirs[2], f"the shape of {name}")
 
 
-def _depth(pair: _Comparison) -> Iterator[Shown]:
-    count, expected = (
-        _count(r"blocks\.(\d{1,4})\.", pair.found),
-        _count(r"blocks\.(\d{1,4})\.", pair.expected),
-    )
-    if count and expected and count != expected:
-        yield Shown("depth", count, "the numbers of its blocks")
-    for stages in ("layers", "stages"):
-        many = [
-            [_count(rf"{stages}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(stage_count)]
-            for names in (pair.found, pair.expected)
-            if (stage_count := _count(rf"{stages}\.(\d{{1,4}})\.", names))
-        ]
-        if len(many) == 2 and len(many[0]) == len(many[1]) and many[0] != many[1] and all(many[0]):
-            yield Shown("depths", many[0], "the numbers of its blocks")
+def _depth(expected: Shapes, found: Shapes) -> Iterator[Shown]:
+    ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, found))
+    if ours and theirs and ours != theirs:
+        yield Shown("depth", theirs, "the numbers of its blocks")
+    for word in ("layers", "stages"):
+        ours, theirs = (_count(rf"{word}\.(\d{{1,4}})\.", names) for names in (expected, found))
+        if ours and ours == theirs:
+            depths = [
+                [_count(rf"{word}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(ours)]
+                for names in (expected, found)
+            ]
+            if depths[0] != depths[1] and all(depths[1]):
+                yield Shown("depths", depths[1], "the numbers of its blocks")
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
@@ -110,97 +117,106 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
-def _width(pair: _Comparison) -> Iterator[Shown]:
-    width, expected = (_rows(shapes, "patch_embed.proj.weight") for shapes in (pair.found, pair.expected))
-    if width in (0, expected):
-        return
-    head = _rows(pair.found, "blocks.0.attn.q_norm.weight")
-    heads = width // head if head and head < width and width % head == 0 else None
-    if heads is not None:
-        yield Shown("num_heads", heads, "the shape of blocks.0.attn.q_norm.weight")
-    if heads is not None or "num_heads" in pair.given:
-        yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
+def _widths(model: Any, expected: Shapes, found: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
+    width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (found, expected))
+    head = _size(found, "blocks.0.attn.q_norm.weight")
+    if width and width != ours:
+        shows_heads = 0 < head < width and width % head == 0
+        if shows_heads:
+            yield Shown("num_heads", width // head, "the shape of blocks.0.attn.q_norm.weight")
+        if shows_heads or "num_heads" in given:
+            yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
+    layer = "blocks.0.mlp.fc1.weight"
+    (hidden, width), (our_hidden, ours) = (
+        shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (found, expected)
+    )
+    plain = ours and type(model.blocks[0].mlp).__name__ == "Mlp"
+    if plain and hidden and width and hidden * ours != our_hidden * width:
+        ratio = hidden / width
+        if int(width * ratio) != hidden:  # timm rounds down
+            ratio = math.nextafter(ratio, math.inf)
+        yield Shown("mlp_ratio", ratio, f"the shape of {layer}")
 
 
-def _rows(shapes: Shapes, name: str) -> int:
+def _size(shapes: Shapes, name: str) -> int:
     """First dimension of a tensor; 0 if there is no such tensor, or it has no dimensions."""
     return next(iter(shapes.get(name, ())), 0)
 
 
-def _hidden(pair: _Comparison) -> Iterator[Shown]:
-    of_hidden = re.compile(r"blocks\.\d+\.mlp\.fc1\.weight")
-    found = {shape for name, shape in pair.found.items() if of_hidden.fullmatch(name)}
-    expected = pair.expected.get("blocks.0.mlp.fc1.weight", ())
-    if len(found) != 1 or len(expected) != 2 or type(pair.model.blocks[0].mlp).__name__ != "Mlp":
-        return
-    hidden, width = next(iter(found)) if len(next(iter(found))) == 2 else (0, 0)
-    if width and hidden and hidden * expected[1] != expected[0] * width:
-        ratio = hidden / width
-        if int(width * ratio) != hidden:  # timm rounds down
-            ratio = math.nextafter(ratio, math.inf)
-        yield Shown("mlp_ratio", ratio, "the shape of blocks.0.mlp.fc1.weight")
+def _switched(expected: Shapes, found: Shapes) -> Iterator[Shown]:
+    for tensor, (argument, with_it, without) in _SWITCHES.items():
+        if (tensor in found) != (tensor in expected):
+            is_there = tensor in found
+            origin = tensor if is_there else f"the lack of {tensor}"
+            yield Shown(argument, with_it if is_there else without, origin)
 
 
-def _block(pair: _Comparison) -> Iterator[Shown]:
-    if "blocks.0.attn.qkv.weight" in pair.found and pair.differs("blocks.0.attn.qkv.bias"):
-        bias = "blocks.0.attn.qkv.bias" in pair.found
-        yield Shown("qkv_bias", bias, "blocks.0.attn.qkv.bias" if bias else "the lack of a bias of qkv")
-    if pair.differs("blocks.0.ls1.gamma"):
-        scaled = "blocks.0.ls1.gamma" in pair.found
-        # The value initialises what the file overwrites.
-        origin = "blocks.0.ls1" if scaled else "the lack of blocks.0.ls1"
-        yield Shown("init_values", 1e-5 if scaled else None, origin)
-    if pair.differs("norm_pre.weight"):
-        yield Shown("pre_norm", "norm_pre.weight" in pair.found, "norm_pre")
-
-
-def _tokens(pair: _Comparison) -> Iterator[Shown]:
-    has_class = "cls_token" in pair.found
-    if pair.differs("cls_token"):
-        yield Shown("class_token", has_class, "cls_token" if has_class else "the lack of a cls_token")
-    registers = pair.found.get("reg_token", (1, 0, 0))[1:2]
-    expected = pair.expected.get("reg_token", (1, 0, 0))[1:2]
-    if registers and registers != expected:
+def _tokens(model: Any, expected: Shapes, found: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
+    ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, found))
+    if theirs != ours:
         for name in ("reg_tokens", "num_reg_tokens"):
-            yield Shown(name, registers[0], "the shape of reg_token")
-    yield from _embedded_tokens(pair, has_class + sum(registers))
-
-
-def _embedded_tokens(pair: _Comparison, prefix: int) -> Iterator[Shown]:
-    """Whether class and register tokens have positions: the others are a square of patches."""
-    found, expected = pair.found.get("pos_embed", ()), pair.expected.get("pos_embed", ())
-    without = getattr(pair.model, "no_embed_class", None)
-    if not isinstance(without, bool) or len(found) != 3 or len(expected) != 3 or "img_size" in pair.given:
+            yield Shown(name, theirs, "the shape of reg_token")
+    # Whether class and register tokens have positions: the others are a square of patches.
+    prefix, without = ("cls_token" in found) + theirs, getattr(model, "no_embed_class", None)
+    shapes = expected.get("pos_embed", ()), found.get("pos_embed", ())
+    if not isinstance(without, bool) or [len(shape) for shape in shapes] != [3, 3] or "img_size" in given:
         return
-    if "dist_token" in pair.found or not prefix or found[1] == expected[1]:
+    positions = shapes[1][1]
+    if "dist_token" in found or not prefix or positions == shapes[0][1]:
         return
-    patches = {True: found[1], False: found[1] - prefix}
-    square = {flag: count > 0 and math.isqrt(count) ** 2 == count for flag, count in patches.items()}
+    square = {flag: _side(positions - (0 if flag else prefix)) is not None for flag in (True, False)}
     if square[not without] and not square[without]:
         yield Shown("no_embed_class", not without, "the shape of pos_embed")
 
 
-def _pooling(pair: _Comparison) -> Iterator[Shown]:
-    pool = getattr(pair.model, "global_pool", None)
-    averaged, normed = "fc_norm.weight" in pair.found, "norm.weight" in pair.found
-    if pair.differs("attn_pool.latent") and "attn_pool.latent" in pair.found:
+def _pooling(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
+    def differs(name: str) -> bool:
+        return (name in found) != (name in expected)
+
+    pool = getattr(model, "global_pool", None)
+    averaged, normed = "fc_norm.weight" in found, "norm.weight" in found
+    if differs("attn_pool.latent") and "attn_pool.latent" in found:
         yield Shown("global_pool", "map", "attn_pool")
-    elif averaged and not normed and pair.differs("norm.weight"):
+    elif averaged and not normed and differs("norm.weight"):
         yield Shown("global_pool", "avg", "fc_norm")
-    elif normed and not averaged and pair.differs("fc_norm.weight") and "cls_token" in pair.found:
+    elif normed and not averaged and differs("fc_norm.weight") and "cls_token" in found:
         yield Shown("global_pool", "token", "norm, in place of fc_norm")
-    elif pool == "token" and "cls_token" not in pair.found and pair.differs("cls_token"):
+    elif pool == "token" and "cls_token" not in found and differs("cls_token"):
         yield Shown("global_pool", "avg", "the lack of a cls_token")
         if normed and not averaged:
             yield Shown("fc_norm", False, "norm, in place of fc_norm")
 
 
-_RULES: tuple[Callable[[_Comparison], Iterator[Shown]], ...] = (
-    _stem,
-    _depth,
-    _width,
-    _hidden,
-    _block,
-    _tokens,
-    _pooling,
-)
+def visible_classes(model: Any, shapes: Shapes) -> Shown:
+    """Return the number of classes of a file with ``model``'s names, 0 without a classifier."""
+    classifier = model.pretrained_cfg.get("classifier") or ()
+    for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
+        classes = _size(shapes, f"{name}.weight")
+        if classes:
+            return Shown("num_classes", classes, f"the shape of {name}.weight")
+    return Shown("num_classes", 0, "the file, which has no classifier")
+
+
+def visible_img_size(model: Any, shapes: Shapes) -> Shown | None:
+    """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
+    found, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
+    patch_embed = getattr(model, "patch_embed", None)
+    patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
+    if not isinstance(expected, Tensor) or found is None or len(found) != 3 or expected.dim() != 3:
+        return None
+    if found[1] == expected.shape[1] or found[::2] != (1, expected.shape[2]) or not isinstance(patches, int):
+        return None
+    stem = shapes.get("patch_embed.proj.weight", ())
+    if not isinstance(patch_size, tuple) or patch_size[0] != patch_size[1]:
+        return None
+    if stem and stem[-1] != patch_size[1]:
+        return None  # patches of another size: the grid would be misread
+    # Class and register tokens may have a position of their own.
+    side = _side(found[1] - (expected.shape[1] - patches))
+    return None if side is None else Shown("img_size", side * int(patch_size[0]), "the shape of pos_embed")
+
+
+def _side(patches: int) -> int | None:
+    """Side of the square of that many patches; None if it is none."""
+    side = math.isqrt(max(patches, 0))
+    return side if side and side * side == patches else None

@@ -13,31 +13,29 @@ from mhacut.checkpoint.fingerprints import CLASSIFIERS
 from mhacut.errors import CheckpointError, option_name
 
 Shapes = Mapping[str, tuple[int, ...]]
+_Group = Mapping[str, str]
+"""Names of one module's tensors in it, by their names in the file."""
 
-_LEADING = ("module.", "_orig_mod.")
-"""Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
-_INNER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Wrappers of single layers, anywhere in a name."""
-OWN = (
+_AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
+"""Words for an average of a network over training steps, which is what gets published."""
+_TRAINED = (
     *("model", "online_model", "net", "network", "student", "student_backbone", "backbone"),
     *("module", "encoder"),
 )
 """Words for the network that is trained."""
-AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
-"""Words for an average of it over training steps, which is what gets published."""
-_TEACHERS = ("teacher", "teacher_backbone")
-"""Those of them that may also be another network, from which this one learns."""
-_MOMENTUM = ("momentum_backbone",)
-"""Words for an average that is a target of the training only; a classifier belongs to the network itself."""
+_WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Words that compilation, sharding and recomputation put in front of a layer's name, anywhere in it."""
 _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
 """Modules that no model of timm has, and that only training needs."""
+_COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
+"""Single numbers that weight averaging keeps."""
 _BESIDE = re.compile(
     r"((student|teacher)_)?(dino_head|ibot_head)|(momentum_)?projector|predictor"
     r"|(projection|prediction)_head|momentum_(backbone|classifier)|queue|queue_ptr|center"
 )
 """Modules that may lie beside a network without being part of it."""
-_HEAD = re.compile(r"((student|teacher)_)?head")
-"""Such a module if it is a projection head, and not a classifier."""
+_PROJECTION = re.compile(r"(.+\.)?(last_layer\d?|prototypes\d*)\..+")
+"""Tensors that the heads of DINO and its like have, and no classifier."""
 _CLASSIFIER = re.compile(
     r"heads?|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
@@ -48,12 +46,6 @@ _LAYER = re.compile(
 """Tensors of a classifier in its network, maybe in a sequence."""
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
 """Tensors of such a layer, maybe with a dropout before it."""
-_COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
-"""Single numbers that weight averaging keeps."""
-_PROJECTED = re.compile(r"(^|\.)(dino_head|ibot_head|last_layer\d?|prototypes\d*)\.")
-"""Tensors that only projection heads have, those of DINO and its like."""
-_PROJECTION = re.compile(r"(mlp|layers|last_layer\d?|prototypes\d*)\.")
-"""All tensors of such a head."""
 _KEPT = ("timm_model", "visual", "features", "body")
 """Prefixes by which files of other libraries are recognised, and those of models without classifier."""
 _ENCODER_ITSELF = (
@@ -140,25 +132,27 @@ def unwrap(
     trunk: str | None = None
     while not layers_only:
         groups = _grouped(names)
-        if len(groups) > 1:
-            for word in [word for word in groups if word != part and _is_for_training(word, groups, shapes)]:
+        for word in [word for word in groups if word != part and _is_for_training(word, groups[word])]:
+            if len(groups) > 1:
                 _leave_out(left_out, word, groups.pop(word))
-        chosen = part if _is_module(groups, part) else _network(where, groups, shapes)
+        asked = part is not None and part in groups and "" not in groups[part].values()
+        chosen = part if asked else _network(where, groups, shapes)
         if chosen is None:
             names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
             break
-        classifier = None if part == chosen else _classifier(groups, chosen, shapes)
+        network = groups.pop(chosen)
+        classifier = None if asked else _classifier(groups, network, shapes)
         if classifier is not None:
             if layer is not None:  # one beside a network, and one beside what holds it: nobody knows which
                 raise CheckpointError(_may_belong(where, trunk or "", head))
             layer, trunk = classifier, chosen
             head = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
-        part = None if part == chosen else part
-        for word in groups.keys() - {chosen}:
-            _leave_out(left_out, word, groups[word])
-        others += [word for word in groups if word != chosen and word in (*OWN, *AVERAGED, *_MOMENTUM)]
+        part = None if asked else part
+        for word, group in groups.items():
+            _leave_out(left_out, word, group)
+        others += [word for word in groups if word in (*_TRAINED, *_AVERAGED, "momentum_backbone")]
         prefixes.append(f"{chosen}.")
-        names = groups[chosen]
+        names = dict(network)
     if part is not None:
         there = [*parts, *(prefix[:-1] for prefix in prefixes), *others] or list(_grouped(names))
         listed = ", ".join(f"{name!r:.100}" for name in dict.fromkeys(there[:_MAX_NAMES]))
@@ -167,86 +161,69 @@ def unwrap(
     if head and any(map(CLASSIFIERS.fullmatch, names.values())):
         raise CheckpointError(_may_belong(where, trunk or "", head))
     _check_unique(where, names, prefixes)
-    left = dict(sorted(left_out.items()))
     plain, numbered = _without_sequence({**names, **head}, shapes)
+    left = dict(sorted(left_out.items()))
     return Naming(plain, tuple(prefixes), left, tuple(others), layer, trunk, numbered)
 
 
-def _check_names(where: str, names: Iterable[str]) -> None:
-    """Refuse names that no file of a model has, and that others take long for or cannot write."""
-    for name in names:
-        is_text = name.isascii() or not re.search("[\ud800-\udfff]", name)
-        if len(name) > _LONGEST_NAME or not is_text:
-            raise CheckpointError(
-                f"{where}: a tensor is named {name!r:.100}: expected at most {_LONGEST_NAME} characters "
-                "of text"
-            )
+def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] = ()) -> bool:
+    """Whether ``other`` is an average of a network, and not another network that it learns from.
 
-
-def same_network(one: Mapping[str, tuple[int, ...]], other: Mapping[str, tuple[int, ...]]) -> bool:
-    """Whether two state dicts are of one architecture, whatever wrappers and counters they have."""
-    return _canonical(one) == _canonical(other)
-
-
-def check_teacher(where: str, own: str, teacher: str, shapes: Shapes) -> None:
-    """Refuse to take a teacher for the average of a network of the same shapes if it may be another network.
-
-    A network that is its own teacher, as in DINO, has a projection head or none; others have a classifier.
+    A teacher is one where it has a projection head, or no classifier, as in DINO.
 
     Args:
-        where: the file, for messages.
-        own: name of the network.
-        teacher: name of what may be its average.
-        shapes: tensors of both, and beside them, in whatever wrappers.
-
-    Raises:
-        CheckpointError: nobody knows which of the two was trained.
+        network: shapes of the tensors of a network, in whatever wrappers.
+        other: those of what may be its average.
+        word: name of ``other``.
+        around: names of all tensors around the two.
     """
-    names = _canonical(shapes)
-    classified = any(CLASSIFIERS.fullmatch(name) or _LAYER.fullmatch(name) for name in names)
-    if teacher in _TEACHERS and classified and not any(map(_PROJECTED.search, names)):
-        raise CheckpointError(
-            f"{where}: {own!r} and {teacher!r} have the same shapes and a classifier, so either may be the "
-            f"trained network; {option_name('part', own)} or {option_name('part', teacher)} reads one of them"
-        )
+    ours, theirs = _plain(network), _plain(other)
+    classified = any(CLASSIFIERS.fullmatch(name) or _LAYER.fullmatch(name) for name in theirs)
+    projected = any(map(_PROJECTION.fullmatch, (*theirs, *around)))
+    return ours == theirs and (projected or not classified or word not in ("teacher", "teacher_backbone"))
 
 
-def _canonical(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    found = {}
+def _plain(shapes: Shapes) -> Shapes:
+    """Return shapes by names without wrappers; counters are left out."""
+    plain = {}
     for name, shape in shapes.items():
-        words = _INNER.sub("", name).split(".")
-        while len(words) > 1 and words[0] in (*OWN, *AVERAGED):
+        words = _WRAPPER.sub("", name).split(".")
+        while len(words) > 1 and words[0] in (*_TRAINED, *_AVERAGED):
             del words[0]
         if shape:
-            found[".".join(words)] = shape
-    return found
+            plain[".".join(words)] = shape
+    return plain
 
 
 def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
     """Return names without the prefixes of data parallelism and compilation, and the removed prefixes."""
-    _check_names(where, shapes)
     names: dict[str, str] = {}
     prefixes: dict[str, None] = {}
     for file in shapes:
+        if len(file) > _LONGEST_NAME or not (file.isascii() or not re.search("[\ud800-\udfff]", file)):
+            raise CheckpointError(
+                f"{where}: a tensor is named {file!r:.100}: expected at most {_LONGEST_NAME} characters "
+                "of text"
+            )
         name = file
-        while name.startswith(_LEADING):
+        while name.startswith(("module.", "_orig_mod.")):
             word = name.partition(".")[0] + "."
             name = name.removeprefix(word)
             prefixes[word] = None
-        names[file] = _INNER.sub("", name)
+        names[file] = _WRAPPER.sub("", name)
         if names[file] != name and not prefixes:
             prefixes["_orig_mod."] = None
     _check_unique(where, names, list(prefixes))
     return names, list(prefixes)
 
 
-def _check_unique(where: str, names: Mapping[str, str], prefixes: list[str]) -> None:
+def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
     if len(set(names.values())) != len(names):
         off = " or ".join(prefixes)
         raise CheckpointError(f"{where}: two tensors have the same name once {off:.150} is taken off")
 
 
-def _grouped(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
+def _grouped(names: _Group) -> dict[str, dict[str, str]]:
     """Return the names by their first word, that word taken off."""
     groups: dict[str, dict[str, str]] = {}
     for file, name in names.items():
@@ -255,43 +232,46 @@ def _grouped(names: Mapping[str, str]) -> dict[str, dict[str, str]]:
     return groups
 
 
-def _network(where: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes) -> str | None:
+def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | None:
     """Return the module that holds the whole model; None if the names are the model's own.
 
-    Of a network and its average, the average is taken. A network with other shapes is not an average, but the
-    teacher of the student.
+    Of a network and its average, the average is taken.
 
     Raises:
         CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.
     """
     modules = {word: group for word, group in groups.items() if "" not in group.values()}
-    own = next((word for word in OWN if word in modules), None)
-    average = next((word for word in AVERAGED if word in modules), None)
-    if own is not None and average is not None:
-        found, other = (
-            {rest: shapes[file] for file, rest in modules[word].items()} for word in (own, average)
+    trained = next((word for word in _TRAINED if word in modules), None)
+    averaged = next((word for word in _AVERAGED if word in modules), None)
+    if trained is not None and averaged is not None:
+        one, other = (
+            {rest: shapes[file] for file, rest in modules[word].items()} for word in (trained, averaged)
         )
-        chosen: str | None = average if same_network(found, other) else own
-        if chosen == average:
-            level = {f"{word}.{rest}": shapes[file] for word in groups for file, rest in groups[word].items()}
-            check_teacher(where, own, average, level)
+        around = [rest for group in groups.values() for rest in group.values()]
+        chosen: str | None = averaged if is_average(one, other, averaged, around) else trained
     else:
-        chosen = own or average
+        chosen = trained or averaged
     if chosen is None:
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
         return only if only not in (None, *_KEPT) and _is_nested(modules[only]) else None
     inside = {rest.partition(".")[0] for rest in modules[chosen].values()}
     if chosen == "encoder" and (inside in _ENCODER_ITSELF or not _is_nested(modules[chosen])):
         return None
-    rest = [word for word in groups if word not in (own, average) and not _is_beside(word, groups[word])]
-    if not rest or rest == [_classifier(groups, chosen, shapes)]:
+    rest = {
+        word: group
+        for word, group in groups.items()
+        if word not in (trained, averaged) and not _is_beside(word, group)
+    }
+    if not rest or list(rest) == [_classifier(rest, modules[chosen], shapes)]:
         return chosen
     if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
         return None
     why = ""
-    if all(_CLASSIFIER.fullmatch(word) and not _is_linear(groups[word], shapes) for word in rest):
+    if all(_CLASSIFIER.fullmatch(word) and not _is_linear(group, shapes) for word, group in rest.items()):
         why = "mhacut reads a classifier of one linear layer; "
-    raise CheckpointError(_may_belong(where, chosen, [file for word in rest for file in groups[word]], why))
+    raise CheckpointError(
+        _may_belong(where, chosen, [file for group in rest.values() for file in group], why)
+    )
 
 
 def _may_belong(where: str, network: str, files: Iterable[str], why: str = "") -> str:
@@ -302,16 +282,18 @@ def _may_belong(where: str, network: str, files: Iterable[str], why: str = "") -
     )
 
 
-def _classifier(groups: Mapping[str, Mapping[str, str]], network: str, shapes: Shapes) -> str | None:
+def _classifier(groups: Mapping[str, _Group], network: _Group, shapes: Shapes) -> str | None:
     """Return the linear layer beside a whole network without classifier; None if there is none, or two."""
-    inside = groups[network].values()
+    inside = network.values()
     if any(map(CLASSIFIERS.fullmatch, inside)) or not any(map(_STEM.search, inside)):
         return None
-    words = [word for word in groups if _CLASSIFIER.fullmatch(word) and _is_linear(groups[word], shapes)]
+    words = [
+        word for word, group in groups.items() if _CLASSIFIER.fullmatch(word) and _is_linear(group, shapes)
+    ]
     return words[0] if len(words) == 1 else None
 
 
-def _is_linear(group: Mapping[str, str], shapes: Shapes) -> bool:
+def _is_linear(group: _Group, shapes: Shapes) -> bool:
     """Whether the tensors are the weight, and maybe the bias, of one linear layer."""
     layers = {rest.rpartition(".")[0] for rest in group.values()}
     if len(layers) > 1 or not all(map(_LINEAR.fullmatch, group.values())):
@@ -321,7 +303,7 @@ def _is_linear(group: Mapping[str, str], shapes: Shapes) -> bool:
     return len(found) == len(group) and len(weight) == 2 and found.get("bias", weight[:1]) == weight[:1]
 
 
-def _without_sequence(names: Mapping[str, str], shapes: Shapes) -> tuple[dict[str, str], str | None]:
+def _without_sequence(names: _Group, shapes: Shapes) -> tuple[dict[str, str], str | None]:
     """Give the only layer of a sequence, which is linear, the name of the sequence if it is a classifier.
 
     Returns:
@@ -331,37 +313,29 @@ def _without_sequence(names: Mapping[str, str], shapes: Shapes) -> tuple[dict[st
     layers = {file: found for file, name in names.items() if (found := _LAYER.fullmatch(name))}
     for module in {found["module"] for found in layers.values() if found["number"] is not None}:
         inside = {key: name.removeprefix(module) for key, name in names.items() if name.startswith(module)}
-        if not _is_linear(inside, shapes):
-            continue
-        for file in inside:
-            plain[file] = module + layers[file]["kind"]
-            numbered = file.rpartition(".")[0] if int(layers[file]["number"] or 0) else numbered
+        if _is_linear(inside, shapes):
+            for file in inside:
+                plain[file] = module + layers[file]["kind"]
+                numbered = file.rpartition(".")[0] if int(layers[file]["number"] or 0) else numbered
     return plain, numbered
 
 
-def _is_module(groups: Mapping[str, Mapping[str, str]], word: str | None) -> bool:
-    return word is not None and word in groups and "" not in groups[word].values()
-
-
-def _is_nested(group: Mapping[str, str]) -> bool:
+def _is_nested(group: _Group) -> bool:
     return any("." in rest for rest in group.values())
 
 
-def _leave_out(left_out: dict[str, int], word: str, group: Mapping[str, str]) -> None:
+def _leave_out(left_out: dict[str, int], word: str, group: _Group) -> None:
     left_out[word if "" in group.values() else f"{word}."] = len(group)
 
 
-def _is_for_training(word: str, groups: Mapping[str, Mapping[str, str]], shapes: Shapes) -> bool:
+def _is_for_training(word: str, group: _Group) -> bool:
     """Whether these tensors belong to no model, whatever lies beside them."""
-    files = [file for file, rest in groups[word].items() if not rest]
-    if files:
-        return _COUNTER.fullmatch(word) is not None and shapes[files[0]] in ((), (1,))
-    return _TRAINING_ONLY.fullmatch(word) is not None
+    return (_COUNTER if "" in group.values() else _TRAINING_ONLY).fullmatch(word) is not None
 
 
-def _is_beside(word: str, group: Mapping[str, str]) -> bool:
+def _is_beside(word: str, group: _Group) -> bool:
     """Whether these tensors, beside a network, are not part of it."""
-    if _HEAD.fullmatch(word):
-        names = group.values()
-        return all(map(_PROJECTION.match, names)) and any(map(_PROJECTED.match, names))
-    return _BESIDE.fullmatch(word) is not None
+    is_head = re.fullmatch(r"((student|teacher)_)?head", word) and any(
+        map(_PROJECTION.fullmatch, group.values())
+    )
+    return bool(is_head) or _BESIDE.fullmatch(word) is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import mhacut
 from helpers.checkpoints import ARGS, NAME, refusal, tiny
@@ -141,25 +141,6 @@ def test_shards_are_read_as_one_file(folder):
     assert "model-00002-of-00003.safetensors is missing" in refusal(path)
 
 
-def test_shards_of_torch_are_read_as_one_file(folder):
-    whole = mhacut.load_model(folder()).state_dict()
-    path = folder(shards=2)
-    (path / "model.safetensors").unlink()
-    first, second = (path / f"pytorch_model-0000{number}-of-00002.bin" for number in (1, 2))
-    for number, file in enumerate((first, second), 1):
-        shard = path / f"model-0000{number}-of-00002.safetensors"
-        torch.save(load_file(shard), file)
-        shard.unlink()
-    parts = mhacut.load_model(path).state_dict()
-    assert all(torch.equal(parts[name], whole[name]) for name in whole)
-    torch.save({"state_dict": torch.load(second)}, second)
-    assert "00002-of-00002.bin: a training checkpoint; save the state dict alone" in refusal(path)
-    save_file({"a": torch.ones(1)}, second)
-    assert "00002-of-00002.bin: not a torch file; download the folder again" in refusal(path)
-    second.unlink()
-    assert "pytorch_model-00002-of-00002.bin is missing" in refusal(path)
-
-
 def test_shards_without_a_configuration_are_read_as_a_bare_file(tmp_path):
     state = tiny().state_dict()
     for number, part in enumerate((list(state)[:9], list(state)[9:]), 1):
@@ -167,15 +148,6 @@ def test_shards_without_a_configuration_are_read_as_a_bare_file(tmp_path):
     found = read_model(tmp_path, model=NAME, model_args=ARGS)
     assert all(torch.equal(found.model.state_dict()[name], state[name]) for name in state)
     assert found.stem == tmp_path.name
-
-
-def test_a_shard_of_another_model_is_refused(folder):
-    path = folder(shards=2)
-    (path / "model.safetensors").unlink(missing_ok=True)
-    save_file(vit_tensors(), path / "model-00002-of-00002.safetensors")
-    assert "is in another shard too" in refusal(path)
-    save_file(vit_tensors(), path / "model-00001-of-00007.safetensors")
-    assert "is a shard of another model" in refusal(path)
 
 
 def test_a_bare_file_is_recognised_by_its_names(folder):
@@ -217,13 +189,6 @@ def test_the_classifier_can_be_left_out(folder):
     assert "the head differs: num_classes=3?" in refusal(folder(), num_classes=5)
 
 
-def test_another_architecture_than_the_configurations_is_refused(folder):
-    assert "its configuration describes vit_base_patch16_224" in refusal(
-        folder(), model="vit_tiny_patch16_224"
-    )
-    assert read_model(folder(), model="vit_base_patch16_224").has_weights
-
-
 @pytest.mark.parametrize(
     ("config", "says"),
     [
@@ -231,12 +196,13 @@ def test_another_architecture_than_the_configurations_is_refused(folder):
             {"model_type": "segformer"},
             "model_type 'segformer' are not converted to timm; mhacut converts vit",
         ),
-        ({"hidden_size": "24"}, "hidden_size: expected a whole number from 1 to 65536, found '24'"),
-        ({"hidden_size": True}, "hidden_size: expected a whole number"),
+        (
+            {"hidden_size": "24"},
+            "hidden_size: expected a whole number from 1 to 65536, or two equal ones",
+        ),
         ({"hidden_size": 10**30}, "hidden_size: expected a whole number"),
-        ({"num_hidden_layers": -1}, "num_hidden_layers: expected a whole number"),
         ({"num_hidden_layers": 60000}, "is far too large for the tensors"),
-        ({"image_size": [32, 16]}, "image_size: expected the side of a square"),
+        ({"image_size": [32, 16]}, "image_size: expected a whole number from 1 to 65536, or two equal"),
         ({"image_size": 60000}, "at most 4194304 pixels"),
         ({"qkv_bias": "no"}, "qkv_bias: expected true or false"),
         ({"hidden_act": {"a": 1}}, "hidden_act: expected a text of at most 100 characters, found dict"),
@@ -255,18 +221,13 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
     extra = folder(tensors=tensors | {"decode_head.weight": torch.zeros(2)})
     assert "ViT of transformers: 1 tensors are not part of the model: 'decode_head.weight'" in refusal(extra)
     del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
-    assert "is joined of 3 tensors, found only 2" in refusal(folder(tensors=tensors))
+    said = refusal(folder(tensors=tensors))
+    assert "'blocks.0.attn.qkv.weight' expected [72, 24], found [48, 24]" in said
     tensors["vit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(24, 7)
     assert "do not fit together" in refusal(folder(tensors=tensors))
     missing = vit_tensors()
     del missing["vit.layernorm.weight"]
     assert "1 missing, 0 unexpected" in refusal(folder(tensors=missing))
-
-
-def test_shapes_of_a_converted_file_read_no_weights(folder):
-    checkpoint = open_checkpoint(folder())
-    assert checkpoint.skeleton.blocks[0].attn.qkv.weight.is_meta
-    assert not checkpoint.has_weights
 
 
 @pytest.mark.slow
@@ -354,7 +315,6 @@ def test_the_configuration_beside_the_weights_counts(tmp_path):
         ({"pool_type": "avg"}, "pool_type 'avg' cannot be converted"),
         ({"norm_kwargs": {"eps": 1}}, "norm_kwargs cannot be converted"),
         ({"width": None, "head_width": 0}, "head_width: expected a whole number"),
-        ({"patch_size": "8"}, "patch_size: expected the side of a square"),
     ],
 )
 def test_towers_of_open_clip_that_timm_has_not_are_refused(tmp_path, tower, says):
@@ -404,17 +364,6 @@ def test_without_a_classifier_the_norm_before_it_stays(tmp_path):
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.equal(found(images), model(images))
-
-
-def test_without_a_classifier_the_names_of_authors_do_not_come_back(tmp_path):
-    args = {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4}
-    model = timm.create_model("flatten_swin_tiny_224", num_classes=5, **args).eval()
-    config = {"model_type": "timm_wrapper", "architecture": "flatten_swin_tiny_224", "model_args": args}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    tensors = {f"timm_model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
-    tensors["timm_model.layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
-    save_file(tensors, tmp_path / "model.safetensors")
-    assert read_model(tmp_path, num_classes=0).identity.model_args["num_classes"] == 0
 
 
 def test_no_module_imports_a_library_that_it_converts_from():

@@ -18,10 +18,9 @@ from torch import nn
 import mhacut
 from mhacut.checkpoint.files import read_file_header
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.families import TRANSFORMERS
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, transformers_cfg
-from mhacut.checkpoint.foreign.recognise import recognise
+from mhacut.checkpoint.foreign.recognise import TRANSFORMERS, recognise
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
@@ -236,17 +235,6 @@ def test_transformers_answers_are_timms(built, name):
     assert torch.allclose(found, expected, rtol=0, atol=1e-4), (found - expected).abs().max()
 
 
-@pytest.mark.parametrize("width", [192, 1280])
-def test_a_dinov2_of_a_size_that_timm_lacks_is_one_of_timm_s_with_other_arguments(width):
-    """That of ViT-Ti, and of ViT-H."""
-    depth, heads = {192: (12, 3), 1280: (32, 16)}[width]
-    config = {"model_type": "dinov2", "hidden_size": width, "num_hidden_layers": depth}
-    (family,) = (one for one in TRANSFORMERS if "dinov2" in one.model_types)
-    built = family.build(Config({**config, "num_attention_heads": heads}, "here"), {})
-    assert built.architecture == "vit_base_patch14_dinov2"
-    assert (built.args["embed_dim"], built.args["depth"], built.args["num_heads"]) == (width, depth, heads)
-
-
 def test_images_of_blue_green_and_red_become_red_green_and_blue(built):
     folder, original = built(CASES["mobilevit"])
     (folder / "preprocessor_config.json").write_text(json.dumps({"do_flip_channel_order": True}))
@@ -440,12 +428,3 @@ def test_a_model_of_timm_in_transformers_is_that_model(transformers, tmp_path):
     with torch.no_grad():
         expected, found = original(images).logits, mhacut.load_model(tmp_path)(images)
     assert torch.equal(found, expected)
-
-
-def test_the_maxvit_of_torchvision_is_refused_by_name(tmp_path):
-    from torchvision.models.maxvit import MaxVit
-
-    model = MaxVit((64, 64), 16, 2, [16, 32], [1, 2], 16, 0.2, num_classes=7)
-    torch.save(model.state_dict(), tmp_path / "model.pth")
-    with pytest.raises(CheckpointError, match="a convolution in the first shortcut"):
-        read_model(tmp_path / "model.pth")

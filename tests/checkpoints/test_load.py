@@ -179,7 +179,7 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
     assert "depth=3 (it has 2), num_classes=5 (it has 10)" in message
     message = refusal(path, model_args={"in_chans": 1, "qkv_bias": False, "global_pool": "avg"})
     assert (
-        "in_chans=1 (it has 3), qkv_bias=False (it has timm's default), global_pool='avg' (it has 'token')"
+        "in_chans=1 (it has 3), qkv_bias=False (it has timm's default), global_pool='avg' (it has token)"
         in (message)
     )
     assert read_model(path, model_args={"in_chans": 3}).record is not None

@@ -169,34 +169,16 @@ def test_what_a_script_states_counts_for_files_of_authors_too(tmp_path):
     assert found.cfg_origins["mean"] == "file"
 
 
-def test_heads_of_moco_are_told(tmp_path):
-    vit_file(tmp_path / "a.pth", {"arch": "vit_small"})
-    for given in ({}, {"model": "vit_small_patch16_224"}):
-        found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
-        assert found.identity.model_args["num_heads"] == 12
-        assert any("with 12 heads as in MoCo v3; model_args says another" in note for note in found.notes)
-    known = read_model(tmp_path / "a.pth", model_args={"depth": 2, "num_heads": 6})
-    assert known.identity.model_args["num_heads"] == 6
-    assert not any("MoCo" in note for note in known.notes)
-
-
 def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
     args = {"args": argparse.Namespace(arch="vit_base")}
     vit_file(tmp_path / "a.pth", args, name="vit_tiny_patch16_224")
     for given in ({}, {"model": "vit_tiny_patch16_224"}):
         found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
         assert found.identity.pretrained_cfg["mean"] == [0.5] * 3
-    assert any("its args.arch 'vit_base' is not a timm model and was ignored" in note for note in found.notes)
+    assert any("its args.arch says vit_base_patch16_224" in note for note in found.notes)
     vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
     cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
     assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)
-
-
-def test_beits_script_says_how_images_are_normalised(tmp_path):
-    stated = {"args": argparse.Namespace(model="beit_base_patch16_224", imagenet_default_mean_and_std=True)}
-    vit_file(tmp_path / "a.pth", stated, name="beit_base_patch16_224", rename=beit)
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert found.identity.pretrained_cfg["mean"] == [0.485, 0.456, 0.406]
 
 
 def test_statements_about_another_network_do_not_refuse_a_converted_file(tmp_path):

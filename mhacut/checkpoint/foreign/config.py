@@ -1,26 +1,25 @@
-"""Read another library's configuration, one checked value at a time."""
+"""Read another library's configuration, which is untrusted, one checked value at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from mhacut.checkpoint.untrusted_json import kind_of
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, is_number
 
-_MAX_SIZE = 65536
-"""Largest width, depth or side in pixels that a configuration may state."""
+_MAX_NUMBER = 65536
+"""Largest number that a configuration may state: a width, a depth, a side in pixels."""
 _MAX_STAGES = 16
 _MAX_TEXT = 100
+_Value = TypeVar("_Value")
 
 
 class Config:
     """An untrusted JSON object of another library.
 
-    A value that is missing, or null, is the ``default`` of a method that takes one: that of the other
-    library. Methods that check a value raise a :class:`CheckpointError` if it has another type or is out of
-    bounds.
+    Methods raise a :class:`CheckpointError` for a value of another type than expected, or out of bounds.
     """
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
@@ -34,63 +33,36 @@ class Config:
     def fault(self, name: str, expected: str) -> CheckpointError:
         """Return the error of a value that is not as expected."""
         value = self._values.get(name)
-        found = kind_of(value) if isinstance(value, dict) else f"{value!r:.80}"
-        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {found}")
+        shown = kind_of(value) if isinstance(value, dict) else f"{value!r:.80}"
+        return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown}")
 
-    def size(self, name: str, default: int | None = None, *, least: int = 1) -> int:
-        """Return a whole number from ``least`` to 65536; required if ``default`` is None."""
-        value = self._get(name, default)
-        if not is_int(value) or not least <= value <= _MAX_SIZE:
-            raise self.fault(name, f"a whole number from {least} to {_MAX_SIZE}")
-        return value
+    def get(self, name: str, default: _Value) -> _Value:
+        """Return a value of the type of ``default``; that itself where the value is missing, or null.
 
-    def side(self, name: str, default: int | None = None) -> int:
-        """Return the side of a square in pixels, stated as one number or as two equal ones."""
-        value = self._get(name, default)
-        if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
+        Whole numbers are at least 1, or 0 where that is the default. Sides of images and patches may be
+        stated as two equal numbers.
+        """
+        value: Any = self._values.get(name)
+        if value is None:
+            return default
+        if type(default) is int and isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if not is_int(value) or not 1 <= value <= _MAX_SIZE:
-            raise self.fault(name, f"the side of a square, from 1 to {_MAX_SIZE} pixels")
-        return value
+        expected, fits = _expectation(value, default)
+        if not fits:
+            raise self.fault(name, expected)
+        converted: Any = float(value) if isinstance(default, float) else value
+        return cast(_Value, converted)
 
-    def sizes(self, name: str, default: tuple[int, ...], *, least: int = 1) -> list[int]:
-        """Return a list of whole numbers from ``least`` to 65536, one for each of at most 16 stages."""
-        value = self._get(name, list(default))
-        if not isinstance(value, list) or not 1 <= len(value) <= _MAX_STAGES:
-            raise self.fault(name, f"a list of at most {_MAX_STAGES} whole numbers")
-        if not all(is_int(item) and least <= item <= _MAX_SIZE for item in value):
-            raise self.fault(name, f"whole numbers from {least} to {_MAX_SIZE}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """Return a number from 0 to 65536; required if ``default`` is None."""
-        value = self._get(name, default)
-        if not is_number(value) or not 0 <= value <= _MAX_SIZE:
-            raise self.fault(name, f"a number from 0 to {_MAX_SIZE}")
-        return float(value)
+    def read(self, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+        """Return arguments of timm, by a table of their names here and the other library's defaults."""
+        return {argument: self.get(name, default) for argument, (name, default) in table.items()}
 
     def numbers(self, name: str, count: int) -> list[float]:
-        """Return a list of ``count`` numbers, each at most 65536 in size; required."""
+        """Return a list of ``count`` numbers; required."""
         value = self._values.get(name)
-        if not isinstance(value, list) or len(value) != count:
+        if not isinstance(value, list) or len(value) != count or not all(map(_is_bounded, value)):
             raise self.fault(name, f"a list of {count} numbers")
-        if not all(is_number(item) and abs(item) <= _MAX_SIZE for item in value):
-            raise self.fault(name, f"numbers of at most {_MAX_SIZE}")
         return [float(item) for item in value]
-
-    def flag(self, name: str, default: bool) -> bool:
-        """Return true or false."""
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise self.fault(name, "true or false")
-        return value
-
-    def text(self, name: str, default: str | None = None) -> str:
-        """Return a text of at most 100 characters; required if ``default`` is None."""
-        value = self._get(name, default)
-        if not isinstance(value, str) or len(value) > _MAX_TEXT:
-            raise self.fault(name, f"a text of at most {_MAX_TEXT} characters")
-        return value
 
     def part(self, name: str) -> Config:
         """Return an object within this one; required."""
@@ -103,14 +75,45 @@ class Config:
         """Return a value as it stands, unchecked; None if it is missing."""
         return self._values.get(name)
 
-    def require(self, name: str, default: Any, *, reason: str) -> None:
-        """Refuse any value but ``default``, for ``reason``."""
-        value = self._get(name, default)
-        if value != default or isinstance(value, bool) != isinstance(default, bool):
+    def require(self, fixed: Mapping[str, Any], reason: str) -> None:
+        """Refuse any value but the given ones, which are also the defaults, for ``reason``."""
+        for name, expected in fixed.items():
+            value = expected if name not in self else self._values[name]
+            if value != expected or isinstance(value, bool) != isinstance(expected, bool):
+                raise CheckpointError(
+                    f"{self.where}: {name} {value!r:.80} cannot be converted: {reason}; expected {expected!r}"
+                )
+
+    def require_eps(self, timms: float, default: float, name: str = "layer_norm_eps") -> None:
+        """Refuse an epsilon of norms that differs from timm's.
+
+        One that is smaller than 1e-6 is taken for it: with 1e-6 for 1e-12, logits agree within 1e-5.
+        """
+        stated = self.get(name, default)
+        if abs(stated - timms) > 1.5e-6:
             raise CheckpointError(
-                f"{self.where}: {name} {value!r:.80} cannot be converted: {reason}; expected {default!r}"
+                f"{self.where}: {name} {stated:g} cannot be converted: the norms of timm's model "
+                f"add {timms:g}"
             )
 
-    def _get(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
+
+def _expectation(value: Any, default: Any) -> tuple[str, bool]:
+    """Return what is expected in place of ``default``, in words, and whether ``value`` is that."""
+    least = 0 if default == 0 else 1
+    if isinstance(default, bool):
+        return "true or false", isinstance(value, bool)
+    if isinstance(default, str):
+        fits = isinstance(value, str) and len(value) <= _MAX_TEXT
+        return f"a text of at most {_MAX_TEXT} characters", fits
+    if isinstance(default, float):
+        return f"a number from 0 to {_MAX_NUMBER}", _is_bounded(value) and value >= 0
+    if isinstance(default, list):
+        fits = isinstance(value, list) and 1 <= len(value) <= _MAX_STAGES
+        fits = fits and all(is_int(item) and 0 <= item <= _MAX_NUMBER for item in value)
+        return f"a list of at most {_MAX_STAGES} whole numbers up to {_MAX_NUMBER}", fits
+    fits = is_int(value) and least <= value <= _MAX_NUMBER
+    return f"a whole number from {least} to {_MAX_NUMBER}, or two equal ones", fits
+
+
+def _is_bounded(value: Any) -> bool:
+    return is_number(value) and abs(value) <= _MAX_NUMBER

@@ -1,30 +1,53 @@
-"""One family of another library's models: how to recognise it, rename its tensors and build it in timm."""
+"""One family of another library's models: its tensor names in timm, how to recognise it and to build it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.rename import Renaming
 from mhacut.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by its name."""
+Names = Mapping[str, str | tuple[str, ...]]
+"""Table of tensor names, another library's to timm's; the first that fits counts.
+
+``*`` stands for a number, and what follows a name (``.weight``) stays. ``attn.qkv#1`` is the second of the
+parts that are joined, along their first dimension, to ``attn.qkv``. Of a tuple, each name gets an equal part
+of the tensor; a part without a name is dropped.
+"""
 
 ACTIVATIONS = {
-    "gelu": "gelu",
+    **{name: name for name in ("gelu", "quick_gelu", "relu", "silu")},
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "silu": "silu",
     "swish": "silu",
 }
 """Activations of transformers by their names in timm."""
-_EPS_TOLERANCE = 1.5e-6
-"""Largest difference from timm's epsilon that is accepted. With 1e-6 for 1e-12, logits agree within 1e-5."""
+VIT_SIZES = {
+    (192, 12, 3): "tiny",
+    (384, 12, 6): "small",
+    (768, 12, 12): "base",
+    (1024, 24, 16): "large",
+    (1280, 32, 16): "huge",
+}
+"""Sizes in timm's names of ViTs, by width, depth and heads."""
+_BUFFERS = re.compile(
+    r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|bias_mask|position_ids"
+    r"|rope(_embed)?\.(periods|freqs_cos|freqs_sin))"
+)
+"""Tensors that the code computes from sizes, which older files hold."""
+_PART = re.compile(r"(.+)#(\d)(.*)")
+_MAX_NAMES = 5
+"""Names of tensors in a message."""
 
 
 @dataclass(frozen=True)
@@ -43,24 +66,36 @@ class Built:
 
 @dataclass(frozen=True)
 class Family:
-    """Models whose files name their tensors alike."""
+    """Models whose files have the same tensor names."""
 
     title: str
     """Name for readers: ``ViT of transformers``."""
-    signs: tuple[tuple[str, ...], ...]
+    names: Names
+    """Names of tensors here and in timm."""
+    signs: tuple[tuple[str, ...], ...] = ()
     """Rows of ends of tensor names. A file of the family has tensors with all the ends of one row; a file
     without a configuration is recognised by them."""
-    renaming: Callable[[Shapes], Renaming]
-    """Function from the file's shapes to the table of names."""
+    unlike: tuple[str, ...] = ()
+    """Ends of tensor names that no file of the family has."""
+    prefixes: tuple[str, ...] = ()
+    """Prefixes that names may have in front; the first that fits is taken off."""
+    others: bool = False
+    """Whether names that the table does not have are timm's."""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """Names of tensors for which the model in timm has no use, and what they are, for the log; those with an
+    empty text are not logged."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Names of classifiers for which timm has no place, and the reason why the file is refused; the rest can
+    be converted without them."""
+    finish: Callable[[dict[str, Tensor]], None] | None = None
+    """Function that adapts the dict of renamed tensors, in place: what no table of names can say."""
+    model_types: tuple[str, ...] = ()
+    """Values of ``model_type`` in ``config.json``."""
     build: Callable[[Config, Shapes], Built] | None = None
     """Function from the configuration and the renamed shapes to timm's model."""
     guess: Callable[[Shapes, Shapes], Built | None] | None = None
     """Function from the shapes alone, renamed and as in the file, to timm's model; it returns None where they
     do not show it."""
-    model_types: tuple[str, ...] = ()
-    """Values of ``model_type`` in ``config.json``."""
-    unlike: tuple[str, ...] = field(default=())
-    """Ends of tensor names that no file of the family has."""
     named: str = ""
     """Beginning of the names in timm of its models, if other models of timm have the same names and
     shapes: the file is of the family only where the user names one."""
@@ -68,6 +103,139 @@ class Family:
     """Preprocessing of files that state none, as timm's pretrained_cfg has it."""
     stem: str = "patch_embed.proj.weight"
     """Name in timm of the weight whose second dimension counts the channels of images."""
+
+    def recognises(self, names: Mapping[str, object]) -> bool:
+        """Whether a file with tensors of these names is of the family."""
+
+        def has(end: str) -> bool:
+            return any(name == end or name.endswith(f".{end}") for name in names)
+
+        return any(all(map(has, sign)) for sign in self.signs) and not any(map(has, self.unlike))
+
+    def convert(self, tensors: Mapping[str, Tensor], *, headless: bool = False) -> dict[str, Tensor]:
+        """Return the tensors under timm's names, in their dtypes; works on the meta device too.
+
+        Args:
+            tensors: tensors of the file, by their names there.
+            headless: leave out a classifier for which timm has no place.
+
+        Raises:
+            CheckpointError: a name is not in the table, or parts are missing or do not fit together.
+        """
+        found: dict[str, Tensor] = {}
+        parts: dict[str, dict[int, Tensor]] = {}
+        unknown: list[str] = []
+        try:
+            for name, tensor in tensors.items():
+                targets = self.targets(name, headless=headless)
+                if targets is None:
+                    unknown.append(name)
+                    continue
+                pieces = tensor.chunk(len(targets)) if len(targets) > 1 else (tensor,)
+                for target, piece in zip(targets, pieces, strict=bool(targets)):
+                    part = _PART.fullmatch(target)
+                    if part is not None:
+                        parts.setdefault(part[1] + part[3], {})[int(part[2])] = piece
+                    elif target in found:
+                        raise ValueError(f"two would be {target!r:.150}, one of them {name!r:.150}")
+                    elif target:
+                        found[target] = piece
+            for name, pieces_of in parts.items():
+                found[name] = torch.cat([pieces_of[number] for number in sorted(pieces_of)])
+            if self.finish is not None and not unknown:
+                self.finish(found)
+        except (RuntimeError, IndexError, ValueError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"its tensors do not fit together ({reason:.200})") from None
+        if unknown:
+            listed = ", ".join(f"{name!r:.150}" for name in unknown[:_MAX_NAMES])
+            more = ", ..." if len(unknown) > _MAX_NAMES else ""
+            raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {listed}{more}")
+        return found
+
+    def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
+        """Return timm's names of a tensor or of its parts, none if it is left out, None if it is unknown.
+
+        Raises:
+            CheckpointError: it is a classifier for which timm has no place.
+        """
+        base = self._without_prefix(name)
+        for pattern, reason in self._refused:
+            if pattern.fullmatch(base):
+                if headless:
+                    return ()
+                raise CheckpointError(f"{name!r:.150} cannot be converted: {reason}")
+        if _BUFFERS.fullmatch(base) or any(pattern.fullmatch(base) for pattern, _ in self._left_out):
+            return ()
+        for pattern, target in self._names:
+            found = pattern.fullmatch(base)
+            if found is not None:
+                *numbers, rest = found.groups()
+                listed = (target,) if isinstance(target, str) else target
+                return tuple(one and one.replace("*", "{}").format(*numbers) + (rest or "") for one in listed)
+        # Behind the prefix of a wrapped model, the names are timm's; what lies beside it has no place.
+        inside = not self.prefixes or base != name
+        return (base,) if self.others and inside else None
+
+    def described_as_left_out(self, names: Mapping[str, object]) -> list[str]:
+        """Return the descriptions of the tensors that :meth:`convert` leaves out, each once."""
+        bases = [self._without_prefix(name) for name in names]
+        labels = [text for pattern, text in self._left_out if any(map(pattern.fullmatch, bases))]
+        return [text for text in dict.fromkeys(labels) if text]
+
+    def _without_prefix(self, name: str) -> str:
+        return next((name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix)), name)
+
+    @cached_property
+    def _names(self) -> list[tuple[re.Pattern[str], str | tuple[str, ...]]]:
+        return [(_pattern(name), target) for name, target in self.names.items()]
+
+    @cached_property
+    def _left_out(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(_pattern(name), text) for name, text in self.left_out.items()]
+
+    @cached_property
+    def _refused(self) -> list[tuple[re.Pattern[str], str]]:
+        return [(_pattern(name), text) for name, text in self.refused.items()]
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.escape(name).replace(r"\*", r"(\d{1,6})") + r"(\..+)?")
+
+
+def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
+    """Rename, in place, the tensors whose names begin with ``prefix``; drop them if ``to`` is None."""
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        tensor = tensors.pop(name)
+        if to is not None:
+            tensors[to + name.removeprefix(prefix)] = tensor
+
+
+def timm_name(patterns: tuple[str, ...], args: Mapping[str, Any], **further: Any) -> str:
+    """Return the first of the names that timm has, the values of arguments filled in; the last in any case.
+
+    >>> timm_name(("beit_{size}_patch16_224", "beit_base_patch16_224"), {}, size="huge")
+    'beit_base_patch16_224'
+    """
+    names = [pattern.format_map({**args, **further}) for pattern in patterns]
+    return next((name for name in names if known_model(name)), names[-1])
+
+
+def vit_size(args: Mapping[str, Any]) -> str | None:
+    """Return the size in timm's name for a ViT of this width, depth and heads, ``base``; None without one."""
+    return VIT_SIZES.get((args["embed_dim"], args["depth"], args["num_heads"]))
+
+
+def vit_name(args: Mapping[str, Any], suffix: str = "") -> str:
+    """Return the name of timm's ViT of this size; that of ViT-B/16 if timm has none.
+
+    Args:
+        args: arguments of the ViT.
+        suffix: part of the name behind the patch, ``_clip``.
+    """
+    stem = "vit_{size}_patch{patch_size}{suffix}_"
+    patterns = (stem + "{img_size}", stem + "224", "vit_base_patch16{suffix}_224")
+    return timm_name(patterns, args, size=vit_size(args), suffix=suffix)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -80,35 +248,6 @@ def mlp_ratio(hidden: int, width: int) -> float:
     """
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def activation(config: Config, name: str = "hidden_act", default: str = "gelu") -> str:
-    """Return timm's name of the activation that the configuration states.
-
-    Raises:
-        CheckpointError: it is none of :data:`ACTIVATIONS`.
-    """
-    stated = config.text(name, default)
-    if stated not in ACTIVATIONS:
-        raise config.fault(name, f"one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[stated]
-
-
-def check_eps(config: Config, expected: float, default: float, name: str = "layer_norm_eps") -> None:
-    """Raise a :class:`CheckpointError` unless the epsilon of norms is close to timm's.
-
-    Args:
-        config: the other library's configuration.
-        expected: epsilon of timm's model.
-        default: epsilon of the other library, if the configuration states none.
-        name: key of the epsilon.
-    """
-    stated = config.number(name, default)
-    if abs(stated - expected) > _EPS_TOLERANCE:
-        raise CheckpointError(
-            f"{config.where}: {name} {stated:g} cannot be converted: the norms of timm's model add "
-            f"{expected:g}"
-        )
 
 
 def depth_of(shapes: Shapes, prefix: str = "blocks.") -> int:

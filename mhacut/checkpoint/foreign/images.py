@@ -40,12 +40,12 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
         CheckpointError: a value is of another type or out of bounds.
     """
     scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
-    rescales = processor.flag("do_rescale", True)
+    rescales = processor.get("do_rescale", True)
     if rescales:
-        scale *= processor.number("rescale_factor", 1 / 255) or 1 / 255
+        scale *= processor.get("rescale_factor", 1 / 255) or 1 / 255
     mean, std = [0.0] * channels, [1.0] * channels
     normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
-    if processor.flag("do_normalize", normalises):
+    if processor.get("do_normalize", normalises):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
         if not rescales and max(*mean, *std) <= 1 and (any(mean) or set(std) != {1.0}):
             scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
@@ -56,21 +56,18 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     resample = processor.raw("resample")
     if isinstance(resample, int) and resample in _RESAMPLE:
         cfg["interpolation"] = _RESAMPLE[resample]
-    cfg |= _crop(processor)
-    return cfg
+    return {**cfg, **_crop(processor)}
 
 
 def image_side(processor: Config) -> int | None:
     """Return the side in pixels of the images that the processor makes; None if it states no square."""
-    crops = processor.flag("do_center_crop", "crop_size" in processor)
+    crops = processor.get("do_center_crop", "crop_size" in processor)
     return _side(processor, "crop_size") if crops else _side(processor, "size")
 
 
-def flips_channels(processor: Config | None) -> bool:
+def flips_channels(processor: Config) -> bool:
     """Whether the channels of images are in the order blue, green, red."""
-    if processor is None:
-        return False
-    return processor.flag("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
+    return processor.get("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
 
 
 def _crop(processor: Config) -> dict[str, Any]:
@@ -84,7 +81,7 @@ def _crop(processor: Config) -> dict[str, Any]:
     if kind.startswith("Levit"):  # resizes to 256/224 of the size that it is given
         share *= 224 / 256
     elif keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
-        share = processor.number("crop_pct")
+        share = processor.get("crop_pct", 1.0)
     if not 0 < share <= MAX_CROP_PCT:
         return {}
     return {"crop_pct": share, "crop_mode": "center" if keeps_ratio else "squash"}
@@ -97,13 +94,12 @@ def _kind(processor: Config) -> str:
 def _side(processor: Config, name: str) -> int | None:
     value = processor.raw(name)
     if not isinstance(value, dict):
-        return processor.side(name) if value is not None else None
+        return processor.get(name, 224) if value is not None else None
     inner = processor.part(name)
     if "shortest_edge" in inner:
-        return inner.side("shortest_edge")
-    if "height" in inner and inner.size("height") == inner.size("width"):
-        return inner.size("height")
-    return None
+        return inner.get("shortest_edge", 224)
+    height = inner.get("height", 1)
+    return height if "height" in inner and height == inner.get("width", 1) else None
 
 
 def label_names(config: Config, classes: int) -> list[str] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,23 +10,33 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.families import FAMILIES
+from mhacut.checkpoint.foreign.convolutional import LEVIT, MOBILEVIT, PVT_V2
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
-from mhacut.checkpoint.foreign.open_clip import OPEN_CLIP, preprocess_cfg
-from mhacut.checkpoint.foreign.rename import Renaming
-from mhacut.checkpoint.foreign.wrapped import OPEN_CLIP_TRUNK, TIMM_WRAPPER, TRUNK, WRAPPED
+from mhacut.checkpoint.foreign.libraries import (
+    OPEN_CLIP,
+    OPEN_CLIP_TRUNK,
+    TIMM_WRAPPER,
+    TORCHVISION_SWIN,
+    TORCHVISION_VIT,
+    TRUNK,
+    WRAPPED,
+    preprocess_cfg,
+)
+from mhacut.checkpoint.foreign.original import DEIT3_ORIGINAL, ORIGINAL
+from mhacut.checkpoint.foreign.transformers import BEIT, CLIP, DINOV2, DINOV3, SIGLIP, SWIN, SWINV2, VIT
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
-_HEADS = ("head.", "head_dist.")
-"""Beginnings of the names of classifiers, and of norms before them, in timm."""
-_NAMED = ("classifier", "heads.head")
-"""Names of classifiers in other libraries."""
+TRANSFORMERS = (VIT, BEIT, DINOV2, DINOV3, CLIP, SIGLIP, SWIN, SWINV2, PVT_V2, LEVIT, MOBILEVIT)
+FAMILIES: tuple[Family, ...] = (
+    *TRANSFORMERS,
+    *(TORCHVISION_VIT, TORCHVISION_SWIN, OPEN_CLIP, OPEN_CLIP_TRUNK, TIMM_WRAPPER),
+    *ORIGINAL,
+)
+"""Families in the order in which a file without a configuration is compared with their signs."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
-_WRAPPERS = {"clip": "vision_config", "siglip": "vision_config", "siglip2": "vision_config"}
-"""Part of a configuration that is the image tower's, by the model types of an image and a text tower."""
 _SMALL_EPS = 5e-7
 """Epsilon of norms below which a note says that timm's model adds 1e-6."""
 
@@ -36,13 +46,10 @@ class Conversion:
     """Conversion of another library's file to a timm model."""
 
     family: Family
-    renaming: Renaming
     headless: bool
     """Whether the classifier is left out, as the user asked."""
     tensors: Mapping[str, TensorInfo]
-    """Tensors of the file under timm's names, without :attr:`heads`."""
-    heads: Mapping[str, TensorInfo]
-    """Tensors of heads among those left out; a head's norm may belong to the model without classes too."""
+    """Tensors of the file under timm's names."""
     built: Built | None
     """The timm model; None where a file without a configuration does not show it."""
     cfg: Mapping[str, Any]
@@ -51,8 +58,8 @@ class Conversion:
     """Lines for the user."""
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the file's tensors under timm's names, in their dtypes, those of heads included."""
-        return _converted(self.renaming, tensors, self.headless)
+        """Return the file's tensors under timm's names, in their dtypes."""
+        return self.family.convert(tensors, headless=self.headless)
 
 
 def recognise(
@@ -82,11 +89,10 @@ def recognise(
             f"({error!s:.150}); expected all tensors of the model"
         ) from None
     except CheckpointError as error:
-        where = show(header.path)
         text = str(error)
         if config is not None and text.startswith(config.where):
             raise
-        raise CheckpointError(f"{where}: {family.title}: {text}") from None
+        raise CheckpointError(f"{show(header.path)}: {family.title}: {text}") from None
 
 
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
@@ -96,39 +102,74 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
         return None, None
     if isinstance(stated.get("model_cfg"), dict):
         config = Config(stated, show(header.path.parent / "open_clip_config.json"))
-        return config, _family_of_open_clip(config, header.tensors)
-    if isinstance(stated.get("model_type"), str):
-        config = Config(stated, show(header.path.parent / "config.json"))
-        return config, _family_of(config)
-    return None, None
+        for prefix, family in ((TRUNK, OPEN_CLIP_TRUNK), ("visual.transformer.", OPEN_CLIP)):
+            if any(name.startswith(prefix) for name in header.tensors):
+                return config, family
+        raise CheckpointError(
+            f"{config.where}: its image tower is not converted to timm: expected a ViT (visual.transformer) "
+            f"or a model of timm (visual.trunk), found neither among {len(header.tensors)} tensors"
+        )
+    if not isinstance(stated.get("model_type"), str):
+        return None, None
+    config = Config(stated, show(header.path.parent / "config.json"))
+    model_type = config.get("model_type", "")
+    named = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if named is not None:
+        return config, named
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise CheckpointError(
+        f"{config.where}: models of transformers of model_type {model_type!r:.80} are not converted to timm; "
+        f"mhacut converts {known}. If timm has the same model, give its weights "
+        f"({option_name('checkpoint', 'timm:NAME')})"
+    )
+
+
+def _family_by_names(tensors: Mapping[str, object], model: str) -> Family | None:
+    if _is_wrapped(tensors):
+        return TIMM_WRAPPER
+    families = (family for family in FAMILIES if model.startswith(family.named))
+    return next((family for family in families if family.recognises(tensors)), None)
+
+
+def _is_wrapped(tensors: Mapping[str, object]) -> bool:
+    return all(name.startswith(WRAPPED) for name in tensors)
+
+
+def as_deit3(header: FileHeader) -> FileHeader | None:
+    """Return the file under timm's names of DeiT III; None if its names are not those of DeiT III's authors.
+
+    Those are also the names of timm's ViTs with rotary and absolute positions.
+    """
+    if not DEIT3_ORIGINAL.recognises(header.tensors):
+        return None
+    return replace(header, tensors=_conversion(header, DEIT3_ORIGINAL, None, False, ()).tensors)
 
 
 def _conversion(
     header: FileHeader, family: Family, config: Config | None, headless: bool, given: Collection[str]
 ) -> Conversion:
-    renaming = family.renaming(header.shapes)
     if header.naming.classifier is not None:
-        renaming = _with_layer(renaming)
-    processor = _processor(header)
-    if config is not None and flips_channels(processor):
-        renaming = _flipped(renaming, family.stem)
-    meta = {
+        family = _with_classifier_beside(family)
+    where = show(header.path.parent / "preprocessor_config.json")
+    processor = None if header.preprocessor is None else Config(header.preprocessor, where)
+    if config is not None and processor is not None and flips_channels(processor):
+        family = _flipped(family)
+    on_meta = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in header.tensors.items()
     }
-    renamed = _converted(renaming, meta, headless)
-    found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
-    heads = {name: info for name, info in found.items() if headless and name.startswith(_HEADS)}
-    tensors = {name: info for name, info in found.items() if name not in heads}
+    renamed = family.convert(on_meta, headless=headless)
+    tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
     built: Built | None = None
     cfg: dict[str, Any] = dict(family.cfg)
     notes: list[str] = []
     if config is not None:
         assert family.build is not None
-        built = family.build(_of_images(config), shapes)
+        towers = (name for name in ("model_cfg", "vision_config") if name in config)
+        built = family.build(next((config.part(name) for name in towers), config), shapes)
         cfg, notes = _cfg(processor, config, built, shapes, given)
-        eps = config.number("layer_norm_eps", 1e-6)
+        eps = config.get("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
             notes.append(
                 f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tokens of tiny activations"
@@ -140,99 +181,32 @@ def _conversion(
         if built is not None:
             side = built.args["img_size"]
             cfg = {"input_size": [built.args["in_chans"], side, side], **built.cfg}
-    left_out = renaming.what_is_left_out(header.tensors)
+    left_out = family.described_as_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
-    return Conversion(family, renaming, headless, tensors, heads, built, cfg, tuple(notes))
+    return Conversion(family, headless, tensors, built, cfg, tuple(notes))
 
 
-def _converted(renaming: Renaming, tensors: Mapping[str, Tensor], headless: bool) -> dict[str, Tensor]:
-    return (renaming.without_classifier() if headless else renaming).apply(tensors)
-
-
-def _processor(header: FileHeader) -> Config | None:
-    if header.preprocessor is None:
-        return None
-    return Config(header.preprocessor, show(header.path.parent / "preprocessor_config.json"))
-
-
-def _with_layer(renaming: Renaming) -> Renaming:
-    """Return the table for a file whose classifier, ``head``, lay beside the network."""
-    names, refused = dict(renaming.names), dict(renaming.refused_classifier)
-    for name in names.keys() & set(_NAMED):
-        names["head"] = names[name]
-    if "pooler" in renaming.left_out:
+def _with_classifier_beside(family: Family) -> Family:
+    """Return the family of a file whose classifier, now ``head``, lay beside the network."""
+    names = {"head": family.names.get("classifier", family.names.get("heads.head", "head")), **family.names}
+    refused = dict(family.refused)
+    if "pooler" in family.left_out:
         refused["pooler"] = (
             "the classifier beside the network may read the pooler, for which timm has no place"
         )
-    return replace(renaming, names=names, refused_classifier=refused)
+    return replace(family, names=names, refused=refused)
 
 
-def _flipped(renaming: Renaming, stem: str) -> Renaming:
-    """Return the table that turns a model of blue, green, red images into one of red, green, blue."""
+def _flipped(family: Family) -> Family:
+    """Return the family that turns a model of blue, green, red images into one of red, green, blue."""
 
     def finish(tensors: dict[str, Tensor]) -> None:
-        if renaming.finish is not None:
-            renaming.finish(tensors)
-        tensors[stem] = tensors[stem].flip(1)
+        if family.finish is not None:
+            family.finish(tensors)
+        tensors[family.stem] = tensors[family.stem].flip(1)
 
-    return replace(renaming, finish=finish)
-
-
-def _family_of(config: Config) -> Family:
-    stated = config.text("model_type")
-    for family in FAMILIES:
-        if stated in family.model_types:
-            return family
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise CheckpointError(
-        f"{config.where}: models of transformers of model_type {stated!r:.80} are not converted to timm; "
-        f"mhacut converts {known}. If timm has the same model, give its weights "
-        f"({option_name('checkpoint', 'timm:NAME')})"
-    )
-
-
-def _family_of_open_clip(config: Config, tensors: Mapping[str, object]) -> Family:
-    if any(name.startswith(TRUNK) for name in tensors):
-        return OPEN_CLIP_TRUNK
-    if any(name.startswith("visual.transformer.") for name in tensors):
-        return OPEN_CLIP
-    raise CheckpointError(
-        f"{config.where}: its image tower is not converted to timm: expected a ViT (visual.transformer) or a "
-        f"model of timm (visual.trunk), found neither among {len(tensors)} tensors"
-    )
-
-
-def namesakes(header: FileHeader) -> Iterator[FileHeader]:
-    """Yield the file under the names of each family that other models of timm share names and shapes with."""
-    for family in FAMILIES:
-        if family.named and _family_by_names(header.tensors, family.named) is family:
-            yield replace(header, tensors=_conversion(header, family, None, False, ()).tensors)
-
-
-def _family_by_names(tensors: Mapping[str, object], model: str) -> Family | None:
-    def has(end: str) -> bool:
-        return any(name == end or name.endswith(f".{end}") for name in tensors)
-
-    if _is_wrapped(tensors):
-        return TIMM_WRAPPER
-    for family in FAMILIES:
-        if not model.startswith(family.named) or any(map(has, family.unlike)):
-            continue
-        if any(all(map(has, sign)) for sign in family.signs):
-            return family
-    return None
-
-
-def _is_wrapped(tensors: Mapping[str, object]) -> bool:
-    return all(name.startswith(WRAPPED) for name in tensors)
-
-
-def _of_images(config: Config) -> Config:
-    if "model_cfg" in config:
-        return config.part("model_cfg")
-    part = _WRAPPERS.get(config.text("model_type"))
-    return config.part(part) if part is not None and part in config else config
+    return replace(family, finish=finish)
 
 
 def _cfg(
@@ -242,26 +216,22 @@ def _cfg(
     channels = int(built.args.get("in_chans", 3))
     side = built.side or built.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
-    notes: list[str] = []
-    heads = [shapes[name] for name in _CLASSIFIERS if name in shapes]
-    names = label_names(config, heads[0][0] if heads and heads[0] else 0)
+    classes = next((shapes[name][0] for name in _CLASSIFIERS if shapes.get(name)), 0)
+    names = label_names(config, classes)
     if names is not None:
         cfg["label_names"] = names
     cfg |= built.cfg
     if "preprocess_cfg" in config:
-        return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, notes
+        return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, []
     if built.cfg:
-        return cfg, notes
+        return cfg, []
     if processor is None:
-        if not {"mean", "std"} <= set(given):
-            notes.append(
-                f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"
-            )
-        return cfg, notes
+        known = {"mean", "std"} <= set(given)
+        note = f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"
+        return cfg, [] if known else [note]
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
-    if stated is not None and side is not None and stated != side:
-        notes.append(
-            f"preprocessor_config.json makes images of {stated}x{stated}, the model is for {side}x{side}"
-        )
-    return cfg, notes
+    if stated is None or side is None or stated == side:
+        return cfg, []
+    note = f"preprocessor_config.json makes images of {stated}x{stated}, the model is for {side}x{side}"
+    return cfg, [note]
