@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import part_of_dense, read_model
@@ -32,8 +29,7 @@ from mhacut.options.measure import BenchOptions
 from mhacut.options.option import lists_options
 from mhacut.runtime.device import many_compiled, refusing_compile, with_default_torch
 from mhacut.runtime.files import REMOTE
-from mhacut.runtime.process import in_new_process
-from mhacut.runtime.progress import Reporter, Silent, reporting
+from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 if TYPE_CHECKING:
@@ -60,8 +56,7 @@ class Timing:
     """Fraction of time saved relative to the first checkpoint, divided by the fraction of FLOPs saved; None
     if no FLOPs were saved."""
     peak_mib: float | None
-    """Peak memory of a process that reads the checkpoint and runs it, or on a GPU of its weights, its images
-    and what a run takes; None where it cannot be measured."""
+    """Peak memory on a GPU of its weights, its images and what a run takes; None on the CPU."""
     runs: int
 
 
@@ -90,7 +85,6 @@ class BenchResult:
     first."""
     runtime: str
     dtype: str
-    fused: bool
     device: str
     threads: int
 
@@ -107,15 +101,6 @@ class _Entry:
     """Takes float32 images on the device."""
     file_bytes: int | None
     int8: bool = False
-
-
-@dataclass(frozen=True)
-class _Setup:
-    """Conditions that all checkpoints are timed under."""
-
-    options: BenchOptions
-    device: torch.device
-    threads: int
 
 
 @with_default_torch
@@ -148,21 +133,23 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
     sizes = _input_sizes(checkpoints, reporter)
     with using_threads(options.threads) as threads, many_compiled():
-        setup = _Setup(options, device, threads)
+        conditions = Conditions(options.runtime, device, threads, options.dtype)
+        reporter.start("preparing")
         entries = []
         for checkpoint, size in zip(checkpoints, sizes, strict=True):
-            reporter.start("preparing")
             flops = measure_flops(checkpoint.model, size)
-            program = _program(checkpoint.model, size, setup)
+            program = model_program(checkpoint.model, size, conditions)
             entries.append(_Entry(checkpoint, size, flops, program, _file_bytes(checkpoint)))
             reporter.advance(len(entries), len(checkpoints))
         if options.int8:
             reporter.start("quantizing")
-            entries += [_in_int8(entry, setup) for entry in entries]
+            for entry in tuple(entries):  # as ``mhacut export`` makes it without images
+                program, file_bytes = int8_program(entry.checkpoint.model, entry.size, threads)
+                entries.append(replace(entry, program=program, file_bytes=file_bytes, int8=True))
         timings = []
         reporter.start("timing")
         for batch_size in options.batch_sizes:
-            timings.append(_timings(entries, batch_size, setup))
+            timings.append(_timings(entries, batch_size, options.seconds, device))
             reporter.advance(len(timings), len(options.batch_sizes), f"batch {batch_size}")
     models = tuple(
         BenchedModel(
@@ -171,12 +158,12 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             flops=entry.flops,
             parameters=count_parameters(entry.checkpoint.model),
             file_bytes=entry.file_bytes,
-            timings=own,
+            timings=per_batch,
             int8=entry.int8,
         )
-        for entry, own in zip(entries, zip(*timings, strict=True), strict=True)
+        for entry, per_batch in zip(entries, zip(*timings, strict=True), strict=True)
     )
-    return BenchResult(models, options.runtime, options.dtype, options.fused, str(device), threads)
+    return BenchResult(models, options.runtime, options.dtype, str(device), threads)
 
 
 def _file_bytes(checkpoint: Checkpoint) -> int | None:
@@ -222,43 +209,24 @@ def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[
     return sizes
 
 
-def _program(model: nn.Module, size: tuple[int, int, int], setup: _Setup) -> Callable[[Tensor], object]:
-    """Return the function to time, from float32 images on the device."""
-    options = setup.options
-    if not options.fused:
-        layers: Any = model.modules()
-        for layer in layers:
-            if hasattr(layer, "fused_attn"):
-                layer.fused_attn = False
-    return model_program(model, size, Conditions(options.runtime, setup.device, setup.threads, options.dtype))
-
-
-def _in_int8(entry: _Entry, setup: _Setup) -> _Entry:
-    """Return a checkpoint with its linear layers in INT8, as ``mhacut export`` makes it without images."""
-    program, size = int8_program(entry.checkpoint.model, entry.size, setup.threads)
-    return replace(entry, program=program, file_bytes=size, int8=True)
-
-
-def _timings(entries: Sequence[_Entry], batch_size: int, setup: _Setup) -> list[Timing]:
+def _timings(
+    entries: Sequence[_Entry], batch_size: int, seconds: float, device: torch.device
+) -> list[Timing]:
     """Time all checkpoints at one batch size."""
-    images = [fixed_images(batch_size, entry.size).to(setup.device) for entry in entries]
+    images = [fixed_images(batch_size, entry.size).to(device) for entry in entries]
     runs = [run_of(entry.program, x) for entry, x in zip(entries, images, strict=True)]
-    times = _times(runs, setup)
+    with refusing_compile(option_name("runtime", "compile")):
+        times = take_turns(runs, seconds=seconds, device=device)
     return [
         timing_of(
             batch_size,
-            own,
+            per_run,
             times[0],
             saved_flops=0 if entry.int8 else 1 - entry.flops / entries[0].flops,  # INT8 saves time otherwise
-            peak_mib=_peak_mib(entry, run, batch_size, setup),
+            peak_mib=_peak_mib(entry, run, batch_size, device) if device.type == "cuda" else None,
         )
-        for entry, run, own in zip(entries, runs, times, strict=True)
+        for entry, run, per_run in zip(entries, runs, times, strict=True)
     ]
-
-
-def _times(runs: Sequence[Callable[[], object]], setup: _Setup) -> list[list[float]]:
-    with refusing_compile(option_name("runtime", "compile")):
-        return take_turns(runs, seconds=setup.options.seconds, device=setup.device)
 
 
 def timing_of(
@@ -279,7 +247,7 @@ def timing_of(
         peak_mib: peak memory.
     """
     low, _, high = statistics.quantiles(times, n=4)
-    ratio = statistics.median(own / other for own, other in zip(times, first, strict=True))
+    ratio = statistics.median(one / other for one, other in zip(times, first, strict=True))
     return Timing(
         batch_size=batch_size,
         median_ms=1000 * statistics.median(times),
@@ -291,50 +259,13 @@ def timing_of(
     )
 
 
-def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, setup: _Setup) -> float | None:
-    if setup.device.type == "cuda":
-        held = torch.cuda.memory_allocated(setup.device)  # by all checkpoints, and their images
-        torch.cuda.reset_peak_memory_stats(setup.device)
-        run()
-        taken = torch.cuda.max_memory_allocated(setup.device) - held
-        model = entry.checkpoint.model
-        weights = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
-        images = torch.float32.itemsize * batch_size * math.prod(entry.size)
-        return (weights + images + taken) / 2**20
-    options = setup.options
-    if options.runtime != "eager" or not sys.platform.startswith("linux"):
-        return None
-    job = {
-        "options": {
-            "checkpoints": [entry.checkpoint.source],
-            "model": options.model,
-            "model_args": dict(options.model_args),
-            "part": options.part,
-            "dtype": options.dtype,
-            "fused": options.fused,
-        },
-        "batch_size": batch_size,
-        "size": entry.size,
-        "threads": setup.threads,
-    }
-    found: float | None = in_new_process("mhacut.commands.bench", "write_peak_memory", job)
-    return found
-
-
-def write_peak_memory() -> None:
-    """Run one checkpoint once and write the peak memory of this process in MiB to stdout.
-
-    Called in a process of its own, which reads from stdin what to run.
-    """
-    job = json.load(sys.stdin)
-    torch.set_num_threads(job["threads"])
-    options = BenchOptions.from_flat(**job["options"])
-    setup = _Setup(options, torch.device("cpu"), job["threads"])
-    (source,) = options.checkpoints
-    size = tuple(job["size"])
-    program = _program(_read(source, options, Silent()).model, size, setup)
-    run_of(program, fixed_images(job["batch_size"], size))()
-    # getrusage would do, but a child starts with its parent's peak there.
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    sys.stdout.write(f"{int(status['VmHWM'].split()[0]) / 1024}\n")
+def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, device: torch.device) -> float:
+    """Return the GPU memory of a model's weights, its images and what a run takes."""
+    held = torch.cuda.memory_allocated(device)  # by all checkpoints, and their images
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    taken = torch.cuda.max_memory_allocated(device) - held
+    model = entry.checkpoint.model
+    weights = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
+    images = torch.float32.itemsize * batch_size * math.prod(entry.size)
+    return (weights + images + taken) / 2**20

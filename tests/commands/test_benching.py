@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,13 +51,6 @@ def test_ratios_are_of_the_same_round():
     assert timing_of(4, first, first, saved_flops=0, peak_mib=None).saving_realised is None
 
 
-@pytest.fixture
-def no_child(monkeypatch):
-    """Peak memory is not measured, which takes a process for each model."""
-    monkeypatch.setattr(benching, "_peak_mib", lambda *arguments: None)
-
-
-@pytest.mark.usefixtures("no_child")
 def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_for(tmp_path):
     case = CASES["attention2d.MultiQueryAttention2d, model"]
     model = build(case)
@@ -72,7 +63,6 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
     assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
 
 
-@pytest.mark.usefixtures("no_child")
 def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
     case = SLIM["vit"]
     small, large = case.create(), ModelCase(case.architecture, {**case.args, "depth": 4}).create()
@@ -86,30 +76,6 @@ def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
     assert student.parameters == sum(parameter.numel() for parameter in small.parameters())
     with pytest.raises(CheckpointError, match="there is no such part"):
         mhacut.bench(training, part="pupil", **asked)
-
-
-def test_the_process_that_measures_memory_reads_the_same_part(slim_of, monkeypatch):
-    jobs = []
-
-    def run_child(module, function, job):
-        jobs.append(job)
-        return 1.0
-
-    monkeypatch.setattr(benching, "in_new_process", run_child)
-    mhacut.bench(slim_of("vit"), part="student", **QUICK)
-    assert [job["options"]["part"] for job in jobs] == ["student"]
-
-
-def test_memory_of_a_gpu_is_that_of_one_model(monkeypatch):
-    """Without a GPU: in front of its counters, which count the other models too."""
-    model = torch.nn.BatchNorm2d(2**18)  # 4 MiB, and a counter of 8 bytes
-    entry = SimpleNamespace(checkpoint=SimpleNamespace(model=model), size=(1, 512, 512))
-    setup = SimpleNamespace(device=torch.device("cuda"))
-    others = 100 * 2**20
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: others)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: others + 3 * 2**20)
-    assert benching._peak_mib(entry, lambda: None, 2, setup) == pytest.approx(4 + 2 + 3, abs=1e-4)
 
 
 def test_shards_count_as_one_file(tmp_path):
@@ -141,13 +107,10 @@ def test_models_beside_each_other(slim_of):
     assert timing.median_ms > 0
     assert timing.runs >= 5
     assert first.timings[0].ratio == 1
-    if sys.platform.startswith("linux"):
-        assert 100 < timing.peak_mib < 4000
     assert result.threads == 1
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_child")
 def test_threads_are_put_back(slim_of):
     before = torch.get_num_threads()
     assert mhacut.bench(slim_of("vit"), **QUICK, threads=before + 1).threads == before + 1
@@ -155,15 +118,9 @@ def test_threads_are_put_back(slim_of):
 
 
 @pytest.mark.slow
-def test_onnx_runtime_and_plain_attention(slim_of):
-    result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", fused=False)
-    assert (result.runtime, result.fused, result.device) == ("onnx", False, "cpu")
-    assert result.models[0].timings[0].median_ms > 0
-
-
-@pytest.mark.slow
 def test_int8_stands_beside_float32(slim_of):
     result = mhacut.bench(slim_of("vit"), **QUICK, runtime="onnx", int8=True)
+    assert (result.runtime, result.device) == ("onnx", "cpu")
     exact, quantized = result.models
     assert (exact.int8, quantized.int8) == (False, True)
     assert (exact.source, exact.flops) == (quantized.source, quantized.flops)
@@ -173,25 +130,16 @@ def test_int8_stands_beside_float32(slim_of):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("no_child")
-def test_odd_widths_are_pointed_out(slim_of):
-    result = run("bench", slim_of("vit"), "--batch-sizes", "1", "--seconds", "0.01")
-    assert result.exit_code == 0
-    assert "are not multiples of 8" in result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("no_child")
 def test_the_command(slim_of):
-    flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16", "--no-fused"]
+    flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16"]
     result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert [timing["batch_size"] for timing in document["models"][1]["timings"]] == [1, 3]
-    assert (document["dtype"], document["fused"]) == ("bfloat16", False)
-    text = run("bench", slim_of("vit"), *flags, "--batch-sizes", "3").stdout
-    assert "[1]      3" in text
-    assert "attention not fused" in text
+    assert document["dtype"] == "bfloat16"
+    shown = run("bench", slim_of("vit"), *flags, "--batch-sizes", "3")
+    assert "[1]      3" in shown.stdout
+    assert "are not multiples of 8" in shown.stderr
 
 
 @pytest.mark.usefixtures("without_compiler")
@@ -236,12 +184,6 @@ def test_all_of_many_models_are_compiled(compiles_by, tmp_path):
 def test_refused_before_any_work(options):
     with pytest.raises(UsageError, match="expected"):
         mhacut.bench("no such file", **options)
-
-
-def test_nothing_to_time():
-    result = run("bench")
-    assert result.exit_code == 2
-    assert "CHECKPOINT is missing" in result.stderr
 
 
 def test_no_batch_size_is_refused(slim_of):
