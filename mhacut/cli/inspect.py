@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -39,8 +39,6 @@ def inspect(options: InspectOptions, console: Console) -> None:
     from mhacut.commands.inspect import run_inspect
 
     heads = options.heads or options.layer is not None
-    if console.as_json:  # which has everything
-        options = replace(options, heads=True)
     result = run_inspect(options, console)
     console.result(_text(result, heads=heads), _document(result))
 
@@ -49,8 +47,8 @@ def _text(result: InspectResult, *, heads: bool) -> str:
     """Return the whole report.
 
     Args:
-        result: of the inspection.
-        heads: one by one, with the channels they keep or would keep.
+        result: result of the inspection.
+        heads: show heads one by one, with the channels that they kept.
     """
     inspection = result.inspection
     parts = ["\n".join(_filled(safe(result.verdict), ""))]
@@ -115,7 +113,7 @@ def _layer(layer: LayerReport) -> str:
 
 
 def _channels(unit: UnitReport) -> list[str]:
-    """Channels that a slim file kept and lost, and that a cut would keep, head by head."""
+    """Channels that a slim file kept and lost, head by head."""
     lines = []
     if unit.kept is not None:
         basis = "principal" if unit.basis == "principal" else "original"
@@ -123,10 +121,6 @@ def _channels(unit: UnitReport) -> list[str]:
         for head, kept in enumerate(unit.kept):
             gone = sorted(set(range(unit.dense)) - set(kept))
             lines += _wrapped(f"    {head}: ", f"{ranges(kept)} ({ranges(gone)})")
-    for share in unit.heads[0].keeps if unit.heads else ():
-        lines.append(f"  {unit.kind}: at {share} % it would keep these of its {unit.now} channels")
-        for head, found in enumerate(unit.heads):
-            lines += _wrapped(f"    {head}: ", ranges(found.keeps[share]))
     return lines
 
 

@@ -97,12 +97,10 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         if options.compare is not None:
             comparison = _comparison(opened, images, options, reporter)
     reporter.start("looking at heads")
-    detailed = options.heads or options.layer is not None or options.html is not None
     inspection = inspect_model(
         opened,
         shapes_only=options.shapes,
         evidence=evidence,
-        ranked=lambda layer: detailed and layer in wanted,
         preprocessing=options.preprocessing,
         progress=reporter.advance,
     )

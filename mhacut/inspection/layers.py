@@ -19,19 +19,14 @@ from mhacut.data import Preprocessing
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import effective_rank, falling_eigenvalues, logit_energies, output_energies
 from mhacut.options.base import PreprocessingOptions
-from mhacut.options.prune import SearchOptions
 from mhacut.plan import Basis, LayerFamily, TokenPlan, UnitKey, UnitKind, UnitPlan
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.unit_moments import UnitMoments, white_moments
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
 from mhacut.surgery.tokens import tokens_of
 from mhacut.text import dtype_name
-
-SHARES = (75, 50, 25)
-"""Percentages of its width for which each head lists the channels that it would keep."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +39,10 @@ class HeadFindings:
     """Number of principal channels with 90 % of the energy of the logits (qk) or of the head's output (v)."""
     rank99: int
     """The same at 99 %."""
-    keeps: Mapping[int, tuple[int, ...]]
-    """For each percentage of :data:`SHARES`, the channels that a cut of the width to it would keep: their
-    indices in the file, chosen by the error that is left after repair. Empty if channels were not ranked."""
 
 
 def describe_heads(
-    module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor, *, ranked: bool
+    module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor
 ) -> tuple[HeadFindings, ...]:
     """Return the findings of each head of ``unit``.
 
@@ -59,26 +51,12 @@ def describe_heads(
         unit: qk or v of that layer.
         moments: moments of the unit's channels.
         similarity: mean similarity of each channel to the others of its head, [H, d].
-        ranked: rank channels too, which takes most of the time.
     """
     energies = _energies(module, unit, moments)  # (H, d)
     rank90, rank99 = (effective_rank(energies, share).tolist() for share in (0.90, 0.99))
-    keeps = _channels_to_keep(module, unit, moments) if ranked else [{} for _ in range(unit.heads)]
     return tuple(
-        HeadFindings(float(similarity[head].mean()), rank90[head], rank99[head], keeps[head])
-        for head in range(unit.heads)
+        HeadFindings(float(similarity[head].mean()), rank90[head], rank99[head]) for head in range(unit.heads)
     )
-
-
-def _channels_to_keep(
-    module: nn.Module, unit: Unit, moments: UnitMoments
-) -> list[dict[int, tuple[int, ...]]]:
-    """Per head, the channels to keep at each of :data:`SHARES`."""
-    widths = {share: max(1, round(unit.width * share / 100)) for share in SHARES}
-    options = SearchOptions(basis="channel", positions="own")
-    candidate = find_candidates(module, unit, moments, min(widths.values()), options)[0]
-    kept = {share: candidate.ranking.kept(width).tolist() for share, width in widths.items()}
-    return [{share: tuple(heads[head]) for share, heads in kept.items()} for head in range(unit.heads)]
 
 
 def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
@@ -196,7 +174,6 @@ def inspect_model(
     *,
     shapes_only: bool = False,
     evidence: Evidence | None = None,
-    ranked: Callable[[str], bool] = lambda layer: False,
     preprocessing: PreprocessingOptions | None = None,
     prunable: PrunableLayers | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -207,7 +184,6 @@ def inspect_model(
         opened: a checkpoint. If its weights were not read yet, they are read one layer at a time.
         shapes_only: read no weights; only the widths of heads are then known.
         evidence: activations to judge heads by; None to judge by the weights alone.
-        ranked: whether to rank the channels of the layer of this name, which takes most of the time.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
         prunable: prunable layers of the model; found if None.
         progress: called with (layers done, layers in all).
@@ -228,7 +204,7 @@ def inspect_model(
         findings: dict[UnitKey, tuple[HeadFindings, ...]] = {}
         if layer.adapter.family == "attention" and not shapes_only:
             with layer_with_weights(layer.name) as module:
-                findings = _findings(module, layer, evidence, ranked(layer.name))
+                findings = _findings(module, layer, evidence)
         units = {u.kind: _unit_report(u, plans.get(u.key), findings.get(u.key, ())) for u in layer.units}
         layers.append(_layer_report(model, layer, units, flops, parameters))
         if progress is not None:
@@ -287,7 +263,7 @@ def _layer_reader(opened: Checkpoint, *, needed: bool) -> Callable[[str], Abstra
 
 @torch.no_grad()
 def _findings(
-    module: nn.Module, layer: Layer, evidence: Evidence | None, ranked: bool
+    module: nn.Module, layer: Layer, evidence: Evidence | None
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
     found = {}
     for unit in layer.units:
@@ -301,7 +277,7 @@ def _findings(
         else:
             moments = evidence.calibration.moments[unit.key]
             similarity = evidence.calibration.statistics[unit.key].redundancy
-        found[unit.key] = describe_heads(module, unit, moments, similarity, ranked=ranked)
+        found[unit.key] = describe_heads(module, unit, moments, similarity)
     return found
 
 

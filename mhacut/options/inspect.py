@@ -31,7 +31,7 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
     layer: str | None = option(None, metavar="GLOB")
     """Show only layers whose names match, head by head: 'blocks.1*.attn'."""
     heads: bool = False
-    """Show every head, and the channels it keeps or would keep at 75, 50, 25 %."""
+    """Show every head, and the channels that it kept."""
     sort: Sort = "layer"
     """Order of the layers: as in the model (layer), or by any other figure, the largest first."""
     shapes: bool = False

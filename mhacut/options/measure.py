@@ -65,8 +65,6 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     """CPU threads; by default torch's own choice."""
     dtype: ExportDtype = "float32"
     """Precision of the computation."""
-    fused: bool = True
-    """Use fused attention where a layer can."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +91,6 @@ class BenchKeywords(TypedDict, total=False):
     seconds: float
     threads: int | None
     dtype: ExportDtype
-    fused: bool
 
 
 @dataclass(frozen=True, kw_only=True)

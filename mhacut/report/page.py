@@ -84,7 +84,7 @@ def write_report(
         data = f"the first {len(used)} of {data}"
     calibration = calibrate(pruned.model, layers[1], used, batch_size=batch_size)
     evidence = Evidence(calibration, data)
-    inspection = inspect_model(pruned, evidence=evidence, ranked=lambda layer: True, prunable=layers[1])
+    inspection = inspect_model(pruned, evidence=evidence, prunable=layers[1])
     comparison = compare(
         dense.model,
         pruned.model,

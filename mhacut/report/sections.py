@@ -39,7 +39,7 @@ HEADINGS = (
     ("rank 99 %", "Principal channels that hold 99 % of the energy"),
     ("FLOPs %", "Share of the model's FLOPs that the whole head, or MLP, takes"),
     ("parameters %", "Share of the model's parameters that the whole head, or MLP, has"),
-    ("channels", "Channels that were kept and removed, and those that a cut would keep"),
+    ("channels", "Channels that were kept and removed"),
 )
 """Name of each column and its explanation."""
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
@@ -371,7 +371,4 @@ def _channels(unit: UnitReport, head: int) -> list[tuple[str, str]]:
         kept = unit.kept[head]
         removed = sorted(set(range(unit.dense)) - set(kept))
         listed += [(f"kept ({unit.basis})", ranges(kept)), ("removed", ranges(removed))]
-    if unit.heads:
-        keeps = unit.heads[head].keeps
-        listed += [(f"a cut to {share} % would keep", ranges(channels)) for share, channels in keeps.items()]
     return listed

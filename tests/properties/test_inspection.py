@@ -31,5 +31,5 @@ def test_heads_of_every_class_can_be_looked_at(case):
             if seen is not None:
                 moments, similarity = seen
                 assert similarity.shape == (unit.heads, unit.width)
-                found = describe_heads(module, unit, moments, similarity, ranked=False)
+                found = describe_heads(module, unit, moments, similarity)
                 assert all(1 <= head.rank99 <= unit.width for head in found)

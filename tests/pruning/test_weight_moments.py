@@ -7,9 +7,7 @@ import timm
 import torch
 
 from helpers.models import build
-from mhacut.inspection.layers import SHARES, describe_heads
-from mhacut.options.prune import SearchOptions
-from mhacut.pruning.candidates import find_candidates
+from mhacut.inspection.layers import describe_heads
 from mhacut.pruning.paper.statistics import cosine_similarity, redundancy
 from mhacut.pruning.unit_moments import white_moments
 from mhacut.surgery.channels import channels_of
@@ -76,22 +74,13 @@ def test_redundancy_of_white_inputs(attention):
 
 
 @pytest.mark.parametrize("kind", ["qk", "v"])
-def test_findings_are_those_of_the_ranking(attention, kind):
+def test_findings_of_white_inputs(attention, kind):
     module, units = attention
     unit = units[kind]
     moments, similarity = white_moments(module, unit)
     with torch.no_grad():
-        found = describe_heads(module, unit, moments, similarity, ranked=True)
-        ranking = find_candidates(module, unit, moments, 1, SearchOptions(basis="channel"))[0].ranking
+        found = describe_heads(module, unit, moments, similarity)
     assert len(found) == HEADS
     for head, described in enumerate(found):
         assert described.similarity == pytest.approx(float(similarity[head].mean()))
         assert 1 <= described.rank90 <= described.rank99 <= unit.width
-        assert set(described.keeps) == set(SHARES)
-        for share, kept in described.keeps.items():
-            assert kept == tuple(ranking.kept(unit.width * share // 100)[head].tolist())
-    with torch.no_grad():
-        assert all(
-            not described.keeps
-            for described in describe_heads(module, unit, moments, similarity, ranked=False)
-        )

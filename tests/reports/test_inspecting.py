@@ -21,7 +21,6 @@ from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import CheckpointError, UsageError
 from mhacut.inspection.layers import BY_WEIGHTS, inspect_model
-from mhacut.inspection.summary import redundant_share
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops_by_module, weightless
 from properties.cases import CASES, VITS
@@ -58,9 +57,7 @@ def test_flops_without_weights_are_flops(case):
 @pytest.mark.parametrize("name", ["vit", "swin", "flatten"])
 def test_layer_by_layer_is_as_in_the_whole_model(slim_of, name):
     path = slim_of(name)
-    assert inspect_model(open_checkpoint(path), ranked=lambda layer: True) == inspect_model(
-        read_model(path), ranked=lambda layer: True
-    )
+    assert inspect_model(open_checkpoint(path)) == inspect_model(read_model(path))
 
 
 def test_torch_files_are_read_too(tiny_vit, tmp_path):
@@ -109,27 +106,22 @@ def test_a_repeated_channel_is_seen(tiny_vit, tmp_path):
     assert (head.rank90, head.rank99) == (1, 1)
     assert head.similarity == pytest.approx(1.0, abs=1e-6)
     assert found.units["v"].heads[0].rank99 > 10
-    assert redundant_share(found, "v") == 1 - sum(h.rank99 for h in found.units["v"].heads) / 48
 
 
-def test_the_verdict_names_where(tiny_vit, tmp_path):
-    tensors = load_file(tiny_vit.path)
-    weight = tensors["blocks.1.attn.qkv.weight"]
-    for head in range(3):
-        low = 96 + 16 * head
-        weight[low + 8 : low + 16] = weight[low : low + 8]
-    save_file(tensors, tmp_path / "a.safetensors")
-    found = inspect(tmp_path / "a.safetensors", **opened(tiny_vit))
-    assert "; about half of v in blocks.1.attn is redundant (by weights alone)" in found.verdict
+def test_the_verdict_says_how_much_is_of_use(tiny_vit):
+    found = inspect(tiny_vit.path, **opened(tiny_vit))
+    layers = [layer for layer in found.inspection.layers if layer.heads]
+    ranks = [head.rank99 for layer in layers for head in layer.units["qk"].heads]
+    share = sum(ranks) / (16 * len(ranks))
+    assert f"; 99 % of the energy is in {100 * share:.0f} % of qk, " in found.verdict
+    assert found.verdict.endswith("(by weights alone)")
 
 
 def test_slim_files_say_what_was_kept_and_removed(slim_of):
     document = json.loads(run("inspect", slim_of("vit"), "--json").stdout)
     assert document["slim"]
     units = [unit for layer in document["layers"] for unit in layer["units"].values()]
-    heads = [head for unit in units for head in unit["heads"]]
-    assert heads
-    assert all(set(head["keeps"]) == {"75", "50", "25"} for head in heads)  # JSON has everything
+    assert any(unit["heads"] for unit in units)
     cut = [unit for layer in document["layers"] for unit in layer["units"].values() if unit["kept"]]
     assert cut
     for unit in cut:
@@ -145,11 +137,9 @@ def test_one_layer_head_by_head(tiny_vit):
     result = run("inspect", *tiny_vit.flags, "--layer", "*.1.attn")
     assert "blocks.1.attn (Attention), 3 heads: " in result.stdout
     assert "blocks.0" not in result.stdout
-    assert "qk: at 25 % it would keep these of its 16 channels" in result.stdout
     document = json.loads(run("inspect", *tiny_vit.flags, "--layer", "*.1.attn", "--json").stdout)
     (layer,) = document["layers"]
-    for head in layer["units"]["v"]["heads"]:
-        assert [len(kept) for kept in head["keeps"].values()] == [12, 8, 4]
+    assert len(layer["units"]["v"]["heads"]) == 3
 
 
 @pytest.mark.parametrize("sort", ["flops", "params", "qk", "v", "similarity", "rank"])
