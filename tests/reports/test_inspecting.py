@@ -168,7 +168,6 @@ def test_sorted_layers_fall(slim_of, sort):
         ({"shapes": True, "data_dir": "d"}, "shapes=True reads no weights, which data_dir would need"),
         ({"shapes": True, "sort": "rank"}, "sort='rank': is not known from shapes alone"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
-        ({"calibration_images": 5}, "calibration_images=5: there are no images"),
         (
             {"layer": "blocks.7.*"},
             r"layer='blocks.7.\*': no layer has such a name; the model has blocks.0.attn",

@@ -331,19 +331,9 @@ def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
         mhacut.prune(tiny_vit.path, report=tmp_path / "there.html", data_dir="missing", **options)
     with pytest.raises(UsageError, match=r"report='run.txt': expected a name that ends in .html"):
         mhacut.prune(tiny_vit.path, report="run.txt", **options)
+    with pytest.raises(UsageError, match=r"html='report.txt': expected a name that ends in .html"):
+        inspect(tiny_vit.path, html="report.txt")
     assert (tmp_path / "there.html").read_text() == "mine"
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"html": "report.txt"}, r"html='report.txt': expected a name that ends in .html"),
-        ({"overwrite": True}, "overwrite=True: nothing is written without html"),
-    ],
-)
-def test_what_cannot_be_is_refused(slim_of, given, message):
-    with pytest.raises(UsageError, match=message):
-        inspect(slim_of("vit"), **given)
 
 
 def test_cells_of_a_heat_map_are_heads(contents):
