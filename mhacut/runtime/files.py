@@ -288,12 +288,15 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     own beside the file that they are given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
+    remove_temporaries(target)
     folder = Path(tempfile.mkdtemp(".tmp", _prefix(target), target.parent))
+    lock = lock_directory(folder)
     try:
         yield folder
     finally:
         if folder not in _left:
             shutil.rmtree(folder, ignore_errors=True)
+        unlock(lock)
 
 
 @contextmanager
@@ -305,9 +308,13 @@ def left_on_error(folder: Path) -> Iterator[None]:
 
 
 def remove_temporaries(target: Path) -> None:
-    """Remove the temporary folders of ``target`` that killed processes left; none may be writing it."""
+    """Remove the temporary folders of ``target`` that killed processes left: nobody holds their lock."""
     for folder in target.parent.glob(f"{glob.escape(_prefix(target))}*.tmp"):
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            lock = lock_directory(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                unlock(lock)
 
 
 def _prefix(target: Path) -> str:

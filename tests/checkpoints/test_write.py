@@ -17,7 +17,7 @@ from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
-from mhacut.runtime import tensor_files
+from mhacut.runtime import files, tensor_files
 from mhacut.runtime.files import READ_IN_FOLDERS, check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
@@ -240,3 +240,14 @@ def test_a_disk_that_the_library_finds_full_is_an_error_like_any_other(put, tmp_
     with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: No space left on device$"):
         put(tmp_path / "slim.safetensors")
     assert names(tmp_path) == []
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(put, tmp_path):
+    target = tmp_path / "slim.safetensors"
+    left, others = tmp_path / ".slim.safetensors.abc.tmp", tmp_path / ".other.abc.tmp"
+    for folder in (left, others):
+        folder.mkdir()
+    with files.temporary_folder(target) as folder:  # of a living process
+        put(target)
+        assert folder.exists()
+    assert names(tmp_path) == [others.name, target.name]
