@@ -98,18 +98,9 @@ def mhacut_steps(options: FinetuneOptions, preprocessing: Preprocessing, classes
         images.count, batch_size=options.training.batch_size, parts=1, seed=options.training.seed
     )
     loader = training_loader(images, batches, start=0, stop=ENDLESS, mine=[0], workers=0, pin_memory=False)
-    objective = Objective(
-        teacher=None,
-        student=None,
-        label_weight=1.0,
-        temperature=1.0,
-        feature_weight=0.0,
-        smoothing=0.0,
-        classes=classes,
-    )
     trainer = Trainer(
         mhacut.load_model(options.checkpoint),
-        objective,
+        Objective(options, classes),
         Mixing(options.augmentation, classes),
         options,
         Processes(0, 1, torch.device("cpu")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,6 @@ from mhacut._version import __version__
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
-from mhacut.errors import UsageError, option_name
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.text import safe, safe_table
 
@@ -20,12 +18,7 @@ if TYPE_CHECKING:
 
 
 def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    if values.get("resume") is None:
-        return values
-    if not os.path.isdir(values["resume"]):
-        asked = option_name("resume", values["resume"])
-        raise UsageError(f"{asked}: no run to continue; the directory does not exist")
-    from mhacut.finetuning.resuming import completed  # imports yaml, as below
+    from mhacut.finetuning.folder import completed  # imports yaml, as below
 
     return completed(values)
 

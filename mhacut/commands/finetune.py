@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from mhacut.checkpoint.load import load_model
-from mhacut.errors import Interrupted
-from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading
-from mhacut.finetuning.history import portable
-from mhacut.finetuning.logs import Logs, check_logs
+from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading, completed
 from mhacut.finetuning.result import FinetuneResult
-from mhacut.finetuning.resuming import completed
 from mhacut.finetuning.run import Run, read_run
-from mhacut.finetuning.seeding import random_state_kept
-from mhacut.finetuning.starting import start
-from mhacut.finetuning.steps import train
+from mhacut.finetuning.saving import start
+from mhacut.finetuning.steps import check_logs, train
 from mhacut.finetuning.training import check_precision, repeatable
-from mhacut.measuring.accuracy import Evaluation
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneKeywords, FinetuneOptions
 from mhacut.options.option import takes_keywords
@@ -71,7 +70,7 @@ def finetune(
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
     """Run :func:`finetune` with its options in one object."""
     check_logs(options.logs)
-    with gathered(options.device) as processes, random_state_kept(), repeatable(options):
+    with gathered(options.device) as processes, _random_state_restored(processes.device), repeatable(options):
         check_precision(options, processes.device)
         with processes.together():
             if processes.first:
@@ -84,7 +83,6 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
             return _finetune(run)
         finally:
             run.release()
-            run.trainer.disconnect()
 
 
 def _finetune(run: Run) -> FinetuneResult:
@@ -93,11 +91,15 @@ def _finetune(run: Run) -> FinetuneResult:
     run.trainer.connect()
     if run.progress.step < run.total_steps:
         run.reporter.log(f"training on {run.images.description}")
-    names = run.options.logs if run.processes.first else ()
-    with Logs(names, run.folder.path, portable(run.options), run.reporter) as logs, stop_request() as request:
-        trained = train(run, logs, request)
+    with stop_request() as run.request:
+        images_per_second = train(run)
     output = run.folder.file(BEST if run.progress.best is not None else LAST)
-    after = _measure_file(run, output, trained.asked_to_stop)
+    after = None
+    if run.validation is not None:
+        run.reporter.start("evaluating")
+        with run.processes.together():
+            written = load_model(output)
+        after = run.measure(written)
     return FinetuneResult(
         folder=run.folder.path,
         output=output,
@@ -112,26 +114,20 @@ def _finetune(run: Run) -> FinetuneResult:
         preprocessing=run.preprocessing,
         provenance=run.provenance,
         unreadable=tuple(run.progress.unreadable),
-        images_per_second=trained.images_per_second,
+        images_per_second=images_per_second,
         device=str(run.processes.device),
         processes=run.processes.size,
         seconds=time.perf_counter() - began,
     )
 
 
-def _measure_file(run: Run, output: Path, asked_to_stop: bool) -> Evaluation | None:
-    """Accuracy of the file as it is read back; None without validation images."""
-    if run.validation is None:
-        return None
-    interrupted = Interrupted(
-        f"all {run.total_steps} steps are done and saved, but the evaluation of {output} was interrupted"
-    )
-    if asked_to_stop:
-        raise interrupted
-    run.reporter.start("evaluating")
-    with run.processes.together():
-        written = load_model(output)
+@contextmanager
+def _random_state_restored(device: torch.device) -> Iterator[None]:
+    """Restore the caller's random generators of Python, numpy and torch, that of ``device`` included."""
+    python, numpy = random.getstate(), np.random.get_state()
     try:
-        return run.measure(written)
-    except KeyboardInterrupt:
-        raise interrupted from None
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)

@@ -1,11 +1,7 @@
-"""Directory of a run, whose files are replaced whole: no reader finds one half written.
+"""Directory of a run: its files, each of them replaced as a whole, and the options that it began with.
 
 ``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
-resumed from ``state.pt``, and ``summary.csv`` has a line per epoch. ``state.pt`` is written last. If the run
-is killed before that, the steps since the previous ``state.pt`` are repeated, with the same result.
-
-In a directory that holds a run, a new one writes to a hidden directory until its first save is complete.
-Only then do its files take the place of the earlier run's, which is whole until then.
+resumed from ``state.pt``, and ``summary.csv`` has a line per epoch.
 
 Imports torch only to read and write ``state.pt``, so that a directory is checked without waiting for it.
 """
@@ -13,46 +9,67 @@ Imports torch only to read and write ``state.pt``, so that a directory is checke
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from reprlib import repr as shown
 from typing import Any
 
 import yaml
 
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
-from mhacut.finetuning.logs import remove_logs
 from mhacut.limits import is_int
-from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
 from mhacut.runtime.files import (
+    REMOTE,
     check_output,
-    is_no_file,
-    left_on_error,
     lock_directory,
     reason_alone,
     remove_temporaries,
     stem_of,
-    sync_directory,
-    temporary_folder,
-    unlock,
     write_whole,
 )
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
-_FILES = (SUMMARY, BEST, LAST, STATE, ARGUMENTS)
-_NEW = "new-run"
-"""Beginning of the name of the hidden directory of a run that is not saved yet."""
+TENSORBOARD = "tensorboard"
+_FILES = (ARGUMENTS, STATE, LAST, BEST, SUMMARY, TENSORBOARD)
+"""Names of what a run writes. ``args.yaml`` comes first: nothing is resumed without it, so that files of two
+runs are not taken for those of one, wherever moving them is cut off."""
 _OLD = "old"
-"""Directory within it of the earlier run's files, while the new ones take their place."""
-_STATE_VERSION = 1
+"""Directory that an earlier run is moved to."""
+_STATE_VERSION = 2
+
+_PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
+"""Options that are paths, or begin with one of :data:`REMOTE`."""
+_FREE = frozenset(
+    {
+        # where things lie; what they hold is compared
+        "checkpoint",
+        "teacher",
+        "data_dir",
+        "class_map",
+        "output",
+        # how the work is divided; the number of images of a step is compared
+        "batch_size",
+        "grad_accum_steps",
+        "workers",
+        "device",
+        # what is written
+        "save_every",
+        "log",
+        "overwrite",
+        "resume",
+    }
+)
+"""Options that may differ in a resumed run."""
 
 
 @dataclass(frozen=True)
@@ -60,218 +77,78 @@ class RunFolder:
     """Files of a run."""
 
     path: Path
-    hidden: Path | None = None
-    """Directory within it of a new run's files, until these take the place of an earlier run's."""
-
-    def claim(self, *, shared: bool = False) -> int | None:
-        """Lock the directory, so that no other process writes a run there.
-
-        Args:
-            shared: only as long as none does; several processes may hold such a lock.
-
-        Returns:
-            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks, and of a
-            directory that may not be listed: nothing guards these.
-
-        Raises:
-            OutputError: another process does, or there is no such directory.
-        """
-        try:
-            return lock_directory(self.path, shared=shared)
-        except BlockingIOError:
-            raise OutputError(
-                f"{self.path}: another process is writing a run there; wait until it has ended, or choose "
-                f"another directory ({option_name('output')})"
-            ) from None
-        except OSError as error:
-            raise self._cannot_be_written(error) from error
-
-    def _cannot_be_written(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path}: cannot be written: {error.strerror or error}")
 
     def file(self, name: str) -> Path:
         """Return the path of the file of this name."""
-        return (self.hidden or self.path) / name
+        return self.path / name
 
-    def check_new(self, read: Iterable[PathLike], *, overwrite: bool) -> None:
-        """Raise an :class:`OutputError` if no new run can be written there. Leaves nothing behind.
-
-        Args:
-            read: files that the run reads, which are never replaced.
-            overwrite: whether the files of a run that it holds may be replaced.
-        """
+    def check_new(self, options: FinetuneOptions) -> None:
+        """Raise an :class:`OutputError` if no new run can be written there. Leaves nothing behind."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(
                 f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
             )
         for name in (LAST, BEST):
-            for path in read:
+            for path in options.files_read():
                 check_output(self.file(name), overwrite=True, input_path=path)
-        try:
-            self._check_held(overwrite)
-        except OutputError:
-            # Where another process is still writing the run, that is what to say; all of torchrun look here.
-            unlock(self.claim(shared=True))
-            raise
-
-    def open_new(self, *, overwrite: bool) -> int | None:
-        """Make the directory of a new run, :meth:`claim` it, and return the lock.
-
-        Args:
-            overwrite: whether it may hold a run, which is left as it is.
-
-        Raises:
-            OutputError: it holds a run, another process is writing one, or it cannot be made.
-        """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = self.claim()
-            try:
-                self._check_held(overwrite)
-            except BaseException:
-                unlock(lock)
-                raise
-        except OSError as error:
-            raise self._cannot_be_written(error) from error
-        self.sweep()
-        return lock
-
-    def held(self) -> list[str]:
-        """Names of the files of a run that it holds."""
-        return [name for name in reversed(_FILES) if self.file(name).exists()]
-
-    def _check_held(self, overwrite: bool) -> None:
-        held = self.held()
-        if held and not overwrite:
+        held = self._held()
+        if held and not options.overwrite:
             raise OutputError(
                 f"{self.path}: already holds a run ({', '.join(held)}); continue it with "
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
                 f"{option_name('overwrite', True)}"
             )
-        self.check_files()
 
-    def check_files(self) -> None:
-        """Raise an :class:`OutputError` if one of a run's files is none, which no save could replace."""
-        for name in _FILES:
-            if is_no_file(self.file(name)):
-                raise OutputError(
-                    f"{self.file(name)}: is not a regular file, and is not replaced; move it away"
-                )
+    def lock(self) -> int | None:
+        """Make the directory if there is none, and lock it, so that no other process writes a run there.
 
-    def beside_held(self, until: ExitStack) -> RunFolder:
-        """Return the directory of a new run, which leaves the one held there until :meth:`replace_held`.
+        What a process that was killed left half written is removed.
 
-        Args:
-            until: removes the hidden directory of the new files when it is closed, but for files of an
-                earlier run that could not be put back.
+        Returns:
+            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: another process has it, or it cannot be made.
         """
-        try:
-            hidden = until.enter_context(temporary_folder(self.path / _NEW))
-        except OSError as error:
-            raise self._cannot_be_written(error) from error
-        return replace(self, hidden=hidden)
-
-    @contextmanager
-    def saying_what_stays(self) -> Iterator[None]:
-        """Context that adds to an :class:`OutputError`, where it is so, that the earlier run is kept."""
-        try:
-            yield
-        except OutputError as error:
-            if self.hidden is None or not replace(self, hidden=None).held():
-                raise
-            raise OutputError(f"{error}; {self.path} keeps its earlier run") from error
-
-    def replace_held(self) -> RunFolder:
-        """Put the hidden files, if they are hidden, in the place of the earlier run's; return the directory.
-
-        If that fails, or on Ctrl-C, the files that were moved go back: the earlier run is whole.
-
-        Raises:
-            OutputError: they cannot be moved, or something in their place is not a file; or the earlier run
-                cannot be put back, and the hidden directory, which has the rest of it, is left.
-        """
-        if self.hidden is None:
-            return self
-        place, moved = replace(self, hidden=None), list[tuple[Path, Path]]()
-        failed: BaseException | None = None
-        with self.saying_what_stays():
-            place._check_held(overwrite=True)
-        with left_on_error(self.hidden):
+        with self._writing():
+            self.path.mkdir(parents=True, exist_ok=True)
             try:
-                self._exchange(self.hidden / _OLD, moved)
-            except BaseException as error:  # also torch's, of a worker that died
-                self._put_back(moved)
-                failed = error
-        if isinstance(failed, OSError):
-            with self.saying_what_stays():
-                raise self._cannot_be_written(failed) from failed
-        if failed is not None:
-            raise failed
-        shutil.rmtree(self.hidden / _OLD, ignore_errors=True)
-        remove_logs(self.path)
-        return place
-
-    def _exchange(self, old: Path, moved: list[tuple[Path, Path]]) -> None:
-        """Move each file of the earlier run to the directory ``old``, and the new one to its place.
-
-        Nothing is resumed without ``args.yaml``, which goes first and comes back last: files of two runs are
-        never taken for those of one, whenever this is killed.
-
-        Args:
-            old: is made.
-            moved: receives where each file was and where it goes, before it is moved.
-
-        Raises:
-            OSError: one cannot be moved.
-        """
-
-        def move(source: Path, target: Path) -> None:
-            if os.path.lexists(source):
-                moved.append((source, target))
-                os.replace(source, target)
-
-        os.stat(self.file(ARGUMENTS))  # fails before anything is moved, if somebody removed the files
-        old.mkdir()
-        move(self.path / ARGUMENTS, old / ARGUMENTS)
-        sync_directory(self.path)
+                lock = lock_directory(self.path)
+            except BlockingIOError:
+                raise OutputError(
+                    f"{self.path}: another process is writing a run there; wait until it has ended, or "
+                    f"choose another directory ({option_name('output')})"
+                ) from None
         for name in _FILES:
-            if name == ARGUMENTS:
-                sync_directory(self.path)
-            else:
-                move(self.path / name, old / name)
-            move(self.file(name), self.path / name)
-        sync_directory(self.path)
+            remove_temporaries(self.file(name))
+        return lock
 
-    def _put_back(self, moved: Sequence[tuple[Path, Path]]) -> None:
-        """Undo the moves of :meth:`_exchange`, the old ``args.yaml`` last.
+    def set_aside(self) -> Path | None:
+        """Move the files of an earlier run to the directory ``old`` in this one, and return it.
+
+        They take the place of a still older run's. A run that saved no state is removed instead: nobody can
+        go on with it, and the run in ``old`` is worth more. Other files stay where they are.
 
         Raises:
-            OutputError: one cannot be undone.
+            OutputError: they cannot be moved.
         """
-        try:
-            for source, target in reversed(moved):
-                if source.name == ARGUMENTS:
-                    sync_directory(self.path)
-                if os.path.lexists(target) and not os.path.lexists(source):  # the last may not have moved
-                    os.replace(target, source)
-            sync_directory(self.path)
-        except BaseException as error:  # a second Ctrl-C, too: the files must be named
-            reason = error.strerror if isinstance(error, OSError) else None
-            raise OutputError(
-                f"{self.path}: its earlier run cannot be put back: {reason or type(error).__name__}; move "
-                f"the files in {self.file(_OLD)} to {self.path} before the next run there removes them"
-            ) from error
+        held, old = self._held(), RunFolder(self.path / _OLD)
+        with self._writing():
+            if STATE not in held:
+                self._remove()
+                return None
+            old.path.mkdir(exist_ok=True)
+            old._remove()
+            for name in held:
+                os.replace(self.file(name), old.file(name))
+        return old.path
 
-    def sweep(self) -> None:
-        """Remove temporary files of a process that was killed while it wrote."""
-        for name in (*_FILES, _NEW):
-            remove_temporaries(self.path / name)
-
-    def write_arguments(self, values: Mapping[str, Any]) -> None:
-        """Write the options of the run as YAML that ``--config`` reads."""
+    def write_arguments(self, options: FinetuneOptions) -> None:
+        """Write the options of the run as YAML that ``--config`` reads, from any working directory."""
+        values = {**options.flat(), "overwrite": False}
+        for name in _PATHS:
+            if values[name] is not None and not values[name].startswith(REMOTE):
+                values[name] = os.path.abspath(values[name])
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
@@ -282,39 +159,8 @@ class RunFolder:
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows({key: "" if value is None else value for key, value in row.items()} for row in rows)
+        writer.writerows(rows)
         write_whole(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
-
-    def _epochs(self) -> int:
-        """Return how many epochs the summary has; 0 if there is none."""
-        try:
-            return max(self.file(SUMMARY).read_bytes().count(b"\n") - 1, 0)
-        except OSError:
-            return 0
-
-    def still_there(self, lock: int | None) -> bool:
-        """Whether the directory was not removed since :meth:`claim` gave ``lock``.
-
-        Raises:
-            OutputError: another directory is in its place.
-        """
-        try:
-            found = os.stat(self.path)
-        except OSError:
-            return False
-        if lock is not None and not self._is_locked(lock, found):
-            raise OutputError(f"{self.path}: was replaced meanwhile; what is there now is left as it is")
-        return True
-
-    def _is_locked(self, lock: int, found: os.stat_result) -> bool:
-        """Whether the directory ``found`` is the locked one, whose inode some network file systems change."""
-        try:
-            if os.path.samestat(os.fstat(lock), found):
-                return True
-            ours, there = os.stat(ARGUMENTS, dir_fd=lock), os.stat(self.path / ARGUMENTS)
-        except OSError:  # no such file in one of them; NFS: the locked one is gone
-            return False
-        return (ours.st_size, ours.st_mtime_ns) == (there.st_size, there.st_mtime_ns)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""
@@ -322,16 +168,8 @@ class RunFolder:
 
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
-        with buffer.getbuffer() as content:  # released also where writing fails: else Python complains later
+        with buffer.getbuffer() as content:  # no copy: with an optimiser's moments it is three models large
             write_whole(self.file(STATE), content, overwrite=True)
-
-    def not_resumable(self, why: str) -> CheckpointError:
-        """Return the error of a run whose state ``why`` it cannot be resumed from, with what to do."""
-        again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"
-        return CheckpointError(
-            f"{self.file(STATE)}: {why}, and the run cannot be resumed without it; {LAST} holds its weights, "
-            f"and {again} starts again"
-        )
 
     def read_state(self) -> dict[str, Any] | None:
         """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.
@@ -343,24 +181,43 @@ class RunFolder:
 
         path = self.file(STATE)
         if not path.exists():
-            if self._epochs() > 1:  # one that was killed before its first state has no more
+            if self.file(SUMMARY).exists():  # which is written after it
                 raise self.not_resumable("is gone")
             return None
         try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare the checksums
+                raise CheckpointError("is damaged")
             state = read_torch(path)
+        except (CheckpointError, zipfile.BadZipFile, OSError) as error:
+            raise self.not_resumable(f"cannot be read ({reason_alone(error, path)})") from None
+        version = state.get("version") if isinstance(state, dict) else None
+        if not is_int(version) or version != _STATE_VERSION:
+            raise self.not_resumable("is not a state of a run of this version of mhacut")
+        found: dict[str, Any] = state
+        return found
+
+    def not_resumable(self, why: str) -> CheckpointError:
+        """Return the error of a run whose state ``why`` it cannot be resumed from, with what to do."""
+        again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"
+        return CheckpointError(
+            f"{self.file(STATE)}: {why}, and the run cannot be resumed without it; {LAST} holds its weights, "
+            f"and {again} starts again"
+        )
+
+    def _held(self) -> list[str]:
+        """Names of the files of a run that the directory holds."""
+        return [name for name in _FILES if self.file(name).exists()]
+
+    def _remove(self) -> None:
+        for name in self._held():
+            shutil.rmtree(self.file(name)) if name == TENSORBOARD else self.file(name).unlink()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except CheckpointError as error:
-            why = f"cannot be read ({reason_alone(error, path)})"
-            raise self.not_resumable(why) from None
-        version = dict.get(state, "version") if isinstance(state, dict) else None
-        if not is_int(version):
-            raise self.not_resumable("is not the state of a run, which states its version")
-        if version != _STATE_VERSION:
-            raise CheckpointError(
-                f"{path}: this mhacut can resume from version {_STATE_VERSION}, found {shown(version):.50}"
-            )
-        return dict(dict.items(state))
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
 def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
@@ -370,27 +227,51 @@ def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
 
 def check_folder_before_reading(options: FinetuneOptions) -> None:
     """Raise an :class:`OutputError` if no new run can be written, as far as its directory is known by now."""
-    if options.resume is not None or (options.output is None and not os.path.isfile(options.checkpoint)):
-        return
-    folder = folder_of(options, stem_of(Path(options.checkpoint)))
-    folder.check_new(options.files_read(), overwrite=options.overwrite)
+    if options.resume is None and (options.output is not None or os.path.isfile(options.checkpoint)):
+        folder_of(options, stem_of(Path(options.checkpoint))).check_new(options)
 
 
-def read_arguments(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read the options that the run in ``folder`` was started with.
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values``, completed by the options of the run that ``resume`` names, if it names one.
 
     Raises:
-        UsageError: there is no run, or its options cannot be read.
+        UsageError: there is no such run, or a value contradicts the options that it began with.
     """
-    path = Path(folder) / ARGUMENTS
+    given = dict(values)
+    folder = given.get("resume")
+    if folder is None:
+        return given
+    if given.get("overwrite"):
+        raise UsageError(
+            f"{option_name('overwrite', True)}: would replace the run that {option_name('resume', folder)} "
+            "continues; give one of them"
+        )
+    output = given.pop("output", None)
+    if output is not None and os.path.realpath(output) != os.path.realpath(folder):
+        raise UsageError(
+            f"{option_name('output', output)}: a resumed run writes to its own directory, {folder}"
+        )
     try:
-        if is_no_file(path):
-            raise OSError("is not a regular file")
-        found = read_config(path, FinetuneOptions.options(), str(path))
-        if "checkpoint" not in found:  # which every run states
-            raise OSError("names no checkpoint")
-        return found
+        began = read_config(Path(folder) / ARGUMENTS, FinetuneOptions.options(), f"{folder}/{ARGUMENTS}")
     except OSError as error:
         raise UsageError(
             f"{option_name('resume', folder)}: no run to continue, {ARGUMENTS}: {error.strerror or error}"
         ) from None
+    before = fixed_options(FinetuneOptions.from_flat(**began))
+    for name, value in fixed_options(FinetuneOptions.from_flat(**{**began, **given})).items():
+        if value != before[name]:
+            raise UsageError(
+                f"{option_name(name, value)}: the run in {folder} was started with {before[name]}; "
+                "leave it out, or start another run"
+            )
+    return {**began, **given, "output": folder}
+
+
+def fixed_options(options: FinetuneOptions) -> dict[str, Any]:
+    """Return the options that must not differ in a resumed run."""
+    return {name: value for name, value in options.flat().items() if name not in _FREE}
+
+
+def digest_of_options(options: FinetuneOptions) -> str:
+    """Return a digest of :func:`fixed_options`, by which an edited ``args.yaml`` is noticed."""
+    return hashlib.sha256(json.dumps(fixed_options(options)).encode()).hexdigest()

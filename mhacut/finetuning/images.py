@@ -7,9 +7,12 @@ machines, sees the same images.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+import hashlib
+import random
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
@@ -20,7 +23,6 @@ from mhacut.data.preprocessing import Transform
 from mhacut.data.reading import Sample, Unreadable, label_outside
 from mhacut.data.sets import open_split
 from mhacut.errors import DataError, UsageError, option_name
-from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.process import outlive_signals
@@ -153,6 +155,23 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
     return made
 
 
+def mixed_seed(*numbers: int) -> int:
+    """Return a seed in 0..2**63 - 1 that depends on every number and on their order.
+
+    >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
+    (True, False)
+    """
+    text = ",".join(map(str, numbers)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, numpy and, on the CPU, torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+
+
 class _Seeded(Dataset[Drawn]):
     """Images by (epoch, index), augmented by a seed of these two; unreadable ones are replaced."""
 
@@ -252,7 +271,7 @@ def training_loader(
     """
     loader: DataLoader[Drawn] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
-        batch_sampler=_Parts(batches, range(start, stop), mine),
+        batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
@@ -272,21 +291,6 @@ def training_loader(
                 f"out with {option_name('labels', False)}"
             )
         yield Batch(stacked, labels, tuple(unreadable))
-
-
-class _Parts:
-    """Batch sampler over the parts of one process."""
-
-    def __init__(self, batches: StepBatches, steps: range, mine: Sequence[int]) -> None:
-        self.batches, self.steps, self.mine = batches, steps, mine
-
-    def __len__(self) -> int:
-        return len(self.steps) * len(self.mine)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in self.steps:
-            for number in self.mine:
-                yield self.batches.part(step, number)
 
 
 def _stack(drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor, list[Unreadable]]:

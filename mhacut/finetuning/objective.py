@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import takewhile
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,32 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from torch import Tensor, nn
 
-from mhacut.errors import UsageError, option_name
-from mhacut.options.finetune import AugmentationOptions
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.identity import dense_args
+from mhacut.checkpoint.load import read_model, states_its_model
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.data import Preprocessing
+from mhacut.errors import (
+    CheckpointError,
+    PlanError,
+    UnsupportedModelError,
+    UsageError,
+    option_name,
+    options_written_by,
+)
+from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
 from mhacut.pruning.preserve import ANSWERS
-from mhacut.surgery.find import find_prunable_layers
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.find import classifier_size, find_prunable_layers
+from mhacut.surgery.tokens import tokens_of, with_tokens
+
+_OPTIONS = {
+    "checkpoint": "teacher",
+    "model": "teacher_model",
+    "model_args": "teacher_model_args",
+    "part": "teacher_part",
+}
+"""Options of a checkpoint, and those of the teacher."""
 
 
 class Blocks:
@@ -41,13 +63,10 @@ class Blocks:
 
         return keep
 
-    @contextmanager
-    def taken(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the outputs, by block; drop them when the context ends, so that they keep no graph alive."""
-        try:
-            yield self.outputs
-        finally:
-            self.outputs = {}
+    def take(self) -> dict[str, Tensor]:
+        """Return the outputs by block, and drop them here, so that they keep no graph alive."""
+        taken, self.outputs = self.outputs, {}
+        return taken
 
     @torch.enable_grad()
     def shapes(self, model: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
@@ -55,8 +74,7 @@ class Blocks:
         training = model.training
         model.eval()(image)
         model.train(training)
-        with self.taken() as found:
-            return {name: tuple(output.shape) for name, output in found.items()}
+        return {name: tuple(output.shape) for name, output in self.take().items()}
 
 
 class Teacher:
@@ -65,8 +83,8 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        mean: Sequence[Tensor],
-        std: Sequence[Tensor],
+        stated: Preprocessing,
+        student: Preprocessing,
         *,
         matched: bool,
         sha256: str | None = None,
@@ -75,17 +93,22 @@ class Teacher:
 
         Args:
             model: the teacher, on the device.
-            mean: means per channel, [C], of the student's images and of the teacher's.
-            std: standard deviations, likewise.
+            stated: preprocessing that the teacher was trained with.
+            student: preprocessing of the images that it will be given.
             matched: whether the outputs of its blocks are needed too.
             sha256: digest of its file.
         """
         self.sha256 = sha256
         self.model = model.eval().requires_grad_(False)
-        # images of the student: x = (pixel - m) / s, of the teacher: (pixel - M) / S
-        self._scale = (std[0] / std[1]).view(-1, 1, 1)
-        self._shift = ((mean[0] - mean[1]) / std[1]).view(-1, 1, 1)
-        self._same = bool((self._scale == 1).all()) and bool((self._shift == 0).all())
+        # Images of the student are x = (pixel - m) / s, those of the teacher (pixel - M) / S
+        # = x * (s / S) + (m - M) / S.
+        device = next(model.parameters()).device
+        m, s, M, S = (
+            torch.tensor(each, device=device).view(-1, 1, 1)
+            for each in (student.mean, student.std, stated.mean, stated.std)
+        )
+        self._scale, self._shift = s / S, (m - M) / S
+        self._same = (student.mean, student.std) == (stated.mean, stated.std)
         self.blocks = Blocks(model, frozen=True) if matched else None
 
     @torch.no_grad()
@@ -100,14 +123,10 @@ class Objective:
 
     def __init__(
         self,
-        *,
-        teacher: Teacher | None,
-        student: Blocks | None,
-        label_weight: float,
-        temperature: float,
-        feature_weight: float,
-        smoothing: float,
+        options: FinetuneOptions,
         classes: int,
+        teacher: Teacher | None = None,
+        student: Blocks | None = None,
     ) -> None:
         """Set the parts of the loss and their weights.
 
@@ -115,17 +134,17 @@ class Objective:
         arXiv 1503.02531), plus the weighted cross-entropy and the weighted error of the blocks.
 
         Args:
+            options: options of the run, which state the weights.
+            classes: number of classes; with fewer than two, outputs are compared by their squared error.
             teacher: the teacher; None for labels alone.
             student: the student's blocks, to match with the teacher's; None to leave them out.
-            label_weight: weight of the cross-entropy.
-            temperature: divisor of both outputs before they are compared.
-            feature_weight: weight of the blocks' errors.
-            smoothing: label smoothing.
-            classes: number of classes; with fewer than two, outputs are compared by their squared error.
         """
+        teaching = options.teaching
         self.teacher, self.student = teacher, student
-        self.label_weight, self.feature_weight = label_weight, feature_weight
-        self.temperature, self.smoothing = temperature, smoothing
+        self.label_weight = 1.0 if teacher is None else teaching.label_weight
+        self.feature_weight = teaching.feature_weight
+        self.temperature = teaching.kd_temperature
+        self.smoothing = options.augmentation.smoothing
         self.divergence = ANSWERS.divergence if classes > 1 else _relative_error
 
     def teacher_targets(self, images: Tensor) -> Tensor | None:
@@ -156,8 +175,8 @@ class Objective:
     @staticmethod
     def _feature_error(student: Blocks, teacher: Blocks) -> Tensor:
         """Mean over blocks of the :func:`_relative_error` of their outputs."""
-        with student.taken() as found, teacher.taken() as wanted:
-            errors = [_relative_error(found[name].float(), wanted[name].float()) for name in found]
+        ours, theirs = student.take(), teacher.take()
+        errors = [_relative_error(ours[name].float(), theirs[name].float()) for name in ours]
         return torch.stack(errors).mean()
 
 
@@ -176,36 +195,11 @@ def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
     return (error / values.var(1).clamp_min(1e-12) if values.shape[1] > 1 else error).mean()
 
 
-def check_matching(student: Mapping[str, tuple[int, ...]], teacher: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise a :class:`UsageError` unless both have the same blocks, with outputs of the same shapes.
-
-    Args:
-        student: shape of each block's output for one image.
-        teacher: the same of the teacher.
-    """
-    if not student or student != teacher:
-        both = zip(student.items(), teacher.items(), strict=False)
-        alike = len([*takewhile(lambda pair: pair[0] == pair[1], both)])
-        found, expected = _described(teacher, alike), _described(student, alike)
-        raise UsageError(
-            f"{option_name('feature_weight')}: the teacher's blocks ({found}) do not match the slim model's "
-            f"({expected}); leave it out"
-        )
-
-
-def _described(shapes: Mapping[str, tuple[int, ...]], place: int) -> str:
-    if not shapes:
-        return "none with a single output"
-    name, shape = list(shapes.items())[min(place, len(shapes) - 1)]
-    return f"{len(shapes)}, {name} of shape {'x'.join(map(str, shape[1:]))}"
-
-
 class Mixing:
     """timm's mixup and cutmix, drawn once per step, so that all parts of a step are mixed alike."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
-        self.classes = classes
         self._mixup = Mixup(
             mixup_alpha=options.mixup,
             cutmix_alpha=options.cutmix,
@@ -225,11 +219,120 @@ class Mixing:
         """
         if not self.on:
             return images, labels
-        before = np.random.get_state()  # timm draws from numpy's generator
-        np.random.seed(seed % 2**32)
-        try:
-            given = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
-            mixed, targets = self._mixup(images, given)
-        finally:
-            np.random.set_state(before)
+        np.random.seed(seed % 2**32)  # timm draws from numpy's generator
+        given = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
+        mixed, targets = self._mixup(images, given)
         return mixed, None if labels is None else targets
+
+
+def make_objective(
+    options: FinetuneOptions,
+    slim: Checkpoint,
+    student: nn.Module,
+    preprocessing: Preprocessing,
+    reporter: Reporter,
+) -> Objective:
+    """Open the teacher, if there is one, and return the loss of the run.
+
+    Args:
+        options: options of the run.
+        slim: the slim file.
+        student: its model, on the device that trains it.
+        preprocessing: preprocessing of its images.
+        reporter: receives a message where the teacher is not the slim file's dense model.
+
+    Raises:
+        CheckpointError: the teacher cannot be read, has another number of classes, or cannot take the images.
+        UsageError: features are to be matched, and the blocks of the two do not match.
+    """
+    teaching = options.teaching
+    blocks = Blocks(student) if teaching.feature_weight > 0 else None
+    teacher = None
+    if teaching.teacher is not None:
+        teacher = _open_teacher(options, slim, student, preprocessing)
+        history = () if slim.record is None else slim.record.history
+        if history and teacher.sha256 != history[0].get("source_sha256"):
+            reporter.log("the teacher is not the file that the slim model was cut from")
+        if blocks is not None and teacher.blocks is not None:
+            image = torch.zeros(1, *preprocessing.input_size, device=next(student.parameters()).device)
+            shapes = blocks.shapes(student, image)
+            if not shapes or shapes != teacher.blocks.shapes(teacher.model, image):
+                raise UsageError(
+                    f"{option_name('feature_weight')}: the teacher's blocks differ from the slim model's in "
+                    "number, or in the shapes of their outputs; leave it out"
+                )
+    return Objective(options, classifier_size(student), teacher, blocks)
+
+
+def _open_teacher(
+    options: FinetuneOptions, slim: Checkpoint, student: nn.Module, preprocessing: Preprocessing
+) -> Teacher:
+    with _options_of_teacher():
+        loaded = _read_teacher(options, slim)
+        # A file alone states no preprocessing; it is taken to have that of the slim file.
+        alone = loaded.record is None and loaded.header is not None and loaded.header.config is None
+        stated = preprocessing if alone else resolve_preprocessing(loaded, options.preprocessing)
+    _check_fits(loaded, classifier_size(student), preprocessing.input_size)
+    matched = options.teaching.feature_weight > 0
+    model = _with_tokens_of(student, loaded.model) if matched else loaded.model
+    device = next(student.parameters()).device
+    return Teacher(model.to(device), stated, preprocessing, matched=matched, sha256=loaded.sha256)
+
+
+@contextmanager
+def _options_of_teacher() -> Iterator[None]:
+    """Let messages about a checkpoint name the options of the teacher, until the block is left."""
+
+    def write(name: str, *value: object) -> str:
+        if name == "num_classes":  # an argument of the model: the teacher has no option for it
+            return before(_OPTIONS["model_args"], {name: value[0] if value else "N"})
+        return before(_OPTIONS.get(name, name), *value)
+
+    with options_written_by(write) as before:
+        yield
+
+
+def _read_teacher(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
+    """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
+    teaching = options.teaching
+    assert teaching.teacher is not None
+    model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
+    if model is None and not states_its_model(teaching.teacher, teaching.teacher_part):
+        model = slim.identity.architecture
+        args = {**dense_args(slim.identity), **args}
+    return read_model(teaching.teacher, model=model, model_args=args or None, part=teaching.teacher_part)
+
+
+@torch.no_grad()
+def _check_fits(teacher: Checkpoint, classes: int, size: tuple[int, ...]) -> None:
+    """Raise a :class:`CheckpointError` if the teacher has other classes, or fails on images of this size."""
+    found = classifier_size(teacher.model)
+    if found != classes:
+        raise CheckpointError(
+            f"{option_name('teacher', teacher.source)}: has {found} classes, the slim model {classes}; give "
+            "a teacher of the same classes"
+        )
+    try:
+        teacher.model(torch.zeros(1, *size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{teacher.source}: the teacher cannot take the slim model's images, {'x'.join(map(str, size))} "
+            f"({str(error).splitlines()[0]:.120}); give the dense model that it was cut from"
+        ) from error
+
+
+def _with_tokens_of(student: nn.Module, teacher: nn.Module) -> nn.Module:
+    """Return a teacher of equal outputs, whose last block computes the tokens that the student's does."""
+    tokens = tokens_of(student)
+    if tokens.merged:
+        raise UsageError(
+            f"{option_name('feature_weight')}: the blocks of a model that merges tokens match no teacher's "
+            "blocks; leave it out"
+        )
+    try:
+        return with_tokens(teacher, replace(tokens_of(teacher), read=tokens.read))
+    except (PlanError, UnsupportedModelError) as error:
+        raise UsageError(
+            f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "
+            f"that its classifier reads, and the teacher's last block cannot do so: {error}; leave it out"
+        ) from error

@@ -1,9 +1,11 @@
-"""Result of a run of fine-tuning, and its summary by epoch."""
+"""Progress of a run of fine-tuning, its summary by epoch, and its result."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mhacut.budget import format_flops
 from mhacut.checkpoint.provenance import Provenance
@@ -28,6 +30,49 @@ class EpochSummary:
     """Top-5 accuracy on them, %."""
     lr: float
     """Learning rate of the epoch's last step."""
+
+
+@dataclass
+class Progress:
+    """Progress of a run besides its weights, the same in every process except for ``unreadable``."""
+
+    step: int = 0
+    """Number of steps taken."""
+    saved: int | None = None
+    """Step of the last save; None before the first."""
+    best: float | None = None
+    """Best top-1 so far in percent, before training or after an epoch; None before the first measurement."""
+    before: Evaluation | None = None
+    """Accuracy of the slim file that was read."""
+    epoch_loss: float = 0.0
+    """Sum of the losses of this epoch's images."""
+    epoch_images: int = 0
+    """Number of images trained on in this epoch."""
+    rows: list[EpochSummary] = field(default_factory=list)
+    """Summary of each finished epoch."""
+    unreadable: dict[str, None] = field(default_factory=dict)
+    """Names of images that could not be read, in order; those of all processes after a save."""
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Return the progress that ``dataclasses.asdict`` described."""
+        before = None if state["before"] is None else Evaluation(**state["before"])
+        return cls(**{**state, "before": before, "rows": [EpochSummary(**row) for row in state["rows"]]})
+
+    @property
+    def improved(self) -> bool | None:
+        """Whether accuracy after an epoch was better than before training; None if it is not measured."""
+        return None if self.before is None or self.best is None else self.best > self.before.top1
+
+    def summary(self) -> list[dict[str, Any]]:
+        """Return the lines of ``summary.csv``."""
+        return [asdict(row) for row in self.rows]
+
+    def add_step(self, loss: float, images: int) -> None:
+        """Count a step with the sum of its losses over ``images``."""
+        self.step += 1
+        self.epoch_loss += loss
+        self.epoch_images += images
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 from timm.layers import convert_sync_batchnorm
 from torch import nn
@@ -18,18 +14,15 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
-from mhacut.data import EvaluationLoader, Preprocessing, evaluation_loader
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluation_loader, has_split
 from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.finetuning.folder import RunFolder, folder_of
-from mhacut.finetuning.history import record_of
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
-from mhacut.finetuning.measuring import measure, validation_images
-from mhacut.finetuning.objective import Mixing
-from mhacut.finetuning.progress import Progress
-from mhacut.finetuning.resuming import text_of_options
-from mhacut.finetuning.teacher import make_objective
+from mhacut.finetuning.objective import Mixing, make_objective
+from mhacut.finetuning.result import Progress
 from mhacut.finetuning.training import Trainer
-from mhacut.measuring.accuracy import Evaluation
+from mhacut.measuring.accuracy import Evaluation, evaluate
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
@@ -67,12 +60,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     lock: int | None = None
     """Lock of the folder, in the first process, where there is one."""
-    replaces: bool = False
-    """Whether the folder still holds an earlier run, which the first save replaces."""
-    hidden: ExitStack = field(default_factory=ExitStack)
-    """Removes the hidden files of a run that ends before it replaced an earlier one."""
-    unreadable_found: int = 0
-    """Number of unreadable images found since this process began; a resumed run knows others from before."""
+    request: StopRequest = field(default_factory=StopRequest)
+    """Whether a signal asked to stop."""
 
     @property
     def images_per_step(self) -> int:
@@ -80,40 +69,37 @@ class Run:
         return self.batches.batch_size * self.batches.parts
 
     def release(self) -> None:
-        """Let other processes have the folder."""
-        self.hidden.close()
+        """Let other processes have the folder, and let go of the group of processes."""
         unlock(self.lock)
         self.lock = None
+        self.trainer.disconnect()
 
-    def inputs(self) -> dict[str, Any]:
-        """Return digests and numbers that must be the same when the run is resumed."""
-        plan = json.dumps(record_of(self.loaded).plan.to_json(), sort_keys=True)
-        return {
-            "plan": hashlib.sha256(plan.encode()).hexdigest(),
-            "slim file": self.loaded.sha256,
-            "teacher": self.teacher_sha256,
-            "training images": self.images.fingerprint,
-            "validation images": None if self.validation is None else self.validation.fingerprint,
-            "images per step": self.images_per_step,
-            "options": text_of_options(self.options),
-        }
+    def measure(self, model: nn.Module) -> Evaluation:
+        """Return the accuracy of ``model`` over the validation images of all processes.
 
-    def measure(self, model: nn.Module, request: StopRequest | None = None) -> Evaluation:
-        """Return the accuracy of ``model``; every process must call this.
-
-        Args:
-            model: a classifier.
-            request: a request to stop, which is acknowledged during the measurement.
+        Every process must call this. It is measured in float32 also where training is in mixed precision, so
+        that it compares with what ``prune`` and ``evaluate`` report.
         """
         assert self.validation is not None
+        with self.processes.together():
+            part = evaluate(model, self.validation, device=self.processes.device, progress=self._measured)
+        if self.processes.size == 1:
+            return part
+        shares = [part.top1 / 100, (part.top5 or 0.0) / 100, part.loss or 0.0, 1.0]
+        top1, top5, loss, images = self.processes.total([share * part.images for share in shares])
+        return Evaluation(
+            top1=100 * round(top1) / images,
+            top5=None if part.top5 is None else 100 * round(top5) / images,
+            images=int(images),
+            seconds=part.seconds,
+            loss=loss / images,
+        )
 
-        def progress(done: int, total: int) -> None:
-            self.reporter.advance(done, total)
-            if request is not None and request.asked and not request.answered:
-                request.answered = True
-                self.reporter.log("stopping once this is measured and saved; interrupt again to stop at once")
-
-        return measure(model, self.validation, self.processes, progress=progress)
+    def _measured(self, done: int, total: int) -> None:
+        self.reporter.advance(done, total)
+        if self.request.asked and not self.request.answered:
+            self.request.answered = True
+            self.reporter.log("stopping once this is measured and saved; interrupt again to stop at once")
 
 
 def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:
@@ -133,7 +119,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     images, batches = _training_images(options, preprocessing, classes, processes)
     total_steps = options.training.steps or options.training.epochs * batches.steps_per_epoch
-    validation = validation_images(options, preprocessing, classes, processes, reporter)
+    validation = _validation_images(options, preprocessing, classes, processes, reporter)
     origins = _checked_provenance(loaded, options, preprocessing, validation, processes)
     if origins.hint is not None:
         reporter.log(origins.hint)
@@ -223,6 +209,45 @@ def _training_images(
         seed=training.seed,
     )
     return images, batches
+
+
+def _validation_images(
+    options: FinetuneOptions,
+    preprocessing: Preprocessing,
+    classes: int,
+    processes: Processes,
+    reporter: Reporter,
+) -> EvaluationLoader | None:
+    """Return this process's share of the labelled validation images; None where there are none."""
+    data = options.data
+    if options.eval_images == 0 or classes < 2:  # one class has no accuracy that could fall
+        return None
+    if not has_split(data, data.val_split):
+        reporter.log(
+            f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} "
+            f"({option_name('val_split')})"
+        )
+        return None
+    try:
+        return evaluation_loader(
+            preprocessing,
+            data,
+            num_classes=classes,
+            batch_size=max(options.training.batch_size, 64),
+            limit=options.eval_images,
+            part=(processes.rank, processes.size),
+        )
+    except WithoutLabels as error:
+        if options.eval_images is not None:
+            raise  # somebody asked for accuracy
+        reporter.log(f"accuracy is not measured: {error}")
+        return None
+
+
+def record_of(loaded: Checkpoint) -> SlimRecord:
+    """Return the record of a slim file that was read."""
+    assert loaded.record is not None
+    return loaded.record
 
 
 def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Reporter) -> nn.Module:

@@ -1,65 +1,125 @@
-"""Files that a run writes as it goes: weights, summary, and the state that it can be resumed from."""
+"""Begin, save and resume a run: its weights, its summary, and the state that it is resumed from."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 
+from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
-from mhacut.errors import DataError, OutputError
-from mhacut.finetuning.folder import BEST, LAST
-from mhacut.finetuning.history import record_after
-from mhacut.finetuning.logs import Logs
-from mhacut.finetuning.result import EpochSummary
-from mhacut.finetuning.run import Run
-from mhacut.measuring.accuracy import Evaluation
-from mhacut.runtime.process import StopRequest
+from mhacut.errors import CheckpointError, DataError, option_name
+from mhacut.finetuning.folder import ARGUMENTS, BEST, LAST, RunFolder, digest_of_options
+from mhacut.finetuning.result import Progress
+from mhacut.finetuning.run import Run, record_of
+from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
+from mhacut.options.finetune import FinetuneOptions
+from mhacut.runtime.device import software_versions
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""
-_MOST_LISTED = 50_000
-"""Number of them above which it ends in any case: the saved state lists them, and its size is bounded."""
-_NAMED = 10
-"""Number of unreadable images that are logged by name; the result counts and lists all."""
+_IMAGES_PER_STEP = "images per step"
+# A slim file is passed on: it does not reveal where files lie on the machine that made it.
+_LOCAL_OPTIONS = frozenset(
+    {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
+)
 
 
-def end_epoch(run: Run, logs: Logs, request: StopRequest) -> None:
-    """Measure, write the best and the last weights, and add a line to the summary.
+def start(run: Run) -> None:
+    """Make the directory of a new run and measure the slim file, or restore the state saved there.
 
     Every process must call this.
 
-    Args:
-        run: the run.
-        logs: logs that receive the line.
-        request: a request to stop, which is acknowledged during the measurement.
-
     Raises:
-        DataError: too many images cannot be read.
-        OutputError: a file cannot be written.
+        OutputError: the directory holds a run, another process writes one there, or it cannot be written.
+        CheckpointError: the saved state is damaged, gone or another run's, or the run now has other inputs.
     """
-    progress, evaluation = run.progress, None
+    resuming, state = run.options.resume is not None, None
+    with run.processes.together():
+        if run.processes.first:
+            run.lock = run.folder.lock()
+            if not resuming:
+                _make_directory(run)
+        if resuming:
+            state = run.folder.read_state()
+            if state is not None:
+                _restore(run, state)
+                if run.processes.first:  # a run that was killed once its state was written has no summary
+                    run.folder.write_summary(run.progress.summary())
+    if state is not None:
+        _log_restored(run)
+        return
+    if resuming:
+        run.reporter.log(f"{run.folder.path}: no step was saved; starting from the first")
     if run.validation is not None:
         run.reporter.start("evaluating")
-        evaluation = run.measure(run.trainer.result, request)
-    row = EpochSummary(
-        epoch=len(progress.rows),
-        train_loss=progress.epoch_loss / progress.epoch_images,
-        eval_loss=None if evaluation is None else evaluation.loss,
-        eval_top1=None if evaluation is None else evaluation.top1,
-        eval_top5=None if evaluation is None else evaluation.top5,
-        lr=run.trainer.lr,
-    )
-    progress.rows.append(row)
-    progress.epoch_loss, progress.epoch_images = 0.0, 0
-    measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
-    run.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
-    if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
-        progress.best = evaluation.top1
+        run.progress.before = run.measure(run.trainer.result)
+        # The weights that were read are a candidate too, so that the best file is never worse than they are.
+        run.progress.best = run.progress.before.top1
         with run.processes.together():
-            write_weights(run, BEST, evaluation)
-    save(run, evaluation)
-    logs.write(progress.summary())
+            write_weights(run, BEST, run.progress.before)
+
+
+def _make_directory(run: Run) -> None:
+    run.folder.check_new(run.options)  # again, now that nobody else may write there
+    old = run.folder.set_aside()
+    if old is not None:
+        run.reporter.log(f"the earlier run is now in {old}")
+    run.folder.write_arguments(run.options)
+
+
+def _restore(run: Run, state: Mapping[str, Any]) -> None:
+    try:
+        _check_same(state["began_with"], _inputs(run), run.folder)
+        run.trainer.load_state_dict(state["trainer"])
+        run.progress = Progress.from_state(state["progress"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # each optimiser fails in its own way
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.100}"
+        raise run.folder.not_resumable(f"does not fit this run ({reason})") from error
+
+
+def _inputs(run: Run) -> dict[str, Any]:
+    """Return digests and numbers that must be the same when the run is resumed."""
+    return {
+        "slim file": run.loaded.sha256,
+        "teacher": run.teacher_sha256,
+        "training images": run.images.fingerprint,
+        "validation images": None if run.validation is None else run.validation.fingerprint,
+        _IMAGES_PER_STEP: run.images_per_step,
+        f"options of {ARGUMENTS}": digest_of_options(run.options),
+    }
+
+
+def _check_same(before: Mapping[str, Any], now: Mapping[str, Any], folder: RunFolder) -> None:
+    """Raise a :class:`CheckpointError` that names the inputs that changed since the run began."""
+    changed = {name: f"{before.get(name)!s:.12}, now {now[name]!s:.12}" for name in now}
+    changed = {name: values for name, values in changed.items() if before.get(name) != now[name]}
+    if changed:
+        advice = (
+            f"; start as many processes as before (torchrun --nproc-per-node N), or change "
+            f"{option_name('batch_size')} or {option_name('grad_accum_steps')}"
+        )
+        raise CheckpointError(
+            f"{folder.path}: the run cannot be resumed, because these differ from its start: "
+            + "; ".join(f"{name} ({values})" for name, values in changed.items())
+            + advice * (_IMAGES_PER_STEP in changed)
+        )
+
+
+def _log_restored(run: Run) -> None:
+    if run.progress.best is not None and not run.processes.from_first(run.folder.file(BEST).exists):
+        run.progress.best = None
+        run.reporter.log(f"{run.folder.file(BEST)} is gone; the next epoch's weights take its place")
+    done = run.progress.step >= run.total_steps
+    run.reporter.log(
+        f"all {run.total_steps} steps are done; there is nothing left to train"
+        if done
+        else f"continuing after step {run.progress.step} of {run.total_steps}"
+    )
 
 
 def save(run: Run, evaluation: Evaluation | None = None) -> None:
@@ -71,52 +131,23 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
 
     Raises:
         DataError: too many images cannot be read.
-        OutputError: a file cannot be written; the files of the previous save stay whole, and before the
-            first save an earlier run's.
+        OutputError: a file cannot be written; the files of the previous save stay as they are.
     """
-    _share_unreadable(run)
+    unreadable = run.processes.union(list(run.progress.unreadable))
+    run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
     with run.processes.together():
-        _write_last(run, evaluation)
-    run.progress.saved, run.replaces = run.progress.step, False
-
-
-def _share_unreadable(run: Run) -> None:
-    """Collect the unreadable images of all processes; the first process logs those that are new to it."""
-    own = run.progress.unreadable
-    run.progress.unreadable = dict.fromkeys(run.processes.union(list(own)))
-    for file in run.progress.unreadable:
-        if file not in own:
-            log_unreadable(run, file)
-
-
-def log_unreadable(run: Run, image: str) -> None:
-    """Log one of the first unreadable images that this process finds, and that there are more.
-
-    Args:
-        run: the run.
-        image: its file, and the reason if that is known.
-    """
-    run.unreadable_found += 1
-    if run.unreadable_found <= _NAMED:
-        run.reporter.log(f"unreadable, replaced by another image: {image}")
-    elif run.unreadable_found == _NAMED + 1:
-        run.reporter.log("more images are unreadable; they are counted at the end")
-
-
-def _write_last(run: Run, evaluation: Evaluation | None) -> None:
-    unreadable = run.progress.unreadable
-    if len(unreadable) > min(_MOST_UNREADABLE * run.images.count, _MOST_LISTED):
-        raise DataError(
-            f"{len(unreadable)} of {run.images.count} images cannot be read, first "
-            f"{next(iter(unreadable))}; repair or remove them"
-        )
-    write_weights(run, LAST, evaluation)
-    if run.processes.first:
-        state = {"began_with": run.inputs(), "trainer": run.trainer.state(), **run.progress.to_state()}
-        with run.folder.saying_what_stays():
+        if len(unreadable) > _MOST_UNREADABLE * run.images.count:
+            raise DataError(
+                f"{len(unreadable)} of {run.images.count} images cannot be read, first {unreadable[0]}; "
+                "repair or remove them"
+            )
+        write_weights(run, LAST, evaluation)
+        if run.processes.first:
+            # The state after the weights: a run that is killed between them repeats the steps since the
+            # state before, with the same result.
+            state = {"trainer": run.trainer.state_dict(), "progress": asdict(run.progress)}
+            run.folder.write_state({"began_with": _inputs(run), **state})
             run.folder.write_summary(run.progress.summary())
-            run.folder.write_state(state)
-        run.folder = run.folder.replace_held()
 
 
 def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
@@ -130,42 +161,43 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
         evaluation: accuracy of the weights; None if it was not measured.
 
     Raises:
-        OutputError: the file cannot be written, or the run's directory was removed or replaced.
+        OutputError: the file cannot be written.
     """
     if not run.processes.first:
         return
-    there = run.folder.still_there(run.lock)
-    if not there:
-        run.folder = replace(run.folder, hidden=None)  # the earlier run is gone, too
     dtypes = dict(run.loaded.dtypes)
     if run.options.dtype is not None:
         chosen = getattr(torch, run.options.dtype)
         dtypes = {key: chosen if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}
-    record = record_after(
-        run.loaded,
-        run.options,
-        run.preprocessing,
-        run.provenance,
-        (run.progress.before, evaluation),
-        steps=run.progress.step,
-        images_per_step=run.images_per_step,
-        teacher_sha256=run.teacher_sha256,
-        data=run.images.description,
+    write_slim(
+        run.folder.file(name),
+        run.trainer.result,
+        _record_after(run, evaluation),
+        dtypes=dtypes,
+        overwrite=True,
+        input_path=run.loaded.path,
     )
-    try:
-        with run.folder.saying_what_stays():
-            write_slim(
-                run.folder.file(name),
-                run.trainer.result,
-                record,
-                dtypes=dtypes,
-                overwrite=True,
-                input_path=run.loaded.path,
-            )
-    except OutputError as error:
-        raise OutputError(f"after step {run.progress.step}: {error}") from error
-    if not there:
-        raise OutputError(
-            f"{run.folder.path}: was removed meanwhile, and what the run is resumed from with it; {name} "
-            "there holds its weights"
-        )
+
+
+def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
+    """Return the record of the slim file that was read, with one more entry in its history."""
+    earlier = record_of(run.loaded)
+    entry = {
+        "command": "finetune",
+        "options": portable(run.options),
+        "seed": run.options.training.seed,
+        "steps": run.progress.step,
+        "images_per_step": run.images_per_step,
+        "source_sha256": run.loaded.sha256,
+        "teacher_sha256": run.teacher_sha256,
+        "data": run.images.description,
+        **run.provenance.to_history(),
+        **accuracy_for_history(run.progress.before, evaluation),
+        "versions": software_versions(),
+    }
+    return replace(earlier, preprocessing=run.preprocessing.to_json(), history=(*earlier.history, entry))
+
+
+def portable(options: FinetuneOptions) -> dict[str, Any]:
+    """Return ``options`` without those that depend on the machine."""
+    return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}

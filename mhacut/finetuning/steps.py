@@ -1,40 +1,38 @@
-"""The steps of a run, one after another, until all are done or a signal asks to stop."""
+"""The steps of a run, one after another, until all are done or a signal asks to stop; and its logs."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from shlex import quote
+from typing import Any
 
 from mhacut.errors import Interrupted, MhacutError, option_name
+from mhacut.finetuning.folder import BEST, TENSORBOARD
 from mhacut.finetuning.images import Batch, training_loader
-from mhacut.finetuning.logs import Logs
+from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
-from mhacut.finetuning.saving import end_epoch, log_unreadable, save
-from mhacut.runtime.distributed import of_lost_process
-from mhacut.runtime.process import StopRequest, worker_count
+from mhacut.finetuning.saving import portable, save, write_weights
+from mhacut.runtime.process import worker_count
+
+_NAMED = 10
+"""Number of unreadable images that are logged by name; the result counts and lists all."""
 
 
-@dataclass(frozen=True)
-class Trained:
-    """Result of :func:`train`."""
-
-    images_per_second: float
-    """Speed over all processes, without measuring and saving."""
-    asked_to_stop: bool
-    """Whether a signal asked to stop during the last step."""
-
-
-def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
+def train(run: Run) -> float:
     """Take all steps that are left; every process must call this.
 
+    Returns:
+        Images per second, over all processes, without measuring and saving.
+
     Raises:
-        Interrupted: a signal asked to stop before the last step; everything is saved.
+        Interrupted: a signal asked to stop; everything is saved.
         MhacutError: the loss is not finite.
         DataError: too many images cannot be read.
         OutputError: a file cannot be written.
@@ -51,90 +49,75 @@ def train(run: Run, logs: Logs, request: StopRequest) -> Trained:
     )
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
-    with closing(loader):
-        try:
-            return _take_steps(run, loader, logs, request)
-        except RuntimeError as error:
-            # While this process waited for others, Python took two signals for one: it was only asked to
-            # stop, and those that had seen the first were ended by the second.
-            if of_lost_process(error) and request.asked:
-                kept = _unsaved(run) if run.replaces else f"what was saved is whole. {_how_to_go_on(run)}"
-                raise Interrupted(f"another process ended while this one stopped; {kept}") from error
-            raise
+    with closing(loader), Logs(run) as logs:
+        return _take_steps(run, loader, logs)
 
 
-def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs, request: StopRequest) -> Trained:
+def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
     options, progress = run.options, run.progress
     run.reporter.start("training")
-    seconds, images, stop = 0.0, 0, 0.0
+    seconds, images = 0.0, 0
     while progress.step < run.total_steps:
         began = time.perf_counter()
-        batches = _logging_unreadable(run, islice(loader, options.training.grad_accum_steps))
+        batches = _noting_unreadable(run, islice(loader, options.training.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
-        loss, seen, stop = run.processes.total([loss, count, float(request.asked)])
+        # All stop after the same step, whichever process received the signal.
+        loss, seen, stop = run.processes.total([loss, count, float(run.request.asked)])
         _check_finite(run, loss)
         progress.add_step(loss, int(seen))
         seconds += time.perf_counter() - began
         images += int(seen)
         _report_step(run, loss / seen, images / seconds)
         if progress.step % run.batches.steps_per_epoch == 0 or progress.step == run.total_steps:
-            end_epoch(run, logs, request)
-            stop = max(stop, *run.processes.total([float(request.asked)]))
-            if progress.step < run.total_steps:
-                run.reporter.start("training")
+            _end_epoch(run, logs)
+            (stop,) = run.processes.total([float(run.request.asked)])
+            run.reporter.start("training")
         elif stop or (options.save_every and progress.step % options.save_every == 0):
             save(run)
             so_far = progress.epoch_loss / progress.epoch_images
             run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
-        if stop and progress.step < run.total_steps:
+        if stop:
             raise Interrupted(
                 f"stopped after step {progress.step} of {run.total_steps}; everything is saved. "
                 f"{_how_to_go_on(run)}"
             )
-    return Trained(images / seconds if seconds else 0.0, stop > 0)
+    return images / seconds if seconds else 0.0
 
 
-def _logging_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+def _noting_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Pass on ``batches``, and collect the images that others had to replace."""
     unreadable = run.progress.unreadable
     for batch in batches:
         for bad in batch.unreadable:
             if bad.file not in unreadable:
                 unreadable[bad.file] = None
-                log_unreadable(run, f"{bad.file}: {bad.reason}")
+                if len(unreadable) <= _NAMED:
+                    run.reporter.log(f"unreadable, replaced by another image: {bad.file}: {bad.reason}")
         yield batch
 
 
 def _check_finite(run: Run, loss: float) -> None:
     if math.isfinite(loss):
         return
-    kept = _unsaved(run)
-    if run.progress.saved is not None:
-        kept = f"{run.folder.path} keeps what was saved after step {run.progress.saved}"
     advice = f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}"
     if run.progress.step == 0:
         teacher = "" if run.options.teaching.teacher is None else f" and of {option_name('teacher')}"
         advice = f"No weight has changed yet: look at the outputs of the model{teacher} on these images"
     if run.options.amp:
         advice += f", or go without {option_name('amp')}"
+    saved = run.progress.saved
+    kept = "nothing was saved yet" if saved is None else f"{run.folder.path} has what step {saved} saved"
     with run.processes.together():
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {kept}. {advice}"
         )
 
 
-def _unsaved(run: Run) -> str:
-    return "nothing was saved yet" + (f", {run.folder.path} keeps its earlier run" if run.replaces else "")
-
-
 def _report_step(run: Run, loss: float, rate: float) -> None:
     step, per_epoch = run.progress.step, run.batches.steps_per_epoch
     epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
-    run.reporter.advance(
-        step,
-        run.total_steps,
-        f"epoch {epoch}/{epochs} loss {loss:.4f} {rate:.0f} images/s",
-    )
+    detail = f"epoch {epoch}/{epochs} loss {loss:.4f} {rate:.0f} images/s"
+    run.reporter.advance(step, run.total_steps, detail)
 
 
 def _how_to_go_on(run: Run) -> str:
@@ -143,3 +126,93 @@ def _how_to_go_on(run: Run) -> str:
     if size > 1:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
     return f"Continue with: {launcher}mhacut finetune --resume {quote(str(run.folder.path))}"
+
+
+def _end_epoch(run: Run, logs: Logs) -> None:
+    """Measure, write the best and the last weights, and add a line to the summary."""
+    progress, evaluation = run.progress, None
+    if run.validation is not None:
+        run.reporter.start("evaluating")
+        evaluation = run.measure(run.trainer.result)
+    row = EpochSummary(
+        epoch=len(progress.rows),
+        train_loss=progress.epoch_loss / progress.epoch_images,
+        eval_loss=None if evaluation is None else evaluation.loss,
+        eval_top1=None if evaluation is None else evaluation.top1,
+        eval_top5=None if evaluation is None else evaluation.top5,
+        lr=run.trainer.lr,
+    )
+    progress.rows.append(row)
+    progress.epoch_loss, progress.epoch_images = 0.0, 0
+    measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
+    run.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
+    if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
+        progress.best = evaluation.top1
+        with run.processes.together():
+            write_weights(run, BEST, evaluation)
+    save(run, evaluation)
+    logs.write(progress.summary()[-1])
+
+
+def check_logs(names: tuple[str, ...]) -> None:
+    """Raise a :class:`MhacutError` that names the package to install, if a log lacks one."""
+    for name in names:  # which is also the name of its module, and of the extra of mhacut that installs it
+        if importlib.util.find_spec(name) is None:
+            asked = option_name("log", name)
+            raise MhacutError(f"{asked}: needs the package {name}; pip install 'mhacut[{name}]'")
+
+
+class Logs:
+    """TensorBoard and Weights & Biases, if they were asked for; leaving the context closes them.
+
+    A log that fails ends with a message, and training continues.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._open: dict[str, Any] = {}
+        """Each log: TensorBoard's writer, and the run of Weights & Biases."""
+
+    def __enter__(self) -> Logs:
+        for name in self._run.options.logs if self._run.processes.first else ():
+            self._guarded(name, partial(self._start, name))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, log in list(self._open.items()):
+            self._guarded(name, log.close if name == "tensorboard" else log.finish)
+
+    def write(self, row: Mapping[str, float | None]) -> None:
+        """Write the summary of an epoch, one metric per column."""
+        values = {name: value for name, value in row.items() if value is not None}
+        for name, log in list(self._open.items()):
+            self._guarded(name, partial(_send, log, name, values))
+
+    def _start(self, name: str) -> None:
+        folder = self._run.folder.path
+        if name == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._open[name] = SummaryWriter(str(folder / TENSORBOARD))
+        else:
+            import wandb
+
+            options = portable(self._run.options)
+            self._open[name] = wandb.init(project="mhacut", dir=str(folder), name=folder.name, config=options)
+
+    def _guarded(self, name: str, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # third parties' disks, networks and accounts fail in many ways
+            self._open.pop(name, None)
+            asked, reason = option_name("log", name), f"{type(error).__name__}: {error!s:.200}"
+            self._run.reporter.log(f"{asked}: stopped logging, training continues: {reason}")
+
+
+def _send(log: Any, name: str, values: Mapping[str, float]) -> None:
+    if name == "wandb":
+        log.log(values)
+        return
+    for column in values.keys() - {"epoch"}:
+        log.add_scalar(column, values[column], int(values["epoch"]))
+    log.flush()

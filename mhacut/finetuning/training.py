@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mhacut.errors import MhacutError, UsageError, option_name
-from mhacut.finetuning.images import Batch
+from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
-from mhacut.finetuning.seeding import mixed_seed, seed_everything
 from mhacut.options.finetune import FinetuneOptions, TrainingOptions
 from mhacut.options.option import unknown_option
 from mhacut.runtime.device import has_bfloat16, refusing_compile
@@ -79,8 +78,6 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
         """Module that is called in a step: the model, or what :meth:`connect` wraps it in."""
-        self._unfit: Callable[[str], MhacutError] | None = None
-        """Error of a restored state that is not the optimiser's, until a step has shown that it is."""
 
     def connect(self) -> None:
         """Share gradients among processes, and compile if asked; every process must call this first."""
@@ -134,9 +131,7 @@ class Trainer:
             # As timm: the head's gradient is large when training begins, and agc would hold it back.
             clipped = model_parameters(self.model, exclude_head=training.clip_mode == "agc")
             dispatch_clip_grad(clipped, training.clip_grad, mode=training.clip_mode)
-        with self.processes.together() if self._unfit is not None else nullcontext(), self._fitting():
-            self.scaler.step(self.optimizer)
-        self._unfit = None
+        self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
             self.average.update(self.model, step=number + 1)
@@ -169,7 +164,7 @@ class Trainer:
             return unshared
         return nullcontext()
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Return all tensors and numbers that later steps depend on."""
         return {
             "model": self.model.state_dict(),
@@ -178,37 +173,17 @@ class Trainer:
             "average": None if self.average is None else self.average.module.state_dict(),
         }
 
-    def restore_optimizer(self, state: Mapping[str, Any], unfit: Callable[[str], MhacutError]) -> None:
-        """Load the optimiser and the scaler from the result of :meth:`state`, in a run with the same options.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Load the result of :meth:`state_dict` of a run with the same options.
 
-        Args:
-            state: as :func:`mhacut.finetuning.saved_state.read_saved` returns it.
-            unfit: makes the error, from a reason, where the optimiser cannot work with it; its next step may
-                raise that too.
+        Raises:
+            Exception: it does not fit; torch and each optimiser have errors of their own.
         """
-        self._unfit = unfit
-        with self._fitting():
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-
-    def restore_weights(self, state: Mapping[str, Any]) -> None:
-        """Load the weights and their moving average from what :meth:`restore_optimizer` was given."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
         self.model.load_state_dict(state["model"])
         if self.average is not None:
             self.average.module.load_state_dict(state["average"])
-
-    @contextmanager
-    def _fitting(self) -> Iterator[None]:
-        """Context in which the optimiser fails because of the state that was restored, if one was."""
-        try:
-            yield
-        except (MhacutError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # each optimiser fails in its own way
-            if self._unfit is None:
-                raise
-            reason = str(error).partition("\n")[0]
-            raise self._unfit(f"optimizer: {type(error).__name__}: {reason:.100}") from error
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:

@@ -163,8 +163,7 @@ class FinetuneKeywords(
     """Directory of the run; by default the file's name without its ending, plus -finetuned, in the working
     directory."""
     overwrite: bool = False
-    """Start again in a directory that already holds a run, which stays until the new one is first saved; the
-    slim file is never replaced."""
+    """Start again in a directory that already holds a run, which is moved to the directory old in it."""
     resume: PathLike | None = option(None, metavar="DIR")
     """Continue the run in this directory, with the options it was started with."""
     save_every: int = option(0, at_least=0)
@@ -186,14 +185,14 @@ class FinetuneKeywords(
     deterministic: bool = option(False, panel="Computing")
     """Refuse CUDA kernels that sum in random order; runs on the CPU are always repeatable."""
     log: str | None = None
-    """Logs to write besides summary.csv: png, tensorboard or wandb, or several, separated by commas."""
+    """Logs to write besides summary.csv: tensorboard, wandb, or both, separated by a comma."""
     dtype: Dtype | None = None
     """Precision of the weights that are written; by default the slim file's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for log in self.logs:
-            known = ("png", "tensorboard", "wandb")
+            known = ("tensorboard", "wandb")
             require("log", log, log in known, "one of " + ", ".join(known))
         expected = f"a {option_name('teacher')}, which needs no labels"
         require("labels", self.labels, self.labels or self.teacher is not None, expected)

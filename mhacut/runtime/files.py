@@ -28,8 +28,6 @@ READ_IN_FOLDERS = re.compile(
     r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
 )
 """Names of the files of a folder that are read as one checkpoint."""
-_left: set[Path] = set()
-"""Temporary folders that their own process does not remove."""
 _locks: set[int] = set()
 """Descriptors of :func:`lock_directory`."""
 
@@ -284,8 +282,7 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
 def temporary_folder(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
 
-    It stays where :func:`left_on_error` says so. A folder, because libraries write temporary files of their
-    own beside the file that they are given.
+    A folder, because libraries write temporary files of their own beside the file that they are given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_temporaries(target)
@@ -294,17 +291,8 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        if folder not in _left:
-            shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
         unlock(lock)
-
-
-@contextmanager
-def left_on_error(folder: Path) -> Iterator[None]:
-    """Leave the :func:`temporary_folder` if the block fails: it may hold the only copy of a file."""
-    _left.add(folder)
-    yield
-    _left.remove(folder)
 
 
 def remove_temporaries(target: Path) -> None:
@@ -346,14 +334,13 @@ def sync_directory(path: Path) -> None:
 # -- locks --
 
 
-def lock_directory(path: Path, *, shared: bool = False) -> int | None:
+def lock_directory(path: Path) -> int | None:
     """Lock a directory for this process, without waiting; return the descriptor for :func:`unlock`.
 
     The lock ends with the process: those that it forks do not share it.
 
     Args:
         path: path of the directory.
-        shared: other processes may hold a shared lock, too.
 
     Returns:
         None on Windows.
@@ -366,7 +353,7 @@ def lock_directory(path: Path, *, shared: bool = False) -> int | None:
         return None
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise
@@ -380,9 +367,7 @@ def unlock(descriptor: int | None) -> None:
     """Release what :func:`lock_directory` locked, if it did."""
     if descriptor is not None and sys.platform != "win32":
         _locks.remove(descriptor)
-        fcntl.flock(
-            descriptor, fcntl.LOCK_UN
-        )  # a process that was just forked may not have closed its own yet
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may still hold its copy
         os.close(descriptor)
 
 

@@ -46,18 +46,6 @@ def test_class_maps_that_never_end(slim, images, tmp_path, kind):
     assert "class map cannot be read: no such file" in message
 
 
-def test_the_arguments_of_a_run_are_a_file(tmp_path):
-    os.mkfifo(tmp_path / "args.yaml")
-    message = refusal(tmp_path, "finetune", "--resume", tmp_path, code=2)
-    assert "no run to continue, args.yaml: is not a regular file" in message
-
-
-def test_the_arguments_of_a_run_name_its_checkpoint(tmp_path):
-    (tmp_path / "args.yaml").touch()
-    message = refusal(tmp_path, "finetune", "--resume", tmp_path, code=2)
-    assert "no run to continue, args.yaml: names no checkpoint" in message
-
-
 def test_memory_that_torch_cannot_have_is_out_of_memory(slim, tmp_path, monkeypatch):
     monkeypatch.setattr(nn.Linear, "forward", lambda self, x: torch.empty(2**60, dtype=torch.uint8))
     command = ["prune", slim, "--flops", "90%", *FAST, "-o", tmp_path / "x.safetensors"]

@@ -63,7 +63,7 @@ WRONG = [
     ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} -o {slim}", 1, "is a file; expected a directory for the run (--output)"),
     ("finetune {file} -o {run}", 1, "already holds a run (args.yaml); continue it with --resume"),
-    ("finetune --resume {run} --overwrite", 2, "--overwrite: would remove the run"),
+    ("finetune --resume {run} --overwrite", 2, "--overwrite: would replace the run"),
     ("finetune --resume nowhere", 2, "--resume nowhere: no run to continue"),
     ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
     ("bench {file} nowhere.pth", 1, "no such file: nowhere.pth"),

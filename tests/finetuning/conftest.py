@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import mhacut
-from helpers.finetuning import CLASSES, Killed, picture
+from helpers.finetuning import CLASSES, killed, picture
 
 
 @pytest.fixture(scope="session")
@@ -68,22 +68,21 @@ def finished(finished_run, tmp_path):
 
 
 @pytest.fixture
-def kill(monkeypatch):
-    """Ends the run at the n-th call of something, as if the process had gone."""
+def at_call(monkeypatch):
+    """Lets something happen at the n-th call of a function, by default the end of the process.
 
-    def at(target, name, call, *, before=True):
+    What happens may return a function to call in place of the original.
+    """
+
+    def at(target, name, call, happens=killed):
         original, calls = getattr(target, name), []
 
         def stand_in(*args, **kwargs):
             calls.append(None)
-            if len(calls) == call and before:
-                raise Killed
-            found = original(*args, **kwargs)
-            if len(calls) == call:
-                raise Killed
-            return found
+            instead = happens() if len(calls) == call else None
+            return (instead or original)(*args, **kwargs)
 
         monkeypatch.setattr(target, name, stand_in)
+        return monkeypatch.undo
 
-    yield at
-    monkeypatch.undo()
+    return at

@@ -8,22 +8,19 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 
 import pytest
-import torch
 import yaml
 
 import mhacut
-from helpers.cli import refusal, run, tree, unchanged
+from helpers.cli import run, tree, unchanged
 from helpers.finetuning import same, weights
 from helpers.jobs import Recorder
-from mhacut.commands import finetune as run_module
 from mhacut.errors import CheckpointError, MhacutError, UsageError
-from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
@@ -112,72 +109,6 @@ def test_the_command_refuses(slim, images, tmp_path):
     assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
 
 
-def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, monkeypatch):  # 56
-    monkeypatch.setattr(Trainer, "step", lambda self, number, batches: (float("nan"), 12))
-    given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
-    with unchanged(slim, images):
-        result = run(*given, "--steps", "2")
-    assert result.exit_code == 1
-    assert "loss became nan at step 1 of 2" in result.stderr
-    assert "No weight has changed yet: look at the outputs of the model on these images" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
-
-
-def test_the_command_goes_on_with_its_own_inputs_only(
-    finished, finished_run, images, tmp_path, monkeypatch
-):  # 57
-    monkeypatch.chdir(tmp_path)
-    fewer = shutil.copytree(images, tmp_path / "fewer")
-    next((fewer / "train").rglob("*.png")).unlink()
-    for flags, code, message in (
-        (["-b", "6"], 1, "images per step (12, now 6)"),
-        (["--lr", "0.5"], 2, "--lr 0.5: the run in"),
-        (["--epochs", "9"], 2, "was started with 2; leave it out, or start another run"),
-        (["--data-dir", fewer], 1, "training images"),
-        ([finished_run.output], 1, "slim file"),
-    ):
-        assert message in refusal(tmp_path, "finetune", *flags, "--resume", finished, code=code)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("fails", "message"),
-    [
-        ("disk", "last.safetensors: cannot be written: No space left on device\n"),
-        ("memory", "error: out of memory; use a smaller --batch-size, or --device cpu\n"),
-    ],
-    ids=["disk", "memory"],
-)
-def test_what_ends_a_run_leaves_its_last_save(
-    slim, images, finished_run, tmp_path, monkeypatch, fails, message
-):  # 48, 55
-    folder, step, kept = tmp_path / "run", Trainer.step, {}
-
-    def full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fifth(self, number, batches):
-        if number == 4:
-            kept.update(tree(folder))
-            if fails == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory")
-            monkeypatch.setattr(files, "sync", full)
-        return step(self, number, batches)
-
-    monkeypatch.setattr(Trainer, "step", fifth)
-    given = ["--data-dir", images, "-b", "12", "-j", "0", "--epochs", "2", "--lr", "1e-3"]
-    with unchanged(slim, images):
-        result = run("finetune", slim, *given, "--save-every", "1", "-o", folder)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.endswith(message)
-    assert tree(folder) == kept
-    assert RunFolder(folder).read_state()["step"] == 4
-    monkeypatch.undo()
-    assert run("finetune", "--resume", folder).exit_code == 0
-    assert same(weights(folder), weights(finished_run.folder))
-
-
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_options(recipe):
     values = read_config(recipe, FinetuneOptions.options(), recipe.name)
@@ -187,34 +118,64 @@ def test_recipes_are_options(recipe):
     assert FinetuneOptions.from_flat(checkpoint="a", teacher="b", data_dir="c", **values).idle() == {}
 
 
-def test_a_log_that_is_not_installed_is_named_before_the_work(tune, tmp_path, monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MhacutError, match=r"pip install 'mhacut\[wandb\]'"):
-        tune(log="wandb", output=tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-    with pytest.raises(UsageError, match="log='mlflow': expected one of png"):
-        tune(log="mlflow")
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_last_save(slim, images, finished_run, tmp_path, at_call):  # 48
+    folder, before = tmp_path / "run", {}
+
+    def full(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill():
+        before.update(tree(folder))
+        at_call(files, "sync", 1, lambda: full)
+
+    undo = at_call(Trainer, "step", 5, fill)
+    given = ["--data-dir", images, "-b", "12", "-j", "0", "--epochs", "2", "--lr", "1e-3"]
+    with unchanged(slim, images):
+        result = run("finetune", slim, *given, "--save-every", "1", "-o", folder)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.endswith("last.safetensors: cannot be written: No space left on device\n")
+    assert tree(folder) == before
+    undo()
+    assert run("finetune", "--resume", folder).exit_code == 0
+    assert same(weights(folder), weights(finished_run.folder))
 
 
-def test_a_log_that_fails_does_not_end_the_training(tune, monkeypatch):
-    reporter = Recorder()
-    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
-    monkeypatch.setitem(sys.modules, "wandb", None)  # importing it fails
-    assert tune(log="wandb", reporter=reporter).steps == 6
-    assert any("log='wandb': stopped logging" in message for message in reporter.messages)
+def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, at_call):  # 56
+    at_call(Trainer, "step", 1, lambda: lambda *given: (float("nan"), 12))
+    given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
+    with unchanged(slim, images):
+        result = run(*given, "--steps", "2")
+    assert result.exit_code == 1
+    assert "loss became nan at step 1 of 2; nothing was saved yet" in result.stderr
+    assert "No weight has changed yet: look at the outputs of the model on these images" in result.stderr
+    assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
 
 
-def test_rows_reach_a_log(tune, monkeypatch):
-    sent = []
+def test_logs_receive_rows_and_do_not_end_the_training(tune, monkeypatch):
+    sent, reporter = [], Recorder()
 
     class Run:
         log, finish = staticmethod(sent.append), staticmethod(lambda: sent.append("end"))
 
-    monkeypatch.setattr(run_module, "check_logs", lambda names: None)
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **options: Run))
+    wandb = ModuleType("wandb")
+    wandb.__spec__, wandb.init = ModuleSpec("wandb", None), lambda **options: Run
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
     result = tune(log="wandb")
     assert [row["train_loss"] for row in sent[:-1]] == [row.train_loss for row in result.epochs]
     assert sent[-1] == "end"
+    del wandb.init  # so that it fails
+    assert tune("failing", log="wandb", reporter=reporter).steps == 6
+    assert any("log='wandb': stopped logging" in message for message in reporter.messages)
+
+
+def test_a_log_that_is_not_known_or_installed_is_named_before_the_work(tune, tmp_path):
+    with pytest.raises(UsageError, match="log='mlflow': expected one of tensorboard"):
+        tune(log="mlflow")
+    if importlib.util.find_spec("wandb") is None:
+        with pytest.raises(MhacutError, match=r"pip install 'mhacut\[wandb\]'"):
+            tune(log="wandb")
+    assert not (tmp_path / "run").exists()
 
 
 def benchmark(name, monkeypatch, *arguments):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import timm
 import torch
@@ -18,9 +16,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError, UsageError
 from mhacut.finetuning.images import StepBatches, training_images, training_loader
-from mhacut.finetuning.progress import Progress
-from mhacut.finetuning.steps import _logging_unreadable
-from mhacut.finetuning.teacher import make_objective
+from mhacut.finetuning.objective import make_objective
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
 from mhacut.runtime.progress import Silent
@@ -109,23 +105,10 @@ def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, i
     assert done.exit_code == 0, done.stderr
     assert "13 images could not be read and were replaced by others; first " in done.stdout
     assert done.stderr.count("unreadable, replaced by another image: ") == 10
-    assert done.stderr.count("more images are unreadable; they are counted at the end") == 1
     command = ["prune", slim, "--data-dir", root, "--flops", "50%", "-o", tmp_path / "smaller.safetensors"]
     done = run(*command, *FAST, "--calibration-images", "1300")
     assert done.exit_code == 0, done.stderr
     assert "1287 of 1300 images under train/ (with labels), 13 unreadable left out (first " in done.stderr
-
-
-def test_a_resumed_run_names_the_first_of_the_unreadable_images_that_it_finds():
-    reporter = Recorder()
-    before = Progress(unreadable=dict.fromkeys(f"old{number}" for number in range(12)))
-    run_of_it = SimpleNamespace(progress=before, reporter=reporter, unreadable_found=0)
-    names = ["old3", *(f"new{number}" for number in range(12))]
-    batches = [SimpleNamespace(unreadable=[SimpleNamespace(file=name, reason="empty")]) for name in names]
-    assert list(_logging_unreadable(run_of_it, iter(batches))) == batches
-    named = [f"unreadable, replaced by another image: new{number}: empty" for number in range(10)]
-    assert reporter.messages == [*named, "more images are unreadable; they are counted at the end"]
-    assert len(before.unreadable) == 24
 
 
 def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
@@ -139,11 +122,8 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
         tune(teacher=tmp_path / "other.safetensors", **given)
 
 
-@pytest.mark.parametrize(
-    ("change", "shown"),
-    [({"embed_dim": 24}, "2, blocks.0 of shape 17x24"), ({"depth": 3}, "3, blocks.2 of")],
-)
-def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_path, change, shown):
+@pytest.mark.parametrize("change", [{"embed_dim": 24}, {"depth": 3}])
+def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_path, change):
     args = {**tiny_vit.args, **change}
     other = timm.create_model(tiny_vit.architecture, num_classes=CLASSES, **args)
     teacher = save_dense(other, tmp_path / "other.safetensors")
@@ -153,7 +133,7 @@ def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_
         "teacher_model_args": args,
         "steps": 1,
     }
-    with pytest.raises(UsageError, match=rf"feature_weight: the teacher's blocks \({shown}.* leave it out"):
+    with pytest.raises(UsageError, match=r"feature_weight: the teacher's blocks differ .* leave it out"):
         tune("matched", **given, feature_weight=1.0)
     assert not (tmp_path / "matched").exists()
     assert tune(**given).steps == 1

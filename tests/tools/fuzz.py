@@ -18,7 +18,7 @@ import sys
 import tempfile
 import zipfile
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -34,13 +34,11 @@ with atheris.instrument_imports(include=["mhacut", "torch._weights_only_unpickle
     from mhacut.checkpoint import files, record, torch_file, training  # noqa: F401
     from mhacut.commands import prune_calibration
     from mhacut.errors import MhacutError
-    from mhacut.finetuning import folder, saved_state
-    from mhacut.finetuning import training as training_steps
+    from mhacut.finetuning import folder
     from mhacut.options.finetune import FinetuneOptions
     from mhacut.options.option import read_config
     from mhacut.options.prune import SearchOptions
     from mhacut.pruning.job import Job
-    from mhacut.runtime.distributed import Processes
     from mhacut.surgery.find import find_prunable_layers
 
 FILE = Path(tempfile.mkdtemp()) / "input"
@@ -93,18 +91,9 @@ def _read(content: bytes) -> None:
 
 def state(data: bytes) -> None:
     """The state that a run of fine-tuning is resumed from."""
-    of_run, trainer = folder.RunFolder(FILE.parent), _trainer()
+    of_run = folder.RunFolder(FILE.parent)
     of_run.file(folder.STATE).write_bytes(data)
-    found = saved_state.read_saved(of_run, trainer, INPUTS, (8, 4))
-    assert found is not None
-    trainer.restore_optimizer(found[1], partial(saved_state.unfit, of_run))
-    trainer.restore_weights(found[1])
-
-
-def _trainer() -> training_steps.Trainer:
-    options = FinetuneOptions.from_flat(checkpoint="a", warmup_epochs=0)
-    alone, steps = Processes(0, 1, torch.device("cpu")), {"total_steps": 8, "steps_per_epoch": 4}
-    return training_steps.Trainer(torch.nn.Linear(3, 2), None, None, options, alone, labelled=True, **steps)
+    assert of_run.read_state() is not None
 
 
 def calibration(data: bytes) -> None:
@@ -185,12 +174,9 @@ def _configuration() -> dict[str, object]:
 
 
 def _save_state(path: Path) -> None:
-    trainer = _trainer()
-    trainer.model(torch.ones(1, 3)).sum().backward()
-    trainer.optimizer.step()
-    progress = {"step": 3, "best": None, "before": None, "epoch_loss": 1.5, "epoch_images": 12}
-    progress |= {"rows": [], "unreadable": ["a.png"], "began_with": INPUTS}
-    torch.save({"version": 1, "trainer": trainer.state(), **progress}, path)
+    trainer = {"model": torch.nn.Linear(3, 2).state_dict(), "average": None}
+    progress = {"step": 3, "best": None, "epoch_loss": 1.5, "rows": [], "unreadable": {"a.png": None}}
+    torch.save({"version": 2, "trainer": trainer, "progress": progress, "began_with": INPUTS}, path)
 
 
 def main() -> None:

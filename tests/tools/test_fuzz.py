@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from helpers.finetuning import go_on, small_state, small_trainer, take_steps
+from helpers.finetuning import small_trainer, take_steps
 from helpers.jobs import job_of
 from helpers.models import ModelCase, build
 from mhacut.budget import RESOURCES, Budget
@@ -32,6 +32,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.training import read_training
 from mhacut.commands.prune_calibration import METADATA_KEY, _flat, check_run, fingerprint_of, read_calibration
 from mhacut.errors import CheckpointError, DataError, MhacutError, UsageError
+from mhacut.finetuning.folder import RunFolder
 from mhacut.options.option import key_value, read_config
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.job import Job
@@ -281,8 +282,8 @@ def test_seeds_are_read(tmp_path):
     read(tmp_path / "zip", FILES["zip"])
     assert set(read_tensors(read_file_header(tmp_path / "zip"))) == set(SAFE)
     assert SlimRecord.from_json(json.dumps(slim_document())).plan.units
-    (tmp_path / "state.pt").write_bytes(state_bytes(state_of_a_run()))
-    assert go_on(tmp_path, small_trainer()).step == 4
+    RunFolder(tmp_path).write_state(state_of_a_run())
+    assert RunFolder(tmp_path).read_state() is not None
     job, tensors, document = calibrated_job()
     (tmp_path / "kept").write_bytes(save(tensors, {METADATA_KEY: json.dumps(document)}))
     check_run(tmp_path / "kept", read_calibration(tmp_path / "kept", document["fingerprint"], job), job)
@@ -292,34 +293,18 @@ def state_of_a_run() -> dict:
     """What a small run saves after its fourth step."""
     trainer = small_trainer()
     take_steps(trainer, 0, 4)
-    return small_state(trainer)
-
-
-def resume(folder, content: bytes) -> None:
-    """Go on with a run to its end, or have its state refused."""
-    (folder / "state.pt").write_bytes(content)
-    with refused_only_as(CheckpointError, str(folder)):
-        assert go_on(folder, small_trainer()).step <= 8
-
-
-def state_bytes(state: dict) -> bytes:
-    buffer = io.BytesIO()
-    torch.save({"version": 1, **state}, buffer)
-    return buffer.getvalue()
+    return {"trainer": trainer.state_dict()}
 
 
 @few
 @given(data=st.data())
 def test_damaged_states_of_runs(tmp_path, data):
-    resume(tmp_path, data.draw(changed(state_bytes(state_of_a_run()))))
-
-
-@few
-@given(data=st.data())
-def test_states_of_runs(tmp_path, data):
-    state = state_of_a_run()
-    replace_some(data, state, SAVED)
-    resume(tmp_path, state_bytes(state))
+    run = RunFolder(tmp_path)
+    run.write_state(state_of_a_run())
+    state = tmp_path / "state.pt"
+    state.write_bytes(data.draw(changed(state.read_bytes())))
+    with refused_only_as(CheckpointError, str(tmp_path)):
+        small_trainer().load_state_dict(run.read_state()["trainer"])
 
 
 @cache
