@@ -99,14 +99,15 @@ class StageDisplay:
     """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then.
 
     Args:
-        say: called with each line; None for rich's bar, on a terminal or in a notebook.
+        say: function that takes each line; None for rich's bar, on a terminal or in a notebook.
+        every: seconds between two lines; by default :data:`SECONDS_BETWEEN_LINES`.
     """
 
-    def __init__(self, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, say: Callable[[str], None] | None = None, every: float | None = None) -> None:
         from rich import progress  # takes as long to import as a short command
         from rich.console import Console
 
-        self._say = say
+        self._say, self._every = say, SECONDS_BETWEEN_LINES if every is None else every
         self._elapsed, self._remaining = progress.TimeElapsedColumn(), progress.TimeRemainingColumn()
         self._progress = progress.Progress(
             progress.TextColumn("{task.description}", markup=False),
@@ -142,7 +143,7 @@ class StageDisplay:
     def advance(self, done: int, total: int, detail: str = "") -> None:
         shown = ", ".join(part for part in (f"{done}/{total}" if total else "", safe(detail)) if part)
         self._progress.update(self._task, completed=done, total=total or None, detail=shown)
-        if self._say is not None and time.perf_counter() - self._shown >= SECONDS_BETWEEN_LINES:
+        if self._say is not None and time.perf_counter() - self._shown >= self._every:
             self._shown = time.perf_counter()
             (task,) = self._progress.tasks
             elapsed, left = self._elapsed.render(task), self._remaining.render(task)

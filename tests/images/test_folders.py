@@ -15,9 +15,8 @@ from PIL import Image
 
 from helpers.data import PLAIN, calibrated, evaluated, evaluation, levels, write_image, write_split
 from mhacut.data import Preprocessing, has_split, synthetic_images
-from mhacut.errors import CheckpointError, DataError, UsageError
+from mhacut.errors import DataError, UsageError
 from mhacut.options.base import DataOptions
-from mhacut.runtime import files
 
 
 def test_labels_fit_the_images(root) -> None:
@@ -50,15 +49,6 @@ def test_the_choice_is_balanced_and_depends_on_the_seed_alone(root, tmp_path) ->
     assert torch.equal(first.labels, again.labels)
     other = calibrated(PLAIN, count=7, seed=4, data_dir=root, num_classes=3)
     assert levels(other.images) != levels(first.images)
-
-
-def test_the_choice_does_not_depend_on_the_order_a_file_system_lists(root, monkeypatch) -> None:
-    first = calibrated(PLAIN, count=7, seed=3, data_dir=root)
-    walk = os.walk
-    monkeypatch.setattr(
-        os, "walk", lambda *a, **k: ((at, dirs, files[::-1]) for at, dirs, files in walk(*a, **k))
-    )
-    assert levels(calibrated(PLAIN, count=7, seed=3, data_dir=root).images) == levels(first.images)
 
 
 def test_asking_for_more_than_there_is_gives_all(root) -> None:
@@ -204,14 +194,6 @@ def test_missing_places_are_named(tmp_path) -> None:
         calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "empty")
     with pytest.raises(UsageError, match="data_dir or dataset"):
         evaluated(PLAIN, batch_size=1, workers=0, num_classes=3)
-
-
-def test_a_place_that_may_not_be_read_is_named(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(files.os, "access", lambda *_: False)
-    with pytest.raises(DataError, match=r"no permission to read it \(data_dir\)$"):
-        files.check_data_dir(tmp_path)
-    with pytest.raises(CheckpointError, match="no permission to read the folder"):
-        files.check_checkpoint(tmp_path)
 
 
 def test_the_folder_that_one_is_in_has_a_name(root, monkeypatch) -> None:

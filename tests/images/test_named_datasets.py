@@ -62,7 +62,6 @@ def opens(monkeypatch):
 
     def set_to(opened):
         monkeypatch.setattr(named, "create_dataset", lambda *_, **__: opened)
-        monkeypatch.setattr(named.importlib.util, "find_spec", lambda _: object())
 
     return set_to
 
@@ -152,8 +151,8 @@ def test_a_dataset_without_a_column_of_labels_is_refused(opens) -> None:
     pictures = Pictures()
     pictures.reader = Columns()
     opens(pictures)
-    given = {"dataset": "hfds/any", "num_classes": 3}
-    message = "^dataset='hfds/any': its labels cannot be read: there is no 'label'; expected a column"
+    given = {"dataset": "torch/any", "num_classes": 3}
+    message = "^dataset='torch/any': its labels cannot be read: there is no 'label'; expected a column"
     with pytest.raises(DataError, match=message):
         calibrated(PLAIN, count=6, seed=0, **given)
     with pytest.raises(DataError, match=message):

@@ -67,13 +67,6 @@ def test_time_is_bounded(seconds) -> None:
     assert time.perf_counter() - began < seconds + 1
 
 
-def test_rounds_are_bounded(monkeypatch) -> None:
-    monkeypatch.setattr(latency, "_MAX_ROUNDS", 7)
-    diary: list[str] = []
-    compare_latency([Sleeper("a", 0, diary)], (3, 4, 4), seconds=60, device=CPU)
-    assert len(diary) == 3 + 7
-
-
 class Clock:
     """A clock that runs as programs say."""
 
