@@ -114,16 +114,16 @@ class StageDisplay:
             progress.BarColumn(bar_width=20),
             progress.TextColumn("{task.fields[detail]}", markup=False),
             self._elapsed,
-            progress.TextColumn("elapsed,", markup=False),
+            progress.TextColumn("elapsed"),
             self._remaining,
-            progress.TextColumn("left", markup=False),
+            progress.TextColumn("{task.fields[left]}"),
             console=Console(stderr=True, markup=False, highlight=False, emoji=False),
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
             disable=say is not None,
         )
-        self._task = self._progress.add_task("", total=None, detail="")
+        self._task = self._progress.add_task("", total=None, detail="", left="")
         self._shown = 0.0
         self._progress.start()
 
@@ -137,17 +137,18 @@ class StageDisplay:
 
     def start(self, stage: str) -> None:
         self._progress.remove_task(self._task)
-        self._task = self._progress.add_task(safe(stage), total=None, detail="")
+        self._task = self._progress.add_task(safe(stage), total=None, detail="", left="")
         self._shown = time.perf_counter()
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         shown = ", ".join(part for part in (f"{done}/{total}" if total else "", safe(detail)) if part)
-        self._progress.update(self._task, completed=done, total=total or None, detail=shown)
+        left = "left" if total else ""
+        self._progress.update(self._task, completed=done, total=total or None, detail=shown, left=left)
         if self._say is not None and time.perf_counter() - self._shown >= self._every:
             self._shown = time.perf_counter()
             (task,) = self._progress.tasks
-            elapsed, left = self._elapsed.render(task), self._remaining.render(task)
-            self._say(f"{task.description}: {shown}, {elapsed} elapsed, {left} left")
+            elapsed, remaining = self._elapsed.render(task), self._remaining.render(task)
+            self._say(f"{task.description}: {shown}, {elapsed} elapsed, {remaining} left")
 
     def close(self) -> None:
         """Take the bar off."""
