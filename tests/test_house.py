@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
-    "checkpoint": 6663,
+    "checkpoint": 6085,
     "cli": 1470,
     "commands": 4557,
     "data": 1819,

@@ -8,10 +8,9 @@ import torch
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import Family
 from mhacut.checkpoint.foreign.images import image_side, transformers_cfg
-from mhacut.checkpoint.foreign.recognise import FAMILIES
+from mhacut.checkpoint.foreign.recognise import FAMILIES as FAMILY
 from mhacut.errors import CheckpointError
 
-FAMILY = {family.title: family for family in FAMILIES}
 BEIT, SWIN, VIT = (FAMILY[f"{name} of transformers"] for name in ("BEiT", "Swin", "ViT"))
 
 
@@ -133,7 +132,7 @@ def test_images_that_are_not_square_have_no_side():
 def test_names_with_several_numbers_and_parts():
     table = Family(
         "x",
-        {"a.*.b.*.q": "x.*.y.*.qk#0", "a.*.b.*.k": "x.*.y.*.qk#1", "c.w": ("d.w", "", "e.w")},
+        {"a.*.b.*.q": ("x.*.y.*.qk#0",), "a.*.b.*.k": ("x.*.y.*.qk#1",), "c.w": ("d.w", "", "e.w")},
         prefixes=("m.",),
         left_out={"text": "the text"},
     )
@@ -148,4 +147,4 @@ def test_names_with_several_numbers_and_parts():
     }
     assert table.described_as_left_out({"m.text.w": 1}) == ["the text"]
     with pytest.raises(CheckpointError, match=r"two would be 'x.1.y.2.z.w'"):
-        Family("x", {"a": "x.1.y.2.z", "b": "x.1.y.2.z"}).convert({"a.w": one, "b.w": one})
+        Family("x", {"a": ("x.1.y.2.z",), "b": ("x.1.y.2.z",)}).convert({"a.w": one, "b.w": one})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,14 +18,11 @@ from mhacut.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Shape of each tensor, by its name."""
-Names = Mapping[str, str | tuple[str, ...]]
-"""Table of tensor names, another library's to timm's; the first that fits counts.
+Names = Mapping[str, tuple[str, ...]]
+"""Table of tensor names, another library's to timm's; the first that fits counts."""
 
-``*`` stands for a number, and what follows a name (``.weight``) stays. ``attn.qkv#1`` is the second of the
-parts that are joined, along their first dimension, to ``attn.qkv``. Of a tuple, each name gets an equal part
-of the tensor; a part without a name is dropped.
-"""
-
+TABLE = Path(__file__).with_name("names.txt")
+"""Tables of all families, which say how they are read."""
 ACTIVATIONS = {
     **{name: name for name in ("gelu", "quick_gelu", "relu", "silu")},
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -46,6 +44,8 @@ _BUFFERS = re.compile(
 )
 """Tensors that the code computes from sizes, which older files hold."""
 _PART = re.compile(r"(.+)#(\d)(.*)")
+_NUMBER = re.compile(r"\*(?:([-+/])(\d))?|\{(\d)\}")
+"""Number in one of timm's names: the next of the other name, changed or not, or that of an index."""
 _MAX_NAMES = 5
 """Names of tensors in a message."""
 
@@ -71,7 +71,7 @@ class Family:
     title: str
     """Name for readers: ``ViT of transformers``."""
     names: Names
-    """Names of tensors here and in timm."""
+    """Names of tensors here and in timm; each part of several gets an equal part of the tensor."""
     signs: tuple[tuple[str, ...], ...] = ()
     """Rows of ends of tensor names. A file of the family has tensors with all the ends of one row; a file
     without a configuration is recognised by them."""
@@ -171,8 +171,7 @@ class Family:
             found = pattern.fullmatch(base)
             if found is not None:
                 *numbers, rest = found.groups()
-                listed = (target,) if isinstance(target, str) else target
-                return tuple(one and one.replace("*", "{}").format(*numbers) + (rest or "") for one in listed)
+                return tuple(one and _filled(one, numbers) + (rest or "") for one in target)
         # Behind the prefix of a wrapped model, the names are timm's; what lies beside it has no place.
         inside = not self.prefixes or base != name
         return (base,) if self.others and inside else None
@@ -187,7 +186,7 @@ class Family:
         return next((name.removeprefix(prefix) for prefix in self.prefixes if name.startswith(prefix)), name)
 
     @cached_property
-    def _names(self) -> list[tuple[re.Pattern[str], str | tuple[str, ...]]]:
+    def _names(self) -> list[tuple[re.Pattern[str], tuple[str, ...]]]:
         return [(_pattern(name), target) for name, target in self.names.items()]
 
     @cached_property
@@ -201,6 +200,49 @@ class Family:
 
 def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\*", r"(\d{1,6})") + r"(\..+)?")
+
+
+def _filled(target: str, numbers: Sequence[str]) -> str:
+    """Return timm's name with the numbers of the other name in it."""
+    following = iter(numbers)
+
+    def number(place: re.Match[str]) -> str:
+        operator, amount, index = place[1], int(place[2] or 1), place[3]
+        value = int(next(following) if index is None else numbers[int(index)])
+        return str({"+": value + amount, "-": value - amount, "/": value // amount}.get(operator, value))
+
+    return _NUMBER.sub(number, target)
+
+
+def read_families(functions: Mapping[str, Mapping[str, Any]]) -> tuple[Family, ...]:
+    """Read the tables of all families, in order.
+
+    Args:
+        functions: fields of families that a text cannot hold, by title.
+    """
+    sections: dict[str, dict[str, Any]] = {}
+    current: dict[str, Any] = {}
+    for line in TABLE.read_text(encoding="ascii").splitlines():
+        word, _, rest = line.strip().partition(" ")
+        values = rest.split()
+        if line.startswith("["):
+            current = sections[line.strip("[]")] = {"names": {}, "left_out": {}, "refused": {}, "signs": ()}
+        elif line.startswith(" "):
+            current["names"][word] = tuple("" if name == "_" else name for name in values)
+        elif word in ("without", "refused"):
+            field_name = "left_out" if word == "without" else word
+            current[field_name][values[0]] = " ".join(values[1:])
+        elif word == "use":
+            for kind in ("names", "left_out"):
+                current[kind] |= sections[" ".join(values)][kind]
+        elif word == "sign":
+            current["signs"] += (tuple(values),)
+        elif word in ("types", "prefixes", "unlike"):
+            current["model_types" if word == "types" else word] = tuple(values)
+        elif line and not line.startswith("#"):
+            current[word] = True if word == "others" else values[0]
+    recognisable = {title: one for title, one in sections.items() if one["signs"] or "model_types" in one}
+    return tuple(Family(title, **one, **functions.get(title, {})) for title, one in recognisable.items())
 
 
 def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:

@@ -1,8 +1,9 @@
-"""Models of torchvision and image towers of open_clip; models of timm that other libraries wrap."""
+"""Models of torchvision, open_clip and the models' authors; models of timm that other libraries wrap."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from torch import Tensor
@@ -12,11 +13,10 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import (
     VIT_SIZES,
     Built,
-    Family,
-    Names,
     Shapes,
     depth_of,
     mlp_ratio,
+    move,
     vit_name,
 )
 from mhacut.checkpoint.foreign.images import OF_CLIP, OF_IMAGENET
@@ -53,44 +53,6 @@ def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
         resized = 242 if (size, args["patch_size"]) == ("large", 16) else 256
         crop = {"crop_pct": 224 / resized, "interpolation": "bilinear"}
     return Built(vit_name(args), args, cfg={**OF_IMAGENET, **crop})
-
-
-_ENCODER = "encoder.layers.encoder_layer_*"
-TORCHVISION_VIT = Family(
-    "ViT of torchvision",
-    {
-        "class_token": "cls_token",
-        "conv_proj": "patch_embed.proj",
-        "encoder.pos_embedding": "pos_embed",
-        f"{_ENCODER}.ln_1": "blocks.*.norm1",
-        f"{_ENCODER}.ln_2": "blocks.*.norm2",
-        f"{_ENCODER}.self_attention.in_proj_weight": "blocks.*.attn.qkv.weight",
-        f"{_ENCODER}.self_attention.in_proj_bias": "blocks.*.attn.qkv.bias",
-        f"{_ENCODER}.self_attention.out_proj": "blocks.*.attn.proj",
-        f"{_ENCODER}.mlp.0": "blocks.*.mlp.fc1",
-        f"{_ENCODER}.mlp.3": "blocks.*.mlp.fc2",
-        f"{_ENCODER}.mlp.linear_1": "blocks.*.mlp.fc1",
-        f"{_ENCODER}.mlp.linear_2": "blocks.*.mlp.fc2",
-        "encoder.ln": "norm",
-        "heads.head": "head",
-        "heads.weight": "head.weight",
-        "heads.bias": "head.bias",
-    },
-    signs=(("encoder.layers.encoder_layer_0.self_attention.in_proj_weight", "conv_proj.weight"),),
-    refused={"heads.pre_logits": "timm's ViT has one linear layer as its classifier"},
-    guess=_guess_vit,
-    cfg=OF_IMAGENET,
-)
-
-
-def _swin_names() -> Names:
-    names = {"features.0.0": "patch_embed.proj", "features.0.2": "patch_embed.norm"}
-    for stage in range(8):
-        block, timms = f"features.{2 * stage + 1}.*", f"layers.{stage}.blocks.*"
-        names |= {f"{block}.mlp.0": f"{timms}.mlp.fc1", f"{block}.mlp.3": f"{timms}.mlp.fc2"}
-        names |= {f"{block}.{part}": f"{timms}.{part}" for part in ("norm1", "norm2", "attn")}
-        names[f"features.{2 * stage + 2}"] = f"layers.{stage + 1}.downsample"
-    return {**names, "norm": "norm", "head": "head.fc"}
 
 
 def _finish_swin(tensors: dict[str, Tensor]) -> None:
@@ -131,27 +93,8 @@ def _guess_swin(shapes: Shapes, original: Shapes) -> Built:
     return Built(name, args, cfg={**OF_IMAGENET, "interpolation": "bicubic", "crop_pct": side / resized})
 
 
-TORCHVISION_SWIN = Family(
-    "Swin of torchvision",
-    _swin_names(),
-    signs=(
-        ("features.1.0.attn.relative_position_bias_table", "features.0.0.weight"),
-        ("features.1.0.attn.logit_scale", "features.1.0.attn.relative_coords_table"),
-    ),
-    finish=_finish_swin,
-    guess=_guess_swin,
-    cfg=OF_IMAGENET,
-)
-
-_TEXT = "the text tower"
 _OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
 """Numbers that OpenAI's own archives keep among the tensors; no other file of these names has them."""
-_NOT_THE_TOWER = {
-    **dict.fromkeys(("transformer", "token_embedding", "positional_embedding", "ln_final"), _TEXT),
-    **dict.fromkeys(("text_projection", "text"), _TEXT),
-    **dict.fromkeys(("attn_mask", "logit_scale", "logit_bias", *_OF_OPENAI), ""),
-}
-"""Tensors that are not part of the image tower, and what they are, for the log."""
 _STATED: dict[str, Any] = {
     **dict.fromkeys(("no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm"), False),
     **dict.fromkeys(
@@ -205,34 +148,6 @@ def _guess_open_clip(shapes: Shapes, original: Shapes) -> Built | None:
     return Built(vit_name(args, "_clip_quickgelu"), {**args, "act_layer": "quick_gelu"}, cfg=cfg)
 
 
-_RESBLOCK = "visual.transformer.resblocks.*"
-OPEN_CLIP = Family(
-    "image tower of CLIP of open_clip",
-    {
-        "visual.class_embedding": "cls_token",
-        "visual.positional_embedding": "pos_embed",
-        "visual.conv1": "patch_embed.proj",
-        "visual.ln_pre": "norm_pre",
-        "visual.ln_post": "norm",
-        "visual.proj": "head.weight",
-        f"{_RESBLOCK}.ln_1": "blocks.*.norm1",
-        f"{_RESBLOCK}.ln_2": "blocks.*.norm2",
-        f"{_RESBLOCK}.attn.in_proj_weight": "blocks.*.attn.qkv.weight",
-        f"{_RESBLOCK}.attn.in_proj_bias": "blocks.*.attn.qkv.bias",
-        f"{_RESBLOCK}.attn.out_proj": "blocks.*.attn.proj",
-        f"{_RESBLOCK}.mlp.c_fc": "blocks.*.mlp.fc1",
-        f"{_RESBLOCK}.mlp.c_proj": "blocks.*.mlp.fc2",
-        f"{_RESBLOCK}.ls_1.gamma": "blocks.*.ls1.gamma",
-        f"{_RESBLOCK}.ls_2.gamma": "blocks.*.ls2.gamma",
-    },
-    signs=(("visual.transformer.resblocks.0.attn.in_proj_weight", "visual.conv1.weight"),),
-    left_out=_NOT_THE_TOWER,
-    finish=_finish_open_clip,
-    build=_build_open_clip,
-    guess=_guess_open_clip,
-)
-
-
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
     """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip.
 
@@ -255,7 +170,6 @@ TRUNK = "visual.trunk."
 WRAPPED = "timm_model."
 """Prefix of a model of timm in transformers."""
 _POOLS = ("", "avg", "token", "map")
-_PROJECTION = "the projection to the space of the texts"
 
 
 def _named(config: Config, key: str) -> str:
@@ -275,17 +189,6 @@ def _build_trunk(config: Config, shapes: Shapes) -> Built:
     return Built(architecture, {"num_classes": 0, **({"global_pool": pool} if pool else {})})
 
 
-OPEN_CLIP_TRUNK = Family(
-    "image tower of timm in open_clip",
-    {},
-    signs=(("visual.trunk.patch_embed.proj.weight",),),
-    prefixes=(TRUNK,),
-    others=True,
-    left_out={**_NOT_THE_TOWER, "visual.head.proj": _PROJECTION, "visual.head.mlp": _PROJECTION},
-    build=_build_trunk,
-)
-
-
 def _build_wrapped(config: Config, shapes: Shapes) -> Built:
     architecture = _named(config, "architecture")
     args = checked_model_args(config.raw("model_args") or {})
@@ -293,11 +196,43 @@ def _build_wrapped(config: Config, shapes: Shapes) -> Built:
     return Built(architecture, args, cfg=checked_pretrained_cfg(config.raw("pretrained_cfg") or {}))
 
 
-TIMM_WRAPPER = Family(
-    "model of timm in transformers",
-    {},
-    prefixes=(WRAPPED,),
-    others=True,
-    model_types=("timm_wrapper",),
-    build=_build_wrapped,
-)
+def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
+    """Where there are registers, timm adds no position to the class token."""
+    if "reg_token" in tensors:
+        positions = tensors["pos_embed"]
+        tensors["cls_token"] = tensors["cls_token"] + positions[:, :1].to(tensors["cls_token"].dtype)
+        tensors["pos_embed"] = positions[:, 1:].clone()
+
+
+def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
+    """A stage ends with its downsampling there; in timm the next stage begins with it."""
+    if "layers.0.downsample.reduction.weight" in tensors:
+        for stage in reversed(range(8)):
+            move(tensors, f"layers.{stage}.downsample.", f"layers.{stage + 1}.downsample.")
+        if "head.weight" in tensors:
+            move(tensors, "head.", "head.fc.")
+
+
+def _finish_eva02(tensors: dict[str, Tensor]) -> None:
+    """Biases of queries and values are those of their layers, where each has its own."""
+    if "blocks.0.attn.q_proj.weight" in tensors:
+        for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", name)]:
+            tensors[name.replace("_bias", "_proj.bias")] = tensors.pop(name)
+
+
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "ViT of torchvision": {"guess": _guess_vit, "cfg": OF_IMAGENET},
+    "Swin of torchvision": {"guess": _guess_swin, "finish": _finish_swin, "cfg": OF_IMAGENET},
+    "image tower of CLIP of open_clip": {
+        "build": _build_open_clip,
+        "guess": _guess_open_clip,
+        "finish": _finish_open_clip,
+    },
+    "image tower of timm in open_clip": {"build": _build_trunk},
+    "model of timm in transformers": {"build": _build_wrapped},
+    "DINOv2 of its authors": {"finish": _finish_dinov2},
+    "ViT of MAE, iBOT and their like": {"cfg": OF_IMAGENET},
+    "EVA-02 of its authors": {"finish": _finish_eva02},
+    "Swin of its authors": {"finish": _finish_swin_of_authors},
+}
+"""Functions of the families, by title."""

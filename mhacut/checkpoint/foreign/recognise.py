@@ -9,33 +9,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mhacut.checkpoint.foreign import convolutional, libraries, transformers
 from mhacut.checkpoint.foreign.config import Config
-from mhacut.checkpoint.foreign.convolutional import LEVIT, MOBILEVIT, PVT_V2
-from mhacut.checkpoint.foreign.family import Built, Family, Shapes
+from mhacut.checkpoint.foreign.family import Built, Family, Shapes, read_families
 from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
-from mhacut.checkpoint.foreign.libraries import (
-    OPEN_CLIP,
-    OPEN_CLIP_TRUNK,
-    TIMM_WRAPPER,
-    TORCHVISION_SWIN,
-    TORCHVISION_VIT,
-    TRUNK,
-    WRAPPED,
-    preprocess_cfg,
-)
-from mhacut.checkpoint.foreign.original import DEIT3_ORIGINAL, ORIGINAL
-from mhacut.checkpoint.foreign.transformers import BEIT, CLIP, DINOV2, DINOV3, SIGLIP, SWIN, SWINV2, VIT
+from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
-TRANSFORMERS = (VIT, BEIT, DINOV2, DINOV3, CLIP, SIGLIP, SWIN, SWINV2, PVT_V2, LEVIT, MOBILEVIT)
-FAMILIES: tuple[Family, ...] = (
-    *TRANSFORMERS,
-    *(TORCHVISION_VIT, TORCHVISION_SWIN, OPEN_CLIP, OPEN_CLIP_TRUNK, TIMM_WRAPPER),
-    *ORIGINAL,
-)
-"""Families in the order in which a file without a configuration is compared with their signs."""
+FAMILIES: dict[str, Family] = {
+    family.title: family
+    for family in read_families({**transformers.FUNCTIONS, **convolutional.FUNCTIONS, **libraries.FUNCTIONS})
+}
+"""Families by title, in the order in which a file without a configuration is compared with their signs."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _SMALL_EPS = 5e-7
 """Epsilon of norms below which a note says that timm's model adds 1e-6."""
@@ -102,9 +89,9 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
         return None, None
     if isinstance(stated.get("model_cfg"), dict):
         config = Config(stated, show(header.path.parent / "open_clip_config.json"))
-        for prefix, family in ((TRUNK, OPEN_CLIP_TRUNK), ("visual.transformer.", OPEN_CLIP)):
+        for prefix, title in ((TRUNK, "timm in open_clip"), ("visual.transformer.", "CLIP of open_clip")):
             if any(name.startswith(prefix) for name in header.tensors):
-                return config, family
+                return config, FAMILIES[f"image tower of {title}"]
         raise CheckpointError(
             f"{config.where}: its image tower is not converted to timm: expected a ViT (visual.transformer) "
             f"or a model of timm (visual.trunk), found neither among {len(header.tensors)} tensors"
@@ -113,10 +100,10 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
         return None, None
     config = Config(stated, show(header.path.parent / "config.json"))
     model_type = config.get("model_type", "")
-    named = next((family for family in FAMILIES if model_type in family.model_types), None)
+    named = next((family for family in FAMILIES.values() if model_type in family.model_types), None)
     if named is not None:
         return config, named
-    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
     raise CheckpointError(
         f"{config.where}: models of transformers of model_type {model_type!r:.80} are not converted to timm; "
         f"mhacut converts {known}. If timm has the same model, give its weights "
@@ -126,8 +113,8 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
 
 def _family_by_names(tensors: Mapping[str, object], model: str) -> Family | None:
     if _is_wrapped(tensors):
-        return TIMM_WRAPPER
-    families = (family for family in FAMILIES if model.startswith(family.named))
+        return FAMILIES["model of timm in transformers"]
+    families = (family for family in FAMILIES.values() if model.startswith(family.named))
     return next((family for family in families if family.recognises(tensors)), None)
 
 
@@ -140,9 +127,10 @@ def as_deit3(header: FileHeader) -> FileHeader | None:
 
     Those are also the names of timm's ViTs with rotary and absolute positions.
     """
-    if not DEIT3_ORIGINAL.recognises(header.tensors):
+    family = FAMILIES["DeiT III of its authors"]
+    if not family.recognises(header.tensors):
         return None
-    return replace(header, tensors=_conversion(header, DEIT3_ORIGINAL, None, False, ()).tensors)
+    return replace(header, tensors=_conversion(header, family, None, False, ()).tensors)
 
 
 def _conversion(
@@ -189,7 +177,8 @@ def _conversion(
 
 def _with_classifier_beside(family: Family) -> Family:
     """Return the family of a file whose classifier, now ``head``, lay beside the network."""
-    names = {"head": family.names.get("classifier", family.names.get("heads.head", "head")), **family.names}
+    head = family.names.get("classifier", family.names.get("heads.head", ("head",)))
+    names = {"head": head, **family.names}
     refused = dict(family.refused)
     if "pooler" in family.left_out:
         refused["pooler"] = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import (
     ACTIVATIONS,
     Built,
-    Family,
-    Names,
     Shapes,
     mlp_ratio,
     move,
@@ -33,34 +30,6 @@ _VIT_ARGS: dict[str, tuple[str, Any]] = {
     "num_heads": ("num_attention_heads", 12),
 }
 """Arguments of timm's ViTs, as the configurations name them, and what holds where they do not."""
-_EMBEDDINGS: Names = {
-    "embeddings.cls_token": "cls_token",
-    "embeddings.position_embeddings": "pos_embed",
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-}
-
-
-def _separate(source: str, target: str, parts: Sequence[str] = ("query", "key", "value")) -> Names:
-    """Return the names of queries, keys and values, which timm joins to one matrix."""
-    return {f"{source}.{part}": f"{target}#{number}" for number, part in enumerate(parts)}
-
-
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj")
-_QKV = "blocks.*.attn.qkv"
-_BLOCK: Names = {
-    **_separate("encoder.layer.*.attention.attention", _QKV),
-    "encoder.layer.*.attention.output.dense": "blocks.*.attn.proj",
-    "encoder.layer.*.layernorm_before": "blocks.*.norm1",
-    "encoder.layer.*.layernorm_after": "blocks.*.norm2",
-    "encoder.layer.*.intermediate.dense": "blocks.*.mlp.fc1",
-    "encoder.layer.*.output.dense": "blocks.*.mlp.fc2",
-    **_separate("layers.*.attention", _QKV, _PROJECTIONS),
-    "layers.*.attention.o_proj": "blocks.*.attn.proj",
-    "layers.*.layernorm_before": "blocks.*.norm1",
-    "layers.*.layernorm_after": "blocks.*.norm2",
-    "layers.*.mlp": "blocks.*.mlp",
-}
-"""Names in files that transformers writes, then those of its modules from version 5 on."""
 
 
 def _vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, Any]:
@@ -93,35 +62,6 @@ def _build_vit(config: Config, shapes: Shapes) -> Built:
     return Built(name, args)
 
 
-VIT = Family(
-    "ViT of transformers",
-    {
-        **_EMBEDDINGS,
-        "embeddings.distillation_token": "dist_token",
-        **_BLOCK,
-        "layernorm": "norm",
-        "classifier": "head",
-        "cls_classifier": "head",
-        "distillation_classifier": "head_dist",
-    },
-    signs=(
-        ("encoder.layer.0.layernorm_before.weight", "embeddings.cls_token"),
-        ("layers.0.layernorm_before.weight", "embeddings.cls_token"),
-    ),
-    unlike=("lambda_1",),
-    prefixes=("vit.", "deit."),
-    left_out={
-        "pooler": "the pooler",
-        "embeddings.mask_token": "",
-        "decoder": "the decoder of the pretraining",
-        "lm_head": "the head of the pretraining",
-    },
-    finish=_finish_vit,
-    model_types=("vit", "deit", "vit_msn", "vit_mae"),
-    build=_build_vit,
-)
-
-
 def _build_beit(config: Config, shapes: Shapes) -> Built:
     config.require({"hidden_act": "gelu"}, "timm's BEiT has GELU")
     config.require_eps(1e-6, 1e-12)
@@ -136,39 +76,6 @@ def _build_beit(config: Config, shapes: Shapes) -> Built:
     }
     patterns = ("beit_{size}_patch{patch_size}_{img_size}", "beit_base_patch16_224")
     return Built(timm_name(patterns, args, size=vit_size(args)), args)
-
-
-_POSITION_BIAS = "relative_position_bias.relative_position_bias_table"
-BEIT = Family(
-    "BEiT of transformers",
-    {
-        **_EMBEDDINGS,
-        "encoder.layer.*.attention.attention.query.bias": "blocks.*.attn.q_bias",
-        "encoder.layer.*.attention.attention.value.bias": "blocks.*.attn.v_bias",
-        f"encoder.layer.*.attention.attention.{_POSITION_BIAS}": "blocks.*.attn.relative_position_bias_table",
-        "encoder.layer.*.lambda_1": "blocks.*.gamma_1",
-        "encoder.layer.*.lambda_2": "blocks.*.gamma_2",
-        "layers.*.attention.q_proj.bias": "blocks.*.attn.q_bias",
-        "layers.*.attention.v_proj.bias": "blocks.*.attn.v_bias",
-        f"layers.*.{_POSITION_BIAS}": "blocks.*.attn.relative_position_bias_table",
-        "layers.*.lambda_1": "blocks.*.gamma_1",
-        "layers.*.lambda_2": "blocks.*.gamma_2",
-        **_BLOCK,
-        f"encoder.{_POSITION_BIAS}": "rel_pos_bias.relative_position_bias_table",
-        "shared_position_bias.relative_position_bias_table": "rel_pos_bias.relative_position_bias_table",
-        "pooler.layernorm": "fc_norm",
-        "layernorm": "norm",
-        "classifier": "head",
-    },
-    signs=(
-        ("encoder.layer.0.lambda_1", "encoder.layer.0.layernorm_before.weight"),
-        ("layers.0.lambda_1", "layers.0.layernorm_before.weight"),
-    ),
-    prefixes=("beit.", "data2vec_vision."),
-    left_out={"embeddings.mask_token": "", "lm_head": "the head of the pretraining"},
-    model_types=("beit", "data2vec-vision"),
-    build=_build_beit,
-)
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
@@ -201,42 +108,6 @@ def _build_dinov2(config: Config, shapes: Shapes) -> Built:
         args.pop("act_layer", None)  # always SiLU
     ending = f"patch14_{'reg4_' if registers else ''}dinov2"
     return Built(timm_name(("vit_{size}_" + ending, f"vit_base_{ending}"), args, size=size), args)
-
-
-DINOV2 = Family(
-    "DINOv2 of transformers",
-    {
-        **_EMBEDDINGS,
-        "embeddings.register_tokens": "reg_token",
-        **{name: target for name, target in _BLOCK.items() if ".attention." in name},
-        **_separate("encoder.layer.*.attention", _QKV, _PROJECTIONS),
-        "encoder.layer.*.attention.o_proj": "blocks.*.attn.proj",
-        "encoder.layer.*.norm1": "blocks.*.norm1",
-        "encoder.layer.*.norm2": "blocks.*.norm2",
-        "encoder.layer.*.layer_scale1.lambda1": "blocks.*.ls1.gamma",
-        "encoder.layer.*.layer_scale2.lambda1": "blocks.*.ls2.gamma",
-        "encoder.layer.*.mlp.weights_in": "blocks.*.mlp.fc1",
-        "encoder.layer.*.mlp.weights_out": "blocks.*.mlp.fc2",
-        "encoder.layer.*.mlp.gate_proj": "blocks.*.mlp.fc1#0",
-        "encoder.layer.*.mlp.up_proj": "blocks.*.mlp.fc1#1",
-        "encoder.layer.*.mlp.down_proj": "blocks.*.mlp.fc2",
-        "encoder.layer.*.mlp": "blocks.*.mlp",
-        "layernorm": "norm",
-    },
-    signs=(
-        ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.attention.query.weight"),
-        ("encoder.layer.0.layer_scale1.lambda1", "encoder.layer.0.attention.q_proj.weight"),
-    ),
-    prefixes=("dinov2.", "dinov2_with_registers."),
-    left_out={"embeddings.mask_token": ""},
-    refused={
-        "classifier": "the classifier of DINOv2 reads the class token and the mean of the patches side by "
-        "side, which no model of timm does"
-    },
-    finish=_finish_dinov2,
-    model_types=("dinov2", "dinov2_with_registers"),
-    build=_build_dinov2,
-)
 
 
 def _finish_dinov3(tensors: dict[str, Tensor]) -> None:
@@ -275,58 +146,6 @@ def _build_dinov3(config: Config, shapes: Shapes) -> Built:
     return Built(timm_name(patterns, args, size=vit_size(args) or "base"), args)
 
 
-DINOV3 = Family(
-    "DINOv3 of transformers",
-    {
-        "embeddings.cls_token": "cls_token",
-        "embeddings.register_tokens": "reg_token",
-        "embeddings.patch_embeddings": "patch_embed.proj",
-        "*.attention.q_proj.bias": "blocks.*.attn.q_bias",
-        "*.attention.v_proj.bias": "blocks.*.attn.v_bias",
-        **_separate("*.attention", _QKV, _PROJECTIONS),
-        "*.attention.o_proj": "blocks.*.attn.proj",
-        "*.norm1": "blocks.*.norm1",
-        "*.norm2": "blocks.*.norm2",
-        "*.layer_scale1.lambda1": "blocks.*.gamma_1",
-        "*.layer_scale2.lambda1": "blocks.*.gamma_2",
-        "*.mlp.gate_proj": "blocks.*.mlp.fc1_g",
-        "*.mlp.up_proj": "blocks.*.mlp.fc1_x",
-        "*.mlp.down_proj": "blocks.*.mlp.fc2",
-        "norm": "norm",
-        "classifier": "head",
-    },
-    signs=(("layer.0.attention.q_proj.weight", "layer.0.layer_scale1.lambda1"),),
-    prefixes=(
-        *("dinov3_vit.model.layer.", "dinov3_vit.layer.", "model.layer.", "layer."),
-        *("dinov3_vit.", "model."),
-    ),
-    left_out={"embeddings.mask_token": ""},
-    finish=_finish_dinov3,
-    model_types=("dinov3_vit",),
-    build=_build_dinov3,
-)
-
-_TOWER: Names = {
-    "embeddings.class_embedding": "cls_token",
-    "embeddings.patch_embedding": "patch_embed.proj",
-    "embeddings.position_embedding.weight": "pos_embed",
-    "pre_layrnorm": "norm_pre",
-    "encoder.layers.*.layer_norm1": "blocks.*.norm1",
-    "encoder.layers.*.layer_norm2": "blocks.*.norm2",
-    **_separate("encoder.layers.*.self_attn", _QKV, _PROJECTIONS),
-    "encoder.layers.*.self_attn.out_proj": "blocks.*.attn.proj",
-    "encoder.layers.*.mlp": "blocks.*.mlp",
-    "post_layernorm": "norm",
-    "classifier": "head",
-}
-_NOT_THE_TOWER = {
-    "text_model": "the text tower",
-    "text_projection": "the text tower",
-    "logit_scale": "",
-    "logit_bias": "",
-}
-
-
 def finish_clip(tensors: dict[str, Tensor]) -> None:
     """Reshape class token and positions as timm has them, in place; give a projection a bias of zeros."""
     tensors["cls_token"] = tensors["cls_token"].reshape(1, 1, -1)
@@ -353,18 +172,6 @@ def _build_clip(config: Config, shapes: Shapes) -> Built:
     suffix = "_clip_quickgelu" if args.get("act_layer") == "quick_gelu" else "_clip"
     args.setdefault("act_layer", "gelu")
     return Built(vit_name(args, suffix), args)
-
-
-CLIP = Family(
-    "image tower of CLIP of transformers",
-    {**_TOWER, "visual_projection": "projection"},
-    signs=(("pre_layrnorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),),
-    prefixes=("vision_model.",),
-    left_out=_NOT_THE_TOWER,
-    finish=_finish_clip,
-    model_types=("clip", "clip_vision_model"),
-    build=_build_clip,
-)
 
 
 def _finish_siglip(tensors: dict[str, Tensor]) -> None:
@@ -397,59 +204,9 @@ def _build_siglip(config: Config, shapes: Shapes) -> Built:
     return Built(vit_name(args, "_siglip"), args)
 
 
-SIGLIP = Family(
-    "image tower of SigLIP of transformers",
-    {
-        **_TOWER,
-        "head.probe": "attn_pool.latent",
-        **{
-            f"head.attention.in_proj_{kind}": (
-                *(f"attn_pool.q.{kind}", f"attn_pool.kv#0.{kind}", f"attn_pool.kv#1.{kind}"),
-            )
-            for kind in ("weight", "bias")
-        },
-        "head.attention.out_proj": "attn_pool.proj",
-        "head.layernorm": "attn_pool.norm",
-        "head.mlp": "attn_pool.mlp",
-    },
-    signs=(("embeddings.position_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),),
-    unlike=("pre_layrnorm.weight",),
-    prefixes=("vision_model.",),
-    left_out=_NOT_THE_TOWER,
-    finish=_finish_siglip,
-    model_types=("siglip", "siglip_vision_model", "siglip2", "siglip2_vision_model"),
-    build=_build_siglip,
-)
-
 _MAX_STAGES = 8
 _SWIN_SIZES = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
 """Sizes in timm's names, by the width of the first stage and the depth of the third."""
-_ATTENTION = "encoder.layers.*.blocks.*.attention.self"
-_MODULE = "encoder.layers.*.blocks.*.attention"
-"""The same module under the names of transformers 5, which differ from those in its files."""
-_ATTN = "layers.*.blocks.*.attn"
-_SWIN: Names = {
-    "embeddings.patch_embeddings.projection": "patch_embed.proj",
-    "embeddings.norm": "patch_embed.norm",
-    **_separate(_ATTENTION, f"{_ATTN}.qkv"),
-    f"{_ATTENTION}.relative_position_bias_table": f"{_ATTN}.relative_position_bias_table",
-    f"{_ATTENTION}.continuous_position_bias_mlp": f"{_ATTN}.cpb_mlp",
-    f"{_ATTENTION}.logit_scale": f"{_ATTN}.logit_scale",
-    **_separate(_MODULE, f"{_ATTN}.qkv", _PROJECTIONS),
-    f"{_MODULE}.o_proj": f"{_ATTN}.proj",
-    f"{_MODULE}.relative_position_bias": _ATTN,
-    f"{_MODULE}.output.dense": f"{_ATTN}.proj",
-    "encoder.layers.*.blocks.*.mlp": "layers.*.blocks.*.mlp",
-    "encoder.layers.*.blocks.*.layernorm_before": "layers.*.blocks.*.norm1",
-    "encoder.layers.*.blocks.*.layernorm_after": "layers.*.blocks.*.norm2",
-    "encoder.layers.*.blocks.*.intermediate.dense": "layers.*.blocks.*.mlp.fc1",
-    "encoder.layers.*.blocks.*.output.dense": "layers.*.blocks.*.mlp.fc2",
-    # A stage ends with its downsampling in transformers; in timm the next stage begins with it.
-    **{f"encoder.layers.{n}.downsample": f"layers.{n + 1}.downsample" for n in range(_MAX_STAGES)},
-    "layernorm": "norm",
-    "classifier": "head.fc",
-}
-_SWIN_LEFT_OUT = {"embeddings.mask_token": "", "decoder": "the decoder of the pretraining"}
 
 
 def _swin_args(config: Config) -> dict[str, Any]:
@@ -504,24 +261,14 @@ def _build_swinv2(config: Config, shapes: Shapes) -> Built:
     return Built(timm_name(patterns, args, size=swin_size(args)), args)
 
 
-SWIN = Family(
-    "Swin of transformers",
-    _SWIN,
-    signs=(
-        ("encoder.layers.0.blocks.0.attention.self.relative_position_bias_table",),
-        ("encoder.layers.0.blocks.0.attention.relative_position_bias.relative_position_bias_table",),
-    ),
-    prefixes=("swin.",),
-    left_out=_SWIN_LEFT_OUT,
-    model_types=("swin",),
-    build=_build_swin,
-)
-SWINV2 = Family(
-    "Swin V2 of transformers",
-    {f"{_ATTENTION}.query.bias": f"{_ATTN}.q_bias", f"{_ATTENTION}.value.bias": f"{_ATTN}.v_bias", **_SWIN},
-    signs=(("encoder.layers.0.blocks.0.attention.self.logit_scale",),),
-    prefixes=("swinv2.",),
-    left_out=_SWIN_LEFT_OUT,
-    model_types=("swinv2",),
-    build=_build_swinv2,
-)
+FUNCTIONS: dict[str, dict[str, Any]] = {
+    "ViT of transformers": {"build": _build_vit, "finish": _finish_vit},
+    "BEiT of transformers": {"build": _build_beit},
+    "DINOv2 of transformers": {"build": _build_dinov2, "finish": _finish_dinov2},
+    "DINOv3 of transformers": {"build": _build_dinov3, "finish": _finish_dinov3},
+    "image tower of CLIP of transformers": {"build": _build_clip, "finish": _finish_clip},
+    "image tower of SigLIP of transformers": {"build": _build_siglip, "finish": _finish_siglip},
+    "Swin of transformers": {"build": _build_swin},
+    "Swin V2 of transformers": {"build": _build_swinv2},
+}
+"""Functions of the families, by title."""
