@@ -8,16 +8,14 @@ being imported; so modules of mhacut are imported only when a model is made.
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Callable, Container, Iterable
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 from timm.models import build_model_with_cfg, create_model, model_entrypoint, register_model
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 NAME = "mhacut_slim"
-_FEATURE_ARGS = ("features_only", "out_indices", "feature_cls", "feature_location")
-"""Arguments of timm's factories that only say how a model returns features."""
 
 
 @register_model
@@ -31,10 +29,8 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
             :meth:`mhacut.plan.TokenPlan.to_json` gives them; the rest as for that architecture.
 
     Raises:
-        CheckpointError: ``base_architecture`` or ``plan`` is missing, timm has no such architecture, or the
-            asked ``feature_cls`` does not work with it.
+        CheckpointError: ``base_architecture`` or ``plan`` is missing, or timm has no such architecture.
         PlanError: the plan does not fit the architecture.
-        UnsupportedModelError: features are asked for that the model does not compute for all tokens.
     """
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
@@ -50,21 +46,11 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
     if base == NAME or not known_model(base):
         raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
-    # Only the factory of the dense architecture knows how timm makes a feature extractor of its model.
-    as_features = kwargs.get("features_only", False)
-    wanted = {name: kwargs.pop(name) for name in _FEATURE_ARGS if as_features and name in kwargs}
-    if wanted.get("feature_cls") == "fx":
-        raise CheckpointError(
-            f"{NAME}: feature_cls='fx' traces a model and renames its layers; try another feature_cls, or "
-            "forward_intermediates of the model"
-        )
-    cut_to = Plan.from_json(kwargs["plan"], kwargs.get("tokens"))
-    used: dict[str, Any] = {}  # the arguments that came with the pretrained_cfg among them
+    kwargs.pop("feature_cls", None)
 
     def cut_model(base_architecture: str, plan: Any, tokens: Any = None, **arguments: Any) -> nn.Module:
-        used.update(arguments)
         dense: nn.Module = create_model(base_architecture, pretrained=False, **arguments)
-        cut(dense, cut_to)
+        cut(dense, Plan.from_json(plan, tokens))
         return dense
 
     model: nn.Module = build_model_with_cfg(
@@ -72,62 +58,27 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         NAME,
         pretrained,
         pretrained_filter_fn=_checkpoint_filter(base),
+        feature_cfg={"feature_cls": _features, "out_indices": None},
         **kwargs,
     )
-    if not as_features:
-        return model
-    features: nn.Module = create_model(base, pretrained=False, **wanted, **used)
-    if cut_to.tokens:
-        cast(Any, model).check_features(list(cast(Any, features).feature_info.out_indices))
-    return _refilled(features, model, {unit.layer for unit in cut_to})
+    return model
 
 
-def _refilled(features: nn.Module, slim: Any, layers: Iterable[str]) -> nn.Module:
-    """Return ``features`` with the modules and tensors of ``slim`` in place of its own.
+def _features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
+    """Return the extractor of timm's ``features_only``, which calls the model's ``forward_intermediates``.
 
     Args:
-        features: timm's feature extractor of the dense model: its modules up to the last level that is
-            asked for, some under other names.
-        slim: the whole slim model.
-        layers: names of the layers that were cut.
-
-    Raises:
-        CheckpointError: tensors of ``features`` have names that the slim model does not have.
+        model: slim model.
+        out_indices: levels to take; None for all of a pyramid, or the last three of a model without one.
     """
-    from mhacut.errors import CheckpointError
+    from mhacut.surgery.tokens import tokens_of
 
-    cut_layers = {id(slim.get_submodule(name)) for name in layers}
-    named = list(slim.named_modules(remove_duplicate=False))
-    names = Counter(id(module) for _, module in named)
-    modules = dict(features.named_modules(remove_duplicate=False))
-    for name, module in named:
-        # Modules with several names too, so that those stay names of one module.
-        if (id(module) in cut_layers or names[id(module)] > 1) and (place := _place(name, modules)):
-            features.set_submodule(place, module)
-    tensors = features.state_dict()
-    for name, tensor in slim.state_dict(keep_vars=True).items():
-        if place := _place(name, tensors):
-            owner, _, last = place.rpartition(".")
-            setattr(features.get_submodule(owner), last, tensor)
-            del tensors[place]
-    if tensors:
-        raise CheckpointError(
-            f"{NAME}: {type(features).__name__} names the features of {type(slim).__name__} differently, "
-            f"for example {next(iter(tensors))!r}; try another feature_cls, or forward_intermediates of the "
-            "model"
-        )
-    # As timm's pretrained_cfg_for_features.
-    of_the_head = ("num_classes", "classifier", "global_pool")
-    cfg = {name: value for name, value in slim.pretrained_cfg.items() if name not in of_the_head}
-    features.pretrained_cfg = features.default_cfg = cfg  # type: ignore[assignment]
+    levels = [level["reduction"] for level in model.feature_info]
+    if out_indices is None:
+        out_indices = min(3, len(levels)) if len(set(levels)) == 1 else len(levels)
+    # A model that leaves out tokens keeps its head, which cannot pool others.
+    features: nn.Module = FeatureGetterNet(model, out_indices, prune=not tokens_of(model))
     return features
-
-
-def _place(name: str, names: Container[str]) -> str:
-    """Return the name of a module or tensor in timm's feature extractor; empty if it is not there."""
-    flattened = name.replace(".", "_", 1)  # children of a sequence become children of the whole
-    places = (name, f"model.{name}", f"body.{name}", flattened)
-    return next((place for place in places if place in names), "")
 
 
 def _checkpoint_filter(base: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:

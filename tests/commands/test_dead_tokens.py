@@ -190,7 +190,7 @@ def test_timm_gives_features_of_earlier_blocks_only(slim, tmp_path):
     for level, wanted in zip(levels, expected, strict=True):
         assert relative(level, wanted) < 1e-5
     with pytest.raises(UnsupportedModelError, match=r"block 2 .* keep_dead_tokens=True"):
-        timm.create_model(source, pretrained=True, features_only=True)
+        timm.create_model(source, pretrained=True, features_only=True)(x)
 
 
 @pytest.mark.slow
