@@ -27,7 +27,8 @@ from mhacut.surgery.hooks import registered
 
 SHRINKAGE = 0.5
 """Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
-are not the small ones that gradients describe, so importance is shrunk towards uniform."""
+are not the small ones that gradients describe, so importance is shrunk towards uniform. As good as its
+neighbours on two models; docs/explanation/choices.md has the measurements, also of FISHER_IMAGES."""
 
 FISHER_IMAGES = 48
 """Most images that are differentiated. More would take longer and change little."""
@@ -103,11 +104,14 @@ def measure_fisher(
 ) -> FisherInformation:
     """Estimate the Fisher information of all layers in one forward and backward pass over ``images``.
 
+    Each batch is differentiated from one random projection of its outputs. It runs in parts where
+    :data:`MOST_BYTES` does not allow all its images at once, which changes nothing but the rounding.
+
     Args:
         model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
         prunable: its prunable layers.
         images: [n, C, H, W], normalised.
-        batch_size: images at a time, in parts where :data:`MOST_BYTES` does not allow all at once.
+        batch_size: images at a time.
         options: all but the number of images; what is preserved must be stated, and fitted.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
@@ -118,20 +122,21 @@ def measure_fisher(
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved
     assert preserved is not None
-    sums = _Sums()
-    drawn_elsewhere: list[int] = []
-    kept = _bytes_kept(model, images[:1].to(device), preserved)
+    kept, shape = _kept_of(model, images[:1].to(device), preserved)
     at_once = max(1, MOST_BYTES // max(kept, 1))
-    with _capturing_gradients(model, prunable.layers, sums):
+    gradients = _Gradients()
+    with gradients.captured(model, prunable.layers):
         for number, batch in enumerate(torch.split(images, batch_size)):
+            # Processes draw for the batches of all, so that each has the noise it would have in one process.
+            noise = torch.randn((len(batch), *shape), generator=generator)
             if number % processes.size == processes.rank:
-                parts = batch.to(device).split(at_once)
-                _differentiate(model, parts, generator, preserved, drawn_elsewhere, sums)
-                drawn_elsewhere.clear()
-            else:
-                drawn_elsewhere.append(len(batch))
+                for part, drawn in zip(batch.split(at_once), noise.split(at_once), strict=True):
+                    gradients.images = len(part)
+                    with torch.enable_grad(), ordered_attention(device):
+                        outputs = preserved.outputs(model, part.to(device).detach().requires_grad_(True))
+                        torch.autograd.backward(preserved.projected(outputs, drawn.to(outputs.device)))
             counter.add(len(batch))
-    found = sums.shared(processes, len(images))
+    found = _information(processes.summed(gradients.sums), len(images))
     if not all(_finite(matrix) for matrix in found.matrices.values()):
         check_outputs(preserved.outputs(model, images[:batch_size].to(device)))
         raise _not_finite("gradients")
@@ -156,59 +161,76 @@ def _not_finite(what: str) -> MhacutError:
     )
 
 
-class _Sums:
-    """Sums over tokens and images, float64, on the model's device."""
+class _Gradients:
+    """Sums over tokens and images of what follows from gradients, float64, on the model's device."""
 
     def __init__(self) -> None:
         self.images = 0
-        """Size of the batch that runs."""
-        self.matrices: dict[str, Tensor] = {}
-        """Per layer, [out, out]."""
-        self.squares: dict[tuple[str, Grid], Tensor] = {}
-        """Squared gradients, [tokens]."""
+        """Number of images that run."""
+        self.sums: dict[str, Tensor] = {}
+        """``matrix LAYER``, [out, out], and the squares of each grid's tokens, ``squares 1x65 LAYER``."""
 
-    def expect(self, layer: str, size: int, device: torch.device) -> None:
-        """Begin with zeros for the output of a layer, which may reach no preserved output."""
-        if layer not in self.matrices:
-            self.matrices[layer] = torch.zeros(size, size, dtype=torch.float64, device=device)
+    def captured(self, model: nn.Module, layers: tuple[Layer, ...]) -> AbstractContextManager[None]:
+        """Add the gradients of the outputs of ``layers`` while entered."""
 
-    def add(self, layer: str, gradient: Tensor) -> None:
-        """Add the gradient of one batch, [images, ..., out]."""
+        def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
+            def hook(module: nn.Module, args: object, output: Tensor) -> None:
+                if not torch.is_grad_enabled():
+                    return
+                size = output.shape[layer.channel_dim]
+                if f"matrix {layer.name}" not in self.sums:  # 0, should no gradient arrive
+                    zeros = torch.zeros(size, size, dtype=torch.float64, device=output.device)
+                    self.sums[f"matrix {layer.name}"] = zeros
+                output.register_hook(
+                    lambda gradient: self._add(
+                        layer.name, gradient.detach().float().movedim(layer.channel_dim, -1)
+                    )
+                )
+
+            return hook
+
+        return registered(
+            model.get_submodule(f"{layer.name}.{layer.result}".rstrip(".")).register_forward_hook(
+                watch(layer)
+            )
+            for layer in layers
+            if layer.units
+        )
+
+    def _add(self, layer: str, gradient: Tensor) -> None:
+        """Add the gradient of the images that run, [images, ..., out]."""
         rows = gradient.flatten(0, -2)  # (images * tokens, out)
-        self.matrices[layer] += gram(rows).double()
+        self.sums[f"matrix {layer}"] += gram(rows).double()
         if gradient.shape[0] % self.images:
             return  # not laid out image by image
-        key = layer, _grid(gradient.shape[:-1], self.images)
+        key = f"squares {'x'.join(map(str, _grid(gradient.shape[:-1], self.images)))} {layer}"
         squares = rows.square().sum(-1).double().view(self.images, -1).sum(0)  # (tokens)
-        self.squares[key] = self.squares[key] + squares if key in self.squares else squares
-
-    def shared(self, processes: Processes, images: int) -> FisherInformation:
-        """Add up the sums of all processes, which differentiated so many ``images`` together."""
-        sums: dict[str, Tensor] = {f"matrix {layer}": total for layer, total in self.matrices.items()}
-        for (layer, grid), total in self.squares.items():
-            sums[f"squares {'x'.join(map(str, grid))} {layer}"] = total
-        matrices: dict[str, Tensor] = {}
-        squares: dict[str, dict[Grid, Tensor]] = {}
-        for name, total in processes.summed(sums).items():
-            kind, _, rest = name.partition(" ")
-            if kind == "matrix":
-                matrices[rest] = total / images
-            else:
-                sizes, _, layer = rest.partition(" ")
-                squares.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
-        return FisherInformation(matrices, {layer: _importance(grids) for layer, grids in squares.items()})
+        self.sums[key] = self.sums[key] + squares if key in self.sums else squares
 
 
-def _importance(squares: Mapping[Grid, Tensor]) -> dict[Grid, Tensor]:
-    """Token importance of one layer from its squared gradients; empty where all of them are 0."""
-    mean = torch.cat(list(squares.values())).mean()
-    if not mean > 0:
-        return {}
-    return {grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in squares.items()}
+def _information(sums: Mapping[str, Tensor], images: int) -> FisherInformation:
+    """Return the estimate from the ``sums`` of all ``images``."""
+    matrices: dict[str, Tensor] = {}
+    squares: dict[str, dict[Grid, Tensor]] = {}
+    for name, total in sums.items():
+        kind, _, rest = name.partition(" ")
+        if kind == "matrix":
+            matrices[rest] = total / images
+        else:
+            sizes, _, layer = rest.partition(" ")
+            squares.setdefault(layer, {})[tuple(map(int, sizes.split("x")))] = total
+    importance = {}
+    for layer, grids in squares.items():
+        mean = torch.cat(list(grids.values())).mean()
+        alike = not mean > 0  # no gradient reaches the layer
+        importance[layer] = {
+            grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in grids.items() if not alike
+        }
+    return FisherInformation(matrices, importance)
 
 
-def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
-    """Size of what a backward pass needs of the forward pass of ``image``, weights left out."""
+def _kept_of(model: nn.Module, image: Tensor, preserved: Preserved) -> tuple[int, torch.Size]:
+    """Return the bytes that a backward pass needs of the pass of ``image``, and the shape of its output."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 
@@ -221,54 +243,5 @@ def _bytes_kept(model: nn.Module, image: Tensor, preserved: Preserved) -> int:
     kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
     with torch.enable_grad(), ordered_attention(image.device), kept:
         outputs = preserved.outputs(model, image.detach().requires_grad_(True))
-    del outputs  # until here nothing that was kept is freed, and no address is used twice
-    return sum(sizes.values())
-
-
-def _differentiate(
-    model: nn.Module,
-    parts: Sequence[Tensor],
-    generator: torch.Generator,
-    preserved: Preserved,
-    drawn_elsewhere: Sequence[int],
-    sums: _Sums,
-) -> None:
-    """Run a batch, in parts, forward and backward, from a random projection of the outputs.
-
-    Parts change nothing but the rounding: the projection is that of the whole batch.
-    """
-    sizes = [len(part) for part in parts]
-    noise: tuple[Tensor, ...] = ()
-    for number, part in enumerate(parts):
-        sums.images = len(part)
-        with torch.enable_grad(), ordered_attention(part.device):
-            outputs = preserved.outputs(model, part.detach().requires_grad_(True))
-            if not noise:
-                for size in drawn_elsewhere:  # by other processes, for their batches in between
-                    torch.randn((size, *outputs.shape[1:]), generator=generator)
-                drawn = torch.randn((sum(sizes), *outputs.shape[1:]), generator=generator)
-                noise = drawn.to(outputs.device).split(sizes)
-            torch.autograd.backward(preserved.projected(outputs, noise[number]))
-
-
-def _capturing_gradients(
-    model: nn.Module, layers: tuple[Layer, ...], sums: _Sums
-) -> AbstractContextManager[None]:
-    def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if not torch.is_grad_enabled():
-                return
-            sums.expect(layer.name, output.shape[layer.channel_dim], output.device)
-            output.register_hook(
-                lambda gradient: sums.add(
-                    layer.name, gradient.detach().float().movedim(layer.channel_dim, -1)
-                )
-            )
-
-        return hook
-
-    return registered(
-        model.get_submodule(f"{layer.name}.{layer.result}".rstrip(".")).register_forward_hook(watch(layer))
-        for layer in layers
-        if layer.units
-    )
+    # Until the outputs go nothing that was kept is freed, and no address is used twice.
+    return sum(sizes.values()), outputs.shape[1:]
