@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,13 +35,9 @@ from mhacut.surgery.hooks import captured_outputs, registered
 Curve = Mapping[int, float]
 """Estimated KL divergence in nats at each width; 0 at the dense width."""
 MOST_WIDTHS = 8
-"""Widths at which a layer is run; between them the logarithm of the error is interpolated."""
-FEW_WIDTHS = 5
-"""The same of more than :data:`WIDE` channels that were seen in few rows."""
-WIDE = 2048
-"""Channels above which each of these widths takes seconds."""
+"""Widths at which an error is measured; between them the logarithm of the error is interpolated."""
 REPLAYED = 16
-"""Calibration images on which layers are run again."""
+"""Calibration images on which layers are run again (docs/explanation/choices.md)."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
 an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
@@ -56,12 +51,10 @@ def sensitivity_curves(
 
     Args:
         job: what is pruned.
-        calibration: of its model, with Fisher information.
+        calibration: calibration of its model, with Fisher information.
         candidates: how each unit would be cut.
     """
     curves: dict[UnitKey, Curve] = {}
-    sums: dict[UnitKey, _Sums] = {}
-    to_run = []
     counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:
         module = job.model.get_submodule(layer.name)
@@ -72,36 +65,7 @@ def sensitivity_curves(
                     module, candidates[unit.key], moments, fisher, job.choices[unit.key], job.options.repair
                 )
                 counter.add(1)
-        if any(_is_run(unit) and unit.key in candidates for unit in layer.units):
-            to_run.append(layer)
-
-    count = 0  # images that run at once
-
-    def replay(layer: Layer) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            if module is not job.model.get_submodule(layer.name):
-                return  # a copy made below, which took the hook along
-            run = _Run(layer, module, args, kwargs, count)
-            for unit in layer.units:
-                if _is_run(unit) and unit.key in candidates:
-                    dense = output if not layer.result else run.result(copy.deepcopy(module))
-                    if unit.key not in sums:
-                        sums[unit.key] = _Sums()
-                        counter.add(1)
-                    _add_runs(sums[unit.key], job, calibration, candidates[unit.key], run, dense)
-
-        return hook
-
-    with registered(
-        job.model.get_submodule(layer.name).register_forward_hook(replay(layer), with_kwargs=True)
-        for layer in to_run
-    ):
-        for images in (
-            job.images[:REPLAYED].split(WITHOUT_GRADIENTS * job.options.batch_size) if to_run else ()
-        ):
-            count = len(images)
-            job.model(images.to(job.device))
-    return curves | {key: own.curve(job.choices[key]) for key, own in sums.items()}
+    return curves | _curves_by_runs(job, calibration, candidates, counter)
 
 
 def _is_run(unit: Unit) -> bool:
@@ -117,7 +81,7 @@ def _output_curve(
     choices: Sequence[int],
     refit: bool,
 ) -> Curve:
-    """Curve of v or hidden channels, from their moments."""
+    """Return the curve of v or hidden channels, from their moments."""
     unit, ranking, constant = candidate.unit, candidate.ranking, candidate.unit.constants_pass and refit
     few = refit and few_rows(unit, moments)
     if unit.heads == 1 and isinstance(ranking, Removal) and not few:
@@ -135,63 +99,69 @@ def _output_curve(
         second = every.covariance if constant else every.energy
         error = partial(output_error, second, columns=columns, fisher=fisher, refit=refit)
     sampled = {unit.width: 0.0}
-    slow = few and unit.heads * unit.width > WIDE
-    for width in sampled_widths(choices, FEW_WIDTHS if slow else MOST_WIDTHS):
+    for width in sampled_widths(choices):
         if width < unit.width:
             sampled[width] = error((ranking.kept(width) + heads).reshape(-1)) / 2
     return _interpolated(sampled, choices)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One run of a layer of the dense model."""
+def _curves_by_runs(
+    job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate], counter: Counter
+) -> dict[UnitKey, Curve]:
+    """Return the curves of units whose layers must run: each runs again, cut, in the dense model."""
+    errors: dict[UnitKey, dict[int, float | Tensor]] = {}  # by width, over all rows
+    rows: dict[UnitKey, int] = {}
+    count = 0  # images that run at once
 
-    layer: Layer
-    module: nn.Module
-    args: Any
-    kwargs: Any
-    images: int
-    """Number of images that run at once."""
+    def replay(layer: Layer, units: Sequence[Unit]) -> Callable[..., None]:
+        fisher = calibration.fisher.matrices[layer.name]
 
-    def result(self, module: nn.Module) -> Tensor:
-        """Run ``module`` in place of the layer; return what its output projections give."""
-        result = self.layer.result  # the module itself, by an empty name
-        with captured_outputs(module, [result]) as found:
-            module(*self.args, **self.kwargs)
-        output: Tensor = found[result][-1]
-        return output
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            if module is not job.model.get_submodule(layer.name):
+                return  # a copy made below, which took the hook along
 
+            def result(of: nn.Module) -> Tensor:
+                """Run ``of`` in place of the layer; return what its output projections give."""
+                with captured_outputs(of, [layer.result]) as outputs:  # the module's own, by an empty name
+                    of(*args, **kwargs)
+                found: Tensor = outputs[layer.result][-1].movedim(layer.channel_dim, -1)
+                return found
 
-@dataclass
-class _Sums:
-    """Errors of one unit, by width, over all rows of all batches."""
+            dense = result(copy.deepcopy(module)) if layer.result else output.movedim(layer.channel_dim, -1)
+            importance = calibration.fisher.token_importance(layer.name, dense.shape[:-1], count)
+            for unit in units:
+                if unit.key not in errors:
+                    errors[unit.key] = {}
+                    counter.add(1)
+                moments, candidate = calibration.moments[unit.key], candidates[unit.key]
+                temperature, refit = job.options.temperature, job.options.repair
+                for width in sampled_widths(job.choices[unit.key])[:-1]:
+                    smaller = copy.deepcopy(module)
+                    shrink(smaller, unit, candidate, width, moments, temperature, refit=refit)
+                    error = (result(smaller) - dense).flatten(0, -2)
+                    weighed = error if importance is None else error * importance[:, None].to(error)
+                    of_width = (fisher * (error.mT @ weighed)).sum()
+                    errors[unit.key][width] = errors[unit.key].get(width, 0.0) + of_width
+                rows[unit.key] = rows.get(unit.key, 0) + dense[..., 0].numel()
 
-    errors: dict[int, Tensor] = field(default_factory=dict)
-    rows: int = 0
+        return hook
 
-    def curve(self, choices: Sequence[int]) -> Curve:
-        """Return the curve at all ``choices``."""
-        sampled = {width: float(error / self.rows) / 2 for width, error in self.errors.items()}
-        return _interpolated({**sampled, choices[-1]: 0.0}, choices)
-
-
-def _add_runs(
-    sums: _Sums, job: Job, calibration: Calibration, candidate: Candidate, run: _Run, output: Tensor
-) -> None:
-    """Run a layer with ``candidate`` cut to several widths; ``output`` is the dense layer's."""
-    unit, layer, choices = candidate.unit, run.layer, job.choices[candidate.unit.key]
-    moments, options = calibration.moments[unit.key], job.options
-    dense = output.movedim(layer.channel_dim, -1)  # (B, ..., out)
-    fisher = calibration.fisher.matrices[layer.name]
-    importance = calibration.fisher.token_importance(layer.name, dense.shape[:-1], run.images)
-    for width in sampled_widths(choices)[:-1]:
-        smaller = copy.deepcopy(run.module)
-        shrink(smaller, unit, candidate, width, moments, options.temperature, refit=options.repair)
-        error = (run.result(smaller).movedim(layer.channel_dim, -1) - dense).flatten(0, -2)
-        weighed = error if importance is None else error * importance[:, None].to(error)  # (rows, out)
-        found = (fisher * (error.mT @ weighed)).sum()
-        sums.errors[width] = sums.errors[width] + found if width in sums.errors else found
-    sums.rows += dense[..., 0].numel()
+    hooks = []
+    for layer in job.prunable.layers:
+        units = [unit for unit in layer.units if _is_run(unit) and unit.key in candidates]
+        if units:
+            module = job.model.get_submodule(layer.name)
+            hooks.append(module.register_forward_hook(replay(layer, units), with_kwargs=True))
+    with registered(hooks):
+        for images in job.images[:REPLAYED].split(WITHOUT_GRADIENTS * job.options.batch_size):
+            count = len(images)
+            if hooks:
+                job.model(images.to(job.device))
+    curves = {}
+    for key, of_unit in errors.items():
+        sampled = {width: float(error / rows[key]) / 2 for width, error in of_unit.items()}
+        curves[key] = _interpolated({**sampled, job.choices[key][-1]: 0.0}, job.choices[key])
+    return curves
 
 
 def divergence_by_cut(error: float) -> float:
