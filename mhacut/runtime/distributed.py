@@ -48,14 +48,14 @@ class Processes:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        found: list[float] = tensor.tolist()
-        return found
+        sums: list[float] = tensor.tolist()
+        return sums
 
     def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Sums over all processes of tensors by name; every process must ask at the same point.
 
         Args:
-            tensors: of this process, which may lack some that others have. They may be summed in place.
+            tensors: tensors of this process, which may lack some that others have; may be summed in place.
 
         Returns:
             Every name that any process has, in the same order everywhere; tensors are where they were, and
@@ -63,17 +63,17 @@ class Processes:
         """
         if self.size == 1:
             return dict(tensors)
-        have: list[Any] = [None] * self.size
-        dist.all_gather_object(have, {name: (part.shape, part.dtype) for name, part in tensors.items()})
-        found = {}
-        for name, (shape, dtype) in {name: like for part in have for name, like in part.items()}.items():
-            own = tensors.get(name)
-            if own is None:
-                own = torch.zeros(shape, dtype=dtype, device=self.device)
-            shared = own.contiguous().to(self.device)
-            dist.all_reduce(shared)
-            found[name] = shared.to(own.device)
-        return found
+        shapes: list[Any] = [None] * self.size
+        dist.all_gather_object(shapes, {name: (part.shape, part.dtype) for name, part in tensors.items()})
+        sums = {}
+        for name, (shape, dtype) in {name: like for part in shapes for name, like in part.items()}.items():
+            mine = tensors.get(name)
+            if mine is None:
+                mine = torch.zeros(shape, dtype=dtype, device=self.device)
+            total = mine.contiguous().to(self.device)
+            dist.all_reduce(total)
+            sums[name] = total.to(mine.device)
+        return sums
 
     def from_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` in the first process only; return its result, of which the others get a copy.
@@ -87,16 +87,16 @@ class Processes:
                 held[0] = work()
         if self.size > 1:
             dist.broadcast_object_list(held, src=0)
-        found: T = held[0]
-        return found
+        result: T = held[0]
+        return result
 
     def union(self, texts: Sequence[str]) -> list[str]:
         """Texts of all processes, in the order of processes; every process must ask at the same point."""
         if self.size == 1:
             return list(texts)
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, list(texts))
-        return list(dict.fromkeys(text for several in found for text in several))
+        gathered_texts: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered_texts, list(texts))
+        return list(dict.fromkeys(text for part in gathered_texts for text in part))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -122,11 +122,6 @@ class Processes:
             raise failed
         if any(text is not None for text in failures):
             raise FailedElsewhere("another process failed; see its message")
-
-
-def of_lost_process(error: BaseException) -> bool:
-    """Whether ``error`` is gloo's, and says that another process is gone; NCCL ends this one, too."""
-    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
 @contextmanager
@@ -169,7 +164,7 @@ def gathered(device: str) -> Iterator[Processes]:
         # never end, and torchrun not notice that it failed.
         if chosen.type != "cuda":
             dist.destroy_process_group()
-        if of_lost_process(error):
+        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
             raise MhacutError(
                 "another process ended before its work was done; see its own message, or whether the system "
                 "ended it (for want of memory?), and start the run again"

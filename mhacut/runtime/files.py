@@ -241,7 +241,7 @@ def write_whole(
                     f"{option_name('overwrite', True)}"
                 )
             os.replace(temporary, target)
-        sync_directory(target.parent)
+        _sync_directory(target.parent)
         return os.stat(target)
     except OSError as error:
         raise OutputError(f"{show(path)}: cannot be written: {error.strerror or error}") from error
@@ -270,10 +270,10 @@ def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
             if os.path.isdir(target):
                 for file in temporary.iterdir():
                     os.replace(file, target / file.name)
-                sync_directory(target)
+                _sync_directory(target)
             else:
                 os.rename(temporary, target)
-        sync_directory(target.parent)
+        _sync_directory(target.parent)
     except OSError as error:
         raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
 
@@ -325,7 +325,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sync_directory(path: Path) -> None:
+def _sync_directory(path: Path) -> None:
     """Flush the entries of a directory where the file system can."""
     with suppress(OSError):
         sync(path)

@@ -73,10 +73,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping
     try:
         save_file(_apart(tensors), path, dict(metadata))
     except SafetensorError as error:
-        found = _SYSTEM_ERROR.search(str(error))
-        if found is None:
+        number = _SYSTEM_ERROR.search(str(error))
+        if number is None:
             raise OSError(str(error)) from error
-        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
