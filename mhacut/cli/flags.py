@@ -173,8 +173,10 @@ def _flag(one: Option) -> inspect.Parameter:
         switch = f"{one.flag}/--no-{one.flag.removeprefix('--')}" if kind is bool else one.flag
         flags = [switch, SHORT[one.name]] if one.name in SHORT else [switch]
         info = typer.Option(*flags, help=text, metavar=one.placeholder or None, rich_help_panel=one.panel)
-    default = one.default if kind is bool else _as_text(one.default) if one.default else None
-    return _parameter(one.name, Annotated[kind | None, info], None if one.required else default)
+    default = None if one.required or one.default in (None, (), {}) else one.default
+    info.show_default = default is not None
+    default = default if kind is bool or default is None else _as_text(default)
+    return _parameter(one.name, Annotated[kind | None, info], default)
 
 
 def _as_text(value: Any) -> str:

@@ -79,8 +79,9 @@ class Console:
         if self.as_json:
             document = {"schema_version": SCHEMA_VERSION, **document, "stage_seconds": seconds}
             text = json.dumps(document, allow_nan=False, indent=2)
+        encoding = sys.stdout.encoding or "ascii"  # which may lack characters of a file's name
         try:
-            print(text, flush=True)
+            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())  # else Python tries to write the rest again at its end
