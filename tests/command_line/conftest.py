@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
@@ -16,16 +18,27 @@ def elsewhere(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def captured(monkeypatch):
-    """The options objects that ``prune`` would have run with."""
+def instead_of_prune(monkeypatch):
+    """Lets a function of its options do what ``prune`` does; then the command fails, unless that did."""
+
+    def replace(body):
+        def run_prune(options, reporter):
+            body(options)
+            raise MhacutError("far enough")
+
+        monkeypatch.setattr("mhacut.commands.prune.run_prune", run_prune)
+
+    return replace
+
+
+@pytest.fixture
+def captured(instead_of_prune, elsewhere):
+    """The options objects that ``prune`` would have run with; the files that they name are there."""
+    for name in ("a", "a.pth", "a.safetensors", "x.safetensors", "m.txt", "run=3.pth"):
+        Path(name).write_text("x")
+    Path("d").mkdir()
     seen = []
-
-    def run_prune(options, reporter):
-        seen.append(options)
-        raise MhacutError("far enough")
-
-    monkeypatch.setattr("mhacut.commands.prune.run_prune", run_prune)
-    monkeypatch.setattr("mhacut.cli.flags.check_paths", lambda options: None)  # there are none
+    instead_of_prune(seen.append)
     return seen
 
 

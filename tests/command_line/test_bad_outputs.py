@@ -23,13 +23,6 @@ from mhacut.runtime import files
 from mhacut.runtime.files import check_outputs
 
 
-def fail_with(number):
-    def fail(_):
-        raise OSError(number, os.strerror(number))
-
-    return fail
-
-
 def export_of(slim: Path, out: Path) -> list[object]:
     return ["export", slim, "--format", "timm", "-o", out]
 
@@ -56,20 +49,6 @@ def put_old(command: str, out: Path) -> None:
     file.write_bytes(b"old")
 
 
-@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
-@pytest.mark.parametrize(
-    ("command", "number"),
-    [("export", errno.ENOSPC), ("inspect", errno.EROFS), ("inspect", errno.EIO), ("prune", errno.ENOSPC)],
-)
-def test_disks_that_fail(slim, tmp_path, monkeypatch, command, number, old):  # 48
-    arguments, name = WRITERS[command]
-    if old:
-        put_old(command, tmp_path / name)
-    monkeypatch.setattr(files, "sync", fail_with(number))
-    message = refusal(tmp_path, *arguments(slim, tmp_path / name), *["--overwrite"] * old)
-    assert message.endswith(f"{tmp_path / name}: cannot be written: {os.strerror(number)}\n")
-
-
 @contextmanager
 def small_files():
     """The system lets no file grow beyond a thousand bytes, as if the disk were full then.
@@ -93,22 +72,6 @@ def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
     line = message.splitlines()[-1]
     assert line.startswith(f"error: {tmp_path / name}: cannot be written: ")
     assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
-
-
-def test_a_target_that_vanishes_meanwhile(slim, tmp_path, monkeypatch):
-    place = tmp_path / "place"
-    place.mkdir()
-
-    def vanish(_):
-        for path in sorted(place.rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        place.rmdir()
-
-    monkeypatch.setattr(files, "sync", vanish)
-    result = run("inspect", slim, "--html", place / "out.html")
-    assert result.exit_code == 1
-    assert "out.html: cannot be written: No such file or directory" in result.stderr
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import pytest
 from safetensors.torch import save_file
 
 from helpers.cli import run
@@ -94,3 +95,18 @@ def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
     assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
     shown = run("inspect", *flags).stdout.splitlines()
     assert "whole" in next(line for line in shown if line.startswith("blocks.0.attn"))
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "says"),
+    [
+        (["--std", "1e-300,1,1"], 2, "expected 3 number(s) from 1e-06 to 1e+06, in units of a pixel range"),
+        (["--mean", "1e7,1,1"], 2, "expected 3 number(s) from -1e+06 to 1e+06"),
+        (["--crop-pct", "0.001"], 2, "crop_pct 0.001: expected at least 0.1, at most 1.25"),
+        (["--val-split", "a" * 5000], 1, "no split 'aaa"),
+    ],
+)
+def test_data_and_preprocessing_out_of_bounds(slim, images, given, code, says):
+    result = run("evaluate", slim, "--data-dir", images, "-j", "0", *given)
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert says in result.stderr

@@ -204,14 +204,9 @@ def test_threads_sleep_soon_unless_the_environment_says_how_they_wait(given, aft
 
 
 @pytest.mark.parametrize("size", [None, "", "1", "2"])
-def test_sigterm_is_left_alone_where_several_processes_work(captured, monkeypatch, size):
+def test_sigterm_is_left_alone_where_several_processes_work(instead_of_prune, size):
     default, during = signal.getsignal(signal.SIGTERM), []
-
-    def run_prune(options, reporter):
-        during.append(signal.getsignal(signal.SIGTERM))
-        raise mhacut.MhacutError("far enough")
-
-    monkeypatch.setattr("mhacut.commands.prune.run_prune", run_prune)
-    run("prune", "a", "--flops", "1G", env={"WORLD_SIZE": size, "RANK": "0"})
+    instead_of_prune(lambda options: during.append(signal.getsignal(signal.SIGTERM)))
+    run("prune", __file__, "--flops", "1G", env={"WORLD_SIZE": size, "RANK": "0"})
     assert (during == [default]) == (size == "2")
     assert signal.getsignal(signal.SIGTERM) is default
