@@ -17,22 +17,10 @@ from mhacut.cli.finetune import finetune
 from mhacut.cli.inspect import inspect
 from mhacut.cli.models import models
 from mhacut.cli.prune import prune
-from mhacut.options.export import ExportOptions
-from mhacut.options.finetune import FinetuneOptions
-from mhacut.options.inspect import InspectOptions
-from mhacut.options.measure import BenchOptions, EvaluateOptions, ModelsOptions
 from mhacut.options.option import Options
-from mhacut.options.prune import PruneOptions
 
-COMMANDS: Mapping[str, type[Options]] = {
-    "prune": PruneOptions,
-    "finetune": FinetuneOptions,
-    "evaluate": EvaluateOptions,
-    "inspect": InspectOptions,
-    "bench": BenchOptions,
-    "export": ExportOptions,
-    "models": ModelsOptions,
-}
+_ALL = (prune, finetune, evaluate, inspect, bench, export, models)
+COMMANDS: Mapping[str, type[Options]] = {one.__name__: getattr(one, "options") for one in _ALL}  # noqa: B009
 """Options of each command."""
 app = typer.Typer(
     name="mhacut",
@@ -41,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # tracebacks are shown by mhacut.cli.running
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (prune, finetune, evaluate, inspect, bench, export, models):
+for command in _ALL:
     app.command(command.__name__, help=(command.__doc__ or "").replace("[", r"\["))(command)  # no markup
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
@@ -28,7 +27,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     from mhacut.commands.bench import run_bench
 
     result = run_bench(options, console)
-    console.result(_text(result), _document(result))
+    console.result(_text(result), asdict(result))
 
 
 def _text(result: BenchResult) -> str:
@@ -73,7 +72,3 @@ def _cells(timing: Timing) -> list[str]:
         saved,
         peak,
     ]
-
-
-def _document(result: BenchResult) -> dict[str, Any]:
-    return {"command": "bench", "mhacut": __version__, **asdict(result)}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mhacut._version import __version__
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
 from mhacut.options.measure import EvaluateOptions
@@ -52,8 +51,6 @@ def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) ->
 def _document(measured: EvaluateResult) -> dict[str, Any]:
     evaluation = measured.evaluation
     return {
-        "command": "evaluate",
-        "mhacut": __version__,
         "checkpoint": measured.source,
         "architecture": measured.architecture,
         "top1": evaluation.top1,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mhacut._version import __version__
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
 from mhacut.options.export import ExportOptions
@@ -29,7 +28,11 @@ def export(options: ExportOptions, console: Console) -> None:
     from mhacut.commands.export import run_export
 
     result = run_export(options, console)
-    console.result(_text(result), _document(result))
+    document = asdict(result)
+    for name in ("int8", "pushed"):
+        if document[name] is None:
+            del document[name]
+    console.result(_text(result), document)
 
 
 BFLOAT16 = (
@@ -78,21 +81,3 @@ def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
         f"{int8.float32_ms:.2f} ms, in turns in ONNX Runtime, {int8.threads} thread(s)",
         f"{int8.float32_bytes / file_bytes:.2f} times as small: float32 {int8.float32_bytes / 1e6:.1f} MB",
     ]
-
-
-def _document(result: ExportResult) -> dict[str, Any]:
-    return {
-        "command": "export",
-        "mhacut": __version__,
-        "output": str(result.output),
-        "format": result.format,
-        "architecture": result.architecture,
-        "dtype": result.dtype,
-        "input_size": list(result.input_size),
-        "fixed_batch": result.fixed_batch,
-        "preprocessing": dict(result.preprocessing),
-        "file_bytes": result.file_bytes,
-        "difference": {str(count): difference for count, difference in result.difference.items()},
-        **({} if result.pushed is None else {"pushed": result.pushed}),
-        **({} if result.int8 is None else {"int8": asdict(result.int8)}),
-    }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mhacut._version import __version__
 from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
@@ -35,9 +35,8 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 
     Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
     DIR holds last.safetensors, summary.csv, args.yaml, state.pt to --resume from and, where labelled images
-    measure it, best.safetensors. Flags
-    have the names and meanings of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut
-    finetune ... (with several machines, all must have access to DIR)
+    measure it, best.safetensors. Flags have the names and meanings of timm's train.py. Several GPUs: torchrun
+    --nproc-per-node N -m mhacut finetune ... (with several machines, all must have access to DIR)
 
     Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
     """
@@ -79,8 +78,6 @@ def _speed(result: FinetuneResult) -> str:
 
 def _document(result: FinetuneResult) -> dict[str, Any]:
     return {
-        "command": "finetune",
-        "mhacut": __version__,
         "directory": str(result.folder),
         "output": str(result.output),
         "architecture": result.architecture,
@@ -89,17 +86,7 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
         "improved": result.improved,
         "flops": result.flops,
         "steps": result.steps,
-        "epochs": [
-            {
-                "epoch": row.epoch,
-                "train_loss": row.train_loss,
-                "eval_loss": row.eval_loss,
-                "eval_top1": row.eval_top1,
-                "eval_top5": row.eval_top5,
-                "lr": row.lr,
-            }
-            for row in result.epochs
-        ],
+        "epochs": [asdict(row) for row in result.epochs],
         "data": result.data,
         "preprocessing": result.preprocessing.to_json(),
         **result.provenance.to_json(),

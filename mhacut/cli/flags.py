@@ -77,7 +77,7 @@ def command(
             context: typer.Context, config: str | None, json: bool, quiet: bool, verbose: int, **flags: Any
         ) -> None:
             given = {name: value for name, value in flags.items() if _is_given(context, name)}
-            console = Console(quiet=quiet, verbose=verbose, as_json=json)
+            console = Console(body.__name__, quiet=quiet, verbose=verbose, as_json=json)
             with running(console, flag_writer(known), known):
                 made = options.from_flat(**complete(_values(known, config, given)))
                 try:
@@ -102,7 +102,7 @@ def command(
         run.__name__ = body.__name__
         paragraphs = inspect.cleandoc(body.__doc__ or "").split("\n\n")
         run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        vars(run).update(__signature__=inspect.Signature(parameters), options=options)
         return run
 
     return decorate

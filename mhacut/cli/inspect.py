@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mhacut._version import __version__
 from mhacut.budget import format_flops
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
@@ -24,8 +23,7 @@ _WIDTH = 80
 
 
 def _check_outputs(options: InspectOptions) -> None:
-    written = (options.html,)
-    check_outputs(written, overwrite=options.overwrite, input_paths=options.files_read())
+    check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
 
 
 @command(InspectOptions, check_outputs=_check_outputs)
@@ -236,53 +234,39 @@ def _document(result: InspectResult) -> dict[str, Any]:
     """Return the report as one JSON object; a slim file's history is passed on unchanged."""
     inspection = result.inspection
     return {
-        "command": "inspect",
-        "mhacut": __version__,
         "checkpoint": inspection.source,
         "verdict": result.verdict,
         "architecture": inspection.architecture,
-        "input_size": list(inspection.input_size),
+        "input_size": inspection.input_size,
         "classes": inspection.classes,
         "flops": inspection.flops,
         "parameters": inspection.parameters,
-        "dtypes": list(inspection.dtypes),
+        "dtypes": inspection.dtypes,
         "tokens": inspection.tokens.to_json(),
         "judged_by": inspection.judged_by,
         "layers": [_layer_document(layer) for layer in result.chosen],
         "comparison": None if result.comparison is None else _comparison_document(result.comparison),
-        "left_whole": list(inspection.not_prunable),
+        "left_whole": inspection.not_prunable,
         "preprocessing": inspection.preprocessing.to_json(),
         "preprocessing_from": dict(inspection.provenance.origins),
         "slim": inspection.slim,
-        "written": [str(path) for path in result.written],
+        "written": result.written,
         "history": [dict(entry) for entry in inspection.history],
     }
 
 
 def _comparison_document(found: Comparison) -> dict[str, Any]:
-    def sides(pair: tuple[int, int]) -> dict[str, int]:
-        return {"dense": pair[0], "slim": pair[1]}
+    document = asdict(found)
+    for layer in document["layers"]:
+        del layer["family"]
+        layer["layer"] = layer.pop("name")
+        layer["widths"] = {kind: _sides(pair) for kind, pair in layer["widths"].items()}
+        layer["flops"] = _sides(layer["flops"])
+    return document | {name: _sides(document[name]) for name in ("flops", "parameters")}
 
-    return {
-        "dense": found.dense,
-        "flops": sides(found.flops),
-        "parameters": sides(found.parameters),
-        "agreement": found.agreement,
-        "divergence": found.divergence,
-        "images": found.images,
-        "data": found.data,
-        "layers": [
-            {
-                "layer": layer.name,
-                "widths": {kind: sides(pair) for kind, pair in layer.widths.items()},
-                "flops": sides(layer.flops),
-                "own_error": layer.own_error,
-                "error": layer.error,
-                "agreement": layer.agreement,
-            }
-            for layer in found.layers
-        ],
-    }
+
+def _sides(pair: tuple[int, int]) -> dict[str, int]:
+    return {"dense": pair[0], "slim": pair[1]}
 
 
 def _layer_document(layer: LayerReport) -> dict[str, Any]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mhacut._version import __version__
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
 from mhacut.errors import UsageError
@@ -32,7 +31,7 @@ def models(options: ModelsOptions, console: Console) -> None:
         hint = f"*{options.pattern.strip('*')}*"
         hint = "" if hint == options.pattern else f"; try {hint!r}"
         raise UsageError(f"{options.pattern!r}: no model in timm has a name like this{hint}")
-    console.result(_text(found, options.refused), _document(found))
+    console.result(_text(found, options.refused), {"models": [asdict(entry) for entry in found]})
 
 
 def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
@@ -71,7 +70,3 @@ def _text(found: tuple[CatalogueEntry, ...], refused: bool) -> str:
     if any(entry.not_prunable for entry in cut) and not refused:
         lines.append("*: part of it is not prunable; --json names the part and the reason")
     return "\n".join(lines)
-
-
-def _document(found: tuple[CatalogueEntry, ...]) -> dict[str, Any]:
-    return {"command": "models", "mhacut": __version__, "models": [asdict(entry) for entry in found]}

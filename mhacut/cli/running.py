@@ -17,6 +17,7 @@ from typing import Any
 
 import typer
 
+from mhacut._version import __version__
 from mhacut.errors import (
     FailedElsewhere,
     Interrupted,
@@ -47,12 +48,16 @@ class Console:
     Of several processes, all but the first print errors only.
 
     Args:
+        command: name of the command.
         quiet: show nothing but the result and errors.
         verbose: 0, 1 or 2.
         as_json: the result is one JSON object.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: int = 0, as_json: bool = False) -> None:
+    def __init__(
+        self, command: str = "", *, quiet: bool = False, verbose: int = 0, as_json: bool = False
+    ) -> None:
+        self.command = command
         self.rank = rank()
         self.quiet = quiet or self.rank > 0
         self.verbose = verbose
@@ -64,7 +69,7 @@ class Console:
     def result(self, text: str, document: Mapping[str, Any]) -> None:
         """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error.
 
-        The seconds of each stage are added to ``document``, and shown with ``-v``.
+        What every command states is added to ``document``; the seconds of each stage are shown with ``-v``.
 
         Raises:
             OutputError: stdout cannot be written.
@@ -77,8 +82,9 @@ class Console:
             rows = [[stage, f"{spent:.1f} s"] for stage, spent in seconds.items()]
             self.say(table([*rows, ["all stages", f"{sum(seconds.values()):.1f} s"]]))
         if self.as_json:
-            document = {"schema_version": SCHEMA_VERSION, **document, "stage_seconds": seconds}
-            text = json.dumps(document, allow_nan=False, indent=2)
+            about = {"schema_version": SCHEMA_VERSION, "command": self.command, "mhacut": __version__}
+            document = {**about, **document, "stage_seconds": seconds}
+            text = json.dumps(document, allow_nan=False, indent=2, default=os.fspath)
         encoding = sys.stdout.encoding or "ascii"  # which may lack characters of a file's name
         try:
             print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

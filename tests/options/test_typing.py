@@ -47,7 +47,7 @@ def test_keywords_are_shown_with_type_default_and_help():
     assert "    steps: Optimiser steps of the indicators. Default: 60." in (
         inspect.getdoc(mhacut.prune) or ""
     )
-    assert "fused: Use fused attention" in (inspect.getdoc(mhacut.bench) or "")
+    assert "    seconds: Time to measure per batch size" in (inspect.getdoc(mhacut.bench) or "")
 
 
 def test_keywords_of_bench_are_its_options():
