@@ -24,7 +24,8 @@ from mhacut.surgery.channels import effective_output_weights
 
 FEW_ROWS = 2
 """Rows of images to fit, per channel, below which errors are measured on held-out images: as many channels as
-there are rows fit those rows exactly. (Class attention and pooling heads have one row per image.)"""
+there are rows fit those rows exactly. Class attention and pooling heads have one row per image;
+docs/explanation/choices.md has what that costs."""
 
 
 @dataclass(frozen=True)

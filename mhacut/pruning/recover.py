@@ -26,6 +26,15 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import Match, SizedTokens, merged_of, set_merged
 
+LR = 7e-4
+"""Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
+BATCH = 8
+"""Most images per step: many steps of few images learn more in the same time."""
+MOST_BYTES = 5 * 2**29
+"""Bounds the memory of the images and of the activations that both models keep for them."""
+NEGLIGIBLE = 1e-6
+"""Error, relative to the variance of the dense block's output, below which a block is not trained."""
+
 
 def recover(
     slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration, merged: Schedule = ()
@@ -72,16 +81,6 @@ def _better(slim: nn.Module, changed: nn.Module, job: Job, calibration: Calibrat
         f"{before:.2g} without, {after:.2g} with"
     )
     return changed if helps else slim
-
-
-LR = 7e-4
-"""Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
-BATCH = 8
-"""Most images per step: many steps of few images learn more in the same time."""
-MOST_BYTES = 5 * 2**29
-"""Bounds the memory of the images and of the activations that both models keep for them."""
-NEGLIGIBLE = 1e-6
-"""Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
 
 @dataclass(frozen=True)

@@ -249,6 +249,7 @@ class _Fit:
             scale(module, unit, kept_channels(self.plan).float())
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
+        """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, the others 0."""
         mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
         for head, kept in enumerate(self.plan.kept):
             where = torch.tensor(kept, device=mixing.device)
@@ -257,17 +258,20 @@ class _Fit:
             mix(module, unit, axis, mixing)
 
     def _move_columns(self, module: nn.Module, unit: Unit, refit: LinearRefit) -> None:
+        """Fold W_S += W_P B and bias += W_P c into the output projection; columns of P become 0."""
         assert unit.output_projection is not None
         kept = _flat(unit, torch.tensor(self.plan.kept, device=refit.prediction.device))
         gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
         gone[kept] = False
         projection = unit.output_projection
         columns = module.get_parameter(projection.tensor).detach().movedim(projection.dim, -1)
+        # columns: (rows, *kernel, inputs). A channel may be read at several places, one a copy, and by a
+        # kernel at several pixels; output_weights lists all of these as rows: out = copies * kernel * rows.
         copies = projection.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)  # (H * d, copies)
         lost = output_weights(module, unit).detach().double()[:, gone]  # (out, removed)
         added = (lost @ refit.prediction).to(columns.dtype)  # (out, kept)
         added = added.reshape(copies.shape[1], *columns.shape[1:-1], len(columns), -1)
-        for more, places in zip(added, copies.T, strict=True):
+        for more, places in zip(added, copies.T, strict=True):  # more: (*kernel, rows, kept)
             columns[..., places[kept]] += more.movedim(-2, 0)
             columns[..., places[gone]] = 0
         add_constant(module, unit, lost @ refit.constant)

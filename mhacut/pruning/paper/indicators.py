@@ -2,7 +2,7 @@
 
 Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the ingredients:
 similarity weights, score adjustment, initialisation by attention difference, channel scales. Its equations
-were not available; the formulas are ours, each in one function of :mod:`mhacut.pruning.paper.indicators`.
+were not available; the formulas are ours, each in one function.
 """
 
 from __future__ import annotations
@@ -27,6 +27,13 @@ from mhacut.surgery.mask import temperature_factor
 
 _DESCENT = 0.75
 """Fraction of the steps in which the target sinks from the dense model's FLOPs to the budget."""
+THRESHOLD = 0.5
+"""Score above which a channel stays."""
+START = 0.6
+"""Mean of the start values. Source, as for the threshold and the straight-through gradient: the same lab's
+earlier code ("Pruning from Scratch via Shared Pruning Module", WACV 2024)."""
+_SPREAD = 0.03
+"""Distance of start values from START per standard deviation: three of them stay above the threshold."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +201,6 @@ def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
     }
     widths = fill_budget(ranked, job.choices, limits)
     return Plan(tuple(state.plan(scores[state.unit.key], widths[state.unit.key]) for state in states))
-
-
-THRESHOLD = 0.5
-START = 0.6
-_SPREAD = 0.03
-"""Distance of start values from START per standard deviation: three of them stay above the threshold."""
 
 
 def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight: Tensor) -> Tensor:
