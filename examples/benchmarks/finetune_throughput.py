@@ -60,7 +60,7 @@ def main() -> None:
         device="cpu",
         workers=0,
     )
-    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    preprocessing = resolve_preprocessing(loaded, options)
     ours = mhacut_steps(options, preprocessing, classifier_size(loaded.model))
     theirs = timm_steps(options, preprocessing)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, ", end="")
@@ -87,21 +87,19 @@ def main() -> None:
 def mhacut_steps(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> Callable[[], None]:
     """One step of ``mhacut finetune`` per call."""
     images = training_images(
-        options.data,
+        options,
         preprocessing,
-        options.augmentation,
+        options,
         num_classes=classes,
         use_labels=True,
         need_labels=True,
     )
-    batches = StepBatches(
-        images.count, batch_size=options.training.batch_size, parts=1, seed=options.training.seed
-    )
+    batches = StepBatches(images.count, batch_size=options.batch_size, parts=1, seed=options.seed)
     loader = training_loader(images, batches, start=0, stop=ENDLESS, mine=[0], workers=0, pin_memory=False)
     trainer = Trainer(
         mhacut.load_model(options.checkpoint),
         Objective(options, classes),
-        Mixing(options.augmentation, classes),
+        Mixing(options, classes),
         options,
         Processes(0, 1, torch.device("cpu")),
         labelled=True,
@@ -114,17 +112,16 @@ def mhacut_steps(options: FinetuneOptions, preprocessing: Preprocessing, classes
 
 def timm_steps(options: FinetuneOptions, preprocessing: Preprocessing) -> Callable[[], None]:
     """One step of a loop as in timm's train.py per call."""
-    training, augmentation = options.training, options.augmentation
     model = mhacut.load_model(options.checkpoint).train()
-    dataset = create_dataset("", root=str(options.data.data_dir), split="train")
+    dataset = create_dataset("", root=str(options.data_dir), split="train")
     loader = create_loader(
         dataset,
         input_size=preprocessing.input_size,
-        batch_size=training.batch_size,
+        batch_size=options.batch_size,
         is_training=True,
-        scale=augmentation.scale,
-        ratio=augmentation.ratio,
-        hflip=augmentation.hflip,
+        scale=options.scale,
+        ratio=options.ratio,
+        hflip=options.hflip,
         color_jitter=None,
         interpolation=preprocessing.interpolation,
         mean=preprocessing.mean,
@@ -134,9 +131,7 @@ def timm_steps(options: FinetuneOptions, preprocessing: Preprocessing) -> Callab
         use_prefetcher=False,
         device=torch.device("cpu"),
     )
-    optimizer = create_optimizer_v2(
-        model, opt=training.opt, lr=training.lr, weight_decay=training.weight_decay
-    )
+    optimizer = create_optimizer_v2(model, opt=options.opt, lr=options.lr, weight_decay=options.weight_decay)
     schedule, _ = create_scheduler_v2(
         optimizer, sched="cosine", num_epochs=ENDLESS, step_on_epochs=False, updates_per_epoch=1
     )
@@ -149,8 +144,8 @@ def timm_steps(options: FinetuneOptions, preprocessing: Preprocessing) -> Callab
         optimizer.zero_grad()
         loss = loss_of(model(inputs), target)
         loss.backward()
-        if training.clip_grad is not None:
-            dispatch_clip_grad(model.parameters(), training.clip_grad, mode="norm")
+        if options.clip_grad is not None:
+            dispatch_clip_grad(model.parameters(), options.clip_grad, mode="norm")
         optimizer.step()
         schedule.step_update(next(numbers), metric=losses.avg)
         losses.update(loss.item(), inputs.size(0))

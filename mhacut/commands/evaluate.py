@@ -117,9 +117,8 @@ def run_evaluate(
     images: ImagesInMemory | None = None,
 ) -> EvaluateResult:
     """Run ``mhacut evaluate``, on a copy of ``module`` if there is no checkpoint."""
-    data = options.data
-    check_one_source(images, data)
-    if images is None and not data.has_images:
+    check_one_source(images, options)
+    if images is None and not options.has_images:
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
@@ -128,7 +127,7 @@ def run_evaluate(
         warn_of_slow_amp(device, reporter.log)
     reporter.start("reading")
     if module is None:
-        loaded = open_from_options(options, reporter, preprocessing=options.preprocessing)
+        loaded = open_from_options(options, reporter, preprocessing=options)
     else:
         loaded = copy_of_module(
             module, ModelHints(options.model, options.model_args, options.num_classes, options.part)
@@ -137,13 +136,13 @@ def run_evaluate(
     if classes < 2:
         what = "one output" if classes else "no classifier"
         raise MhacutError(f"{loaded.source}: the model has {what}, so it has no accuracy")
-    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    origins = provenance(loaded, options.preprocessing)
+    origins = provenance(loaded, options)
     loader: EvaluationLoader | InMemoryBatches
     if images is None:
         opened = partial(
-            evaluation_loader, preprocessing, data, num_classes=classes, batch_size=options.batch_size
+            evaluation_loader, preprocessing, options, num_classes=classes, batch_size=options.batch_size
         )
         loader = opened()
         reporter.start("checking the preprocessing")

@@ -32,7 +32,6 @@ from mhacut.runtime.files import (
     check_output,
     lock_directory,
     reason_alone,
-    remove_temporaries,
     stem_of,
     write_whole,
 )
@@ -102,8 +101,6 @@ class RunFolder:
     def lock(self) -> int | None:
         """Make the directory if there is none, and lock it, so that no other process writes a run there.
 
-        What a process that was killed left half written is removed.
-
         Returns:
             The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks.
 
@@ -113,15 +110,12 @@ class RunFolder:
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             try:
-                lock = lock_directory(self.path)
+                return lock_directory(self.path)
             except BlockingIOError:
                 raise OutputError(
                     f"{self.path}: another process is writing a run there; wait until it has ended, or "
                     f"choose another directory ({option_name('output')})"
                 ) from None
-        for name in _FILES:
-            remove_temporaries(self.file(name))
-        return lock
 
     def set_aside(self) -> Path | None:
         """Move the files of an earlier run to the directory ``old`` in this one, and return it.

@@ -139,12 +139,11 @@ class Objective:
             teacher: the teacher; None for labels alone.
             student: the student's blocks, to match with the teacher's; None to leave them out.
         """
-        teaching = options.teaching
         self.teacher, self.student = teacher, student
-        self.label_weight = 1.0 if teacher is None else teaching.label_weight
-        self.feature_weight = teaching.feature_weight
-        self.temperature = teaching.kd_temperature
-        self.smoothing = options.augmentation.smoothing
+        self.label_weight = 1.0 if teacher is None else options.label_weight
+        self.feature_weight = options.feature_weight
+        self.temperature = options.kd_temperature
+        self.smoothing = options.smoothing
         self.divergence = ANSWERS.divergence if classes > 1 else _relative_error
 
     def teacher_targets(self, images: Tensor) -> Tensor | None:
@@ -245,10 +244,9 @@ def make_objective(
         CheckpointError: the teacher cannot be read, has another number of classes, or cannot take the images.
         UsageError: features are to be matched, and the blocks of the two do not match.
     """
-    teaching = options.teaching
-    blocks = Blocks(student) if teaching.feature_weight > 0 else None
+    blocks = Blocks(student) if options.feature_weight > 0 else None
     teacher = None
-    if teaching.teacher is not None:
+    if options.teacher is not None:
         teacher = _open_teacher(options, slim, student, preprocessing)
         history = () if slim.record is None else slim.record.history
         if history and teacher.sha256 != history[0].get("source_sha256"):
@@ -271,9 +269,9 @@ def _open_teacher(
         loaded = _read_teacher(options, slim)
         # A file alone states no preprocessing; it is taken to have that of the slim file.
         alone = loaded.record is None and loaded.header is not None and loaded.header.config is None
-        stated = preprocessing if alone else resolve_preprocessing(loaded, options.preprocessing)
+        stated = preprocessing if alone else resolve_preprocessing(loaded, options)
     _check_fits(loaded, classifier_size(student), preprocessing.input_size)
-    matched = options.teaching.feature_weight > 0
+    matched = options.feature_weight > 0
     model = _with_tokens_of(student, loaded.model) if matched else loaded.model
     device = next(student.parameters()).device
     return Teacher(model.to(device), stated, preprocessing, matched=matched, sha256=loaded.sha256)
@@ -294,13 +292,12 @@ def _options_of_teacher() -> Iterator[None]:
 
 def _read_teacher(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
     """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
-    teaching = options.teaching
-    assert teaching.teacher is not None
-    model, args = teaching.teacher_model, dict(teaching.teacher_model_args)
-    if model is None and not states_its_model(teaching.teacher, teaching.teacher_part):
+    assert options.teacher is not None
+    model, args = options.teacher_model, dict(options.teacher_model_args)
+    if model is None and not states_its_model(options.teacher, options.teacher_part):
         model = slim.identity.architecture
         args = {**dense_args(slim.identity), **args}
-    return read_model(teaching.teacher, model=model, model_args=args or None, part=teaching.teacher_part)
+    return read_model(options.teacher, model=model, model_args=args or None, part=options.teacher_part)
 
 
 @torch.no_grad()

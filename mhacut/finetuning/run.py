@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -115,12 +116,28 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     for note in loaded.notes:
         reporter.log(note)
     classes = classifier_size(loaded.model)
-    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
+    preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    images, batches = _training_images(options, preprocessing, classes, processes)
-    total_steps = options.training.steps or options.training.epochs * batches.steps_per_epoch
-    validation = _validation_images(options, preprocessing, classes, processes, reporter)
-    origins = _checked_provenance(loaded, options, preprocessing, validation, processes)
+    images = _training_images(options, preprocessing, classes)
+    batches = StepBatches(
+        images.count,
+        batch_size=options.batch_size,
+        parts=processes.size * options.grad_accum_steps,
+        seed=options.seed,
+    )
+    total_steps = options.steps or options.epochs * batches.steps_per_epoch
+    labelled = partial(
+        evaluation_loader,
+        preprocessing,
+        options,
+        num_classes=classes,
+        batch_size=max(options.batch_size, 64),
+    )
+    validation = _validation_images(options, labelled, classes, processes, reporter)
+    origins = provenance(loaded, options)
+    if validation is not None and processes.first and options.resume is None:
+        sample = partial(labelled, limit=SAMPLE)
+        origins = with_hint(origins, loaded.model, preprocessing, sample, processes.device)
     if origins.hint is not None:
         reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
@@ -128,7 +145,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     trainer = Trainer(
         model,
         objective,
-        Mixing(options.augmentation, classes),
+        Mixing(options, classes),
         options,
         processes,
         labelled=images.labelled,
@@ -153,28 +170,6 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     )
 
 
-def _checked_provenance(
-    loaded: Checkpoint,
-    options: FinetuneOptions,
-    preprocessing: Preprocessing,
-    validation: EvaluationLoader | None,
-    processes: Processes,
-) -> Provenance:
-    """Return the origins of the preprocessing; a new run checks it on labelled images, if there are any."""
-    origins = provenance(loaded, options.preprocessing)
-    if validation is None or not processes.first or options.resume is not None:
-        return origins
-    sample = partial(
-        evaluation_loader,
-        preprocessing,
-        options.data,
-        num_classes=classifier_size(loaded.model),
-        batch_size=max(options.training.batch_size, 64),
-        limit=SAMPLE,
-    )
-    return with_hint(origins, loaded.model, preprocessing, sample, processes.device)
-
-
 def _read_slim(options: FinetuneOptions) -> Checkpoint:
     source = os.fspath(options.checkpoint)
     if source.startswith(REMOTE) or open_checkpoint(source).record is None:
@@ -184,70 +179,46 @@ def _read_slim(options: FinetuneOptions) -> Checkpoint:
     return read_model(source)
 
 
-def _training_images(
-    options: FinetuneOptions, preprocessing: Preprocessing, classes: int, processes: Processes
-) -> tuple[TrainingImages, StepBatches]:
-    training, teaching = options.training, options.teaching
-    has_teacher = teaching.teacher is not None
+def _training_images(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> TrainingImages:
+    has_teacher = options.teacher is not None
     if classes < 2 and not has_teacher:
         found = "has no classifier" if classes == 0 else "has a single output"
         raise UsageError(
             f"{options.checkpoint}: {found}, so labels teach it nothing; give a {option_name('teacher')}"
         )
-    images = training_images(
-        options.data,
+    return training_images(
+        options,
         preprocessing,
-        options.augmentation,
+        options,
         num_classes=classes,
-        use_labels=options.labels and not (has_teacher and teaching.label_weight == 0),
+        use_labels=options.labels and not (has_teacher and options.label_weight == 0),
         need_labels=not has_teacher,
     )
-    batches = StepBatches(
-        images.count,
-        batch_size=training.batch_size,
-        parts=processes.size * training.grad_accum_steps,
-        seed=training.seed,
-    )
-    return images, batches
 
 
 def _validation_images(
     options: FinetuneOptions,
-    preprocessing: Preprocessing,
+    labelled: Callable[..., EvaluationLoader],
     classes: int,
     processes: Processes,
     reporter: Reporter,
 ) -> EvaluationLoader | None:
     """Return this process's share of the labelled validation images; None where there are none."""
-    data = options.data
     if options.eval_images == 0 or classes < 2:  # one class has no accuracy that could fall
         return None
-    if not has_split(data, data.val_split):
+    if not has_split(options, options.val_split):
         reporter.log(
-            f"accuracy is not measured: no split {data.val_split!r} in {data.data_dir} "
+            f"accuracy is not measured: no split {options.val_split!r} in {options.data_dir} "
             f"({option_name('val_split')})"
         )
         return None
     try:
-        return evaluation_loader(
-            preprocessing,
-            data,
-            num_classes=classes,
-            batch_size=max(options.training.batch_size, 64),
-            limit=options.eval_images,
-            part=(processes.rank, processes.size),
-        )
+        return labelled(limit=options.eval_images, part=(processes.rank, processes.size))
     except WithoutLabels as error:
         if options.eval_images is not None:
             raise  # somebody asked for accuracy
         reporter.log(f"accuracy is not measured: {error}")
         return None
-
-
-def record_of(loaded: Checkpoint) -> SlimRecord:
-    """Return the record of a slim file that was read."""
-    assert loaded.record is not None
-    return loaded.record
 
 
 def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Reporter) -> nn.Module:
@@ -261,3 +232,9 @@ def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Re
         "batch norms use only the images of their own process: processes on CPUs cannot share statistics"
     )
     return model
+
+
+def record_of(loaded: Checkpoint) -> SlimRecord:
+    """Return the record of a slim file that was read."""
+    assert loaded.record is not None
+    return loaded.record

@@ -185,7 +185,7 @@ def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
     entry = {
         "command": "finetune",
         "options": portable(run.options),
-        "seed": run.options.training.seed,
+        "seed": run.options.seed,
         "steps": run.progress.step,
         "images_per_step": run.images_per_step,
         "source_sha256": run.loaded.sha256,

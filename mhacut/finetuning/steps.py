@@ -37,14 +37,14 @@ def train(run: Run) -> float:
         DataError: too many images cannot be read.
         OutputError: a file cannot be written.
     """
-    accumulated, processes = run.options.training.grad_accum_steps, run.processes
+    accumulated, processes = run.options.grad_accum_steps, run.processes
     loader = training_loader(
         run.images,
         run.batches,
         start=run.progress.step,
         stop=run.total_steps,
         mine=[micro * processes.size + processes.rank for micro in range(accumulated)],
-        workers=worker_count(run.options.data.workers),
+        workers=worker_count(run.options.workers),
         pin_memory=processes.device.type == "cuda",
     )
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
@@ -59,7 +59,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
     seconds, images = 0.0, 0
     while progress.step < run.total_steps:
         began = time.perf_counter()
-        batches = _noting_unreadable(run, islice(loader, options.training.grad_accum_steps))
+        batches = _noting_unreadable(run, islice(loader, options.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
         # All stop after the same step, whichever process received the signal.
         loss, seen, stop = run.processes.total([loss, count, float(run.request.asked)])
@@ -101,7 +101,7 @@ def _check_finite(run: Run, loss: float) -> None:
         return
     advice = f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}"
     if run.progress.step == 0:
-        teacher = "" if run.options.teaching.teacher is None else f" and of {option_name('teacher')}"
+        teacher = "" if run.options.teacher is None else f" and of {option_name('teacher')}"
         advice = f"No weight has changed yet: look at the outputs of the model{teacher} on these images"
     if run.options.amp:
         advice += f", or go without {option_name('amp')}"

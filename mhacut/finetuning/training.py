@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.finetuning.images import Batch, mixed_seed, seed_everything
 from mhacut.finetuning.objective import Mixing, Objective
-from mhacut.options.finetune import FinetuneOptions, TrainingOptions
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import unknown_option
 from mhacut.runtime.device import has_bfloat16, refusing_compile
 from mhacut.runtime.distributed import Processes
@@ -60,18 +60,17 @@ class Trainer:
             UsageError: timm has no such optimiser, warm-up takes the whole run, or the model lacks something
                 that ``options`` ask for.
         """
-        training = options.training
         self.model, self.objective, self.mixing = model, objective, mixing
         self.options, self.processes, self.labelled = options, processes, labelled
         self.device = processes.device
-        set_drop_path(model, training.drop_path)
+        set_drop_path(model, options.drop_path)
         if options.grad_checkpointing:
             _checkpoint_gradients(model)
-        self.optimizer = _optimizer(model, training)
-        self.schedule = _schedule(self.optimizer, training, total_steps, steps_per_epoch)
+        self.optimizer = _optimizer(model, options)
+        self.schedule = _schedule(self.optimizer, options, total_steps, steps_per_epoch)
         self.average = (
-            ModelEmaV3(model, decay=training.model_ema_decay, use_warmup=training.model_ema_warmup)
-            if training.model_ema
+            ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
+            if options.model_ema
             else None
         )
         half = options.amp and options.amp_dtype == "float16"
@@ -111,26 +110,26 @@ class Trainer:
         Returns:
             Sum of the losses of this process's images, and their number.
         """
-        training = self.options.training
+        options = self.options
         self.schedule.step_update(number)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
         images = 0
         for position, batch in enumerate(batches):
-            last = position == training.grad_accum_steps - 1
-            self._seed(mixed_seed(training.seed, _MODEL_STREAM, number, self.processes.rank, position))
+            last = position == options.grad_accum_steps - 1
+            self._seed(mixed_seed(options.seed, _MODEL_STREAM, number, self.processes.rank, position))
             with self._gradients_shared(last), refusing_compile(option_name("compile", True)):
                 loss = self._loss(number, batch)
-                scaled: Any = self.scaler.scale(loss / training.grad_accum_steps)
+                scaled: Any = self.scaler.scale(loss / options.grad_accum_steps)
                 scaled.backward()
             losses.append(loss.detach() * len(batch.images))
             images += len(batch.images)
-        if training.clip_grad:
+        if options.clip_grad:
             self.scaler.unscale_(self.optimizer)
             # As timm: the head's gradient is large when training begins, and agc would hold it back.
-            clipped = model_parameters(self.model, exclude_head=training.clip_mode == "agc")
-            dispatch_clip_grad(clipped, training.clip_grad, mode=training.clip_mode)
+            clipped = model_parameters(self.model, exclude_head=options.clip_mode == "agc")
+            dispatch_clip_grad(clipped, options.clip_grad, mode=options.clip_mode)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
@@ -147,7 +146,7 @@ class Trainer:
         moved = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True) if self.labelled else None
         # One draw per step, so that its parts are mixed alike in every process.
-        seed = mixed_seed(self.options.training.seed, _MIXING_STREAM, number)
+        seed = mixed_seed(self.options.seed, _MIXING_STREAM, number)
         moved, labels = self.mixing(moved, labels, seed)
         if self.options.channels_last:
             moved = moved.contiguous(memory_format=torch.channels_last)
@@ -222,7 +221,7 @@ def _checkpoint_gradients(model: Any) -> None:
         ) from error
 
 
-def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
     known = tuple(list_optimizers())
     if options.opt not in known:
         raise UsageError(f"{option_name('opt', options.opt)}: {unknown_option(options.opt, known)}")
@@ -248,7 +247,7 @@ def _optimizer(model: nn.Module, options: TrainingOptions) -> torch.optim.Optimi
 
 
 def _schedule(
-    optimizer: torch.optim.Optimizer, options: TrainingOptions, total_steps: int, steps_per_epoch: int
+    optimizer: torch.optim.Optimizer, options: FinetuneOptions, total_steps: int, steps_per_epoch: int
 ) -> Any:
     """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
     warmup = round(options.warmup_epochs * steps_per_epoch)

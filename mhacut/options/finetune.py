@@ -212,23 +212,3 @@ class FinetuneOptions(FinetuneKeywords, panel="Arguments"):
 
     checkpoint: PathLike = option(REQUIRED, metavar="SLIM", reads="checkpoint")
     """A slim file, as mhacut prune writes it."""
-
-    @property
-    def teaching(self) -> TeacherOptions:
-        return self.only(TeacherOptions)
-
-    @property
-    def data(self) -> DataOptions:
-        return self.only(DataOptions)
-
-    @property
-    def training(self) -> TrainingOptions:
-        return self.only(TrainingOptions)
-
-    @property
-    def augmentation(self) -> AugmentationOptions:
-        return self.only(AugmentationOptions)
-
-    @property
-    def preprocessing(self) -> PreprocessingOptions:
-        return self.only(PreprocessingOptions)

@@ -36,14 +36,6 @@ class EvaluateKeywords(ModelOptions, LabelledImages, PreprocessingOptions, Devic
 class EvaluateOptions(EvaluateKeywords, CheckpointOptions):
     """Options of ``mhacut evaluate``."""
 
-    @property
-    def data(self) -> LabelledImages:
-        return self.only(LabelledImages)
-
-    @property
-    def preprocessing(self) -> PreprocessingOptions:
-        return self.only(PreprocessingOptions)
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):

@@ -144,9 +144,6 @@ def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, 
 
 def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
     reporter, before = Recorder(), tree(finished)
-    left = finished / ".state.pt.29043ad2701d.tmp"  # by a process that was killed
-    left.mkdir()
-    (left / "state.pt").write_bytes(b"half")
     assert resume(finished, reporter=reporter).epochs == finished_run.epochs
     assert "all 6 steps are done; there is nothing left to train" in reporter.messages
     assert tree(finished) == before

@@ -53,7 +53,7 @@ def small_trainer(**options) -> Trainer:
     return Trainer(
         model,
         Objective(given, 3),
-        Mixing(given.augmentation, 3),
+        Mixing(given, 3),
         given,
         Processes(0, 1, torch.device("cpu")),
         labelled=True,
