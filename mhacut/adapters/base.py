@@ -243,6 +243,17 @@ class Adapter(ABC):
         raise NotImplementedError
 
 
+def mixed(prefix: str, *classes: type, **attributes: Any) -> Any:
+    """Make a class of ``classes``, the last of them timm's, named after it: ``ReadBeitAttention``.
+
+    It is kept under its name in this module, where pickle looks for it.
+    """
+    module = classes[-1].__module__.rpartition(".")[2].title().replace("_", "")
+    name = f"{prefix}{module}{classes[-1].__name__}"
+    globals()[name] = type(name, classes, {**attributes, "__module__": __name__})
+    return globals()[name]
+
+
 def table_device(weight: Tensor) -> torch.device:
     """Return the device for an index table beside ``weight``: the CPU if that is on the meta device.
 

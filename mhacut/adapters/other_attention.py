@@ -17,8 +17,17 @@ from timm.models.volo import OutlookAttention
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import as_map, as_tokens, attend_as, by_head, merged
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Projection, Unit, table_device
-from mhacut.adapters.softmax import FreshBiases, make_twin, read
+from mhacut.adapters.base import (
+    ActivationHook,
+    Adapter,
+    ChannelAxis,
+    Layer,
+    Projection,
+    Unit,
+    mixed,
+    table_device,
+)
+from mhacut.adapters.softmax import FreshBiases, read
 from mhacut.plan import UnitKind
 
 _PLACES = "places_of_values"
@@ -155,7 +164,7 @@ class ChannelAttention(Adapter):
     """Attribute with the number of heads."""
 
     def __post_init__(self) -> None:
-        self.twin = make_twin(self, (ChannelTwin,))
+        self.twin = mixed("Slim", ChannelTwin, self.cls, spec=self)
         self.module_classes = (self.cls, self.twin)
 
     def sizes(self, module: Any) -> tuple[int, int, int]:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import as_map, attend_as, merged
-from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Projection, Unit
+from mhacut.adapters.base import ActivationHook, Adapter, ChannelAxis, Layer, Mixing, Projection, Unit, mixed
 from mhacut.plan import UnitKind
 
 NORMALISED = "q and k are normalised over the channels of a head"
@@ -96,16 +96,6 @@ def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Non
     return (m.q_norm(q), m.k_norm(k), None) if hasattr(m, "q_norm") else (q, k, None)
 
 
-def make_twin(spec: Any, mixins: tuple[type, ...]) -> type[nn.Module]:
-    """Return the class of cut layers of ``spec.cls``, with ``mixins`` in front and ``spec`` as attribute."""
-    if not mixins:
-        return spec.cls
-    module = spec.cls.__module__.rpartition(".")[2].title().replace("_", "")
-    name = f"Slim{module}{spec.cls.__name__}"
-    globals()[name] = type(name, (*mixins, spec.cls), {"spec": spec, "__module__": __name__})
-    return globals()[name]  # where pickle looks for it
-
-
 @dataclass(eq=False)
 class Softmax(Adapter):
     """One class of softmax attention; the defaults are those of a plain ViT.
@@ -161,7 +151,7 @@ class Softmax(Adapter):
     """Channel dimension of the layer's output, where it is not that of the projection's."""
 
     def __post_init__(self) -> None:
-        self.twin = make_twin(self, self.mixins)
+        self.twin = mixed("Slim", *self.mixins, self.cls, spec=self) if self.mixins else self.cls
         self.module_classes = (self.cls, self.twin)
         further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
         self.arguments = tuple((one.name, one.default) for one in further)

@@ -14,7 +14,16 @@ from timm.models import beit, eva, vision_transformer_relpos
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import by_head, merged
-from mhacut.adapters.base import ActivationHook, ChannelAxis, Layer, Mixing, Projection, Unit, table_device
+from mhacut.adapters.base import (
+    ActivationHook,
+    ChannelAxis,
+    Layer,
+    Mixing,
+    Projection,
+    Unit,
+    mixed,
+    table_device,
+)
 from mhacut.adapters.softmax import Hook, Softmax, Twin
 from mhacut.adapters.softmax_hooks import KEPT_GLOBAL, gated, mask_of, masked, own_queries
 from mhacut.plan import UnitKind
@@ -274,24 +283,17 @@ class Read:
     """Number of first tokens that are read."""
 
 
-class ReadAttention(Read, layers.Attention):  # type: ignore[misc]
-    """timm's attention with projections ``q`` and ``kv``."""
-
-
-class ReadRelPosAttention(Read, vision_transformer_relpos.RelPosAttention):  # type: ignore[misc]
-    """Attention of a relative-position ViT with projections ``q`` and ``kv``."""
-
-
-class ReadBeitAttention(Read, beit.Attention):  # type: ignore[misc]
-    """BEiT's attention with projections ``q``, ``k`` (which has no bias) and ``v``."""
-
-
-class ReadRopeAttention(Read, layers.attention.AttentionRope):  # type: ignore[misc]
-    """Rotary attention with separate projections, as timm has it with ``qkv_fused=False``."""
-
-
-class ReadEvaAttention(Read, eva.EvaAttention):  # type: ignore[misc]
-    """EVA's attention with separate projections, as timm has it with ``qkv_fused=False``."""
+READ: Mapping[type[nn.Module], Any] = {
+    cls: mixed("Read", Read, cls)
+    for cls in (
+        layers.Attention,
+        layers.attention.AttentionRope,
+        eva.EvaAttention,
+        beit.Attention,
+        vision_transformer_relpos.RelPosAttention,
+    )
+}
+"""Classes of attention of which the first tokens alone can be read, each with its class that does so."""
 
 
 SHARED_KEYS = "several heads share their keys"

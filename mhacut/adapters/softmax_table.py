@@ -14,17 +14,13 @@ from mhacut.adapters import softmax_hooks as hooks
 from mhacut.adapters.base import Mixing
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
+    READ,
     GlobalContext,
     Interleaved,
     MultiQuery,
     Parallel,
     PoolingHead,
     Positional,
-    ReadAttention,
-    ReadBeitAttention,
-    ReadEvaAttention,
-    ReadRelPosAttention,
-    ReadRopeAttention,
     Rope,
     Sam,
     rotated,
@@ -65,8 +61,8 @@ LOWFORMER = partial(
     fits=equal,
     attributes={"head_dim": "qk", "o_proj_inpdim": "heads * v"},
 )
-READ = partial(Softmax, inputs=hooks.first_tokens)
-READ_ROPE = partial(
+FIRST = partial(Softmax, inputs=hooks.first_tokens)
+FIRST_ROPE = partial(
     Rope,
     written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
     inputs=hooks.first_tokens,
@@ -84,8 +80,8 @@ SOFTMAX = (
         attributes={"head_dim": "qk", "attn_dim": "heads * v"},
         norm_behind="norm",
     ),
-    READ(
-        ReadAttention,
+    FIRST(
+        READ[layers.Attention],
         {**Q_KV, "gate": "g"},
         logits=hooks.of_first(hooks.masked),
         finish=hooks.gated,
@@ -93,11 +89,11 @@ SOFTMAX = (
         norm_behind="norm",
     ),
     Rope(layers.attention.AttentionRope),
-    READ_ROPE(ReadRopeAttention),
+    FIRST_ROPE(READ[layers.attention.AttentionRope]),
     Rope(models.eva.EvaAttention),
-    READ_ROPE(ReadEvaAttention),
+    FIRST_ROPE(READ[models.eva.EvaAttention]),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
-    READ(ReadBeitAttention, Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
+    FIRST(READ[models.beit.Attention], Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
     Softmax(models.convit.MHSA),
@@ -179,7 +175,7 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
-    READ(ReadRelPosAttention, Q_KV, logits=hooks.of_first(hooks.rel_pos)),
+    FIRST(READ[models.vision_transformer_relpos.RelPosAttention], Q_KV, logits=hooks.of_first(hooks.rel_pos)),
     Sam(models.vision_transformer_sam.Attention, logits=hooks.tables, scaled=False),
     Softmax(models.visformer.Attention, finish=to_map),
     Softmax(models.volo.Attention),

@@ -11,22 +11,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import Attention, AttentionRope
 from timm.models import beit, eva, vision_transformer
 from timm.models import vision_transformer_relpos as relpos
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from mhacut.adapters.base import mixed
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax import Softmax
-from mhacut.adapters.softmax_special import (
-    ReadAttention,
-    ReadBeitAttention,
-    ReadEvaAttention,
-    ReadRelPosAttention,
-    ReadRopeAttention,
-)
+from mhacut.adapters.softmax_special import READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 
@@ -62,34 +56,6 @@ def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
         return scaled
     gamma = getattr(block, f"gamma_{branch}")
     return y if gamma is None else gamma * y
-
-
-class ReadBlock(ReadFirst, vision_transformer.Block):  # type: ignore[misc]
-    """timm's block, of which only the first tokens are read."""
-
-
-class ReadResPostBlock(ReadFirstPostNorm, vision_transformer.ResPostBlock):  # type: ignore[misc]
-    """The same, with norms behind attention and MLP."""
-
-
-class ReadEvaBlock(ReadFirst, eva.EvaBlock):  # type: ignore[misc]
-    """EVA's block, of which only the first tokens are read."""
-
-
-class ReadEvaBlockPostNorm(ReadFirstPostNorm, eva.EvaBlockPostNorm):  # type: ignore[misc]
-    """The same, with norms behind attention and MLP."""
-
-
-class ReadBeitBlock(ReadFirst, beit.Block):  # type: ignore[misc]
-    """BEiT's block, of which only the first tokens are read."""
-
-
-class ReadRelPosBlock(ReadFirst, relpos.RelPosBlock):  # type: ignore[misc]
-    """Block of a relative-position ViT, of which only the first tokens are read."""
-
-
-class ReadResPostRelPosBlock(ReadFirstPostNorm, relpos.ResPostRelPosBlock):  # type: ignore[misc]
-    """The same, with norms behind attention and MLP."""
 
 
 class FewTokens:
@@ -138,57 +104,36 @@ class FewTokens:
             )
 
 
-class FewTokensViT(FewTokens, vision_transformer.VisionTransformer):  # type: ignore[misc]
-    """timm's ViT that does not compute all tokens."""
-
-
-class FewTokensDistilled(FewTokens, VisionTransformerDistilled):  # type: ignore[misc]
-    """timm's distilled DeiT that does not compute all tokens."""
-
-
-class FewTokensEva(FewTokens, eva.Eva):  # type: ignore[misc]
-    """timm's EVA, or RoPE-ViT, that does not compute all tokens."""
-
-
-class FewTokensBeit(FewTokens, beit.Beit):  # type: ignore[misc]
-    """timm's BEiT that does not compute all tokens."""
-
-
-class FewTokensRelPos(FewTokens, relpos.VisionTransformerRelPos):  # type: ignore[misc]
-    """timm's relative-position ViT that does not compute all tokens."""
-
-
-_MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    vision_transformer.VisionTransformer: FewTokensViT,
-    VisionTransformerDistilled: FewTokensDistilled,
-    eva.Eva: FewTokensEva,
-    beit.Beit: FewTokensBeit,
-    relpos.VisionTransformerRelPos: FewTokensRelPos,
+FEW_TOKENS: Mapping[type[nn.Module], Any] = {
+    cls: mixed("FewTokens", FewTokens, cls)
+    for cls in (
+        vision_transformer.VisionTransformer,
+        VisionTransformerDistilled,
+        eva.Eva,
+        beit.Beit,
+        relpos.VisionTransformerRelPos,
+    )
 }
 """Models whose forward pass reads the last block only by its pooling, and their class with fewer tokens."""
-_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
-    vision_transformer.Block: ReadBlock,
-    vision_transformer.ResPostBlock: ReadResPostBlock,
-    eva.EvaBlock: ReadEvaBlock,
-    eva.EvaBlockPostNorm: ReadEvaBlockPostNorm,
-    beit.Block: ReadBeitBlock,
-    relpos.RelPosBlock: ReadRelPosBlock,
-    relpos.ResPostRelPosBlock: ReadResPostRelPosBlock,
+READ_BLOCKS: Mapping[type[nn.Module], Any] = {
+    cls: mixed("Read", mixin, cls)
+    for mixin, classes in {
+        ReadFirst: (vision_transformer.Block, eva.EvaBlock, beit.Block, relpos.RelPosBlock),
+        ReadFirstPostNorm: (
+            vision_transformer.ResPostBlock,
+            eva.EvaBlockPostNorm,
+            relpos.ResPostRelPosBlock,
+        ),
+    }.items()
+    for cls in classes
 }
 """Blocks of a residual attention and a residual MLP, each with its class that computes only the first
 tokens."""
-_ATTENTION: dict[type[nn.Module], type[nn.Module]] = {
-    Attention: ReadAttention,
-    AttentionRope: ReadRopeAttention,
-    eva.EvaAttention: ReadEvaAttention,
-    beit.Attention: ReadBeitAttention,
-    relpos.RelPosAttention: ReadRelPosAttention,
-}
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:
     """Return the class that ``model`` has, or had before :func:`set_read`."""
-    return next((dense for dense, few in _MODELS.items() if few is type(model)), type(model))
+    return next((dense for dense, few in FEW_TOKENS.items() if few is type(model)), type(model))
 
 
 def read_of(model: nn.Module) -> int | None:
@@ -204,7 +149,7 @@ def tokens_read(model: nn.Module) -> int:
     Raises:
         UnsupportedModelError: it reads others too, or this is not known for the model.
     """
-    if type(model) not in _MODELS and not isinstance(model, FewTokens):
+    if type(model) not in FEW_TOKENS and not isinstance(model, FewTokens):
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
     found: Any = model
     if found.global_pool != "token" or getattr(found, "attn_pool", None) is not None:
@@ -216,9 +161,9 @@ def tokens_read(model: nn.Module) -> int:
 def _check_last(block: Any) -> None:
     if isinstance(block, ReadFirst):
         return
-    if type(block) not in _BLOCKS:
+    if type(block) not in READ_BLOCKS:
         raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all tokens")
-    if _dense_class(block.attn) not in _ATTENTION:
+    if _dense_class(block.attn) not in READ:
         raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all tokens")
 
 
@@ -239,8 +184,8 @@ def set_read(model: Any, read: int) -> None:
         raise PlanError(f"plan of tokens: the head reads {expected} tokens, the plan is for {read}")
     block = model.blocks[-1]
     read_first(block.attn, read)
-    block.__class__ = _BLOCKS[type(block)]
-    model.__class__ = _MODELS[type(model)]
+    block.__class__ = READ_BLOCKS[type(block)]
+    model.__class__ = FEW_TOKENS[type(model)]
 
 
 @torch.no_grad()
@@ -249,7 +194,7 @@ def read_first(attention: Any, read: int) -> None:
 
     A fused ``qkv`` is split into the projections that the row of its new class names.
     """
-    attention.__class__ = _ATTENTION[_dense_class(attention)]
+    attention.__class__ = READ[_dense_class(attention)]
     attention.read = read
     adapter = adapter_for(attention)
     assert isinstance(adapter, Softmax)

@@ -31,11 +31,12 @@ from timm.models import checkpoint_seq, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from mhacut.adapters.base import mixed
 from mhacut.adapters.registry import adapter_for
-from mhacut.adapters.softmax_special import ReadAttention
+from mhacut.adapters.softmax_special import READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 from mhacut.plan import TokenPlan
-from mhacut.surgery.read import FewTokensDistilled, FewTokensViT, ReadBlock, dense_class, read_of, set_read
+from mhacut.surgery.read import FEW_TOKENS, READ_BLOCKS, ReadFirst, dense_class, read_of, set_read
 
 
 class Match(NamedTuple):
@@ -207,7 +208,7 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         return SizedTokens(y, left.sizes) if self.gives_sizes else y
 
 
-class MergedReadBlock(Merging, ReadBlock):
+class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
     """A block whose first tokens alone are read, after blocks that merge."""
 
     def forward(
@@ -312,34 +313,17 @@ class MergedTokens:
         )
 
 
-class MergedViT(MergedTokens, vision_transformer.VisionTransformer):  # type: ignore[misc]
-    """timm's ViT that merges tokens."""
-
-
-class MergedDistilled(MergedTokens, VisionTransformerDistilled):  # type: ignore[misc]
-    """timm's distilled DeiT that merges tokens."""
-
-
-class MergedFewTokensViT(MergedTokens, FewTokensViT):
-    """timm's ViT that merges tokens and does not compute all of its last block."""
-
-
-class MergedFewTokensDistilled(MergedTokens, FewTokensDistilled):
-    """timm's distilled DeiT that merges tokens and does not compute all of its last block."""
-
-
 _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     vision_transformer.Block: MergingBlock,
-    ReadBlock: MergedReadBlock,
+    READ_BLOCKS[vision_transformer.Block]: MergedReadBlock,
 }
+_VITS = (vision_transformer.VisionTransformer, VisionTransformerDistilled)
 _MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    vision_transformer.VisionTransformer: MergedViT,
-    VisionTransformerDistilled: MergedDistilled,
-    FewTokensViT: MergedFewTokensViT,
-    FewTokensDistilled: MergedFewTokensDistilled,
+    cls: mixed("Merged", MergedTokens, cls) for cls in (*_VITS, *map(FEW_TOKENS.__getitem__, _VITS))
 }
+"""Plain ViTs, all tokens of whose last block are computed or a few, and their classes that merge tokens."""
 _UNMERGED = {merged: plain for plain, merged in (*_BLOCKS.items(), *_MODELS.items())}
-_ATTENTION = (Attention, ReadAttention)
+_ATTENTION = (Attention, READ[Attention])
 
 
 def why_not_merged(model: Any) -> str:
@@ -418,7 +402,7 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
                 f"plan of tokens: block {number} merges at most {left // 2} of the {left} patches left, "
                 f"found {count}"
             )
-        if count and isinstance(block, ReadBlock):
+        if count and isinstance(block, ReadFirst):
             raise PlanError(f"plan of tokens: block {number} computes no tokens that it could merge")
         left -= count
 

@@ -28,13 +28,7 @@ from timm.models import (
 from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
-from mhacut.adapters.softmax_special import (
-    ReadAttention,
-    ReadBeitAttention,
-    ReadEvaAttention,
-    ReadRelPosAttention,
-    ReadRopeAttention,
-)
+from mhacut.adapters.softmax_special import READ
 from mhacut.surgery.read import read_first
 from properties.cases import parts
 
@@ -99,28 +93,28 @@ def rope_read(cls: type[nn.Module], whole: Mapping[str, str] = NOTHING, **args: 
 
 
 CASES: Cases = {
-    ReadAttention: {
+    READ[Attention]: {
         "": first_read(1),
         "biases": first_read(2, qkv_bias=True),
         "gated": first_read(2, gated=True, qkv_bias=True),
         "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True, norm_layer=nn.LayerNorm),
     },
-    ReadRopeAttention: {
+    READ[AttentionRope]: {
         "": rope_read(AttentionRope),
         "half": rope_read(AttentionRope, rotate_half=True, gated=True),
         "shared keys": rope_read(AttentionRope, parts.SHARED_KEYS, qkv_fused=False, num_kv_heads=1),
     },
-    ReadEvaAttention: {
+    READ[eva.EvaAttention]: {
         "": rope_read(eva.EvaAttention),
         "separate": rope_read(eva.EvaAttention, qkv_fused=False, rotate_half=True),
         "no biases": rope_read(eva.EvaAttention, qkv_bias=False),
         "normalised": rope_read(eva.EvaAttention, parts.QK_NORMALISED, qk_norm=True),
     },
-    ReadBeitAttention: {
+    READ[beit.Attention]: {
         "": first_read(1, cls=beit.Attention),
         "biases": first_read(1, cls=beit.Attention, window_size=(3, 5), qkv_bias=True),
     },
-    ReadRelPosAttention: {
+    READ[vision_transformer_relpos.RelPosAttention]: {
         "": first_read(1, cls=vision_transformer_relpos.RelPosAttention),
         "biases": first_read(
             1,
