@@ -111,9 +111,11 @@ def serve(descriptor: int) -> str:
             with suppress(BrokenPipeError):
                 requests.send(str(status).encode())
     os.setsid()
-    for number, ours in enumerate(descriptors, start=1):
+    for number, (name, ours) in enumerate(zip(("stdout", "stderr"), descriptors, strict=True), start=1):
         os.dup2(ours, number)
         os.close(ours)
+        # Python remembers whether a stream is a file, in which one can seek.
+        setattr(sys, name, open(number, "w", buffering=1, closefd=False))  # noqa: SIM115
     asked = json.loads(request)
     os.chdir(asked["folder"])
     sys.argv[1:] = asked["arguments"]
