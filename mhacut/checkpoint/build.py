@@ -95,31 +95,17 @@ def allocate(model: nn.Module) -> None:
     """Give a model on the meta device memory on the CPU, and values to the buffers that no file holds.
 
     Parameters and persistent buffers wait for a state dict. timm computes the other buffers anew: index
-    tables, masks, frequencies. Tensors under several names stay one.
+    tables, masks, frequencies.
     """
-    made: dict[int, tuple[Tensor, Tensor]] = {}
     for module in model.modules():
-        slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for tensors in slots:
-            for name, tensor in tensors.items():
-                if tensor is not None and tensor.is_meta:
-                    if name in module._non_persistent_buffers_set and not hasattr(module, _FILL):
-                        raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute {name!r}")
-                    if id(tensor) not in made:
-                        made[id(tensor)] = (tensor, _on_cpu(tensor))
-                    tensors[name] = made[id(tensor)][1]
+        if module._non_persistent_buffers_set and not hasattr(module, _FILL):
+            raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute its buffers")
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     with torch.no_grad():
         for module in model.modules():
             fill: Any = getattr(module, _FILL, None)
             if fill is not None:
                 fill()
-
-
-def _on_cpu(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="cpu")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
-    return empty
 
 
 def known_model(name: str) -> bool:

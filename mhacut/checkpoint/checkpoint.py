@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_file
-from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.header import FileHeader, infos
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
 from mhacut.checkpoint.infer import Identified, to_model_names
@@ -107,11 +108,11 @@ class Checkpoint:
             notes: lines for the user.
             cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`.
         """
-        own, asked = model.state_dict(), dtypes or {}
-        tensors = {
-            name: TensorInfo(tuple(tensor.shape), asked.get(name, tensor.dtype))
-            for name, tensor in own.items()
-        }
+        tensors = infos(model.state_dict())
+        if dtypes is not None:
+            tensors = {
+                name: replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in tensors.items()
+            }
         origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
         identified = Identified(identity, model, tensors, tuple(notes), origins)
         return cls(source, stem, record=record, identified=identified, sha256=sha256)

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mhacut.checkpoint.folder import MERGE_FIRST, open_folder
-from mhacut.checkpoint.header import DTYPES, FileHeader, Format, TensorInfo
+from mhacut.checkpoint.header import DTYPES, FileHeader, Format, TensorInfo, infos
 from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
-from mhacut.errors import CheckpointError, option_name
+from mhacut.errors import CheckpointError
 from mhacut.runtime.files import is_directory, regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
@@ -64,19 +64,6 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
     return _named(header)
 
 
-def is_slim(source: str | os.PathLike[str]) -> bool:
-    """Whether the metadata of a file state a slim model.
-
-    Raises:
-        CheckpointError: it is not a readable checkpoint.
-    """
-    path = Path(source)
-    if is_directory(path):
-        return False
-    size = regular_size(path)
-    return _sniff(path, size) == "safetensors" and METADATA_KEY in safetensors_header(path, size)[1]
-
-
 def _file_header(path: Path, part: str | None = None) -> FileHeader:
     """Return the header of one file, its tensors by their names there."""
     size = regular_size(path)
@@ -92,9 +79,6 @@ def _named(header: FileHeader) -> FileHeader:
     A slim file has no other names, and in a folder of another library they are that library's.
     """
     if METADATA_KEY in header.metadata:
-        if header.asked is not None:
-            asked_for = option_name("part", header.asked)
-            raise CheckpointError(f"{show(header.path)}: {asked_for}: a slim file has no parts; leave it out")
         return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
     own = header.config is None or "architecture" in header.config
     asked = None if header.asked in (header.part or "").split(".") else header.asked
@@ -150,8 +134,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
             f"{show(header.path)}: tensor {empty[0]!r:.150} has no values, only a shape (device meta); "
             "save the model after its weights were read"
         )
-    found = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    if found != dict(header.tensors):
+    if infos(tensors) != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")
     return tensors
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from mhacut.checkpoint.wrapping import Naming
 
@@ -35,6 +36,11 @@ class TensorInfo:
 
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
+    """Return shape and dtype of each tensor."""
+    return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)

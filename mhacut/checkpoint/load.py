@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.files import is_slim
 from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.module import with_args
@@ -39,6 +38,7 @@ def open_checkpoint(
         model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
         num_classes: size of the classifier; read from its shape if None.
         part: entry of a training checkpoint, or module in it, that is the model; found out if None.
+            Slim files and ``timm:NAME`` have none, whatever is given.
 
     Raises:
         CheckpointError: the file cannot be read or trusted; nothing was run from it.
@@ -55,36 +55,15 @@ def _open(source: str | os.PathLike[str], hints: ModelHints) -> Checkpoint:
     return Checkpoint.open(source, hints)
 
 
-def read_model(
-    source: str | os.PathLike[str],
-    *,
-    model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
-    part: str | None = None,
-) -> Checkpoint:
+def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
     """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`.
 
     Raises:
         CheckpointError: the file cannot be read, recognised or trusted; nothing was run from it.
     """
-    checkpoint = open_checkpoint(
-        source, model=model, model_args=model_args, num_classes=num_classes, part=part
-    )
+    checkpoint = open_checkpoint(source, **hints)
     _ = checkpoint.model
     return checkpoint
-
-
-def part_of_dense(source: str | os.PathLike[str], part: str | None) -> str | None:
-    """Return the part to read from one of several checkpoints; None for a slim file or ``timm:NAME``.
-
-    Raises:
-        CheckpointError: it is not a readable checkpoint.
-    """
-    if part is None or (isinstance(source, str) and source.startswith(TIMM_PREFIX)):
-        return None
-    remote = isinstance(source, str) and source.startswith(REMOTE)
-    return part if remote or not is_slim(source) else None
 
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
@@ -157,8 +136,6 @@ def load_model(
     """
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
-    if not isinstance(path, str | os.PathLike):
-        raise CheckpointError(f"path: expected the name of a checkpoint, found {type(path).__name__}")
     num_classes = model_args.pop("num_classes", None)
     found = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
     return with_args(found.model, found.identity)

@@ -35,8 +35,6 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     """
     if hints.model is not None:
         raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
-    if hints.part is not None:
-        raise CheckpointError(f"{source}: has no parts; leave {option_name('part', hints.part)} out")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
     _check_has_weights(source, name, architecture)

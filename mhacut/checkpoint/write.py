@@ -16,14 +16,13 @@ from mhacut._version import __version__
 from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import sha256_of
-from mhacut.checkpoint.header import FLOAT_DTYPES, FileHeader
+from mhacut.checkpoint.header import FLOAT_DTYPES
 from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
-from mhacut.errors import CheckpointError, MhacutError, OutputError
-from mhacut.limits import is_int
+from mhacut.errors import CheckpointError, OutputError
 from mhacut.runtime.device import with_default_torch
-from mhacut.runtime.files import check_output, show, write_whole
+from mhacut.runtime.files import check_output, write_whole
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
@@ -163,22 +162,24 @@ def save_model(
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: ``like`` is not a slim file, or not the file of this model; or the model holds no
-            values, or pools otherwise than the file says.
+        CheckpointError: ``like`` is not a slim file, or not the file of this model; or the model pools
+            otherwise than the file says.
         OutputError: the file must not or cannot be written.
     """
     if like is None:
         raise CheckpointError("there is no slim file to save like; a dry run of prune writes none")
-    model = _checked(model, path, like)
+    model = unwrapped(model)
     original = Checkpoint.open(like)
     record, header = original.record, original.header
     if record is None or header is None:
         raise CheckpointError(
             f"{os.fspath(like)}: is no slim file; save a dense model with timm or safetensors"
         )
-    identity = _with_classes(record.identity, int(getattr(model, "num_classes", 0) or 0))
-    record = dataclasses.replace(record, identity=identity)
-    _check_same(model, _skeleton(header, record), like)
+    classes = int(getattr(model, "num_classes", 0) or 0)
+    record = dataclasses.replace(record, identity=_with_classes(record.identity, classes))
+    skeleton = build_skeleton(record.identity, limit=header.tensors)
+    cut(skeleton, record.plan)
+    _check_same(model, skeleton, like)
     step = {
         "command": "save",
         "source_sha256": sha256_of(header.path),
@@ -186,22 +187,6 @@ def save_model(
     }
     record = dataclasses.replace(record, history=(*record.history, step))
     write_slim(path, model, record, dtypes=header.dtypes, overwrite=overwrite, input_path=like)
-
-
-def _checked(model: object, path: object, like: object) -> nn.Module:
-    """Return the model without wrappers, once everything is of a kind that can be written."""
-    for name, value in (("path", path), ("like", like)):
-        if not isinstance(value, str | os.PathLike):
-            raise CheckpointError(f"{name}: expected a path, found {type(value).__name__}")
-    if not isinstance(model, nn.Module):
-        raise CheckpointError(f"model: expected a torch module, found {type(model).__name__}")
-    model = unwrapped(model)
-    if any(tensor.is_meta for tensor in model.state_dict().values()):
-        raise CheckpointError("model: its tensors are on the device meta and hold no values")
-    classes = getattr(model, "num_classes", None)
-    if classes is not None and not is_int(classes):
-        raise CheckpointError(f"model.num_classes: expected a whole number, found {classes!r:.80}")
-    return model
 
 
 def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[str]) -> None:
@@ -240,16 +225,6 @@ def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:
         model_args={**identity.model_args, "num_classes": classes},
         pretrained_cfg={**cfg, "num_classes": classes},
     )
-
-
-def _skeleton(header: FileHeader, record: SlimRecord) -> nn.Module:
-    """Return the model, without values, that a later reader of a file with ``record`` builds."""
-    try:
-        skeleton = build_skeleton(record.identity, limit=header.tensors)
-        cut(skeleton, record.plan)
-    except MhacutError as error:
-        raise CheckpointError(f"{show(header.path)}: metadata: {error}") from error
-    return skeleton
 
 
 def _sort_metadata(path: Path) -> None:

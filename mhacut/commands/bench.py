@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import part_of_dense, read_model
+from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import UsageError, option_name
 from mhacut.exporting.programs import (
@@ -177,7 +177,7 @@ def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoi
         path,
         model=None if named else options.model,
         model_args=options.model_args,
-        part=part_of_dense(path, options.part),
+        part=options.part,
     )
     checkpoint.model.requires_grad_(False)
     if checkpoint.record is not None:

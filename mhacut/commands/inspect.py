@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import open_from_options, part_of_dense
+from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import CalibrationImages, calibration_images
 from mhacut.errors import UsageError, option_name
@@ -116,9 +116,6 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     """Open the checkpoint; its weights are read only where the model is going to be run."""
-    if options.compare is not None:
-        # Of a slim file and a dense one, the part is the dense one's.
-        options = replace(options, part=part_of_dense(options.checkpoint, options.part))
     return open_from_options(
         options, reporter, preprocessing=options.preprocessing, weights=options.sees_images
     )

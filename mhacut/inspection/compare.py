@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mhacut.adapters.base import Layer
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import dense_args
-from mhacut.checkpoint.load import part_of_dense, read_model, states_its_model
+from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, UsageError, option_name
 from mhacut.options.base import PathLike
 from mhacut.plan import LayerFamily, UnitKind
@@ -47,7 +47,6 @@ def read_dense(
     """
     identity = opened.identity
     stated: dict[str, Any] = {}
-    part = part_of_dense(source, part)
     if not states_its_model(source, part):
         stated = {"model": identity.architecture, "model_args": dense_args(identity)}
     dense = read_model(source, part=part, **stated)

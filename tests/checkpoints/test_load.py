@@ -12,10 +12,10 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
-from mhacut.checkpoint import identify, pretrained
+from mhacut.checkpoint import pretrained
 from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.checkpoint import sha256_of_tensors
-from mhacut.checkpoint.load import load_model, open_checkpoint, part_of_dense, read_model
+from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.plan import Plan
@@ -95,39 +95,10 @@ def test_a_slim_file_goes_round_bit_for_bit(dense, tmp_path, widths):
     } == record.plan.widths()
 
 
-def test_a_slim_model_is_built_and_cut_once(dense, tmp_path, monkeypatch):
-    path = tmp_path / "slim.safetensors"
-    make_slim(dense[1], path, model=NAME, model_args=ARGS)
-    calls = []
-    for owner, name in ((timm, "create_model"), (identify, "cut")):
-        real = getattr(owner, name)
-        monkeypatch.setattr(
-            owner, name, lambda *a, real=real, name=name, **k: calls.append(name) or real(*a, **k)
-        )
-    opened = open_checkpoint(path)
-    assert calls == []
-    skeleton = opened.skeleton
-    assert not opened.has_weights
-    assert opened.model is skeleton
-    assert opened.has_weights
-    assert calls == ["create_model", "cut"]
-
-
-def test_memory_is_taken_without_making_two_tensors_of_one():
-    with torch.device("meta"):
-        tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-        tied[1].weight = tied[0].weight
-        tied[0].bias.requires_grad_(False)
-    allocate(tied)
-    assert tied[1].weight is tied[0].weight
-    assert {parameter.device.type for parameter in tied.parameters()} == {"cpu"}
-    assert [parameter.requires_grad for parameter in tied.parameters()] == [True, False, True]
-
-
 def test_a_buffer_that_is_in_no_file_is_not_left_without_values():
     module = nn.Module()
     module.register_buffer("index", torch.zeros(2, device="meta"), persistent=False)
-    with pytest.raises(AssertionError, match="'index'"):
+    with pytest.raises(AssertionError, match="has no init_non_persistent_buffers"):
         allocate(module)
 
 
@@ -212,14 +183,6 @@ def test_timm_weights_offline_are_one_clear_sentence(tmp_path, monkeypatch):
     assert "\n" not in message
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.get_session", lambda: pytest.fail("no network in tests"))
-    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
-    monkeypatch.setattr(pretrained, "hub_answers", lambda: False)
-    assert "(the Hugging Face hub cannot be reached); go online once" in refusal(f"timm:{NAME}")
-
-
 def test_timm_names_are_checked_before_anything_is_fetched(monkeypatch):
     monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
     assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
@@ -294,10 +257,3 @@ def test_timm_weights_that_timm_itself_loads_in_part(monkeypatch):
     assert read_model(f"timm:{name}", model_args=ARGS).identity.model_args["num_classes"] == 0
     message = refusal(f"timm:{name}", model_args={**ARGS, "global_pool": "avg"})
     assert re.search(r"its weights do not fit the model \(no weights of fc_norm.weight\); leave", message)
-
-
-def test_a_part_is_asked_of_files_that_may_have_some(dense, tmp_path):
-    assert part_of_dense(dense[1], "model_ema") == "model_ema"
-    assert part_of_dense(tmp_path, "model_ema") == "model_ema"  # a folder
-    assert part_of_dense("hf-hub:some/vit", "model_ema") == "model_ema"
-    assert part_of_dense(f"timm:{NAME}", "model_ema") is None
