@@ -10,12 +10,10 @@ from typing import Annotated
 import typer
 
 from mhacut._version import __version__
-from mhacut.cli.bench import bench
-from mhacut.cli.evaluate import evaluate
 from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
 from mhacut.cli.inspect import inspect
-from mhacut.cli.models import models
+from mhacut.cli.measure import bench, evaluate, models
 from mhacut.cli.prune import prune
 from mhacut.options.option import Options
 

@@ -64,11 +64,11 @@ def _text(result: ExportResult) -> str:
 
 
 def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
-    found = int8.agreement
-    agreed = f"cosine {found.cosine:.4f}"
-    if found.kl is not None and found.same_answer is not None:
-        same = f"same top-1 class {100 * found.same_answer:.1f}%"
-        agreed = f"KL divergence {found.kl:.2g} nats, {same}, {agreed}"
+    agreement = int8.agreement
+    agreed = f"cosine {agreement.cosine:.4f}"
+    if agreement.kl is not None and agreement.same_answer is not None:
+        same = f"same top-1 class {100 * agreement.same_answer:.1f}%"
+        agreed = f"KL divergence {agreement.kl:.2g} nats, {same}, {agreed}"
     return [
         "",
         f"INT8 compared with float32, on {safe(int8.compared_on)}: {agreed}",

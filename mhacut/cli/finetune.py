@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.cli.measure import preprocessing_lines
 from mhacut.cli.running import Console
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.text import safe, safe_table

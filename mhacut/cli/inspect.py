@@ -66,9 +66,9 @@ def _text(result: InspectResult, *, heads: bool) -> str:
 
 
 def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
-    found = ["sim", "r99"] if judged else []
+    scores = ["sim", "r99"] if judged else []
     mlps = ["hidden"] if any("hidden" in layer.units for layer in layers) else []  # in blocks that hold both
-    rows = [["attention", "heads", "qk", *found, "v", *found, *mlps, "FLOPs", "params"]]
+    rows = [["attention", "heads", "qk", *scores, "v", *scores, *mlps, "FLOPs", "params"]]
     for layer in layers:
         cells = [safe(layer.name), str(layer.heads)]
         for kind in ("qk", "v"):
@@ -93,8 +93,8 @@ def _layer(layer: LayerReport) -> str:
     title = f"{safe(layer.name)} ({layer.module}), {heads} heads: {share}"
     units = [layer.units[kind] for kind in ("qk", "v") if kind in layer.units]
     judged = any(unit.heads for unit in units)
-    found = ["sim", "r90", "r99"] if judged else []
-    rows = [["  head", "qk", *found, "v", *found, "FLOPs", "params"]]
+    scores = ["sim", "r90", "r99"] if judged else []
+    rows = [["  head", "qk", *scores, "v", *scores, "FLOPs", "params"]]
     for head in range(heads):
         cells = [f"  {head}"]
         for kind in ("qk", "v"):
@@ -169,8 +169,8 @@ def _percent(share: float) -> str:
     return f"{100 * share:.1f}%"
 
 
-def _comparison(found: Comparison, names: Sequence[str]) -> str:
-    by_name = {layer.name: layer for layer in found.layers}
+def _comparison(comparison: Comparison, names: Sequence[str]) -> str:
+    by_name = {layer.name: layer for layer in comparison.layers}
     rows = [["dense -> slim", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
     for name in names:
         layer = by_name[name]
@@ -186,22 +186,23 @@ def _comparison(found: Comparison, names: Sequence[str]) -> str:
                 f"{layer.agreement:.4f}",
             ]
         )
-    (dense, slim), (weights, left) = found.flops, found.parameters
+    (dense, slim), (weights, left) = comparison.flops, comparison.parameters
     lines = [
-        f"compared with {safe(found.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
+        f"compared with {safe(comparison.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
         f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
         f"({_percent(left / weights)})",
-        f"outputs on {safe(found.data)}: {_agreement(found)}",
+        f"outputs on {safe(comparison.data)}: {_agreement(comparison)}",
         "error: relative error of the layer's output inside the pruned model; own: the same, but with the "
         "dense model's input; agree: mean cosine similarity of tokens",
     ]
     return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
 
 
-def _agreement(found: Comparison) -> str:
-    if found.agreement is None:
-        return f"features differ by {found.divergence:.2g} of their variance"
-    return f"{_percent(found.agreement)} have the same top-1 class, KL divergence {found.divergence:.2g} nats"
+def _agreement(comparison: Comparison) -> str:
+    if comparison.agreement is None:
+        return f"features differ by {comparison.divergence:.2g} of their variance"
+    same = f"{_percent(comparison.agreement)} have the same top-1 class"
+    return f"{same}, KL divergence {comparison.divergence:.2g} nats"
 
 
 def _about(inspection: Inspection, heads: bool) -> list[str]:
@@ -255,8 +256,8 @@ def _document(result: InspectResult) -> dict[str, Any]:
     }
 
 
-def _comparison_document(found: Comparison) -> dict[str, Any]:
-    document = asdict(found)
+def _comparison_document(comparison: Comparison) -> dict[str, Any]:
+    document = asdict(comparison)
     for layer in document["layers"]:
         del layer["family"]
         layer["layer"] = layer.pop("name")

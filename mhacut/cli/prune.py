@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
 from mhacut.budget import NOUNS, RESOURCES, format_amount
-from mhacut.cli.evaluate import preprocessing_lines
 from mhacut.cli.flags import command
+from mhacut.cli.measure import preprocessing_lines
 from mhacut.cli.running import Console
 from mhacut.commands.prune_names import check_files_before_reading
 from mhacut.errors import option_name

@@ -315,12 +315,12 @@ class Options:
 
         Not folders of images: a file that is written can never be one, and may lie in one.
         """
-        found: list[str] = []
+        paths: list[str] = []
         for name, one in self.options().items():
             value = getattr(self, name)
             if one.reads not in (None, "data_dir") and value:
-                found += map(os.fspath, value if one.element else (value,))
-        return tuple(found)
+                paths += map(os.fspath, value if one.element else (value,))
+        return tuple(paths)
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
@@ -328,15 +328,15 @@ class Options:
 
     def idle(self) -> dict[str, str]:
         """Options that were changed to no effect, each with a sentence about what it needs."""
-        found = {}
+        notes = {}
         for name in self.changed():
             needs = self.options()[name].needs
             if needs and not any(self._has(*need) for need in needs.items()):
                 off = getattr(self, name) is False
                 named = (option_name(*(need[:1] if need[1] is GIVEN else need)) for need in needs.items())
                 shown = option_name(name, False) if off else option_name(name)
-                found[name] = f"{shown} has no effect without {' or '.join(named)}"
-        return found
+                notes[name] = f"{shown} has no effect without {' or '.join(named)}"
+        return notes
 
     def _has(self, name: str, wanted: Any) -> bool:
         value = getattr(self, name)

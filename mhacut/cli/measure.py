@@ -1,0 +1,187 @@
+"""``mhacut evaluate``, ``mhacut bench`` and ``mhacut models``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from mhacut.budget import format_flops
+from mhacut.cli.flags import command
+from mhacut.cli.running import Console
+from mhacut.errors import UsageError
+from mhacut.options.measure import BenchOptions, EvaluateOptions, ModelsOptions
+from mhacut.text import safe, table
+
+if TYPE_CHECKING:
+    from mhacut.checkpoint.provenance import Provenance
+    from mhacut.commands.bench import BenchedModel, BenchResult, Timing
+    from mhacut.commands.evaluate import EvaluateResult
+    from mhacut.commands.models import CatalogueEntry
+    from mhacut.data import Preprocessing
+
+
+@command(EvaluateOptions)
+def evaluate(options: EvaluateOptions, console: Console) -> None:
+    """Measure the accuracy of CHECKPOINT, dense or slim, on labelled images.
+
+    Images are preprocessed as the checkpoint states; flags override this.
+
+    Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
+    """
+    from mhacut.commands.evaluate import run_evaluate
+
+    measured = run_evaluate(options, console)
+    console.result(_evaluated(measured), _document(measured))
+
+
+def _evaluated(measured: EvaluateResult) -> str:
+    evaluation = measured.evaluation
+    return "\n".join(
+        [
+            table(measured.rows()),
+            "",
+            f"model: {safe(measured.architecture)} from {safe(measured.source)}",
+            f"data: {safe(measured.data)}, in {evaluation.seconds:.1f} s on {safe(measured.device)}",
+            *preprocessing_lines(measured.preprocessing, measured.provenance),
+        ]
+    )
+
+
+def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) -> list[str]:
+    """Describe preprocessing, where it comes from, and which one would be better."""
+    lines = [f"preprocessing: {safe(provenance.describe(preprocessing))}"]
+    return lines if provenance.hint is None else [*lines, safe(provenance.hint)]
+
+
+def _document(measured: EvaluateResult) -> dict[str, Any]:
+    evaluation = measured.evaluation
+    return {
+        "checkpoint": measured.source,
+        "architecture": measured.architecture,
+        "top1": evaluation.top1,
+        "top5": evaluation.top5,
+        "images": evaluation.images,
+        "seconds": evaluation.seconds,
+        "flops": measured.flops,
+        "parameters": measured.parameters,
+        "preprocessing": measured.preprocessing.to_json(),
+        **measured.provenance.to_json(),
+        "data": measured.data,
+        "device": measured.device,
+    }
+
+
+@command(BenchOptions)
+def bench(options: BenchOptions, console: Console) -> None:
+    """Compare the speed of checkpoints, dense or slim.
+
+    The checkpoints take turns, so that other load on the machine slows all of them alike. Trust ratios more
+    than milliseconds. On a GPU, memory is the peak of a model's weights, its images and what a run takes.
+
+    Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
+    """
+    from mhacut.commands.bench import run_bench
+
+    result = run_bench(options, console)
+    console.result(_benched(result), asdict(result))
+
+
+def _benched(result: BenchResult) -> str:
+    costs = [["", "FLOPs", "parameters", "file, MB"]]
+    times = [["", "batch", "ms", "+-", "images/s", "ratio", "saved", "peak MiB"]]
+    for number, model in enumerate(result.models, start=1):
+        size = "" if model.file_bytes is None else f"{model.file_bytes / 1e6:.1f}"
+        costs.append([_name(number, model), format_flops(model.flops), format_flops(model.parameters), size])
+    for index in range(len(result.models[0].timings)):
+        for number, model in enumerate(result.models, start=1):
+            times.append([f"[{number}]", *_cells(model.timings[index])])
+    if not any(row[-1] for row in times[1:]):
+        times = [row[:-1] for row in times]
+    return "\n".join(
+        [
+            table(costs),
+            "",
+            table(times),
+            "",
+            f"{result.runtime}, {result.dtype} on {safe(result.device)}, {result.threads} thread(s)",
+            "ratio: median time relative to [1] in the same round; saved: share of the saved FLOPs that "
+            "became saved time",
+        ]
+    )
+
+
+def _name(number: int, model: BenchedModel) -> str:
+    return f"[{number}] {safe(model.source)}{' in INT8' if model.int8 else ''}"
+
+
+def _cells(timing: Timing) -> list[str]:
+    saved = "" if timing.saving_realised is None else f"{100 * timing.saving_realised:.0f}%"
+    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"
+    rate = 1000 * timing.batch_size / timing.median_ms
+    ratio = f"{100 * timing.ratio:.1f}%"
+    return [
+        str(timing.batch_size),
+        f"{timing.median_ms:.2f}",
+        f"{timing.spread_ms:.2f}",
+        f"{rate:.1f}",
+        ratio,
+        saved,
+        peak,
+    ]
+
+
+@command(ModelsOptions)
+def models(options: ModelsOptions, console: Console) -> None:
+    """Show which channels of which timm models can be pruned; FLatten Transformers are included.
+
+    Each model is built without weights and examined. Models without attention are counted, not listed.
+
+    Example: mhacut models 'swin*'
+    """
+    from mhacut.commands.models import catalogue
+
+    console.start("building models")
+    entries = catalogue(options.pattern, console.advance)
+    if not entries:
+        hint = f"*{options.pattern.strip('*')}*"
+        hint = "" if hint == options.pattern else f"; try {hint!r}"
+        raise UsageError(f"{options.pattern!r}: no model in timm has a name like this{hint}")
+    console.result(_listed(entries, options.refused), {"models": [asdict(entry) for entry in entries]})
+
+
+def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
+    attending = [entry for entry in entries if entry.transformer]
+    cut = [entry for entry in attending if entry.refusal is None]
+    if refused:
+        rows = [["architecture", "tags", "why"]]
+        rows += [
+            [entry.architecture, str(len(entry.tags)), entry.refusal.partition(";")[0]]
+            for entry in attending
+            if entry.refusal
+        ]
+    else:
+        rows = [["architecture", "tags", "cut", "attention"]]
+        rows += [
+            [
+                entry.architecture,
+                str(len(entry.tags)),
+                " ".join(entry.kinds) + ("*" if entry.not_prunable else "") if entry.refusal is None else "-",
+                ", ".join(entry.attention) or "-",
+            ]
+            for entry in attending
+        ]
+    tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
+    lines = [table(rows), ""] if len(rows) > 1 else []
+    if not attending:
+        several = f"none of these {len(entries)} architectures has attention"
+        return several if len(entries) > 1 else f"{entries[0].architecture} has no attention"
+    lines.append(
+        f"{len(cut)} of {len(attending)} architectures with attention can be cut ({tags[0]} of {tags[1]} "
+        f"pretrained tags), attention itself in {sum(bool(entry.attention) for entry in cut)}; "
+        f"{len(entries) - len(attending)} have no attention"
+    )
+    if len(cut) < len(attending) and not refused:
+        lines.append("-: refused; --refused says why")
+    if any(entry.not_prunable for entry in cut) and not refused:
+        lines.append("*: part of it is not prunable; --json names the part and the reason")
+    return "\n".join(lines)
