@@ -10,17 +10,12 @@ import os
 import resource
 import signal
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.cli import FAST, refusal, run, tree
-from mhacut.commands.prune_names import check_files, check_files_before_reading
-from mhacut.errors import OutputError
-from mhacut.options.prune import PruneOptions
 from mhacut.runtime import files
-from mhacut.runtime.files import check_outputs
 
 
 def export_of(slim: Path, out: Path) -> list[object]:
@@ -132,23 +127,3 @@ def test_a_link_to_what_is_read_or_written_is_refused(slim, tiny_vit, images, tm
     page.symlink_to(out)
     message = refusal(tmp_path, *pruned, "-o", out, "--report", page)
     assert f"{out}: is the same file as {page}; choose another name" in message
-
-
-def test_an_output_named_twice_is_refused(tmp_path):
-    page = str(tmp_path / "page.html")
-    for other in (page, Path(page), f"{tmp_path}/./page.html"):
-        with pytest.raises(OutputError, match=r"page.html: is the same file as .*page.html"):
-            check_outputs((page, None, other), overwrite=True, input_paths=())
-
-
-def test_a_page_is_one_file_whatever_names_it(tmp_path):
-    page, out = tmp_path / "page.html", tmp_path / "slim.safetensors"
-    options = PruneOptions.from_flat(checkpoint="a.pth", flops="50%", report=page, output=out)
-    check_files(options, [replace(options, report=str(page))])
-
-
-def test_an_output_may_lie_among_the_images(tmp_path):
-    out = tmp_path / "model.safetensors"
-    out.touch()
-    given = {"checkpoint": "a.pth", "flops": "50%", "output": out, "data_dir": tmp_path, "overwrite": True}
-    check_files_before_reading(PruneOptions.from_flat(**given))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from helpers.cli import run
 from helpers.terminals import terminal
 from mhacut.cli.running import Console
-from mhacut.text import safe, table
+from mhacut.text import safe
 
 HOSTILE = "x\x1b[2J\x1b]0;title\x07[red]\u202e\x9b\r"
 
@@ -116,12 +116,6 @@ def test_stages_are_shown_with_v(slim):
     assert run("inspect", slim, "-q").stderr == ""
     assert "reading\n" in run("inspect", slim, "-v").stderr
     assert "reading\n" not in run("inspect", slim).stderr
-
-
-def test_table_is_never_cut():
-    name = "blocks." * 40
-    assert table([["layer", "FLOPs"], [name, "1"]]).splitlines()[1] == f"{name}      1"
-    assert table([["\u6f22", "1"], ["ab", "22"]]).splitlines() == ["\u6f22   1", "ab  22"]
 
 
 def test_unforeseen_errors_ask_for_a_report(instead_of_prune):

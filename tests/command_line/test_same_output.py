@@ -6,14 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import FAST, run
-from helpers.files import ModelFile, cut_into_file
-from helpers.models import ModelCase
-from helpers.plans import random_plan
+from helpers.cli import FAST
 from helpers.programs import MAIN
-from mhacut.commands import prune as prune_command
 from mhacut.runtime.files import write_whole_folder
-from mhacut.surgery.find import find_prunable_layers
 
 PAIR = f"""
 import multiprocessing, os, sys
@@ -33,7 +28,7 @@ def together(owner, name):
     setattr(owner, name, late)
 
 place, first, second = sys.argv[1:4]
-together(*{{"file": (files, "_publish"), "folder": (os, "rename"), "run": (RunFolder, "open_new")}}[place])
+together(*{{"file": (files, "_publish"), "run": (RunFolder, "open_new")}}[place])
 running = []
 for own in (first, second):
     pid = os.fork()
@@ -57,64 +52,6 @@ def pair(programs, place: str, own: tuple[str, str], *command: object) -> tuple[
     codes = next(line for line in done.stdout.splitlines() if line.startswith("codes "))
     assert "Traceback" not in done.stderr
     return sorted(map(int, codes.split()[1:])), done.stderr
-
-
-def replaced(path: Path, tiny_vit: ModelFile, other: str) -> None:
-    """Do what another process might do to the file ``path``: replace it by a model's, or by none."""
-    path.unlink()
-    if other == "garbage":
-        path.write_bytes(b"garbage")
-        return
-    args = {**tiny_vit.args, **({"img_size": 64} if other == "other size" else {})}
-    case = ModelCase(tiny_vit.architecture, {**args, "num_classes": 5 if other == "other classes" else 7})
-    model = case.create().eval()
-    cut_into_file(model, random_plan(find_prunable_layers(model), seed=0)[0], path, case)
-
-
-TO_FLOPS, TO_PARAMETERS = ("--flops", "60%"), ("--params", "60%")
-"""Budgets of a file that is written once, and of one that is written again after the measurement."""
-
-
-@pytest.mark.parametrize(
-    ("other", "flags"),
-    [
-        *((other, TO_FLOPS) for other in ("same shape", "other classes", "garbage")),
-        ("same shape", TO_PARAMETERS),
-        ("same shape", (*TO_PARAMETERS, "--overwrite")),
-        ("other size", (*TO_FLOPS, "--overwrite")),
-    ],
-)
-@pytest.mark.slow
-def test_a_file_that_another_process_changes_is_left_to_it(tiny_vit, tmp_path, monkeypatch, other, flags):
-    """With another model in it, even one that takes other images."""
-    target, original, left = tmp_path / "slim.safetensors", prune_command.measure, []
-
-    def late(*args):
-        replaced(target, tiny_vit, other)
-        left.append(contents(tmp_path))
-        return original(*args)
-
-    monkeypatch.setattr(prune_command, "measure", late)
-    result = run("prune", *tiny_vit.flags, *FAST, *flags, "-o", target)
-    error = f"error: {target}: was replaced by another process meanwhile; choose another name"
-    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, error)
-    assert contents(tmp_path) == left[0]
-
-
-@pytest.mark.parametrize("flags", [TO_FLOPS, TO_PARAMETERS])
-@pytest.mark.slow
-def test_a_file_that_is_removed_is_written_again(tiny_vit, tmp_path, monkeypatch, flags):
-    command = ["prune", *tiny_vit.flags, *FAST, *flags, "-o"]
-    assert run(*command, tmp_path / "kept" / "slim.safetensors").exit_code == 0
-    target, original = tmp_path / "removed" / "slim.safetensors", prune_command.measure
-
-    def late(*args):
-        target.unlink()
-        return original(*args)
-
-    monkeypatch.setattr(prune_command, "measure", late)
-    assert run(*command, target).exit_code == 0
-    assert contents(target.parent) == contents(tmp_path / "kept")
 
 
 @pytest.mark.slow
@@ -148,17 +85,6 @@ def test_a_folder_that_another_writes_meanwhile_is_one_whole_folder(tmp_path):
         "model.safetensors": "late",
     }
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
-
-
-@pytest.mark.exhaustive
-def test_two_that_export_leave_one_whole_folder(programs, slim, tmp_path):
-    command = ["export", slim, "--format", "timm", "-o"]
-    assert programs.run(MAIN, *command, tmp_path / "alone" / "folder").returncode == 0
-    codes, said = pair(programs, "folder", ("a", "b"), *command, tmp_path / "both" / "folder")
-    assert codes == [0, 1]
-    assert f"{tmp_path / 'both' / 'folder'}: cannot be written: Directory not empty" in said
-    assert [path.name for path in (tmp_path / "both").iterdir()] == ["folder"]
-    assert contents(tmp_path / "both" / "folder") == contents(tmp_path / "alone" / "folder")
 
 
 @pytest.mark.parametrize(
