@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
     "checkpoint": 6085,
-    "cli": 1395,
+    "cli": 1362,
     "commands": 4557,
     "data": 1819,
     "exporting": 1461,
