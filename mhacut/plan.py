@@ -103,6 +103,7 @@ class UnitPlan:
             return UnitPlan(
                 self.layer, self.kind, earlier.dense_width, self.kept, "principal", earlier.unshared
             )
+        # This plan counts the channels that the earlier one left; translate them to those of the dense layer.
         kept = tuple(
             tuple(before[channel] for channel in now)
             for before, now in zip(earlier.kept, self.kept, strict=True)

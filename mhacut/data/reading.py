@@ -131,6 +131,7 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
     members: dict[object, list[int]] = {}
     for index in torch.randperm(len(groups), generator=generator).tolist():
         members.setdefault(groups[index], []).append(index)
+    # A turn takes one image of each class that has any left, so that rare classes are there from the start.
     for turn in range(max(map(len, members.values()), default=0)):
         left = [indices[turn] for indices in members.values() if turn < len(indices)]
         for position in torch.randperm(len(left), generator=generator).tolist():

@@ -221,6 +221,7 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
         good.append((image, label))
         if len(good) == count:
             break
+    # A few damaged files are left out; half of them missing means the folder is not what it seems.
     needed = min(count, len(split.groups))
     if 2 * len(good) < needed:
         raise DataError(
@@ -268,6 +269,7 @@ class EvaluationLoader:
         self.images = total
         """Number of images of a pass; 0 if a stream does not state it."""
         self._batch_size, self._num_classes = batch_size, num_classes
+        # Not shuffled: the images arrive in the order of ``samples``, as pairwise comparisons need.
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
             batch_size=batch_size,

@@ -66,6 +66,7 @@ def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> flo
         before: whether each image's label is the top-1 class of the first model.
         after: the same for the second model, in the same order.
     """
+    # Paired: the variance of the difference of the two answers to one image, each -1, 0 or 1.
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
     mean = sum(lost) / len(lost)
     variance = sum((one - mean) ** 2 for one in lost) / max(len(lost) - 1, 1)

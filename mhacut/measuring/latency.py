@@ -163,6 +163,7 @@ def compare_runs(
 
 def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
     """Summarise seconds of every call of each run, by the wall's clock and then by any other to compare."""
+    # Ratios are taken within a round and then their median: what slows the machine for a while slows both.
     compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
     half = len(first) // 2
@@ -194,6 +195,7 @@ def _turns(
 
     It ends after ``seconds`` by the last of the clocks, or ``patience`` times as much of wall time.
     """
+    # The first calls allocate memory, pick kernels, and compile.
     for run in runs:
         for _ in range(_WARM_UP):
             _time(run, device, clocks)
@@ -211,6 +213,7 @@ def _turns(
 
 def _time(run: Run, device: torch.device, clocks: Sequence[Callable[[], float]]) -> list[float]:
     """Return the seconds of one call, until a GPU has finished, by each of ``clocks``."""
+    # Kernels are only queued: without waiting, the clock would measure the queueing.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     began = [clock() for clock in clocks]

@@ -84,6 +84,7 @@ def better_normalisation(
         return None
     own = Normalisation("", tuple(mean), tuple(std))
     candidates = [usual for usual in USUAL if not _nearly_equal(usual, own)]
+    # Choosing candidates and comparing them on the same images would favour whoever was lucky on these.
     screened = _right(model, batches, own, (own, *candidates), device, screening=True)
     more = (screened[1:].sum(dim=1) > screened[0].sum()).tolist()
     chosen = [one for one, is_more in zip(candidates, more, strict=True) if is_more]

@@ -111,6 +111,7 @@ def default_torch() -> Iterator[None]:
         if dtype != torch.float32:
             stack.callback(torch.set_default_dtype, dtype)
             torch.set_default_dtype(torch.float32)
+        # A tensor made in inference mode could never get gradients, wherever it is used later.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
@@ -141,6 +142,7 @@ def many_compiled() -> Iterator[None]:
     """A block in which torch.compile keeps a program for each of many models or layers of one class."""
     import torch._dynamo as dynamo
 
+    # After eight programs of one class it gives up without a word, and would time models uncompiled.
     config: Any = dynamo.config
     limits = {
         name: _MOST_COMPILED

@@ -46,6 +46,7 @@ class Processes:
         """Sums over all processes, in float64; every process must ask at the same point."""
         if self.size == 1:
             return list(values)
+        # In float64, counts up to 2**53 are exact.
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         sums: list[float] = tensor.tolist()
@@ -63,6 +64,7 @@ class Processes:
         """
         if self.size == 1:
             return dict(tensors)
+        # all_reduce needs the same tensors everywhere: a process without images of a layer sends zeros.
         shapes: list[Any] = [None] * self.size
         dist.all_gather_object(shapes, {name: (part.shape, part.dtype) for name, part in tensors.items()})
         sums = {}

@@ -241,6 +241,7 @@ def write_whole(
                     f"{option_name('overwrite', True)}"
                 )
             os.replace(temporary, target)
+        # The rename itself is in the directory: without this a power cut may undo it.
         _sync_directory(target.parent)
         return os.stat(target)
     except OSError as error:
