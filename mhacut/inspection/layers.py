@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.layers import LayerReader
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, provenance
 from mhacut.data import Preprocessing
@@ -181,7 +179,7 @@ def inspect_model(
     """Describe ``opened``.
 
     Args:
-        opened: a checkpoint. If its weights were not read yet, they are read one layer at a time.
+        opened: a checkpoint; its weights are read if they were not read yet.
         shapes_only: read no weights; only the widths of heads are then known.
         evidence: activations to judge heads by; None to judge by the weights alone.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
@@ -198,13 +196,13 @@ def inspect_model(
     flops = measure_flops_by_module(model if opened.has_weights else weightless(model), resolved.input_size)
     parameters = count_parameters(model)
     plans = {} if record is None else {unit.key: unit for unit in record.plan}
-    layer_with_weights = _layer_reader(opened, needed=not shapes_only)
+    if not shapes_only:
+        model = opened.model  # the same module, with its weights; without them FLOPs are counted faster
     layers = []
     for done, layer in enumerate(prunable.layers, start=1):
         findings: dict[UnitKey, tuple[HeadFindings, ...]] = {}
         if layer.adapter.family == "attention" and not shapes_only:
-            with layer_with_weights(layer.name) as module:
-                findings = _findings(module, layer, evidence)
+            findings = _findings(model.get_submodule(layer.name), layer, evidence)
         units = {u.kind: _unit_report(u, plans.get(u.key), findings.get(u.key, ())) for u in layer.units}
         layers.append(_layer_report(model, layer, units, flops, parameters))
         if progress is not None:
@@ -252,13 +250,6 @@ def _layer_report(
         parameters=own_parameters,
         parameter_share=own_parameters / parameters,
     )
-
-
-def _layer_reader(opened: Checkpoint, *, needed: bool) -> Callable[[str], AbstractContextManager[nn.Module]]:
-    """Return a function from the name of a layer to its module, with its weights read."""
-    if needed and not opened.has_weights:
-        return LayerReader(opened).layer
-    return lambda name: nullcontext(opened.skeleton.get_submodule(name))
 
 
 @torch.no_grad()
