@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
-    "checkpoint": 6085,
+    "checkpoint": 5915,
     "cli": 1362,
     "commands": 4557,
     "data": 1819,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 import timm
 import torch
@@ -12,9 +10,7 @@ from timm.data import resolve_data_config
 from torch import nn
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
-from mhacut.checkpoint import pretrained
 from mhacut.checkpoint.build import allocate
-from mhacut.checkpoint.checkpoint import sha256_of_tensors
 from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
@@ -169,91 +165,3 @@ def test_load_model_opens_dense_files_too(dense):
     opened = load_model(path, NAME, **ARGS, num_classes=10)
     with torch.no_grad():
         assert torch.equal(opened(IMAGES), model(IMAGES))
-
-
-def test_timm_weights_offline_are_one_clear_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    message = refusal("timm:vit_tiny_patch16_224")
-    assert (
-        "timm:vit_tiny_patch16_224: its weights are not in the cache and could not be downloaded" in message
-    )
-    assert "give a file and model" in message
-    assert "\n" not in message
-
-
-def test_timm_names_are_checked_before_anything_is_fetched(monkeypatch):
-    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *a, **k: pytest.fail("fetched"))
-    assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
-    assert "no such pretrained weights; timm has vit_tiny_patch16_224.augreg" in refusal(
-        "timm:vit_tiny_patch16_224.x"
-    )
-    assert "no pretrained weights of this model" in refusal("timm:vit_base_patch16_gap_224")
-    assert "already names its model" in refusal("timm:vit_tiny_patch16_224", model=NAME)
-    assert "timm cannot build" in refusal("timm:vit_tiny_patch16_224", model_args={"surprise": 1})
-
-
-def test_timm_weights_from_the_cache(monkeypatch):
-    def cached(model, **_):
-        torch.nn.init.ones_(model.norm.bias)
-
-    monkeypatch.setattr(timm.models._builder, "load_pretrained", cached)
-    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
-    loaded = read_model(f"timm:{NAME}.augreg_in21k_ft_in1k", model_args=ARGS)
-    assert loaded.model.norm.bias.tolist() == [1.0] * 48
-    assert (loaded.stem, loaded.path) == (f"{NAME}.augreg_in21k_ft_in1k", None)
-    assert loaded.identity.model_args == {**ARGS, "num_classes": 1000}
-    assert set(loaded.cfg_origins) == set(loaded.identity.pretrained_cfg)
-    assert set(loaded.cfg_origins.values()) == {"pretrained"}
-    digest = sha256_of_tensors(loaded.model.state_dict())
-    loaded.model.norm.bias.data.zero_()
-    assert loaded.sha256 == digest  # of the weights as they were read, whatever became of them
-    assert "a classifier of 10 would have random weights" in refusal(
-        f"timm:{NAME}", model_args=ARGS, num_classes=10
-    )
-
-
-@pytest.fixture
-def fetched(monkeypatch):
-    """Weights that timm's own loader gets from the hub, those of a small ViT of 1000 classes."""
-    weights = timm.create_model(NAME, **ARGS).state_dict()
-    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: dict(weights))
-    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
-    return weights
-
-
-def test_timm_weights_without_their_classifier(fetched):
-    whole = read_model(f"timm:{NAME}", model_args=ARGS)
-    headless = read_model(f"timm:{NAME}", model_args=ARGS, num_classes=0)
-    assert headless.identity.model_args == {**ARGS, "num_classes": 0}
-    body = {key: tensor for key, tensor in fetched.items() if not key.startswith("head.")}
-    for loaded, expected in ((whole, fetched), (headless, body)):
-        found = loaded.model.state_dict()
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-
-
-@pytest.mark.parametrize(
-    ("change", "hints", "shown"),
-    [
-        ({"depth": 1}, {}, "Unexpected key"),
-        ({"depth": 3}, {"num_classes": 0}, "Missing key"),
-        ({"global_pool": "avg"}, {"num_classes": 0}, "Missing key.*fc_norm"),
-        ({"global_pool": "avg", "num_classes": 0}, {}, "Missing key.*fc_norm"),
-    ],
-)
-def test_timm_weights_never_leave_a_layer_random(fetched, change, hints, shown):
-    message = refusal(f"timm:{NAME}", model_args={**ARGS, **change}, **hints)
-    assert re.search(rf"its weights do not fit the model \({shown}.*; leave model_args=.* out", message)
-
-
-def test_timm_weights_that_timm_itself_loads_in_part(monkeypatch):
-    """timm loads SigLIP's weights into a model of averaged patches, whose norm before the head they lack."""
-    name = "vit_base_patch16_siglip_224"
-    weights = timm.create_model(name, **ARGS).state_dict()
-    monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", lambda *_, **__: dict(weights))
-    monkeypatch.setattr(pretrained, "hub_answers", lambda: True)
-    assert read_model(f"timm:{name}", model_args=ARGS).identity.model_args["num_classes"] == 0
-    message = refusal(f"timm:{name}", model_args={**ARGS, "global_pool": "avg"})
-    assert re.search(r"its weights do not fit the model \(no weights of fc_norm.weight\); leave", message)
