@@ -39,7 +39,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
-from train_cifar_vit import IMAGE_ENDINGS, augment, normalize, seed_of, write_whole
+from train_cifar_vit import IMAGE_ENDINGS, augment, normalize, seed_of, write_file
 
 from mhacut.data import Preprocessing
 
@@ -304,7 +304,7 @@ class Training:
                     "model": self.model.state_dict(),
                     "optimizer": self.optimizer.state_dict(),
                 }
-                write_whole(self.state_file, lambda temporary, state=state: torch.save(state, temporary))
+                write_file(self.state_file, lambda temporary, state=state: torch.save(state, temporary))
         return self.cpu_s
 
     def train_step(self) -> None:
@@ -352,7 +352,7 @@ class Log:
             if lines[0].get(part) != value:
                 sys.exit(f"{file}: made with {part} {lines[0].get(part)}, this is {value}: take another file")
         if whole != text:
-            write_whole(file, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
+            write_file(file, lambda temporary: temporary.write_text(whole, encoding="utf-8"))
         self.results: list[dict[str, Any]] = lines[1:]
 
     @property

@@ -72,7 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
     training.run(held_images, held_labels)
     file = asked.output / "model.safetensors"
     weights = {name: tensor.contiguous() for name, tensor in training.average.module.state_dict().items()}
-    write_whole(file, lambda temporary: save_file(weights, temporary))
+    write_file(file, lambda temporary: save_file(weights, temporary))
     top1 = accuracy(training.average.module, held_images, held_labels, exact=True)
     training.tell(f"{file}: top-1 {top1:.2f} on {len(held_labels)} images in float32")
     if asked.network == "vit":
@@ -300,7 +300,7 @@ class Training:
             "average": self.average.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        write_whole(self.state_file, lambda temporary: torch.save(state, temporary))
+        write_file(self.state_file, lambda temporary: torch.save(state, temporary))
 
     def resume(self) -> bool:
         """Go on where the state file ends, if there is one."""
@@ -339,7 +339,7 @@ def seed_of(*parts: int) -> int:
     return seed % 2**63
 
 
-def write_whole(file: Path, write: Any) -> None:
+def write_file(file: Path, write: Any) -> None:
     """Have ``write`` fill a file beside ``file``, then move it to its place: never half a file."""
     temporary = file.with_name(file.name + ".part")
     write(temporary)

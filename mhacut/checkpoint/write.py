@@ -22,7 +22,7 @@ from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, OutputError
 from mhacut.runtime.device import with_default_torch
-from mhacut.runtime.files import check_output, write_whole
+from mhacut.runtime.files import check_output, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
@@ -70,7 +70,7 @@ def write_slim(
         if check is not None:
             check(temporary)
 
-    return write_whole(path, write, overwrite=overwrite, input_path=input_path)
+    return write_file(path, write, overwrite=overwrite, input_path=input_path)
 
 
 def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:

@@ -32,7 +32,7 @@ from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportKeywords, ExportOptions
 from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import with_default_torch
-from mhacut.runtime.files import check_outputs, write_whole
+from mhacut.runtime.files import check_outputs, write_file
 from mhacut.runtime.progress import Reporter, reporting
 
 _BATCH_SIZES = (1, 2, 5)
@@ -169,7 +169,7 @@ def _write(
     elif options.format == "openvino":
         write_ir(target, model, size, about, options, input_path=loaded.path, compare=compare)
     else:
-        write_whole(target, write, overwrite=options.overwrite, input_path=loaded.path)
+        write_file(target, write, overwrite=options.overwrite, input_path=loaded.path)
     return differences, quantized[0] if quantized else None
 
 

@@ -28,7 +28,7 @@ from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_moments import UnitMoments
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import reason_alone, regular_size, write_whole
+from mhacut.runtime.files import reason_alone, regular_size, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.tokens import tokens_of
@@ -127,7 +127,7 @@ def write_calibration(path: Path, calibration: Calibration, fingerprint: Fingerp
     tensors, document = _flat(calibration)
     text = json.dumps({"fingerprint": dict(fingerprint), **document})
     metadata = {METADATA_KEY: text}
-    write_whole(path, lambda temporary: save_tensors(tensors, temporary, metadata), overwrite=False)
+    write_file(path, lambda temporary: save_tensors(tensors, temporary, metadata), overwrite=False)
 
 
 def read_calibration(path: Path, fingerprint: Fingerprint, job: Job) -> Calibration:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mhacut.errors import MhacutError, OutputError, option_name
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import AnyPath, show, write_whole
+from mhacut.runtime.files import AnyPath, show, write_file
 
 METADATA = "mhacut"
 """Key of the JSON in an exported file that describes it."""
@@ -287,7 +287,7 @@ def write_ir(
         compare(_openvino_runner(openvino.Core().read_model(written), None))
         # The weights first: a reader looks for the .xml file.
         for file, source in ((weights_file(target), weights_file(written)), (target, written)):
-            write_whole(file, source.read_bytes(), overwrite=options.overwrite, input_path=input_path)
+            write_file(file, source.read_bytes(), overwrite=options.overwrite, input_path=input_path)
 
 
 def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: int) -> Runner:

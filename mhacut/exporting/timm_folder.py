@@ -22,7 +22,7 @@ from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import check_creatable, write_whole_folder
+from mhacut.runtime.files import check_creatable, fill_folder
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import model_input_size
 
@@ -95,7 +95,7 @@ def write_folder(
         opened = opened.eval().requires_grad_(False)
         compare(lambda images: opened(images))
 
-    write_whole_folder(target, fill)
+    fill_folder(target, fill)
 
 
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:

@@ -33,7 +33,7 @@ from mhacut.runtime.files import (
     lock_directory,
     reason_alone,
     stem_of,
-    write_whole,
+    write_file,
 )
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
@@ -144,7 +144,7 @@ class RunFolder:
             if values[name] is not None and not values[name].startswith(REMOTE):
                 values[name] = os.path.abspath(values[name])
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-        write_whole(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
+        write_file(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
     def write_summary(self, rows: Sequence[Mapping[str, float | None]]) -> None:
         """Write a line per epoch, in timm's columns."""
@@ -154,7 +154,7 @@ class RunFolder:
         writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_whole(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
+        write_file(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
         """Write the state that the run can be resumed from."""
@@ -163,7 +163,7 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save({"version": _STATE_VERSION, **state}, buffer)
         with buffer.getbuffer() as content:  # no copy: with an optimiser's moments it is three models large
-            write_whole(self.file(STATE), content, overwrite=True)
+            write_file(self.file(STATE), content, overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
         """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.

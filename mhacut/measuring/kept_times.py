@@ -11,7 +11,7 @@ from typing import Any
 
 from mhacut.errors import OutputError
 from mhacut.measuring.layer_times import TimeTable
-from mhacut.runtime.files import show, write_whole
+from mhacut.runtime.files import show, write_file
 
 _FORMAT = 3
 
@@ -57,7 +57,7 @@ def kept_table(
         return table
     text = json.dumps({"format": _FORMAT, "key": key, "table": table.to_json()}, indent=1, sort_keys=True)
     try:
-        write_whole(path, text.encode(), overwrite=True)
+        write_file(path, text.encode(), overwrite=True)
     except OutputError as error:
         log(f"layer times are not saved: {error}")
     return table

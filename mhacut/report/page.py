@@ -28,7 +28,7 @@ from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.report.choices import Choice
 from mhacut.report.history import step, stored_curves
 from mhacut.report.sections import HEADINGS, Contents, head_rows, sections
-from mhacut.runtime.files import write_whole
+from mhacut.runtime.files import write_file
 from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
 
@@ -47,7 +47,7 @@ def write_page(
     Raises:
         OutputError: the file must not or cannot be written.
     """
-    write_whole(path, page(contents).encode(), overwrite=overwrite, input_path=input_path)
+    write_file(path, page(contents).encode(), overwrite=overwrite, input_path=input_path)
     return Path(path)
 
 

@@ -201,7 +201,7 @@ def check_outputs(
         seen[real] = path
 
 
-def write_whole(
+def write_file(
     path: AnyPath,
     content: bytes | memoryview | Callable[[Path], object],
     *,
@@ -248,7 +248,7 @@ def write_whole(
         raise OutputError(f"{show(path)}: cannot be written: {error.strerror or error}") from error
 
 
-def write_whole_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
+def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
     """Make the folder ``path`` appear complete and flushed to disk, or not at all.
 
     In a folder that exists, files of the same names are replaced, each of them whole; others stay.

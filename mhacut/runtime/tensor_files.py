@@ -65,7 +65,7 @@ def return_freed() -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_whole`.
+    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_file`.
 
     Raises:
         OSError: the file cannot be written.

@@ -8,7 +8,7 @@ import pytest
 
 from helpers.cli import FAST
 from helpers.programs import MAIN
-from mhacut.runtime.files import write_whole_folder
+from mhacut.runtime.files import fill_folder
 
 PAIR = f"""
 import multiprocessing, os, sys
@@ -77,9 +77,9 @@ def test_a_folder_that_another_writes_meanwhile_is_one_whole_folder(tmp_path):
 
     def late(folder: Path) -> None:
         fill(folder, "late")
-        write_whole_folder(tmp_path / "model", lambda other: fill(other, "early"))
+        fill_folder(tmp_path / "model", lambda other: fill(other, "early"))
 
-    write_whole_folder(tmp_path / "model", late)
+    fill_folder(tmp_path / "model", late)
     assert {file.name: file.read_text() for file in (tmp_path / "model").iterdir()} == {
         "config.json": "late",
         "model.safetensors": "late",
