@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,11 +12,9 @@ from helpers.jobs import flops_limit, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune_files as commands
-from mhacut.errors import MhacutError, UnsupportedModelError
+from mhacut.errors import UnsupportedModelError
 from mhacut.measuring.time_curve import TimeCurve
-from mhacut.pruning import choose_merges
-from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
-from mhacut.pruning.distill import Distillation
+from mhacut.pruning.choose_merges import MergeSearch, divergence_by_merging, tokens_of_model, with_all_merged
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
@@ -114,21 +114,6 @@ def test_models_without_global_attention_are_refused_by_name(tmp_path):
         )
 
 
-def test_merges_are_compared_with_channels_by_curves_only(model, tmp_path):
-    with pytest.raises(MhacutError, match="curves"):
-        prune(model, tmp_path / "x.safetensors", "80%", scope="attention+mlp+tokens", allocation="uniform")
-
-
-def test_a_budget_out_of_reach_is_refused_before_the_work(model, tmp_path, monkeypatch):
-    def never(*args, **options):
-        raise AssertionError("calibrated")
-
-    monkeypatch.setattr("mhacut.pruning.job.calibrate", never)
-    with pytest.raises(MhacutError, match=r"the lowest is .*attention\+mlp\+tokens"):
-        prune(model, tmp_path / "slim.safetensors", "3%", scope="attention+mlp+tokens")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("left", "said"), [(0.1, True), (0.6, False)])
 def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
@@ -146,71 +131,17 @@ def test_after_a_deep_cut_of_channels_it_is_said_what_tokens_would_leave(
     assert _document(result)["divergence_with_tokens"] == result.divergence_with_tokens
 
 
-@pytest.mark.slow
-def test_the_hint_about_tokens_is_measured_on_few_images(model, tmp_path, monkeypatch):
-    counts, divergence_of = [], Distillation.divergence_of
-
-    def counted(self, *given):
-        counts.append(len(self.images))
-        return divergence_of(self, *given)
-
-    monkeypatch.setattr(commands, "MUCH", 0.0)
-    monkeypatch.setattr(choose_merges, "_FEW", 1)
-    monkeypatch.setattr(Distillation, "divergence_of", counted)
-    prune(model, tmp_path / "slim.safetensors", "80%")
-    assert counts[-1] == 1
-    assert counts[-2] > 1  # of the slim model itself
-
-
-@pytest.fixture
-def tried(monkeypatch):
-    """What was measured of merges alone: divergences, and the FLOPs of the models."""
-    found = []
-
-    def measured(job, budget, calibration):
-        flops = []
-        own = choose_merges.set_merged
-
-        def counted(copied, schedule):
-            own(copied, schedule)
-            flops.append(measure_flops(copied, job.input_size))
-
-        with monkeypatch.context() as within:
-            within.setattr(choose_merges, "set_merged", counted)
-            found.append((choose_merges.divergence_by_merging(job, budget, calibration), flops, budget))
-
-    monkeypatch.setattr(commands, "MUCH", 0.0)
-    monkeypatch.setattr(commands, "divergence_by_merging", measured)
-    return found
-
-
-def test_what_is_said_was_measured_at_about_the_budget(model, tmp_path, tried):
-    prune(model, tmp_path / "slim.safetensors", "70%")
-    ((divergence, (flops,), budget),) = tried
-    assert divergence > 0
-    assert 0.8 * budget < flops < 1.05 * budget
-
-
-def test_nothing_is_said_of_tokens_where_parameters_count(model, tmp_path, tried):
-    prune(model, tmp_path / "slim.safetensors", "80%", params="70%")
-    prune(model, tmp_path / "small.safetensors", None, size="70%")
-    assert tried == []
-
-
-@pytest.mark.slow
-def test_nothing_is_said_where_tokens_cannot_be_merged(model, tmp_path, tried):
-    """Not enough of them, or not by this model, or it merges already; features have no divergence in nats."""
-    prune(model, tmp_path / "deep.safetensors", "42%")
-    args = {"window_size": 4, "depths": (1, 1), "embed_dim": 24}
-    swin = build(ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, **args}))
-    options = {"flops": "80%", "calibration_images": 8, "effort": "fast", "latency": False}
-    mhacut.prune(swin, output=tmp_path / "swin.safetensors", model_args=args, **options)
-    merged = prune(model, tmp_path / "merged.safetensors", "70%", scope="attention+mlp+tokens")
-    mhacut.prune(merged.output, output=tmp_path / "again.safetensors", **options)
-    assert [divergence for divergence, *_ in tried] == [None, None, None]
-    headless = build(ModelCase(VIT.architecture, {**ARGS, "num_classes": 0}))
-    prune(headless, tmp_path / "headless.safetensors", "80%")
-    assert len(tried) == 3
+def test_merging_alone_is_measured_at_about_the_budget_where_it_is_possible(model):
+    job = job_of(model, image(VIT, batch=8), counted=True)
+    calibration, dense = job.calibrate(), job.table.dense
+    assert divergence_by_merging(job, int(0.7 * dense), calibration) > 0
+    assert divergence_by_merging(job, int(0.7 * dense), replace(calibration, held=0)) is None
+    assert divergence_by_merging(job, int(0.4 * dense), calibration) is None  # so many cannot be merged
+    assert divergence_by_merging(replace(job, merged=(1, 0, 0)), int(0.7 * dense), calibration) is None
+    args = {"img_size": 64, "window_size": 4, "depths": (1, 1), "embed_dim": 24}
+    swin = ModelCase("swin_tiny_patch4_window7_224", args)
+    job = job_of(build(swin), image(swin, batch=8), counted=True)
+    assert divergence_by_merging(job, int(0.7 * job.table.dense), job.calibrate()) is None
 
 
 def test_a_vit_of_one_block_is_refused(tmp_path):

@@ -24,7 +24,6 @@ from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import FLOOR, SHRINKAGE, Preserved, Whitening
-from mhacut.report.history import step
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import channel_dims, find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
@@ -121,14 +120,6 @@ def test_the_divergence_of_features_does_not_depend_on_batches(classes):
         assert judge.divergence_of(other) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_channel_that_never_varies_has_a_finite_weight():
-    rows = torch.randn(50, 4, dtype=torch.float64)
-    rows[:, 2] = 3.0
-    whitening = Whitening.of(Moments.of(rows))
-    assert torch.isfinite(whitening.matrix).all()
-    assert torch.isfinite(Whitening.of(Moments.of(torch.ones(9, 3))).matrix).all()
-
-
 def test_whitened_features_of_any_scale_are_the_same():
     rows = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 7
     scale = torch.tensor([0.1, 1, 5, 10, 2], dtype=torch.float64)
@@ -137,23 +128,6 @@ def test_whitened_features_of_any_scale_are_the_same():
     distance = (plain(a) - plain(b)).square().sum(-1)
     assert torch.allclose((scaled(a * scale) - scaled(b * scale)).square().sum(-1), distance, rtol=1e-3)
     assert torch.allclose(plain(rows).mean(0), torch.zeros(5).double(), atol=1e-5)
-
-
-@pytest.mark.parametrize("what", ["tokens", "blocks.0,blocks.1"])
-def test_gradients_of_the_divergence_are_differences(what):
-    model = build(VIT, dtype=torch.float64)
-    x = image(VIT, batch=3, dtype=torch.float64)
-    preserved = preserved_of(model, what, x)
-    other = build(VIT, dtype=torch.float64, seed=1).requires_grad_(False)
-    dense = preserved.outputs(model, x).detach()
-    weight = other.blocks[0].mlp.fc2.weight.requires_grad_(True)
-    (gradient,) = torch.autograd.grad(preserved.divergence(preserved.outputs(other, x), dense), weight)
-    move = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    values = []
-    for size in (1e-5, -1e-5):
-        moved = {"blocks.0.mlp.fc2.weight": weight.detach() + size * move}
-        values.append(float(preserved.divergence(preserved.outputs(other, x, moved), dense)))
-    assert float((gradient * move).sum()) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
 
 
 @torch.no_grad()
@@ -235,12 +209,6 @@ def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path)
     asked, _ = pruned(build(VIT), tmp_path, ARGS, preserve="tokens", overwrite=True)
     same = load_file(result.output), load_file(asked.output)
     assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
-
-
-def test_pooled_features_can_be_preserved_instead(tmp_path):
-    result, messages = pruned(build(VIT), tmp_path, ARGS, preserve="pooled")
-    assert (result.divergence_of, result.preserved["what"]) == ("features", "pooled")
-    assert not any("preserving" in each for each in messages)
 
 
 SIGLIP = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "num_classes": 0})
@@ -383,22 +351,6 @@ def test_a_token_tells_channels_where_rounded_sizes_do_not():
     assert channel_dims(model, model, [layer, layer], torch.rand(1, 2, 8, 16)) == [1, -1]
 
 
-@torch.no_grad()
-def test_windows_of_as_many_tokens_as_channels_are_not_taken_for_rows():
-    nest = CASES["nest.Attention"]
-    model, x = build(nest), image(nest, batch=1)
-    names = [f"levels.{level}{within}" for level in range(3) for within in ("", ".transformer_encoder.0")]
-    dims = find_layers(model, names, find_prunable_layers(model), x).channel_dims
-    assert dims == (1, -1) * 3
-
-
-def test_outputs_of_layers_are_read_without_a_trace():
-    model, x = build(VIT), image(VIT, batch=1)
-    names = ["blocks.0", "blocks.1"]
-    find_layers(model, names, find_prunable_layers(model), x)
-    assert not any(module._forward_hooks for module in model.modules())
-
-
 def test_what_a_model_does_not_give_is_refused(tmp_path):
     with pytest.raises(
         UnsupportedModelError, match=re.escape("preserve='answers': the model has no classifier")
@@ -422,22 +374,3 @@ def test_pyramids_can_be_pruned(tmp_path, case, args, what):
     result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)
     assert result.preserved["what"] == what
     assert result.slim.flops <= 0.8 * result.dense.flops
-
-
-def test_the_history_in_words_says_what_was_preserved(tmp_path):
-    dense = {
-        "command": "prune",
-        "flops_before": 2e9,
-        "flops_after": 1e9,
-        "budget": 1e9,
-        "seed": 0,
-        "data": "x",
-    }
-    assert "preserving" not in step(dense)
-    assert "), preserving tokens, seed 0" in step({**dense, "preserved": {"what": "tokens"}})
-    layers = {"what": "layers", "layers": ["blocks.0", "\x1b[31mblocks.1"]}
-    shown = step({**dense, "preserved": layers})
-    assert ", preserving blocks.0, " in shown
-    assert "\x1b" not in shown
-    assert "preserving ?" in step({**dense, "preserved": {}})
-    assert "preserving" not in step({**dense, "preserved": "tokens"})

@@ -9,22 +9,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.models import SMALL, ModelCase, build, image, relative
+from helpers.models import build, image, relative
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.reconstruction import output_error, refit_logits
-from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.repair import repair
-from mhacut.pruning.unit_moments import block_diagonal, rotated
-from mhacut.surgery.channels import effective_output_weights, rotate
+from mhacut.pruning.unit_moments import rotated
+from mhacut.surgery.channels import rotate
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import CASES, VITS
 
-WIDE = ModelCase("vit_tiny_patch16_224", SMALL)
 """Heads of 64 channels."""
 each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 few = settings(max_examples=25, deadline=None)
@@ -101,17 +97,6 @@ def test_a_bias_in_front_of_a_batch_norm_is_turned_with_it(name):
             turned += 1
     assert turned
     assert relative(model(x), expected) < 1e-8
-
-
-def test_what_acts_on_single_channels_is_not_rotated():
-    rotatable = {}
-    for name, case in VITS.items():
-        units = find_prunable_layers(build(case)).units()
-        rotatable[name] = {unit.kind for unit in units if unit.mixing == "rotate"}
-    assert rotatable["plain"] == {"qk", "v"}
-    assert rotatable["normalised"] == {"v"}
-    assert rotatable["norms within"] == {"qk"}
-    assert not any("hidden" in kinds for kinds in rotatable.values())
 
 
 @each_case
@@ -201,18 +186,6 @@ def test_the_first_output_channels_leave_the_tail_of_the_singular_values(seed, w
         assert output_error(second, kept, columns, None) >= tail * (1 - 1e-6) - rounding
 
 
-def test_every_head_has_a_basis_of_its_own():
-    x, columns = rows(3, 60, 4, seed=0), noise(5, 3, 4, seed=1)
-    together = output_basis(energy(x), columns)
-    for head in range(3):
-        alone = output_basis(energy(x)[head : head + 1], columns[:, head : head + 1])
-        assert torch.allclose(together[head], alone[0])
-    logits = logit_basis(energy(x), energy(x).flip(0))
-    for head in range(3):
-        alone = logit_basis(energy(x)[head : head + 1], energy(x)[2 - head : 3 - head])
-        assert torch.allclose(logits[head], alone[0])
-
-
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank):
     x = rows(2, 40, rank, seed=0) @ noise(2, rank, 5, seed=2) if rank else torch.zeros(2, 40, 5).double()
@@ -232,36 +205,3 @@ def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank
 
 
 # --- in whole models ---
-
-
-@pytest.mark.parametrize("kind", ["qk", "v"])
-def test_principal_channels_are_nearer_to_the_dense_model_than_channels(kind):
-    case = WIDE
-    model, images = build(case).requires_grad_(False), image(case, batch=24)
-    prunable = find_prunable_layers(model)
-    moments, dense = calibrate(model, prunable, images, batch_size=8).moments, model(images)
-    far = {}
-    for basis in ("channel", "principal"):
-        slim = copy.deepcopy(model)
-        candidates = {
-            unit.key: find_candidates(
-                model.get_submodule(unit.layer), unit, moments[unit.key], 16, SearchOptions(basis=basis)
-            )
-            for unit in prunable.units([kind])
-        }
-        assert all(len(candidate) == 1 and candidate[0].basis == basis for candidate in candidates.values())
-        plan = Plan(tuple(candidate[0].plan(16) for candidate in candidates.values()))
-        report = repair(slim, prunable, plan, moments, candidates=candidates)
-        assert {unit.plan.basis for unit in report.values()} == {basis}
-        cut(slim, Plan(tuple(unit.plan for unit in report.values())))
-        far[basis] = float((slim(images) - dense).norm())
-    assert far["principal"] < 0.95 * far["channel"]
-
-
-def test_what_reads_turned_channels_is_turned_too():
-    model = build(WIDE, dtype=torch.float64)
-    unit = find_prunable_layers(model).unit(("blocks.0.attn", "v"))
-    module, basis = model.blocks[0].attn, noise(3, 64, 64, seed=0)
-    before = effective_output_weights(module, unit).clone()
-    rotate(module, unit, basis)
-    assert relative(effective_output_weights(module, unit), before @ block_diagonal(basis).mT) < 1e-10

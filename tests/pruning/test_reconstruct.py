@@ -88,13 +88,6 @@ def test_what_is_cut_computes_what_was_reconstructed(case, basis, repair):
     assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
-@pytest.mark.parametrize("basis", ["channel", "principal"])
-@pytest.mark.parametrize("repair", [True, False])
-def test_at_full_width_nothing_changes(basis, repair):
-    bench = Bench(TINY, basis, share=1.0)
-    assert relative(bench.slim(repair=repair)(bench.images), bench.model(bench.images)) < 1e-9
-
-
 def test_with_both_bases_every_unit_takes_that_which_leaves_less_on_held_out_images():
     both, left = Bench(TINY, "auto", images=24), {}
     ready = both.reconstructed()
@@ -147,12 +140,6 @@ def test_scales_that_help_are_merged(bench):
         name: tensor.shape for name, tensor in before.items()
     }
     assert reporter.steps == [(step + 1, 40) for step in range(40)]
-
-
-def test_scales_of_no_steps_change_nothing(bench):
-    slim = bench.slim(repair=True).requires_grad_(False)
-    scaled = with_scales(slim, bench.distillation(bench.model), steps=0)
-    assert relative(scaled(bench.images), slim(bench.images)) < 1e-5
 
 
 def test_merged_scales_keep_the_softmax_temperature(bench):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhacut.linalg.pca import effective_rank, logit_basis, logit_energies, output_basis, output_energies
+from mhacut.linalg.pca import effective_rank, logit_energies, output_energies
 
 HEADS, WIDTH, ROWS, OUT = 3, 6, 40, 10
 
@@ -34,24 +34,6 @@ def test_energies_of_outputs_are_squared_singular_values_of_what_a_head_adds():
     for head in range(HEADS):
         expected = torch.linalg.svdvals(x[head] @ columns[:, head].T)[:WIDTH].square()
         torch.testing.assert_close(found[head], expected, rtol=1e-8, atol=1e-8 * float(expected[0]))
-
-
-def test_the_tail_is_what_a_repaired_cut_in_the_principal_basis_loses():
-    q, k, x = rows(4), rows(5), rows(6)
-    columns = torch.randn(OUT, HEADS, WIDTH, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
-    basis = logit_basis(q.mT @ q, k.mT @ k)
-    turned, opposite = q @ basis.mT, k @ torch.linalg.inv(basis)
-    turn = output_basis(x.mT @ x, columns)
-    energies, added = logit_energies(q.mT @ q, k.mT @ k), output_energies(x.mT @ x, columns)
-    for width in range(1, WIDTH):
-        lost = q @ k.mT - turned[..., :width] @ opposite[..., :width].mT
-        torch.testing.assert_close(
-            lost.square().sum((1, 2)), energies[:, width:].sum(1), rtol=1e-6, atol=1e-9
-        )
-        outputs, few = torch.einsum("hnd,ohd->hno", x, columns), x @ turn[:, :width].mT
-        refitted = few @ torch.linalg.lstsq(few, outputs).solution
-        left = (outputs - refitted).square().sum((1, 2))
-        torch.testing.assert_close(left, added[:, width:].sum(1), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.9, 0.99, 0.9999])

@@ -58,12 +58,6 @@ def test_a_repeated_channel_is_redundant_whatever_its_sign_and_size():
     assert redundancy(cosine_similarity(torch.ones(2, 1, 1))).tolist() == [[0.0], [0.0]]
 
 
-def test_similarity_weights_average_one_and_favour_the_distinct():
-    weight = similarity_weight(torch.tensor([[0.1, 0.5, 0.9], [1.0, 1.0, 1.0]]))
-    assert torch.allclose(weight.mean(-1), torch.ones(2))
-    assert weight[0].tolist() == sorted(weight[0].tolist(), reverse=True)
-
-
 def test_logit_energy_is_what_the_logits_lose():
     q, k = noise(3, 2, 6, 4, seed=1), noise(3, 2, 6, 4, seed=2)
     energy = logit_energy(q, k)
@@ -101,12 +95,6 @@ def test_every_score_starts_above_the_threshold(seed, heads, channels):
         assert (start * weight > THRESHOLD).all()
 
 
-def test_channels_that_matter_more_start_higher():
-    difference = torch.tensor([[1.0, 4.0, 2.0, 8.0]], dtype=torch.float64)
-    start = initial_indicator(difference, (1, 4), torch.ones(1, 4, dtype=torch.float64))
-    assert start[0].argsort().tolist() == [0, 2, 1, 3]
-
-
 @given(data=st.data(), heads=st.integers(1, 4), channels=st.integers(1, 8))
 @settings(deadline=None)
 def test_adjusted_scores_keep_exactly_the_width_in_every_head(data, heads, channels):
@@ -133,8 +121,3 @@ def test_gradients_pass_masks_and_adjustment_as_through_the_identity():
     factor = torch.tensor([[1.0, -2.0, 3.0, 5.0]])
     (straight_through_mask(adjust_scores(score, 1)) * factor).sum().backward()
     assert torch.equal(score.grad, factor)
-
-
-def test_nan_scores_are_refused_not_kept():
-    with pytest.raises(ValueError, match="finite"):
-        top_channels(torch.tensor([[0.1, float("nan")]]), 1)

@@ -7,8 +7,6 @@ import timm
 import torch
 
 from helpers.models import build
-from mhacut.inspection.layers import describe_heads
-from mhacut.pruning.paper.statistics import cosine_similarity, redundancy
 from mhacut.pruning.unit_moments import white_moments
 from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
@@ -63,24 +61,3 @@ def test_convolutions_of_single_pixels_are_linear_layers(name):
     for size in ((1, 3), (3, 1), (3, 3)):
         convolution.kernel_size = size
         assert white_moments(module, unit) is None
-
-
-def test_redundancy_of_white_inputs(attention):
-    module, units = attention
-    torch.manual_seed(1)
-    _, _, v = sampled(module)
-    expected = redundancy(cosine_similarity(v.mT @ v))
-    torch.testing.assert_close(white_moments(module, units["v"])[1], expected)
-
-
-@pytest.mark.parametrize("kind", ["qk", "v"])
-def test_findings_of_white_inputs(attention, kind):
-    module, units = attention
-    unit = units[kind]
-    moments, similarity = white_moments(module, unit)
-    with torch.no_grad():
-        found = describe_heads(module, unit, moments, similarity)
-    assert len(found) == HEADS
-    for head, described in enumerate(found):
-        assert described.similarity == pytest.approx(float(similarity[head].mean()))
-        assert 1 <= described.rank90 <= described.rank99 <= unit.width
