@@ -101,7 +101,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         opened,
         shapes_only=options.shapes,
         evidence=evidence,
-        preprocessing=options.preprocessing,
+        preprocessing=options,
         progress=reporter.advance,
     )
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
@@ -116,9 +116,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     """Open the checkpoint; its weights are read only where the model is going to be run."""
-    return open_from_options(
-        options, reporter, preprocessing=options.preprocessing, weights=options.sees_images
-    )
+    return open_from_options(options, reporter, preprocessing=options, weights=options.sees_images)
 
 
 def _wanted(names: list[str], pattern: str | None) -> list[str]:
@@ -136,7 +134,7 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
 
 def _images(options: InspectOptions, opened: Checkpoint) -> CalibrationImages:
     return calibration_images(
-        resolve_preprocessing(opened, options.preprocessing),
+        resolve_preprocessing(opened, options),
         DataOptions(data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split),
         count=options.images_wanted,
         seed=options.seed,

@@ -124,7 +124,7 @@ class Preprocessing:
         except (TypeError, ValueError) as error:  # the record may come from an untrusted file
             raise DataError(f"preprocessing: {error}") from None
         except DataError as error:
-            given = overrides.changed()
+            given = sorted(overrides.given)
             if given:
                 raise UsageError(f"{error} ({', '.join(map(option_name, given))})") from None
             raise

@@ -226,16 +226,14 @@ def _times(
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
     """Return batches to look for outliers on, batches to compare on, and a description of the latter."""
     size = options.fixed_batch or _BATCH
-    if not options.data.has_images:
+    if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
         noise = list(fixed_images(count, preprocessing.input_size).split(size))
         about = f"{count} images of noise, which say little about real ones; give {option_name('data_dir')}"
         return noise, noise, about
-    data = DataOptions(
-        data_dir=options.data.data_dir, dataset=options.data.dataset, train_split=options.data.train_split
-    )
+    data = DataOptions(data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split)
     chosen: CalibrationImages = calibration_images(
-        preprocessing, data, count=options.data.calibration_images, seed=_SEED, use_labels=False
+        preprocessing, data, count=options.calibration_images, seed=_SEED, use_labels=False
     )
     held_out = max(round(_HELD_OUT * len(chosen.images)), 1)
     searched, compared = (
@@ -255,7 +253,7 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
     kl = result.agreement.kl
     off = f"cosine {result.agreement.cosine:.3f}" if kl is None else f"KL divergence {kl:.3g} nats"
     ways = []
-    if not options.data.has_images:
+    if not options.has_images:
         ways.append(f"compare on images ({option_name('data_dir')}): noise is no fair test")
     if not result.reduce_range:
         ways.append(f"{option_name('reduce_range', True)} if this CPU has no VNNI")

@@ -109,7 +109,3 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(ExportKeywords, CheckpointOptions):
     """Options of ``mhacut export``."""
-
-    @property
-    def data(self) -> QuantizationImages:
-        return self.only(QuantizationImages)

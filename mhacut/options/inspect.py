@@ -80,7 +80,3 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(InspectKeywords, CheckpointOptions):
     """Options of ``mhacut inspect``."""
-
-    @property
-    def preprocessing(self) -> PreprocessingOptions:
-        return self.only(PreprocessingOptions)

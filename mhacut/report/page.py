@@ -78,7 +78,7 @@ def write_report(
     """
     assert options.report is not None
     assert pruned.record is not None
-    batch_size = options.search.batch_size
+    batch_size = options.batch_size
     used, data = images.images[:INSPECTED_IMAGES], images.description
     if len(used) < len(images.images):
         data = f"the first {len(used)} of {data}"
@@ -127,9 +127,7 @@ def write_overview(
         OutputError: the page cannot be written.
     """
     assert options.report is not None
-    inspection = inspect_model(
-        dense, shapes_only=True, preprocessing=options.preprocessing, prunable=prunable
-    )
+    inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
     contents = Contents(inspection, summary(inspection), inspection.layers, choices=tuple(choices))
     return write_page(options.report, contents, options.overwrite, dense.path)
