@@ -1,4 +1,4 @@
-"""Directory of a run: its files, each of them replaced as a whole, and the options that it began with.
+"""Directory of a run: its files, each replaced in one step, and the options that it began with.
 
 ``args.yaml`` holds the options, ``last.safetensors`` and ``best.safetensors`` are slim files, a run is
 resumed from ``state.pt``, and ``summary.csv`` has a line per epoch.
@@ -187,8 +187,8 @@ class RunFolder:
         version = state.get("version") if isinstance(state, dict) else None
         if not is_int(version) or version != _STATE_VERSION:
             raise self.not_resumable("is not a state of a run of this version of mhacut")
-        found: dict[str, Any] = state
-        return found
+        checked: dict[str, Any] = state
+        return checked
 
     def not_resumable(self, why: str) -> CheckpointError:
         """Return the error of a run whose state ``why`` it cannot be resumed from, with what to do."""
@@ -242,9 +242,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         )
     output = given.pop("output", None)
     if output is not None and os.path.realpath(output) != os.path.realpath(folder):
-        raise UsageError(
-            f"{option_name('output', output)}: a resumed run writes to its own directory, {folder}"
-        )
+        raise UsageError(f"{option_name('output', output)}: a resumed run writes to {folder}, which holds it")
     try:
         began = read_config(Path(folder) / ARGUMENTS, FinetuneOptions.options(), f"{folder}/{ARGUMENTS}")
     except OSError as error:

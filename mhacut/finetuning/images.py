@@ -31,7 +31,7 @@ _TRIES = 10
 """Largest number of images that are tried for one place in a batch, the intended one included."""
 
 Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
-"""Image (None if no readable one was found), its label (-1 without), and the unreadable images tried."""
+"""Image (None if none of those tried could be read), its label (-1 without), and the unreadable ones."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +183,7 @@ class _Seeded(Dataset[Drawn]):
         unreadable: list[Unreadable] = []
         for attempt in range(min(_TRIES, self.count)):
             at = (index + attempt) % self.count
+            # timm's transforms draw from all three generators, which belong to whichever process reads.
             seed_everything(mixed_seed(self.seed, epoch, at))
             image, label = self.samples[at]
             if not isinstance(image, Unreadable):
@@ -237,6 +238,8 @@ class StepBatches:
         True
         """
         epoch, batch = self.of_step(step)
+        # Parts of even size mirror each other around the middle of the batch, as mixup's pairs do; a middle
+        # image would be its own partner, so that odd parts are cut one after the other and are not mixed.
         if self.batch_size % 2:
             chosen = batch[number * self.batch_size : (number + 1) * self.batch_size]
         else:
@@ -294,7 +297,7 @@ def training_loader(
 
 
 def _stack(drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    found = [image for image, _, _ in drawn if image is not None]
-    images = torch.stack(found) if found else torch.empty(0)
+    readable = [image for image, _, _ in drawn if image is not None]
+    images = torch.stack(readable) if readable else torch.empty(0)
     unreadable = [bad for _, _, several in drawn for bad in several]
     return images, torch.tensor([label for _, label, _ in drawn], dtype=torch.int64), unreadable

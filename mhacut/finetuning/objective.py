@@ -161,6 +161,7 @@ class Objective:
         outputs = outputs.float()
         loss = outputs.new_zeros(())
         if teacher_targets is not None:
+            # The gradient of outputs that are softened by t falls with 1 / t^2, which the factor undoes.
             t = self.temperature
             loss = loss + t * t * self.divergence(outputs / t, teacher_targets.float() / t)
         if labels is not None and self.label_weight > 0:
@@ -189,13 +190,13 @@ def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
         outputs: [B, ...].
         teacher: [B, ...].
     """
-    error = (outputs - teacher).flatten(1).square().mean(1)
+    error = (outputs - teacher).flatten(1).square().mean(1)  # [B]
     values = teacher.flatten(1)
     return (error / values.var(1).clamp_min(1e-12) if values.shape[1] > 1 else error).mean()
 
 
 class Mixing:
-    """timm's mixup and cutmix, drawn once per step, so that all parts of a step are mixed alike."""
+    """timm's mixup and cutmix, drawn once per step, with the same draw for all parts of a step."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
@@ -303,11 +304,11 @@ def _read_teacher(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
 @torch.no_grad()
 def _check_fits(teacher: Checkpoint, classes: int, size: tuple[int, ...]) -> None:
     """Raise a :class:`CheckpointError` if the teacher has other classes, or fails on images of this size."""
-    found = classifier_size(teacher.model)
-    if found != classes:
+    teacher_classes = classifier_size(teacher.model)
+    if teacher_classes != classes:
         raise CheckpointError(
-            f"{option_name('teacher', teacher.source)}: has {found} classes, the slim model {classes}; give "
-            "a teacher of the same classes"
+            f"{option_name('teacher', teacher.source)}: has {teacher_classes} classes, the slim model "
+            f"{classes}; give a teacher of the same classes"
         )
     try:
         teacher.model(torch.zeros(1, *size))

@@ -86,6 +86,7 @@ class Run:
             part = evaluate(model, self.validation, device=self.processes.device, progress=self._measured)
         if self.processes.size == 1:
             return part
+        # Accuracies are percentages of this process's images: add up what was right, not the percentages.
         shares = [part.top1 / 100, (part.top5 or 0.0) / 100, part.loss or 0.0, 1.0]
         top1, top5, loss, images = self.processes.total([share * part.images for share in shares])
         return Evaluation(
@@ -182,9 +183,9 @@ def _read_slim(options: FinetuneOptions) -> Checkpoint:
 def _training_images(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> TrainingImages:
     has_teacher = options.teacher is not None
     if classes < 2 and not has_teacher:
-        found = "has no classifier" if classes == 0 else "has a single output"
+        head = "no classifier" if classes == 0 else "a single output"
         raise UsageError(
-            f"{options.checkpoint}: {found}, so labels teach it nothing; give a {option_name('teacher')}"
+            f"{options.checkpoint}: has {head}, so labels teach it nothing; give a {option_name('teacher')}"
         )
     return training_images(
         options,
@@ -228,9 +229,7 @@ def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Re
     if processes.device.type == "cuda":
         shared: nn.Module = convert_sync_batchnorm(model)
         return shared
-    reporter.log(
-        "batch norms use only the images of their own process: processes on CPUs cannot share statistics"
-    )
+    reporter.log("batch norms use the images of one process each: processes on CPUs cannot share statistics")
     return model
 
 

@@ -57,7 +57,7 @@ class Trainer:
             steps_per_epoch: number of steps per epoch, in which ``options`` count.
 
         Raises:
-            UsageError: timm has no such optimiser, warm-up takes the whole run, or the model lacks something
+            UsageError: timm has no such optimiser, warm-up takes all steps, or the model lacks something
                 that ``options`` ask for.
         """
         self.model, self.objective, self.mixing = model, objective, mixing
@@ -133,6 +133,7 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None:
+            # The step sets the decay of the warm-up: it must not begin again in a resumed run.
             self.average.update(self.model, step=number + 1)
         return float(torch.stack(losses).sum()), images
 
@@ -145,7 +146,7 @@ class Trainer:
     def _loss(self, number: int, batch: Batch) -> Tensor:
         moved = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True) if self.labelled else None
-        # One draw per step, so that its parts are mixed alike in every process.
+        # One draw per step, so that its parts are mixed in the same way in every process.
         seed = mixed_seed(self.options.seed, _MIXING_STREAM, number)
         moved, labels = self.mixing(moved, labels, seed)
         if self.options.channels_last:
@@ -176,7 +177,7 @@ class Trainer:
         """Load the result of :meth:`state_dict` of a run with the same options.
 
         Raises:
-            Exception: it does not fit; torch and each optimiser have errors of their own.
+            Exception: it does not fit; torch and each optimiser raise different errors.
         """
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
@@ -253,7 +254,7 @@ def _schedule(
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
-        raise UsageError(f"{asked}: is {warmup} steps, but the whole run has {total_steps}")
+        raise UsageError(f"{asked}: is {warmup} steps, but the run has {total_steps}")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,

@@ -158,7 +158,7 @@ def test_a_resumed_run_writes_to_its_own_directory_whatever_its_name(finished, f
         result = cli(*arguments, *more)
         assert (result.exit_code, "nothing left to train" in result.stderr) == (0, True), result.stderr
     for more, message in (
-        (["-o", "other"], "--output other: a resumed run writes to its own directory, run"),
+        (["-o", "other"], "--output other: a resumed run writes to run, which holds it"),
         (["--overwrite"], "--overwrite: would replace the run that --resume run continues"),
     ):
         assert message in refusal(finished, *arguments, *more, code=2)
