@@ -64,8 +64,8 @@ def option_name(name: str, *value: object) -> str:
     ('round_to', 'round_to=8', 'labels=False')
 
     Args:
-        name: of the option, as in Python.
-        value: at most one.
+        name: name of the option, as in Python.
+        value: its value; at most one.
     """
     return _write(name, *value)
 

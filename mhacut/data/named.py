@@ -47,7 +47,7 @@ class NamedImages(Dataset[Sample]):
 
         Args:
             name: name of the dataset, for messages.
-            opened: the dataset.
+            opened: dataset of timm's or torchvision's.
             preprocessing: preprocessing of the model.
             transform: transform in place of the one for evaluation.
         """

@@ -31,9 +31,9 @@ def synthetic_images(
     Args:
         count: number of images.
         input_size: [C, H, W].
-        mean: per channel, subtracted from pixels in 0..1.
-        std: per channel.
-        seed: of the shapes.
+        mean: mean per channel, subtracted from pixels in 0..1.
+        std: standard deviation per channel.
+        seed: seed of the shapes.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.stack([_leaves(input_size, generator) for _ in range(count)])

@@ -95,8 +95,8 @@ def evaluate(
     Args:
         model: images [B, C, H, W] to logits [B, classes]; moved to ``device``.
         loader: batches of (images, labels [B]).
-        device: to compute on.
-        amp: bfloat16 autocast.
+        device: device to compute on.
+        amp: whether to compute in bfloat16 where autocast does.
         progress: called after each batch with (batches done, batches in all; 0 if the loader does not say).
         right: receives, for each image in turn, whether its label is the model's first answer.
 
