@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 import timm
 import torch
 
-from helpers.benchmarks import DIGITS, SMALL_VIT, paint, script, small_vit, task_of
-from helpers.files import save_dense
+from helpers.benchmarks import DIGITS, small_vit, task_of
 
 
 def reread(slim, tmp_path: Path, dense, temperature: str) -> torch.nn.Module:
@@ -53,110 +51,11 @@ def test_scores_equal_their_definition(scores) -> None:
     assert scores.score(reference, reference, labels)["kl"] == 0
 
 
-def test_halves_are_scored_beside_the_whole(scores, compare_table) -> None:
-    torch.manual_seed(0)
-    reference, logits, labels = torch.randn(9, 4), torch.randn(9, 4), torch.arange(9) % 4
-    row = {**scores.scores_of(reference, logits, labels), "title": "x", "ratio": 0.5, "cpu_s": 3.0}
-    assert scores.of_half(row, "all") == row
-    odd = scores.of_half(row, "odd")
-    places = torch.tensor([1, 3, 5, 7])
-    expected = scores.score(reference[places], logits[places], labels[places])
-    assert {name: odd[name] for name in expected} == expected
-    assert scores.of_half(row, "even")["images"] == 5
-    line = compare_table.as_markdown([{**odd, "latency_ratio": 0.7}]).splitlines()[-1]
-    scores = f"{odd['top1']:.2f} | {odd['agreement']:.2f} | {odd['kl']:.4f}"
-    assert line == f"| x | 50.0 % | {scores} | 0.70 | 3 |"
-
-
-def test_a_subject_stands_for_its_flags(compare, capsys) -> None:
-    from subjects import SUBJECTS, complete
-
-    parser = compare.build_parser()
-    asked = parser.parse_args(["--subject", "cifar", "--root", "data", "--mean", "0,0,0"])
-    complete(parser, asked)
-    assert (asked.checkpoint, asked.data_dir) == ("data/vit_tiny_d6_cifar10.safetensors", "data/cifar10")
-    assert asked.model_arg == list(SUBJECTS["cifar"].model_args)
-    assert (asked.mean, asked.std) == ("0,0,0", SUBJECTS["cifar"].std)  # a flag that was given wins
-    bare = parser.parse_args(["--data-dir", "d"])
-    with pytest.raises(SystemExit):
-        complete(parser, bare)
-    assert "--subject" in capsys.readouterr().err
-
-
 def make_setup(checkpoint: Path, **other: Any) -> Any:
     from setups import Setup
 
     about = {"model": None, "model_args": (), "data_dir": "d", "mean": None, "std": None}
     return Setup(**{"checkpoint": str(checkpoint), **about, "calibration_images": 8, "seed": 1, **other})
-
-
-def make_row(method: str, keep: float | None, top1: float, **kls: float) -> dict[str, Any]:
-    from compare_table import filled_row
-    from methods import METHODS
-    from process import Process
-    from scores import best_of
-
-    found = {
-        "flops": 500,
-        "scores": {
-            name: {"top1": top1, "agreement": 50.0, "kl": kl, "images": 9}
-            for name, kl in (kls or {"own": 0.5}).items()
-        },
-        "best": best_of({name: {"kl": kl} for name, kl in (kls or {"own": 0.5}).items()}),
-        "checks": {},
-    }
-    process = Process(wall_s=1.0, cpu_s=2.0, peak_mib=3.0, stdout="")
-    return filled_row(METHODS.get(method), keep, found, 1000, process, {})
-
-
-def test_a_table_is_made_in_parts(compare_table, tmp_path) -> None:
-    checkpoint = tmp_path / "model.safetensors"
-    checkpoint.write_bytes(b"weights")
-    setup, machine, file = make_setup(checkpoint), {"cpu": "one"}, str(tmp_path / "table.json")
-    table = compare_table.Table.open(file, machine, setup)
-    table.put(make_row("vbp", 50.0, 40.0))
-    table.put(make_row("dense", None, 90.0))
-    again = compare_table.Table.open(file, machine, setup)
-    assert again.has("vbp", 50.0)
-    assert not again.has("vbp", 37.5)
-    again.put(make_row("corp", 37.5, 30.0))
-    again.put(make_row("corp", 90.0, 80.0))
-    again.put(make_row("vbp", 50.0, 41.0))  # made anew
-    found = json.loads(Path(file).read_text())["rows"]
-    assert [(row["method"], row["keep"], row["top1"]) for row in found] == [
-        ("dense", None, 90.0),
-        ("corp", 90.0, 80.0),
-        ("corp", 37.5, 30.0),
-        ("vbp", 50.0, 41.0),
-    ]
-
-
-def test_rows_of_other_things_are_not_mixed(compare_table, tmp_path) -> None:
-    checkpoint, file = tmp_path / "model.safetensors", str(tmp_path / "table.json")
-    checkpoint.write_bytes(b"weights")
-    compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint)).write(file)
-    with pytest.raises(SystemExit, match="cpu 'one', this is 'two'"):
-        compare_table.Table.open(file, {"cpu": "two"}, make_setup(checkpoint))
-    with pytest.raises(SystemExit, match="seed 1, this is 2"):
-        compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint, seed=2))
-    checkpoint.write_bytes(b"other")
-    with pytest.raises(SystemExit, match="checkpoint_sha256"):
-        compare_table.Table.open(file, {"cpu": "one"}, make_setup(checkpoint))
-
-
-def test_the_better_temperature_is_reported(compare_table, methods) -> None:
-    row = make_row("tp-l1-uniform", 50.0, 40.0, dense=0.7, kept=0.6)
-    assert (row["temperature"], row["kl"]) == ("kept", 0.6)
-    text = compare_table.as_text([row, compare_table.empty_row(methods.METHODS["vbp"], 12.5, "37.0 % stay")])
-    assert "scored at temperature kept (dense: 40.00 / 0.7000)" in text
-    assert "VBP (own reference) 12.5%: out of reach, 37.0 % stay" in text
-    assert "50.00%" in text
-
-
-def test_rows_of_different_code_are_marked(compare_table) -> None:
-    rows = [make_row("corp", keep, 40.0) for keep in (50.0, 25.0)]
-    assert "states of the code" not in compare_table.as_text(rows)
-    assert "made by 2 states of the code" in compare_table.as_text([rows[0], {**rows[1], "code": "another"}])
 
 
 def test_mhacut_is_run_as_a_user_would(compare, methods, tmp_path) -> None:
@@ -226,34 +125,6 @@ def test_corp_loses_nothing_where_channels_repeat(methods) -> None:
     assert error < 0.02 * without
 
 
-def test_corp_takes_a_vit_without_qkv_bias(methods) -> None:
-    from methods.corp import prune
-
-    task = task_of(small_vit(qkv_bias=False), 0.75)
-    assert prune(task).model(task.images).isfinite().all()
-
-
-def test_the_dense_temperature_is_that_of_dead_channels(methods, tmp_path) -> None:
-    """Channels at zero may go: with the dense temperature nothing changes, with the kept one it does."""
-    from methods.common import Slim, cut_to
-
-    dense = small_vit()
-    for block in dense.blocks:
-        for tensor in (block.attn.qkv.weight, block.attn.qkv.bias):
-            tensor.view(3, 2, 12, -1)[:2, :, 6:] = 0
-    task = task_of(dense, 0.5)
-    kept = {unit.key: torch.arange(6).expand(2, 6) for unit in task.prunable.units(("qk",))}
-    slim = Slim(
-        cut_to(dense, task.prunable, kept, keep_temperature=False), temperatures=("kept", "dense"), checks={}
-    )
-    expected = dense(task.images)
-    same = reread(slim, tmp_path, dense, "dense")(task.images)
-    torch.testing.assert_close(same, expected, rtol=1e-4, atol=1e-5)
-    other = reread(slim, tmp_path, dense, "kept")(task.images)
-    torch.testing.assert_close(other, slim.model(task.images))
-    assert (other - expected).abs().max() > 0.01
-
-
 def merged_slowly(x, keys, sizes, count: int):
     """ToMe's rule for one image, token by token: [N, C], [N, d], [N]."""
     keys = keys / keys.norm(dim=1, keepdim=True)
@@ -318,25 +189,6 @@ def test_tome_meets_the_budget_and_survives_its_file(methods, tmp_path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("temperature", ["dense", "kept"])
-def test_tome_takes_the_rest_of_what_torch_pruning_cuts(methods, tmp_path, temperature) -> None:
-    pytest.importorskip("torch_pruning")
-    from methods.tome import prune
-
-    from mhacut.surgery.flops import measure_flops
-
-    dense = small_vit()
-    channels = {"criterion": "taylor", "spread": "uniform", "share": 0.9}
-    task = task_of(dense, 0.6, channels=channels)
-    slim = prune(task)
-    read = reread(slim, tmp_path, dense, temperature)
-    same = torch.allclose(read(task.images), slim.model(task.images), rtol=1e-4, atol=1e-4)
-    assert same == (temperature == "dense")  # plain attention reads the scale that was left
-    assert measure_flops(read, (3, 16, 16)) / task.table.dense == pytest.approx(0.6, abs=0.03)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spread", ["uniform", "global", "isomorphic"])
 @pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "hessian"])
 def test_torch_pruning_meets_the_budget(criterion, spread, methods, tmp_path) -> None:
@@ -354,25 +206,6 @@ def test_torch_pruning_meets_the_budget(criterion, spread, methods, tmp_path) ->
     read = reread(slim, tmp_path, dense, "dense")
     torch.testing.assert_close(read(images), slim.model(images), rtol=1e-4, atol=1e-4)
     assert measure_flops(read, (3, 32, 32)) / task.table.dense == pytest.approx(0.6, rel=0.005)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_the_hessian_is_summed_over_images(methods) -> None:
-    pytest.importorskip("torch_pruning")
-    from methods.torch_pruning_timm import importance_of
-
-    dense = small_vit().requires_grad_(True)
-    task = task_of(dense, 0.5)
-    images, labels = task.images[:3], task.labels[:3]
-    importance = importance_of("hessian", dense, images, labels)
-    weight = dense.blocks[0].mlp.fc1.weight
-    expected = torch.zeros_like(weight)
-    for image, label in zip(images, labels, strict=True):
-        loss = torch.nn.functional.cross_entropy(dense(image[None]), label[None])
-        expected += torch.autograd.grad(loss, weight)[0] ** 2
-    torch.testing.assert_close(importance._accu_grad[weight], expected)
-    assert importance._counter[weight] == 3
 
 
 @pytest.mark.slow
@@ -401,25 +234,6 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
     assert "mhacut, no data, auto, fast" in capsys.readouterr().out
 
 
-def test_the_setup_is_recorded_without_paths(tmp_path) -> None:
-    (tmp_path / "m.safetensors").write_bytes(b"x")
-    from setups import setup_of
-
-    setup = make_setup(tmp_path / "m.safetensors", data_dir=str(tmp_path / "images"))
-    assert str(tmp_path) not in json.dumps(setup.told())
-    assert setup_of({"setup": json.loads(json.dumps(asdict(setup)))}) == setup
-
-
-def test_an_ablation_that_cannot_begin_says_why_and_ends(tmp_path, capsys) -> None:
-    ablation = script("ablation")
-    flags = ["--merge", str(tmp_path / "rows"), "--checkpoint", "x", "--data-dir", "y"]
-    assert ablation.main([*flags, "--methods", "nosuch"]) == 2
-    assert "nosuch" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="0"):
-        ablation.main(["--help"])
-    assert "ablation-full-no-repair" in capsys.readouterr().out
-
-
 def test_mhacut_knows_the_flags_of_its_rows(methods) -> None:
     import typer
 
@@ -429,70 +243,3 @@ def test_mhacut_knows_the_flags_of_its_rows(methods) -> None:
     known = {flag for option in prune.params for flag in (*option.opts, *option.secondary_opts)}
     rows = [method for method in methods.METHODS.values() if not method.module]
     assert {flag for row in rows for flag in row.options["flags"] if flag.startswith("--")} <= known
-
-
-def test_what_calibrates_alike_does_it_once(methods, tmp_path, monkeypatch) -> None:
-    from methods import shared_calibration
-
-    from mhacut.surgery.find import find_prunable_layers
-
-    calls = []
-    calibrate = shared_calibration._calibrate
-
-    def counting(*args: Any, **about: Any) -> Any:
-        calls.append(about)
-        return calibrate(*args, **about)
-
-    monkeypatch.setattr(shared_calibration, "_calibrate", counting)
-    dense = small_vit()
-    prunable, images = find_prunable_layers(dense), task_of(dense, 0.5).images
-    about = {"batch_size": 8, "fisher": None}
-    first = shared_calibration.SharedCalibration(tmp_path)
-    mine = first(dense, prunable, images, **about)
-    again = shared_calibration.SharedCalibration(tmp_path)
-    found = again(dense, prunable, images, **about)
-    assert (len(calls), first.saved_s) == (1, 0.0)
-    assert again.saved_s > 0
-    for key, moments in mine.moments.items():
-        torch.testing.assert_close(found.moments[key].fit[0].second, moments.fit[0].second)
-    for other in ({"batch_size": 4}, {}):
-        changed = small_vit(qkv_bias=False) if not other else dense
-        again(changed, find_prunable_layers(changed), images, **{**about, **other})
-    assert len(calls) == 3
-
-
-@pytest.mark.slow
-def test_an_ablation_has_a_table_of_all_seeds(forked, tmp_path, capsys) -> None:
-    ablation = script("ablation")
-    forked(ablation.compare)
-    paint(tmp_path / "images", classes=5, per_class=4, size=16)
-    save_dense(small_vit(), tmp_path / "dense.safetensors")
-    flags = f"--checkpoint {tmp_path / 'dense.safetensors'} --model vit_tiny_patch16_224"
-    flags += "".join(f" --model-arg {name}={value}" for name, value in SMALL_VIT.items())
-    flags += f" --data-dir {tmp_path / 'images'} --keep 75 --seeds 1 2"
-    flags += f" --calibration-images 8 --merge {tmp_path / 'rows'} --half odd"
-    flags += " --methods ablation-full-uniform"
-    assert ablation.main(flags.split()) == 0
-    table = capsys.readouterr().out
-    assert "| 75 % | uniform widths |" in table
-    for seed in (1, 2):
-        rows = json.loads((tmp_path / f"rows-{seed}.json").read_text())["rows"]
-        assert [row["method"] for row in rows] == ["dense", "ablation-full-uniform"]
-
-
-def test_of_one_seed_there_is_no_spread() -> None:
-    ablation = script("ablation")
-    row = {"method": "ablation-full", "title": "all", "keep": 50.0, "cpu_s": 9.0}
-    tables = [{"rows": [{**row, "top1": top1, "agreement": 90.0, "kl": 0.5}]} for top1 in (70.0, 72.0)]
-    assert ablation.as_text(tables[:1], ["ablation-full"]).endswith(
-        "| 50 % | all | 70.00 | 90.00 | 0.5000 | 9 |"
-    )
-    assert "| 71.00 ± 1.00 | 90.00 ± 0.00 |" in ablation.as_text(tables, ["ablation-full"])
-
-
-def test_who_lacks_torch_pruning_is_told_before_the_work(monkeypatch, capsys) -> None:
-    compare = script("compare")
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    flags = ["--checkpoint", "x", "--data-dir", "y", "--methods", "corp", "tp-taylor-uniform"]
-    assert compare.main(flags) == 2
-    assert "pip install 'mhacut[bench]'" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""The scripts in examples/ can be imported, and what they compute is what their first lines say."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.benchmarks import script, small_vit
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPTS = [
+    path for folder in ("benchmarks", "coverage", "flatten_cifar") for path in EXAMPLES.glob(f"{folder}/*.py")
+]
+IMPORTED = """
+import pathlib, runpy, sys
+for script in map(pathlib.Path, sys.argv[1:]):
+    sys.path.insert(0, str(script.parent))
+    runpy.run_path(str(script), run_name="imported")
+"""
+
+
+@pytest.mark.slow
+def test_every_script_can_be_imported():
+    subprocess.run([sys.executable, "-c", IMPORTED, *map(str, SCRIPTS)], check=True)
+
+
+def test_errors_of_blocks_are_those_of_a_slow_reference():
+    module, dense = script("block_errors"), small_vit().eval()
+    slim, images = copy.deepcopy(dense), torch.randn(40, 3, 16, 16)
+    with torch.no_grad():
+        slim.blocks[1].mlp.fc2.weight.mul_(1.5)
+    first, second = module.block_errors(dense, slim, images)
+    assert first.relative == 0
+    streams = []
+    for model in (dense, slim):
+        model.blocks[1].register_forward_hook(lambda block, args, output: streams.append(output.double()))
+        with torch.inference_mode():
+            model(images)
+    rows, other = (stream.reshape(-1, stream.shape[-1]) for stream in streams)
+    variance = rows.var(0, correction=0)
+    error = (rows - other).square().mean(0)
+    assert second.relative == pytest.approx(float(error.sum() / variance.sum()), rel=1e-5)
+    assert second.scaled == pytest.approx(float((error / variance).mean()), rel=1e-5)
+
+
+def test_between_two_budgets_the_logarithm_is_read_linearly():
+    at_time = script("time_or_flops").at_time
+    points = [(0.5, 4.0), (0.9, 0.1), (0.7, 1.0)]
+    for share in (0.0, 0.25, 1.0):
+        expected = math.exp((1 - share) * math.log(4.0) + share * math.log(1.0))
+        assert at_time(points, 0.5 + 0.2 * share) == pytest.approx(expected)
+    assert at_time(points, 0.49) is at_time(points, 0.91) is None
+
+
+def test_the_probe_finds_what_is_linear_whatever_the_scale():
+    backbone, generator = script("backbone"), torch.Generator().manual_seed(0)
+    centres = 3 * torch.randn(4, 10, generator=generator)
+    labels = torch.randint(4, (600,), generator=generator)
+    points = centres[labels] + torch.randn(600, 10, generator=generator)
+    fit, val = slice(0, 400), slice(400, 600)
+    accuracy = backbone.probed(points[fit], labels[fit], points[val], labels[val], seed=1)
+    assert accuracy > 95
+    scaled = 100 * points + 5
+    again = backbone.probed(scaled[fit], labels[fit], scaled[val], labels[val], seed=1)
+    assert again == pytest.approx(accuracy, abs=0.6)
+    assert backbone.nearest(points[fit], labels[fit], points[val], labels[val]) > 95
+
+
+def test_augmented_images_are_shifted_or_flipped_ones():
+    train = script("train_cifar_vit")
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    changed = train.augment(train.normalize(images), cutout=0)
+    padded = torch.nn.functional.pad(train.normalize(images), (4, 4, 4, 4))
+    for before, after in zip(padded, changed, strict=True):
+        views = [before[:, y : y + 32, x : x + 32] for y in range(9) for x in range(9)]
+        assert any(torch.equal(after, view) or torch.equal(after, view.flip(-1)) for view in views)
+
+
+def test_scratch_is_the_same_architecture_without_the_weights(tmp_path):
+    finetune = script("finetune")
+    from methods.common import Slim, cut_to, write_slim
+
+    from helpers.benchmarks import task_of
+
+    dense = small_vit()
+    task = task_of(dense, 0.5)
+    kept = {unit.key: torch.arange(20)[None] for unit in task.prunable.units(("hidden",))}
+    slim = Slim(cut_to(dense, task.prunable, kept, keep_temperature=True), ("own",), {})
+    write_slim(str(tmp_path / "corp-50.safetensors"), slim.model, slim.temperatures)
+    pruned, scratch = (
+        finetune.slim_model(dense, tmp_path, finetune.Run("corp", 50.0, start, False, 3, 0))
+        for start in ("pruned", "scratch")
+    )
+    for (name, one), other in zip(pruned.state_dict().items(), scratch.state_dict().values(), strict=True):
+        assert one.shape == other.shape
+        assert not torch.equal(one, other), name
