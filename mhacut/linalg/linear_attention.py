@@ -50,9 +50,9 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
     gram = keys_values @ output_gram.to(query) @ keys_values.mT
     along, square = _along_output(weights, gram)
     cross = ((weights * along).mT @ weights) * mean.unsqueeze(-2)
-    own = (weights.mT @ weights) * gram
+    parts = (weights.mT @ weights) * gram
     outer = ((weights * square).mT @ weights) * mean.unsqueeze(-1) * mean.unsqueeze(-2)
-    return (own - cross - cross.mT + outer).sum(0)
+    return (parts - cross - cross.mT + outer).sum(0)
 
 
 def _weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:

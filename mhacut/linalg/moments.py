@@ -98,10 +98,10 @@ def gram(x: Tensor) -> Tensor:
     size = x.shape[-1]
     if size < 2 * _AT_ONCE:
         return x.mT @ x
-    found = x.new_empty(*x.shape[:-2], size, size)
+    product = x.new_empty(*x.shape[:-2], size, size)
     for start in range(0, size, _AT_ONCE):
         stop = start + _AT_ONCE
         block = x[..., start:stop].mT @ x[..., start:]
-        found[..., start:stop, start:] = block
-        found[..., stop:, start:stop] = block[..., _AT_ONCE:].mT
-    return found
+        product[..., start:stop, start:] = block
+        product[..., stop:, start:stop] = block[..., _AT_ONCE:].mT
+    return product

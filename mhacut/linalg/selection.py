@@ -157,11 +157,11 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
         alive.scatter_(-1, gone, False)
         removed.append(gone)
         steps = [side.without(gone, alive) for side in sides]
-        for number, (own, other) in enumerate((steps, steps[::-1])):
+        for number, (step, other) in enumerate((steps, steps[::-1])):
             lost = other.column @ (other.column.mT @ sides[number].reach) / other.pivot
             at = crossed[number].gather(-1, gone.unsqueeze(-2).expand(-1, size, 1))
-            less = at - other.column @ (other.column.mT @ own.column) / other.pivot
-            crossed[number] = crossed[number] - lost - less @ own.row / own.pivot
+            less = at - other.column @ (other.column.mT @ step.column) / other.pivot
+            crossed[number] = crossed[number] - lost - less @ step.row / step.pivot
         for side, step in zip(sides, steps, strict=True):
             side.take(step)
     stayed = alive.nonzero()[:, 1].view(heads, smallest)
@@ -266,7 +266,7 @@ def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int
     """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``.
 
     Args:
-        price: of each channel; infinite where it may not go, as those of a head that has none too many.
+        price: price of each channel; infinite where it may not go, as those of a head that has none too many.
         owner: head of each channel.
         excess: channels that each head has too many; no more of it are returned. Not all of it is 0.
         count: number of channels.
@@ -294,9 +294,9 @@ def damped(second: Tensor) -> Tensor:
     """
 
     def with_ridge(ridge: Tensor) -> Tensor:
-        found = second.clone()
-        found.diagonal(dim1=-2, dim2=-1).add_(ridge)
-        return found
+        lifted = second.clone()
+        lifted.diagonal(dim1=-2, dim2=-1).add_(ridge)
+        return lifted
 
     ridge = RIDGE * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     enough = 20 * second.abs().sum(-1).max()  # not for ever, should there be a NaN

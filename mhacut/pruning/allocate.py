@@ -176,7 +176,7 @@ def _solve(
 
 
 def _prices(choices: Choices, limit: Limit) -> dict[UnitKey, float]:
-    """Return the cost per channel of every unit: the mean of its cost beside full and beside bare units.
+    """Return the cost per channel of every unit, the mean of two: all others full, and all others bare.
 
     Costs of a layer are bilinear in its widths, for which the mean of both ends is the mean of all. And a
     time has a part for unequal widths of q/k and v, which one end gains and the other loses: in the mean
@@ -340,7 +340,7 @@ def _closer(
     exact. Costs of units are assumed not to depend on each other, so the caller must count the outcome.
 
     Args:
-        widths: where to start; within all limits.
+        widths: widths to start from; within all limits.
         values: values of each unit's channels, best first.
         choices: allowed widths per unit, ascending.
         tightest: the limit to use up.

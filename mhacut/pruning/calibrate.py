@@ -74,7 +74,7 @@ def calibrate(
         fisher: how to estimate the Fisher information, and what outputs to gather; None: no estimate, and the
             model's own outputs.
         reporter: advances with the images, those to differentiate counted twice.
-        processes: those that share the images; None for this one alone.
+        processes: processes that share the images; None for this one alone.
 
     Raises:
         MhacutError: an output, or a gradient, is not finite.

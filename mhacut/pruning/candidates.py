@@ -66,33 +66,33 @@ def find_candidates(
     """Return the candidates for ``unit`` that ``options`` allow, the most promising first.
 
     Args:
-        module: its layer.
+        module: layer of the unit.
         unit: to be cut.
-        moments: of its channels.
+        moments: moments of its channels.
         smallest: least width that will be asked for; the candidates are not defined below it.
         options: ``basis``, ``positions`` (with ``auto``, the best of all choices is taken) and ``repair``
             (without it, channels are ranked by the error of plain removal) are used.
         fisher: Fisher information of the layer's output, [out, out], to price the removal of channels.
     """
-    found, refit = [], options.repair
+    candidates, refit = [], options.repair
     if unit.mixing == "rotate" and options.basis != "channel":
         rotation = _pca_rotation(module, unit, moments, refit)
-        found.append(Candidate(unit, rotation, _in_order(unit, moments)))
-    shares, by_channel = unit.sharing != "own", not found or options.basis == "auto"
-    own = options.positions != "equal" and unit.sharing != "tied"
+        candidates.append(Candidate(unit, rotation, _in_order(unit, moments)))
+    shares, by_channel = unit.sharing != "own", not candidates or options.basis == "auto"
+    separate = options.positions != "equal" and unit.sharing != "tied"
     equal = options.positions != "own" or unit.sharing == "tied"
-    if by_channel and (not shares or own):
+    if by_channel and (not shares or separate):
         ranking = _ranking(module, unit, moments, smallest, fisher, refit)
-        found.append(Candidate(unit, None, ranking, shares))
+        candidates.append(Candidate(unit, None, ranking, shares))
     if by_channel and shares and equal and (unit.mixing == "select" or not refit):
         of_all_heads = _contributions(module, unit, moments).sum((0, 2))[None]  # (1, d, d)
         order = rank_parts(of_all_heads).order.expand(unit.heads, -1)
-        found.append(Candidate(unit, None, Ranking(order)))
+        candidates.append(Candidate(unit, None, Ranking(order)))
     elif by_channel and shares and equal:
         second = _second(unit, moments.every[0], refit)
         ranking = rank_shared_channels(second, effective_output_weights(module, unit), unit.heads, smallest)
-        found.append(Candidate(unit, None, ranking))
-    return tuple(found)
+        candidates.append(Candidate(unit, None, ranking))
+    return tuple(candidates)
 
 
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:
@@ -105,12 +105,12 @@ def _pca_rotation(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bo
     if unit.kind == "qk":
         return logit_basis(every[0].energy, every[1].energy)
     second = _second(unit, every[0], refit).view(unit.heads, unit.width, unit.heads, unit.width)
-    own = torch.stack([second[head, :, head] for head in range(unit.heads)])
+    of_heads = torch.stack([second[head, :, head] for head in range(unit.heads)])
     columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
     if unit.sharing == "tied":  # one basis, for what any head adds to the output
         columns = columns.flatten(0, 1)[:, None]
-        return output_basis(own.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
-    return output_basis(own, columns)
+        return output_basis(of_heads.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
+    return output_basis(of_heads, columns)
 
 
 def _in_order(unit: Unit, moments: UnitMoments) -> Ranking:
@@ -143,8 +143,8 @@ def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tenso
     """
     first = moments.every[0].energy
     if unit.kind == "qk" or unit.linear:
-        own = first if unit.linear else first * moments.every[1].energy
-        return block_diagonal(own).view(unit.heads, unit.width, unit.heads, unit.width)
+        terms = first if unit.linear else first * moments.every[1].energy
+        return block_diagonal(terms).view(unit.heads, unit.width, unit.heads, unit.width)
     columns = effective_output_weights(module, unit)
     gram = columns.mT @ columns
     return (gram * first).view(unit.heads, unit.width, unit.heads, unit.width)

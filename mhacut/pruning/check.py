@@ -82,15 +82,15 @@ def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def same_outputs(found: nn.Module, expected: nn.Module, images: Tensor) -> bool:
+def same_outputs(model: nn.Module, expected: nn.Module, images: Tensor) -> bool:
     """Whether two copies of a model give the same outputs for ``images`` [B, C, H, W], but for rounding.
 
     The last bits may differ even if all tensors are equal: BLAS sums in a different order if a buffer is
     aligned differently.
     """
-    return relative_difference(found(images), expected(images)) <= REPEATABILITY
+    return relative_difference(model(images), expected(images)) <= REPEATABILITY
 
 
-def relative_difference(found: Tensor, expected: Tensor) -> float:
+def relative_difference(output: Tensor, expected: Tensor) -> float:
     """Return the largest absolute difference relative to the largest expected value."""
-    return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+    return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -144,8 +144,8 @@ class MergeSearch:
             return choice_of(schedule, widths)
 
         def worth(index: int) -> float:
-            found = choice(index)
-            return math.inf if found is None else found.predicted
+            at_index = choice(index)
+            return math.inf if at_index is None else at_index.predicted
 
         # Too few merges cost channels, too many cost tokens: there is one valley, whose left side may be
         # infinite. It is searched by thirds.
@@ -158,11 +158,11 @@ class MergeSearch:
                 high = right - 1
         # No merges are no part of the valley where merging takes time that its FLOPs do not show.
         best = min({0, *range(low, high + 1)}, key=worth)
-        found = choice(best)
-        if found is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
+        chosen = choice(best)
+        if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
             schedule = min((schedules[0], schedules[-1]), key=excess)
             return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
-        return replace(found, widths=job_widths(job, limits, curves, found.table))
+        return replace(chosen, widths=job_widths(job, limits, curves, chosen.table))
 
 
 def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> float | None:

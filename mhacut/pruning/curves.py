@@ -124,8 +124,8 @@ def _curves_by_runs(
                 """Run ``of`` in place of the layer; return what its output projections give."""
                 with captured_outputs(of, [layer.result]) as outputs:  # the module's own, by an empty name
                     of(*args, **kwargs)
-                found: Tensor = outputs[layer.result][-1].movedim(layer.channel_dim, -1)
-                return found
+                given: Tensor = outputs[layer.result][-1].movedim(layer.channel_dim, -1)
+                return given
 
             dense = result(copy.deepcopy(module)) if layer.result else output.movedim(layer.channel_dim, -1)
             importance = calibration.fisher.token_importance(layer.name, dense.shape[:-1], count)

@@ -104,7 +104,7 @@ def minimise(
 ) -> None:
     """Minimise ``loss`` over ``parameters`` in place, by Adam, until it is no longer finite.
 
-    Callers judge the result on held-out images, and so leave out what diverged.
+    Callers compare the result on held-out images, and so leave out what diverged.
 
     Args:
         loss: returns the loss of the next batch, a scalar.

@@ -49,7 +49,7 @@ class FisherOptions:
     seed: int = 0
     """Seed of the random projections of the outputs."""
     token_importance: bool = True
-    """Whether to weight tokens by their importance; off, all tokens count alike."""
+    """Whether to weight tokens by their importance; off, all tokens have the same weight."""
     preserved: Preserved | None = None
     """Outputs that the information refers to; None for the model's own."""
 
@@ -75,14 +75,14 @@ class FisherInformation:
             images: number of images in it.
 
         Returns:
-            [all rows], float64; None where all rows count alike, or are laid out unlike the layer's output.
+            [all rows], float64; None where rows have one weight, or are laid out unlike the layer's output.
         """
         if shape[0] % images:
             return None
-        own = _grid(shape, images)
+        laid_out = _grid(shape, images)
         for grid, importance in self.importance.get(layer, {}).items():
-            if own[: len(grid)] == grid:
-                return importance.repeat_interleave(math.prod(own[len(grid) :])).repeat(images)
+            if laid_out[: len(grid)] == grid:
+                return importance.repeat_interleave(math.prod(laid_out[len(grid) :])).repeat(images)
         return None
 
 
@@ -136,11 +136,11 @@ def measure_fisher(
                         outputs = preserved.outputs(model, part.to(device).detach().requires_grad_(True))
                         torch.autograd.backward(preserved.projected(outputs, drawn.to(outputs.device)))
             counter.add(len(batch))
-    found = _information(processes.summed(gradients.sums), len(images))
-    if not all(_finite(matrix) for matrix in found.matrices.values()):
+    information = _information(processes.summed(gradients.sums), len(images))
+    if not all(_finite(matrix) for matrix in information.matrices.values()):
         check_outputs(preserved.outputs(model, images[:batch_size].to(device)))
         raise _not_finite("gradients")
-    return found if options.token_importance else FisherInformation(found.matrices)
+    return information if options.token_importance else FisherInformation(information.matrices)
 
 
 def check_outputs(outputs: Tensor) -> None:
@@ -222,9 +222,9 @@ def _information(sums: Mapping[str, Tensor], images: int) -> FisherInformation:
     importance = {}
     for layer, grids in squares.items():
         mean = torch.cat(list(grids.values())).mean()
-        alike = not mean > 0  # no gradient reaches the layer
+        reached = mean > 0  # by gradients
         importance[layer] = {
-            grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in grids.items() if not alike
+            grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in grids.items() if reached
         }
     return FisherInformation(matrices, importance)
 

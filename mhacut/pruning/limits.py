@@ -100,7 +100,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Constraints:
-    """Units that stay whole, least widths, and widths that are equal.
+    """Units that are not cut, least widths, and widths that are equal.
 
     Patterns match the name of a layer (``blocks.0.attn``) or of a unit (``blocks.0.attn.qk``).
     """
@@ -122,14 +122,14 @@ class Constraints:
         Raises:
             UsageError: a pattern matches nothing, a least width is malformed, or q/k and v cannot be equal.
         """
-        found = {key: tuple(widths) for key, widths in choices.items()}
+        left = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:
             for key in _matching("exclude", pattern, pattern, choices):
-                found[key] = found[key][-1:]
+                left[key] = left[key][-1:]
         for text in self.min_width:
             pattern, least = _parsed(text)
             for key in _matching("min_width", text, pattern, choices):
-                found[key] = tuple(width for width in found[key] if width >= least) or found[key][-1:]
+                left[key] = tuple(width for width in left[key] if width >= least) or left[key][-1:]
         if self.equal_qkv:
             for qk, v in qk_and_v(choices):
                 if choices[qk][-1] != choices[v][-1]:
@@ -137,13 +137,13 @@ class Constraints:
                         f"{option_name('equal_qkv', True)}: expected q/k and v of one width, found "
                         f"{choices[qk][-1]} and {choices[v][-1]} channels per head in {qk[0]}"
                     )
-                both = set(found[qk]) & set(found[v])
-                found[qk] = found[v] = tuple(width for width in found[qk] if width in both)
+                both = set(left[qk]) & set(left[v])
+                left[qk] = left[v] = tuple(width for width in left[qk] if width in both)
             paired = {key for pair in qk_and_v(choices) for key in pair}
-            for key in found:
+            for key in left:
                 if key[1] != "hidden" and key not in paired:
-                    found[key] = found[key][-1:]
-        return found
+                    left[key] = left[key][-1:]
+        return left
 
     def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
         """Name and value of each constraint, and the others without it."""
@@ -179,18 +179,18 @@ def _parsed(text: str) -> tuple[str, int]:
 
 
 def _matching(option: str, value: str, pattern: str, choices: Choices) -> list[UnitKey]:
-    found = [
+    matches = [
         (layer, kind)
         for layer, kind in choices
         if fnmatchcase(layer, pattern) or fnmatchcase(f"{layer}.{kind}", pattern)
     ]
-    if not found:
+    if not matches:
         names = [f"{layer}.{kind}" for layer, kind in choices]
         raise UsageError(
             f"{option_name(option, value)}: matches no layer that may be pruned; found {', '.join(names[:3])}"
             f"{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         )
-    return found
+    return matches
 
 
 def reachable_amounts(
@@ -202,10 +202,10 @@ def reachable_amounts(
     which can each be reached can be reached together.
 
     Args:
-        asked: as the user wrote them; none where a bound on the loss decides.
+        asked: budgets as the user wrote them; none where a bound on the loss decides.
         dense: amounts of the model as it was read.
         lowest: amounts at the least widths, with all mergeable tokens merged if merging is asked for.
-        options: those that decide how low a budget may be, for errors.
+        options: options that decide how low a budget may be, for errors.
 
     Raises:
         BudgetError: the model already meets all of them, or exceeds one even at the least widths; without

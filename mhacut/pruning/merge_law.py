@@ -62,7 +62,7 @@ class MergeLaw:
             block: its number.
             before: tokens that enter it, a number or many.
             after: tokens that leave it.
-            tokens: of the model.
+            tokens: tokens of the model.
         """
         return _terms(torch.tensor(astuple(self), dtype=torch.float64), block, before, after, tokens)
 
@@ -77,7 +77,7 @@ class MergeLaw:
         Args:
             schedules: what was tried; each merges something. Empty where tokens are too few for any.
             measured: their divergences from the model without merges, in nats.
-            tokens: of the model.
+            tokens: tokens of the model.
         """
         if not schedules:
             return TYPICAL
@@ -89,8 +89,8 @@ class MergeLaw:
 
         def loss() -> Tensor:
             optimiser.zero_grad()
-            found = _divergences(typical + deviations * offsets, schedules, tokens).clamp_min(1e-30).log()
-            value = ((found - target) / _NOISE).square().sum() + offsets.square().sum()
+            predicted = _divergences(typical + deviations * offsets, schedules, tokens).clamp_min(1e-30).log()
+            value = ((predicted - target) / _NOISE).square().sum() + offsets.square().sum()
             torch.autograd.backward(value)
             return value
 
@@ -136,7 +136,7 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
     """Schedules to measure: early and late, in many small merges and in few large ones.
 
     Args:
-        tokens: of the model.
+        tokens: tokens of the model.
         last: number of blocks that may merge; later blocks merge nothing.
     """
     place = [block / max(last - 1, 1) for block in range(last)]
@@ -146,12 +146,12 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
         0.32: ([float(block % 3 == 2) for block in range(last)],),
     }
     scale = 12 / max(last, 1)  # so that a deep model does not run out of tokens
-    found = [
+    schedules = [
         _schedule([scale * share * weight for weight in shape], tokens)
         for share, all_shapes in shapes.items()
         for shape in all_shapes
     ]
-    return [schedule for schedule in dict.fromkeys(found) if any(schedule)]
+    return [schedule for schedule in dict.fromkeys(schedules) if any(schedule)]
 
 
 def most_merged(tokens: Tokens, last: int) -> Schedule:
@@ -187,9 +187,9 @@ def cheapest_schedules(
     Found exactly, by dynamic programming over the number of tokens left, in steps of 1/100 of all.
 
     Args:
-        law: of the model.
-        tokens: of the model.
-        costs: of each block.
+        law: law of the model.
+        tokens: tokens of the model.
+        costs: costs of each block.
         last: number of blocks that may merge.
         prices: worth of a FLOP, in the law's terms.
     """
@@ -198,7 +198,7 @@ def cheapest_schedules(
     before, after = counts[:, None], counts[None, :]
     most = ((before - tokens.prefix).clamp_min(0) / 2).floor()
     allowed = (after <= before) & (before - after <= most)
-    found = []
+    schedules = []
     for price in prices:
         total = torch.full_like(counts, math.inf)
         total[0] = 0.0
@@ -210,8 +210,8 @@ def cheapest_schedules(
             step_cost = law.terms(block, before, after, tokens) + price * flops
             total, source = (total[:, None] + step_cost.masked_fill(~merges, math.inf)).min(0)
             came_from.append(source)
-        found.append(_traced(came_from, counts, int(total.argmin())))
-    return list(dict.fromkeys(found))
+        schedules.append(_traced(came_from, counts, int(total.argmin())))
+    return list(dict.fromkeys(schedules))
 
 
 def _traced(came_from: Sequence[Tensor], counts: Tensor, state: int) -> Schedule:

@@ -127,21 +127,21 @@ class Planner:
 
     def _by_indicators(self, limits: Limits) -> Planned:
         self.reporter.start("searching")
-        found = search(self.job, limits, self.calibration, self.job.distillation(self.calibration))
+        searched = search(self.job, limits, self.calibration, self.job.distillation(self.calibration))
         by_repair = self.options.repair and self.options.selection == "repair"
         candidates = self.candidates if by_repair else None
         self.reporter.start("repairing")
-        scales = found.channel_scales if self.options.reweight else None
-        ready = reconstruct(self.job, self.calibration, found.plan, candidates, scales)
-        return Planned(ready, {}, found.log, self.job.table, self.job.merged)
+        scales = searched.channel_scales if self.options.reweight else None
+        ready = reconstruct(self.job, self.calibration, searched.plan, candidates, scales)
+        return Planned(ready, {}, searched.log, self.job.table, self.job.merged)
 
     @cached_property
     def candidates(self) -> Candidates:
         """Candidates for the cut of every unit, at any width."""
         self.reporter.start("ranking channels")
-        found = {}
+        candidates = {}
         for done, unit in enumerate(self.job.units, 1):
-            found[unit.key] = find_candidates(
+            candidates[unit.key] = find_candidates(
                 self.job.model.get_submodule(unit.layer),
                 unit,
                 self.calibration.moments[unit.key],
@@ -150,7 +150,7 @@ class Planner:
                 self.calibration.fisher.matrices.get(unit.layer),
             )
             self.reporter.advance(done, len(self.job.units))
-        return found
+        return candidates
 
     @cached_property
     def _merge_search(self) -> MergeSearch:

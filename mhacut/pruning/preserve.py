@@ -120,15 +120,15 @@ class Preserved:
             Logits or pooled features, [B, ...]; or dense features, [B, all channels of all tokens], float32
             or wider, whitened and scaled so that half the squared distance of two is their divergence.
         """
-        found = self.features.of(model, images, tensors)
+        features = self.features.of(model, images, tensors)
         if not self.dense:
-            return found[0]
+            return features[0]
         with torch.autocast(images.device.type, enabled=False):
             parts = []
-            for each, whitening in zip(found, self.whitenings, strict=True):
+            for each, whitening in zip(features, self.whitenings, strict=True):
                 tokens = each[:, :: self.steps]  # (B, tokens, C)
                 tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
-                parts.append((whitening(tokens) * (len(found) * tokens.shape[1]) ** -0.5).flatten(1))
+                parts.append((whitening(tokens) * (len(features) * tokens.shape[1]) ** -0.5).flatten(1))
             return torch.cat(parts, 1)
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
@@ -174,8 +174,8 @@ class Preserved:
         for number, batch in enumerate(images[:FITTED_IMAGES].split(batch_size)):
             if number % processes.size != processes.rank:
                 continue
-            for index, found in enumerate(self.features.of(model, batch.to(device))):
-                moments = Moments.of(found.flatten(0, 1) if self.dense else found.reshape(-1, 1))
+            for index, features in enumerate(self.features.of(model, batch.to(device))):
+                moments = Moments.of(features.flatten(0, 1) if self.dense else features.reshape(-1, 1))
                 rows = torch.tensor(float(moments.rows), dtype=torch.float64, device=device)
                 for name, part in (("rows", rows), ("total", moments.total), ("second", moments.second)):
                     key = f"{index} {name}"
@@ -198,7 +198,7 @@ class Preserved:
         """Return the same with fewer tokens: those of ``images`` images fit into :data:`MOST_BYTES`."""
         if not self.dense:
             return self
-        each = sum(found[0].numel() * 4 for found in self.features.of(model, image))
+        each = sum(features[0].numel() * 4 for features in self.features.of(model, image))
         return replace(self, steps=max(1, -(-each * images // MOST_BYTES)))
 
     def to_json(self) -> dict[str, Any]:

@@ -73,8 +73,8 @@ def _better(slim: nn.Module, changed: nn.Module, job: Job, calibration: Calibrat
 
     These images also chose the ridges of the repair, which favours ``slim``.
     """
-    judge = job.held_out(calibration)
-    before, after = judge.divergence_of(slim), judge.divergence_of(changed)
+    unseen = job.held_out(calibration)
+    before, after = unseen.divergence_of(slim), unseen.divergence_of(changed)
     helps = after < before  # not where training diverged, to no number
     job.reporter.log(
         f"{name}{'' if helps else ' was left out'}: divergence on held-out images "
@@ -251,31 +251,31 @@ def _comparable(
     """
     named = {block.name: block for block in blocks}
     in_slim, in_dense = (_outputs(model, named, image) for model in (slim, dense))
-    found, sizes = [], []
+    comparable, sizes = [], []
     for name, outputs in in_slim.items():
         both = [*outputs, *in_dense.get(name, ())]
         shapes = {each.shape if isinstance(each, Tensor) else None for each in both}
         if len(outputs) == 1 and len(both) == 2 and len(shapes) == 1 and getattr(outputs[0], "ndim", 0) > 2:
-            found.append(named[name])
+            comparable.append(named[name])
             sizes.append(outputs[0].nbytes)
-    if not found:
+    if not comparable:
         return [], 0
 
     def run(images: Tensor) -> list[Tensor]:
-        return [output for (output,) in _outputs(slim, [block.name for block in found], images).values()]
+        return [output for (output,) in _outputs(slim, [block.name for block in comparable], images).values()]
 
-    dims = channel_dims(slim, run, [block.layer for block in found], image)
+    dims = channel_dims(slim, run, [block.layer for block in comparable], image)
     # At a block each of the two models holds its input and its output, at most twice the largest output.
     # Besides, a pass keeps the outputs of all blocks that have run, unless a Sequential has passed them on,
     # and whatever was kept before the first block.
-    within = [slim.get_submodule(block.name.rpartition(".")[0]) for block in found]
+    within = [slim.get_submodule(block.name.rpartition(".")[0]) for block in comparable]
     kept = sum(size for size, one in zip(sizes, within, strict=True) if not isinstance(one, nn.Sequential))
     waiting = 2 * (2 * max(sizes) + kept)
     for model in (slim, dense):
         with ResumableModel(model, [image]) as one:
-            one.run_up_to(found[0].name)
+            one.run_up_to(comparable[0].name)
             waiting += one.nbytes
-    return [replace(block, channel_dim=dim) for block, dim in zip(found, dims, strict=True)], waiting
+    return [replace(block, channel_dim=dim) for block, dim in zip(comparable, dims, strict=True)], waiting
 
 
 @torch.no_grad()
@@ -294,7 +294,7 @@ class _Error:
     channels: Tensor
     """One over the variance of each channel of the dense output over all tokens and images, [C]."""
     tokens: Tensor | None
-    """Importance of each token, mean 1, [tokens]; None if all count alike."""
+    """Importance of each token, mean 1, [tokens]; None if all have the same weight."""
 
     @classmethod
     def of(

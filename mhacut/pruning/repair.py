@@ -65,8 +65,8 @@ def reconstruct(
 
     Args:
         job: what is pruned; its options ``repair`` and ``temperature`` are used.
-        calibration: of its model.
-        plan: which channels stay; its tokens are those of the model.
+        calibration: calibration of its model.
+        plan: channels that stay; its tokens are those of the model.
         candidates: candidates of each unit, to keep the plan's widths only: the best on held-out images is
             chosen, or the first one without repair. None keeps the plan's channels.
         channel_scales: trained with the plan, [heads, dense width] per unit; used without repair only.
@@ -109,7 +109,7 @@ def plan_channel_scales(
         prunable: prunable layers of the model.
         plan: channels that it removes get the scale 0.
         channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
-        temperature: of the softmax.
+        temperature: temperature of the softmax.
     """
     masked: dict[UnitKey, Tensor] = {}
     for unit_plan in plan:
@@ -142,8 +142,8 @@ def repair(
         model: the dense model, eval mode, float32.
         prunable: its prunable layers.
         plan: units that keep everything are skipped.
-        moments: of every unit of the plan, on images to fit and on held-out images.
-        temperature: of the softmax, where refitting the logits does not help.
+        moments: moments of every unit of the plan, on images to fit and on held-out images.
+        temperature: temperature of the softmax, where refitting the logits does not help.
         candidates: candidates of each unit, of which the one with the least error on held-out images fills
             the plan's width; None keeps the plan's channels.
         progress: called at each unit with (its number, units in all).

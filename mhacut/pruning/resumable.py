@@ -92,10 +92,10 @@ class ResumableModel:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for module, own in self._replaced:
+        for module, replaced in self._replaced:
             del vars(module)["forward"]
-            if own is not None:
-                vars(module)["forward"] = own
+            if replaced is not None:
+                vars(module)["forward"] = replaced
         self._replaced.clear()
 
     @torch.no_grad()

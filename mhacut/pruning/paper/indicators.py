@@ -105,7 +105,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
     Args:
         job: what is pruned; its model is not modified.
         limits: limit on FLOPs, the only one that indicators are trained for.
-        calibration: of that model.
+        calibration: calibration of that model.
         distillation: images to train on.
 
     Raises:
@@ -207,7 +207,7 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
     """Return start values m [H, d] such that every score ``weight * m`` lies above the threshold.
 
     Args:
-        difference: change of attention without each channel, [H, d]; None starts all channels alike.
+        difference: change of attention without each channel, [H, d]; None starts all channels at one value.
         shape: (H, d).
         weight: similarity weight of each channel, [H, d], positive mean 1 per head.
     """
