@@ -102,9 +102,7 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
         args["num_classes"] = hints.num_classes
     naming = header.naming
     try:
-        foreign = recognise(
-            header, headless=args.get("num_classes") == 0, given=hints.preprocessing, model=hints.model
-        )
+        foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
         if foreign is not None:
             found = _from_conversion(header, foreign, args, hints)
         elif header.config is not None:
@@ -279,7 +277,7 @@ def _from_names(
         origins = dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "library")
         found = replace(found if tag else _without_claims(found, cfg or ()), cfg_origins=origins)
         return _with_notes(found, first=f"architecture {name}, as given")
-    found = _without_claims(search(header, args, {*hints.preprocessing, *(cfg or ())}))
+    found = _without_claims(search(header, args))
     other = None
     with suppress(MhacutError):
         renamed = as_deit3(header)

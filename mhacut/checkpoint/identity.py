@@ -73,8 +73,6 @@ class ModelHints:
     num_classes: int | None = None
     part: str | None = None
     """Entry of a training checkpoint, or module in it, that is the model."""
-    preprocessing: frozenset[str] = frozenset()
-    """Names of the values of the preprocessing that options give; notes about the file leave them out."""
 
 
 def checked_model_args(args: object) -> dict[str, Any]:

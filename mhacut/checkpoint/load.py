@@ -14,7 +14,7 @@ from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.module import with_args
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
-from mhacut.options.base import CheckpointOptions, PreprocessingOptions
+from mhacut.options.base import CheckpointOptions
 from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.files import REMOTE, check_checkpoint
 from mhacut.runtime.progress import Reporter
@@ -86,7 +86,6 @@ def open_from_options(
     options: CheckpointOptions,
     reporter: Reporter,
     *,
-    preprocessing: PreprocessingOptions | None = None,
     weights: bool = True,
 ) -> Checkpoint:
     """Open the checkpoint that a command is given, and log what was inferred about it.
@@ -94,14 +93,12 @@ def open_from_options(
     Args:
         options: options of the command.
         reporter: log of the command.
-        preprocessing: options that override what the checkpoint states, so that nothing is logged about it.
         weights: read the weights at once.
 
     Raises:
         CheckpointError: as :func:`read_model`.
     """
-    given = frozenset[str]() if preprocessing is None else preprocessing.given
-    hints = ModelHints(options.model, options.model_args, options.num_classes, options.part, given)
+    hints = ModelHints(options.model, options.model_args, options.num_classes, options.part)
     checkpoint = _open(options.checkpoint, hints)
     if weights:
         _ = checkpoint.model

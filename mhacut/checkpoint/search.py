@@ -24,7 +24,6 @@ from mhacut.surgery.find import model_input_size
 
 _MOST_NAMED = 4
 """Architectures in a message."""
-_PREPROCESSING = ("mean", "std", "interpolation", "crop_mode")
 _NOT_COMPUTED = frozenset(
     (
         *("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values"),
@@ -44,16 +43,14 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
 """FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
 
-def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] = ()) -> Identified:
+def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one; a note names those with another preprocessing, except for the
-    values that are given, or for another image size.
+    Several that compute the same count as one; a note names those that were trained on other images.
 
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
-        given: names of the values of the preprocessing that the user gave.
 
     Raises:
         CheckpointError: no model has them, or several that compute different things.
@@ -72,7 +69,7 @@ def search(header: FileHeader, args: Mapping[str, Any], given: Collection[str] =
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others, given)))
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
 
 
 def _of_flatten(names: Collection[str]) -> Iterator[str]:
@@ -164,44 +161,19 @@ def _text(value: Any) -> str:
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
 
 
-def _alternatives(chosen: Identified, others: Sequence[Identified], given: Collection[str]) -> list[str]:
-    """Return a note that names models that compute the same with another preprocessing."""
-    named: dict[str, list[str]] = {}
-    normalised: set[str] = set()
-    for other in others:
-        sizes = [
-            model_input_size(model.skeleton, model.identity.pretrained_cfg, model.identity.model_args)[1:]
-            for model in (other, chosen)
-        ]
-        prepared = _preprocessing(other, chosen, given)
-        normalised |= prepared.keys() & {"mean", "std"}
-        (height, width), (chosen_height, chosen_width) = sizes
-        larger = f"for images of {height}x{width}, not {chosen_height}x{chosen_width}"
-        texts = [larger] if sizes[0] != sizes[1] else []
-        texts += [f"preprocessed with {_listed(prepared)}"] if prepared else []
-        if texts:
-            named.setdefault(", ".join(texts), []).append(other.identity.architecture)
-    if not named:
+def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
+    """Return a note that names models that compute the same on images of another size or normalisation."""
+    names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
+    if not names:
         return []
-    lines = [f"{_some(names)}, {text}" for text, names in named.items()]
-    (_, names), *more = named.items()
-    flags = option_name("model", "NAME" if more or len(names) > 1 else names[0])
-    if normalised:
-        flags += f", or {' and '.join(map(option_name, sorted(normalised)))}"
-    return [f"the layers also fit {'; '.join(lines[:_MOST_NAMED])}; to choose one of them, give {flags}"]
+    flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
+    return [f"the layers also fit {_some(names)}, trained on other images; to choose, give {flags}"]
 
 
-def _preprocessing(one: Identified, other: Identified, given: Collection[str] = ()) -> dict[str, Any]:
-    """Return the values of the preprocessing of ``one`` that ``other`` has not, except for those given."""
-    ours, theirs = one.identity.pretrained_cfg, other.identity.pretrained_cfg
-    crop = ("crop_pct",) if ours.get("input_size") == theirs.get("input_size") else ()
-    keys = [key for key in (*_PREPROCESSING, *crop) if key not in given]
-    return {key: ours.get(key) for key in keys if ours.get(key) != theirs.get(key)}
-
-
-def _listed(values: Mapping[str, Any]) -> str:
-    texts = {k: ",".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for k, v in values.items()}
-    return ", ".join(f"{key} {text}" for key, text in texts.items())
+def _images(fit: Identified) -> list[Any]:
+    identity = fit.identity
+    size = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
+    return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
 
 
 def _some(names: Sequence[str]) -> str:
@@ -213,8 +185,8 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
     """Return the message for models that compute different things, with what they differ in."""
     differing: dict[str, list[str]] = {}
     for other, settings in others:
-        text = "; ".join(filter(None, ["; ".join(settings[:3]), _listed(_preprocessing(other, chosen))]))
-        differing.setdefault(text or "the same", []).append(other.identity.architecture)
+        text = "; ".join(settings[:3]) or "the same"
+        differing.setdefault(text, []).append(other.identity.architecture)
     lines = [f"  {_some(names)}: {text}" for text, names in differing.items()]
     first = (
         f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "

@@ -127,7 +127,7 @@ def run_evaluate(
         warn_of_slow_amp(device, reporter.log)
     reporter.start("reading")
     if module is None:
-        loaded = open_from_options(options, reporter, preprocessing=options)
+        loaded = open_from_options(options, reporter)
     else:
         loaded = copy_of_module(
             module, ModelHints(options.model, options.model_args, options.num_classes, options.part)

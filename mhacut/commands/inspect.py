@@ -116,7 +116,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
 
 def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
     """Open the checkpoint; its weights are read only where the model is going to be run."""
-    return open_from_options(options, reporter, preprocessing=options, weights=options.sees_images)
+    return open_from_options(options, reporter, weights=options.sees_images)
 
 
 def _wanted(names: list[str], pattern: str | None) -> list[str]:

@@ -307,7 +307,7 @@ def _cost_table(
 
 def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:
     if module is None:
-        return open_from_options(options, reporter, preprocessing=options.preprocessing)
+        return open_from_options(options, reporter)
     rebuilt = rebuilt_module(
         module, ModelHints(options.model, options.model_args, options.num_classes, options.part)
     )

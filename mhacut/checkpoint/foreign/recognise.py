@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,15 +49,12 @@ class Conversion:
         return self.family.convert(tensors, headless=self.headless)
 
 
-def recognise(
-    header: FileHeader, *, headless: bool = False, given: Collection[str] = (), model: str | None = None
-) -> Conversion | None:
+def recognise(header: FileHeader, *, headless: bool = False, model: str | None = None) -> Conversion | None:
     """Return the conversion of another library's file; None if it is not recognised as one.
 
     Args:
         header: header of a dense file, and of its folder's configuration.
         headless: leave the classifier out.
-        given: names of the values of the preprocessing that the user gave.
         model: name in timm that the user gave.
 
     Raises:
@@ -69,7 +66,7 @@ def recognise(
     if family is None:
         return None
     try:
-        return _conversion(header, family, config, headless, given)
+        return _conversion(header, family, config, headless)
     except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: a tensor is missing or has an unexpected shape "
@@ -130,12 +127,10 @@ def as_deit3(header: FileHeader) -> FileHeader | None:
     family = FAMILIES["DeiT III of its authors"]
     if not family.recognises(header.tensors):
         return None
-    return replace(header, tensors=_conversion(header, family, None, False, ()).tensors)
+    return replace(header, tensors=_conversion(header, family, None, False).tensors)
 
 
-def _conversion(
-    header: FileHeader, family: Family, config: Config | None, headless: bool, given: Collection[str]
-) -> Conversion:
+def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
     if header.naming.classifier is not None:
         family = _with_classifier_beside(family)
     where = show(header.path.parent / "preprocessor_config.json")
@@ -156,7 +151,7 @@ def _conversion(
         assert family.build is not None
         towers = (name for name in ("model_cfg", "vision_config") if name in config)
         built = family.build(next((config.part(name) for name in towers), config), shapes)
-        cfg, notes = _cfg(processor, config, built, shapes, given)
+        cfg, notes = _cfg(processor, config, built, shapes)
         eps = config.get("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
             notes.append(
@@ -199,7 +194,7 @@ def _flipped(family: Family) -> Family:
 
 
 def _cfg(
-    processor: Config | None, config: Config, built: Built, shapes: Shapes, given: Collection[str]
+    processor: Config | None, config: Config, built: Built, shapes: Shapes
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the pretrained_cfg that the folder states, and notes for the user about it."""
     channels = int(built.args.get("in_chans", 3))
@@ -215,9 +210,7 @@ def _cfg(
     if built.cfg:
         return cfg, []
     if processor is None:
-        known = {"mean", "std"} <= set(given)
-        note = f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"
-        return cfg, [] if known else [note]
+        return cfg, [f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"]
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
     if stated is None or side is None or stated == side:
