@@ -87,7 +87,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: is a file; expected a directory for the run ({option_name('output')})"
             )
-        for name in (LAST, BEST):
+        for name in (LAST, BEST, f"{_OLD}/{LAST}", f"{_OLD}/{BEST}"):
             for path in options.files_read():
                 check_output(self.file(name), overwrite=True, input_path=path)
         held = self._held()

@@ -293,6 +293,10 @@ def test_what_a_run_reads_is_never_replaced(tune, finished, slim, images, tmp_pa
     with pytest.raises(OutputError, match="is the input"):
         tune(teacher=finished / "best.safetensors", overwrite=True)
     assert names(finished) == ALL
+    old = shutil.copytree(finished, finished / "old") / "last.safetensors"
+    with pytest.raises(OutputError, match="is the input"):
+        mhacut.finetune(old, output=finished, overwrite=True, data_dir=images, batch_size=6)
+    assert old.exists()
 
 
 def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
