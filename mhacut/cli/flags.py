@@ -17,18 +17,21 @@ from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, chec
 from mhacut.runtime.process import local_rank
 
 PANELS = (
-    *(
-        "Arguments",
-        "Result",
-        "Quantization",
-        "What is shown",
-        "Models",
-        "Teacher",
-        "Data",
-        "Model",
-        "Training",
-    ),
-    *("Augmentation", "Preprocessing", "Measuring", "Computing", "Rarer options", "Research switches"),
+    "Arguments",
+    "Result",
+    "Quantization",
+    "What is shown",
+    "Models",
+    "Teacher",
+    "Data",
+    "Model",
+    "Training",
+    "Augmentation",
+    "Preprocessing",
+    "Measuring",
+    "Computing",
+    "Rarer options",
+    "Research switches",
 )
 """Headings of ``--help``, in this order, after that of the flags that every command has."""
 SHORT = {"output": "-o", "batch_size": "-b", "model": "-m", "workers": "-j"}
@@ -37,21 +40,30 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-_COMMON = {
-    "config": typer.Option(
-        *("--config", "-c"),
-        metavar="FILE.yaml",
-        help="Read options from a YAML file whose keys are flag names; flags take precedence.",
+_COMMON: Mapping[str, tuple[Any, Any, Any]] = {
+    "config": (
+        str | None,
+        None,
+        typer.Option(
+            *("--config", "-c"),
+            metavar="FILE.yaml",
+            help="Read options from a YAML file whose keys are flag names; flags take precedence.",
+        ),
     ),
-    "json": typer.Option("--json", help="Print one JSON object."),
-    "quiet": typer.Option("--quiet", "-q", help="Show the result and errors only."),
-    "verbose": typer.Option(
-        *("--verbose", "-v"),
-        count=True,
-        show_default=False,
-        help="Show stages, and the warnings and logs of libraries; -vv shows more.",
+    "json": (bool, False, typer.Option("--json", help="Print one JSON object.")),
+    "quiet": (bool, False, typer.Option("--quiet", "-q", help="Show the result and errors only.")),
+    "verbose": (
+        int,
+        0,
+        typer.Option(
+            *("--verbose", "-v"),
+            count=True,
+            show_default=False,
+            help="Show stages, and the warnings and logs of libraries; -vv shows more.",
+        ),
     ),
 }
+"""Type, default and flag of what every command takes."""
 
 
 def command(
@@ -92,13 +104,9 @@ def command(
                 body(made, console)
 
         shown = sorted(known.values(), key=lambda one: (PANELS.index(one.panel), one.name != "flops"))
-        kinds = {"config": str | None, "json": bool, "quiet": bool, "verbose": int}
-        defaults = {"config": None, "json": False, "quiet": False, "verbose": 0}
-        parameters = [_parameter("context", typer.Context)]
-        parameters += map(_flag, shown)
-        parameters += [
-            _parameter(name, Annotated[kinds[name], info], defaults[name]) for name, info in _COMMON.items()
-        ]
+        parameters = [_parameter("context", typer.Context), *map(_flag, shown)]
+        for name, (kind, default, info) in _COMMON.items():
+            parameters.append(_parameter(name, Annotated[kind, info], default))
         run.__name__ = body.__name__
         paragraphs = inspect.cleandoc(body.__doc__ or "").split("\n\n")
         run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)

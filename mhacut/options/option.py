@@ -47,7 +47,7 @@ GIVEN: Any = ...
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
 _METAVARS = {int: "N", float: "X", str: "NAME", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
 _MOST = {int: 2**31 - 1, float: 1e30}
-"""Largest absolute values where an option states no upper bound: the libraries overflow above."""
+"""Largest values where an option states no upper bound: the libraries overflow above."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
@@ -152,7 +152,7 @@ class Option:
         Raises:
             UsageError: it is none of the option's values; the message names the option.
         """
-        value = value.tolist() if hasattr(value, "tolist") else value
+        value = _plain(value)
         if value is None and type(None) in get_args(self.type):
             return None
         if self.takes_pairs:
@@ -167,7 +167,7 @@ class Option:
 
     def _one(self, value: Any, kind: Any) -> Any:
         """Return one value in its type, within the bounds."""
-        value = value.tolist() if hasattr(value, "tolist") else value
+        value = _plain(value)
         if self.choices:
             require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
         elif kind is bool:
@@ -180,8 +180,9 @@ class Option:
                 value = str(value)  # a budget of 2000000000 needs no quotes in YAML
             path = kind is not str and isinstance(value, os.PathLike)
             require(self.name, value, path or isinstance(value, str), _NOUNS.get(kind, "text"))
-            ends = not self.endings or os.fspath(value).lower().endswith(self.endings)
-            require(self.name, value, ends, f"a name that ends in {' or '.join(self.endings[:1])}")
+            if self.endings:
+                ends = os.fspath(value).lower().endswith(self.endings)
+                require(self.name, value, ends, f"a name that ends in {self.endings[0]}")
         return value
 
     def _number(self, value: Any, kind: type) -> Any:
@@ -247,12 +248,12 @@ class Options:
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    _shared: ClassVar[dict[str, Any]]
+    """Facts about every option that the class itself states; a field's own facts win."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
         cls._shared = {"panel": panel, "needs": needs or {}}
-
-    _shared: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         for name, stated in self.options().items():
@@ -302,9 +303,8 @@ class Options:
     def flat(self) -> dict[str, Any]:
         """Return the arguments of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
         values = {name: getattr(self, name) for name in self.options()}
-        return {
-            k: os.fspath(value) if isinstance(value, os.PathLike) else value for k, value in values.items()
-        }
+        paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
+        return values | paths
 
     def only(self, kind: type[OptionsT]) -> OptionsT:
         """Return those of the options that ``kind``, one of the classes they inherit, has."""
@@ -345,7 +345,8 @@ class Options:
 
 @cache
 def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
-    """Docstrings under the fields of a module's classes, by class and field; Python itself drops them."""
+    """Docstrings under the fields of a module's classes, by class and field."""
+    # Python keeps no docstrings of fields, so they are read from the source, as pydantic does.
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {
         (kind.name, ast.unparse(above.target)): " ".join(str(below.value.value).split())
@@ -358,6 +359,11 @@ def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
     }
 
 
+def _plain(value: Any) -> Any:
+    """Return a number or an array of NumPy or torch as Python's own numbers; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def _alternatives(kind: Any) -> tuple[Any, ...]:
     """Return the types of which ``kind`` is one, without None."""
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
@@ -365,7 +371,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _main(kind: Any) -> Any:
-    """Return the type that flags are read as: of alternatives the tuple, else the last."""
+    """Return the type that text is read as: of alternatives the tuple, else the last."""
     parts = _alternatives(kind)
     main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
     return os.PathLike if get_origin(main) is os.PathLike else main
