@@ -40,28 +40,13 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-_COMMON: Mapping[str, tuple[Any, Any, Any]] = {
-    "config": (
-        str | None,
-        None,
-        typer.Option(
-            *("--config", "-c"),
-            metavar="FILE.yaml",
-            help="Read options from a YAML file whose keys are flag names; flags take precedence.",
-        ),
-    ),
+_CONFIG = "Read options from a YAML file whose keys are flag names; flags take precedence."
+_VERBOSE = "Show stages, and the warnings and logs of libraries; -vv shows more."
+_COMMON = {
+    "config": (str | None, None, typer.Option("--config", "-c", metavar="FILE.yaml", help=_CONFIG)),
     "json": (bool, False, typer.Option("--json", help="Print one JSON object.")),
     "quiet": (bool, False, typer.Option("--quiet", "-q", help="Show the result and errors only.")),
-    "verbose": (
-        int,
-        0,
-        typer.Option(
-            *("--verbose", "-v"),
-            count=True,
-            show_default=False,
-            help="Show stages, and the warnings and logs of libraries; -vv shows more.",
-        ),
-    ),
+    "verbose": (int, 0, typer.Option("--verbose", "-v", count=True, show_default=False, help=_VERBOSE)),
 }
 """Type, default and flag of what every command takes."""
 
