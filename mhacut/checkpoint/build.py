@@ -98,8 +98,10 @@ def allocate(model: nn.Module) -> None:
     tables, masks, frequencies.
     """
     for module in model.modules():
-        if module._non_persistent_buffers_set and not hasattr(module, _FILL):
-            raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute its buffers")
+        # Tables of cut layers are no file's either, but the cut has made them on the CPU.
+        waiting = [name for name, tensor in module.named_buffers(recurse=False) if tensor.is_meta]
+        if module._non_persistent_buffers_set.intersection(waiting) and not hasattr(module, _FILL):
+            raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute {waiting}")
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     with torch.no_grad():
         for module in model.modules():
