@@ -20,7 +20,7 @@ LINES = {
     "commands": 4557,
     "data": 1819,
     "exporting": 1461,
-    "finetuning": 2015,
+    "finetuning": 2023,
     "flatten": 1771,
     "inspection": 798,
     "linalg": 1236,

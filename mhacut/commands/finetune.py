@@ -97,6 +97,7 @@ def _finetune(run: Run) -> FinetuneResult:
     after = None
     if run.validation is not None:
         run.reporter.start("evaluating")
+        # The file, not the model in memory: it may be an earlier epoch's, and in half precision.
         with run.processes.together():
             written = load_model(output)
         after = run.measure(written)

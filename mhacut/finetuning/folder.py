@@ -132,7 +132,7 @@ class RunFolder:
                 self._remove()
                 return None
             old.path.mkdir(exist_ok=True)
-            old._remove()
+            old._remove()  # a best.safetensors of the older run must not stay beside files of this one
             for name in held:
                 os.replace(self.file(name), old.file(name))
         return old.path

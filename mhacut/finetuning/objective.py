@@ -50,6 +50,7 @@ class Blocks:
         Outputs of a batch that is only measured would take memory for nothing.
         """
         self.frozen = frozen
+        # A prunable layer is blocks.3.attn or blocks.3.mlp: its block is what it lies in.
         layers = [layer.name for layer in find_prunable_layers(model).layers]
         self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
         self.outputs: dict[str, Tensor] = {}
@@ -253,6 +254,7 @@ def make_objective(
         if history and teacher.sha256 != history[0].get("source_sha256"):
             reporter.log("the teacher is not the file that the slim model was cut from")
         if blocks is not None and teacher.blocks is not None:
+            # Features of other shapes would fail in the first step, once the directory is made.
             image = torch.zeros(1, *preprocessing.input_size, device=next(student.parameters()).device)
             shapes = blocks.shapes(student, image)
             if not shapes or shapes != teacher.blocks.shapes(teacher.model, image):

@@ -42,7 +42,7 @@ def start(run: Run) -> None:
             run.lock = run.folder.lock()
             if not resuming:
                 _make_directory(run)
-        if resuming:
+        if resuming:  # every process reads the file: it is as large as three models, to send it takes longer
             state = run.folder.read_state()
             if state is not None:
                 _restore(run, state)
@@ -165,7 +165,7 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
     """
     if not run.processes.first:
         return
-    dtypes = dict(run.loaded.dtypes)
+    dtypes = dict(run.loaded.dtypes)  # training is in float32, also of a file in half precision
     if run.options.dtype is not None:
         chosen = getattr(torch, run.options.dtype)
         dtypes = {key: chosen if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}

@@ -59,6 +59,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
     seconds, images = 0.0, 0
     while progress.step < run.total_steps:
         began = time.perf_counter()
+        # Lazily: the next part is read while the network works on this one.
         batches = _noting_unreadable(run, islice(loader, options.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
         # All stop after the same step, whichever process received the signal.
@@ -68,8 +69,10 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         seconds += time.perf_counter() - began
         images += int(seen)
         _report_step(run, loss / seen, images / seconds)
+        # With --steps, the last epoch may be cut short: it has a line in the summary all the same.
         if progress.step % run.batches.steps_per_epoch == 0 or progress.step == run.total_steps:
             _end_epoch(run, logs)
+            # Measuring may have taken long: look again whether somebody asked meanwhile.
             (stop,) = run.processes.total([float(run.request.asked)])
             run.reporter.start("training")
         elif stop or (options.save_every and progress.step % options.save_every == 0):

@@ -121,6 +121,7 @@ class Trainer:
             self._seed(mixed_seed(options.seed, _MODEL_STREAM, number, self.processes.rank, position))
             with self._gradients_shared(last), refusing_compile(option_name("compile", True)):
                 loss = self._loss(number, batch)
+                # Every part has as many images: the mean over parts is the mean over the step's images.
                 scaled: Any = self.scaler.scale(loss / options.grad_accum_steps)
                 scaled.backward()
             losses.append(loss.detach() * len(batch.images))
@@ -194,6 +195,7 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
     Raises:
         UsageError: no block of the model has a place for it.
     """
+    # A block is a module with places for it: some have one, after attention or the MLP, most have one each.
     blocks = []
     for module in model.modules():
         places = [
@@ -251,6 +253,7 @@ def _schedule(
     optimizer: torch.optim.Optimizer, options: FinetuneOptions, total_steps: int, steps_per_epoch: int
 ) -> Any:
     """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
+    # timm counts epochs, of which fractions are lost; here a step takes their place.
     warmup = round(options.warmup_epochs * steps_per_epoch)
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
