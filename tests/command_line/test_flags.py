@@ -9,7 +9,6 @@ import typer
 
 from helpers.cli import run
 from mhacut.cli.app import COMMANDS, app
-from mhacut.options.measure import EvaluateOptions
 from mhacut.options.option import read_config
 from mhacut.options.prune import PruneOptions
 
@@ -30,108 +29,44 @@ def test_defaults_are_the_options(captured):
     assert captured == [PruneOptions(checkpoint="a.safetensors", flops="50%")]
 
 
-FULL = PruneOptions.from_flat(
-    checkpoint="a.safetensors",
-    flops="2.0G",
-    output="b.safetensors",
-    overwrite=True,
-    dry_run=True,
-    report="r.html",
-    keep_dead_tokens=True,
-    model="vit",
-    model_args={"img_size": 32, "qk_norm": True, "global_pool": "avg"},
-    num_classes=10,
-    part="student",
-    scope="attention",
-    round_to=4,
-    calibration_images=7,
-    labels=False,
-    eval_images=0,
-    latency=False,
-    latency_batch_size=3,
-    device="cpu",
-    amp=True,
-    data_dir="d",
-    dataset="hfds/x",
-    class_map="m.txt",
-    train_split="t",
-    val_split="v",
-    workers=0,
-    mean=(0.5, 0.4, 0.3),
-    std=(0.2,),
-    crop_pct=0.9,
-    interpolation="bilinear",
-    img_size=64,
-    similarity=False,
-    score_adjustment=False,
-    init="uniform",
-    reweight=False,
-    repair=False,
-    method="paper",
-    token_weights=False,
-    effort="fast",
-    allocation="indicator",
-    basis="channel",
-    gain_steps=9,
-    heal_steps=7,
-    positions="own",
-    selection="indicator",
-    temperature="dense",
-    steps=3,
-    batch_size=2,
-    lr=0.1,
-    gain_lr=0.2,
-    budget_weight=0.3,
-    label_weight=0.4,
-    seed=5,
-    calibration="c.safetensors",
-)
-BUDGETS = PruneOptions.from_flat(
-    checkpoint="a.safetensors",
-    params="1M",
-    size="3MB",
-    max_latency="5ms",
-    runtime="onnx",
-    int8=True,
-    threads=3,
-)
-BOUNDED = PruneOptions.from_flat(
-    checkpoint="a.safetensors",
-    max_kl=0.5,
-    max_drop=2.5,
-    exclude=("blocks.0.*", "*.mlp"),
-    min_width=("*.qk=8", "x=9"),
-    equal_qkv=True,
-    preserve="tokens",
-)
+def other_value(one):
+    """A value of the option that is not its default."""
+    if one.kind is bool:
+        return not one.default
+    if one.takes_pairs:
+        return {"img_size": 32, "qk_norm": True, "global_pool": "avg"}
+    if one.element is not None:
+        return {int: (2, 3), float: (0.5, 0.75)}.get(one.element, ("x", "y"))
+    if one.kind in (int, float):
+        least = one.at_least if one.at_least is not None else one.above or 0
+        return one.kind(least + (1 if one.kind is int else 0.125))
+    return next((choice for choice in one.choices if choice != one.default), "x" + "".join(one.endings[:1]))
 
 
-def as_flags(given):
-    flags = []
-    for name, value in given.items():
-        flag = "--" + name.replace("_", "-")
-        if name == "checkpoint":
-            flags.append(value)
-        elif name == "model_args":
-            for key, item in value.items():
-                flags += ["--model-arg", f"{key}={item}"]
-        elif isinstance(value, bool):
-            flags.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            flags += [flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
-    return flags
+def as_flags(one, value):
+    if one.is_argument:
+        return list(value) if one.element else [value]
+    if isinstance(value, bool):
+        return [one.flag if value else f"--no-{one.flag.removeprefix('--')}"]
+    if one.takes_pairs:
+        return [word for pair in value.items() for word in (one.flag, "=".join(map(str, pair)))]
+    if one.repeats:
+        return [word for part in value for word in (one.flag, part)]
+    return [one.flag, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
 
 
-def test_every_flag_reaches_its_option(captured):
-    defaults = PruneOptions.defaults()
-    given = [
-        {name: value for name, value in made.flat().items() if defaults.get(name) != value}
-        for made in (FULL, BUDGETS, BOUNDED)
-    ]
-    assert set().union(*given) == set(PruneOptions.options()), "give every option a value that is no default"
-    for values in given:
-        run("prune", *as_flags(values))
-    assert captured == [FULL, BUDGETS, BOUNDED]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_and_every_yaml_key_reaches_its_option(tmp_path, command):
+    options = COMMANDS[command].options()
+    parser = typer.main.get_command(app).commands[command]
+    values = {name: other_value(one) for name, one in options.items()}
+    for name, one in options.items():
+        parsed = parser.make_context(command, as_flags(one, values[name])).params[name]
+        assert one.check(parsed) == values[name] != one.default, name
+    for separator in ("-", "_"):
+        document = {name.replace("_", separator): value for name, value in values.items()}
+        (tmp_path / "run.yaml").write_text(json.dumps(document))  # which is YAML
+        assert read_config(tmp_path / "run.yaml", options, "run.yaml") == values
 
 
 def test_a_flag_that_repeats_takes_each_value(captured):
@@ -139,17 +74,6 @@ def test_a_flag_that_repeats_takes_each_value(captured):
     (made,) = captured
     assert made.flops == ("50%", "2.0G")
     assert made.exclude == ("x", "y", "z")
-
-
-@pytest.mark.parametrize("separator", ["-", "_"])
-def test_every_yaml_key_reaches_its_option(captured, tmp_path, separator):
-    file = tmp_path / "run.yaml"
-    for made in (FULL, BUDGETS, BOUNDED):
-        document = {name.replace("_", separator): value for name, value in made.flat().items()}
-        # JSON is YAML
-        file.write_text(json.dumps(document))
-        run("prune", "--config", file)
-    assert captured == [FULL, BUDGETS, BOUNDED]
 
 
 def test_a_flag_takes_a_pair(captured):
@@ -187,11 +111,6 @@ def test_yaml_refuses_other_pairs(captured, tmp_path, value):
     assert result.exit_code == 2
     assert "model-arg" in result.stderr
     assert "KEY=VALUE" in result.stderr
-
-
-def test_evaluate_has_no_flag_without_an_effect():
-    assert "train_split" not in EvaluateOptions.options()
-    assert {"data_dir", "val_split", "mean", "img_size"} <= set(EvaluateOptions.options())
 
 
 def test_flags_win_over_the_file(captured, tmp_path):
