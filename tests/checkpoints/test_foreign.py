@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from safetensors.torch import save_file
 
@@ -155,13 +154,6 @@ def test_a_bare_file_is_recognised_by_its_names(folder):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert found.identity.model_args["img_size"] == 32
     assert "(converted from ViT of transformers; the folder with its configuration" in refusal(path)
-
-
-def test_a_classifier_may_be_the_only_layer_of_a_sequence(folder):
-    tensors = {name.replace("classifier.", "classifier.1."): t for name, t in vit_tensors().items()}
-    checkpoint = read_model(folder(tensors=tensors))
-    assert torch.equal(checkpoint.model.state_dict()["head.weight"], tensors["classifier.1.weight"])
-    assert "classifier.1 is the classifier: the layers before it have no weights" in checkpoint.notes[-1]
 
 
 def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
@@ -342,24 +334,6 @@ def test_a_model_of_timm_behind_a_prefix_is_that_model(tmp_path):
     assert "architecture: timm has no model 'os'" in refusal(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_args": {"checkpoint_path": "x"}}))
     assert "'checkpoint_path' does not describe a model" in refusal(tmp_path)
-
-
-def test_without_a_classifier_the_norm_before_it_stays(tmp_path):
-    args = {"depths": (1, 1), "embed_dims": (16, 32), "num_heads": (2, 4)}
-    model = timm.create_model("davit_tiny", num_classes=5, **args).eval()
-    with torch.no_grad():
-        model.head.norm.weight.mul_(2)
-    config = {"model_type": "timm_wrapper", "architecture": "davit_tiny", "model_args": args}
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(
-        {f"timm_model.{name}": tensor for name, tensor in model.state_dict().items()},
-        tmp_path / "model.safetensors",
-    )
-    found = read_model(tmp_path, num_classes=0).model
-    model.reset_classifier(0)
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        assert torch.equal(found(images), model(images))
 
 
 def test_no_module_imports_a_library_that_it_converts_from():

@@ -36,7 +36,6 @@ def test_a_timm_folder(tmp_path):
     ("stated", "crop"),
     [
         ({"input_size": [3, 32, 32], "num_classes": 10}, None),
-        ({"num_classes": 10}, 0.9),
         ({"input_size": [3, 224, 224]}, 0.9),
         ({"input_size": [3, 32, 32], "crop_pct": 0.8, "mean": [0.1, 0.2, 0.3]}, 0.8),
     ],
@@ -70,18 +69,13 @@ def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, cro
         ({"model_args": {**ARGS, "embed_dim": 10**9}}, "numbers may reach 1000000"),
         ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
         ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
-        ({"pretrained_cfg": {"input_size": [3, 32]}}, "'input_size': expected channels, height, width"),
         (
             {"pretrained_cfg": {"std": [0, 0, 0]}},
             "pytorch_model.bin: pretrained_cfg: std [0, 0, 0]: expected 3",
         ),
-        ({"pretrained_cfg": {"std": 7}}, "pytorch_model.bin: pretrained_cfg: "),
-        ({"pretrained_cfg": {"mean": "abc"}}, "pytorch_model.bin: pretrained_cfg: "),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 9}}, "pretrained_cfg: crop_pct 9"),
-        ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": "x"}}, "pretrained_cfg: preprocessing:"),
         ({"model_args": {**ARGS, "checkpoint_path": "/x"}}, "'checkpoint_path' does not describe a model"),
         ({"model_args": {**ARGS, "block_fn": "os.system"}}, "timm cannot build"),
-        ({"model_args": {**ARGS, "patch_size": 0}}, "timm cannot build"),
     ],
 )
 def test_a_config_that_lies_is_refused(tmp_path, changes, says):
@@ -96,7 +90,6 @@ def test_a_config_that_lies_is_refused(tmp_path, changes, says):
     ("name", "changes", "classes"),
     [
         ("deit_tiny_distilled_patch16_224", {}, 10),
-        ("deit_tiny_distilled_patch16_224", {"num_classes": 0}, 0),
         ("vit_base_patch16_siglip_224", {}, 10),
         ("vit_base_patch16_siglip_224", {"num_classes": 0}, 0),
         ("vit_small_patch14_reg4_dinov2", {}, 10),
@@ -141,13 +134,6 @@ def test_an_unknown_model_name_gets_close_matches(dense):
     assert "has no pretrained tag 'nope'; it has augreg" in refusal(dense[1], model=f"{NAME}.nope")
 
 
-def test_a_tag_decides_the_preprocessing(dense):
-    loaded = read_model(dense[1], model=f"{NAME}.augreg_in21k", model_args=ARGS)
-    assert loaded.identity.architecture == NAME
-    assert loaded.identity.pretrained_cfg["tag"] == "augreg_in21k"
-    assert loaded.identity.pretrained_cfg["num_classes"] == 10
-
-
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -157,7 +143,6 @@ def test_a_tag_decides_the_preprocessing(dense):
             {"patch_size": 16},
             ["model_args={'patch_size': 8}?", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
         ),
-        ({"in_chans": 1}, ["model_args={'in_chans': 3}?"]),
         (
             {"embed_dim": 96},
             [
@@ -167,7 +152,6 @@ def test_a_tag_decides_the_preprocessing(dense):
         ),
         ({"img_size": 64}, ["1 of another shape", "model_args={'img_size': 'SIDE'} (or window_size"]),
         ({"num_classes": 5}, ["2 of another shape", "the head differs: num_classes=10?"]),
-        ({"mlp_ratio": 2}, ["only attention or MLP layers differ"]),
         ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
     ],
 )
@@ -213,20 +197,6 @@ def test_integer_weights_are_refused(tmp_path):
     message = refusal(path, model=NAME, model_args=ARGS)
     assert "quantised or complex weights are not supported: 1 tensors" in message
     assert "'norm.weight' (int8)" in message
-
-
-def test_a_training_checkpoint_says_which_part_was_read(tmp_path):
-    model = tiny()
-    path = tmp_path / "last.pth.tar"
-    ema = {"module." + name: tensor for name, tensor in model.state_dict().items()}
-    torch.save({"state_dict": {}, "state_dict_ema": ema, "epoch": 3}, path)
-    loaded = read_model(path, model=NAME, model_args=ARGS)
-    line = (
-        "read the part 'state_dict_ema' of the checkpoint; removed the prefix module. from the tensor names"
-    )
-    assert line in loaded.notes
-    with torch.no_grad():
-        assert torch.equal(loaded.model(IMAGES), model(IMAGES))
 
 
 def test_a_suffix_that_lies_is_noted(dense, tmp_path):
@@ -298,11 +268,3 @@ def test_the_dense_file_of_a_headless_slim_one_is_read_without_its_classifier(tm
     )
     seen = mhacut.inspect(slim.output, compare=dense, calibration_images=4)
     assert slim.dense.flops in seen.comparison.flops
-
-
-def test_the_pooling_that_timm_writes_of_a_model_counts(tmp_path):
-    model = tiny(global_pool="avg")
-    save_for_hf(model, tmp_path / "folder", model_args=ARGS)
-    loaded = read_model(tmp_path / "folder")
-    with torch.no_grad():
-        assert torch.equal(loaded.model(IMAGES), model(IMAGES))

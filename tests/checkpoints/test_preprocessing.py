@@ -57,16 +57,6 @@ def test_a_slim_file_may_not_state_a_size_its_model_does_not_take(tmp_path, size
         resolve_preprocessing(made, PreprocessingOptions())
 
 
-@pytest.mark.parametrize("channels", [1, 3, 5])
-@pytest.mark.parametrize(
-    "name", ["vit_tiny_r_s16_p8_224", "vit_small_resnet26d_224", "vit_base_mci_224", "vit_tiny_patch16_224"]
-)
-def test_channels_are_the_images_not_those_behind_a_convolutional_stem(name, channels):
-    with torch.device("meta"):
-        model = timm.create_model(name, depth=1, in_chans=channels)
-    assert model_input_size(model, model.pretrained_cfg) == (channels, 224, 224)
-
-
 @pytest.mark.parametrize(
     ("args", "size"), [({"img_size": 64}, 64), ({"img_size": (64, 64)}, 64), ({}, 224), (None, 224)]
 )
@@ -86,18 +76,6 @@ def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop)
     seen = resolve_preprocessing(loaded, PreprocessingOptions())
     assert (seen.crop_pct, seen.mean) == (crop, (0.5,))
     assert Preprocessing(**timm.data.resolve_data_config({}, model=loaded.model)) == seen
-
-
-def test_models_that_are_built_for_one_size_are_to_be_built_for_another(tmp_path):
-    cait = opened(tmp_path, "cait_xxs24_224", img_size=64, embed_dim=24, depth=1, num_heads=2)
-    with pytest.raises(UsageError, match=r"for that size with model_args=\{'img_size': 128\}$"):
-        resolve_preprocessing(cait, PreprocessingOptions(img_size=128))
-
-
-def test_a_model_of_several_patch_embeddings_knows_its_size(tmp_path):
-    args = {"img_size": 64, "embed_dims": (16,) * 4, "serial_depths": (1, 1, 1, 1)}
-    coat = opened(tmp_path, "coat_lite_tiny", **args)
-    assert resolve_preprocessing(coat, PreprocessingOptions()).input_size == (3, 64, 64)
 
 
 def test_a_model_that_cannot_take_a_size_says_so_at_once(tmp_path):

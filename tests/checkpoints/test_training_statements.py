@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from checkpoints.test_original import beit, ibot
+from checkpoints.test_original import beit
 from helpers.checkpoints import ARGS, IMAGES, NAME, logits_with, opened, refusal, tiny, under
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.provenance import provenance
@@ -103,15 +103,12 @@ def test_scripts_name_their_model(tmp_path, entry, origin):
     ("args", "says"),
     [
         ({"model": "my_vit"}, "its args.model 'my_vit' is not a timm model and was ignored"),
-        ({"model": "../../etc/passwd"}, "is not a timm model and was ignored"),
         (
             {"model": NAME, "model_kwargs": {"checkpoint_path": "/etc/passwd"}},
             "its args.model_kwargs were ignored",
         ),
         ({"model": NAME, "model_kwargs": {"depth": 10**9}}, "its args.model_kwargs were ignored"),
         ({"mean": [float("nan")] * 3, "std": [0.1] * 3}, "its mean [nan, nan, nan] is invalid"),
-        ({"mean": [0.5] * 3, "std": [0.0] * 3}, "its std [0.0, 0.0, 0.0] is invalid"),
-        ({"interpolation": "random"}, "its interpolation 'random' is invalid"),
         ({"crop_pct": 1e9}, "its crop_pct 1000000000.0 is invalid"),
         ({"mean": [[[[0.5]]]], "std": [0.1] * 3}, "its mean [[[[0.5]]]] is invalid"),
     ],
@@ -179,12 +176,3 @@ def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
     vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
     cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
     assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)
-
-
-def test_statements_about_another_network_do_not_refuse_a_converted_file(tmp_path):
-    stated = {"hyper_parameters": {"model": "resnet50", "mean": [0.1] * 3, "std": [0.2] * 3}}
-    vit_file(tmp_path / "a.pth", stated, rename=ibot)
-    found = read_model(tmp_path / "a.pth", model_args={"depth": 2})
-    assert found.identity.architecture == "vit_small_patch16_224"
-    assert found.identity.pretrained_cfg["mean"] == [0.1] * 3
-    assert any("its hyper_parameters.model says resnet50, which does not fit" in note for note in found.notes)

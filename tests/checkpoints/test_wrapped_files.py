@@ -15,7 +15,6 @@ from helpers.checkpoints import (
     NAME,
     logits_with,
     make_slim,
-    opened,
     refusal,
     save,
     tiny,
@@ -62,22 +61,12 @@ IN_TORCH_FILES = {
     "lightning": (lightning, "part 'state_dict' of the checkpoint; removed the prefix model. from"),
     "left out": (lightning, "left out criterion. (1), loss_fn. (1)"),
     "timm": (lambda w, o: {"state_dict": o, "state_dict_ema": w}, "part='state_dict' reads another part"),
-    "timm 2": (lambda w, o: {"model": under("module.", o), "model_ema": under("module.", w)}, "'model_ema'"),
-    "mmengine": (
-        lambda w, o: {
-            "state_dict": o,
-            "ema_state_dict": {**under("module.", w), "steps": torch.tensor(9)},
-            "meta": {"epoch": 3},
-        },
-        "ema_state_dict' of the checkpoint; removed the prefix module. from the tensor names; left out steps",
-    ),
     "ema": (lambda w, o: {"model": o, "ema": {"decay": 0.999, "shadow": w}}, "read the part 'ema.shadow'"),
     "tutorial": (
         lambda w, o: {"epoch": 1, "model_state_dict": w, "optimizer_state_dict": {}, "loss": torch.ones(())},
         "read the part 'model_state_dict'",
     ),
     "any name": (lambda w, o: {"my_weights": w, "my_epoch": 4}, "read the part 'my_weights'"),
-    "model name": (lambda w, o: {"model": "resnet50", "weights": w}, "read the part 'weights'"),
     "nested": (lambda w, o: {"model": {"state_dict": under("net.", w)}}, "read the part 'model.state_dict'"),
     "dino": (dino, "part 'teacher' of the checkpoint; removed the prefix backbone. from"),
     "dino's head": (dino, "left out head. (2); part='student' reads another part"),
@@ -104,13 +93,13 @@ IN_ANY_FILE = {
     ),
     "model.module": (lambda w, o: under("model.module.", w), "removed the prefix model.module. from"),
     "module.backbone": (lambda w, o: under("module.backbone.", w), "the prefix module.backbone. from"),
-    "repeated": (lambda w, o: under("net.model.model.", w), "removed the prefix net.model.model. from"),
     "encoder": (lambda w, o: under("encoder.", w), "removed the prefix encoder. from"),
     "own word": (lambda w, o: under("my_vit.", w), "removed the prefix my_vit. from"),
-    "sequential": (lambda w, o: under("1.", w), "removed the prefix 1. from"),
-    "loss beside": (
-        lambda w, o: {**w, "criterion.weight": torch.ones(10)},
-        "left out criterion. (1)",
+    "loss beside": (lambda w, o: {**w, "criterion.weight": torch.ones(10)}, "left out criterion. (1)"),
+    "averaged": (
+        lambda w, o: {**under("model.", o), **under("ema_model.module.", w)}
+        | {"ema_model.n_averaged": torch.tensor(3)},
+        "left out model. (32), n_averaged (1); part='model' reads another part",
     ),
     "dinov2": (
         lambda w, o: {**under("teacher.backbone.", w), **under("teacher.dino_head.", HEAD)}
@@ -122,17 +111,6 @@ IN_ANY_FILE = {
         | {f"{word}_head.layers.0.weight": torch.ones(3, 2) for word in ("student", "teacher")}
         | {f"{word}_head.last_layer.weight_g": torch.ones(3, 1) for word in ("student", "teacher")},
         "part='student_backbone' reads another part",
-    ),
-    "averaged": (
-        lambda w, o: {**under("model.", o), **under("ema_model.module.", w)}
-        | {"ema_model.n_averaged": torch.tensor(3)},
-        "left out model. (32), n_averaged (1); part='model' reads another part",
-    ),
-    "ema_pytorch": (
-        lambda w, o: {**under("online_model.", o), **under("ema_model.", w)}
-        | {"initted": torch.tensor(True), "step": torch.tensor(9)},
-        "removed the prefix ema_model. from the tensor names; left out initted (1), online_model. (32), step "
-        "(1); part='online_model' reads another part",
     ),
     "solo-learn": (
         lambda w, o: {**under("backbone.", without_head(w)), **under("momentum_backbone.", without_head(o))}
@@ -258,20 +236,6 @@ def test_a_classifier_may_be_the_only_layer_of_a_sequence(tmp_path, states, netw
     assert "'head.2.weight'" in refusal(path, model=NAME, model_args=ARGS)
 
 
-def test_a_classifier_beside_a_network_gets_its_name_in_timm(tmp_path):
-    torch.manual_seed(0)
-    name, sizes = "swin_tiny_patch4_window7_224", {"depths": (1, 1, 1, 1), "num_classes": 5}
-    model = timm.create_model(name, **sizes).eval()
-    state = model.state_dict()
-    assert state["head.fc.weight"].shape == (5, 768)
-    content = {f"backbone.{key}": tensor for key, tensor in state.items() if not key.startswith("head.")}
-    content |= {f"fc.{kind}": state[f"head.fc.{kind}"] for kind in ("weight", "bias")}
-    loaded = opened(tmp_path / "swin.pth", content)
-    assert loaded.identity.architecture == name
-    assert loaded.identity.model_args["num_classes"] == 5
-    assert all(torch.equal(loaded.model.state_dict()[key], tensor) for key, tensor in state.items())
-
-
 def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     path = tmp_path / "model.pth"
     torch.save({**under("backbone.", without_head(states[0])), "head.weight": torch.ones(10, 96)}, path)
@@ -331,17 +295,3 @@ def test_models_that_have_such_names_themselves_keep_them(name):
         model = timm.create_model(name, num_classes=0)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     assert unwrap("x", shapes).names == {key: key for key in shapes}
-
-
-@pytest.mark.parametrize(
-    ("name", "stem"),
-    [
-        ("a.pth.tar", "a"),
-        ("a.b.pt.tar", "a.b"),
-        ("a.tar", "a"),
-        ("a.ckpt", "a"),
-        ("v1.2.safetensors", "v1.2"),
-    ],
-)
-def test_output_names_begin_with_the_name_without_its_endings(tmp_path, states, name, stem):
-    assert opened(tmp_path / name, states[0], model=NAME, model_args=ARGS).stem == stem
