@@ -90,44 +90,6 @@ class Budget:
         return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 
 
-@dataclass(frozen=True)
-class Targets:
-    """Budgets that a pruned model is to meet, all of them; at most one per resource."""
-
-    budgets: tuple[Budget, ...]
-
-    @classmethod
-    def parse(
-        cls,
-        flops: str | None = None,
-        params: str | None = None,
-        size: str | None = None,
-        max_latency: str | None = None,
-    ) -> Targets:
-        """Read the budgets that are given.
-
-        Raises:
-            UsageError: one is no budget.
-        """
-        given: dict[Resource, str | None] = {
-            "flops": flops,
-            "params": params,
-            "size": size,
-            "max_latency": max_latency,
-        }
-        return cls(
-            tuple(Budget.parse(text, resource) for resource, text in given.items() if text is not None)
-        )
-
-    def __getitem__(self, resource: Resource) -> Budget | None:
-        return next((budget for budget in self.budgets if budget.resource == resource), None)
-
-    @property
-    def label(self) -> str:
-        """The text for a file name: ``50pct``, ``50pct-params60pct``."""
-        return "-".join(budget.label for budget in self.budgets)
-
-
 def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str:
     """Three digits of an amount or more, as :func:`format_flops`; of a size or a time with its unit.
 

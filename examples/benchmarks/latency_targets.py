@@ -52,7 +52,7 @@ dense = read_model(dense, model=model)
 size = resolve_preprocessing(dense, PreprocessingOptions()).input_size
 timing = TimingOptions(runtime=runtime, latency_batch_size=int(batch), threads=int(threads))
 watch = Stopwatch(timing, dense.model, size, torch.device("cpu"), SILENT)
-found = watch.beside([load_model(slim)], seconds=float(seconds), precision=0.003)
+found = watch.compare([load_model(slim)], seconds=float(seconds), precision=0.003)
 print(json.dumps({"ratio": found.ratios[1], "dense_ms": found.milliseconds[0], "drift": found.drift}))
 """
 

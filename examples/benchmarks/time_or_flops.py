@@ -55,7 +55,7 @@ preprocessing = resolve_preprocessing(dense, PreprocessingOptions(**means))
 models = [load_model(file) for file in asked["files"]]
 timing = TimingOptions(runtime=asked["runtime"], latency_batch_size=asked["batch"], threads=asked["threads"])
 watch = Stopwatch(timing, dense.model, preprocessing.input_size, torch.device("cpu"), SILENT)
-found = watch.beside(models, seconds=asked["seconds"] * (1 + len(models)))
+found = watch.compare(models, seconds=asked["seconds"] * (1 + len(models)))
 data = DataOptions(data_dir=asked["data_dir"], train_split="val")
 images = calibration_images(preprocessing, data, count=asked["images"], seed=0, use_labels=False).images
 with torch.inference_mode():

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +26,6 @@ from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
 from mhacut.text import dtype_name
-
-_DESCRIBED = 120
-"""Bytes of a file's header per tensor: name, dtype, shape and offsets."""
-_CURVE = 9 * 18 + 120
-"""Bytes of a file's header per sensitivity curve."""
-_PROSE = 3000
-"""Bytes of a file's header for preprocessing, versions, the description of the images and the like."""
 
 
 def write_slim(
@@ -120,18 +112,6 @@ def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.d
     header = {"__metadata__": {"format": "pt", METADATA_KEY: record.to_json()}, **described}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + len(text) + 8 + tensors  # a length, the header, what aligns it
-
-
-def expected_header(stated: Sequence[Any], *, tensors: int, curves: int) -> int:
-    """Return about as many bytes as the header of a slim file has, before there is a record to write.
-
-    Args:
-        stated: the largest parts of the record, as JSON.
-        tensors: number of tensors.
-        curves: number of sensitivity curves that the record will state.
-    """
-    text = json.dumps(json.dumps(stated, separators=(",", ":")))
-    return len(text) + tensors * _DESCRIBED + curves * _CURVE + _PROSE
 
 
 @with_default_torch

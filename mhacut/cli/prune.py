@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
-from mhacut.budget import NOUNS, RESOURCES, format_amount
+from mhacut.budget import format_amount
 from mhacut.cli.flags import command
 from mhacut.cli.measure import preprocessing_lines
 from mhacut.cli.running import Console
-from mhacut.commands.prune_names import check_files_before_reading
+from mhacut.commands.prune_names import check_files
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 from mhacut.text import safe, safe_table
@@ -29,7 +29,7 @@ _UNITS: Mapping[Measure, str] = {
 }
 
 
-@command(PruneOptions, check_outputs=check_files_before_reading)
+@command(PruneOptions, check_outputs=check_files)
 def prune(options: PruneOptions, console: Console) -> None:
     """Cut CHECKPOINT down to a budget and write a slim safetensors file.
 
@@ -90,35 +90,23 @@ def _text(result: PruneResult) -> str:
 
 
 def _target(target: Reached) -> str:
-    """Return one line about a target."""
-    asked = option_name(target.name, target.asked)
-    if target.name == "max_kl":
-        return f"{asked}: {target.reached:.3g} nats"
-    if target.name == "max_drop":
-        return f"{asked}: {target.reached:.2f} points lost, standard error {target.standard_error:.2f}"
-    if target.name == "max_latency":
-        return time_lines(asked, target)
-    resource = next(resource for resource in RESOURCES if resource == target.name)
-    most, reached = (format_amount(amount, resource) for amount in (target.most, target.reached))
-    return f"{asked}: {reached} of at most {most} {NOUNS[resource]}".rstrip()
-
-
-def time_lines(asked: str, target: Reached) -> str:
-    """Return the lines about a budget of time."""
+    """Return the lines about a target."""
+    most, reached = target.texts
+    line = f"{option_name(target.name, target.asked)}: {reached} of at most {most}"
+    if not target.measured:
+        return line
     about = target.measured
-    reached, most, predicted, dense, wall = (
-        format_amount(1e6 * amount, "max_latency")
-        for amount in (target.reached, target.most, *(about[name] for name in ("predicted", "dense", "wall")))
+    dense, predicted, wall = (
+        format_amount(1e6 * about[name], "max_latency") for name in ("dense", "predicted", "wall")
     )
     share = 100 * target.reached / about["dense"]
-    where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
     corrected = f"; corrected {about['corrections']} time(s)" if about["corrections"] else ""
+    where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
     machine = safe(about["machine"])
     if (about["device"], about["threads"]) == ("cpu", 1):  # else it is the time above
         machine += f"; wall time {wall}"
     return (
-        f"{asked}: {reached} of at most {most}, {share:.1f}% of the dense model's {dense}; predicted "
-        f"{predicted}{corrected}\n"
+        f"{line}, {share:.1f}% of the dense model's {dense}; predicted {predicted}{corrected}\n"
         f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {machine}"
     )
 

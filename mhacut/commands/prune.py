@@ -1,4 +1,4 @@
-"""``mhacut prune`` as a function: read, calibrate, plan, cut, check, recover, write, measure, report."""
+"""``mhacut prune``: read, calibrate; plan, cut, recover and measure until all targets are met; write."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mhacut.budget import format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
+from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_calibration import calibrated
-from mhacut.commands.prune_cut import CutModel, cut_to_budget, cut_within_bound
-from mhacut.commands.prune_files import Measured, final_record, finish_file, measure, write_checked
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
-from mhacut.commands.prune_latency import CORRECTIONS
-from mhacut.commands.prune_record import slim_record
-from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of, equal_models
-from mhacut.commands.prune_targets import target_figure
-from mhacut.commands.prune_timing import reached_time, time_file, with_less_time
+from mhacut.commands.prune_latency import Latency
+from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choices_of
+from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
 from mhacut.data import ImagesInMemory
-from mhacut.errors import DataError, UsageError, option_name
+from mhacut.errors import DataError, MhacutError, OutputError, UsageError, option_name
+from mhacut.measuring.accuracy import evaluate
+from mhacut.measuring.figures import ModelFigures
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import PruneKeywords, PruneOptions
+from mhacut.pruning.check import check_exact, check_flops, masked_outputs, same_outputs
+from mhacut.pruning.choose_merges import divergence_by_merging
+from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.recover import recover
 from mhacut.report.page import measured_figures, write_overview, write_report
 from mhacut.runtime.device import with_default_torch
 from mhacut.runtime.distributed import Processes, gathered
+from mhacut.runtime.files import show
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
+from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import count_parameters
+from mhacut.surgery.slice import cut
+
+TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
+"""Every kind of target, by the option of its name."""
+PROBED = 4
+"""Number of images on which the cut and the written model are checked."""
+_SECONDS = 3.0
+"""Time to measure latency in, after the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +171,7 @@ def run_prune(
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
-    """Run the nine stages of ``mhacut prune``, on a copy of ``module`` if there is no checkpoint.
+    """Run ``mhacut prune``, on a copy of ``module`` if there is no checkpoint.
 
     Returns:
         The results of each budget, in their order. What does not depend on budgets is done once.
@@ -163,30 +180,255 @@ def run_prune(
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
             series = read_inputs(options, processes, timer, module, images)  # 1. read
+            files = [Targets(inputs, TARGETS) for inputs in series]
+        job = series[0].job
         if images is not None:
-            _check_same_images(series[0].job.images, processes)
-        kept = None if options.calibration is None else Path(options.calibration)
-        calibration = calibrated(series[0].job, kept, processes)  # 2. calibrate
-        made: list[nn.Module] = []
+            _check_same_images(job.images, processes)
+        calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
+        models: list[nn.Module] = []
 
         def in_first_process() -> tuple[PruneResult, ...]:
-            planner = Planner(series[0].job, calibration)
-            written = _timed([_prune_to(inputs, planner, timer) for inputs in series])
-            results = tuple(_finished(one, timer) for one in written)
-            for line in equal_models(results):
-                timer.log(line)
+            planner = Planner(job, calibration)
+            results = []
+            for targets in files:
+                attempt = _meet(targets, planner)  # 3. to 6.
+                result, model = _write(targets, attempt, planner, timer)  # 7. and 8.
+                results.append(result)
+                models.append(model)
             if options.report is not None and options.several:
-                dense, shared = series[0].loaded, series[0]
-                prunable = find_prunable_layers(dense.model)
-                write_overview(options, dense, prunable, choices_of(results), shared.provenance)
-            made.extend(one.slim.cpu() for one in written)
-            return results
+                dense, prunable = series[0].loaded, find_prunable_layers(series[0].loaded.model)
+                write_overview(options, dense, prunable, choices_of(results), series[0].provenance)
+            return tuple(results)
 
         results = processes.from_first(in_first_process)
         # The models stay where they are: other processes find them in the files.
         return tuple(
-            replace(result, _model=made[number]) if made else result for number, result in enumerate(results)
+            replace(result, _model=models[number]) if models else result
+            for number, result in enumerate(results)
         )
+
+
+def _meet(targets: Targets, planner: Planner) -> Attempt:
+    """Plan, cut, recover and measure until all targets are met, and used up as far as they can be.
+
+    Raises:
+        BudgetError: no model that was tried meets them.
+    """
+    limits: Limits | None = targets.first(planner)
+    attempt: Attempt | None = None
+    best: Attempt | None = None
+    number = 0
+    while limits is not None:
+        planned, number = planner.plan(limits), number + 1  # 3. plan
+        if attempt is not None and planned.plan == attempt.planned.plan:  # the same model again
+            if not targets.bounds_loss:
+                break
+            attempt = replace(attempt, number=number, limits=limits)
+        else:
+            attempt = _cut(planned, limits, number, planner)  # 4. cut
+            if targets.bounds_loss:
+                _recover(attempt, targets.inputs.dtypes, planner)  # its loss is that of the recovered model
+            targets.measure(attempt)
+        best, limits = targets.better(best, attempt), targets.next(attempt)
+    assert best is not None
+    if best.ratio > 1:
+        raise targets.missed(best)
+    if not targets.bounds_loss:
+        _recover(best, targets.inputs.dtypes, planner)
+    return best
+
+
+def _cut(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
+    """Cut the model of ``planned`` in place: a copy would take as much memory as the dense model."""
+    planner.reporter.start("cutting")
+    ready, job = planned.ready, planner.job
+    model = ready.model.cpu()
+    masked = masked_outputs(job, ready, job.images[:PROBED])
+    cut(model, ready.plan, ready.channel_scales, job.prunable)
+    return Attempt(number, limits, planned.without_model(), model, masked)
+
+
+def _recover(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
+    """Check the cut model, and recover it; its tensors are then those that the file holds.
+
+    Raises:
+        MhacutError: the cut is not as planned.
+    """
+    job, planned = planner.job, attempt.planned
+    most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
+    check_flops(attempt.model, job, planned, most)  # 5. check
+    check_exact(attempt.model, attempt.masked, job.images[:PROBED])
+    layers = find_prunable_layers(attempt.model)
+    known = {layer.name for layer in job.prunable.layers}
+    others = [layer.name for layer in layers.layers if layer.name not in known]
+    learning = layers.without(others, "does not run for what is preserved")
+    slim = recover(attempt.model, learning, job, planner.calibration, planned.merged)  # 6. recover
+    round_to_stored(slim, dtypes)
+    attempt.model = slim
+
+
+def _write(
+    targets: Targets, attempt: Attempt, planner: Planner, timer: StageTimer
+) -> tuple[PruneResult, nn.Module]:
+    """Measure the model, write its file and, where that is asked for, the page about it.
+
+    Returns:
+        The result, and the model in the file, or after a dry run in memory.
+    """
+    inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
+    options, loaded, job = inputs.options, inputs.loaded, inputs.job
+    seconds = timer.taken()
+    dense, slim = loaded.model, slim.to(job.device)
+    evaluation = attempt.evaluation  # 7. measure
+    if evaluation is None and inputs.validation is not None:
+        timer.start("evaluating")
+        evaluation = evaluate(slim, inputs.validation, device=job.device, progress=timer.advance)
+    timer.start("comparing")
+    held_out = job.held_out(planner.calibration)
+    divergence, merging = held_out.divergence_of(slim), None
+    stored = options.params is not None or options.size is not None  # merging stores no less
+    in_nats = held_out.preserved.measure == "answers"
+    if divergence > MUCH and in_nats and not job.merges_tokens and not stored:
+        merging = divergence_by_merging(job, planned.flops, planner.calibration)
+    times = _latency(inputs, attempt, slim, timer)
+    slim = slim.cpu()
+    measuring = timer.taken()
+
+    timer.start("writing")  # 8. write
+    budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
+    reached = attempt.reached
+
+    def record() -> SlimRecord:
+        stated = () if options.flops is not None and len(reached) == 1 else reached
+        lines = [one.to_json() for one in stated]
+        return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, lines)
+
+    size = file_size(slim, record(), inputs.dtypes)
+    reached = _with_size(reached, size)
+    if not options.dry_run:
+        slim = _write_checked(inputs, slim, record())
+        size = inputs.target.stat().st_size  # the file states a few bytes more
+        reached = _with_size(reached, size)
+    before = ModelFigures(
+        job.table.dense,
+        count_parameters(dense),
+        times[0],
+        inputs.evaluation,
+        count_bytes(dense, loaded.dtypes),
+    )
+    after = ModelFigures(planned.flops, count_parameters(slim), times[1], evaluation, size)
+    page, conditions = None, inputs.stopwatch.conditions()
+    if options.report is not None:
+        timer.start("reporting")
+        pruned = Checkpoint.of_model(
+            slim.to(job.device),
+            loaded.identity,
+            source=f"{inputs.target} (dry run)" if options.dry_run else str(inputs.target),
+            record=record(),
+            dtypes=inputs.dtypes,
+        )
+        figures = measured_figures(before, after, conditions)
+        for one in reached:
+            error = "" if one.standard_error is None else f", standard error {one.standard_error:.2g}"
+            figures.append(
+                (f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1] + error)
+            )
+        both = job.prunable, find_prunable_layers(slim)
+        page = write_report(
+            options, loaded, pruned, both, inputs.images, planned.log, figures, inputs.provenance
+        )
+    rest = timer.taken()
+    stages = dict(seconds)
+    for stage, spent in (*measuring.items(), *rest.items()):
+        stages[stage] = stages.get(stage, 0.0) + spent
+    result = PruneResult(
+        output=None if options.dry_run else inputs.target,
+        architecture=loaded.identity.architecture,
+        plan=planned.plan,
+        budget=job.table.dense if budget is None else budget,
+        dense=before,
+        slim=after,
+        data=inputs.images.description,
+        preprocessing=inputs.preprocessing,
+        provenance=inputs.provenance,
+        not_prunable=job.prunable.not_prunable,
+        repairs=planned.ready.repairs,
+        device=str(job.device),
+        latency_batch_size=options.timing.latency_batch_size,
+        timing={} if after.latency_ms is None else conditions,
+        seconds={**seconds, "measuring": sum(measuring.values()), **rest},
+        stage_seconds=stages,
+        log=planned.log,
+        curves=planned.curves,
+        report=page,
+        divergence=divergence,
+        preserved=held_out.preserved.to_json(),
+        divergence_of=held_out.preserved.measure,
+        judged_on=len(held_out.images),
+        divergence_with_tokens=merging if merging is not None and merging < divergence / 2 else None,
+        targets=reached,
+        constraints=planned.constraints,
+    )
+    return result, slim.cpu()
+
+
+def _with_size(reached: Sequence[Reached], size: int) -> tuple[Reached, ...]:
+    """Return what was reached with the size of the file, which holds what was reached."""
+    shown = format_amount(size, "size")
+    return tuple(
+        replace(one, reached=size, texts=(one.texts[0], shown)) if one.name == "size" else one
+        for one in reached
+    )
+
+
+def _latency(
+    inputs: PruneInputs, attempt: Attempt, slim: nn.Module, timer: StageTimer
+) -> tuple[float | None, float | None]:
+    """Return the milliseconds per batch of the dense and the slim model, where they are to be measured."""
+    for one in attempt.reached:
+        if one.name == "max_latency":
+            return float(one.measured["dense"]), one.reached
+    if not inputs.options.timing.latency:
+        return None, None
+    timer.start("timing")
+    found = inputs.stopwatch.compare([slim], seconds=_SECONDS)
+    # Of several files each is compared with the dense model, whose time at first is the scale of all.
+    inputs.stopwatch.dense_ms = inputs.stopwatch.dense_ms or found.wall[0]
+    return inputs.stopwatch.dense_ms, inputs.stopwatch.dense_ms * found.ratios[1]
+
+
+@torch.no_grad()
+def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
+    """Write the slim file if the model in it is that in memory; return the former.
+
+    Raises:
+        OutputError: the file cannot be written, or opened again.
+        MhacutError: the model in it gives other outputs.
+    """
+    target, reloaded = inputs.target, list[nn.Module]()
+
+    def check(file: Path) -> None:
+        try:
+            reloaded.append(load_model(file))
+        except MhacutError as error:
+            raise OutputError(f"{show(target)}: what was written cannot be opened: {error}") from error
+        # The tensors were compared bit for bit when they were written.
+        if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
+            raise MhacutError(
+                f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "
+                "was written. This is a gap in mhacut: please report the architecture and its arguments"
+            )
+
+    write_slim(
+        target,
+        slim,
+        record,
+        dtypes=inputs.dtypes,
+        overwrite=inputs.options.overwrite,
+        input_path=inputs.loaded.path,
+        check=check,
+    )
+    return reloaded[0]
 
 
 def _check_same_images(images: Tensor, processes: Processes) -> None:
@@ -198,143 +440,3 @@ def _check_same_images(images: Tensor, processes: Processes) -> None:
                 "images: processes share them, but were given different ones; give all the same images in "
                 "the same order"
             )
-
-
-_SECONDS = 3.0
-"""Time to measure latency in, after the warm-up."""
-
-
-@dataclass(frozen=True)
-class _Written:
-    """One file that was written and measured."""
-
-    inputs: PruneInputs
-    """Inputs, with the limits that the model was cut to."""
-    found: CutModel
-    slim: nn.Module
-    """The model in the file, or after a dry run in memory."""
-    measured: Measured
-    record: SlimRecord
-    seconds: Mapping[str, float]
-    """Seconds of the stages before the measurement, by name."""
-    measuring: Mapping[str, float]
-    """Seconds of the measurement, by what is measured."""
-
-
-def _prune_to(inputs: PruneInputs, planner: Planner, timer: StageTimer) -> _Written:
-    """Run the stages of one file, up to what is measured on it alone.
-
-    Raises:
-        BudgetError: the model takes more time than it may, corrected several times; no file was written.
-    """
-    after = None
-    while True:  # 3. plan, 4. cut, 5. check, 6. recover
-        bounds = inputs.options.bounds_loss
-        found = cut_within_bound(inputs, planner, timer) if bounds else cut_to_budget(inputs, planner, after)
-        timed = time_file(inputs, found, timer)
-        if timed is None or timed.nanoseconds <= timed.most:
-            break
-        if found.correction.plans > CORRECTIONS:
-            assert inputs.time_target is not None
-            raise inputs.time_target.missed()
-        after = with_less_time(inputs, found, timed)
-    inputs, slim = replace(inputs, budget=found.budget), found.model
-    if not inputs.options.dry_run:
-        timer.start("writing")
-        record = slim_record(inputs, found.planned, found.flops)
-        slim, written = write_checked(inputs, slim, record)  # 7. write
-    seconds = timer.taken()
-    measured = measure(inputs, planner.calibration, slim, found, timer)  # 8. measure
-    if timed is not None:
-        measured = measured.with_time(timed, reached_time(inputs, found, timed))
-    record, measured = final_record(inputs, found, slim, measured)
-    if not inputs.options.dry_run:
-        timer.start("writing")
-        stated = slim_record(inputs, found.planned, found.flops)
-        written = finish_file(inputs, slim, record, stated, written)
-        measured = measured.with_size(written.st_size, inputs)
-    return _Written(inputs, found, slim, measured, record, seconds, timer.taken())
-
-
-def _timed(written: Sequence[_Written]) -> list[_Written]:
-    """Measure latency, where that is asked for: all models take turns with the dense one."""
-    shared = written[0].inputs
-    if not shared.options.timing.latency or shared.time_target is not None:  # it timed them one by one
-        return list(written)
-    shared.stopwatch.start("timing")
-    dense, *times = shared.stopwatch.beside([one.slim for one in written], seconds=_SECONDS).wall
-    return [
-        replace(one, measured=one.measured.with_latency(dense, own))
-        for one, own in zip(written, times, strict=True)
-    ]
-
-
-def _finished(one: _Written, timer: StageTimer) -> PruneResult:
-    """Write the page about one file, where that is asked for, and return the result."""
-    page = None
-    shared = timer.taken()
-    if one.inputs.options.report is not None:
-        timer.start("reporting")
-        page = _report(one)  # 9. report
-    own = timer.taken()
-    measuring = sum(one.measuring.values()) + sum(shared.values())
-    seconds = {**one.seconds, "measuring": measuring, **own}
-    stages: dict[str, float] = {}
-    for part in (one.seconds, one.measuring, shared, own):
-        for stage, taken in part.items():
-            stages[stage] = stages.get(stage, 0.0) + taken
-    return _result(one.inputs, one.found.planned, one.measured, (seconds, stages), page)
-
-
-def _report(one: _Written) -> Path:
-    """Write the page about the run."""
-    inputs, found, measured = one.inputs, one.found, one.measured
-    options, dense, target = inputs.options, inputs.loaded, inputs.target
-    pruned = Checkpoint.of_model(
-        one.slim,
-        dense.identity,
-        source=f"{target} (dry run)" if options.dry_run else str(target),
-        record=one.record,
-        dtypes=inputs.dtypes,
-    )
-    figures = measured_figures(measured.dense, measured.slim, inputs.stopwatch.conditions())
-    figures += [target_figure(target) for target in measured.targets]
-    both, log = (inputs.job.prunable, found.layers), found.planned.log
-    return write_report(options, dense, pruned, both, inputs.images, log, figures, inputs.provenance)
-
-
-def _result(
-    inputs: PruneInputs,
-    planned: Planned,
-    measured: Measured,
-    seconds: tuple[Mapping[str, float], Mapping[str, float]],
-    page: Path | None,
-) -> PruneResult:
-    return PruneResult(
-        output=None if inputs.options.dry_run else inputs.target,
-        architecture=inputs.loaded.identity.architecture,
-        plan=planned.plan,
-        budget=inputs.budget,
-        dense=measured.dense,
-        slim=measured.slim,
-        data=inputs.images.description,
-        preprocessing=inputs.preprocessing,
-        provenance=inputs.provenance,
-        not_prunable=inputs.job.prunable.not_prunable,
-        repairs=planned.ready.repairs,
-        device=str(inputs.job.device),
-        latency_batch_size=inputs.options.timing.latency_batch_size,
-        timing={} if measured.slim.latency_ms is None else inputs.stopwatch.conditions(),
-        seconds=seconds[0],
-        stage_seconds=seconds[1],
-        log=planned.log,
-        curves=planned.curves,
-        report=page,
-        divergence=measured.divergence,
-        preserved=measured.preserved.to_json(),
-        divergence_of=measured.preserved.measure,
-        judged_on=measured.judged_on,
-        divergence_with_tokens=measured.divergence_with_tokens,
-        targets=measured.targets,
-        constraints=planned.constraints,
-    )

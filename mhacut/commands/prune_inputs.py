@@ -2,77 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mhacut.adapters.base import Unit
-from mhacut.budget import Targets
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import Provenance
-from mhacut.commands.prune_images import LabelledBatches, read_images
-from mhacut.commands.prune_latency import TimeTarget
-from mhacut.commands.prune_names import (
-    check_files,
-    check_files_before_reading,
-    options_of_each,
-    parse_targets,
-)
-from mhacut.commands.prune_outputs import layers_that_run, outputs_and_tokens
-from mhacut.commands.prune_targets import Reach, stored_dtypes
+from mhacut.checkpoint.provenance import Provenance, license_for_history, provenance, with_hint
+from mhacut.checkpoint.record import SlimRecord
+from mhacut.commands.prune_names import check_files, options_of_each
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import (
     CalibrationImages,
     ImagesInMemory,
     Preprocessing,
+    WithoutLabels,
+    calibration_images,
+    evaluation_loader,
     has_split,
 )
-from mhacut.data.in_memory import check_one_source
-from mhacut.errors import UsageError, option_name
-from mhacut.measuring.accuracy import Evaluation, evaluate
-from mhacut.measuring.layer_times import TimeTable
-from mhacut.measuring.time_curve import TimeCurve
-from mhacut.options.prune import PruneOptions
-from mhacut.plan import Plan, UnitKind
-from mhacut.pruning.calibrate import HELD_OUT, held_out_count
+from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
+from mhacut.errors import UnsupportedModelError, UsageError, option_name
+from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
+from mhacut.measuring.normalisation import SAMPLE, Batches
+from mhacut.options.prune import TARGETS, PruneOptions
+from mhacut.plan import Plan, TokenPlan, UnitKey, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
+from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import MULTIPLE, Constraints, Limit, Limits
-from mhacut.runtime.device import warn_of_slow_amp
+from mhacut.pruning.limits import MULTIPLE, Constraints
+from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.report.history import curves_to_json
+from mhacut.runtime.device import software_versions, warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import CostTable, Dtypes, build_cost_table
-from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
+from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
+from mhacut.surgery.find import classifier_size, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.tokens import with_tokens
+from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.read import tokens_read
+from mhacut.surgery.tokens import tokens_of, why_not_merged, with_tokens
 
-_KINDS: dict[str, tuple[UnitKind, ...]] = {
-    "attention": ("qk", "v"),
-    "attention+mlp": ("qk", "v", "hidden"),
-    "attention+mlp+tokens": ("qk", "v", "hidden"),
-}
 _GPU_MULTIPLE = 16
-"""What widths are multiples of where the time on a GPU counts."""
+"""Divisor of all widths where the time on a GPU counts: its kernels work on tiles of 16."""
 _QUARTERS = 4
 """Least number of widths that are left to choose from there; layers are timed at as many."""
-_FEW_HELD_OUT = 16
-"""Number of held-out images below which a bound that is measured on them gets a warning."""
-_USUAL, _LARGE = 224, 448
-"""Usual size of images, in pixels, and the largest about which nothing is logged."""
+# Where files lie on the machine that made a slim file is nobody else's business.
+_PATHS = ("calibration", "checkpoint", "class_map", "data_dir", "output", "report")
+_LOCAL = frozenset((*_PATHS, "dry_run", "overwrite", "workers"))
+_NEWER = frozenset((*TARGETS, "preserve", "runtime", "int8", "threads"))
+"""Options that a slim file states only where they were given."""
+
+
+class LabelledBatches(Protocol):
+    """Batches of (images, labels) to measure accuracy on, in as many passes as are asked for."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Begin a pass."""
+
+    def __len__(self) -> int:
+        """Number of batches; 0 if nobody knows."""
 
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """Everything that ``mhacut prune`` reads."""
+    """Everything that ``mhacut prune`` reads to write one file."""
 
     options: PruneOptions
+    """Options that would write this file alone."""
     loaded: Checkpoint
     preprocessing: Preprocessing
     provenance: Provenance
@@ -80,33 +86,90 @@ class PruneInputs:
     images: CalibrationImages
     validation: LabelledBatches | None
     """Labelled images to measure accuracy on; None without any."""
+    no_accuracy: str
+    """Reason that there are none."""
     evaluation: Evaluation | None
     """Accuracy of the dense model, in the first process."""
     right: tuple[bool, ...]
     """Whether the dense model's top-1 class is right, for each image that its accuracy was measured on."""
-    target: Path
-    """Slim file to write."""
     job: Job
-    """The job."""
-    budget: int
-    """Budget of FLOPs; the dense model's FLOPs where none is given or a bound on the loss decides."""
-    storage: Limits
-    """Limits on parameters, bytes and time."""
-    targets: Targets
-    """Budgets of this file."""
     stopwatch: Stopwatch
-    """Measures times."""
-    time_target: TimeTarget | None
-    """Budget of time, where there is one."""
 
-    def limits(self, storage: Limits) -> Limits:
-        """Return limits on FLOPs and on what is stored."""
-        return (Limit(self.job.table.flops, self.budget), *storage)
+    @property
+    def target(self) -> Path:
+        """Slim file to write."""
+        return Path(str(self.options.output))
+
+    @property
+    def reporter(self) -> Reporter:
+        """Receives messages and progress."""
+        return self.job.reporter
 
     @property
     def dtypes(self) -> Dtypes:
-        """Dtype of each tensor of the job's model in the slim file."""
-        return stored_dtypes(self.loaded, self.job.model)
+        """Dtype of each tensor in the slim file: that of the tensor it was read from."""
+        read, found = self.loaded.dtypes, {}
+        for name, tensor in self.job.model.state_dict().items():
+            # Tensors that are only there where tokens are left out are stored as the rest of their layer.
+            neighbour = f"{name.rsplit('.', 2)[0]}.proj.weight"
+            found[name] = read.get(name, read.get(neighbour, tensor.dtype))
+        return found
+
+    def record(
+        self,
+        plan: Plan,
+        curves: Mapping[UnitKey, Curve],
+        flops: int,
+        budget: int | None = None,
+        evaluation: Evaluation | None = None,
+        targets: Sequence[Mapping[str, Any]] = (),
+    ) -> SlimRecord:
+        """Return what the slim file states about itself.
+
+        Args:
+            plan: plan of the cut.
+            curves: sensitivity curves of the search, where there are any.
+            flops: FLOPs of the slim model.
+            budget: budget of FLOPs, if there is one.
+            evaluation: accuracy of the slim model, where it was measured.
+            targets: targets besides a budget of FLOPs, and what was reached.
+        """
+        options, loaded, preserved = self.options, self.loaded, self.job.preserved
+        changed = options.changed()
+        stated = {
+            name: value
+            for name, value in options.flat().items()
+            if name not in _LOCAL and (name not in _NEWER or name in changed)
+        }
+        entry: dict[str, Any] = {
+            "command": "prune",
+            "options": {**stated, "round_to": self.job.round_to},
+            "seed": options.search.seed,
+            **({} if budget is None else {"budget": budget}),
+            "flops_before": self.job.table.dense,
+            "flops_after": flops,
+            "source_sha256": loaded.sha256,
+            "data": self.images.description,
+        }
+        if preserved is not None and preserved.what != "answers":
+            entry["preserved"] = preserved.to_json()
+        if preserved is not None and preserved.measure != "answers":
+            entry["divergence_of"] = preserved.measure
+        entry |= self.provenance.to_history()
+        entry |= accuracy_for_history(self.evaluation, evaluation)
+        entry |= {} if loaded.record is not None else license_for_history(loaded)
+        entry["versions"] = software_versions()
+        if targets:
+            entry["targets"] = list(targets)
+        if curves:
+            entry["curves"] = curves_to_json(curves, plan)
+        earlier = loaded.record
+        return SlimRecord(
+            identity=loaded.identity,
+            plan=plan if earlier is None else plan.after(earlier.plan),
+            preprocessing=self.preprocessing.to_json(),
+            history=(*(() if earlier is None else earlier.history), entry),
+        )
 
 
 def read_inputs(
@@ -119,11 +182,11 @@ def read_inputs(
     """Read the checkpoint and the images; measure the dense model.
 
     Returns:
-        The inputs of each file to write; they differ in their options, file and limits only.
+        The inputs of each file to write; they differ in their options only.
 
     Args:
-        options: of the command.
-        processes: that run it.
+        options: options of the command.
+        processes: processes that run it.
         reporter: receives messages and progress.
         module: dense model to prune a copy of, in place of a checkpoint.
         given: images in memory, in place of those that the options name.
@@ -131,245 +194,251 @@ def read_inputs(
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
-    targets = parse_targets(options)
     check_one_source(given, options.data)
-    check_files_before_reading(options)  # the command line did; Python did not
+    check_files(options)  # the command line did; Python did not
     reporter.start("reading")
     for note in options.idle().values():
         reporter.log(note)
     if options.amp:
         warn_of_slow_amp(processes.device, reporter.log)
-    loaded = _open(options, reporter, module)
+    if options.max_latency is not None and processes.size > 1:  # they would disturb each other's times
+        asked = option_name("max_latency", options.max_latency)
+        raise UsageError(f"{asked}: expected one process, found {processes.size} of torchrun")
+    if module is None:
+        loaded = open_from_options(options, reporter)
+    else:
+        hints = ModelHints(options.model, options.model_args, options.num_classes, options.part)
+        loaded = rebuilt_module(module, hints)
+        for note in loaded.notes:
+            reporter.log(note)
     each = options_of_each(options, loaded.stem)
-    check_files(options, each, loaded.path)  # default names of what is no file are known only now
+    check_files(options, loaded.stem, loaded.path)  # default names may be known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    _log_large_images(options, loaded, preprocessing.input_size, reporter)
     stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
-    time_target = _time_target(options, stopwatch, loaded, processes)
-    job, limits = _job(options, loaded, preprocessing, (targets, time_target), reporter)
-    _check_bounds(options, classifier_size(dense), reporter, in_memory=given is not None)
+    job = _job(options, dense, stopwatch)
     dense.to(processes.device)
-    images, validation, origins = read_images(loaded, options, preprocessing, given, processes, reporter)
-    _check_held_out(options.max_kl, len(images.images), reporter)
+    reporter.start("loading images")
+    classes = classifier_size(dense)
+    images, validation, no_accuracy = _images(options, preprocessing, classes, given)
+    reporter.log(f"searching on {images.description}")
+    if no_accuracy and (given is not None or options.data.has_images):
+        reporter.log(f"accuracy is not measured: {no_accuracy}")
+    origins = provenance(loaded, options.preprocessing)
+    if given is None and processes.first:
+        batch_size = options.search.batch_size
+        batches: Batches | None = None
+        if validation is not None:
+            batches = partial(
+                evaluation_loader,
+                preprocessing,
+                options.data,
+                num_classes=classes,
+                batch_size=batch_size,
+                limit=SAMPLE,
+            )
+        elif images.labels is not None:
+            batches = partial(zip, images.images.split(batch_size), images.labels.split(batch_size))
+        if batches is not None:  # a hint if another usual normalisation is clearly better
+            origins = with_hint(origins, dense, preprocessing, batches, processes.device)
+        if origins.hint is not None:
+            reporter.log(origins.hint)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
-    evaluated = _evaluated(dense, validation, processes, reporter)
-    return tuple(
-        PruneInputs(
-            own,
-            loaded,
-            preprocessing,
-            origins,
-            images,
-            validation,
-            *evaluated,
-            Path(str(own.output)),
-            job,
-            flops,
-            storage,
-            asked,
-            stopwatch,
-            time_target,
-        )
-        for own, asked, (flops, storage) in zip(each, targets, limits, strict=True)
+    evaluation, right = None, list[bool]()
+    if validation is not None and processes.first:
+        reporter.start("evaluating")
+        progress = reporter.advance
+        evaluation = evaluate(dense, validation, device=processes.device, progress=progress, right=right)
+    shared = PruneInputs(
+        options,
+        loaded,
+        preprocessing,
+        origins,
+        images,
+        validation,
+        no_accuracy,
+        evaluation,
+        tuple(right),
+        job,
+        stopwatch,
     )
+    return tuple(replace(shared, options=own) for own in each)
 
 
-def _log_large_images(
-    options: PruneOptions, loaded: Checkpoint, input_size: tuple[int, int, int], reporter: Reporter
-) -> None:
-    """Log what images of a large default size cost, where the model can take smaller ones."""
-    _, height, width = input_size
-    chosen = options.preprocessing.img_size is not None or "img_size" in options.model_args
-    # A slim file states its own arguments, and takes no others.
-    fixed = loaded.record is not None or getattr(loaded.model, "dynamic_img_size", None) is not False
-    if height * width > _LARGE**2 and not fixed and not chosen:
-        smaller = option_name("model_args", {"dynamic_img_size": True})
-        reporter.log(
-            f"images have {height}x{width} pixels, {height * width / _USUAL**2:.1f} times those of "
-            f"{_USUAL}x{_USUAL}, and take as much longer at least; {smaller} with "
-            f"{option_name('img_size', _USUAL)} prunes for those"
+# --- the job ---
+
+
+def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
+    """Return the job, still without images."""
+    size, reporter = stopwatch.size, stopwatch.reporter
+    preserved = _preserved(options, dense, size, reporter)
+    all_tokens, merges = preserved.dense or options.keep_dead_tokens, options.scope.endswith("+tokens")
+    tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
+    if merges and (reason := why_not_merged(dense)):
+        raise UnsupportedModelError(
+            f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
-
-
-def _multiple(
-    options: PruneOptions, units: Sequence[Unit], time_target: TimeTarget | None, reporter: Reporter
-) -> int:
-    """Return what widths are multiples of."""
-    if options.round_to is not None:
-        return options.round_to
-    narrow = any(unit.width < _QUARTERS * _GPU_MULTIPLE for unit in units)  # or few widths would be left
-    if time_target is None or time_target.stopwatch.device.type == "cpu" or narrow:
-        return MULTIPLE
-    reporter.log(
-        f"widths are multiples of {_GPU_MULTIPLE}, not {MULTIPLE}, for the kernels of GPUs; "
-        f"{option_name('round_to', MULTIPLE)} allows more widths"
-    )
-    return _GPU_MULTIPLE
-
-
-def _time_target(
-    options: PruneOptions, stopwatch: Stopwatch, loaded: Checkpoint, processes: Processes
-) -> TimeTarget | None:
-    """Return the budget of time, where there is one.
-
-    Raises:
-        UsageError: there are several processes, which would disturb each other's measurements.
-    """
-    asked = options.max_latency
-    if asked is not None and processes.size > 1:
-        found = f"found {processes.size} of torchrun"
-        raise UsageError(f"{option_name('max_latency', asked)}: expected one process, {found}")
-    before = Plan(()) if loaded.record is None else loaded.record.plan
-    return None if asked is None else TimeTarget(asked, stopwatch, before)
-
-
-def _job(
-    options: PruneOptions,
-    loaded: Checkpoint,
-    preprocessing: Preprocessing,
-    asked: tuple[Sequence[Targets], TimeTarget | None],
-    reporter: Reporter,
-) -> tuple[Job, list[tuple[int, Limits]]]:
-    """Return the job, still without images, and the FLOPs and other limits of each file.
-
-    Raises:
-        BudgetError: a target is out of reach, or there is nothing to prune.
-    """
-    dense, size = loaded.model, preprocessing.input_size
-    preserved, tokens, merges = outputs_and_tokens(options, dense, size, reporter)
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     model = with_tokens(dense, replace(tokens, merged=()))
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(model)
     if preserved.dense:
-        prunable = layers_that_run(model, prunable, preserved, size)
-    counted = with_tokens(model, replace(tokens, merged=merged))
-    table = _cost_table(dense, counted, prunable, size)
-    fewest = _cost_table(dense, with_all_merged(model, size), prunable, size) if merges else None
-    units = prunable.units(_KINDS[options.scope])
-    job = Job(
+        # The pooling head of SigLIP does not run for the features of all tokens, nor does the class attention
+        # of CaiT for the levels of its pyramid; nothing says what cuts of them would cost.
+        names = [layer.name for layer in prunable.layers]
+        with torch.no_grad(), captured_outputs(model, names, lambda args, output: None) as called:
+            preserved.features.of(model, torch.zeros(1, *size))
+        if unused := [name for name in names if name not in called]:
+            prunable = prunable.without(unused, f"does not run for {preserved}")
+    for line in prunable.not_prunable:
+        reporter.log(f"not prunable: {line}")
+
+    def table(counted: nn.Module) -> CostTable:
+        """Count ``counted``, which is ``dense`` with fewer tokens; the dense FLOPs are those of ``dense``."""
+        found = build_cost_table(counted, prunable, size)
+        return found if counted is dense else replace(found, dense=measure_flops(dense, size))
+
+    kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
+    units = prunable.units(kinds)
+    round_to = MULTIPLE if options.round_to is None else options.round_to
+    narrow = any(unit.width < _QUARTERS * _GPU_MULTIPLE for unit in units)  # or few widths would be left
+    on_gpu = options.max_latency is not None and stopwatch.device.type != "cpu"
+    if options.round_to is None and on_gpu and not narrow:
+        round_to = _GPU_MULTIPLE
+        reporter.log(
+            f"widths are multiples of {_GPU_MULTIPLE}, not {MULTIPLE}, for the kernels of GPUs; "
+            f"{option_name('round_to', MULTIPLE)} allows more widths"
+        )
+    return Job(
         model=model,
         prunable=prunable,
         units=units,
-        table=table,
+        table=table(with_tokens(model, replace(tokens, merged=merged))),
         images=torch.empty(0, *size),
         options=options.search,
-        round_to=_multiple(options, units, asked[1], reporter),
+        round_to=round_to,
         amp=options.amp,
         reporter=reporter,
-        fewest=fewest,
+        fewest=table(with_all_merged(model, size)) if merges else None,
         preserved=preserved,
         merged=merged,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
-    targets, time_target = asked
-    times: TimeTable | TimeCurve | None = None
-    if time_target is not None:
-        times = time_target.curve(job) if merges else time_target.table(job, counted)
-    reach = Reach(options, loaded, job, times)
-    limits = [reach.limits(own) for own in targets]
-    for own, (flops, _) in zip(targets, limits, strict=True):
-        budget = own["flops"]
-        if budget is not None and table.flops({}) <= flops < table.dense:
-            reporter.log(
-                f"{option_name('flops', budget.text)}: leaving out unused tokens already meets this budget; "
-                "no channels need to be pruned"
-            )
-    for line in prunable.not_prunable:
-        reporter.log(f"not prunable: {line}")
-    return job, limits
 
 
-def _evaluated(
-    dense: nn.Module, validation: LabelledBatches | None, processes: Processes, reporter: Reporter
-) -> tuple[Evaluation | None, tuple[bool, ...]]:
-    """Measure the dense model's accuracy, in the first process, where there are labelled images.
+def _preserved(
+    options: PruneOptions, dense: nn.Module, size: tuple[int, int, int], reporter: Reporter
+) -> Preserved:
+    """Return the outputs to preserve: those of ``--preserve``, else answers, else features of all tokens.
 
-    Returns:
-        The accuracy, and whether each answer is right.
+    Raises:
+        UsageError: a layer that the model does not have.
+        UnsupportedModelError: the model does not have these outputs.
     """
-    if validation is None or not processes.first:
-        return None, ()
-    reporter.start("evaluating")
-    right: list[bool] = []
-    device, progress = processes.device, reporter.advance
-    found = evaluate(dense, validation, device=device, progress=progress, right=right)
-    return found, tuple(right)
+    asked, classes, image = options.preserve, classifier_size(dense), torch.zeros(1, *size)
+    if asked == "pooled":
+        return Preserved("pooled", "features", Features("pooled" if classes else "output"))
+    if (asked == "answers" or asked is None) and classes:
+        return ANSWERS if gives_probabilities(dense) else Preserved.outputs_of(dense)
+    if asked == "answers":
+        raise UnsupportedModelError(
+            f"{option_name('preserve', asked)}: the model has no classifier, so there are no answers to "
+            "preserve; expected tokens, pooled, pyramid or names of layers"
+        )
+    what = asked or "tokens"
+    try:
+        applied = tokens_of(dense)
+        if options.scope.endswith("+tokens"):
+            raise UnsupportedModelError(
+                f"{option_name('scope', options.scope)} merges tokens, whose own features are then lost; "
+                "choose a scope without tokens"
+            )
+        if applied.merged or applied.read is not None:
+            raise UnsupportedModelError(
+                "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
+                f"one that was pruned with {option_name('keep_dead_tokens', True)}"
+            )
+        if what == "tokens":
+            features = find_token_map(dense, find_prunable_layers(dense), image)
+        elif what == "pyramid":
+            features = find_pyramid(dense, image)
+        else:
+            names = [name.strip() for name in what.split(",")]
+            features = find_layers(dense, names, find_prunable_layers(dense), image)
+        kind: Any = what if what in ("tokens", "pyramid") else "layers"
+        found = Preserved(kind, "dense", features)
+    except UnsupportedModelError as error:
+        if asked is not None:
+            raise UnsupportedModelError(f"{option_name('preserve', asked)}: {error}") from error
+        found = Preserved.outputs_of(dense)
+        reporter.log(f"the model has no classifier: preserving {found}: {error}")
+        return found
+    why = "" if asked else "the model has no classifier: "
+    pooled = option_name("preserve", "pooled")
+    reporter.log(f"{why}preserving {found}{'' if asked else f'; {pooled} preserves pooled features instead'}")
+    return found
 
 
-def _cost_table(
-    dense: nn.Module, counted: nn.Module, prunable: PrunableLayers, size: tuple[int, int, int]
-) -> CostTable:
-    """Return the cost table of ``counted``, which is ``dense`` with fewer tokens, and the FLOPs of that."""
-    table = build_cost_table(counted, prunable, size)
-    return table if counted is dense else replace(table, dense=measure_flops(dense, size))
+def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
+    """Return the plan of tokens of a classifier whose last block computes only those that are read."""
+    applied = tokens_of(dense)
+    if applied.read is not None or not classifier_size(dense):
+        return applied
+    try:
+        read = tokens_read(dense)
+    except UnsupportedModelError as reason:
+        reporter.log(f"all tokens of the last block are computed: {reason}")
+        return applied
+    shown = "token" if read == 1 else f"{read} tokens"
+    asked = option_name("keep_dead_tokens", True)
+    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
+    return replace(applied, read=read)
 
 
-def _open(options: PruneOptions, reporter: Reporter, module: nn.Module | None) -> Checkpoint:
-    if module is None:
-        return open_from_options(options, reporter)
-    rebuilt = rebuilt_module(
-        module, ModelHints(options.model, options.model_args, options.num_classes, options.part)
+# --- images ---
+
+
+def _images(
+    options: PruneOptions, preprocessing: Preprocessing, classes: int, given: ImagesInMemory | None
+) -> tuple[CalibrationImages, LabelledBatches | None, str]:
+    """Return images to search on, labelled ones to measure accuracy on, and why there are none."""
+    data, batch_size = options.data, options.search.batch_size
+    use_labels, known = options.labels and classes > 1, classes if classes > 1 else None
+    no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
+    if given is not None:
+        images, validation = split_in_memory(
+            given,
+            Expected(preprocessing.input_size, classes if use_labels else None),
+            count=options.images_wanted,
+            measured=options.eval_images,
+            seed=options.search.seed,
+            batch_size=batch_size,
+        )
+        few = "no labels" if images.labels is None else "too few images"
+        missing = options.eval_images and classes > 1 and validation is None
+        return images, validation, (no_accuracy or few) if missing else ""
+    images = calibration_images(
+        preprocessing,
+        data,
+        count=options.images_wanted,
+        seed=options.search.seed,
+        num_classes=known,
+        use_labels=use_labels,
     )
-    for note in rebuilt.notes:
-        reporter.log(note)
-    return rebuilt
-
-
-def _check_bounds(options: PruneOptions, classes: int, reporter: Reporter, *, in_memory: bool) -> None:
-    """Refuse bounds on a loss that cannot be measured, and warn of one that is measured badly.
-
-    Raises:
-        UsageError: there is no classifier, or there are no labelled images.
-    """
-    for name in ("max_kl", "max_drop"):
-        bound = getattr(options, name)
-        if bound is not None and classes < 2:
-            what = "one output" if classes else "no classifier"
-            raise UsageError(
-                f"{option_name(name, bound)}: expected two or more classes; the model has {what}"
-            )
-    if options.max_kl is not None and options.preserve not in (None, "answers"):
-        bound = option_name("max_kl", options.max_kl)
-        raise UsageError(
-            f"{bound}: bounds the classifier's outputs, not what {option_name('preserve', options.preserve)} "
-            "keeps"
+    if options.eval_images == 0 or classes < 2 or not data.has_images:
+        nothing = "there are no images" if options.eval_images else option_name("eval_images", 0)
+        return images, None, nothing if options.max_drop is not None else ""
+    if not use_labels:
+        return images, None, no_accuracy
+    if not has_split(data, data.val_split):
+        where = f"{data.data_dir} ({option_name('val_split')})"
+        return images, None, f"no labelled split {data.val_split!r} in {where}"
+    try:
+        limit = options.eval_images
+        loader = evaluation_loader(
+            preprocessing, data, num_classes=classes, batch_size=batch_size, limit=limit
         )
-    if options.max_kl is not None and not in_memory and not options.data.has_images:
-        bound, better = option_name("max_kl", options.max_kl), option_name("data_dir")
-        reporter.log(f"{bound} is measured on synthetic images, which say little about yours; give {better}")
-    if options.max_drop is None:
-        return
-    asked, data = option_name("max_drop", options.max_drop), options.data
-    if not options.labels:
-        raise UsageError(f"{asked}: expected labels, which {option_name('labels', False)} leaves out")
-    if options.eval_images == 0:
-        raise UsageError(
-            f"{asked}: expected images to measure accuracy on, found {option_name('eval_images', 0)}"
-        )
-    if not in_memory and (not data.has_images or not has_split(data, data.val_split)):
-        where = f"split {data.val_split!r} ({option_name('val_split')}) of {option_name('data_dir')}"
-        raise UsageError(
-            f"{asked}: expected labelled images to measure accuracy on, in the {where}; without labels, "
-            f"{option_name('max_kl')} bounds the KL divergence"
-        )
-
-
-def _check_held_out(max_kl: float | None, images: int, reporter: Reporter) -> None:
-    """Refuse a bound on the loss where no image is held out to measure it, and warn of few.
-
-    Raises:
-        UsageError: there is one image.
-    """
-    if max_kl is None:
-        return
-    bound, held = option_name("max_kl", max_kl), held_out_count(images)
-    if not held:
-        raise UsageError(
-            f"{bound}: expected two images or more, of which some are held out to measure it; found {images}"
-        )
-    if held < _FEW_HELD_OUT:
-        reporter.log(
-            f"{bound} is measured on {held} of {images} images, which say little about others; "
-            f"give {_FEW_HELD_OUT * round(1 / HELD_OUT)} or more"
-        )
+    except WithoutLabels as error:
+        if options.max_drop is not None or "eval_images" in options.changed():
+            raise  # somebody asked for accuracy
+        return images, None, str(error)
+    return images, loader, ""

@@ -4,301 +4,211 @@ from __future__ import annotations
 
 import copy
 import math
-import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from mhacut._version import __version__
 from mhacut.adapters.base import Layer
-from mhacut.budget import Budget, format_amount
-from mhacut.checkpoint.record import SlimRecord
-from mhacut.commands.fresh_timing import compare_afresh
+from mhacut.commands.prune_targets import SAFETY, Amount, Attempt, Cost, Reached
 from mhacut.commands.stopwatch import Stopwatch
-from mhacut.errors import BudgetError, option_name
-from mhacut.measuring.kept_times import kept_table
-from mhacut.measuring.latency import Comparison, Run, fixed_images
+from mhacut.measuring.latency import fixed_images
 from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.plan import Plan, UnitKey
+from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import lowest_flops
-from mhacut.pruning.planner import Planned
+from mhacut.pruning.limits import Limit
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import prefix_attended
+from mhacut.surgery.tokens import prefix_attended, tokens_of, with_tokens
 
-AIM = 0.97
-"""Fraction of the budget that a plan aims at: in another process, times differ a little."""
-CORRECTIONS = 3
-"""Largest number of plans after the first, each corrected by the time of the one before."""
-_WHOLE_SECONDS = 4.0
-"""Time to measure whole models in, after the warm-up."""
+_USED = 0.93
+"""Fraction of a time above which it counts as used up if tokens may be merged."""
+_MODEL_SECONDS = 4.0
+"""Time to measure models in, after the warm-up."""
 _PRECISION = 0.005
 """Relative standard error of the time of a cut model; a noisy machine is measured on for longer."""
 _LAYER_SECONDS = 0.12
 """Time to measure one width of a layer in, after the warm-up."""
-_CUTS = (0.5, 0.0)
-"""Places, among the allowed widths of every unit, of cut models that are measured whole. If programs take
-longer to build than to run, only the last one is measured."""
-_PACKAGES = {"onnx": ("onnxruntime", "onnxscript"), "openvino": ("openvino", "onnxscript")}
+_PLACES = (0.5, 0.0)
+"""Places, among the allowed widths of every unit, of cut models that are measured as a check on the sum of
+their layers. If programs take longer to build than to run, only the last one is measured."""
 
 
-@dataclass(frozen=True)
-class TimedCut:
-    """Time of a cut model, measured in turns with the dense one."""
+class Latency(Amount):
+    """Budget of time per batch, in nanoseconds; what is stated is in milliseconds."""
 
-    ratio: float
-    """Time relative to the dense model's."""
-    dense: int
-    """Nanoseconds per batch of the dense model, as it was measured first."""
-    most: int
-    """Nanoseconds that the budget allows."""
-    wall_ms: float
-    """Wall time per batch of the cut model."""
-    fresh: bool = False
-    """Whether it was measured in a process of its own."""
+    name = "max_latency"
+    aim = 0.97  # in another process, times differ a little
 
-    @property
-    def nanoseconds(self) -> int:
-        """Time per batch, scaled to the dense model's first measurement."""
-        return round(self.ratio * self.dense)
+    def prepare(self) -> None:
+        self.stopwatch, job = self.inputs.stopwatch, self.job
+        if self.stopwatch.times is None:  # several files share them
+            job.reporter.start("timing layers")
+            self.stopwatch.times = (curve_of if job.merges_tokens else table_of)(job, self.stopwatch)
+        self.times = self.stopwatch.times
+        self._scale: int | None = None
+        """Nanoseconds of the dense model, by which ratios become times, once a cut model is measured."""
+        super().prepare()
+        if self.limit is not None and isinstance(self.times, TimeCurve):
+            self.limit = replace(self.limit, curve=self.times)
 
+    def dense_amount(self) -> int:
+        return self.times.dense
 
-def lowest_time(cost: Callable[[Mapping[UnitKey, int]], int], job: Job) -> int:
-    """Return the least budget in nanoseconds that is accepted, so that a new measurement meets it too.
+    def cost(self) -> Cost:
+        """Return the nanoseconds per batch at widths; if tokens may be merged, with all of them or none."""
+        times, job = self.times, self.job
+        if isinstance(times, TimeTable):
+            return times.at
+        assert job.fewest is not None
+        tables = ((job.table, False), (job.fewest, True))
+        return lambda widths: min(times.at(int(t.flops(widths)), merges=merges) for t, merges in tables)
 
-    Args:
-        cost: nanoseconds at given widths.
-        job: whose widths they are.
-    """
-    return math.ceil(lowest_flops(job.allowed, cost) / AIM)
+    def lowest(self, cost: Cost) -> int:
+        return math.ceil(super().lowest(cost) / self.aim)  # so that a new measurement meets it too
 
-
-class TimeTarget:
-    """A budget of time per batch."""
-
-    def __init__(self, asked: str, stopwatch: Stopwatch, before: Plan) -> None:
-        """Take the text of the option, and what measures.
-
-        Args:
-            asked: the text.
-            stopwatch: of the command.
-            before: the cut that the dense model has already, if it is from a slim file.
-
-        Raises:
-            UsageError: the text is no budget.
-        """
-        self.budget, self.stopwatch, self.before = Budget.parse(asked, "max_latency"), stopwatch, before
-        self.times: TimeTable | TimeCurve | None = None
-        """Layer times that plans use, once they are measured; if tokens may be merged, times by FLOPs."""
-        self._last: TimedCut | None = None
-        self._fresh_dense: int | None = None
-        """Nanoseconds per batch of the dense model, as a new process measured it first."""
-        self._fresh = stopwatch.timing.runtime == "eager" and stopwatch.device.type == "cpu"
-        """Whether new processes measure cut models."""
-
-    def time(self, model: nn.Module, record: SlimRecord) -> TimedCut:
-        """Time a cut model in turns with the dense one.
-
-        Args:
-            model: not changed.
-            record: by which its file can be opened.
-        """
-        dense, found = self._known.dense, self._afresh(model, record)
-        if found is not None:
-            self._fresh_dense = self._fresh_dense or round(1e6 * found.milliseconds[0])
-            dense = dense if self.budget.relative else self._fresh_dense
-        here = found or self.stopwatch.beside([model], seconds=_WHOLE_SECONDS, precision=_PRECISION)
-        fresh = found is not None
-        self._last = TimedCut(here.ratios[1], dense, self.budget.amount(dense), here.wall[1], fresh)
-        return self._last
-
-    def _afresh(self, model: nn.Module, record: SlimRecord) -> Comparison | None:
-        """Return times of another process; None where this one's are as good, or there are none."""
-        if not self._fresh:
-            return None
-        how, records = self.stopwatch, {"dense": replace(record, plan=self.before), "slim": record}
-        found = compare_afresh(how, records, model, seconds=_WHOLE_SECONDS, precision=_PRECISION)
-        if found is None:
-            self._fresh = False
-            how.reporter.log(
-                "no new process can time this model; it is timed in this one, where it may be faster or "
-                "slower than where it is used"
-            )
-        else:
-            how.log_busy(found)
-        return found
-
-    def foreseen(self, planned: Planned) -> int:
-        """Return the nanoseconds that are predicted of the cut model."""
-        return planned.time(self._known)
-
-    @property
-    def _known(self) -> TimeTable | TimeCurve:
-        assert self.times is not None
-        return self.times
-
-    def reason_to_go_on(self, sure: float) -> str:
-        """Return the line that says why another plan follows the model that was timed last.
-
-        Args:
-            sure: part of the budget up to which the model is likely to be within it when it is timed again.
-        """
-        assert self._last is not None
-        amounts = self._last.nanoseconds, self._last.most
-        found, most = (format_amount(amount, "max_latency") for amount in amounts)
-        part = amounts[0] / amounts[1]
-        why = "too much" if part > 1 else "too near to be sure" if part > sure else "less than it may"
-        return f"this plan takes {found} of at most {most}, {why}: another is made"
-
-    def missed(self) -> BudgetError:
-        """Return the error that states by how much the budget was missed last."""
-        assert self._last is not None
-        amounts = self._last.nanoseconds, self._last.most
-        found, most = (format_amount(amount, "max_latency") for amount in amounts)
-        return BudgetError(
-            f"{option_name('max_latency', self.budget.text)}: not met: after {CORRECTIONS} "
-            f"corrections the pruned model takes {found}, expected at most {most}, timed beside the dense "
-            "one. Times vary on a busy machine: try again, or allow a little more"
+    def measure(self, attempt: Attempt) -> Reached:
+        taken = self.count(attempt)
+        assert self._scale is not None
+        dense, most = self._scale, self.budget.amount(self._scale)
+        return Reached(
+            self.name,
+            self.asked,
+            most / 1e6,
+            taken / 1e6,
+            measured={
+                "predicted": attempt.planned.time(self.times) / 1e6,
+                "dense": dense / 1e6,
+                "wall": self._wall,
+                "corrections": attempt.number - 1,
+                **self.stopwatch.conditions(),
+            },
+            texts=(self.text(most), self.text(taken)),
         )
 
-    def table(self, job: Job, counted: nn.Module) -> TimeTable:
-        """Return the times of the job's layers, measured or saved, with the current time of the dense model.
-
-        Args:
-            job: what is to be cut.
-            counted: its model with all that the slim model leaves out or merges.
-        """
-
-        def today(kept: TimeTable) -> TimeTable | None:
-            dense = self.stopwatch.beside([], seconds=1.0).milliseconds[0]
-            kept = replace(kept, dense=round(1e6 * dense))
-            return kept if lowest_time(kept.at, job) <= self.budget.amount(kept.dense) else None
-
-        key, log = self._key(job, counted), self.stopwatch.reporter.log
-        table = kept_table(key, lambda: self._measured(job, counted), log, today)
-        self.times = table
-        return table
-
-    def curve(self, job: Job) -> TimeCurve:
-        """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
-
-        Args:
-            job: what is to be cut, where tokens may be merged.
-        """
-        assert job.fewest is not None
-        self.stopwatch.start("timing layers")
-        least = {key: widths[0] for key, widths in job.allowed.items()}
-        alone = [job.model, _cut(job.model, job, least)]
-        alone += [with_all_merged(model, job.input_size) for model in alone]
-        found = self.stopwatch.beside(alone, seconds=_WHOLE_SECONDS)
-        flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
-        models = list(zip(flops, found.ratios[1:], strict=True))
-        dense = round(1e6 * found.milliseconds[0])
-        cut = [model for model in models[:2] if model[0] < job.table.dense]
-        curve = TimeCurve.through([*cut, (job.table.dense, 1.0)], models[2:], dense)
-        self.times = curve
-        return curve
-
-    def _key(self, job: Job, counted: nn.Module) -> dict[str, Any]:
-        """Everything that the times depend on."""
-        packages = ("torch", "timm", *_PACKAGES.get(self.stopwatch.timing.runtime, ()))
-        parts = [cost_key(self.stopwatch.dense), cost_key(counted), sorted(job.choices.items())]
-        return {
-            **self.stopwatch.conditions(),
-            "image": list(self.stopwatch.size),
-            "versions": {"mhacut": __version__, **{name: _version(name) for name in packages}},
-            "matmul_precision": torch.get_float32_matmul_precision(),
-            # Some modules hold objects whose text names their address.
-            "model": re.sub(r" at 0x[0-9a-f]+", "", repr(parts)),
+    def count(self, attempt: Attempt) -> int:
+        inputs, planned = self.inputs, attempt.planned
+        inputs.reporter.start("timing")
+        earlier = inputs.loaded.record
+        record = inputs.record(planned.plan, planned.curves, self.job.table.dense)
+        records = {
+            "dense": replace(record, plan=Plan(()) if earlier is None else earlier.plan),
+            "slim": record,
         }
+        slim = with_tokens(attempt.model, planned.plan.tokens)
+        found = self.stopwatch.compare_in_new_process(
+            slim, records, seconds=_MODEL_SECONDS, precision=_PRECISION
+        )
+        self._wall = found.wall[1]
+        if self._scale is None:  # milliseconds that a budget states are those of the process that measures
+            self._scale = self.dense if self.budget.relative else round(1e6 * found.milliseconds[0])
+        return round(found.ratios[1] * self._scale)
 
-    def _measured(self, job: Job, counted: nn.Module) -> TimeTable:
-        self.stopwatch.start("timing layers")
-        shorter = counted is not self.stopwatch.dense
-        counted = copy.deepcopy(counted).cpu()
-        calls, distinct = self._distinct(job, counted)
-        plans = [
-            {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
-            for place in (_CUTS if self.stopwatch.timing.runtime == "eager" else _CUTS[-1:])
-        ]
-        models = [counted] * shorter + [_cut(counted, job, widths) for widths in plans]
-        parts = [self.stopwatch.ready(layer.replay(layer.points[0])) for layer in distinct]
-        found = self.stopwatch.beside(models, parts, seconds=_WHOLE_SECONDS)
-        whole, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
-        layers, steady = [], found.steady
-        for layer, part, share in zip(distinct, parts, ratios[len(plans) :], strict=True):
-            times, still = self._times(layer, part, share)
-            layers.append(times)
-            steady &= still
-            self.stopwatch.reporter.advance(len(layers), len(distinct))
-        dense = round(1e6 * found.milliseconds[0])
-        table = TimeTable(calls, tuple(layers), whole, dense=dense, steady=steady)
-        return table.with_anchors(list(zip(plans, ratios[: len(plans)], strict=True)))
-
-    def _distinct(self, job: Job, counted: nn.Module) -> tuple[tuple[tuple[str, int], ...], list[_Distinct]]:
-        """Return the runs of layers in one pass, and the layers that differ in shapes or inputs."""
-        by_name: dict[str, dict[str, tuple[int, ...]]] = {}
-        for (name, kind), widths in job.choices.items():
-            by_name.setdefault(name, {})[kind] = widths
-        images = fixed_images(self.stopwatch.timing.latency_batch_size, self.stopwatch.size)
-        with recorded_calls(counted, list(by_name)) as recorded, torch.inference_mode():
-            counted(images)
-        places: dict[Any, int] = {}
-        found: list[_Distinct] = []
-        calls = []
-        for layer in find_prunable_layers(counted).layers:
-            for call in recorded.get(layer.name, ()):
-                module, prefix = counted.get_submodule(layer.name), prefix_attended(counted, layer.name)
-                own = by_name[layer.name]
-                key = (cost_key(module), repr(call), prefix, tuple(own.items()))
-                if key not in places:
-                    places[key] = len(found)
-                    found.append(_Distinct(module, layer, call, prefix, points_to_measure(own)))
-                calls.append((layer.name, places[key]))
-        return tuple(calls), found
-
-    def _times(self, layer: _Distinct, whole: Run, share: float) -> tuple[LayerTimes, bool]:
-        """Time one layer, whose time with all channels is known, at all its points, in turns.
-
-        Returns:
-            The times, and whether they are steady.
-        """
-        cut_parts = [self.stopwatch.ready(layer.replay(widths)) for widths in layer.points[1:]]
-        found = self.stopwatch.parts([whole, *cut_parts], seconds=_LAYER_SECONDS * len(layer.points))
-        points = [
-            Point(widths, share * ratio) for widths, ratio in zip(layer.points, found.ratios, strict=True)
-        ]
-        return LayerTimes(points[0], tuple(points[1:])), found.steady
+    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+        limit = next((each for each in attempt.limits if each.resource == self.name), None)
+        if limit is None or self.limit is None:
+            return None
+        corrected = attempt.planned.corrected(limit, self.limit, round(1e6 * reached.reached))
+        unused = attempt.number == 1 and corrected.most >= self.limit.most / NEAR
+        if limit.curve is not None:  # unless another limit decides
+            unused = attempt.planned.cost(limit) > NEAR * limit.most and reached.ratio <= _USED
+        return corrected if reached.ratio > SAFETY or unused else None
 
 
-def _version(module: str) -> str:
-    """Return the version that a module states; its package may have another name, as onnxruntime-gpu has."""
-    return str(getattr(import_module(module), "__version__", "unknown"))
+def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
+    """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
+
+    Args:
+        job: what is to be cut, where tokens may be merged.
+        stopwatch: measures.
+    """
+    assert job.fewest is not None
+    least = job.least_widths
+    models = [job.model, _cut(job.model, job, least)]
+    models += [with_all_merged(model, job.input_size) for model in models]
+    found = stopwatch.compare(models, seconds=_MODEL_SECONDS)
+    flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
+    times = list(zip(flops, found.ratios[1:], strict=True))
+    cut_only = [time for time in times[:2] if time[0] < job.table.dense]
+    dense = round(1e6 * found.milliseconds[0])
+    return TimeCurve.through([*cut_only, (job.table.dense, 1.0)], times[2:], dense)
 
 
-@dataclass(frozen=True)
-class _Distinct:
-    """A layer that represents all layers with the same shapes and inputs."""
+def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
+    """Return the times of the job's layers at a few widths, and of a few whole models.
 
-    module: nn.Module
-    layer: Layer
-    call: Call
-    prefix: int | None
-    points: list[dict[str, int]]
-    """Widths to measure, all channels first."""
+    Layers that cost the same are timed once. Their times count relative to the dense model's.
+    """
+    tokens = replace(tokens_of(job.model), merged=job.merged)
+    counted = copy.deepcopy(with_tokens(job.model, tokens)).cpu()
+    shorter = tokens != tokens_of(stopwatch.dense)
+    eager = stopwatch.timing.runtime == "eager"
+    plans = [
+        {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
+        for place in (_PLACES if eager else _PLACES[-1:])
+    ]
+    models = [counted] * shorter + [_cut(counted, job, widths) for widths in plans]
+    calls = _layer_calls(job, stopwatch, counted)
+    layers: dict[Any, _LayerCall] = {}
+    for call in calls:
+        layers.setdefault(call.key, call)
+    parts = {key: stopwatch.ready(layer.replay({})) for key, layer in layers.items()}
+    found = stopwatch.compare(models, list(parts.values()), seconds=_MODEL_SECONDS)
+    all_channels, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
+    shares = dict(zip(parts, ratios[len(plans) :], strict=True))
+    times = []
+    for done, (key, layer) in enumerate(layers.items(), 1):
+        points = points_to_measure(layer.choices)
+        runs = [parts[key], *(stopwatch.ready(layer.replay(widths)) for widths in points[1:])]
+        own = stopwatch.compare_parts(runs, seconds=_LAYER_SECONDS * len(points)).ratios
+        first, *others = (Point(*each) for each in zip(points, (shares[key] * r for r in own), strict=True))
+        times.append(LayerTimes(first, tuple(others)))
+        stopwatch.reporter.advance(done, len(layers))
+    numbers = {key: number for number, key in enumerate(layers)}
+    runs_of_layers = tuple((call.layer.name, numbers[call.key]) for call in calls)
+    dense = round(1e6 * found.milliseconds[0])
+    table = TimeTable(runs_of_layers, tuple(times), all_channels, dense=dense)
+    return table.with_anchors(list(zip(plans, ratios[: len(plans)], strict=True)))
+
+
+class _LayerCall:
+    """One run of a layer in one pass of the model."""
+
+    def __init__(
+        self, model: nn.Module, layer: Layer, call: Call, choices: dict[str, tuple[int, ...]]
+    ) -> None:
+        self.module, self.layer, self.call = model.get_submodule(layer.name), layer, call
+        self.choices = choices
+        """Allowed widths by kind."""
+        self.prefix = prefix_attended(model, layer.name)
+        self.key = (cost_key(self.module), repr(call), self.prefix, tuple(choices.items()))
+        """Equal for runs that cost the same."""
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
-        """Return a cut copy, to run alone."""
+        """Return a copy cut to ``widths``, to run alone."""
         own = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
         return Replay(cut_to_widths(self.module, self.layer, own), self.call, self.prefix).eval()
+
+
+def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_LayerCall]:
+    """Return the runs of prunable layers in one pass of ``counted``, in order."""
+    choices: dict[str, dict[str, tuple[int, ...]]] = {}
+    for (name, kind), widths in job.choices.items():
+        choices.setdefault(name, {})[kind] = widths
+    images = fixed_images(stopwatch.timing.latency_batch_size, stopwatch.size)
+    with recorded_calls(counted, list(choices)) as recorded, torch.inference_mode():
+        counted(images)
+    return [
+        _LayerCall(counted, layer, call, choices[layer.name])
+        for layer in find_prunable_layers(counted).layers
+        for call in recorded.get(layer.name, ())
+    ]
 
 
 def _cut(model: nn.Module, job: Job, widths: Mapping[UnitKey, int]) -> nn.Module:

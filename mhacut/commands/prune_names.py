@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mhacut.budget import Targets
+from mhacut.budget import RESOURCES, Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
@@ -17,81 +16,60 @@ PLACE = "{}"
 """Placeholder in an output's name for the budget of each of several files."""
 
 
-def parse_targets(options: PruneOptions) -> tuple[Targets, ...]:
-    """Return the targets of each file to write.
-
-    Raises:
-        UsageError: a budget cannot be understood.
-    """
-    return tuple(
-        Targets.parse(flops, options.params, options.size, options.max_latency)
-        for flops in options.flops_of_each
-    )
-
-
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
     """Return the options with which each file would be written alone, its name among them.
 
     Args:
-        options: of the command, with one budget or several.
-        stem: of default names.
+        options: options of the command, with one budget or several.
+        stem: beginning of default names.
 
     Raises:
         UsageError: several files are to have one name, or a budget cannot be understood.
     """
-    labels = [_label(options, targets) for targets in parse_targets(options)]
-    output = str(options.output or f"{stem}-{PLACE}.safetensors")
-    if not options.several:
-        name = Path(output).name.replace(PLACE, labels[0])
-        return (replace(options, output=str(Path(output).with_name(name))),)
-    if PLACE not in Path(output).name:
+    output, page = str(options.output or f"{stem}-{PLACE}.safetensors"), options.report
+    if options.several and PLACE not in Path(output).name:
         raise UsageError(
             f"{option_name('output', output)}: expected {PLACE} in the name, as a placeholder for the budget "
-            f"of each of the {len(labels)} files: vit-{PLACE}.safetensors"
+            f"of each of the {len(options.several)} files: vit-{PLACE}.safetensors"
         )
     found = []
-    for label, flops in zip(labels, options.several, strict=True):
-        page = options.report
-        if page is not None:
-            page = Path(page).with_name(f"{Path(page).stem}-{label}{Path(page).suffix}")
-        found.append(replace(options, flops=flops, output=output.replace(PLACE, label), report=page))
+    for flops in options.flops_of_each:
+        own = replace(options, flops=flops)
+        name, own_page = Path(output).name.replace(PLACE, _label(own)), page
+        if options.several and page is not None:
+            own_page = Path(page).with_name(f"{Path(page).stem}-{_label(own)}{Path(page).suffix}")
+        found.append(replace(own, output=str(Path(output).with_name(name)), report=own_page))
     return tuple(found)
 
 
-def check_files(options: PruneOptions, each: Sequence[PruneOptions], read: PathLike | None = None) -> None:
-    """Raise an :class:`OutputError` if a file that the command writes must not or cannot be written.
+def check_files(options: PruneOptions, stem: str | None = None, read: PathLike | None = None) -> None:
+    """Check the files that the command writes, as far as their names are known before the checkpoint is read.
 
     Args:
-        options: of the command; they name the page about several files.
-        each: of each file, as :func:`options_of_each` returns them.
+        options: options of the command; they name the page about several files.
+        stem: beginning of default names; None before the checkpoint is read.
         read: file that the checkpoint was found in; None before it is read.
-    """
-    named = None if options.checkpoint == IN_MEMORY else options.checkpoint
-    kept = options.calibration
-    if kept is not None and not os.path.exists(kept):  # else it is read
-        check_output(kept, overwrite=False, input_path=read or named)
-    pages = {os.fspath(own.report) for own in (options, *each) if own.report is not None}
-    written = [*sorted(pages), *(None if own.dry_run else own.output for own in each)]
-    sources = (read or named, kept, *options.files_read())
-    check_outputs(written, overwrite=options.overwrite, input_paths=sources)
-
-
-def check_files_before_reading(options: PruneOptions) -> None:
-    """Check the files to write as far as their names are known before the checkpoint is read.
 
     Raises:
         UsageError: a budget cannot be understood, or several files are to have one name.
         OutputError: a file must not or cannot be written.
     """
-    parse_targets(options)
-    stem_is_known = options.output is not None or os.path.isfile(options.checkpoint)
-    stem = stem_of(Path(options.checkpoint))
-    check_files(options, options_of_each(options, stem) if stem_is_known else (options,))
+    each = options_of_each(options, stem or stem_of(Path(options.checkpoint)))
+    if stem is None and options.output is None and not os.path.isfile(options.checkpoint):
+        each = ()  # default names of what is no file are not known yet
+    checkpoint = read or (None if options.checkpoint == IN_MEMORY else options.checkpoint)
+    calibration = options.calibration
+    if calibration is not None and not os.path.exists(calibration):  # else it is read
+        check_output(calibration, overwrite=False, input_path=checkpoint)
+    pages = {os.fspath(own.report) for own in (options, *each) if own.report is not None}
+    written = [*sorted(pages), *(None if own.dry_run else own.output for own in each)]
+    sources = (checkpoint, calibration, *options.files_read())
+    check_outputs(written, overwrite=options.overwrite, input_paths=sources)
 
 
-def _label(options: PruneOptions, targets: Targets) -> str:
+def _label(options: PruneOptions) -> str:
+    """Return the targets for a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
+    given = ((resource, getattr(options, resource)) for resource in RESOURCES)
+    labels = [Budget.parse(text, resource).label for resource, text in given if text is not None]
     bounds = (("kl", options.max_kl), ("drop", options.max_drop))
-    return "-".join(
-        [budget.label for budget in targets.budgets]
-        + [f"{name}{bound:g}" for name, bound in bounds if bound is not None]
-    )
+    return "-".join(labels + [f"{name}{bound:g}" for name, bound in bounds if bound is not None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
-from mhacut.errors import option_name
 from mhacut.measuring.figures import ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
@@ -161,23 +160,6 @@ class PruneResults(tuple[PruneResult, ...]):
 
     def _repr_html_(self) -> str:
         return "".join([html_table(self.rows()), *choice_charts(choices_of(self), flops_only=True)])
-
-
-def equal_models(results: Sequence[PruneResult]) -> Iterator[str]:
-    """Yield a line for each model that several budgets of FLOPs have led to, and what else decided."""
-    alike: dict[Plan, list[PruneResult]] = {}
-    for result in results:
-        alike.setdefault(result.plan, []).append(result)
-    for same in alike.values():
-        if len(same) > 1:
-            asked = [next(target for target in result.targets if target.name == "flops") for result in same]
-            budgets = [option_name("flops", target.asked) for target in asked]
-            others = [target for target in same[0].targets if target.name != "flops"]
-            decides = "no width lies between them"
-            nearest = max(others, key=lambda target: target.reached / target.most, default=asked[0])
-            if nearest.reached / nearest.most > max(each.reached / each.most for each in asked):
-                decides = f"{option_name(nearest.name, nearest.asked)} decides"
-            yield f"{', '.join(budgets[:-1])} and {budgets[-1]} give the same model: {decides}"
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:

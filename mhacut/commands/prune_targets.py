@@ -1,28 +1,47 @@
-"""Targets of ``mhacut prune``: the amounts they allow, and what was reached."""
+"""Targets of ``mhacut prune``: what a plan must keep, what its model reaches, and what to plan next.
+
+To add a budget, state its option in :mod:`mhacut.options.prune` and its units in :mod:`mhacut.budget`, and
+write a subclass of :class:`Amount` here: how much the dense model has, how much a model of any widths has, at
+least nearly, and how to count it on the cut model. ``TARGETS`` in :mod:`mhacut.commands.prune` lists it. File
+names, errors, the record, JSON, text and the report follow.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from mhacut.budget import RESOURCES, Resource, Targets, format_amount
-from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.write import expected_header
-from mhacut.commands.prune_latency import AIM, lowest_time
-from mhacut.errors import option_name
-from mhacut.measuring.figures import ModelFigures
-from mhacut.measuring.layer_times import TimeTable
-from mhacut.measuring.time_curve import TimeCurve
-from mhacut.options.prune import TARGETS, PruneOptions
-from mhacut.plan import Plan, UnitKey, UnitPlan
-from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limit, Limits, lowest_flops, reachable_amounts
-from mhacut.surgery.costs import Dtypes, byte_table, count_bytes, parameter_table
+from mhacut.budget import NOUNS, Budget, Resource, format_amount, format_flops
+from mhacut.checkpoint.write import file_size
+from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.errors import BudgetError, UsageError, option_name
+from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
+from mhacut.plan import Plan, UnitKey
+from mhacut.pruning.allocate import NEAR
+from mhacut.pruning.limits import Limit, Limits, lowest_flops
+from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.smallest import Bracket, Search, Trial, smallest_within
+from mhacut.surgery.costs import byte_table, count_bytes, parameter_table
+from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
+
+Cost = Callable[[Mapping[UnitKey, int]], int]
+"""Amount that a model of given widths has."""
+CORRECTIONS = 3
+"""Largest number of plans after the first to meet budgets; a search within a bound ends by itself."""
+SAFETY = 0.98
+"""A plan is accepted below this fraction of a budget of time, so that it also passes when measured again."""
+_KL_PER_POINT = 0.025
+"""KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
+_SPARE, _SPARE_OF_TIME = 600, 500
+"""Bytes reserved in a file's header for results known at the end: accuracy and targets, and conditions of a
+measured time."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +59,15 @@ class Reached:
     """Standard error of ``reached``, where it is estimated on images."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """For a time: the conditions under which ``reached`` was measured, and the prediction."""
+    texts: tuple[str, str] = ("", "")
+    """``most`` and ``reached`` for readers, with units."""
+
+    @property
+    def ratio(self) -> float:
+        """Amount relative to the largest allowed; the target is met at 1 or less."""
+        if self.reached <= 0:
+            return 0.0
+        return self.reached / self.most if self.most else math.inf
 
     def to_json(self) -> dict[str, Any]:
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
@@ -53,173 +81,400 @@ class Reached:
         }
 
 
-class Reach:
-    """Amounts of a model at any widths, for the targets given."""
+@dataclass
+class Attempt:
+    """A plan, and the model that was cut by it."""
 
-    def __init__(
-        self,
-        options: PruneOptions,
-        loaded: Checkpoint,
-        job: Job,
-        times: TimeTable | TimeCurve | None = None,
-    ) -> None:
-        """Take what is to be pruned.
+    number: int
+    """Number of plans for the file, this one included."""
+    limits: Limits
+    """Limits that the plan keeps."""
+    planned: Planned
+    model: nn.Module
+    """The cut model; it merges tokens, and is healed, once it is recovered."""
+    masked: Tensor
+    """Outputs of the masked model of the dense shape, for the first images."""
+    reached: tuple[Reached, ...] = ()
+    evaluation: Evaluation | None = None
+    """Accuracy, where it is a target."""
 
-        Args:
-            options: of the command.
-            loaded: the checkpoint.
-            job: the job, whatever its images and limits.
-            times: where a time is a target.
-        """
-        self.options, self.loaded, self.job, self.times = options, loaded, job, times
-        self.dtypes = stored_dtypes(loaded, job.model)
+    @property
+    def ratio(self) -> float:
+        """Largest ratio of all targets; all are met at 1 or less."""
+        return max(one.ratio for one in self.reached)
 
-    def limits(self, targets: Targets) -> tuple[int, Limits]:
-        """Return the FLOPs that the targets allow, and the limits on parameters, bytes and time.
 
-        Args:
-            targets: of one file; none where a bound on the loss decides.
+class Target(ABC):
+    """A budget, or a bound on the loss, of one file."""
+
+    name: ClassVar[str]
+    """Name of the option."""
+    limit: Limit | None = None
+    """Limit before any correction; None if any plan keeps it."""
+
+    def __init__(self, inputs: PruneInputs, asked: Any) -> None:
+        """Take the value of the option; errors are those of :meth:`prepare`."""
+        self.inputs, self.job, self.asked = inputs, inputs.job, f"{asked}"
+        self.option = option_name(self.name, asked)
+        self.prepare()
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Find out what the option allows, before the calibration.
 
         Raises:
-            BudgetError: a budget is out of reach, or there is nothing to prune.
+            BudgetError: it is out of reach; the message names the least amount within reach.
         """
-        job, table, choices = self.job, self.job.table, self.job.allowed
-        least = {key: widths[0] for key, widths in choices.items()}
-        dense: dict[Resource, int] = {"flops": table.dense}
-        costs: dict[Resource, Any] = {"flops": (job.fewest or table).flops}
-        copies = self.options.search.positions != "equal"
-        if targets["params"] is not None:
-            stored = parameter_table(job.model, job.prunable, least, copies=copies)
-            dense["params"], costs["params"] = count_parameters(self.loaded.model), stored.at
-        if targets["size"] is not None:
-            stored = byte_table(job.model, job.prunable, least, self.dtypes, copies=copies)
-            dense["size"] = count_bytes(self.loaded.model, self.loaded.dtypes)
-            costs["size"] = self._file_size(stored.at, least)
-        if self.times is not None:
-            dense["max_latency"], costs["max_latency"] = self.times.dense, self._time()
-        lowest = {resource: lowest_flops(choices, cost) for resource, cost in costs.items()}
-        if self.times is not None:
-            lowest["max_latency"] = lowest_time(costs["max_latency"], job)
-        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in self.job.units) else "attention"
-        scope += "+tokens" if job.fewest else ""
-        named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
+
+    def allowed_by(self) -> str:
+        """Return the options that decide how low a budget may be, for errors."""
+        job, merges = self.job, "+tokens" if self.job.merges_tokens else ""
+        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in job.units) else "attention"
+        named: list[tuple[str, object]] = [("scope", scope + merges), ("round_to", job.round_to)]
         named += [(name, value) for name, value, _ in job.constraints.without_each()]
-        amounts = reachable_amounts(targets, dense, lowest, [option_name(*each) for each in named])
-        if "max_latency" in amounts:
-            amounts["max_latency"] = math.ceil(AIM * amounts["max_latency"])
-        curve = self.times if isinstance(self.times, TimeCurve) else None
-        storage = [
-            Limit(costs[resource], most, resource, curve if resource == "max_latency" else None)
-            for resource, most in amounts.items()
-            if resource != "flops" and most < dense[resource]
-        ]
-        return min(amounts.get("flops", table.dense), table.dense), tuple(storage)
+        options = [option_name(*each) for each in named]
+        return f"{', '.join(options[:-1])} and {options[-1]}"
 
-    def _time(self) -> Callable[[Mapping[UnitKey, int]], int]:
-        """Return the nanoseconds per batch at widths; if tokens may be merged, with all of them or none."""
-        times = self.times
-        if not isinstance(times, TimeCurve):
-            assert times is not None
-            return times.at
-        assert self.job.fewest is not None
-        tables = ((self.job.table, False), (self.job.fewest, True))
-        return lambda widths: min(times.at(int(t.flops(widths)), merges=merges) for t, merges in tables)
+    @abstractmethod
+    def first(self, planner: Planner) -> Limit | None:
+        """Return the limit that the first plan must keep; None if any plan meets the target."""
 
-    def _file_size(self, tensors: Any, least: Mapping[UnitKey, int]) -> Any:
-        """Return the bytes of the file as a function of widths: tensors, and a header that names channels."""
-        digits = {unit.key: unit.heads * (len(str(unit.width - 1)) + 1) for unit in self.job.units}
+    @abstractmethod
+    def measure(self, attempt: Attempt) -> Reached:
+        """Return what the model of the attempt reaches."""
 
-        def text(widths: Mapping[UnitKey, int]) -> int:
-            return sum(each * widths[key] for key, each in digits.items())
+    @abstractmethod
+    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+        """Return a corrected limit for another plan; None if the target is met, and used up."""
 
-        rest = self._header(least) - text(least)
-        return lambda widths: tensors(widths) + text(widths) + rest
 
-    def _header(self, least: Mapping[UnitKey, int]) -> int:
-        """Approximate bytes of the header at the least widths; counted exactly before a file is written."""
-        loaded, identity = self.loaded, self.loaded.identity
-        plan = Plan(
-            tuple(
-                UnitPlan(*unit.key, unit.width, (tuple(range(unit.width))[-least[unit.key] :],) * unit.heads)
-                for unit in self.job.units
+class Targets:
+    """All targets of one file."""
+
+    def __init__(self, inputs: PruneInputs, kinds: Sequence[type[Target]]) -> None:
+        """Take the targets that the options name.
+
+        Raises:
+            BudgetError: one is out of reach, or the model meets all of them as it is.
+        """
+        asked = [(kind, getattr(inputs.options, kind.name)) for kind in kinds]
+        self.all = [kind(inputs, value) for kind, value in asked if value is not None]
+        self.inputs = inputs
+        self.bounds_loss = inputs.options.bounds_loss
+        """Whether the smallest model within bounds on losses is searched; each is healed, then measured."""
+        # Bounds share one search, by the loss that is nearest to its bound, or beyond it.
+        self._planning = self.all[:1] if self.bounds_loss else self.all
+        budgets = [target for target in self.all if isinstance(target, Amount)]
+        if budgets and all(budget.limit is None for budget in budgets):
+            within = " and ".join(f"{one.text(one.dense)} are already within {one.asked}" for one in budgets)
+            raise BudgetError(f"nothing to prune: the model's {within}")
+
+    def first(self, planner: Planner) -> Limits:
+        """Return the limits of the first plan."""
+        return tuple(filter(None, (target.first(planner) for target in self._planning)))
+
+    def measure(self, attempt: Attempt) -> None:
+        """Measure what the model of the attempt reaches."""
+        attempt.reached = tuple(target.measure(attempt) for target in self.all)
+
+    def next(self, attempt: Attempt) -> Limits | None:
+        """Return the limits of another plan; None if there is no need for one, or there were enough."""
+        reached = attempt.reached
+        if self.bounds_loss:
+            reached = (max(reached, key=lambda one: one.ratio),)
+        both = zip(self._planning, reached, strict=True)
+        found = [limit for target, one in both if (limit := target.next(attempt, one)) is not None]
+        corrected = {limit.resource: limit for limit in found}
+        enough = attempt.number > CORRECTIONS and not self.bounds_loss
+        limits = tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
+        if self.bounds_loss or (corrected and not enough):
+            flops = attempt.planned.flops
+            share = 100 * flops / self.inputs.job.table.dense
+            shown = ", ".join(f"{one.texts[1]} of at most {one.texts[0]}" for one in attempt.reached)
+            judged = "within the bound" if attempt.ratio <= 1 else "too much"
+            judged = judged if self.bounds_loss else "another plan follows"
+            self.inputs.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
+        return limits if corrected and not enough else None
+
+    def better(self, best: Attempt | None, attempt: Attempt) -> Attempt:
+        """Return the better of two attempts: one that meets all targets, else the nearest.
+
+        Of those within a bound on the loss it is the smaller, of those within budgets the larger; the faster
+        where none is likely to be within a budget of time when it is measured again.
+        """
+
+        def rank(one: Attempt) -> tuple[float, ...]:
+            if one.ratio > 1:
+                return 0, -one.ratio
+            times = [reached.ratio for reached in one.reached if reached.name == "max_latency"]
+            if any(ratio > SAFETY for ratio in times):
+                return 1, -max(times)
+            if self.bounds_loss:
+                return 2, -one.planned.flops, -one.limits[0].most
+            return 2, one.planned.flops
+
+        return max([attempt] if best is None else [best, attempt], key=rank)
+
+    def missed(self, nearest: Attempt) -> BudgetError:
+        """Return the error that no attempt meets all targets."""
+        missed = [one for one in nearest.reached if one.ratio > 1]
+        asked = ", ".join(option_name(one.name, one.asked) for one in missed)
+        share = 100 * nearest.planned.flops / self.inputs.job.table.dense
+        found = ", ".join(f"{one.texts[1]}, expected at most {one.texts[0]}" for one in missed)
+        busy = any(one.name == "max_latency" for one in missed)
+        return BudgetError(
+            f"{asked}: not met by any pruned model that was tried; the nearest, with {share:.1f}% of the "
+            f"FLOPs, has {found}"
+            + (". Times vary on a busy machine: try again, or allow a little more" if busy else "")
+        )
+
+
+class Amount(Target):
+    """A budget of an amount that grows with every width: the base of all budgets."""
+
+    name: ClassVar[Resource]
+    aim: ClassVar[float] = 1.0
+    """Fraction of the budget that a plan aims at."""
+
+    def prepare(self) -> None:
+        self.budget = Budget.parse(self.asked, self.name)
+        self.dense = self.dense_amount()
+        self.most = self.budget.amount(self.dense)
+        cost = self.cost()
+        lowest = self.lowest(cost)
+        if self.most < lowest:
+            raise BudgetError(self._out_of_reach(lowest))
+        aim = math.ceil(self.aim * self.most)
+        self.limit = Limit(cost, aim, self.name) if self.most < self.dense else None
+
+    @abstractmethod
+    def dense_amount(self) -> int:
+        """Return the amount of the model as it was read."""
+
+    @abstractmethod
+    def cost(self) -> Cost:
+        """Return the amount at any widths, as nearly as is known before the cut."""
+
+    @abstractmethod
+    def count(self, attempt: Attempt) -> int:
+        """Return the exact amount of a cut model."""
+
+    def lowest(self, cost: Cost) -> int:
+        """Return the least budget that can be met."""
+        return lowest_flops(self.job.allowed, cost)
+
+    def text(self, amount: float) -> str:
+        """Return an amount for readers, with its unit."""
+        return f"{format_amount(amount, self.name)} {NOUNS[self.name]}".rstrip()
+
+    def first(self, planner: Planner) -> Limit | None:
+        return self.limit
+
+    def measure(self, attempt: Attempt) -> Reached:
+        amount = self.count(attempt)
+        return Reached(
+            self.name, self.asked, self.most, amount, texts=(self.text(self.most), self.text(amount))
+        )
+
+    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+        if self.limit is None:
+            return None
+        (limit,) = (each for each in attempt.limits if each.resource == self.name)
+        corrected = attempt.planned.corrected(limit, self.limit, int(reached.reached))
+        # The first plan may use too little of a budget that was predicted too high; so may the second.
+        unused = attempt.number == 1 and corrected.most >= self.limit.most / NEAR
+        return corrected if reached.ratio > 1 or unused else None
+
+    def _out_of_reach(self, lowest: int) -> str:
+        hint = ""
+        if re.fullmatch(r"\d{1,2}|0?\.\d+", self.asked):  # a percentage without its sign
+            value = self.budget.value
+            percent = f"{100 * value if value < 1 else value:g}%"
+            hint = f"; did you mean {option_name(self.name, percent)}?"
+        return (
+            f"{self.option} is out of reach: the lowest is "
+            f"{format_amount(lowest, self.name, up=True)} ({math.ceil(1000 * lowest / self.dense) / 10}% of "
+            f"{format_amount(self.dense, self.name)}) with {self.allowed_by()}{hint}"
+        )
+
+
+class Flops(Amount):
+    """Budget of FLOPs; the plan counts them exactly, merges included."""
+
+    name = "flops"
+
+    def dense_amount(self) -> int:
+        return self.job.table.dense
+
+    def cost(self) -> Cost:
+        return self.job.table.flops
+
+    def lowest(self, cost: Cost) -> int:
+        return lowest_flops(self.job.allowed, (self.job.fewest or self.job.table).flops)
+
+    def count(self, attempt: Attempt) -> int:
+        return attempt.planned.flops
+
+
+class Params(Amount):
+    """Budget of parameters."""
+
+    name = "params"
+
+    def dense_amount(self) -> int:
+        return count_parameters(self.inputs.loaded.model)
+
+    def cost(self) -> Cost:
+        job, copies = self.job, self.inputs.options.search.positions != "equal"
+        return parameter_table(job.model, job.prunable, job.least_widths, copies=copies).at
+
+    def count(self, attempt: Attempt) -> int:
+        return count_parameters(attempt.model)
+
+
+class Size(Amount):
+    """Budget for the bytes of the file, in the dtypes of the checkpoint."""
+
+    name = "size"
+
+    def dense_amount(self) -> int:
+        loaded = self.inputs.loaded
+        return count_bytes(loaded.model, loaded.dtypes)
+
+    def cost(self) -> Cost:
+        """Return the bytes of the tensors, and of the header of the smallest model.
+
+        The header of another names more channels; what the first plan gets wrong so, the next corrects.
+        """
+        job, dtypes = self.job, self.inputs.dtypes
+        copies = self.inputs.options.search.positions != "equal"
+        tensors = byte_table(job.model, job.prunable, job.least_widths, dtypes, copies=copies).at
+        plan = Plan(tuple(unit.keep_first(job.least_widths[unit.key]) for unit in job.units))
+        curves = {key: dict.fromkeys(widths, 1 / 3) for key, widths in job.choices.items()}
+        record = self.inputs.record(plan, curves, job.table.dense)
+        header = file_size(job.model, record, dtypes) - count_bytes(job.model, dtypes) + self._spare
+        return lambda widths: tensors(widths) + header
+
+    def count(self, attempt: Attempt) -> int:
+        planned, inputs = attempt.planned, self.inputs
+        record = inputs.record(planned.plan, planned.curves, self.job.table.dense)
+        return file_size(attempt.model, record, inputs.dtypes) + self._spare
+
+    @property
+    def _spare(self) -> int:
+        return _SPARE + (0 if self.inputs.options.max_latency is None else _SPARE_OF_TIME)
+
+
+class _Loss(Target):
+    """A bound on the loss, within which the smallest model is searched: the base of both."""
+
+    name: ClassVar[str]
+    nats_per_unit: ClassVar[float] = 1.0
+    """Nats at which the search begins, per unit of the bound."""
+    floor: ClassVar[float] = 0.0
+    """Least bound at which the search begins: a drop of 0 has no nats."""
+    format: ClassVar[str]
+
+    def prepare(self) -> None:
+        self.most = float(self.asked)
+        self.lowest = lowest_flops(self.job.allowed, (self.job.fewest or self.job.table).flops)
+        classes = classifier_size(self.inputs.loaded.model)
+        if classes < 2:
+            what = "one output" if classes else "no classifier"
+            raise UsageError(f"{self.option}: expected two or more classes; the model has {what}")
+        if self.lowest >= self.job.table.dense:
+            have = format_amount(self.job.table.dense, "flops")
+            raise BudgetError(
+                f"nothing to prune with {self.allowed_by()}: the model's {have} FLOPs are the lowest"
             )
+
+    def first(self, planner: Planner) -> Limit:
+        job, self.planner = self.job, planner
+        highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
+        dense = {key: widths[-1] for key, widths in job.allowed.items()}
+        narrower = ({**dense, key: widths[-2]} for key, widths in job.allowed.items() if len(widths) > 1)
+        steps = (job.table.flops(dense) - job.table.flops(widths) for widths in narrower)
+        step = max(int(max(steps, default=job.table.flops(dense) // 100)), 1)
+        by_curves = job.options.allocation == "curves"
+
+        def expected(budget: int) -> float:
+            limit = Limit(job.table.flops, budget)
+            return planner.expected_divergence((limit,)) if by_curves else 1 - budget / job.table.dense
+
+        self._search: Search = smallest_within(
+            Bracket(self.lowest, highest, step), expected, self.nats_per_unit * max(self.most, self.floor)
         )
-        earlier = () if loaded.record is None else loaded.record.history
-        stated = [identity.model_args, identity.pretrained_cfg, plan.to_json(), list(earlier)]
-        stated.append(recorded_options(self.options))
-        return expected_header(stated, tensors=len(self.job.model.state_dict()), curves=len(self.job.units))
+        return Limit(job.table.flops, next(self._search))
+
+    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+        try:
+            budget = self._search.send(Trial(attempt.planned.flops, reached.ratio))
+        except StopIteration:
+            return None
+        return Limit(self.job.table.flops, budget)
+
+    def reached(self, loss: float, error: float | None = None) -> Reached:
+        """Return the loss that was measured, and its standard error where it has one."""
+        asked, shown = f"{self.most:g}", self.format.format(loss)
+        shown += "" if error is None else f" (standard error {error:.2f})"
+        return Reached(self.name, asked, self.most, loss, error, texts=(asked, shown))
 
 
-def reached_budgets(inputs: Any, slim: ModelFigures) -> tuple[Reached, ...]:
-    """Return the amount that the model uses of each budget.
+class MaxKL(_Loss):
+    """Bound on the KL divergence of the answers on held-out images."""
 
-    Args:
-        inputs: inputs of the file.
-        slim: figures of the slim model.
-    """
-    targets, job, loaded = inputs.targets, inputs.job, inputs.loaded
-    most: dict[Resource, int] = {"flops": inputs.budget}
-    most.update({limit.resource: limit.most for limit in inputs.storage})
-    used = {"flops": slim.flops, "params": slim.parameters, "size": slim.size or 0}
-    dense = {"params": count_parameters(loaded.model), "size": count_bytes(loaded.model, loaded.dtypes)}
-    return tuple(
-        Reached(
-            budget.resource,
-            budget.text,
-            most.get(budget.resource, budget.amount(dense.get(budget.resource, job.table.dense))),
-            used[budget.resource],
+    name, format = "max_kl", "KL {:.3g}"
+
+    def prepare(self) -> None:
+        super().prepare()
+        preserve = self.inputs.options.preserve
+        if preserve not in (None, "answers"):
+            what = option_name("preserve", preserve)
+            raise UsageError(f"{self.option}: bounds the classifier's outputs, not what {what} keeps")
+        if len(self.job.images) < 2:
+            raise UsageError(
+                f"{self.option}: expected two images or more, some of which are held out to measure it"
+            )
+
+    def measure(self, attempt: Attempt) -> Reached:
+        model = attempt.model.to(self.job.device)
+        return self.reached(self.job.held_out(self.planner.calibration).divergence_of(model))
+
+
+class MaxDrop(_Loss):
+    """Bound on the points of top-1 that are lost on labelled images."""
+
+    name, format = "max_drop", "{:.2f} points of top-1 lost"
+    nats_per_unit, floor = _KL_PER_POINT, 0.1
+
+    def prepare(self) -> None:
+        super().prepare()
+        inputs = self.inputs
+        if inputs.validation is None:
+            raise UsageError(
+                f"{self.option}: expected labelled images to measure accuracy on; {inputs.no_accuracy}. "
+                f"Without labels, {option_name('max_kl')} bounds the KL divergence"
+            )
+        right, chance = inputs.right, 1 / classifier_size(inputs.loaded.model)
+        # Two standard errors above chance: below that, no drop can be told from luck.
+        if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
+            raise BudgetError(
+                f"{self.option}: the dense model is right on {100 * sum(right) / len(right):.1f} % of "
+                f"{len(right)} images, no more than chance; check labels ({option_name('class_map')}) and "
+                f"preprocessing ({option_name('mean')}, {option_name('std')})"
+            )
+
+    def measure(self, attempt: Attempt) -> Reached:
+        inputs, right = self.inputs, list[bool]()
+        assert inputs.validation is not None
+        inputs.reporter.start("evaluating")
+        attempt.evaluation = evaluate(
+            attempt.model,
+            inputs.validation,
+            device=self.job.device,
+            progress=inputs.reporter.advance,
+            right=right,
         )
-        for budget in targets.budgets
-        if budget.resource != "max_latency"  # it was measured before
-    )
-
-
-def target_figure(target: Reached) -> tuple[str, str, str]:
-    """Return a target as a figure of the report: its name, the amount allowed, the amount reached."""
-    resource = next((resource for resource in RESOURCES if resource == target.name), None)
-    amounts = (target.most, target.reached)
-    if resource == "max_latency":
-        most, reached = (format_amount(1e6 * amount, resource) for amount in amounts)
-    elif resource is not None:
-        most, reached = (format_amount(amount, resource) for amount in amounts)
-    else:
-        most, reached = (f"{amount:.3g}" for amount in amounts)
-    error = "" if target.standard_error is None else f", standard error {target.standard_error:.2g}"
-    return f"target {target.name} {target.asked}", f"at most {most}", reached + error
-
-
-def stored_dtypes(loaded: Checkpoint, model: nn.Module) -> Dtypes:
-    """Dtype of each tensor of ``model`` in the slim file: that of the tensor it was read from."""
-    read, found = loaded.dtypes, {}
-    for name, tensor in model.state_dict().items():
-        # What is only there where tokens are left out is stored as the rest of its layer.
-        alike = f"{name.rsplit('.', 2)[0]}.proj.weight"
-        found[name] = read.get(name, read.get(alike, tensor.dtype))
-    return found
-
-
-def recorded_options(options: PruneOptions) -> dict[str, Any]:
-    """Return the options that a slim file states; newer ones only where they were given."""
-    changed = options.changed()
-    return {
-        name: value
-        for name, value in options.flat().items()
-        if name not in _LOCAL and (name not in _NEWER or name in changed)
-    }
-
-
-# Where files lie on the machine that made a slim file is nobody else's business.
-_LOCAL = frozenset(
-    {
-        "calibration",
-        "checkpoint",
-        "class_map",
-        "data_dir",
-        "dry_run",
-        "output",
-        "overwrite",
-        "report",
-        "workers",
-    }
-)
-_NEWER = frozenset({*TARGETS, "preserve", "runtime", "int8", "threads"})
+        drop = 100 * (sum(inputs.right) - sum(right)) / len(right)
+        error = standard_error_of_drop(inputs.right, right)
+        return self.reached(drop, error)

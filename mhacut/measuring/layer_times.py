@@ -150,8 +150,6 @@ class TimeTable:
     model's time."""
     dense: int = 10**9
     """Nanoseconds per batch of the dense model, as measured last."""
-    steady: bool = field(default=True, compare=False)
-    """Whether the machine was as fast at the end of each measurement as at its beginning."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
         """Return the nanoseconds per batch at ``widths``, by layer and kind; others stay whole."""
@@ -177,39 +175,6 @@ class TimeTable:
         """
         anchors = [(self.saved_by_layers(widths), max(self.whole - share, 0.0)) for widths, share in models]
         return replace(self, anchors=tuple((saved, whole) for saved, whole in anchors if saved > 0))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "calls": [list(call) for call in self.calls],
-            "layers": [
-                [[dict(point.widths), point.share] for point in (times.dense, *times.others)]
-                for times in self.layers
-            ],
-            "whole": self.whole,
-            "anchors": [list(anchor) for anchor in self.anchors],
-            "dense": self.dense,
-        }
-
-    @classmethod
-    def from_json(cls, document: Any) -> TimeTable:
-        """Read what :meth:`to_json` gave.
-
-        Raises:
-            ValueError, TypeError, KeyError, AttributeError: it is something else.
-        """
-        layers = []
-        for dense, *others in document["layers"]:
-            points = [
-                Point({str(kind): int(width) for kind, width in widths.items()}, float(share))
-                for widths, share in (dense, *others)
-            ]
-            layers.append(LayerTimes(points[0], tuple(points[1:])))
-        calls = tuple((str(name), range(len(layers)).index(index)) for name, index in document["calls"])
-        anchors = tuple((float(saved), float(whole)) for saved, whole in document["anchors"])
-        table = cls(calls, tuple(layers), float(document["whole"]), anchors, int(document["dense"]))
-        if not (table.dense > 0 and 0 < table.whole < float("inf")):
-            raise ValueError("expected positive times")
-        return table
 
 
 def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:

@@ -75,6 +75,11 @@ class Job:
         return self.constraints.allowed(self.choices)
 
     @property
+    def least_widths(self) -> dict[UnitKey, int]:
+        """Least allowed width of every unit."""
+        return {key: widths[0] for key, widths in self.allowed.items()}
+
+    @property
     def merges_tokens(self) -> bool:
         """Whether the budget is shared by channels and tokens."""
         return self.fewest is not None

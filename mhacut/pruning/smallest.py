@@ -1,13 +1,15 @@
-"""Search for the smallest model within a bound: a bracket of budgets that closes, then a walk below it."""
+"""Search for the smallest model within a bound on its loss: a bracketed secant search, then a walk below.
+
+The loss of a healed model falls roughly exponentially with its FLOPs, so that its logarithm is nearly a line:
+the secant through the two nearest trials is taken in log space.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
 
-T = TypeVar("T")
 _SHRINKS = 0.5
 """Fraction of the bracket that two trials must leave at most; else the next one halves it."""
 _LEAST = 1e-9
@@ -19,18 +21,13 @@ _STRIDES = 400
 
 
 @dataclass(frozen=True)
-class Trial(Generic[T]):
+class Trial:
     """A model cut to a budget, and how far its loss is from the bound."""
 
     cost: int
     """Cost of the model; not above its budget."""
     ratio: float
     """Loss relative to the bound; the model is within it at 1 or less."""
-    found: T
-
-    @property
-    def passes(self) -> bool:
-        return self.ratio <= 1
 
 
 @dataclass(frozen=True)
@@ -45,13 +42,12 @@ class Bracket:
     """Difference of budgets that is worth a trial."""
 
 
-def smallest_within(
-    bracket: Bracket,
-    attempt: Callable[[int], Trial[T]],
-    expected: Callable[[int], float],
-    goal: float,
-) -> tuple[Trial[T] | None, Trial[T]]:
-    """Return the trial of least cost within the bound, and the one of least loss, for when there is none.
+Search = Generator[int, Trial, None]
+"""Yields budgets to try, and is sent the trial of each."""
+
+
+def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: float) -> Search:
+    """Search for the model of least cost within the bound; if none is, the highest budget is tried too.
 
     Losses are assumed to fall as budgets grow, though not steadily. Until one trial passes and one fails, the
     next budget is the one at which the expected loss, scaled to the last measurement, meets the bound. Then
@@ -61,17 +57,12 @@ def smallest_within(
 
     Args:
         bracket: budgets to look at.
-        attempt: cuts to a budget and judges.
         expected: loss that is expected at a budget, up to a factor; falls as budgets grow.
         goal: expected loss at which to begin.
-
-    Returns:
-        None as the first if no trial passes, the one at the highest budget included.
     """
     failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
-    best: Trial[T] | None = None
-    nearest: Trial[T] | None = None
-    sizes, failed = list[int](), list[tuple[int, Trial[T]]]()
+    best: int | None = None
+    sizes, failed = list[int](), list[tuple[int, Trial]]()
     above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
     while passing - failing > bracket.step:
         sizes.append(passing - failing)
@@ -84,38 +75,29 @@ def smallest_within(
             budget = (failing + passing) // 2
         ends = failing + bracket.step, passing - bracket.step
         budget = min(max(min(budget, ends[1]), min(ends), bracket.low), bracket.high)
-        trial = attempt(budget)
-        if nearest is None or trial.ratio < nearest.ratio:
-            nearest = trial
-        if trial.passes:
+        trial = yield budget
+        if trial.ratio <= 1:
             passing, below = trial.cost, trial.ratio
-            if best is None or trial.cost <= best.cost:
-                best = trial
+            best = trial.cost if best is None else min(best, trial.cost)
         else:
             failing, above = budget, trial.ratio
             failed.append((budget, trial))
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
             goal = expected(budget) / trial.ratio
-    assert nearest is not None
-    return None if best is None else _below(best, failed, bracket, attempt), nearest
+    if best is not None:
+        yield from _below(best, failed, bracket)
 
 
-def _below(
-    best: Trial[T],
-    failed: Sequence[tuple[int, Trial[T]]],
-    bracket: Bracket,
-    attempt: Callable[[int], Trial[T]],
-) -> Trial[T]:
-    """Walk down from ``best``; return the smallest trial within the bound.
+def _below(best: int, failed: Sequence[tuple[int, Trial]], bracket: Bracket) -> Search:
+    """Walk down from the least cost so far.
 
     Args:
-        best: smallest so far.
+        best: least cost of a model within the bound.
         failed: budgets that missed the bound, and their trials, which stand for budgets near them.
         bracket: budgets to look at.
-        attempt: cuts to a budget and judges.
     """
     stride = max(bracket.step, bracket.high // _STRIDES)
-    budget, missed = best.cost, 0
+    budget, missed = best, 0
     while missed < _MISSES and budget > bracket.low:
         budget = max(budget - stride, bracket.low)
         near = (
@@ -123,13 +105,9 @@ def _below(
             for high, trial in failed
             if trial.cost - stride / 2 <= budget <= high + stride / 2  # models between are this one
         )
-        trial = next(near, None) or attempt(budget)
-        if trial.passes:
-            best, missed = trial, 0
-        else:
-            missed += 1
+        trial = next(near, None) or (yield budget)
+        missed = 0 if trial.ratio <= 1 else missed + 1
         budget = min(budget, trial.cost)
-    return best
 
 
 def _where(expected: Callable[[int], float], goal: float, bracket: Bracket) -> int:

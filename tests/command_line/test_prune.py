@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-import timm
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import mhacut
 from helpers.cli import FAST, refusal, run
@@ -189,30 +188,3 @@ def test_a_kept_calibration_is_read_again(tiny_vit, tmp_path):
         result = run("prune", *tiny_vit.flags, "--flops", "60%", *FAST, *flags)
         assert result.exit_code == 0, result.stderr
     assert f"calibration read from {tmp_path / 'kept.safetensors'}" in result.stderr
-
-
-def folder_for_images_of(size: int, folder: Path) -> Path:
-    """A timm folder whose model takes images of ``size`` pixels."""
-    args = {"depth": 2, "embed_dim": 48, "num_heads": 3, "patch_size": 32, "num_classes": 3}
-    cfg = {"input_size": [3, size, size]}
-    model = timm.create_model("vit_tiny_patch16_224", img_size=size, **args)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    config = {"architecture": "vit_tiny_patch16_224", "model_args": args, "pretrained_cfg": cfg}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("size", "chosen", "logged"), [(480, False, True), (480, True, False), (224, False, False)]
-)
-@pytest.mark.slow
-def test_a_large_default_size_is_logged_with_what_takes_less_time(tmp_path, size, chosen, logged):
-    flags = ["--flops", "80%", "--dry-run", *FAST]
-    flags += ["--model-arg", f"img_size={size}"] if chosen else []
-    result = run("prune", folder_for_images_of(size, tmp_path), *flags)
-    assert result.exit_code == 0, result.stderr
-    line = (
-        "images have 480x480 pixels, 4.6 times those of 224x224, and take as much longer at least; "
-        "--model-arg dynamic_img_size=True with --img-size 224 prunes for those"
-    )
-    assert (line in result.stderr.splitlines()) == logged

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 import mhacut
 from helpers.models import ModelCase, build, relative
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_files as pipeline
 from mhacut.errors import UsageError
 from mhacut.options.prune import Allocation, BasisChoice, Effort
 
@@ -41,15 +40,7 @@ def dense(tmp_path_factory):
     return path
 
 
-def check(dense, folder, monkeypatch, flops="55%", **options):
-    written = []
-
-    def write_slim(path, model, *args, **kwargs):
-        written.append(model)
-        return real(path, model, *args, **kwargs)
-
-    real = pipeline.write_slim
-    monkeypatch.setattr(pipeline, "write_slim", write_slim)
+def check(dense, folder, flops="55%", **options):
     result = mhacut.prune(
         dense,
         flops=flops,
@@ -61,13 +52,10 @@ def check(dense, folder, monkeypatch, flops="55%", **options):
     assert result.slim.flops <= result.budget < result.dense.flops
     assert result.slim.flops >= 0.97 * result.budget  # of so small a model, steps are large
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    (in_memory,), reloaded = written, mhacut.load_model(result.output)
+    in_memory, reloaded = result.model(), mhacut.load_model(result.output)
     state = in_memory.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in reloaded.state_dict().items())
-    with torch.no_grad():
-        # To rounding: BLAS sums in another order when a buffer is aligned otherwise.
-        torch.testing.assert_close(reloaded(images), in_memory(images), rtol=0, atol=1e-5)
-        assert reloaded(images).isfinite().all()
+    assert reloaded(images).isfinite().all()
     assert sum(tensor.numel() for tensor in load_file(result.output).values()) < sum(
         tensor.numel() for tensor in load_file(dense).values()
     )
@@ -77,23 +65,21 @@ def check(dense, folder, monkeypatch, flops="55%", **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "basis", "effort", "repair"), SOME)
-def test_some_ways_give_a_file_within_the_budget(
-    dense, tmp_path, monkeypatch, allocation, basis, effort, repair
-):
-    check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
+def test_some_ways_give_a_file_within_the_budget(dense, tmp_path, allocation, basis, effort, repair):
+    check_way(dense, tmp_path, allocation, basis, effort, repair)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("allocation", "basis", "effort", "repair"), OTHERS)
-def test_some_other_ways_do_so_too(dense, tmp_path, monkeypatch, allocation, basis, effort, repair):
-    check_way(dense, tmp_path, monkeypatch, allocation, basis, effort, repair)
+def test_some_other_ways_do_so_too(dense, tmp_path, allocation, basis, effort, repair):
+    check_way(dense, tmp_path, allocation, basis, effort, repair)
 
 
-def check_way(dense, folder, monkeypatch, allocation, basis, effort, repair):
+def check_way(dense, folder, allocation, basis, effort, repair):
     options = {"allocation": allocation, "basis": basis, "effort": effort, "repair": repair}
     if effort == "best":
         options |= {"heal_steps": 2}
-    result = check(dense, folder, monkeypatch, **options)
+    result = check(dense, folder, **options)
     assert bool(result.log) is (allocation == "indicator")
     assert bool(result.repairs) is repair
     cut = [unit for unit in result.plan if not unit.keeps_all]
@@ -115,23 +101,21 @@ def test_that_some_ways_hold_every_pair():
 
 
 @pytest.mark.parametrize("flops", ["70%", "32%"])
-def test_budgets_at_either_end(dense, tmp_path, monkeypatch, flops):
-    check(dense, tmp_path, monkeypatch, flops=flops)
+def test_budgets_at_either_end(dense, tmp_path, flops):
+    check(dense, tmp_path, flops=flops)
 
 
-def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense, tmp_path, monkeypatch):
+def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense, tmp_path):
     options = {"allocation": "indicator", "selection": "indicator"}
-    result = check(dense, tmp_path, monkeypatch, **options)
+    result = check(dense, tmp_path, **options)
     assert {unit.basis for unit in result.plan} == {"channel"}
     assert result.repairs
     with pytest.raises(UsageError, match="basis='principal': expected channel with selection='indicator'"):
-        check(dense, tmp_path, monkeypatch, basis="principal", **options)
+        check(dense, tmp_path, basis="principal", **options)
 
 
 @pytest.mark.slow
-def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(
-    dense, tmp_path, monkeypatch
-):
+def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere(dense, tmp_path):
     images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     results, far = {}, {}
     expected = read_model(dense, model="vit_tiny_patch16_224", model_args=ARGS).model(images)
@@ -139,20 +123,20 @@ def test_allocations_differ_and_curves_are_nearer_than_the_same_share_everywhere
         folder = tmp_path / allocation
         folder.mkdir()
         options = {"allocation": allocation, "calibration_images": 32, "keep_dead_tokens": True}
-        results[allocation] = check(dense, folder, monkeypatch, **options)
+        results[allocation] = check(dense, folder, **options)
         far[allocation] = relative(mhacut.load_model(results[allocation].output)(images), expected)
     assert results["uniform"].plan.widths() != results["curves"].plan.widths()
     assert far["curves"] < far["uniform"]
 
 
 @pytest.mark.slow
-def test_tokens_can_all_count_alike(dense, tmp_path, monkeypatch):
+def test_tokens_can_all_count_alike(dense, tmp_path):
     slim = {}
     for asked in (True, False):
         folder = tmp_path / str(asked)
         folder.mkdir()
         # Of the same widths, so that only what is fitted can differ.
-        result = check(dense, folder, monkeypatch, allocation="uniform", token_weights=asked)
+        result = check(dense, folder, allocation="uniform", token_weights=asked)
         slim[asked] = result.plan.widths(), load_file(result.output)
     (widths, weighed), (others, alike) = slim[True], slim[False]
     assert widths == others

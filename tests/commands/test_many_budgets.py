@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import re
-import weakref
 
 import pytest
 
 import mhacut
 from helpers.cli import FAST, run
-from helpers.jobs import Recorder
 from helpers.pruning import BALANCED, QUICK, prune_quickly
-from mhacut.commands import prune_cut
 from mhacut.errors import UsageError
-from mhacut.pruning import planner
 
 
 @pytest.mark.slow
@@ -45,37 +40,6 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
     assert not {"calibrating", "measuring sensitivity curves", "reading"} & results[1].seconds.keys()
 
 
-@pytest.mark.slow
-def test_a_budget_holds_no_weights_but_those_of_its_slim_model(tiny_vit, tmp_path, monkeypatch):
-    made = []
-
-    def remembering(job, *others):
-        ready = reconstruct(job, *others)
-        made.append(weakref.ref(ready.model))
-        return ready
-
-    def count(slim, *args, **kwargs):
-        gc.collect()
-        alive = [model() for model in made if model() is not None]
-        assert alive[-1] is slim  # cut in place; those before it are the results
-        counts.append(len(alive))
-        return healed(slim, *args, **kwargs)
-
-    counts, reconstruct, healed = [], planner.reconstruct, prune_cut.recover
-    monkeypatch.setattr(planner, "reconstruct", remembering)
-    monkeypatch.setattr(prune_cut, "recover", count)
-    mhacut.prune_many(
-        tiny_vit.path,
-        flops=("80%", "60%", "900K"),
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **QUICK,
-    )
-    assert len(made) == 3
-    assert counts == [1, 2, 3]
-
-
 def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--flops", "80%", "--flops", "60%", *FAST]
@@ -93,36 +57,6 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     result = run("prune", *tiny_vit.flags, *arguments, "-o", "one.safetensors")
     assert result.exit_code == 2
     assert "--output one.safetensors: expected {} in the name" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("flops", "others", "line"),
-    [
-        (("80%", "79%"), {"size": "60%"}, "flops='80%' and flops='79%' {}: size='60%' decides"),
-        (
-            ("80%", "70%", "90%"),
-            {"size": "55%", "params": "60%"},
-            "flops='80%', flops='70%' and flops='90%' {}: size='55%' decides",
-        ),
-        (("60%", "60.001%"), {}, "flops='60%' and flops='60.001%' {}: no width lies between them"),
-        (("80%", "50%"), {"size": "90%"}, None),
-    ],
-)
-@pytest.mark.slow
-def test_budgets_that_lead_to_one_model_are_named_with_what_decides(tiny_vit, tmp_path, flops, others, line):
-    reporter = Recorder()
-    results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=flops,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        reporter=reporter,
-        **{**QUICK, **others},
-    )
-    assert len({result.plan for result in results}) == (1 if line else len(flops))
-    found = [message for message in reporter.messages if "same model" in message]
-    assert found == ([line.format("give the same model")] if line else [])
 
 
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):

@@ -21,9 +21,8 @@ from helpers.jobs import Recorder
 from helpers.models import build, relative
 from helpers.programs import BY_TWO, free_port
 from helpers.pruning import BALANCED, QUICK, prune_quickly
-from mhacut.adapters.registry import adapter_for
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import prune_files
+from mhacut.commands import prune as command
 from mhacut.errors import MhacutError
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import shrink
@@ -128,7 +127,7 @@ def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path)
 
 
 def test_a_file_whose_model_gives_other_outputs_never_appears(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.setattr(prune_files, "same_outputs", lambda *_: False)
+    monkeypatch.setattr(command, "same_outputs", lambda *_: False)
     with pytest.raises(MhacutError, match=r"slim.safetensors: the model in the file gives other outputs .*"):
         prune(tiny_vit, tmp_path / "slim.safetensors")
     assert not list(tmp_path.iterdir())
@@ -263,16 +262,3 @@ def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
     monkeypatch.setattr("mhacut.pruning.curves.shrink", shrinking)
     prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
     assert seen == {"find_candidates": repair, "shrink": repair}
-
-
-def test_prunable_layers_are_found_once_per_model(tiny_vit, tmp_path, monkeypatch):
-    roots = []
-
-    def asked(module):
-        if hasattr(module, "forward_features"):
-            roots.append(module)
-        return adapter_for(module)
-
-    monkeypatch.setattr("mhacut.surgery.find.adapter_for", asked)
-    prune(tiny_vit, tmp_path / "slim.safetensors", report=tmp_path / "page.html")
-    assert 0 < len(roots) <= 3  # of the dense model, of the slim one, of the one in the file

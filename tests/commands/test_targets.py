@@ -20,7 +20,8 @@ from helpers.files import SLIM
 from helpers.models import ModelCase, build, slow_except
 from helpers.plans import random_plan
 from helpers.pruning import QUICK, last_step, prune_quickly
-from mhacut.budget import Budget, Targets
+from mhacut.budget import Budget
+from mhacut.commands.prune_names import options_of_each
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitPlan
@@ -61,8 +62,17 @@ def test_units_of_another_resource_are_refused(text, resource):
         Budget.parse(text, resource)
 
 
-def test_labels_name_what_is_bounded():
-    assert Targets.parse("50%", "60%", "6MB").label == "50pct-params60pct-size6MB"
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({"flops": "50%", "params": "60%", "size": "6MB"}, "vit-50pct-params60pct-size6MB"),
+        ({"flops": 2e9, "max_latency": "12ms"}, "vit-2000000000.0-latency12ms"),
+        ({"max_kl": 0.1}, "vit-kl0.1"),
+    ],
+)
+def test_default_names_state_what_is_bounded(given, name):
+    (own,) = options_of_each(PruneOptions.from_flat(checkpoint="vit.pth", **given), "vit")
+    assert own.output == f"{name}.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -296,8 +306,8 @@ def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
         ({"params": "100%"}, r"nothing to prune: the model's \S+K parameters are already within 100%"),
         ({"flops": "60%", "size": "1KB"}, "size='1KB' is out of reach"),
         (
-            {"flops": "60%", "params": "1%", "size": "1KB"},
-            r"^params='1%' is out of reach: the lowest is .*; size='1KB' is out of reach: .* scope=",
+            {"flops": "100%", "size": "100%"},
+            r"nothing to prune: .* FLOPs are already within 100% and \S+KB are",
         ),
         ({"max_drop": 1.0}, r"max_drop=1\.0: expected labelled images to measure accuracy on"),
     ],

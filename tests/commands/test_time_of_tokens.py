@@ -8,13 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mhacut
+from helpers.clocks import Counting
 from helpers.models import ModelCase, build
 from helpers.pruning import last_step
 from mhacut.checkpoint.load import read_model
-from mhacut.commands.prune_latency import TimeTarget
-from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError
-from mhacut.measuring.latency import Comparison
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import merged_of
@@ -29,24 +27,16 @@ MEASURED = 5
 """Models that are measured before there are plans, the dense one included."""
 
 
-class Clock:
+class Clock(Counting):
     """A model takes 0.1 ms and 0.1 ns per FLOP; one that merges tokens takes longer by ``matching``."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, tmp_path):
+        super().__init__(monkeypatch, tmp_path)
         self.matching, self.most = 1.1, 0
         self.faster, self.timed = 1.0, 0
         """Factor on the times of cut models that are not measured for the curve."""
-        self.unforeseen = lambda share: 1.0
-        clock = self  # functions become methods of the stopwatch, bound methods do not
 
-        def beside(stopwatch, models, parts=(), *, seconds, precision=None):
-            times = tuple(map(clock.time, (stopwatch.dense, *models)))
-            return Comparison(times, times, tuple(time / times[0] for time in times), 0.0)
-
-        monkeypatch.setattr(TimeTarget, "_afresh", lambda *_: None)
-        monkeypatch.setattr(Stopwatch, "beside", beside)
-
-    def time(self, model):
+    def time(self, model, dense=None):
         flops = measure_flops(model, (3, SIDE, SIDE))
         self.most = max(self.most, flops)  # the dense model is timed first
         self.timed += 1
@@ -56,8 +46,8 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch):
-    return Clock(monkeypatch)
+def clock(monkeypatch, tmp_path):
+    return Clock(monkeypatch, tmp_path)
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from mhacut.commands.prune_latency import TimeTarget
+from dataclasses import replace
+
+from mhacut.commands import prune_inputs
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring.latency import Comparison
 from mhacut.surgery.flops import count_parameters
@@ -15,31 +17,39 @@ class Counting:
         self.layers = self.models = 0
         self.unforeseen = lambda share: 1.0
         """Factor on the time of a model with a share of the dense one's parameters."""
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        clock = self  # functions become methods of the stopwatch, bound methods do not
+        self.shares: list[float] = []
+        """Times of the next cut models with a budget, relative to the dense one's; after these it counts."""
+        clock = self
 
-        def beside(stopwatch, models, parts=(), *, seconds, precision=None):
-            clock.models += len(models)
-            times = [clock.time(model, stopwatch.dense) for model in (stopwatch.dense, *models)]
-            return found([*times, *map(alone, parts)])
+        class CountingStopwatch(Stopwatch):
+            def compare(self, models, parts=(), *, seconds, precision=None):
+                clock.models += len(models)
+                return compared(
+                    [*(clock.time(one, self.dense) for one in (self.dense, *models)), *map(alone, parts)]
+                )
 
-        def parts_alone(stopwatch, parts, *, seconds):
-            clock.layers += len(parts)
-            return found([*map(alone, parts)])
+            def compare_parts(self, parts, *, seconds):
+                clock.layers += len(parts)
+                return compared([*map(alone, parts)])
 
-        monkeypatch.setattr(TimeTarget, "_afresh", lambda *_: None)
-        monkeypatch.setattr(Stopwatch, "ready", lambda stopwatch, part: part)
-        monkeypatch.setattr(Stopwatch, "beside", beside)
-        monkeypatch.setattr(Stopwatch, "parts", parts_alone)
+            def compare_in_new_process(self, model, records, *, seconds, precision):
+                found = self.compare([model], seconds=seconds)
+                ratios = (1.0, clock.shares.pop(0) if clock.shares else found.ratios[1])
+                return replace(found, ratios=ratios)
+
+            def ready(self, part):
+                return part
+
+        monkeypatch.setattr(prune_inputs, "Stopwatch", CountingStopwatch)
 
     def time(self, model, dense):
-        count, whole = count_parameters(model), count_parameters(dense)
-        return (1 + 1e-5 * count) * self.unforeseen(count / whole)
+        count, dense_count = count_parameters(model), count_parameters(dense)
+        return (1 + 1e-5 * count) * self.unforeseen(count / dense_count)
 
 
 def alone(part):
     return 6e-6 * count_parameters(part)
 
 
-def found(times):
+def compared(times):
     return Comparison(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)

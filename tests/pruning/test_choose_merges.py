@@ -11,7 +11,7 @@ import mhacut
 from helpers.jobs import flops_limit, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
-from mhacut.commands import prune_files as commands
+from mhacut.commands import prune as commands
 from mhacut.errors import UnsupportedModelError
 from mhacut.measuring.time_curve import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, divergence_by_merging, tokens_of_model, with_all_merged
