@@ -145,7 +145,7 @@ def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_pa
     given = ["finetune", slim, "--data-dir", images, "-b", "12", "-j", "0", "-o", tmp_path / "run"]
     seven = ["--teacher-model-arg", "num_classes=7"]
     for teacher, flags, message in (
-        (save_dense(deeper, tmp_path / "3.safetensors"), [], "expected 2: --teacher-model-arg depth=3?"),
+        (save_dense(deeper, tmp_path / "3.safetensors"), [], ": --teacher-model-arg depth=3?"),
         (save_dense(wider, tmp_path / "9.safetensors"), seven, ": --teacher-model-arg num_classes=9?"),
         (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: there is no such part"),
         ("timm:resnet18", ["--teacher-model", "x"], "already names its model; leave --teacher-model out"),
