@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import itertools
 import random
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
@@ -121,9 +120,8 @@ def build_cost_table(
     return CostTable(dense - sum(int(cost.at({})) for cost in costs), tuple(costs), dense)
 
 
-_FITTED: OrderedDict[tuple[Any, ...], Polynomial] = OrderedDict()
-"""Polynomials of the layers that were counted last, by everything that determines them."""
-_REMEMBERED = 1024
+_FITTED: dict[tuple[Any, ...], Polynomial] = {}
+"""Polynomials of layers that were counted, by everything that determines them."""
 
 
 def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> Polynomial:
@@ -132,9 +130,6 @@ def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> 
     if key not in _FITTED:
         count = _LayerCounter(module, layer, call, prefix)
         _FITTED[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
-    _FITTED.move_to_end(key)
-    while len(_FITTED) > _REMEMBERED:
-        _FITTED.popitem(last=False)
     return _FITTED[key]
 
 

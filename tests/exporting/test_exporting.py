@@ -68,24 +68,6 @@ def test_the_file_names_no_folder_of_this_machine(format, exported):
     assert os.path.dirname(timm.__file__).encode() not in content
 
 
-class Autocast(torch.nn.Module):
-    """What runs under autocast becomes a graph within the graph."""
-
-    def __init__(self):
-        super().__init__()
-        self.classifier = torch.nn.Linear(3, 2)
-
-    def forward(self, images):
-        with torch.autocast("cpu", enabled=False):
-            return self.classifier(images.mean((2, 3)))
-
-
-def test_graphs_within_a_graph_name_no_folder_either():
-    options = ExportOptions(checkpoint="none", format="pt2")
-    content, *_ = runtimes.RUNTIMES["pt2"](Autocast().eval(), (3, 8, 8), "{}", options)
-    assert os.path.dirname(__file__).encode() not in content
-
-
 ALONE = """
 import sys
 from collections.abc import Callable
@@ -130,15 +112,6 @@ def test_half_precision_behind_float32_images(exported, slim_of, tmp_path):
     program = torch.export.load(tmp_path / "half.pt2")
     assert {tensor.dtype for tensor in program.state_dict.values()} == {torch.bfloat16}
     assert program.module()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
-
-
-def test_a_fixed_batch(slim_of, tmp_path):
-    result = mhacut.export(slim_of("vit"), format="pt2", fixed_batch=1, output=tmp_path / "one.pt2")
-    assert set(result.difference) == {1}
-    program = torch.export.load(tmp_path / "one.pt2").module()
-    assert program(torch.randn(1, 3, 32, 32)).shape == (1, 5)
-    with pytest.raises((AssertionError, RuntimeError), match=r"Guard failed|to be equal to 1"):
-        program(torch.randn(2, 3, 32, 32))
 
 
 def test_a_dense_file_can_be_exported(tiny_vit, tmp_path, monkeypatch):

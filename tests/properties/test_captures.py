@@ -16,24 +16,6 @@ from mhacut.surgery.hooks import capturing
 from properties.cases import CASES
 
 
-@torch.no_grad()
-def test_heads_with_modules_of_their_own_are_captured_together():
-    captured: dict[tuple[str, str], Tensor] = {}
-    model, x = double(CASES["efficientvit_msra.CascadedGroupAttention"])
-    attention = model.layer
-    rows = [[] for _ in attention.qkvs]
-    for head, qkv in enumerate(attention.qkvs):
-        qkv.register_forward_hook(lambda module, args, output, head=head: rows[head].append(output))
-    units = find_prunable_layers(model).units()
-    with capturing(model, units, lambda unit, hook, channels: captured.update({(unit.kind, hook): channels})):
-        model(x)
-    qkv = torch.stack([row[0].movedim(1, -1) for row in rows], dim=-2)  # (B, H, W, heads, rows)
-    assert torch.equal(captured["qk", "key"], qkv[..., 4:8])
-    assert torch.equal(captured["v", "value"], qkv[..., 8:])
-    convolved = [conv(row[0][:, :4]).movedim(1, -1) for conv, row in zip(attention.dws, rows, strict=True)]
-    assert torch.equal(captured["qk", "query"], torch.stack(convolved, dim=-2))
-
-
 @pytest.mark.parametrize(
     "name",
     [

@@ -24,7 +24,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import Match, apply_tokens, class_attention, set_merged, tokens_of
+from mhacut.surgery.tokens import apply_tokens, class_attention, set_merged, tokens_of
 
 
 def merging(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:
@@ -169,16 +169,6 @@ def test_class_attention_in_half_precision_is_a_number():
 
 
 @torch.no_grad()
-def test_merges_can_be_undone(case):
-    model, x = merged(case)
-    plain, _ = double(case[0])
-    apply_tokens(plain, TokenPlan(case[1].read))
-    set_merged(model, ())
-    assert type(model) is type(plain)
-    assert torch.equal(model(x), plain(x))
-
-
-@torch.no_grad()
 def test_cut_and_merged_on_meta_is_the_same_model(case):
     model, x = merged(case)
     outline = build(case[0], dtype=torch.float64).to("meta")
@@ -188,24 +178,6 @@ def test_cut_and_merged_on_meta_is_the_same_model(case):
     allocate(outline)
     outline.load_state_dict(model.state_dict())
     assert relative(outline(x), model(x)) < 1e-12
-
-
-@torch.no_grad()
-def test_small_images_merge_fewer_tokens():
-    model, _ = double(merging(dynamic_img_size=True))
-    set_merged(model, (8, 4, 2))
-    assert model.forward_features(torch.rand(1, 3, 32, 32).double()).shape[1] == 1 + 4 - 2 - 1
-
-
-def test_matches_can_be_given_from_outside():
-    model, x = merged(MERGING["read"])
-    places = ([0, 1, 2, 3], [4, 5, 6, 7], [0, 0, 0, 0])
-    given = Match(*(torch.tensor([each] * len(x)) for each in places), torch.ones(len(x), 16, 1))
-    model.blocks[0].matcher.register_forward_hook(lambda module, args, output: given)
-    sizes = []
-    model.blocks[0].register_forward_hook(lambda module, args, output: sizes.append(output.sizes[0, :, 0]))
-    model(x)
-    assert sizes[0].tolist() == [1] + [1] * 4 + [5] + [1] * 7
 
 
 @pytest.mark.parametrize(
@@ -235,19 +207,6 @@ def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
         set_merged(model, (1, 0, 0))
 
 
-@pytest.mark.parametrize(
-    "architecture", ["vit_relpos_small_patch16_224", "eva02_tiny_patch14_224", "beit_base_patch16_224"]
-)
-def test_models_that_leave_out_dead_tokens_are_refused_by_their_own_name(architecture):
-    class_token = {"class_token": True} if "relpos" in architecture else {}
-    model = build(merging(architecture, img_size=28, patch_size=14, global_pool="token", **class_token))
-    reason = f"{type(model).__name__} is not a plain ViT"
-    apply_tokens(model, TokenPlan(1))
-    with pytest.raises(UnsupportedModelError, match=f"tokens cannot be merged: {reason}"):
-        apply_tokens(model, TokenPlan(1, (1, 0, 0)))
-    assert tokens_of(model) == TokenPlan(1)
-
-
 def test_dense_features_and_masks_are_refused():
     model, x = merged(MERGING["read"])
     with pytest.raises(UnsupportedModelError, match="merges tokens"):
@@ -268,18 +227,6 @@ def test_under_autocast_the_same_tokens_merge():
     again = matcher(*given)
     assert torch.equal(match.merged, again.merged)
     assert torch.equal(match.receivers, again.receivers)
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_an_exported_program_computes_the_same():
-    model, x = build(merging()), image(merging(), batch=5)
-    apply_tokens(model, TokenPlan(1, (8, 3, 0)))
-    program = torch.export.export(
-        model, (x[:2],), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False
-    )
-    for count in (1, 5):
-        assert relative(program.module()(x[:count]), model(x[:count])) < 1e-5
 
 
 @pytest.mark.parametrize("name", slow_but({"averaging", "distilled"}, ["read", "averaging", "distilled"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from timm.layers import AttentionPoolLatent
 
@@ -20,13 +19,6 @@ from mhacut.surgery.slice import cut
 from properties.cases import VITS
 
 SIGLIP = VITS["pooling head"]
-
-
-def test_a_pooling_head_without_projections_of_its_own_is_left_alone():
-    args = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}
-    prunable = find_prunable_layers(timm.create_model("vit_tiny_patch16_224", global_pool="prr", **args))
-    assert prunable.skipped == ("attn_pool (AttentionPoolPrr): this pooling head is not pruned",)
-    assert not [unit for unit in prunable.units() if unit.layer.startswith("attn_pool")]
 
 
 @pytest.mark.parametrize("built", [{"q_proj": False}, {"out_features": 0}], ids=str)

@@ -9,13 +9,12 @@ from timm.models.coat import FactorAttnConvRelPosEnc
 from torch import nn
 from torch.func import functional_call
 
-from helpers.models import ModelCase, double, image, relative
+from helpers.models import ModelCase, double, relative
 from helpers.plans import random_plan
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
-from properties.cases import CASES
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
@@ -38,17 +37,6 @@ def test_a_gate_beside_turned_channels(half):
     assert relative(model["attn"](x, rope), expected) < 1e-10
 
 
-@torch.no_grad()
-def test_which_pairs_turn_how():
-    """A slim layer looks up the angles of the pairs it kept, in every head its own."""
-    torch.manual_seed(0)
-    attention = AttentionRope(8, 2, num_prefix_tokens=0, rotate_half=True).double().eval()
-    model = nn.ModuleDict({"attn": attention})
-    cut(model, Plan((UnitPlan("attn", "qk", 2, ((1,), (0,))),)))
-    assert model["attn"].kept_channels.tolist() == [[1, 3], [0, 2]]
-    assert model["attn"].qkv.out_features == 2 * 4 + 8
-
-
 @pytest.mark.parametrize("depths", [(2, 2, 1, 1), (1, 0, 1, 1)], ids=["two", "none"])
 @pytest.mark.parametrize("whole", [0, 1, 2])
 @torch.no_grad()
@@ -66,25 +54,3 @@ def test_layers_that_shared_a_convolution_are_cut_each_by_itself(depths, whole):
     layers = [module for module in model.modules() if isinstance(module, FactorAttnConvRelPosEnc)]
     for positions in (model.crpe1, model.crpe2, model.crpe3, model.crpe4):
         assert any(layer.crpe is positions for layer in layers)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "efficientvit_mit.LiteMLA",
-        "efficientvit_msra.CascadedGroupAttention",
-        "vision_transformer.DiffParallelScalingBlock",
-        "halo_attn.HaloAttn",
-        "attention_pool.AttentionPoolLatent",
-    ],
-)
-@torch.no_grad()
-@pytest.mark.slow
-def test_a_slim_layer_is_exported_for_any_batch(name):
-    case = CASES[name]
-    (model, x), more = double(case), image(case, batch=3, dtype=torch.float64)
-    cut(model, random_plan(find_prunable_layers(model), 1)[0])
-    program = torch.export.export(
-        model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=64)},), strict=False
-    )
-    assert relative(program.module()(more), model(more)) < 1e-10

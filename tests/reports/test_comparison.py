@@ -8,7 +8,7 @@ import json
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from helpers.models import ModelCase, build, image
@@ -109,12 +109,6 @@ def test_tokens_that_are_merged_are_compared_with_the_same_patches(dense_merges)
     assert found.divergence == pytest.approx(float((p.exp() * (p - q)).sum() / 5), rel=1e-4)
 
 
-def test_no_hook_is_left():
-    model, slim = build(CASE), halved(build(CASE))
-    compare(model, slim, image(CASE), source="a", data="b", batch_size=2)
-    assert not any(module._forward_hooks for side in (model, slim) for module in side.modules())
-
-
 @pytest.mark.parametrize(
     ("args", "message"),
     [
@@ -167,29 +161,6 @@ def test_a_part_is_the_dense_models(slim_of, tmp_path):
         inspect(slim_of("vit"), part="pupil", **given)
 
 
-def test_another_architecture_is_refused(slim_of, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"architecture": "vit_tiny_patch16_224"}))
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, embed_dim=48, img_size=32)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_text(
-        json.dumps(
-            {
-                "architecture": "vit_tiny_patch16_224",
-                "model_args": {"depth": 1, "embed_dim": 48, "img_size": 32},
-            }
-        )
-    )
-    with pytest.raises(UsageError, match="expected the checkpoint's architecture, flatten_swin_tiny_224"):
-        inspect(slim_of("flatten"), compare=tmp_path)
-
-
-def test_a_dense_file_is_not_called_cut(tiny_vit):
-    asked = ["inspect", *tiny_vit.flags, "--compare", tiny_vit.path, "--calibration-images", "2"]
-    result = CliRunner().invoke(app, list(map(str, asked)))
-    assert result.exit_code == 0, result.stderr
-    assert "cut from" not in result.stderr
-
-
 def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
     dense = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
     with pytest.raises(UsageError, match=r"is a slim file and .* is dense; inspect the slim one"):
@@ -202,11 +173,3 @@ def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
     )
     with pytest.raises(UsageError, match="takes images of 3x64x64, the checkpoint of 3x32x32"):
         inspect(slim_of("vit"), compare=large, calibration_images=2)
-
-
-def test_answers_that_are_not_finite_are_no_comparison():
-    dense = build(CASE).requires_grad_(False)
-    broken = copy.deepcopy(dense)
-    broken.head.bias += float("nan")
-    with pytest.raises(MhacutError, match="not finite numbers"):
-        compare(dense, broken, image(CASE), source="dense", data="noise", batch_size=2)

@@ -12,7 +12,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-import mhacut
 from helpers.files import cut_into_file
 from helpers.models import build
 from helpers.plans import random_plan
@@ -58,19 +57,6 @@ def test_flops_without_weights_are_flops(case):
 def test_layer_by_layer_is_as_in_the_whole_model(slim_of, name):
     path = slim_of(name)
     assert inspect_model(open_checkpoint(path)) == inspect_model(read_model(path))
-
-
-def test_torch_files_are_read_too(tiny_vit, tmp_path):
-    torch.save(load_file(tiny_vit.path), tmp_path / "a.pth")
-    found = inspect(tmp_path / "a.pth", **opened(tiny_vit))
-    assert found.inspection.layers == inspect(tiny_vit.path, **opened(tiny_vit)).inspection.layers
-
-
-def test_names_under_a_wrapper_are_read_too(tiny_vit, tmp_path):
-    wrapped = {f"module.{name}": tensor for name, tensor in load_file(tiny_vit.path).items()}
-    save_file(wrapped, tmp_path / "wrapped.safetensors")
-    found = inspect(tmp_path / "wrapped.safetensors", **opened(tiny_vit))
-    assert found.inspection.layers == inspect(tiny_vit.path, **opened(tiny_vit)).inspection.layers
 
 
 def test_shapes_alone_need_no_weights(tiny_vit, tmp_path):
@@ -225,16 +211,3 @@ def test_heads_that_go_as_one_are_a_single_row(tmp_path, images):
     first = result.stdout.partition("blocks.1.0.attn")[2].partition("blocks.1.1")[0]
     assert re.findall(r"^  (\d+) +\d", first, re.MULTILINE) == ["0", "1", "2"]
     assert page.read_text().count('<th scope="row">blocks.1.0.attn</th>') >= 1 + 3
-
-
-def test_the_mlp_inside_a_block_has_a_column(tmp_path):
-    name, args = "vit_pwee_patch16_reg1_gap_256", {"depth": 1, "embed_dim": 32, "num_heads": 2}
-    save_file(timm.create_model(name, **args).state_dict(), tmp_path / "model.safetensors")
-    flags = [flag for key, value in args.items() for flag in ("--model-arg", f"{key}={value}")]
-    result = run("inspect", str(tmp_path / "model.safetensors"), "--model", name, *flags).stdout
-    lines = [line.split() for line in result.splitlines() if line.startswith(("attention  ", "blocks"))]
-    assert lines[1][lines[0].index("hidden")] == "160"
-
-
-def test_it_is_public():
-    assert mhacut.inspect is inspect

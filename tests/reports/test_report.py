@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
@@ -25,7 +24,7 @@ from mhacut.report.charts import COLOURS, Bar, Cell, Line, heat_map, line_chart,
 from mhacut.report.choices import Choice, choice_charts
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.page import page
-from mhacut.report.sections import Contents, Table, sections
+from mhacut.report.sections import Contents, sections
 from mhacut.text import safe
 
 HOSTILE = "</title><script>alert(1)</script>\"'&\x1b[2J\u202e"
@@ -74,12 +73,6 @@ def contents(slim_of):
     steps = tuple(SearchStep(step, 1.0 / (step + 1), 1e6, {"qk": 0.5}) for step in range(3))
     sensitivity = StoredCurves((curve,), 2_000_000)
     return Contents(found, HOSTILE, layers, None, sensitivity, steps, ((HOSTILE, HOSTILE, HOSTILE),))
-
-
-def test_rows_link_to_pages_of_any_name():
-    table = Table(["a"], [["1"], ["2"], ["3"]], ["", "a b:?#.html", os.fsdecode(b"\xff.html")])
-    assert table.links == ["", "a%20b%3A%3F%23.html", "%FF.html"]
-    assert Table(["a"], [["1"]]).links == [""]
 
 
 def test_text_never_becomes_markup(contents):
@@ -204,12 +197,6 @@ def test_numbers_on_an_axis_differ(ys, logarithmic):
         assert max(map(len, numbers)) <= 9
         if anchor == "end" and not logarithmic:
             assert max(map(float, numbers)) == pytest.approx(max(ys), rel=1e-3)
-
-
-def test_an_axis_of_zeros_has_room_above():
-    drawn = ElementTree.fromstring(line_chart("t", [Line("l", [(0.0, 0.0), (1.0, 0.0)])], "x", "y"))
-    numbers = [one.text for one in drawn.iter("text") if one.get("text-anchor") == "end"]
-    assert numbers == ["0", "0.25", "0.5", "0.75", "1"]
 
 
 # --- curves in a file ---

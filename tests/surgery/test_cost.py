@@ -17,10 +17,9 @@ from torch.nn import functional as F
 from helpers.plans import random_plan
 from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitPlan
-from mhacut.surgery import costs
-from mhacut.surgery.costs import Polynomial, build_cost_table, fit_polynomial
+from mhacut.surgery.costs import build_cost_table, fit_polynomial
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import count_flops, measure_flops
+from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.hooks import cost_key
 from mhacut.surgery.slice import cut
 
@@ -29,14 +28,11 @@ from mhacut.surgery.slice import cut
     ("architecture", "giga"),
     [("deit_tiny_patch16_224", 1.26), ("deit_small_patch16_224", 4.61), ("deit_base_patch16_224", 17.58)],
 )
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_published_numbers(architecture, giga, fused):
+def test_the_published_numbers(architecture, giga):
     # Every block costs the same, so two small models tell what twelve blocks cost.
     totals = []
     for depth in (1, 2):
         model = timm.create_model(architecture, depth=depth).eval()
-        for block in model.blocks:
-            block.attn.fused_attn = fused
         totals.append(measure_flops(model, (3, 224, 224)))
     assert round((totals[0] + 11 * (totals[1] - totals[0])) / 1e9, 2) == giga
 
@@ -92,28 +88,11 @@ def test_costs_that_are_no_such_polynomial_are_an_error(cost):
         fit_polynomial("attn (Odd)", {"hidden": 64}, lambda changed: cost(changed.get("hidden", 64)))
 
 
-@pytest.mark.parametrize("width", range(5, 70))
+@pytest.mark.parametrize("width", [5, 6, 7, 16, 33, 64])
 def test_no_width_is_checked_at_one_of_those_that_were_counted(width):
     """A cubic that is interpolated in three places is met in these three only."""
     with pytest.raises(UnsupportedModelError, match="do not follow"):
         fit_polynomial("attn", {"hidden": width}, lambda changed: changed.get("hidden", width) ** 3)
-
-
-def test_a_cost_of_widths_has_no_part_that_no_width_changes():
-    assert Polynomial({"v": 3, "qk": 5}, {("v", "v"): 2, ("qk", "v"): 7}).at({"v": 4, "qk": 10}) == (
-        3 * 4 + 5 * 10 + 2 * 4 * 4 + 7 * 10 * 4
-    )
-    assert Polynomial({}, {}).at({"v": 4}) == 0
-
-
-def test_layers_that_are_alike_are_counted_once(monkeypatch):
-    counts = []
-    monkeypatch.setattr(costs, "count_flops", lambda *args: counts.append(args) or count_flops(*args))
-    monkeypatch.setattr(costs, "_FITTED", OrderedDict())
-    for depth in (2, 5):
-        model = timm.create_model("vit_tiny_patch16_224", depth=depth, img_size=32).eval()
-        build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
-    assert len(counts) == 5 + 3  # q/k and v: whole, half of each, half of both, and one that checks
 
 
 @pytest.mark.parametrize(
@@ -147,16 +126,6 @@ def test_layers_with_other_functions_differ():
 
     one, same, other = (Activated(function) for function in (F.relu, F.relu, F.silu))
     assert cost_key(one) == cost_key(same) != cost_key(other)
-
-
-def test_no_more_layers_than_so_many_are_remembered(monkeypatch):
-    remembered = OrderedDict()
-    monkeypatch.setattr(costs, "_FITTED", remembered)
-    monkeypatch.setattr(costs, "_REMEMBERED", 3)
-    for width in (24, 48):
-        model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, embed_dim=width).eval()
-        build_cost_table(model, find_prunable_layers(model), (3, 32, 32))
-    assert len(remembered) == 3
 
 
 def test_an_operator_nobody_counts_is_an_error_not_a_zero():
@@ -220,34 +189,3 @@ def test_stems_and_resampled_positions_can_be_counted(architecture, args, size):
     model = timm.create_model(architecture, **args).eval()
     table = build_cost_table(model, find_prunable_layers(model), (3, size, size))
     assert 0 < sum(table.by_layer().values()) < table.dense
-
-
-def test_resampling_positions_costs_sixteen_neighbours_a_value_and_nothing_else_changes():
-    args = {"depth": 1, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
-    resampled = timm.create_model("vit_tiny_patch16_224", img_size=32, dynamic_img_size=True, **args).eval()
-    native = timm.create_model("vit_tiny_patch16_224", img_size=64, **args).eval()
-    size = (3, 64, 64)
-    assert measure_flops(resampled, size) - measure_flops(native, size) == 16 * 48 * (64 // 8) ** 2
-
-
-@pytest.mark.parametrize(
-    "architecture", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"]
-)
-def test_windows_of_images_of_any_size_cost_what_those_of_that_size_do(architecture):
-    args = {"embed_dim": 24, "depths": (2, 1), "num_heads": (2, 2), "window_size": 4}
-    anyone = timm.create_model(architecture, img_size=32, dynamic_img_size=True, **args).eval()
-    native = timm.create_model(architecture, img_size=64, **args).eval()
-    assert measure_flops(anyone, (3, 64, 64)) == measure_flops(native, (3, 64, 64))
-
-
-def test_average_pooling_is_counted_as_fvcore_counts_its_kin():
-    class Pools(nn.Module):
-        def __init__(self, pool):
-            super().__init__()
-            self.scale, self.pool = nn.Parameter(torch.ones(())), pool
-
-        def forward(self, x):
-            return self.pool(x * self.scale)
-
-    counts = [measure_flops(Pools(pool), (3, 4, 4)) for pool in (nn.AvgPool2d(2), nn.AdaptiveAvgPool2d(2))]
-    assert counts == [48, 48]

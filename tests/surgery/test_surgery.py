@@ -63,15 +63,6 @@ def test_a_subclass_needs_a_registration_of_its_own():
         find_prunable_layers(model)
 
 
-def test_what_only_holds_a_refused_class_is_not_named_beside_it():
-    with torch.device("meta"):
-        model = timm.create_model("bat_resnext26ts")
-    with pytest.raises(UnsupportedModelError) as refusal:
-        find_prunable_layers(model)
-    assert "BilinearAttnTransform " in str(refusal.value)
-    assert "BatNonLocalAttn" not in str(refusal.value)
-
-
 def test_attention_with_an_mlp_inside_is_refused_too():
     class TalkingHeadAttention(nn.Module):
         def __init__(self):
@@ -127,22 +118,6 @@ def test_a_plan_for_another_model_is_refused_before_any_tensor_changes(unit, mes
     with pytest.raises(PlanError, match=message):
         cut(model, Plan((good, unit)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_cutting_works_on_shapes_alone():
-    with torch.device("meta"):
-        model = timm.create_model("vit_tiny_patch16_224", **SMALL)
-    cut(model, Plan((UnitPlan("blocks.0.attn", "v", 64, ((1, 5, 9),) * 3),)))
-    assert model.blocks[0].attn.qkv.weight.shape == (3 * (64 + 64 + 3), 192)
-    assert model.blocks[0].attn.proj.weight.shape == (192, 9)
-
-
-def test_linear_layers_know_their_new_size():
-    model = build(ModelCase("vit_tiny_patch16_224", SMALL))
-    cut(model, Plan((UnitPlan("blocks.0.mlp", "hidden", 768, (tuple(range(40)),)),)))
-    for layer in (model.blocks[0].mlp.fc1, model.blocks[0].mlp.fc2):
-        assert isinstance(layer, nn.Linear)
-        assert tuple(layer.weight.shape) == (layer.out_features, layer.in_features)
 
 
 def output_with(model, tensors, images):
