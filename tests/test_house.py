@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
     "checkpoint": 5915,
-    "cli": 1352,
+    "cli": 1356,
     "commands": 4557,
     "data": 1819,
     "exporting": 1461,
@@ -25,7 +25,7 @@ LINES = {
     "inspection": 798,
     "linalg": 1236,
     "measuring": 1010,
-    "options": 1440,
+    "options": 1450,
     "pruning": 4998,
     "report": 1446,
     "runtime": 1885,

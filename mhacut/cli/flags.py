@@ -73,6 +73,7 @@ def command(
         def run(
             context: typer.Context, config: str | None, json: bool, quiet: bool, verbose: int, **flags: Any
         ) -> None:
+            # Defaults are there for --help alone: what is not given may stand in the YAML file.
             given = {name: value for name, value in flags.items() if _is_given(context, name)}
             console = Console(body.__name__, quiet=quiet, verbose=verbose, as_json=json)
             with running(console, flag_writer(known), known):
@@ -88,6 +89,7 @@ def command(
                 console.start("starting")  # bodies import torch and timm, which takes seconds
                 body(made, console)
 
+        # Fields have the order of inheritance; the budget is what most users look for.
         shown = sorted(known.values(), key=lambda one: (PANELS.index(one.panel), one.name != "flops"))
         parameters = [_parameter("context", typer.Context), *map(_flag, shown)]
         for name, (kind, default, info) in _COMMON.items():
@@ -155,10 +157,11 @@ def _values(options: Mapping[str, Option], config: str | None, given: Mapping[st
 
 
 def _flag(one: Option) -> inspect.Parameter:
-    """Make one flag, or argument; :meth:`Option.check` reads its text."""
+    """Make one flag, or argument."""
+    # All but switches are text to Typer: Option.check reads flags, YAML and Python alike.
     kind: Any = bool if one.kind is bool else list[str] if one.repeats or one.takes_pairs else str
     info: Any
-    text = one.help.replace("[", r"\[")
+    text = one.help.replace("[", r"\[")  # rich would take 'mhacut[onnx]' for markup
     if one.is_argument:
         kind = list[str] if one.element else str
         info = typer.Argument(help=text, metavar=one.placeholder, show_default=False)

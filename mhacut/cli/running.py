@@ -155,7 +155,7 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
             if console.rank == 0:  # all processes stop for the same reason
                 console.error(str(error) or "interrupted; nothing was left half written")
         except FailedElsewhere:
-            code = FAILED
+            code = FAILED  # the process that knows why says so
             time.sleep(_SECONDS_TO_SAY_WHY)
         except Exception as error:
             code = USAGE if isinstance(error, UsageError) else FAILED
@@ -193,7 +193,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         yield
     finally:
@@ -223,7 +223,7 @@ def _library_logs(console: Console) -> Iterator[None]:
             logging.root.setLevel(logging.DEBUG if console.verbose > 1 else logging.INFO)
         else:
             warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)
+            logging.disable(logging.WARNING)  # errors of libraries are shown in any case
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             yield

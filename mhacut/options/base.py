@@ -67,8 +67,8 @@ class DeviceOptions(Options, panel="Computing"):
     """auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if self.device is not None:
-            object.__setattr__(self, "device", str(self.device))  # torch.device("cpu") is one, too
+        if self.device is not None:  # torch.device("cpu") is a name, too, and torch is not imported here
+            object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
 
 

@@ -196,6 +196,7 @@ class FinetuneKeywords(
             require("log", log, log in known, "one of " + ", ".join(known))
         expected = f"a {option_name('teacher')}, which needs no labels"
         require("labels", self.labels, self.labels or self.teacher is not None, expected)
+        # timm mixes each image with the one at the mirrored place of the batch; none may be left over.
         even = self.batch_size % 2 == 0 or not (self.mixup or self.cutmix)
         expected = f"an even number with {option_name('mixup')} or {option_name('cutmix')}"
         require("batch_size", self.batch_size, even, expected)

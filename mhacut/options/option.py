@@ -159,6 +159,7 @@ class Option:
             return self._pairs(value)
         if self.element is None:
             return self._one(value, self.kind)
+        # One text is one of several values, not several letters; one number is a list of one.
         if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
             value = [value]
         if self.element is not os.PathLike and str not in _alternatives(self.type):  # names may have commas
@@ -172,7 +173,7 @@ class Option:
             require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
         elif kind is bool:
             require(self.name, value, value in (True, False), _NOUNS[bool])
-            value = bool(value)
+            value = bool(value)  # of 0 and 1, which are equal to them
         elif kind in (int, float):
             value = self._number(value, kind)
         else:
@@ -187,6 +188,7 @@ class Option:
 
     def _number(self, value: Any, kind: type) -> Any:
         number: Any = None
+        # True is a whole number to Python, and 8.0 none; text is a number, since YAML reads 1e-3 as text.
         if isinstance(value, str | (Integral if kind is int else Real)) and not isinstance(value, bool):
             try:
                 number = kind(value)
@@ -256,7 +258,7 @@ class Options:
         cls._shared = {"panel": panel, "needs": needs or {}}
 
     def __post_init__(self) -> None:
-        for name, stated in self.options().items():
+        for name, stated in self.options().items():  # frozen for everybody but this
             object.__setattr__(self, name, stated.check(getattr(self, name)))
 
     @classmethod
@@ -264,6 +266,7 @@ class Options:
     def options(cls) -> Mapping[str, Option]:
         """Every option by its name, in the order of the fields."""
         types = get_type_hints(cls)
+        # A class's panel and needs go with what it states itself, not with what it inherits.
         owners: dict[str, Any] = {
             name: kind for kind in reversed(cls.__mro__) for name in inspect.get_annotations(kind)
         }
@@ -346,7 +349,8 @@ class Options:
 @cache
 def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
     """Docstrings under the fields of a module's classes, by class and field."""
-    # Python keeps no docstrings of fields, so they are read from the source, as pydantic does.
+    # Python keeps no docstrings of fields, so they are read from the source, as pydantic does. Only help and
+    # some messages need them: options work where sources are not shipped.
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {
         (kind.name, ast.unparse(above.target)): " ".join(str(below.value.value).split())
@@ -386,6 +390,7 @@ def unknown_option(name: str, known: tuple[str, ...]) -> str:
 def require(name: str, value: object, holds: bool, expected: str) -> None:
     """Raise a :class:`UsageError` that names the option and its value unless ``holds``."""
     if not holds:
+        # A whole model, or a list that aliases of YAML blow up, is shortened.
         short = isinstance(value, str | int | float | os.PathLike) and len(str(value)) <= 200
         shown = option_name(name, value) if short else f"{option_name(name)}={_SHORT.repr(value)}"
         raise UsageError(f"{shown}: expected {expected}")
@@ -400,7 +405,7 @@ def key_value(name: str, text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UsageError(f"{option_name(name)} {text!r}: expected KEY=VALUE, like img_size=32")
-    for read in (json.loads, literal_eval):
+    for read in (json.loads, literal_eval):  # true and [224,288] are JSON, True and (224, 288) are Python
         try:
             return key, read(value)
         except (ValueError, SyntaxError, RecursionError, MemoryError):

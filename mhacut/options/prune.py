@@ -54,6 +54,7 @@ class Work:
     heal_steps: int
 
 
+# docs/guides/prune.md has the accuracy, time and memory of each.
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(calibration_images=128, heal_steps=0),
     "balanced": Work(calibration_images=256, heal_steps=40),
@@ -220,6 +221,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     @classmethod
     def from_flat(cls, **values: Any) -> Self:
         """Make the options from values by name; the method decides some that are not given."""
+        # An unknown method is refused below, with the names of those that exist.
         preset = METHODS.get(values.get("method", "mhacut"), {})
         return super().from_flat(**{**preset, **values})
 
@@ -253,6 +255,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
 
     def _check_allocation(self) -> None:
         """Raise a :class:`UsageError` unless the budget is divided in a way that knows the targets."""
+        # Indicators are trained towards a budget of FLOPs alone.
         if self.scope.endswith("+tokens"):
             expected = f"curves with {option_name('scope', self.scope)}, which compares merges by the curves"
             require("allocation", self.allocation, self.allocation == "curves", expected)
