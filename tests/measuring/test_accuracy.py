@@ -59,17 +59,12 @@ def test_a_model_in_training_is_measured_in_eval_mode_and_left_as_it_was() -> No
     assert model.training
 
 
-def test_progress_counts_batches() -> None:
+@pytest.mark.parametrize(("given", "total"), [(list, 3), (iter, 0)])
+def test_progress_counts_batches_of_which_a_stream_has_no_total(given, total) -> None:
     steps: list[tuple[int, int]] = []
-    evaluate(Lookup(torch.eye(5)), batches([0] * 5, 2), device=CPU, progress=lambda *step: steps.append(step))
-    assert steps == [(1, 3), (2, 3), (3, 3)]
-
-
-def test_a_stream_has_no_total() -> None:
-    steps: list[tuple[int, int]] = []
-    stream = iter(batches([0] * 5, 2))
-    evaluate(Lookup(torch.eye(5)), stream, device=CPU, progress=lambda *step: steps.append(step))
-    assert steps == [(1, 0), (2, 0), (3, 0)]
+    loader = given(batches([0] * 5, 2))
+    evaluate(Lookup(torch.eye(5)), loader, device=CPU, progress=lambda *step: steps.append(step))
+    assert steps == [(1, total), (2, total), (3, total)]
 
 
 def test_outputs_that_are_not_finite_give_no_accuracy() -> None:
