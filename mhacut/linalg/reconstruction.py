@@ -10,7 +10,6 @@ are nearer to zero than to that mean, as one image may be, nothing is predicted 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -54,106 +53,71 @@ class LogitRefit:
     """Squared error of the logits on held-out images, per pair of rows."""
 
 
-class LinearProblem:
-    """Ridge regression of removed channels from kept ones, for a layer that is read through columns.
-
-    What :meth:`error` needs of all channels is computed once, so that many choices can be tried.
-    """
-
-    def __init__(self, fit: Moments, held: Moments, columns: Tensor, *, constant: bool) -> None:
-        """State the problem.
-
-        Args:
-            fit: moments of the channels, [d], on images to fit.
-            held: moments on held-out images.
-            columns: weights that read the channels, [out, d].
-            constant: whether a bias can absorb W_P c.
-        """
-        self._fit, self._held, self._columns, self._constant = fit, held, columns.double(), constant
-        self._seen, self._unseen = self._centred(fit, fit), self._centred(held, fit)
-
-    def error(self, kept: Tensor) -> float:
-        """Return the squared error of the output on held-out images, per row, with the best ridge.
-
-        Args:
-            kept: indices of the kept channels, [kept], ascending.
-        """
-        gone = others(kept, len(self._seen))
-        removed = torch.ones_like(self._seen[0]).index_fill_(0, kept, 0.0)
-        as_zero, by_mean = (float((removed @ each @ removed).clamp_min(0)) for each in self._products)
-        return min(as_zero, *self._errors(kept, gone, by_mean).values())
-
-    def solve(self, kept: Tensor) -> LinearRefit:
-        """Return the best B and c.
-
-        Args:
-            kept: indices of the kept channels, [kept], ascending.
-        """
-        gone = others(kept, len(self._seen))
-        errors = self._errors(kept, gone, self._energy(self._unseen, gone))
-        ridge = min(errors, key=lambda choice: errors[choice])
-        both = self._fit + self._held
-        prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
-        offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
-        baseline = self._energy(self._held.energy, gone)
-        if errors[ridge] > baseline:
-            return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
-        if ridge < float("inf"):
-            every = self._centred(both, both)
-            prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
-        if self._constant:
-            offset = both.mean[gone] - prediction @ both.mean[kept]
-        return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
-
-    def _energy(self, second: Tensor, gone: Tensor) -> float:
-        """Return the mean square that channels of this second moment, [d, d], bring to the output."""
-        lost = self._columns[:, gone]
-        return float((lost @ _part(second, gone, gone) * lost).sum())
-
-    @cached_property
-    def _products(self) -> tuple[Tensor, Tensor]:
-        """Products of the parts of each two channels in the output, [d, d], on held-out images.
-
-        Those of the removed channels sum to the error if they are taken as 0; in the second matrix, if they
-        are predicted by what :meth:`_centred` subtracts.
-        """
-        both = self._columns.mT @ self._columns
-        return both * self._held.energy, both * self._unseen
-
-    def _centred(self, moments: Moments, about: Moments) -> Tensor:
-        return moments.about(about.mean) if self._constant else moments.energy
-
-    def _errors(self, kept: Tensor, gone: Tensor, by_mean: float) -> dict[float, float]:
-        """Return the squared error of the output on held-out images, per row, for every ridge.
-
-        Args:
-            kept: indices of the kept channels, [kept], ascending.
-            gone: the others, [removed].
-            by_mean: the error if nothing is predicted from kept channels.
-        """
-        lost = self._columns[:, gone]  # (out, P)
-        errors = {float("inf"): by_mean}
-        values, vectors = torch.linalg.eigh(_part(self._seen, kept, kept))
-        size = float(values.clamp_min(0).mean())
-        rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
-        # With W_P B = predicted D vectors^T, D diagonal, the error of every ridge is a quadratic form in D.
-        predicted = lost @ _part(self._seen, gone, kept) @ vectors  # (out, K)
-        linear = (predicted * (lost @ _part(self._unseen, gone, kept) @ vectors)).sum(0)
-        quadratic = (predicted.T @ predicted) * (vectors.T @ _part(self._unseen, kept, kept) @ vectors)
-        for ridge in RIDGES:
-            if size <= 0:
-                break
-            shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
-            saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
-            errors[ridge] = max(0.0, errors[float("inf")] - saved)
-        return errors
-
-
 def refit_linear(
     fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
 ) -> LinearRefit:
-    """Return the best B and c for one choice of channels; arguments as for :class:`LinearProblem`."""
-    return LinearProblem(fit, held, columns, constant=constant).solve(kept)
+    """Return the best B and c: ridge regression of removed channels from kept ones.
+
+    Args:
+        fit: moments of the channels, [d], on images to fit.
+        held: moments on held-out images.
+        kept: indices of the kept channels, [kept], ascending.
+        columns: weights that read the channels, [out, d].
+        constant: whether a bias can absorb W_P c.
+    """
+
+    def centred(moments: Moments, about: Moments) -> Tensor:
+        return moments.about(about.mean) if constant else moments.energy
+
+    seen, unseen, both = centred(fit, fit), centred(held, fit), fit + held
+    gone = others(kept, len(seen))
+    lost = columns.double()[:, gone]  # (out, P)
+    errors = _errors(seen, unseen, kept, gone, lost)
+    ridge = min(errors, key=lambda choice: errors[choice])
+    prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
+    offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
+    baseline = _brought(lost, _part(held.energy, gone, gone))
+    if errors[ridge] > baseline:
+        return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
+    if ridge < float("inf"):
+        every = centred(both, both)
+        prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
+    if constant:
+        offset = both.mean[gone] - prediction @ both.mean[kept]
+    return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+
+def _brought(lost: Tensor, second: Tensor) -> float:
+    """Return the mean square that channels of this second moment, [P, P], bring to the output."""
+    return float((lost @ second * lost).sum())
+
+
+def _errors(seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tensor) -> dict[float, float]:
+    """Return the squared error of the output on held-out images, per row, for every ridge.
+
+    Args:
+        seen: second moment of the channels on images to fit, [d, d].
+        unseen: second moment on held-out images, about the same centre.
+        kept: indices of the kept channels, [kept], ascending.
+        gone: indices of the others, [removed].
+        lost: columns that read the removed channels, [out, removed].
+    """
+    errors = {float("inf"): _brought(lost, _part(unseen, gone, gone))}  # nothing is predicted
+    values, vectors = torch.linalg.eigh(_part(seen, kept, kept))
+    size = float(values.clamp_min(0).mean())
+    rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve
+    # With W_P B = predicted D vectors^T, D diagonal, the error of every ridge is a quadratic form in D: one
+    # decomposition serves all ridges.
+    predicted = lost @ _part(seen, gone, kept) @ vectors  # (out, K)
+    linear = (predicted * (lost @ _part(unseen, gone, kept) @ vectors)).sum(0)
+    quadratic = (predicted.T @ predicted) * (vectors.T @ _part(unseen, kept, kept) @ vectors)
+    for ridge in RIDGES:
+        if size <= 0:
+            break
+        shrunk = 1 / (values.clamp_min(0) + max(ridge * size, rounding))
+        saved = float(2 * shrunk @ linear - shrunk @ quadratic @ shrunk)
+        errors[ridge] = max(0.0, errors[float("inf")] - saved)
+    return errors
 
 
 def refit_logits(

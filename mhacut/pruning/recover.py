@@ -18,7 +18,7 @@ from mhacut.pruning.distill import minimise
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import Schedule
-from mhacut.pruning.paper.channel_scales import with_trained_scales
+from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.runtime.device import ordered_attention
 from mhacut.surgery.features import channel_dims

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import ChannelAxis, Layer, Unit
-from mhacut.linalg.linear_attention import linear_attention_energy, linear_contributions
-from mhacut.linalg.moments import Moments
+from mhacut.linalg.moments import Moments, linear_attention_energy, linear_contributions
 from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.paper.statistics import (

@@ -20,7 +20,7 @@ from helpers.flatten import FLATTEN
 from helpers.models import ModelCase, build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
-from mhacut.linalg.linear_attention import linear_attention_energy, linear_contributions
+from mhacut.linalg.moments import linear_attention_energy, linear_contributions
 from mhacut.linalg.reconstruction import output_error
 from mhacut.linalg.selection import rank_parts, rank_shared_channels
 from mhacut.options.prune import SearchOptions

@@ -16,7 +16,7 @@ from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.limits import width_choices
-from mhacut.pruning.paper.channel_scales import with_trained_scales
+from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.repair import reconstruct
 from mhacut.pruning.unit_moments import block_diagonal, rotated
 from mhacut.runtime.progress import SILENT

@@ -2,5 +2,5 @@
 
 The rest of the package meets it in three places: calibration gathers :mod:`~.paper.statistics`, the planner
 calls :func:`.indicators.search` in place of sensitivity curves, and recovery calls
-:func:`.channel_scales.with_trained_scales` in place of the repair.
+:func:`.indicators.with_trained_scales` in place of the repair.
 """

@@ -1,4 +1,4 @@
-"""Indicators: a plan found by training one number per channel, with the dense model as teacher.
+"""Indicators and channel scales: one number each per channel, trained with the dense model as teacher.
 
 Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the ingredients:
 similarity weights, score adjustment, initialisation by attention difference, channel scales. Its equations
@@ -7,6 +7,7 @@ were not available; the formulas are ours, each in one function.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -19,11 +20,14 @@ from mhacut.errors import MhacutError, option_name
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import fill_budget
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.distill import ADAM_BETAS, Distillation
+from mhacut.pruning.distill import ADAM_BETAS, Distillation, minimise
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits, nearest_width
 from mhacut.pruning.paper.statistics import similarity_weight
+from mhacut.runtime.progress import SILENT, Reporter
+from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import temperature_factor
+from mhacut.surgery.slice import cut
 
 _DESCENT = 0.75
 """Fraction of the steps in which the target sinks from the dense model's FLOPs to the budget."""
@@ -263,3 +267,43 @@ def top_channels(score: Tensor, width: int) -> tuple[tuple[int, ...], ...]:
         raise ValueError("scores must be finite: NaN would rank highest")
     best = score.sort(dim=-1, descending=True, stable=True).indices[:, :width]
     return tuple(tuple(row) for row in best.sort(dim=-1).values.tolist())
+
+
+def with_trained_scales(
+    slim: nn.Module,
+    prunable: PrunableLayers,
+    distillation: Distillation,
+    *,
+    steps: int,
+    lr: float,
+    reporter: Reporter = SILENT,
+) -> nn.Module:
+    """Return a copy of ``slim`` with a trained scale merged into each of its channels.
+
+    Source: the "reweight module to compensate for information loss" of the paper's abstract. Place and form
+    are ours: scales of v and hidden channels go into the columns that read the channel, those of qk channels
+    into the rows of W_q.
+
+    Args:
+        slim: cut, eval mode, float32; not modified.
+        prunable: prunable layers of ``slim``.
+        distillation: images to train on.
+        steps: optimiser steps.
+        lr: learning rate of the first step.
+        reporter: advances after every step.
+    """
+    device = next(slim.parameters()).device
+    scales = {
+        unit.key: nn.Parameter(torch.ones(unit.heads, unit.width, device=device)) for unit in prunable.units()
+    }
+    minimise(
+        lambda: distillation.masked_loss(slim, prunable, scales),
+        scales.values(),
+        steps=steps,
+        lr=lr,
+        reporter=reporter,
+    )
+    scaled = copy.deepcopy(slim)
+    everything = Plan(tuple(unit.keep_first(unit.width) for unit in prunable.units()))
+    cut(scaled, everything, {key: scale.detach().cpu() for key, scale in scales.items()}, prunable)
+    return scaled
