@@ -161,8 +161,8 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
 def _is_part_of(target: Path, source: Path) -> bool:
     """Whether ``target`` is the file ``source``, or one that is read in the folder ``source``."""
     if os.path.isdir(source):
-        in_folder = os.path.realpath(target.parent) == os.path.realpath(source)
-        return in_folder and READ_IN_FOLDERS.fullmatch(target.name) is not None
+        real = Path(os.path.realpath(target))  # a link may lead there
+        return str(real.parent) == os.path.realpath(source) and bool(READ_IN_FOLDERS.fullmatch(real.name))
     return target.exists() and source.exists() and os.path.samefile(target, source)
 
 
@@ -187,13 +187,12 @@ def check_outputs(
         overwrite: whether existing files may be replaced.
         input_paths: files and folders that are read, which are never replaced.
     """
-    sources = [source for source in input_paths if source is not None]
+    sources: list[AnyPath | None] = [source for source in input_paths if source is not None]
     seen: dict[str, AnyPath] = {}
     for path in paths:
         if path is None:
             continue
-        check_output(path, overwrite=overwrite, input_path=None)
-        for source in sources:
+        for source in sources or [None]:
             check_output(path, overwrite=overwrite, input_path=source)
         real = os.path.realpath(path)
         if real in seen:
