@@ -23,7 +23,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import calibration_images
 from mhacut.exporting.quantize import layers_with_outliers, quantize
 from mhacut.exporting.runtimes import onnx_content, onnx_runner, openvino_runner
-from mhacut.measuring.agreement import agreement
+from mhacut.measuring.accuracy import agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions, PreprocessingOptions
 

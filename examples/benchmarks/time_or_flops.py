@@ -44,7 +44,7 @@ from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import calibration_images
-from mhacut.measuring.agreement import agreement
+from mhacut.measuring.accuracy import agreement
 from mhacut.options.base import DataOptions, PreprocessingOptions
 from mhacut.options.base import TimingOptions
 from mhacut.runtime.progress import SILENT

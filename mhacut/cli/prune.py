@@ -19,7 +19,7 @@ from mhacut.text import safe, safe_table
 if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
     from mhacut.commands.prune_targets import Reached
-    from mhacut.measuring.figures import ModelFigures
+    from mhacut.measuring.accuracy import ModelFigures
     from mhacut.pruning.preserve import Measure
 
 _UNITS: Mapping[Measure, str] = {

@@ -23,8 +23,7 @@ from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choice
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
 from mhacut.data import ImagesInMemory
 from mhacut.errors import DataError, MhacutError, OutputError, UsageError, option_name
-from mhacut.measuring.accuracy import evaluate
-from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.accuracy import ModelFigures, evaluate
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import PruneKeywords, PruneOptions

@@ -15,8 +15,7 @@ from mhacut.adapters.base import Layer
 from mhacut.commands.prune_targets import SAFETY, Amount, Attempt, Cost, Reached
 from mhacut.commands.stopwatch import Stopwatch
 from mhacut.measuring.latency import fixed_images
-from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import LayerTimes, Point, TimeCurve, TimeTable, points_to_measure
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.choose_merges import with_all_merged

@@ -15,7 +15,7 @@ from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
-from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.accuracy import ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.curves import Curve

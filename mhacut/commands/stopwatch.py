@@ -33,8 +33,7 @@ from mhacut.exporting.programs import (
     using_threads,
 )
 from mhacut.measuring.latency import Comparison, Run, compare_runs, fixed_images, run_of
-from mhacut.measuring.layer_times import TimeTable
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import TimeCurve, TimeTable
 from mhacut.options.base import TimingOptions
 from mhacut.runtime.device import many_compiled, refusing_compile, same_device
 from mhacut.runtime.files import temporary_folder

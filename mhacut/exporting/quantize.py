@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mhacut.data import CalibrationImages, Preprocessing, calibration_images
 from mhacut.errors import MhacutError, option_name
 from mhacut.exporting.runtimes import INPUT, METADATA, Runner, onnx_runner, refusing
-from mhacut.measuring.agreement import Agreement, agreement
+from mhacut.measuring.accuracy import Agreement, agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions
 from mhacut.options.export import ExportOptions

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from mhacut.budget import Resource
 from mhacut.errors import UsageError, option_name
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.plan import UnitKey
 
 

@@ -8,8 +8,7 @@ from functools import cached_property
 
 from torch import nn
 
-from mhacut.measuring.layer_times import TimeTable
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import TimeCurve, TimeTable
 from mhacut.plan import Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from mhacut.budget import format_amount, format_flops
-from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.accuracy import ModelFigures
 from mhacut.report.charts import Line, line_chart
 from mhacut.text import safe
 

@@ -18,7 +18,7 @@ from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.accuracy import ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES

@@ -13,7 +13,7 @@ from helpers.models import ModelCase, build
 from helpers.pruning import last_step
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import BudgetError
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import merged_of
 

@@ -19,7 +19,7 @@ from mhacut.commands.export import ExportResult
 from mhacut.errors import MhacutError, UsageError
 from mhacut.exporting import quantize
 from mhacut.exporting.quantize import rounding_error
-from mhacut.measuring.agreement import agreement
+from mhacut.measuring.accuracy import agreement
 from mhacut.runtime.progress import Silent
 
 onnx = pytest.importorskip("onnx")

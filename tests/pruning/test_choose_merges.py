@@ -13,7 +13,7 @@ from helpers.models import ModelCase, build, image
 from mhacut.cli.prune import _document, _text
 from mhacut.commands import prune as commands
 from mhacut.errors import UnsupportedModelError
-from mhacut.measuring.time_curve import TimeCurve
+from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, divergence_by_merging, tokens_of_model, with_all_merged
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged

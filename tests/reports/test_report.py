@@ -17,7 +17,7 @@ from mhacut.errors import OutputError, UsageError
 from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.measuring.figures import ModelFigures
+from mhacut.measuring.accuracy import ModelFigures
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.report.charts import COLOURS, Bar, Cell, Line, heat_map, line_chart, waterfall

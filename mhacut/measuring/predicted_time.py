@@ -1,8 +1,8 @@
-"""Times of layers at a few widths, and the predicted time of a model.
+"""Predicted time of a cut model: from the times of its layers, or from its FLOPs where tokens are merged.
 
 The time of a model is a fixed part plus the times of its layers. A layer that runs alone is not exactly as
-fast as in the model, so the time that the layers save is scaled by a line through models that were measured
-whole.
+fast as in the model, so the time that the layers save is scaled by a line through a few cut models that were
+timed themselves.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Point:
     widths: Mapping[str, int]
     """Channels per head by kind."""
     share: float
-    """Time, relative to the whole dense model's."""
+    """Time, relative to that of the dense model with all its layers."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class LayerTimes:
 
     def _alone(self, kind: str) -> list[tuple[float, float]]:
         """Return width and time of the points that cut ``kind`` alone."""
-        found = [(point.widths[kind], point.share) for point in self.others if self._cuts(point) == {kind}]
-        return _rising([*found, (self.dense.widths[kind], self.dense.share)])
+        cut = [(point.widths[kind], point.share) for point in self.others if self._cuts(point) == {kind}]
+        return _rising([*cut, (self.dense.widths[kind], self.dense.share)])
 
     @cached_property
     def _pair(self) -> _PairTimes | None:
         """Times by the widths of q/k and v, all else dense; None where they were not measured together."""
-        whole = [self.dense.widths.get(kind) for kind in _PAIR]
-        if whole[0] is None or whole[0] != whole[1]:
+        dense = [self.dense.widths.get(kind) for kind in _PAIR]
+        if dense[0] is None or dense[0] != dense[1]:
             return None
-        found = {
+        times = {
             (point.widths["qk"], point.widths["v"]): point.share
             for point in (self.dense, *self.others)
             if self._cuts(point) <= set(_PAIR)
         }
-        return _PairTimes.of(found) if any(qk == v < whole[0] for qk, v in found) else None
+        return _PairTimes.of(times) if any(qk == v < dense[0] for qk, v in times) else None
 
     def _cuts(self, point: Point) -> set[str]:
         return {kind for kind, width in point.widths.items() if width < self.dense.widths[kind]}
@@ -91,6 +91,8 @@ class _PairTimes:
     @classmethod
     def of(cls, times: Mapping[tuple[int, int], float]) -> _PairTimes:
         """Take times by widths: of equal widths, and of some unequal ones, each also the other way round."""
+        # A kernel pads the narrower of q/k and v, or takes another path. The difference between both ways
+        # round is the skew of the two widths; what their mean takes beyond equal widths is the extra.
         equal = _rising([(qk, time) for (qk, v), time in times.items() if qk == v])
         unequal = sorted((pair for pair in times if pair[0] > pair[1]), reverse=True)
         skew, extra = {equal[-1][0]: 0.0}, []
@@ -143,38 +145,38 @@ class TimeTable:
     calls: tuple[tuple[str, int], ...]
     """Runs of layers in one pass of the model: name, and index into ``layers``."""
     layers: tuple[LayerTimes, ...]
-    whole: float
+    uncut: float
     """Time of the model with all channels, relative to the dense one's: less where tokens are left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """Time that the layers of a cut model save, and time that the whole model saves, relative to the dense
+    """Time that the layers of a cut model save alone, and time that the model saves, relative to the dense
     model's time."""
     dense: int = 10**9
     """Nanoseconds per batch of the dense model, as measured last."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
-        """Return the nanoseconds per batch at ``widths``, by layer and kind; others stay whole."""
+        """Return the nanoseconds per batch at ``widths``, by layer and kind; others keep all channels."""
         saved = self.saved_by_layers(widths)
         if self.anchors:
             saved = _between(_rising([(0.0, 0.0), *self.anchors]), saved)
-        return round(self.dense * max(self.whole - saved, 0.0))
+        return round(self.dense * max(self.uncut - saved, 0.0))
 
     def saved_by_layers(self, widths: Mapping[Any, int]) -> float:
         """Return the time that the layers save at ``widths``, relative to the dense model's."""
         saved = 0.0
         for name, index in self.calls:
             times = self.layers[index]
-            own = {kind: widths.get((name, kind), width) for kind, width in times.dense.widths.items()}
-            saved += times.dense.share - times.at(own)
+            cut = {kind: widths.get((name, kind), width) for kind, width in times.dense.widths.items()}
+            saved += times.dense.share - times.at(cut)
         return saved
 
     def with_anchors(self, models: Sequence[tuple[Mapping[Any, int], float]]) -> TimeTable:
-        """Return the table through models that were measured whole.
+        """Return the table that goes through cut models that were timed.
 
         Args:
             models: widths of each, and its time relative to the dense model's.
         """
-        anchors = [(self.saved_by_layers(widths), max(self.whole - share, 0.0)) for widths, share in models]
-        return replace(self, anchors=tuple((saved, whole) for saved, whole in anchors if saved > 0))
+        anchors = [(self.saved_by_layers(widths), max(self.uncut - share, 0.0)) for widths, share in models]
+        return replace(self, anchors=tuple(anchor for anchor in anchors if anchor[0] > 0))
 
 
 def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
@@ -183,24 +185,91 @@ def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, in
     Args:
         choices: allowed widths by kind, ascending, the dense one last.
     """
-    whole = {kind: widths[-1] for kind, widths in choices.items()}
-    found = [whole]
+    dense = {kind: widths[-1] for kind, widths in choices.items()}
+    points = [dense]
     paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
     if paired:
-        widths, dense = choices["qk"], whole["qk"]
-        found += [{**whole, "qk": width, "v": width} for width in _spread(widths, range(4))]
+        widths = choices["qk"]
+        points += [{**dense, "qk": width, "v": width} for width in _spread(widths, range(4))]
         middle = _spread(widths, (1, 2))  # widths that differ a little, and as much as they can
-        unequal = {(middle[0], middle[-1]), (widths[0], dense)} if middle else set[tuple[int, int]]()
+        unequal = {(middle[0], middle[-1]), (widths[0], widths[-1])} if middle else set[tuple[int, int]]()
         for narrow, wide in sorted((narrow, wide) for narrow, wide in unequal if narrow < wide):
-            found += [{**whole, "qk": wide, "v": narrow}, {**whole, "qk": narrow, "v": wide}]
+            points += [{**dense, "qk": wide, "v": narrow}, {**dense, "qk": narrow, "v": wide}]
     for kind, widths in choices.items():
         if not (paired and kind in _PAIR):
-            found += [{**whole, kind: width} for width in _spread(widths, range(4))]
-    return found
+            points += [{**dense, kind: width} for width in _spread(widths, range(4))]
+    return points
 
 
 def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
     """Return the widths nearest to some quarters of the dense one, which is left out."""
     dense = choices[-1]
-    found = {min(choices, key=lambda width: abs(width - dense * part / 4)) for part in quarters}
-    return sorted(found - {dense})
+    nearest = {min(choices, key=lambda width: abs(width - dense * part / 4)) for part in quarters}
+    return sorted(nearest - {dense})
+
+
+# -- by FLOPs --
+
+Line = tuple[tuple[int, float], ...]
+"""FLOPs and time of a few models, relative to the dense model's time; both rise."""
+
+
+@dataclass(frozen=True)
+class TimeCurve:
+    """Times of a few measured models, and lines between them.
+
+    Merged tokens make every layer faster, so times of single layers at their dense number of tokens, as
+    :class:`TimeTable` has them, do not add up. FLOPs count both. They do not
+    count what matching tokens takes, so models that merge have a line of their own.
+    """
+
+    cut: Line
+    """Through models that merge no tokens, the dense one among them."""
+    merged: Line
+    """Through models that merge tokens."""
+    dense: int
+    """Nanoseconds per batch of the dense model."""
+    factors: tuple[float, float] = (1.0, 1.0)
+    """Corrections of the two lines, by models that were measured later."""
+
+    @classmethod
+    def through(
+        cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
+    ) -> TimeCurve:
+        """Return the curve through models; one that is faster than another of fewer FLOPs replaces it.
+
+        Args:
+            cut: FLOPs and relative time of models that merge no tokens, the dense model among them.
+            merged: FLOPs and relative time of models that merge tokens.
+            dense: nanoseconds per batch of the dense model.
+        """
+        return cls(_fastest(cut), _fastest(merged), dense)
+
+    def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
+        """Return the curve with one line scaled so that it goes through one more model."""
+        plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
+        factor = nanoseconds / max(plain, 1)
+        return replace(self, factors=(self.factors[0], factor) if merges else (factor, self.factors[1]))
+
+    def at(self, flops: int, *, merges: bool) -> int:
+        """Return the nanoseconds per batch that a model of so many FLOPs is expected to take."""
+        line = self.merged if merges else self.cut
+        return max(round(self.factors[merges] * self.dense * _between(line, flops)), 0)
+
+    def flops(self, nanoseconds: int, *, merges: bool) -> int:
+        """Return the most FLOPs that are expected to take no longer; below 0 if none are."""
+        line, share = self.merged if merges else self.cut, nanoseconds / (self.factors[merges] * self.dense)
+        if len(line) == 1:
+            return line[0][0] if line[0][1] <= share else -1
+        return int(_between([(time, flops) for flops, time in line], share))
+
+
+def _fastest(models: Sequence[tuple[int, float]]) -> Line:
+    """Return the models in the order of their FLOPs, without those that are slower than one of more FLOPs."""
+    line: list[tuple[int, float]] = []
+    for flops, share in sorted(models):
+        while line and line[-1][1] >= share:
+            line.pop()
+        if not line or flops > line[-1][0]:
+            line.append((flops, share))
+    return tuple(line)

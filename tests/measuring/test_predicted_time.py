@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mhacut.measuring.layer_times import LayerTimes, Point, TimeTable, points_to_measure
+from mhacut.measuring.predicted_time import LayerTimes, Point, TimeTable, points_to_measure
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit, width_choices
 
