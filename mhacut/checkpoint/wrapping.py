@@ -76,8 +76,6 @@ class Naming:
     """Linear layer beside the network that became its ``head``."""
     trunk: str | None = None
     """Module that it lay beside."""
-    numbered: str | None = None
-    """Layer of a sequence that became the classifier, as in the file, if others come before it."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
         """Return the line for the user; None for a plain state dict.
@@ -94,9 +92,6 @@ class Naming:
             listed = [f"{name:.100} ({count})" for name, count in list(self.left_out.items())[:_MAX_NAMES]]
             more = ", ..." if len(self.left_out) > _MAX_NAMES else ""
             said.append(f"left out {', '.join(listed)}{more}")
-        if self.numbered is not None:
-            before = "the layers before it have no weights and are taken for dropout"
-            said.append(f"{self.numbered:.150} is the classifier: {before}")
         if others:
             said.append(f"{' or '.join(option_name('part', name) for name in others)} reads another part")
         return "; ".join(said) or None
@@ -161,9 +156,8 @@ def unwrap(
     if head and any(map(CLASSIFIERS.fullmatch, names.values())):
         raise CheckpointError(_may_belong(where, trunk or "", head))
     _check_unique(where, names, prefixes)
-    plain, numbered = _without_sequence({**names, **head}, shapes)
-    left = dict(sorted(left_out.items()))
-    return Naming(plain, tuple(prefixes), left, tuple(others), layer, trunk, numbered)
+    plain = _without_sequence({**names, **head}, shapes)
+    return Naming(plain, tuple(prefixes), dict(sorted(left_out.items())), tuple(others), layer, trunk)
 
 
 def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] = ()) -> bool:
@@ -266,19 +260,15 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | 
         return chosen
     if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
         return None
-    why = ""
-    if all(_CLASSIFIER.fullmatch(word) and not _is_linear(group, shapes) for word, group in rest.items()):
-        why = "mhacut reads a classifier of one linear layer; "
-    raise CheckpointError(
-        _may_belong(where, chosen, [file for group in rest.values() for file in group], why)
-    )
+    files = [file for group in rest.values() for file in group]
+    raise CheckpointError(_may_belong(where, chosen, files))
 
 
-def _may_belong(where: str, network: str, files: Iterable[str], why: str = "") -> str:
+def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
     listed = ", ".join(f"{file!r:.150}" for file in list(files)[:_MAX_NAMES])
     return (
-        f"{where}: beside the network {network!r} there are tensors that may belong to it: {listed}; "
-        f"{why}{option_name('part', network)} reads the network alone"
+        f"{where}: beside the network {network!r} there are tensors that may belong to it, and are no linear "
+        f"classifier of its own: {listed}; {option_name('part', network)} reads the network alone"
     )
 
 
@@ -303,21 +293,16 @@ def _is_linear(group: _Group, shapes: Shapes) -> bool:
     return len(found) == len(group) and len(weight) == 2 and found.get("bias", weight[:1]) == weight[:1]
 
 
-def _without_sequence(names: _Group, shapes: Shapes) -> tuple[dict[str, str], str | None]:
-    """Give the only layer of a sequence, which is linear, the name of the sequence if it is a classifier.
-
-    Returns:
-        The names, and the layer's name in the file if layers without weights come before it.
-    """
-    plain, numbered = dict(names), None
+def _without_sequence(names: _Group, shapes: Shapes) -> dict[str, str]:
+    """Give the only layer with weights of a sequence, a linear classifier, the name of the sequence."""
+    plain = dict(names)
     layers = {file: found for file, name in names.items() if (found := _LAYER.fullmatch(name))}
     for module in {found["module"] for found in layers.values() if found["number"] is not None}:
         inside = {key: name.removeprefix(module) for key, name in names.items() if name.startswith(module)}
         if _is_linear(inside, shapes):
             for file in inside:
                 plain[file] = module + layers[file]["kind"]
-                numbered = file.rpartition(".")[0] if int(layers[file]["number"] or 0) else numbered
-    return plain, numbered
+    return plain
 
 
 def _is_nested(group: _Group) -> bool:

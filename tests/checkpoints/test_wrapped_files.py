@@ -218,17 +218,13 @@ def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, net
 
 
 @pytest.mark.parametrize(
-    ("network", "layer", "first"),
-    [("", "head.1.", False), ("model.", "model.head.0.", True), ("backbone.", "fc.2.", False)],
+    ("network", "layer"), [("", "head.1."), ("model.", "model.head.0."), ("backbone.", "fc.2.")]
 )
-def test_a_classifier_may_be_the_only_layer_of_a_sequence(tmp_path, states, network, layer, first):
+def test_a_classifier_may_be_the_only_layer_of_a_sequence(tmp_path, states, network, layer):
     path = tmp_path / "model.pth"
     classifier = {f"{layer}{kind}": states[0][f"head.{kind}"] for kind in ("weight", "bias")}
     torch.save({**under(network, without_head(states[0])), **classifier}, path)
-    found, notes = logits_of(path)
-    assert torch.equal(found, logits_with(states[0]))
-    line = f"{layer[:-1]} is the classifier: the layers before it have no weights and are taken for dropout"
-    assert any(line in note for note in notes) is not first, notes
+    assert torch.equal(logits_of(path)[0], logits_with(states[0]))
     torch.save(
         {**without_head(states[0]), "head.0.weight": torch.ones(48, 48), "head.2.weight": torch.ones(10, 48)},
         path,
@@ -249,7 +245,7 @@ def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     said = refused_beside(
         path, states, {"head.mlp.0.weight": torch.ones(9, 48), "head.mlp.2.weight": torch.ones(10, 9)}
     )
-    assert "'head.mlp.0.weight', 'head.mlp.2.weight'; mhacut reads a classifier of one linear layer; " in said
+    assert "'head.mlp.0.weight', 'head.mlp.2.weight'; " in said
     assert "part='backbone' reads the network alone" in said
     assert (
         read_model(path, model=NAME, model_args=ARGS, part="backbone").identity.model_args["num_classes"] == 0
@@ -276,7 +272,7 @@ def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
     bare = without_head(states[0])
     save_file({**under("backbone.", bare), **beside}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
-    assert "beside the network 'backbone' there are tensors that may belong to it: 'adapter.bias', " in said
+    assert "beside the network 'backbone' there are tensors that may belong to it" in said
     assert "part='backbone' reads the network alone" in said
     loaded = read_model(path, model=NAME, model_args=ARGS, part="backbone")
     assert loaded.identity.model_args["num_classes"] == 0
