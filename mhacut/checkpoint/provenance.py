@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,13 +21,19 @@ from mhacut.options.base import PreprocessingOptions
 Origin = Literal[
     "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
 ]
-"""Origin of one value of a preprocessing.
-
-The file; the library that wrote the file; a slim file that used timm's default of the architecture; that
-default, if the file states none; the tag in the option ``model``; timm's pretrained weights; the
-``pretrained_cfg`` of a module, also of one that a slim file was cut from; the model's own image size; a rule
-for small images; an option.
-"""
+"""Origin of one value of a preprocessing; :data:`_TEXTS` says what each is."""
+_TEXTS: dict[Origin, str] = {
+    "file": "from the file",
+    "library": "default of the library that wrote the file",
+    "assumed": "from the file, which used timm's default for {architecture}",
+    "default": "timm's default for {architecture}; the file states none",
+    "tag": "timm's, for the tag in {model}",
+    "pretrained": "of timm's pretrained weights",
+    "module": "of the module",
+    "model": "the model's",
+    "size": "small images are not cropped",
+    "option": "{options}",
+}
 _UNSURE = ("assumed", "default", "module")
 """Origins that may have nothing to do with the training of the weights."""
 _OPTIONS = {"input_size": "img_size"}
@@ -56,30 +62,24 @@ class Provenance:
 
     def describe(self, preprocessing: Preprocessing) -> str:
         """Return one line in the words of the options, with the origins behind the values."""
-        parts = _parts(preprocessing)
+        _, height, width = preprocessing.input_size
+        parts = {
+            "input_size": f"{height}x{width}",
+            "crop_pct": f"crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}",
+            "interpolation": preprocessing.interpolation,
+            "mean": f"mean {','.join(f'{n:.4g}' for n in preprocessing.mean)}",
+            "std": f"std {','.join(f'{n:.4g}' for n in preprocessing.std)}",
+        }
         groups: dict[Origin, list[str]] = {}
         for name in parts:
             groups.setdefault(self.origins[name], []).append(name)
-        return "; ".join(
-            f"{', '.join(parts[name] for name in names)} ({self._text(origin, names)})"
-            for origin, names in groups.items()
-        )
-
-    def _text(self, origin: Origin, names: list[str]) -> str:
-        default = f"timm's default for {self.architecture}"
-        texts: dict[Origin, str] = {
-            "file": "from the file",
-            "library": "default of the library that wrote the file",
-            "assumed": f"from the file, which used {default}",
-            "default": f"{default}; the file states none",
-            "tag": f"timm's, for the tag in {option_name('model')}",
-            "pretrained": "of timm's pretrained weights",
-            "module": "of the module",
-            "model": "the model's",
-            "size": "small images are not cropped",
-            "option": ", ".join(option_name(_OPTIONS.get(name, name)) for name in names),
-        }
-        return texts[origin]
+        lines = []
+        for origin, names in groups.items():
+            options = ", ".join(option_name(_OPTIONS.get(name, name)) for name in names)
+            where = {"architecture": self.architecture, "model": option_name("model"), "options": options}
+            values = ", ".join(parts[name] for name in names)
+            lines.append(f"{values} ({_TEXTS[origin].format_map(where)})")
+        return "; ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """Return the items of a JSON document that states a preprocessing."""
@@ -103,14 +103,20 @@ def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Proven
         checkpoint: dense or slim.
         override: options of the command.
     """
+    side = override.img_size
+    size = checkpoint.input_size if side is None else (0, side, side)
+    small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)
     found: dict[str, Origin] = {}
     for name in Preprocessing.__dataclass_fields__:
         if _OPTIONS.get(name, name) in override.given:
             found[name] = "option"
         elif checkpoint.record is not None:
             found[name] = _of_slim(checkpoint.record, name)
+        elif name == "input_size":
+            found[name] = "model"
         else:
-            found[name] = _of_dense(checkpoint, name, override.img_size)
+            stated: Any = checkpoint.cfg_origins.get(name, "default")
+            found[name] = "size" if name == "crop_pct" and small else stated
     return Provenance(found, checkpoint.identity.architecture)
 
 
@@ -121,16 +127,6 @@ def _of_slim(record: SlimRecord, name: str) -> Origin:
     if last == "module":  # which says nothing about the training of its weights
         return "module"
     return "assumed" if last in ("assumed", "default") else "file"
-
-
-def _of_dense(checkpoint: Checkpoint, name: str, side: int | None) -> Origin:
-    if name == "input_size":
-        return "model"
-    size = checkpoint.input_size if side is None else (0, side, side)
-    if name == "crop_pct" and is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size):
-        return "size"
-    origin: Any = checkpoint.cfg_origins.get(name, "default")
-    return cast(Origin, origin)
 
 
 def stated_license(checkpoint: Checkpoint) -> str | None:
@@ -146,18 +142,6 @@ def stated_license(checkpoint: Checkpoint) -> str | None:
     elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
         found = checkpoint.identity.pretrained_cfg.get("license")
     return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
-
-
-def _parts(preprocessing: Preprocessing) -> dict[str, str]:
-    _, height, width = preprocessing.input_size
-    mean, std = (",".join(f"{n:.4g}" for n in values) for values in (preprocessing.mean, preprocessing.std))
-    return {
-        "input_size": f"{height}x{width}",
-        "crop_pct": f"crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}",
-        "interpolation": preprocessing.interpolation,
-        "mean": f"mean {mean}",
-        "std": f"std {std}",
-    }
 
 
 def with_hint(

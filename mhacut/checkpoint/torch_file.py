@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
-from mhacut.checkpoint.parts import other_parts, pick_part
 from mhacut.checkpoint.training import statements
+from mhacut.checkpoint.wrapping import other_parts, pick_part
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show
 from mhacut.text import dtype_name

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhacut.checkpoint.build import known_model
-from mhacut.checkpoint.foreign.images import OF_IMAGENET
+from mhacut.checkpoint.foreign.config import OF_IMAGENET
 from mhacut.checkpoint.identity import checked_model_args
 from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.data import Preprocessing

@@ -5,9 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
 from mhacut.checkpoint.foreign.family import Family
-from mhacut.checkpoint.foreign.images import image_side, transformers_cfg
 from mhacut.checkpoint.foreign.recognise import FAMILIES as FAMILY
 from mhacut.errors import CheckpointError
 

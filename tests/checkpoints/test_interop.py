@@ -17,9 +17,8 @@ from torch import nn
 
 import mhacut
 from mhacut.checkpoint.files import read_file_header
-from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.config import Config, flips_channels, image_side, transformers_cfg
 from mhacut.checkpoint.foreign.family import mlp_ratio
-from mhacut.checkpoint.foreign.images import flips_channels, image_side, transformers_cfg
 from mhacut.checkpoint.foreign.recognise import FAMILIES, recognise
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.load import read_model

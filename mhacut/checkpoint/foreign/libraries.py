@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint.build import known_model, unknown_model
-from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign.config import OF_CLIP, OF_IMAGENET, Config
 from mhacut.checkpoint.foreign.family import (
     VIT_SIZES,
     Built,
@@ -19,7 +19,6 @@ from mhacut.checkpoint.foreign.family import (
     move,
     vit_name,
 )
-from mhacut.checkpoint.foreign.images import OF_CLIP, OF_IMAGENET
 from mhacut.checkpoint.foreign.transformers import finish_clip, swin_size
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.errors import CheckpointError

@@ -9,18 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint.foreign import convolutional, libraries, transformers
-from mhacut.checkpoint.foreign.config import Config
+from mhacut.checkpoint.foreign import libraries, transformers
+from mhacut.checkpoint.foreign.config import Config, flips_channels, image_side, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, read_families
-from mhacut.checkpoint.foreign.images import flips_channels, image_side, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
 FAMILIES: dict[str, Family] = {
-    family.title: family
-    for family in read_families({**transformers.FUNCTIONS, **convolutional.FUNCTIONS, **libraries.FUNCTIONS})
+    family.title: family for family in read_families({**transformers.FUNCTIONS, **libraries.FUNCTIONS})
 }
 """Families by title, in the order in which a file without a configuration is compared with their signs."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
