@@ -333,9 +333,7 @@ def _write(
                 (f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1] + error)
             )
         both = job.prunable, find_prunable_layers(slim)
-        page = write_report(
-            options, loaded, pruned, both, inputs.images, planned.log, figures, inputs.provenance
-        )
+        page = write_report(options, loaded, pruned, both, inputs.images, figures, inputs.provenance)
     rest = timer.taken()
     stages = dict(seconds)
     for stage, spent in (*measuring.items(), *rest.items()):

@@ -24,10 +24,9 @@ from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.report.choices import Choice
 from mhacut.report.history import step, stored_curves
-from mhacut.report.sections import HEADINGS, Contents, head_rows, sections
+from mhacut.report.sections import Contents, sections
 from mhacut.runtime.files import write_file
 from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
@@ -57,7 +56,6 @@ def write_report(
     pruned: Checkpoint,
     layers: tuple[PrunableLayers, PrunableLayers],
     images: CalibrationImages,
-    steps: Sequence[SearchStep],
     figures: Sequence[tuple[str, str, str]],
     provenance: Provenance,
 ) -> Path:
@@ -69,7 +67,6 @@ def write_report(
         pruned: the pruned model with its record, on the same device.
         layers: prunable layers of the dense and of the pruned model.
         images: images of the search; the first of them are used.
-        steps: log of the search, where indicators were trained.
         figures: measurements: name, value before, value after.
         provenance: origins of the run's preprocessing.
 
@@ -101,7 +98,6 @@ def write_report(
         inspection.layers,
         comparison,
         stored_curves(pruned.record.history[-1:]),
-        tuple(steps),
         tuple(figures),
     )
     return write_page(options.report, contents, options.overwrite, dense.path)
@@ -156,24 +152,22 @@ def measured_figures(
 def page(contents: Contents) -> str:
     """Return the whole document.
 
-    Its content security policy allows the page's own style sheet and script, by their hashes, and nothing
-    from anywhere else, so that text from files could not run even if it got past the escaping.
+    Its content security policy allows the page's own style sheet, by its hash, and nothing else, so that text
+    from files could not run even if it got past the escaping.
     """
     from markupsafe import Markup
 
-    style, script = _resource("page.css"), _resource("page.js")
-    policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
+    style = files("mhacut.report").joinpath("page.css").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:"
     return str(
         _template().render(
             policy=policy,
             style=Markup(style),  # trusted: it must not be escaped
-            script=Markup(script),
             inspection=contents.inspection,
             summary=contents.summary,
             version=__version__,
             sections=sections(contents),
-            headings=HEADINGS,
-            head_rows=head_rows(contents.layers),
             steps=[step(entry) for entry in contents.inspection.history],
         )
     )
@@ -198,12 +192,3 @@ def _shown(value: Any) -> Any:
     if hasattr(value, "__html__"):
         return value
     return safe(value) if isinstance(value, str) else value
-
-
-def _resource(name: str) -> str:
-    """Text of a file of this package."""
-    return files("mhacut.report").joinpath(name).read_text(encoding="utf-8")
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

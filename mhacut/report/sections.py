@@ -1,4 +1,4 @@
-"""Sections of a report: their text, charts and tables, and the rows of the table of all heads."""
+"""Sections of a report: their text, charts and tables."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from urllib.parse import quote
 
 from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
-from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
-from mhacut.plan import UnitKind
-from mhacut.pruning.paper.indicators import SearchStep
+from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
+from mhacut.plan import UNIT_KINDS, UnitKind
 from mhacut.pruning.preserve import Measure
 from mhacut.report.charts import (
     COLOURS,
@@ -26,22 +25,7 @@ from mhacut.report.charts import (
 )
 from mhacut.report.choices import Choice, choice_charts, choice_rows
 from mhacut.report.history import StoredCurve, StoredCurves
-from mhacut.text import ranges
 
-HEADINGS = (
-    ("layer", "Module name"),
-    ("head", "Number of the head; MLPs have none"),
-    ("kind", "q/k, v, or hidden channels"),
-    ("width", "Channels now"),
-    ("dense", "Channels before any cut"),
-    ("similarity", "Mean similarity of a channel to the others of its head"),
-    ("rank 90 %", "Principal channels that hold 90 % of the energy"),
-    ("rank 99 %", "Principal channels that hold 99 % of the energy"),
-    ("FLOPs %", "Share of the model's FLOPs that the whole head, or MLP, takes"),
-    ("parameters %", "Share of the model's parameters that the whole head, or MLP, has"),
-    ("channels", "Channels that were kept and removed"),
-)
-"""Name of each column and its explanation."""
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 _DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
@@ -65,8 +49,6 @@ class Contents:
     comparison: Comparison | None = None
     sensitivity: StoredCurves = field(default_factory=StoredCurves)
     """Sensitivity curves of the last cut."""
-    steps: tuple[SearchStep, ...] = ()
-    """Log of the search, where indicators were trained."""
     figures: tuple[tuple[str, str, str], ...] = ()
     """Measurements of a run: name, value before, value after."""
     choices: tuple[Choice, ...] = ()
@@ -110,7 +92,7 @@ def sections(contents: Contents) -> list[Section]:
         _flops(contents),
         _errors(contents.comparison),
         _curves(contents),
-        _search(contents),
+        _layers(contents.layers),
     )
     return [section for section in made if section is not None]
 
@@ -163,7 +145,7 @@ def _heads(contents: Contents) -> Section | None:
         charts += [_redundancy(attention, kind) for kind in _ATTENTION_KINDS]
     text = (
         "Rows are layers, columns are heads; the stronger the colour, the larger the value. "
-        "Point at a cell to see its numbers; the table of all heads has them too."
+        "Point at a cell to see its numbers."
     )
     return Section("Heads", text, charts=charts)
 
@@ -305,70 +287,37 @@ def _curve_line(curve: StoredCurve, depth: float) -> Line:
     return Line(curve.layer, points, depth_colour(depth), marked)
 
 
-def _search(contents: Contents) -> Section | None:
-    """Loss, FLOPs and widths by step of the search, where indicators were trained."""
-    steps = contents.steps
-    if not steps:
-        return None
-    middle = depth_colour(0.5)
-    losses = Line("loss", [(one.step, one.loss) for one in steps], middle)
-    flops = Line("FLOPs", [(one.step, one.flops / 1e6) for one in steps], middle)
-    kept = [
-        Line(name, [(one.step, one.kept[kind]) for one in steps], depth_colour(number / 2))
-        for number, (kind, name) in enumerate(_NAMES.items())
-        if kind in steps[-1].kept
-    ]
-    charts = [
-        line_chart("Loss", [losses], "step", "loss"),
-        line_chart("FLOPs of the masked model", [flops], "step", "MFLOPs"),
-        line_chart("Share of width kept", kept, "step", "share"),
-    ]
-    legend = {line.colour: line.label for line in kept}
-    return Section("Search", legend=legend, charts=[chart for chart in charts if chart])
-
-
-@dataclass(frozen=True)
-class HeadRow:
-    """Row for one kind of channels of one head, or for one MLP."""
-
-    layer: str
-    cells: tuple[str, ...]
-    """Columns between the first and the last of :data:`HEADINGS`."""
-    channels: tuple[tuple[str, str], ...]
-    """Last column: names of groups of channels, and the indices of each."""
-
-
-def head_rows(layers: Sequence[LayerReport]) -> list[HeadRow]:
-    """Return one row per head and kind, and one per MLP."""
-    return [
-        _row(layer, unit, head)
+def _layers(layers: Sequence[LayerReport]) -> Section:
+    """Widths, redundancy and cost of each layer; means over heads."""
+    widths = {"qk": "q/k", "v": "v", "hidden": "hidden"}
+    figures = ("similarity q/k, v", "rank 99 % q/k, v", "FLOPs", "parameters")
+    rows = [
+        [
+            layer.name,
+            "" if layer.heads is None else str(layer.heads),
+            *(_width(layer.units.get(kind)) for kind in UNIT_KINDS),
+            ", ".join(_means(layer, lambda head: head.similarity, ".3f")),
+            ", ".join(_means(layer, lambda head: head.rank99, ".1f")),
+            f"{100 * layer.share:.1f} %",
+            f"{100 * layer.parameter_share:.1f} %",
+        ]
         for layer in layers
-        for unit in layer.units.values()
-        for head in range(unit.head_count)
     ]
-
-
-def _row(layer: LayerReport, unit: UnitReport, head: int) -> HeadRow:
-    findings = ("", "", "")
-    if head < len(unit.heads):
-        head_findings = unit.heads[head]
-        findings = (f"{head_findings.similarity:.3f}", str(head_findings.rank90), str(head_findings.rank99))
-    cells = (
-        "" if layer.heads is None else str(head),
-        unit.kind,
-        str(unit.now),
-        str(unit.dense),
-        *findings,
-        f"{100 * layer.share / unit.head_count:.2f}",
-        f"{100 * layer.parameter_share / unit.head_count:.2f}",
+    return Section(
+        "Layers",
+        "Widths are channels per head, of those before the cut. Similarity: mean similarity of a channel to "
+        "the others of its head. Rank: principal channels that hold 99 % of the energy.",
+        table=Table(["layer", "heads", *(widths[kind] for kind in UNIT_KINDS), *figures], rows),
     )
-    return HeadRow(layer.name, cells, tuple(_channels(unit, head)))
 
 
-def _channels(unit: UnitReport, head: int) -> list[tuple[str, str]]:
-    listed = []
-    if unit.kept is not None:
-        kept = unit.kept[head]
-        removed = sorted(set(range(unit.dense)) - set(kept))
-        listed += [(f"kept ({unit.basis})", ranges(kept)), ("removed", ranges(removed))]
-    return listed
+def _width(unit: UnitReport | None) -> str:
+    if unit is None:
+        return ""
+    return str(unit.now) if unit.now == unit.dense else f"{unit.now} of {unit.dense}"
+
+
+def _means(layer: LayerReport, figure: Callable[[HeadFindings], float], digits: str) -> list[str]:
+    """Mean of a figure over the heads of q/k, and over those of v, where it is known."""
+    units = [layer.units[kind] for kind in _ATTENTION_KINDS if kind in layer.units]
+    return [format(sum(map(figure, unit.heads)) / len(unit.heads), digits) for unit in units if unit.heads]
