@@ -25,7 +25,7 @@ LINES = {
     "inspection": 798,
     "linalg": 1236,
     "measuring": 1010,
-    "options": 1450,
+    "options": 1433,
     "pruning": 4998,
     "report": 1446,
     "runtime": 1885,

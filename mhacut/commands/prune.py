@@ -351,7 +351,7 @@ def _write(
         not_prunable=job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(job.device),
-        latency_batch_size=options.timing.latency_batch_size,
+        latency_batch_size=options.latency_batch_size,
         timing={} if after.latency_ms is None else conditions,
         seconds={**seconds, "measuring": sum(measuring.values()), **rest},
         stage_seconds=stages,
@@ -385,7 +385,7 @@ def _latency(
     for one in attempt.reached:
         if one.name == "max_latency":
             return float(one.measured["dense"]), one.reached
-    if not inputs.options.timing.latency:
+    if not inputs.options.latency:
         return None, None
     timer.start("timing")
     found = inputs.stopwatch.compare([slim], seconds=_SECONDS)

@@ -33,6 +33,7 @@ from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
 from mhacut.measuring.normalisation import SAMPLE, Batches
+from mhacut.options.base import TimingOptions
 from mhacut.options.prune import TARGETS, PruneOptions
 from mhacut.plan import Plan, TokenPlan, UnitKey, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
@@ -144,7 +145,7 @@ class PruneInputs:
         entry: dict[str, Any] = {
             "command": "prune",
             "options": {**stated, "round_to": self.job.round_to},
-            "seed": options.search.seed,
+            "seed": options.seed,
             **({} if budget is None else {"budget": budget}),
             "flops_before": self.job.table.dense,
             "flops_after": flops,
@@ -194,7 +195,7 @@ def read_inputs(
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
     """
-    check_one_source(given, options.data)
+    check_one_source(given, options)
     check_files(options)  # the command line did; Python did not
     reporter.start("reading")
     for note in options.idle().values():
@@ -214,25 +215,27 @@ def read_inputs(
     each = options_of_each(options, loaded.stem)
     check_files(options, loaded.stem, loaded.path)  # default names may be known only now
     dense = loaded.model.requires_grad_(False)
-    preprocessing = resolve_preprocessing(loaded, options.preprocessing)
-    stopwatch = Stopwatch(options.timing, dense, preprocessing.input_size, processes.device, reporter)
+    preprocessing = resolve_preprocessing(loaded, options)
+    stopwatch = Stopwatch(
+        options.only(TimingOptions), dense, preprocessing.input_size, processes.device, reporter
+    )
     job = _job(options, dense, stopwatch)
     dense.to(processes.device)
     reporter.start("loading images")
     classes = classifier_size(dense)
     images, validation, no_accuracy = _images(options, preprocessing, classes, given)
     reporter.log(f"searching on {images.description}")
-    if no_accuracy and (given is not None or options.data.has_images):
+    if no_accuracy and (given is not None or options.has_images):
         reporter.log(f"accuracy is not measured: {no_accuracy}")
-    origins = provenance(loaded, options.preprocessing)
+    origins = provenance(loaded, options)
     if given is None and processes.first:
-        batch_size = options.search.batch_size
+        batch_size = options.batch_size
         batches: Batches | None = None
         if validation is not None:
             batches = partial(
                 evaluation_loader,
                 preprocessing,
-                options.data,
+                options,
                 num_classes=classes,
                 batch_size=batch_size,
                 limit=SAMPLE,
@@ -314,7 +317,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
         units=units,
         table=table(with_tokens(model, replace(tokens, merged=merged))),
         images=torch.empty(0, *size),
-        options=options.search,
+        options=options,
         round_to=round_to,
         amp=options.amp,
         reporter=reporter,
@@ -401,7 +404,7 @@ def _images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, given: ImagesInMemory | None
 ) -> tuple[CalibrationImages, LabelledBatches | None, str]:
     """Return images to search on, labelled ones to measure accuracy on, and why there are none."""
-    data, batch_size = options.data, options.search.batch_size
+    batch_size = options.batch_size
     use_labels, known = options.labels and classes > 1, classes if classes > 1 else None
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
     if given is not None:
@@ -410,7 +413,7 @@ def _images(
             Expected(preprocessing.input_size, classes if use_labels else None),
             count=options.images_wanted,
             measured=options.eval_images,
-            seed=options.search.seed,
+            seed=options.seed,
             batch_size=batch_size,
         )
         few = "no labels" if images.labels is None else "too few images"
@@ -418,24 +421,24 @@ def _images(
         return images, validation, (no_accuracy or few) if missing else ""
     images = calibration_images(
         preprocessing,
-        data,
+        options,
         count=options.images_wanted,
-        seed=options.search.seed,
+        seed=options.seed,
         num_classes=known,
         use_labels=use_labels,
     )
-    if options.eval_images == 0 or classes < 2 or not data.has_images:
+    if options.eval_images == 0 or classes < 2 or not options.has_images:
         nothing = "there are no images" if options.eval_images else option_name("eval_images", 0)
         return images, None, nothing if options.max_drop is not None else ""
     if not use_labels:
         return images, None, no_accuracy
-    if not has_split(data, data.val_split):
-        where = f"{data.data_dir} ({option_name('val_split')})"
-        return images, None, f"no labelled split {data.val_split!r} in {where}"
+    if not has_split(options, options.val_split):
+        where = f"{options.data_dir} ({option_name('val_split')})"
+        return images, None, f"no labelled split {options.val_split!r} in {where}"
     try:
         limit = options.eval_images
         loader = evaluation_loader(
-            preprocessing, data, num_classes=classes, batch_size=batch_size, limit=limit
+            preprocessing, options, num_classes=classes, batch_size=batch_size, limit=limit
         )
     except WithoutLabels as error:
         if options.max_drop is not None or "eval_images" in options.changed():

@@ -325,7 +325,7 @@ class Params(Amount):
         return count_parameters(self.inputs.loaded.model)
 
     def cost(self) -> Cost:
-        job, copies = self.job, self.inputs.options.search.positions != "equal"
+        job, copies = self.job, self.inputs.options.positions != "equal"
         return parameter_table(job.model, job.prunable, job.least_widths, copies=copies).at
 
     def count(self, attempt: Attempt) -> int:
@@ -347,7 +347,7 @@ class Size(Amount):
         The header of another names more channels; what the first plan gets wrong so, the next corrects.
         """
         job, dtypes = self.job, self.inputs.dtypes
-        copies = self.inputs.options.search.positions != "equal"
+        copies = self.inputs.options.positions != "equal"
         tensors = byte_table(job.model, job.prunable, job.least_widths, dtypes, copies=copies).at
         plan = Plan(tuple(unit.keep_first(job.least_widths[unit.key]) for unit in job.units))
         curves = {key: dict.fromkeys(widths, 1 / 3) for key, widths in job.choices.items()}

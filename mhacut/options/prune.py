@@ -291,19 +291,3 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
         if self.calibration_images is not None:
             return self.calibration_images
         return EFFORTS[self.effort].calibration_images
-
-    @property
-    def search(self) -> SearchOptions:
-        return self.only(SearchOptions)
-
-    @property
-    def data(self) -> DataOptions:
-        return self.only(DataOptions)
-
-    @property
-    def timing(self) -> TimingOptions:
-        return self.only(TimingOptions)
-
-    @property
-    def preprocessing(self) -> PreprocessingOptions:
-        return self.only(PreprocessingOptions)
