@@ -242,7 +242,7 @@ def _from_training(
     heads = {key: training.args[key] for key in ("num_heads",) if training.implied and key in training.args}
     with_size = {} if training.side is None else {"img_size": training.side}
     fault: CheckpointError | None = None
-    for stated in ({**with_size, **training.args}, training.args, heads):
+    for stated in ({**with_size, **training.args}, training.args):
         try:
             found = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
             check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)

@@ -123,22 +123,15 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
     if missing and own:  # without arguments, timm's own model lacks them
         raise CheckpointError(_misfit(source, own, [f"no weights of {missing[0]}"]))
     asked = args.get("num_classes", model.num_classes)
-    if asked == model.num_classes:
-        return model
-    if asked != 0:
+    if asked not in (0, model.num_classes):
         raise CheckpointError(
             f"{source}: its classifier has {model.num_classes} classes; a classifier of {asked} "
             f"would have random weights: leave {option_name('num_classes')} out, or fine-tune first and give "
             "that file"
         )
-    with torch.random.fork_rng(devices=[]):
-        headless: Any = timm.create_model(name, **args)
-    weights = model.state_dict()
-    lacking = [key for key in headless.state_dict() if key not in weights]
-    if lacking:
-        raise CheckpointError(_misfit(source, own, [f"no weights of {lacking[0]}"]))
-    headless.load_state_dict({key: weights[key] for key in headless.state_dict()})
-    return headless
+    if asked == 0 != model.num_classes:
+        model.reset_classifier(0)
+    return model
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from mhacut.checkpoint.identity import checked_model_args
 from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError
-from mhacut.limits import is_int, is_number, too_large
+from mhacut.limits import is_int, too_large
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
 """Entries of a checkpoint with options by their names."""
@@ -31,6 +31,7 @@ _PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
 _OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?", re.ASCII)
 """Names of models in the scripts of DINO, MAE, iBOT and MoCo v3."""
 POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
+"""Ways to pool tokens that timm has names for."""
 
 
 @dataclass(frozen=True)
@@ -147,10 +148,10 @@ def _args(options: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
         notes.append(f"its args.model_kwargs were ignored: {error}")
     args.pop("num_classes", None)
     channels, pool = options.get("in_chans"), options.get("gp")
-    if is_int(channels) and 0 < channels <= 4096 and channels != 3:
-        args.setdefault("in_chans", channels)
     if isinstance(pool, str) and pool in POOLS:
         args.setdefault("global_pool", pool)
+    if is_int(channels) and 0 < channels <= 4096 and channels != 3:
+        args.setdefault("in_chans", channels)
     return args
 
 
@@ -168,21 +169,16 @@ def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int
 def _cfg(
     options: Mapping[str, Any], size: list[int] | None, channels: int, notes: list[str]
 ) -> dict[str, Any]:
-    """Return the preprocessing that is stated; each value that makes no sense is ignored."""
-    kinds = {"mean": list, "std": list, "interpolation": str, "crop_mode": str}
-    given = {name: options[name] for name, kind in kinds.items() if isinstance(options.get(name), kind)}
-    given = {name: value for name, value in given.items() if value}
-    crop = next(
-        (options[name] for name in ("crop_pct", "eval_crop_ratio") if is_number(options.get(name))), None
-    )
-    given |= {} if crop is None else {"crop_pct": crop}
-    if len({"mean", "std"} & given.keys()) == 1:  # not those of images
-        given = {name: value for name, value in given.items() if name not in ("mean", "std")}
-    sane = Preprocessing((channels, 224, 224), (0.5,), (0.5,), "bicubic", 1.0, "center").to_json()
+    """Return image size, mean and standard deviation, as far as they are stated and make sense."""
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
-    for name, value in given.items():
-        try:
-            cfg[name] = plain_json(Preprocessing(**{**sane, name: value}).to_json())[name]
-        except (DataError, CheckpointError, TypeError, ValueError, OverflowError, RuntimeError):
-            notes.append(f"its {name} {reprlib.repr(value):.60} is invalid and was ignored")
+    given = {name: options[name] for name in ("mean", "std") if isinstance(options.get(name), list)}
+    if len(given) < 2 or not all(given.values()):  # one alone is not that of images
+        return cfg
+    try:
+        stated = Preprocessing((channels, 224, 224), given["mean"], given["std"], "bicubic", 1.0, "center")
+        cfg |= {name: plain_json(stated.to_json())[name] for name in given}
+    except (DataError, CheckpointError, TypeError, ValueError, OverflowError, RuntimeError):
+        notes.append(
+            f"its mean and std {reprlib.repr(list(given.values())):.80} are invalid and were ignored"
+        )
     return cfg

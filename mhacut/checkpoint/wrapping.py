@@ -296,12 +296,10 @@ def _classifier(groups: Mapping[str, _Group], network: _Group, shapes: Shapes) -
 
 def _is_linear(group: _Group, shapes: Shapes) -> bool:
     """Whether the tensors are the weight, and maybe the bias, of one linear layer."""
-    layers = {rest.rpartition(".")[0] for rest in group.values()}
-    if len(layers) > 1 or not all(map(_LINEAR.fullmatch, group.values())):
-        return False
-    found = {rest.rpartition(".")[2]: shapes[file] for file, rest in group.items()}
-    weight = found.get("weight", ())
-    return len(found) == len(group) and len(weight) == 2 and found.get("bias", weight[:1]) == weight[:1]
+    found = {rest: shapes[file] for file, rest in group.items()}
+    layers = {rest.rpartition(".")[0] for rest in found}
+    weight = next((shape for rest, shape in found.items() if rest.endswith("weight")), ())
+    return len(layers) == 1 and len(weight) == 2 and all(map(_LINEAR.fullmatch, found))
 
 
 def _without_sequence(names: _Group, shapes: Shapes) -> dict[str, str]:
