@@ -55,7 +55,7 @@ class Provenance:
     """Line that names a normalisation with which the model is clearly more accurate; None without one."""
 
     @property
-    def normalisation_is_sure(self) -> bool:
+    def normalisation_is_stated(self) -> bool:
         """Whether the mean and the standard deviation are stated for these weights, or given."""
         origins = {self.origins["mean"], self.origins["std"]}
         return "option" in origins or not origins.intersection(_UNSURE)
@@ -156,7 +156,7 @@ def with_hint(
         batches: of labelled images; few hundred are used.
         device: to compute on.
     """
-    if found.normalisation_is_sure:
+    if found.normalisation_is_stated:
         return found
     model.to(device)
     better = better_normalisation(model, batches, preprocessing.mean, preprocessing.std, device)

@@ -32,7 +32,7 @@ _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|los
 """Modules that no model of timm has, and that only training needs."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
 """Single numbers that weight averaging keeps."""
-_BESIDE = re.compile(
+_NO_PART = re.compile(
     r"((student|teacher)_)?(dino_head|ibot_head)|(momentum_)?projector|predictor"
     r"|(projection|prediction)_head|momentum_(backbone|classifier)|queue|queue_ptr|center"
 )
@@ -265,7 +265,7 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | 
     rest = {
         word: group
         for word, group in groups.items()
-        if word not in (trained, averaged) and not _is_beside(word, group)
+        if word not in (trained, averaged) and not _is_no_part(word, group)
     }
     if not rest or list(rest) == [_classifier(rest, modules[chosen], shapes)]:
         return chosen
@@ -327,12 +327,12 @@ def _is_for_training(word: str, group: _Group) -> bool:
     return (_COUNTER if "" in group.values() else _TRAINING_ONLY).fullmatch(word) is not None
 
 
-def _is_beside(word: str, group: _Group) -> bool:
+def _is_no_part(word: str, group: _Group) -> bool:
     """Whether these tensors, beside a network, are not part of it."""
     is_head = re.fullmatch(r"((student|teacher)_)?head", word) and any(
         map(_PROJECTION.fullmatch, group.values())
     )
-    return bool(is_head) or _BESIDE.fullmatch(word) is not None
+    return bool(is_head) or _NO_PART.fullmatch(word) is not None
 
 
 def pick_part(

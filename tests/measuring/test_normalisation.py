@@ -102,7 +102,7 @@ def origins(path, override=None, **hints):
 
 def test_a_bare_file_does_not_say(tiny_vit):
     found, text = origins(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args)
-    assert not found.normalisation_is_sure
+    assert not found.normalisation_is_stated
     assert found.origins["mean"] == found.origins["interpolation"] == "default"
     assert (found.origins["input_size"], found.origins["crop_pct"]) == ("model", "size")
     assert f"std 0.5,0.5,0.5 (timm's default for {tiny_vit.architecture}; the file states none)" in text
@@ -112,7 +112,7 @@ def test_a_bare_file_does_not_say(tiny_vit):
 def test_what_is_given_is_called_by_its_option(tiny_vit):
     given = PreprocessingOptions(mean=(0.1, 0.2, 0.3), crop_pct=0.9)
     found, text = origins(tiny_vit.path, given, model=tiny_vit.architecture, model_args=tiny_vit.args)
-    assert found.normalisation_is_sure
+    assert found.normalisation_is_stated
     assert found.origins["mean"] == found.origins["crop_pct"] == "option"
     assert "crop 0.9 center, mean 0.1,0.2,0.3 (crop_pct, mean)" in text
 
@@ -120,7 +120,7 @@ def test_what_is_given_is_called_by_its_option(tiny_vit):
 def test_a_tag_says(tiny_vit):
     tag = f"{tiny_vit.architecture}.augreg_in21k"
     found, text = origins(tiny_vit.path, model=tag, model_args=tiny_vit.args)
-    assert found.normalisation_is_sure
+    assert found.normalisation_is_stated
     assert "(timm's, for the tag in model)" in text
 
 
@@ -147,7 +147,7 @@ def test_a_timm_folder_says_what_it_says(tmp_path):
     found, text = origins(tmp_path / "folder")
     assert (found.origins["mean"], found.origins["crop_pct"]) == ("file", "file")
     assert found.origins["std"] == "default"
-    assert not found.normalisation_is_sure
+    assert not found.normalisation_is_stated
     assert "crop 0.8 center, mean 0.1,0.2,0.3 (from the file)" in text
 
 

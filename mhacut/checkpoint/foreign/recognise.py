@@ -130,7 +130,7 @@ def as_deit3(header: FileHeader) -> FileHeader | None:
 
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
     if header.naming.classifier is not None:
-        family = _with_classifier_beside(family)
+        family = _with_linear_head(family)
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
     if config is not None and processor is not None and flips_channels(processor):
@@ -168,7 +168,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     return Conversion(family, headless, tensors, built, cfg, tuple(notes))
 
 
-def _with_classifier_beside(family: Family) -> Family:
+def _with_linear_head(family: Family) -> Family:
     """Return the family of a file whose classifier, now ``head``, lay beside the network."""
     head = family.names.get("classifier", family.names.get("heads.head", ("head",)))
     names = {"head": head, **family.names}
