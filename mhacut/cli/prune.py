@@ -74,13 +74,6 @@ def _text(result: PruneResult) -> str:
     else:
         lines.append(f"saved {safe(result.output)}")
         lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
-    if result.divergence_with_tokens is not None:
-        bounded = any(target.name in ("max_kl", "max_drop") for target in result.targets)
-        lines.append(
-            f"with {option_name('scope', 'attention+mlp+tokens')} the same FLOPs would leave a KL of "
-            f"about {result.divergence_with_tokens:.1g}"
-            + (", so a smaller model may keep the bound" if bounded else "")
-        )
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")
@@ -129,7 +122,6 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "divergence_of": result.divergence_of,
         "preserved": dict(result.preserved),
         "judged_on": result.judged_on,
-        "divergence_with_tokens": result.divergence_with_tokens,
         "data": result.data,
         "preprocessing": result.preprocessing.to_json(),
         **result.provenance.to_json(),

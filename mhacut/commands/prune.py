@@ -28,7 +28,6 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import PruneKeywords, PruneOptions
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs, same_outputs
-from mhacut.pruning.choose_merges import divergence_by_merging
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
@@ -41,6 +40,7 @@ from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import why_not_merged
 
 TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
 """Every kind of target, by the option of its name."""
@@ -284,11 +284,12 @@ def _write(
         evaluation = evaluate(slim, inputs.validation, device=job.device, progress=timer.advance)
     timer.start("comparing")
     held_out = job.held_out(planner.calibration)
-    divergence, merging = held_out.divergence_of(slim), None
+    divergence = held_out.divergence_of(slim)
     stored = options.params is not None or options.size is not None  # merging stores no less
-    in_nats = held_out.preserved.measure == "answers"
-    if divergence > MUCH and in_nats and not job.merges_tokens and not stored:
-        merging = divergence_by_merging(job, planned.flops, planner.calibration)
+    mergeable = not (stored or job.merges_tokens or any(job.merged) or why_not_merged(dense))
+    if divergence > MUCH and mergeable and held_out.preserved.measure == "answers":
+        scope = option_name("scope", "attention+mlp+tokens")
+        timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which costs less")
     times = _latency(inputs, attempt, slim, timer)
     slim = slim.cpu()
     measuring = timer.taken()
@@ -362,7 +363,6 @@ def _write(
         preserved=held_out.preserved.to_json(),
         divergence_of=held_out.preserved.measure,
         judged_on=len(held_out.images),
-        divergence_with_tokens=merging if merging is not None and merging < divergence / 2 else None,
         targets=reached,
         constraints=planned.constraints,
     )

@@ -91,9 +91,6 @@ class PruneResult:
     judged_on: int
     """Number of held-out images of ``divergence``. They also chose how strongly to refit, so expect a larger
     divergence on other images."""
-    divergence_with_tokens: float | None
-    """Divergence in nats on held-out images if only tokens were merged, to the same FLOPs. None unless the
-    cut of channels left more than :data:`MUCH` and more than twice this."""
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits, lowest_flops
 from mhacut.pruning.merge_law import (
-    TYPICAL,
     BlockCost,
     MergeLaw,
     Schedule,
@@ -37,14 +36,12 @@ from mhacut.surgery.costs import CostTable, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import recorded_calls
 from mhacut.surgery.read import read_of
-from mhacut.surgery.tokens import set_merged, why_not_merged
+from mhacut.surgery.tokens import set_merged
 
 TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""
 OVERHEAD = 0.07
 """Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
-_FEW = 16
-"""Held-out images that give a rough divergence by merging, to mention it."""
 _PRICES = [10 ** (-3 + step / 8) for step in range(33)]
 """Worth of all FLOPs of the model, in terms of the law."""
 
@@ -101,7 +98,9 @@ class MergeSearch:
     @cached_property
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merges to as many as can be."""
-        cheapest = _cheapest_schedules(self.job, self.law, self.tokens, self.last)
+        costs = block_costs(self.job, self.tokens)
+        prices = [price / self.job.table.dense for price in _PRICES]
+        cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
 
     def table(self, schedule: Schedule) -> CostTable:
@@ -163,49 +162,6 @@ class MergeSearch:
             schedule = min((schedules[0], schedules[-1]), key=excess)
             return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
         return replace(chosen, widths=job_widths(job, limits, curves, chosen.table))
-
-
-def divergence_by_merging(job: Job, flops: int, calibration: Calibration) -> float | None:
-    """Measure the divergence that merges alone would leave at about ``flops``, on a few held-out images.
-
-    The schedule follows typical costs and is not searched on this model; a search with ``tokens`` in the
-    scope finds a smaller divergence.
-
-    Args:
-        job: what is pruned, a classifier.
-        flops: FLOPs of the model that merges tokens, at most.
-        calibration: calibration of the job's model.
-
-    Returns:
-        Nats; None if the model cannot merge that many tokens.
-    """
-    if job.merged or calibration.held == 0 or why_not_merged(job.model):
-        return None
-    tokens = tokens_of_model(job.model, job.input_size)
-    cost = partial(_flops_of_blocks, block_costs(job, tokens), tokens)
-    most = cost((0,) * tokens.depth) - (job.table.flops({}) - flops)
-    schedules = _cheapest_schedules(job, TYPICAL, tokens, merging_blocks(job.model, tokens))
-    schedule = next((each for each in schedules if cost(each) <= most), None)
-    if schedule is None:
-        return None
-    model = copy.deepcopy(job.model)
-    set_merged(model, schedule)
-    return job.held_out(calibration).part(0, _FEW).divergence_of(model)
-
-
-def _cheapest_schedules(job: Job, law: MergeLaw, tokens: Tokens, last: int) -> list[Schedule]:
-    """Return the schedules of least cost by ``law`` in the first ``last`` blocks, from few merges to many."""
-    prices = [price / job.table.dense for price in _PRICES]
-    return cheapest_schedules(law, tokens, block_costs(job, tokens), last, prices)
-
-
-def _flops_of_blocks(costs: Sequence[BlockCost], tokens: Tokens, schedule: Schedule) -> float:
-    """Return the approximate FLOPs of all blocks under a schedule."""
-    count, total = tokens.total, 0.0
-    for cost, merged in zip(costs, schedule, strict=True):
-        total += cost.token * count + cost.pair * count**2 + cost.mlp * (count - merged)
-        count -= merged
-    return total
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
