@@ -20,58 +20,29 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 
 @torch.no_grad()
-def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer], image: Tensor) -> list[int]:
+def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], image: Tensor) -> list[int]:
     """Return the dimension of the channels in each tensor that ``run(image)`` gives.
 
-    It may not be that of the layers inside: many stages run on tokens and give [B, C, H, W].
+    It is the one as long as the output of the last layer inside has channels. Its place may be another than
+    in that output: many stages run on tokens and give [B, C, H, W].
 
     Args:
-        model: eval mode.
-        run: run ``model``.
-        layers: for each tensor, the last layer that it passes through.
+        model: model in eval mode.
+        run: function that runs ``model``.
+        layers: for each tensor, the last layer that it passes through; None for a map of convolutions alone.
         image: [1, C, H, W].
     """
+    with captured_outputs(model, {layer.name for layer in layers if layer is not None}) as outputs:
+        maps = run(image)
     dims = []
-    for number, (found, layer) in enumerate(zip(run(image), layers, strict=True)):
-        dim = -1 if found.ndim != 4 else _dim_of_one_token(model, run, number, layer, image)
-        dim = _dim_beside_pixels(found.shape, image.shape) if dim is None else dim
-        # If all else fails: convolutions, which mix tokens, give [B, C, H, W].
-        dims.append(1 if dim is None else dim)
+    for each, layer in zip(maps, layers, strict=True):
+        last = each.ndim != 4
+        if layer is not None and layer.name in outputs and not last:
+            width = outputs[layer.name][-1].shape[layer.channel_dim]
+            # Where neither fits, a convolution, which gives [B, C, H, W], has changed the width.
+            last = each.shape[-1] == width != each.shape[1]
+        dims.append(-1 if last else 1)
     return dims
-
-
-def _dim_of_one_token(model: nn.Module, run: Run, number: int, layer: Layer, image: Tensor) -> int | None:
-    """The dimension along which the first token of ``layer`` lies in a map, found by making it NaN.
-
-    None if it reaches all tokens of a row or column, or none.
-    """
-
-    def spoil(module: nn.Module, args: object, output: object) -> object:
-        if not isinstance(output, Tensor):
-            return None
-        output = output.clone()
-        tokens = output.movedim(layer.channel_dim, -1)
-        tokens[(0,) * (tokens.ndim - 1)] = torch.nan
-        return output
-
-    name = f"{layer.name}.{layer.result}".rstrip(".")
-    with model.get_submodule(name).register_forward_hook(spoil):
-        spoilt = run(image)[number].isnan()
-    lines = {dim: spoilt.movedim(dim, 0).flatten(1).any(1) for dim in (1, 2, 3)}
-    whole = [dim for dim, line in lines.items() if len(line) > 1 and line.all()]
-    if whole == [1]:
-        return 1
-    return -1 if whole == [3] else None
-
-
-def _dim_beside_pixels(shape: torch.Size, image: torch.Size) -> int | None:
-    """The dimension beside the two that are in the ratio of the image's height and width, if only two are."""
-    height, width = image[-2:]
-    # Each size is rounded, by less than 1; a square image has square maps.
-    first, last = (abs(rows * width - columns * height) for rows, columns in (shape[1:3], shape[2:4]))
-    if first == last or min(first, last) >= max(height, width):
-        return None
-    return -1 if first < last else 1
 
 
 Source = Literal["output", "pooled", "tokens", "pyramid", "layers"]
@@ -225,10 +196,12 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
             )
     for name, each in zip(names, _outputs_of_layers(model, names, image), strict=True):
         _check_map(each, name, image)
-    last = []
+    places = {name: place for place, name in enumerate(known)}
+    last: list[Layer | None] = []
     for name in names:
-        inside = [layer for layer in prunable.layers if f"{layer.name}.".startswith(f"{name}.")]
-        last.append((inside or prunable.layers)[-1])
+        end = max(places[each] for each in known if f"{each}.".startswith(f"{name}."))
+        before = [layer for layer in prunable.layers if places[layer.name] <= end]
+        last.append(before[-1] if before else None)
     dims = channel_dims(model, lambda images: _outputs_of_layers(model, names, images), last, image)
     return Features("layers", layers=tuple(names), channel_dims=tuple(dims))
 

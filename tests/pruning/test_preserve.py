@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import nn
 
 import mhacut
 from helpers.jobs import Recorder, flops_limit, job_of
@@ -25,7 +23,7 @@ from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import FLOOR, SHRINKAGE, Preserved, Whitening
 from mhacut.runtime.distributed import Processes
-from mhacut.surgery.features import channel_dims, find_layers, find_pyramid, find_token_map
+from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
@@ -333,22 +331,6 @@ def test_stages_give_the_channels_of_features_only(name):
     levels = find_pyramid(model, x[:1]).of(model, x)
     for number, (stage, level) in enumerate(zip(stages, levels, strict=True)):
         assert torch.equal(stage, level), number
-
-
-def test_a_token_tells_channels_where_rounded_sizes_do_not():
-    """Channels and rows of the map are in the ratio of the image, rows and columns only nearly."""
-
-    class Maps(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(2, 2)
-
-        def forward(self, images):
-            tokens = self.layer(images[:, :, ::2, 1::2][..., :7].flatten(2).mT)  # (B, 4 * 7, 2)
-            return [tokens.mT.unflatten(2, (4, 7)), tokens.unflatten(1, (4, 7))]
-
-    model, layer = Maps(), SimpleNamespace(name="layer", result="", channel_dim=-1)
-    assert channel_dims(model, model, [layer, layer], torch.rand(1, 2, 8, 16)) == [1, -1]
 
 
 def test_what_a_model_does_not_give_is_refused(tmp_path):
