@@ -98,6 +98,7 @@ def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str
     >>> format_amount(12_340_000, "max_latency"), format_amount(12_340_000, "max_latency", up=True)
     ('12.3ms', '12.4ms')
     """
+    # A time is shown rounded up where it is to be given as a budget: rounded down it would be out of reach.
     if resource == "max_latency":
         milliseconds = amount / 1e6
         digits = max(0, 2 - math.floor(math.log10(milliseconds))) if milliseconds > 0 else 0

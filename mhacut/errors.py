@@ -76,6 +76,7 @@ def options_written_by(writer: OptionWriter) -> Iterator[OptionWriter]:
 
     Yields the writer of before, which ``writer`` may call.
     """
+    # Global, not a context variable: what other threads say names options in the same notation.
     global _write
     before, _write = _write, writer
     try:

@@ -149,6 +149,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     path = Path(file)
     check_class_map(path)
     try:
+        # Editors on Windows begin a file with a mark that would become part of the first name.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
@@ -184,6 +185,7 @@ def label_images(folder: Folder, data: LabelledImages, num_classes: int | None, 
         )
     if class_map is not None:
         index = read_class_map(class_map, num_classes)
+        # Names without a folder are no fault: a subset of ImageNet's classes is often all there is.
         unknown = [name for name in folder.classes if name not in index and name not in folder.empty]
         if unknown:
             raise DataError(
@@ -191,6 +193,7 @@ def label_images(folder: Folder, data: LabelledImages, num_classes: int | None, 
                 f"({option_name('class_map')})"
             )
         return [index[name] for name in folder.names]
+    # Without a map, a class is the place of its folder among the sorted ones, as in training with timm.
     if folder.empty:
         raise DataError(
             f"{folder.path}: class folders without images: {listed(folder.empty)}; without them the classes "

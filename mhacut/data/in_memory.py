@@ -201,6 +201,7 @@ def _collected(
         images.append(some)
         labels.append(their_labels)
         total += len(some)
+        # A DataLoader of ImageNet is not read to its end for 256 images.
         enough = total >= count + (0 if their_labels is None else measured)
         if enough:
             break

@@ -135,7 +135,7 @@ def open_named(
             f"{asked}: {len(known)} classes, the model's head has {num_classes}. "
             f"Name the classes in the head's order with {option_name('class_map')}"
         )
-    return samples or opened
+    return opened if samples is None else samples
 
 
 def _kind(name: str) -> str:
@@ -177,6 +177,7 @@ def targets_of(name: str, opened: Any) -> list[object]:
         DataError: the labels of the dataset ``name`` cannot be read.
     """
     reader: Any = getattr(opened, "reader", None)
+    # Asking for each label by index would decode each image.
     if hasattr(reader, "iter_targets"):
         return list(_with_labels(name, reader.iter_targets()))
     targets = getattr(opened, "targets", None)
@@ -262,6 +263,7 @@ def _label(tar: tarfile.TarFile, members: dict[str, tarfile.TarInfo], key: str, 
     Raises:
         ValueError: it is no number.
     """
+    # Labels are read now, images later: a split is balanced by class before any image is opened.
     held = tar.extractfile(members["json" if field else "cls"]) if field or "cls" in members else None
     text = b"" if held is None else held.read()
     if not text:
@@ -284,15 +286,17 @@ def _by_index(opened: Any) -> ShardedSamples | None:
     reader: Any = getattr(opened, "reader", None)
     split: Any = getattr(reader, "split_info", None)
     shards = [Path(reader.root or "") / name for name in getattr(split, "filenames", None) or ()]
+    # In compressed shards no place can be jumped to.
     plain = all(shard.suffix == ".tar" and shard.is_file() for shard in shards)
     if not shards or not plain or reader.remap_class or getattr(reader, "target_keys", None):
         return None
     endings = tuple(str(reader.input_key).lower().split(";"))
     samples = ShardedSamples(shards, endings, reader.target_key or split.alt_label)
-    announced, found = int(split.num_samples or 0), len(samples) + samples.left_out
-    if announced and announced != found:
+    # tarfile takes a damaged header for the end of the file: samples would be missing without a word.
+    announced, indexed = int(split.num_samples or 0), len(samples) + samples.left_out
+    if announced and announced != indexed:
         raise DataError(
-            f"{shards[0].parent}: {found} samples in {len(shards)} shards, {announced} announced; a shard is "
+            f"{shards[0].parent}: {indexed} samples in {len(shards)} shards, {announced} announced; a shard is "
             "truncated or damaged, or _info.json belongs to other shards"
         )
     return samples

@@ -50,6 +50,7 @@ def _leaves(input_size: tuple[int, int, int], generator: torch.Generator) -> Ten
     most, least = (size**-2 for size in _SIZES)
     for draw, colour in zip(torch.rand(LEAVES, 6, generator=generator), colours[:-1], strict=True):
         size, stretch, direction, across, down, kind = draw.tolist()
+        # Density r^-3 makes the image look the same at every scale, as photographs do.
         radius = side * (most + (least - most) * size) ** -0.5  # inverse of the cumulated r^-3
         stretch = math.exp(_STRETCH * (2 * stretch - 1))
         centre = (1.2 * down - 0.1) * height, (1.2 * across - 0.1) * width

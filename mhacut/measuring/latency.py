@@ -154,6 +154,7 @@ def compare_runs(
             earlier = times = [[*own, *more] for own, more in zip(earlier, times, strict=True)]
         compared = _compared(times)
         best = compared if precision is not None or best is None or compared.drift < best.drift else best
+        # With a precision the rounds of all tries count, so that more tries narrow the error.
         enough = best.steady or number + 1 >= _TRIES
         if enough and (precision is None or best.error <= precision):
             break
@@ -205,6 +206,7 @@ def _turns(
         late = time.perf_counter() - waiting > patience * seconds
         if number >= _MIN_ROUNDS and (late or clocks[-1]() - began > seconds):
             break
+        # Backwards every other round, so that no program always runs right after the same other one.
         turns = list(enumerate(runs))
         for index, run in turns if number % 2 == 0 else reversed(turns):
             times[index].append(_time(run, device, clocks))

@@ -94,6 +94,7 @@ def better_normalisation(
     images = screened.shape[1] + compared.shape[1]
     counts = compared.sum(dim=1) + screened[[True, *more]].sum(dim=1)
     own_top1, *top1 = (100 * counts / images).tolist()
+    # Several may be better: CLIP's and ImageNet's are close to each other.
     clear = [
         (one, percent)
         for one, percent, right in zip(chosen, top1, compared[1:], strict=True)

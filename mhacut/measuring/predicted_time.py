@@ -123,6 +123,7 @@ def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
     If noise makes it fall, it is set between the largest before and the least after.
     """
+    # Isotonic by the mean of the two monotone envelopes; a plan must never seem faster by keeping more.
     widths, times = zip(*sorted(points), strict=True)
     above = accumulate(times, max)
     below = reversed(list(accumulate(reversed(times), min)))
@@ -155,6 +156,7 @@ class TimeTable:
 
     def at(self, widths: Mapping[Any, int]) -> int:
         """Return the nanoseconds per batch at ``widths``, by layer and kind; others keep all channels."""
+        # Savings, not times, are scaled: what no layer accounts for (embedding, norms, head) stays as it is.
         saved = self.saved_by_layers(widths)
         if self.anchors:
             saved = _between(_rising([(0.0, 0.0), *self.anchors]), saved)
@@ -247,6 +249,7 @@ class TimeCurve:
 
     def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
         """Return the curve with one line scaled so that it goes through one more model."""
+        # One factor a line: what matching tokens takes is no FLOP, and on one of the two lines only.
         plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
         factor = nanoseconds / max(plain, 1)
         return replace(self, factors=(self.factors[0], factor) if merges else (factor, self.factors[1]))

@@ -167,6 +167,7 @@ def refusing_compile(option: str) -> Iterator[None]:
         known: Any = sys.modules.get("torch._dynamo.exc")
         if known is None or not isinstance(error, known.TorchDynamoException):
             raise
+        # Dynamo wraps what the compiler raised, sometimes more than once.
         cause: BaseException = error
         while (inner := getattr(cause, "inner_exception", None) or cause.__cause__) is not None:
             cause = inner

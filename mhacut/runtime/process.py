@@ -110,6 +110,7 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
+        # No exception here: it could come amid a write, or an exchange that other processes wait for.
         request.asked = True
         restore()
 

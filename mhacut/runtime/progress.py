@@ -136,6 +136,7 @@ class StageDisplay:
         pass
 
     def start(self, stage: str) -> None:
+        # A new task, for rich estimates the time left from the speed of one task.
         self._progress.remove_task(self._task)
         self._task = self._progress.add_task(safe(stage), total=None, detail="", left="")
         self._shown = time.perf_counter()

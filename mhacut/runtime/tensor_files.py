@@ -38,9 +38,11 @@ class Spill:
         Args:
             tensor: tensor on the CPU.
         """
+        # Every mapping takes whole pages, and there is a limit on their number.
         if tensor.nbytes < LEAST_BYTES or not hasattr(os, "posix_fallocate"):
             return tensor
         try:
+            # Without a name: the system frees it whenever and however this process ends.
             with tempfile.TemporaryFile() as file:
                 # Reserved: writing to a page for which the disk has no room would end the process.
                 os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
