@@ -296,7 +296,7 @@ def _by_index(opened: Any) -> ShardedSamples | None:
     announced, indexed = int(split.num_samples or 0), len(samples) + samples.left_out
     if announced and announced != indexed:
         raise DataError(
-            f"{shards[0].parent}: {indexed} samples in {len(shards)} shards, {announced} announced; a shard is "
+            f"{shards[0].parent}: {indexed} samples in {len(shards)} shards, {announced} announced; one is "
             "truncated or damaged, or _info.json belongs to other shards"
         )
     return samples

@@ -296,7 +296,7 @@ def test_compressed_shards_stay_a_stream(tmp_path):
 def test_a_shard_that_is_cut_short_is_told(root, tmp_path):
     fewer = write_shards(tmp_path / "fewer", [("9", png(9), 0), ("8", png(8), 1)])
     (root / "any-0001.tar").write_bytes((fewer / "any-0001.tar").read_bytes())
-    with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; a shard is truncated"):
+    with pytest.raises(DataError, match=r"samples in 2 shards, 12 announced; one is truncated"):
         open_named(DataOptions(data_dir=root, dataset=NAME), "train", 3, check_classes=True)
 
 
