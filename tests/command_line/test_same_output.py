@@ -28,7 +28,7 @@ def together(owner, name):
     setattr(owner, name, late)
 
 place, first, second = sys.argv[1:4]
-together(*{{"file": (files, "_publish"), "run": (RunFolder, "lock")}}[place])
+together(*{{"file": (files, "sync"), "run": (RunFolder, "lock")}}[place])
 running = []
 for own in (first, second):
     pid = os.fork()
