@@ -79,6 +79,7 @@ def find_candidates(
         rotation = _pca_rotation(module, unit, moments, refit)
         candidates.append(Candidate(unit, rotation, _in_order(unit, moments)))
     shares, by_channel = unit.sharing != "own", not candidates or options.basis == "auto"
+    # Heads that share filters keep their own channels at the price of a copy of the filters for each head.
     separate = options.positions != "equal" and unit.sharing != "tied"
     equal = options.positions != "own" or unit.sharing == "tied"
     if by_channel and (not shares or separate):

@@ -58,18 +58,13 @@ class Distillation:
         return part
 
     @torch.no_grad()
-    def divergence_of(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> float:
-        """Return the divergence of ``model`` from the teacher, mean over all images.
-
-        Args:
-            model: eval mode.
-            tensors: substitutes for tensors of the model, by name.
-        """
+    def divergence_of(self, model: nn.Module) -> float:
+        """Return the divergence of ``model``, in eval mode, from the teacher, mean over all images."""
         device, size = next(model.parameters()).device, self.options.batch_size
         total = 0.0
         for start in range(0, len(self.images), size):
             images, teacher = (part[start : start + size] for part in (self.images, self.teacher))
-            outputs = self.preserved.outputs(model, images.to(device), tensors).float()
+            outputs = self.preserved.outputs(model, images.to(device)).float()
             total += float(self.preserved.divergence(outputs, teacher.to(device))) * len(images)
         return max(total, 0.0) / len(self.images)  # rounding makes equal outputs less than 0
 
@@ -82,6 +77,7 @@ class Distillation:
         """
         device = next(model.parameters()).device
         chosen = next(self._batches)
+        # Detached, weights get no gradients, which would take as much memory again.
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), ordered_attention(device):
             tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}

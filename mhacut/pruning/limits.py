@@ -132,6 +132,7 @@ class Constraints:
                         f"{option_name('equal_qkv', True)}: expected q/k and v of one width, found "
                         f"{choices[qk][-1]} and {choices[v][-1]} channels per head in {qk[0]}"
                     )
+                # Choices are equal above, but constraints on one of the two may have removed some.
                 both = set(left[qk]) & set(left[v])
                 left[qk] = left[v] = tuple(width for width in left[qk] if width in both)
             paired = {key for pair in qk_and_v(choices) for key in pair}

@@ -84,6 +84,8 @@ class MergeLaw:
         typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
         deviations = torch.tensor(_DEVIATIONS, dtype=torch.float64)
         target = torch.tensor(measured, dtype=torch.float64).clamp_min(_LEAST).log()
+        # Least squares of logarithms with a normal prior about TYPICAL: with six trials for five numbers, the
+        # prior decides what they leave open.
         offsets = torch.zeros(len(typical), dtype=torch.float64, requires_grad=True)
         optimiser = torch.optim.LBFGS([offsets], max_iter=200, line_search_fn="strong_wolfe")
 
@@ -106,6 +108,7 @@ measurements."""
 def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
     level, decay, power, crowding, coupling = numbers
     fraction = ((before - after) / (before - tokens.prefix).clamp_min(1)).clamp_min(1e-12)
+    # In logarithms, since a term is a power of 1 / coupling, which may be far beyond all numbers.
     logarithm = (
         level
         - decay.exp() * math.sqrt(block / tokens.depth)
@@ -193,6 +196,7 @@ def cheapest_schedules(
         last: number of blocks that may merge.
         prices: worth of a FLOP, in the law's terms.
     """
+    # States of the dynamic programme are the numbers of tokens left; the price of FLOPs stands for a budget.
     step = max(1, round(tokens.total / _STATES))
     counts = torch.arange(tokens.total, max(tokens.prefix, 1), -step, dtype=torch.float64)
     before, after = counts[:, None], counts[None, :]

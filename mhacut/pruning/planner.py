@@ -160,6 +160,7 @@ class Planner:
         """Sensitivity curves of every unit."""
         candidates = self.candidates
         self.reporter.start("measuring sensitivity curves")
+        # One candidate a unit: curves of all would take twice the time, to decide no more than widths.
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
 

@@ -146,7 +146,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Masks times scales at the current indicators, and the widths, with straight-through gradients."""
+    """Return masks times scales at the current indicators, and the widths, with straight-through gradients."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
@@ -157,6 +157,7 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
             score = adjust_scores(score, width)
         factor = temperature_factor(unit, width, job.options.temperature, "channel")
         channel_scales[unit.key] = straight_through_mask(score) * state.channel_scale * factor
+        # Straight through too: the width that would stay, with the gradient of the sum of indicators.
         soft = state.indicator.sum() / unit.heads
         widths[unit.key] = width + soft - soft.detach()
     return channel_scales, widths
@@ -175,6 +176,7 @@ def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[st
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
     """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, scaled equally."""
+    # Of unit scale, one learning rate and one weight serve any model, loss and budget.
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
     _normalise(grads)
@@ -188,6 +190,7 @@ def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float,
 
 
 def _normalise(tensors: list[Tensor]) -> None:
+    # By one factor for all tensors: what they are to each other stays.
     total = sum(float(tensor.double().square().sum()) for tensor in tensors)
     count = sum(tensor.numel() for tensor in tensors)
     rms = (total / max(count, 1)) ** 0.5
