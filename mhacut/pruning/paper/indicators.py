@@ -146,7 +146,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Return masks times scales at the current indicators, and the widths, with straight-through gradients."""
+    """Return masks times scales at the current indicators, and widths, with straight-through gradients."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
