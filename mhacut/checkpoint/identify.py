@@ -216,6 +216,7 @@ def _from_file(
     named, tag = split_tag(hints.model or "")
     stated = split_tag(training.model or "")[0]
     found, notes = None, training.notes
+    # What the user says counts; a tag stands for weights of timm, of which a script knows nothing.
     if stated and not tag and named in ("", stated):
         try:
             found = _from_training(header, args, training, given=bool(named))
@@ -278,6 +279,7 @@ def _from_names(
         found = replace(found if tag else _without_claims(found, cfg or ()), cfg_origins=origins)
         return _with_notes(found, first=f"architecture {name}, as given")
     found = _without_claims(search(header, args))
+    # DeiT III of its authors has the names and shapes of a rotary ViT of timm, which computes something else.
     other = None
     with suppress(MhacutError):
         renamed = as_deit3(header)

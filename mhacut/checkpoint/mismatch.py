@@ -100,6 +100,7 @@ def _models_with(found: Mapping[str, TensorInfo], identity: ModelIdentity) -> st
 def _hints(model: Any, found: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
     """Return what to try next: the arguments that the shapes show, and what they leave open."""
     shapes = {name: info.shape for name, info in found.items()}
+    # Arguments that were given are inferred too: they may be what is wrong.
     shown = visible_args(model, shapes, {})
     hints = []
     if shown:
@@ -123,6 +124,7 @@ def _hints(model: Any, found: Mapping[str, TensorInfo], other: list[str]) -> lis
             f"num_heads) of the file? (For images of another size: {option_name('img_size')}, maybe with "
             f"{option_name('model_args', {'dynamic_img_size': True})})"
         )
+    # Embedding and norms keep their width, channels inside are gone: so do other pruning tools cut.
     inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
     if inner and len(inner) == len(other) and not any(map(_ABOUT_POSITIONS.search, other)):
         hints.append(

@@ -57,6 +57,7 @@ class Provenance:
     @property
     def normalisation_is_stated(self) -> bool:
         """Whether the mean and the standard deviation are stated for these weights, or given."""
+        # One of the two given by hand: the user has looked at the normalisation.
         origins = {self.origins["mean"], self.origins["std"]}
         return "option" in origins or not origins.intersection(_UNSURE)
 

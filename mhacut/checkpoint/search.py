@@ -65,6 +65,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     fits = fits or _nearest(_build(header, args, _of_flatten(shapes)), header)
     if not fits:
         raise CheckpointError(_nothing_fits(header, built))
+    # A model that computes something else would give other logits from the same file: the user must say.
     chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
@@ -129,6 +130,7 @@ def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
 
 def _computed(model: nn.Module) -> dict[str, str]:
     """Return the class of each module, its settings, and the shapes of tables that it computes itself."""
+    # Models with equal names and shapes have equal trees of modules, so settings can be compared by name.
     found = {}
     for name, module in model.named_modules():
         if type(module).__name__ in _ONLY_TRAINED:

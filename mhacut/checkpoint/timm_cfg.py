@@ -30,6 +30,7 @@ def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any
     if registered is None:
         return dict(stated)
     default = checked_pretrained_cfg(registered.to_dict())
+    # A default crop was chosen for the default size of images, and means nothing for another.
     names = set(_FROM_DEFAULT)
     if stated.get("input_size", default.get("input_size")) != default.get("input_size"):
         names -= SIZE_DEPENDENT

@@ -77,6 +77,7 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     """Return the valid statements in ``stated``; None if there are none of use."""
     notes: list[str] = []
     options: dict[str, Any] = {}
+    # The first group that states an option counts.
     for _, group in reversed(list(_groups(stated))):
         options.update(group)
     args = _args(options, notes)

@@ -42,8 +42,8 @@ class Shown:
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[Shown, ...]:
     """Return the arguments in which the file differs from ``model``, as far as its shapes show them.
 
-    Classes and image size aside, which need the model that these arguments build. Only norms of q and k show
-    the number of heads, so a width is inferred only together with it.
+    Classes and image size aside, which need the model that these arguments build. No shape shows the number
+    of heads, so a width is inferred only where that is given.
 
     Args:
         model: built with ``given``, on any device.
@@ -58,9 +58,10 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
         _depth(expected, shapes),
         _widths(model, expected, shapes, given),
         _switched(expected, shapes),
-        _tokens(model, expected, shapes, given),
+        _tokens(expected, shapes),
         _pooling(model, expected, shapes),
     )
+    # timm swallows unknown arguments in some models and fails in others: only those that it names are used.
     accepted = _parameters(type(model)) - set(given)
     return tuple(one for rule in rules for one in rule if one.name in accepted)
 
@@ -107,6 +108,7 @@ def _depth(expected: Shapes, found: Shapes) -> Iterator[Shown]:
                 [_count(rf"{word}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(ours)]
                 for names in (expected, found)
             ]
+            # A stage without blocks is one of another kind, not one of depth 0.
             if depths[0] != depths[1] and all(depths[1]):
                 yield Shown("depths", depths[1], "the numbers of its blocks")
 
@@ -119,13 +121,8 @@ def _count(pattern: str, names: Iterable[str]) -> int:
 
 def _widths(model: Any, expected: Shapes, found: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
     width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (found, expected))
-    head = _size(found, "blocks.0.attn.q_norm.weight")
-    if width and width != ours:
-        shows_heads = 0 < head < width and width % head == 0
-        if shows_heads:
-            yield Shown("num_heads", width // head, "the shape of blocks.0.attn.q_norm.weight")
-        if shows_heads or "num_heads" in given:
-            yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
+    if width not in (0, ours) and "num_heads" in given:
+        yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
     layer = "blocks.0.mlp.fc1.weight"
     (hidden, width), (our_hidden, ours) = (
         shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (found, expected)
@@ -151,22 +148,11 @@ def _switched(expected: Shapes, found: Shapes) -> Iterator[Shown]:
             yield Shown(argument, with_it if is_there else without, origin)
 
 
-def _tokens(model: Any, expected: Shapes, found: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
+def _tokens(expected: Shapes, found: Shapes) -> Iterator[Shown]:
     ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, found))
     if theirs != ours:
-        for name in ("reg_tokens", "num_reg_tokens"):
+        for name in ("reg_tokens", "num_reg_tokens"):  # of ViT, and of EVA
             yield Shown(name, theirs, "the shape of reg_token")
-    # Whether class and register tokens have positions: the others are a square of patches.
-    prefix, without = ("cls_token" in found) + theirs, getattr(model, "no_embed_class", None)
-    shapes = expected.get("pos_embed", ()), found.get("pos_embed", ())
-    if not isinstance(without, bool) or [len(shape) for shape in shapes] != [3, 3] or "img_size" in given:
-        return
-    positions = shapes[1][1]
-    if "dist_token" in found or not prefix or positions == shapes[0][1]:
-        return
-    square = {flag: _side(positions - (0 if flag else prefix)) is not None for flag in (True, False)}
-    if square[not without] and not square[without]:
-        yield Shown("no_embed_class", not without, "the shape of pos_embed")
 
 
 def _pooling(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
@@ -183,8 +169,6 @@ def _pooling(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
         yield Shown("global_pool", "token", "norm, in place of fc_norm")
     elif pool == "token" and "cls_token" not in found and differs("cls_token"):
         yield Shown("global_pool", "avg", "the lack of a cls_token")
-        if normed and not averaged:
-            yield Shown("fc_norm", False, "norm, in place of fc_norm")
 
 
 def visible_classes(model: Any, shapes: Shapes) -> Shown:

@@ -131,6 +131,7 @@ def unwrap(
             tensors with one name.
     """
     names, prefixes = _without_wrappers(where, shapes)
+    # Level by level, as modules hold each other: model. -> backbone. -> the network.
     left_out: dict[str, int] = {}
     others: list[str] = []
     head: dict[str, str] = {}
@@ -149,7 +150,8 @@ def unwrap(
         network = groups.pop(chosen)
         classifier = None if asked else _classifier(groups, network, shapes)
         if classifier is not None:
-            if layer is not None:  # one beside a network, and one beside what holds it: nobody knows which
+            # One beside the network, and one beside what holds it: no name says which of them is used.
+            if layer is not None:
                 raise CheckpointError(_may_belong(where, trunk or "", head))
             layer, trunk = classifier, chosen
             head = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
@@ -164,6 +166,7 @@ def unwrap(
         listed = ", ".join(f"{name!r:.100}" for name in dict.fromkeys(there[:_MAX_NAMES]))
         asked_for = option_name("part", part)
         raise CheckpointError(f"{where}: {asked_for}: there is no such part; it has {listed}")
+    # A network with a classifier of its own may give the other one its logits, or not use its own.
     if head and any(map(CLASSIFIERS.fullmatch, names.values())):
         raise CheckpointError(_may_belong(where, trunk or "", head))
     _check_unique(where, names, prefixes)
@@ -257,6 +260,7 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | 
     else:
         chosen = trained or averaged
     if chosen is None:
+        # A prefix that all tensors share is a wrapper, whatever its name.
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
         return only if only not in (None, *_KEPT) and _is_nested(modules[only]) else None
     inside = {rest.partition(".")[0] for rest in modules[chosen].values()}
@@ -388,7 +392,7 @@ def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
     }
     student, teacher = (_shapes(states.get(word, {})) for word in ("student", "teacher"))
     if student and teacher and not is_average(student, teacher, "teacher"):
-        del states["teacher"]
+        del states["teacher"]  # the network that was trained is then the student
     if any(name in states for name in _ENTRIES):
         return next(name for name in _ENTRIES if name in states)
     if len(states) == 1 and not any(isinstance(value, Tensor) for value in checkpoint.values()):
@@ -407,6 +411,7 @@ def _holds_weights(value: object, depth: int = 2, known: dict[tuple[int, int], b
         return False
     known, key = {} if known is None else known, (id(value), depth)
     if key not in known:
+        # Two names with dots: a single one may be an optimiser's, or a table beside the weights.
         named = [name for name, item in value.items() if isinstance(item, Tensor) and "." in name]
         inner = value.values() if depth and len(named) < 2 else ()
         known[key] = len(named) > 1 or any(_holds_weights(item, depth - 1, known) for item in inner)

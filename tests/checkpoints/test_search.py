@@ -52,7 +52,6 @@ def header_of(model) -> FileHeader:
         (VIT, {"num_classes": 0}),
         (VIT, DIGITS),
         (VIT, {**AVERAGED, "depth": 3, "num_classes": 4}),
-        (VIT, {"reg_tokens": 4, "no_embed_class": True, "depth": 3, "num_classes": 4}),
         (VIT, {"init_values": 1e-5, "qkv_bias": False, "depth": 3, "num_classes": 4}),
         ("deit_tiny_distilled_patch16_224", {"num_classes": 7, "in_chans": 1, "depth": 2}),
         ("vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 3}),
@@ -131,15 +130,12 @@ def test_of_models_that_only_take_other_images_one_is_chosen(tmp_path, side):
     [
         (DIGITS, {}),
         ({"embed_dim": 48, "num_heads": 3, "depth": 1}, {"num_heads": 3}),
-        ({"embed_dim": 48, "num_heads": 3, "depth": 1, "qk_norm": True}, {"qk_norm": True}),
         ({"mlp_ratio": 2.5, "depth": 1}, {}),
         ({"mlp_ratio": 1 / 3, "depth": 1}, {}),
         ({"qkv_bias": False, "init_values": 1e-5, "pre_norm": True, "depth": 1}, {}),
         ({**AVERAGED, "depth": 1, "img_size": 64}, {}),
-        ({**AVERAGED, "fc_norm": False, "depth": 1}, {}),
         ({"global_pool": "avg", "depth": 1}, {}),
         ({"reg_tokens": 2, "depth": 1, "img_size": 48}, {}),
-        ({"reg_tokens": 2, "no_embed_class": True, "depth": 1, "img_size": 48}, {}),
     ],
 )
 def test_arguments_beside_the_model_are_inferred(args, given):

@@ -125,6 +125,7 @@ class Family:
         found: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
+        # Shapes come from a file that may lie: whatever does not fit ends in one sentence.
         try:
             for name, tensor in tensors.items():
                 targets = self.targets(name, headless=headless)
@@ -289,6 +290,7 @@ def mlp_ratio(hidden: int, width: int) -> float:
     4304
     """
     ratio = hidden / width
+    # The quotient may round to just below the whole number, which timm would then round down by one.
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
 
 

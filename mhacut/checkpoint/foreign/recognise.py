@@ -82,6 +82,7 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
+    # open_clip keeps the tower's library to itself; the names of its tensors tell it.
     if isinstance(stated.get("model_cfg"), dict):
         config = Config(stated, show(header.path.parent / "open_clip_config.json"))
         for prefix, title in ((TRUNK, "timm in open_clip"), ("visual.transformer.", "CLIP of open_clip")):
@@ -135,6 +136,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
     if config is not None and processor is not None and flips_channels(processor):
         family = _flipped(family)
+    # The same conversion, without memory, tells shapes and dtypes under timm's names.
     on_meta = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in header.tensors.items()
