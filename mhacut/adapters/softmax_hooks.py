@@ -287,7 +287,7 @@ def upsampled(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
     return fine[..., : x.shape[2], : x.shape[3]]
 
 
-def beside_others(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
+def with_others(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
     return m.proj(torch.cat([as_map(y, x.shape[2:]), x[:, m.pdim :]], dim=1))
 
 

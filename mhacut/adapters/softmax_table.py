@@ -144,7 +144,7 @@ SOFTMAX = (
         read_by="proj.1",
         read_beside=lambda m: m.dim - m.pdim,
         inputs=hooks.attending,
-        finish=hooks.beside_others,
+        finish=hooks.with_others,
         fits=lambda m, qk, v: v == m.pdim,
         attributes={"qk_dim": "qk"},
         v_mixing="refit",

@@ -27,7 +27,7 @@ from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.smallest import Bracket, Search, Trial, smallest_within
-from mhacut.surgery.costs import byte_table, count_bytes, parameter_table
+from mhacut.surgery.costs import count_bytes, storage_table
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
 
@@ -326,7 +326,7 @@ class Params(Amount):
 
     def cost(self) -> Cost:
         job, copies = self.job, self.inputs.options.positions != "equal"
-        return parameter_table(job.model, job.prunable, job.least_widths, copies=copies).at
+        return storage_table(job.model, job.prunable, job.least_widths, None, copies=copies).at
 
     def count(self, attempt: Attempt) -> int:
         return count_parameters(attempt.model)
@@ -348,7 +348,7 @@ class Size(Amount):
         """
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
-        tensors = byte_table(job.model, job.prunable, job.least_widths, dtypes, copies=copies).at
+        tensors = storage_table(job.model, job.prunable, job.least_widths, dtypes, copies=copies).at
         plan = Plan(tuple(unit.keep_first(job.least_widths[unit.key]) for unit in job.units))
         curves = {key: dict.fromkeys(widths, 1 / 3) for key, widths in job.choices.items()}
         record = self.inputs.record(plan, curves, job.table.dense)

@@ -103,7 +103,7 @@ def build_cost_table(
 
     Args:
         model: in eval mode.
-        prunable: of ``model``.
+        prunable: prunable layers of ``model``.
         input_size: [C, H, W].
 
     Raises:
@@ -126,39 +126,40 @@ _FITTED: dict[tuple[Any, ...], Polynomial] = {}
 
 def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> Polynomial:
     """FLOPs of one run of a layer; counted once for all that are alike."""
-    key = (cost_key(module), repr(call), prefix, next(module.parameters()).is_meta)
+    meta = next(module.parameters()).is_meta
+    key = (cost_key(module), repr(call), prefix, meta)
     if key not in _FITTED:
-        count = _LayerCounter(module, layer, call, prefix)
-        _FITTED[key] = fit_polynomial(f"{layer.name} ({type(module).__name__})", count.whole, count)
+        outline = copy.deepcopy(module).to("meta")
+
+        def count(widths: Mapping[UnitKind, int]) -> int:
+            slim = cut_to_widths(outline, layer, widths)
+            # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape
+            # checks. A model that is there already can be traced there, or it could not have been counted.
+            if not meta:
+                take_weights(slim)
+            replay = Replay(slim, call, prefix).eval()
+            return count_flops(replay, replay.zeros(torch.device("meta" if meta else "cpu")))[""]
+
+        whole = {unit.kind: unit.width for unit in layer.units}
+        name = f"{layer.name} ({type(module).__name__})"
+        _FITTED[key] = fit_polynomial(name, whole, _Counts(whole, count).at)
     return _FITTED[key]
 
 
-class _LayerCounter:
-    """Counts the FLOPs of one run of a layer at any widths, each once."""
+class _Counts:
+    """Cost of a layer that is counted at any widths, at each of them once."""
 
-    def __init__(self, module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> None:
-        self.layer, self.call, self.prefix = layer, call, prefix
-        self.whole: dict[UnitKind, int] = {unit.kind: unit.width for unit in layer.units}
-        # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape checks.
-        # A model that is there already can be traced there, or the whole could not have been counted.
-        self.device = torch.device("meta" if next(module.parameters()).is_meta else "cpu")
-        self._outline = copy.deepcopy(module).to("meta")
-        self._counts: dict[tuple[int, ...], int] = {}
+    def __init__(self, whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
+        self._whole, self._count = whole, count
+        self._known: dict[tuple[int, ...], int] = {}
 
-    def __call__(self, changed: Mapping[UnitKind, int]) -> int:
-        """FLOPs at ``changed`` widths; kinds not named stay as they are."""
-        widths = {**self.whole, **changed}
+    def at(self, changed: Mapping[UnitKind, int]) -> int:
+        """Return the cost at ``changed`` widths; kinds not named stay as they are."""
+        widths = {**self._whole, **changed}
         key = tuple(widths.values())
-        if key not in self._counts:
-            self._counts[key] = self._count(widths)
-        return self._counts[key]
-
-    def _count(self, widths: Mapping[UnitKind, int]) -> int:
-        slim = cut_to_widths(self._outline, self.layer, widths)
-        if self.device.type != "meta":
-            take_weights(slim)
-        replay = Replay(slim, self.call, self.prefix).eval()
-        return count_flops(replay, replay.zeros(self.device))[""]
+        if key not in self._known:
+            self._known[key] = self._count(widths)
+        return self._known[key]
 
 
 def fit_polynomial(
@@ -170,7 +171,7 @@ def fit_polynomial(
     """Interpolate counts, without squares of widths if possible, and check the result at other widths.
 
     Args:
-        name: of the layer, for errors.
+        name: name of the layer, for errors.
         whole: its widths as it stands.
         count: cost at the widths it is called with; kinds not named are at ``whole``.
         counted: what is counted, for errors.
@@ -232,8 +233,6 @@ def _half(width: int) -> int:
 
 Dtypes = Mapping[str, torch.dtype]
 """Dtype of each tensor in a file, by its name; tensors not named keep their own."""
-Count = Callable[[nn.Module, str], int]
-"""Amount that a module stores, whose tensors have names with a prefix in the model."""
 
 
 @dataclass(frozen=True)
@@ -268,8 +267,8 @@ def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
 
     Args:
         module: a model, or a part of one.
-        dtypes: of the model's tensors in the file.
-        prefix: of the names of the part's tensors in the model, with its dot.
+        dtypes: dtypes of the model's tensors in the file.
+        prefix: prefix of the names of the part's tensors in the model, with its dot.
     """
     return sum(
         tensor.numel() * stored_dtype(prefix + name, tensor, dtypes).itemsize
@@ -277,98 +276,57 @@ def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
     )
 
 
-def parameter_table(
-    model: nn.Module, prunable: PrunableLayers, least: Mapping[UnitKey, int], *, copies: bool
-) -> StorageTable:
-    """Return the number of parameters at any widths.
-
-    Args:
-        model: as it is pruned.
-        prunable: of ``model``.
-        least: least width of every unit that may be cut.
-        copies: whether each head gets a copy of the tensors that heads share.
-    """
-
-    def count(module: nn.Module, prefix: str) -> int:
-        return count_parameters(module)
-
-    return _table(model, prunable, least, count, "parameters", copies)
-
-
-def byte_table(
-    model: nn.Module, prunable: PrunableLayers, least: Mapping[UnitKey, int], dtypes: Dtypes, *, copies: bool
-) -> StorageTable:
-    """Return the bytes of the tensors at any widths, stored in ``dtypes``; see :func:`parameter_table`."""
-
-    def count(module: nn.Module, prefix: str) -> int:
-        return count_bytes(module, dtypes, prefix)
-
-    return _table(model, prunable, least, count, "bytes", copies)
-
-
-def _table(
+def storage_table(
     model: nn.Module,
     prunable: PrunableLayers,
     least: Mapping[UnitKey, int],
-    count: Count,
-    counted: str,
+    dtypes: Dtypes | None,
+    *,
     copies: bool,
 ) -> StorageTable:
-    outline = copy.deepcopy(model).to("meta")
+    """Return the number of parameters at any widths, or the bytes of all tensors in a file.
+
+    Args:
+        model: model to prune.
+        prunable: prunable layers of ``model``.
+        least: least width of every unit that may be cut.
+        dtypes: dtypes of tensors in the file; None to count parameters.
+        copies: whether each head gets a copy of the tensors that heads share.
+    """
+
+    def amount(module: nn.Module, prefix: str = "") -> int:
+        return count_parameters(module) if dtypes is None else count_bytes(module, dtypes, prefix)
+
+    def first(unit: Unit, width: int) -> UnitPlan:
+        return unit.keep_first(width, unshared=copies and unit.sharing == "copied")
+
+    def cost_of(layer: Layer, kinds: Mapping[UnitKind, int]) -> Cost:
+        module = outline.get_submodule(layer.name)
+
+        def count(widths: Mapping[UnitKind, int]) -> int:
+            slim = copy.deepcopy(module)
+            plans = {unit.kind: first(unit, widths[unit.kind]) for unit in layer.units if unit.kind in widths}
+            slice_layer(slim, layer, plans)
+            return amount(slim, f"{layer.name}.")
+
+        counts = _Counts(kinds, count)
+        try:
+            return fit_polynomial(layer.name, kinds, counts.at, "parameters or bytes")
+        except UnsupportedModelError:  # such as a weight with room for the wider of q/k and v
+            return counts
+
+    outline, units = copy.deepcopy(model).to("meta"), [unit for unit in prunable.units() if unit.key in least]
     layers = []
     for layer in prunable.layers:
         kinds = {unit.kind: unit.width for unit in layer.units if unit.key in least}
         if kinds:
-            module = outline.get_submodule(layer.name)
-            name = f"{layer.name} ({type(module).__name__})"
-            counter = _counter(module, layer, kinds, count, copies)
-            cost: Cost
-            try:
-                cost = fit_polynomial(name, kinds, counter, counted)
-            except UnsupportedModelError:  # such as a weight with room for the wider of q/k and v
-                cost = _Counts(counter)
-            layers.append(LayerCost(layer, (cost,)))
+            layers.append(LayerCost(layer, (cost_of(layer, kinds),)))
     smallest = copy.deepcopy(outline)
-    units = [unit for unit in prunable.units() if unit.key in least]
-    cut(smallest, Plan(tuple(_first(unit, least[unit.key], copies) for unit in units)), prunable=prunable)
-    dense, whole = count(model, ""), {unit.key: unit.width for unit in units}
+    cut(smallest, Plan(tuple(first(unit, least[unit.key]) for unit in units)), prunable=prunable)
+    dense, whole = amount(model), {unit.key: unit.width for unit in units}
+    # The rest is the larger of two: copies that a cut makes are counted at all widths.
     rests = (
-        amount - sum(int(layer.at(widths)) for layer in layers)
-        for amount, widths in ((count(smallest, ""), least), (dense, whole))
+        total - sum(int(layer.at(widths)) for layer in layers)
+        for total, widths in ((amount(smallest), least), (dense, whole))
     )
     return StorageTable(max(rests), tuple(layers), dense)
-
-
-class _Counts:
-    """Amount of a layer that is no polynomial of its widths: counted, at each of them once."""
-
-    def __init__(self, count: Callable[[Mapping[UnitKind, int]], int]) -> None:
-        self._count = count
-        self._known: dict[tuple[tuple[UnitKind, int], ...], int] = {}
-
-    def at(self, widths: Mapping[UnitKind, int]) -> int:
-        key = tuple(widths.items())
-        if key not in self._known:
-            self._known[key] = self._count(widths)
-        return self._known[key]
-
-
-def _counter(
-    outline: nn.Module, layer: Layer, kinds: Mapping[UnitKind, int], count: Count, copies: bool
-) -> Callable[[Mapping[UnitKind, int]], int]:
-    """Return the count of one layer at changed widths."""
-
-    def at(changed: Mapping[UnitKind, int]) -> int:
-        widths = {**kinds, **changed}
-        slim = copy.deepcopy(outline)
-        plans = {
-            unit.kind: _first(unit, widths[unit.kind], copies) for unit in layer.units if unit.kind in widths
-        }
-        slice_layer(slim, layer, plans)
-        return count(slim, f"{layer.name}.")
-
-    return at
-
-
-def _first(unit: Unit, width: int, copies: bool) -> UnitPlan:
-    return unit.keep_first(width, unshared=copies and unit.sharing == "copied")

@@ -29,7 +29,7 @@ from mhacut.pruning import allocate
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps, width_choices
 from mhacut.report.history import step
-from mhacut.surgery.costs import byte_table, count_bytes, parameter_table
+from mhacut.surgery.costs import count_bytes, storage_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
@@ -202,8 +202,8 @@ def test_storage_follows_from_widths(case, seed):
     least = {unit.key: 1 for unit in prunable.units()}
     dtypes = {name: torch.float16 for name, tensor in model.state_dict().items() if "proj" in name}
     tables = (
-        (parameter_table(model, prunable, least, copies=True), count_parameters),
-        (byte_table(model, prunable, least, dtypes, copies=True), lambda part: count_bytes(part, dtypes)),
+        (storage_table(model, prunable, least, None, copies=True), count_parameters),
+        (storage_table(model, prunable, least, dtypes, copies=True), lambda part: count_bytes(part, dtypes)),
     )
     plan, _ = random_plan(prunable, seed=seed)
     slim = copy.deepcopy(model)
@@ -223,7 +223,7 @@ def test_storage_that_is_no_polynomial_is_counted(kinds, gone):
     model = build(CASES["efficientvit_mit.LiteMLA"])
     prunable = find_prunable_layers(model)
     units = prunable.units(kinds)
-    table = parameter_table(model, prunable, {unit.key: 1 for unit in units}, copies=True)
+    table = storage_table(model, prunable, {unit.key: 1 for unit in units}, None, copies=True)
     widths = {unit.key: unit.width - less for unit, less in zip(units, gone, strict=False)}
     kept = {unit.key: (tuple(range(widths[unit.key])),) * unit.heads for unit in units}
     cut(model, Plan(tuple(UnitPlan(*unit.key, unit.width, kept[unit.key]) for unit in units)))
