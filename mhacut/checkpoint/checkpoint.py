@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ _MAX_NAMES = 5
 """Names of tensors in a message."""
 
 
+@dataclass(eq=False)
 class Checkpoint:
     """A timm model, dense or slim, and what is known about it.
 
@@ -38,48 +39,37 @@ class Checkpoint:
     Each step may raise a :class:`CheckpointError`.
     """
 
-    def __init__(
-        self,
-        source: str,
-        stem: str,
-        *,
-        record: SlimRecord | None,
-        header: FileHeader | None = None,
-        hints: ModelHints | None = None,
-        identified: Identified | None = None,
-        sha256: str | None = None,
-    ) -> None:
-        """Keep what is known; see :meth:`open` and :meth:`of_model`."""
-        self.source = source
-        """A path, ``timm:NAME``, or another name for readers."""
-        self.stem = stem
-        """Beginning of default output names."""
-        self.record = record
-        """Record of a slim file; None for a dense model."""
-        self.header = header
-        """Header of the file; None for a model in memory."""
-        self.has_weights = header is None
-        """Whether the weights of the model have been read."""
-        self._hints = hints or ModelHints()
-        self._identified = identified
-        self._sha256 = sha256
+    source: str
+    """A path, ``timm:NAME``, or another name for readers."""
+    stem: str
+    """Beginning of default output names."""
+    record: SlimRecord | None
+    """Record of a slim file; None for a dense model."""
+    header: FileHeader | None = None
+    """Header of the file; None for a model in memory."""
+    hints: ModelHints = field(default_factory=ModelHints)
+    """Statements of the user about the model in the file."""
+    has_weights: bool = False
+    """Whether the weights of the model have been read."""
+    _identified: Identified | None = None
+    _sha256: str | None = None
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], hints: ModelHints | None = None) -> Checkpoint:
         """Read the header of a file, and the record of a slim one.
 
         Args:
-            source: a safetensors or torch file, or a folder of timm or
-                another library. Content decides the format, not the suffix.
+            source: a safetensors or torch file, or a folder of timm or another library.
             hints: what the user says about the model in the file.
 
         Raises:
             CheckpointError: not a readable checkpoint, or what it states makes no sense.
         """
-        header = read_file_header(source, None if hints is None else hints.part)
+        hints = hints or ModelHints()
+        header = read_file_header(source, hints.part)
         of_folder = header.config is not None or bool(header.shards)
         stem = Path(source).resolve().name if of_folder else stem_of(header.path)
-        return cls(os.fspath(source), stem, record=_record_of(header), header=header, hints=hints)
+        return cls(os.fspath(source), stem, _record_of(header), header, hints)
 
     @classmethod
     def of_model(
@@ -115,7 +105,7 @@ class Checkpoint:
             }
         origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
         identified = Identified(identity, model, tensors, tuple(notes), origins)
-        return cls(source, stem, record=record, identified=identified, sha256=sha256)
+        return cls(source, stem, record, has_weights=True, _identified=identified, _sha256=sha256)
 
     @property
     def path(self) -> Path | None:
@@ -164,11 +154,10 @@ class Checkpoint:
     @property
     def sha256(self) -> str:
         """Hex digest of the file's bytes, or of the tensors of a model in memory."""
-        if self._sha256 is None:
-            header = self.header
-            self._sha256 = (
-                sha256_of_tensors(self.model.state_dict()) if header is None else sha256_of_file(header)
-            )
+        if self._sha256 is None and self.header is not None:
+            self._sha256 = sha256_of_file(self.header)
+        elif self._sha256 is None:
+            self._sha256 = sha256_of_tensors(self.model.state_dict())
         return self._sha256
 
     def read_tensors(self) -> dict[str, Tensor]:
@@ -185,10 +174,11 @@ class Checkpoint:
     def _identify(self) -> Identified:
         if self._identified is None:
             assert self.header is not None
-            if self.record is None:
-                self._identified = identify_dense(self.header, self._hints)
-            else:
-                self._identified = identify_slim(self.header, self.record, self._hints)
+            self._identified = (
+                identify_dense(self.header, self.hints)
+                if self.record is None
+                else identify_slim(self.header, self.record, self.hints)
+            )
         return self._identified
 
     def _read_weights(self) -> None:
@@ -247,11 +237,6 @@ def _record_of(header: FileHeader) -> SlimRecord | None:
 def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
     found = header.naming.note(header.part, header.other_parts)
     notes = [] if found is None else [found]
-    suffix = header.path.suffix.lower()
-    if header.format == "torch" and suffix == ".safetensors":
-        notes.append("the content is a torch file, despite the name")
-    if header.format == "safetensors" and suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
-        notes.append("the content is safetensors, despite the name")
     dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
     if dtypes not in ([], ["float32"]):
         notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")

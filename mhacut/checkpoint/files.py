@@ -96,20 +96,15 @@ def _named(header: FileHeader) -> FileHeader:
 def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
     """Return the header of several files that hold one model."""
     tensors: dict[str, TensorInfo] = {}
-    shards = {}
-    formats: dict[Format, None] = {}
-    for path in paths:
-        header = _file_header(path)
-        formats[header.format] = None
+    headers = [_file_header(path) for path in paths]
+    for header in headers:
         twice = tensors.keys() & header.tensors.keys()
-        if len(formats) > 1 or header.part is not None or twice:
-            what = f"not a {next(iter(formats))} file" if len(formats) > 1 else "a training checkpoint"
-            what = f"tensor {min(twice)!r:.150} is in another shard too" if twice else what
-            again = "save the state dict alone" if header.part is not None else "download the folder again"
-            raise CheckpointError(f"{show(path)}: {what}; {again}")
-        shards[path] = header.tensors
+        if header.part is not None or twice:
+            what = f"tensor {min(twice)!r:.150} is in another shard too" if twice else "a training checkpoint"
+            raise CheckpointError(f"{show(header.path)}: {what}; download the folder again")
         tensors |= header.tensors
-    return FileHeader(paths[0], next(iter(formats)), tensors, shards=shards, asked=part)
+    shards = {header.path: header.tensors for header in headers}
+    return FileHeader(paths[0], headers[0].format, tensors, shards=shards, asked=part)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:

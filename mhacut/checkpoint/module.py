@@ -20,7 +20,7 @@ from mhacut.checkpoint.identity import (
     checked_pretrained_cfg,
     identity_of,
 )
-from mhacut.checkpoint.infer import Identified, infer_from_shapes
+from mhacut.checkpoint.infer import infer_from_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
 from mhacut.errors import CheckpointError, option_name
@@ -91,19 +91,33 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = f"{architecture} in memory"
-    identified = _identify(module, architecture, cfg, hints, source)
+    args = checked_model_args({**getattr(module, _ARGS, {}), **hints.model_args})
+    args["num_classes"] = _check_classes(module, hints, source)
+    size = _image_size(module)
+    if "img_size" not in args and size != _image_size(build_skeleton(ModelIdentity(architecture, args, cfg))):
+        args["img_size"] = size
+    tensors = infos(module.state_dict())
+    identified = infer_from_shapes(architecture, args, cfg, tensors)
     model, identity = identified.skeleton, identified.identity
+    try:
+        check_tensors(source, tensors, model, identity)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\n  mhacut rebuilds a module from its architecture and arguments: state in "
+            f"{option_name('model_args')} all arguments that are not the defaults; of a slim model, give the "
+            "file"
+        ) from None
     set_resolved_preprocessing(model, identity, source)
     allocate(model)
     original = _as_loaded(module)
     model.load_state_dict(original.state_dict(), strict=True)
     check_finite(source, model.eval())
-    size = model_input_size(model, identity.pretrained_cfg, identity.model_args)
-    if not _same_outputs(model, original, size):
-        args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
+    shape = model_input_size(model, identity.pretrained_cfg, identity.model_args)
+    if not _same_outputs(model, original, shape):
+        stated = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
         raise CheckpointError(
-            f"{source}: rebuilt with {architecture} and {args}, the module gives different outputs; state in "
-            f"{option_name('model_args')} the arguments that it was built with"
+            f"{source}: rebuilt with {architecture} and {stated}, the module gives different outputs; state "
+            f"in {option_name('model_args')} the arguments that it was built with"
         )
     return Checkpoint.of_model(
         model,
@@ -140,29 +154,6 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     return architecture, checked_pretrained_cfg(known)
 
 
-def _identify(
-    module: nn.Module, architecture: str, cfg: Mapping[str, Any], hints: ModelHints, source: str
-) -> Identified:
-    """Build the module again on the meta device, and compare its tensors."""
-    args = checked_model_args({**getattr(module, _ARGS, {}), **hints.model_args})
-    args["num_classes"] = _check_classes(module, hints, source)
-    if "img_size" not in args:
-        plain = build_skeleton(ModelIdentity(architecture, args, dict(cfg)))
-        if _image_size(plain) != _image_size(module):
-            args["img_size"] = _image_size(module)
-    tensors = infos(module.state_dict())
-    identified = infer_from_shapes(architecture, args, cfg, tensors)
-    try:
-        check_tensors(source, tensors, identified.skeleton, identified.identity)
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{error}\n  mhacut rebuilds a module from its architecture and arguments: state in "
-            f"{option_name('model_args')} all arguments that are not the defaults; of a slim model, give the "
-            "file"
-        ) from None
-    return identified
-
-
 def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
     """Return the number of classes of ``module``, once checked to be that of ``hints``."""
     classes = classifier_size(module)
@@ -189,16 +180,12 @@ def _as_loaded(module: nn.Module) -> nn.Module:
         CheckpointError: something in the module cannot be copied.
     """
     try:
-        copied = copy.deepcopy(module)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    # Whatever hangs on a module is copied, too, and raises what it likes.
-    except Exception as error:
+        return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
+    except RuntimeError as error:  # of tensors that were computed, as pruning masks make them
         raise CheckpointError(
             f"the module cannot be copied: {error!s:.200}; end what was added to it, for example by "
             "torch.nn.utils.prune.remove or remove_weight_norm"
         ) from error
-    return copied.cpu().float().eval().requires_grad_(False)
 
 
 @torch.no_grad()

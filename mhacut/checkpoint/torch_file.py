@@ -11,6 +11,7 @@ import argparse
 import pickle
 import re
 import struct
+import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -41,6 +42,7 @@ _FORMATS = {
 }
 # fmt: on
 """Formats of :mod:`struct` by the codes of NumPy's dtypes."""
+_ORDER = sys.byteorder.encode()
 _SAVE_ALONE = "save the state dict alone: torch.save(model.state_dict(), ...)"
 
 
@@ -201,25 +203,26 @@ def _check_archive(path: Path) -> None:
     """Refuse zip archives that are no state dict's, or that would inflate; nothing is ever extracted."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    names = [member.filename for member in members]
-    if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
-        fault = "TorchScript archives are not supported; save the state dict: "
-        fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
-    elif names and all(name.endswith(".npy") for name in names):
-        fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
-        fault += (
-            'm = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), "weights.pth")'
-        )
-    elif sum(name.endswith("/data.pkl") for name in names) != 1:
-        fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
-    elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        fault = "compressed torch files are not supported (torch writes none); save it again with torch.save"
-    elif any(
-        member.file_size > _MAX_PICKLE_BYTES for member in members if member.filename.endswith("/data.pkl")
-    ):
-        fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_SAVE_ALONE}"
-    else:
-        return
+        names = [member.filename for member in members]
+        pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+        if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
+            fault = "TorchScript archives are not supported; save the state dict: "
+            fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
+        elif names and all(name.endswith(".npy") for name in names):
+            fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
+            fault += "m = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), ...)"
+        elif len(pickles) != 1:
+            fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
+        elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            fault = "compressed torch files are not supported (torch writes none); save it by torch.save"
+        elif pickles[0].file_size > _MAX_PICKLE_BYTES:
+            fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_SAVE_ALONE}"
+        # To swap the bytes of tensors on the meta device ends torch's process.
+        elif any(archive.read(name) != _ORDER for name in names if name.endswith("/byteorder")):
+            fault = "its numbers have another byte order than this machine; save it again: "
+            fault += "torch.save(torch.load(FILE, weights_only=True), ...)"
+        else:
+            return
     raise CheckpointError(f"{show(path)}: {fault}")
 
 

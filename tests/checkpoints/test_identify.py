@@ -199,15 +199,6 @@ def test_integer_weights_are_refused(tmp_path):
     assert "'norm.weight' (int8)" in message
 
 
-def test_a_suffix_that_lies_is_noted(dense, tmp_path):
-    model, path = dense
-    loaded = read_model(path.rename(tmp_path / "dense.pth"), model=NAME, model_args=ARGS)
-    assert "the content is safetensors, despite the name" in loaded.notes
-    torch.save(model.state_dict(), path)
-    loaded = read_model(path, model=NAME, model_args=ARGS)
-    assert "the content is a torch file, despite the name" in loaded.notes
-
-
 @pytest.mark.parametrize(
     ("name", "args"),
     [

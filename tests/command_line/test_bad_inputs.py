@@ -101,6 +101,7 @@ FILES = {
     "35 number": (torch_file({"a": TENSOR, "epoch": 3}), "'epoch' is a int, expected a tensor"),
     "40 float8": (header({"a": entry("F8_E4M3", (8,))}, bytes(8)), QUANTISED),
     "40 complex": (torch_file({"a": TENSOR.cfloat()}), "sparse or complex weights are not supported"),
+    "40 byte order": (zipped({"m/data.pkl": b"N.", "m/byteorder": b"none"}), "have another byte order"),
     "40 quantised": (quantised, "sparse or complex weights are not supported"),
 }  # fmt: skip
 
@@ -261,7 +262,7 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     out, again = tmp_path / "out.safetensors", tmp_path / "again.safetensors"
     result = run("prune", path, *tiny_vit.flags[1:], "--flops", "80%", "-o", out, *FAST)
     assert result.exit_code == 0, result.stderr
-    for note in ("state_dict", "module.", "content is a torch file, despite the name", "num_classes 7"):
+    for note in ("state_dict", "module.", "num_classes 7"):
         assert note in result.stderr
     stored = load_file(out)
     assert stored["blocks.0.attn.qkv.weight"].dtype == torch.float16
@@ -274,7 +275,6 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     again.rename(tmp_path / "again.pth")
     result = run("inspect", tmp_path / "again.pth")
     assert result.exit_code == 0, result.stderr
-    assert "content is safetensors, despite the name" in result.stderr
 
 
 @pytest.mark.parametrize("basis", ["channel", "principal"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from pathlib import Path
 
 import pytest
@@ -153,30 +152,12 @@ def test_another_number_of_classes_is_refused(tiny_vit):
             opened(module_of(tiny_vit), hints)
 
 
-def _pruned_by_torch(model):
-    prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)
-
-
-def _with_a_lock(model):
-    model.lock = threading.Lock()
-
-
-@pytest.mark.parametrize("change", [_pruned_by_torch, _with_a_lock])
-def test_a_module_that_cannot_be_copied_is_told(tiny_vit, change):
+def test_a_module_that_cannot_be_copied_is_told(tiny_vit):
     model = module_of(tiny_vit)
-    model(torch.zeros(1, 3, 32, 32))  # a weight that was pruned is no longer a parameter
-    change(model)
+    model(torch.zeros(1, 3, 32, 32))
+    prune.l1_unstructured(model.blocks[0].mlp.fc1, "weight", 0.5)  # then the weight is no longer a parameter
     with pytest.raises(CheckpointError, match=r"cannot be copied: .*; end what was added to it"):
         copy_of_module(model)
-
-
-def test_a_copy_without_memory_is_no_matter_of_the_module(tiny_vit, monkeypatch):
-    def fail(module):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(copy, "deepcopy", fail)
-    with pytest.raises(torch.OutOfMemoryError):
-        copy_of_module(module_of(tiny_vit))
 
 
 @pytest.mark.parametrize("wrapped", [torch.compile, nn.DataParallel])
