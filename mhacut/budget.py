@@ -6,33 +6,40 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import NamedTuple
 
 from mhacut.errors import UsageError, option_name
-
-Resource = Literal["flops", "params", "size", "max_latency"]
-"""Resource that a budget bounds: FLOPs, parameters, bytes of the file, or nanoseconds per batch. Names of
-options, too."""
-RESOURCES: tuple[Resource, ...] = get_args(Resource)
-NOUNS: Mapping[Resource, str] = {"flops": "FLOPs", "params": "parameters", "size": "", "max_latency": ""}
-"""Nouns behind amounts of the resources; empty where :func:`format_amount` gives the unit."""
 
 _BUDGET = re.compile(
     r"(?P<number>\d+(?:\.\d*)?(?:[eE]\+?\d+)?|\.\d+)(?P<unit>[KMGT]i?B|B|ns|us|ms|s|[KMGT%]?)"
 )
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
+_COUNTS = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 _BYTES = {"": 1.0, "B": 1.0} | {
     f"{prefix}{i}B": base ** (power + 1)
     for power, prefix in enumerate("KMGT")
     for i, base in (("", 1e3), ("i", 1024.0))
 }
 _TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
-_FORMS: Mapping[Resource, str] = {
-    "flops": "2.0G, 600M, 2e9 or 50%",
-    "params": "2.8M, 900K, 3e6 or 50%",
-    "size": "6MB, 800KB, 5.5MiB, 6e6 or 50%",
-    "max_latency": "12ms, 0.012s, 800us or 50% of the dense model's time",
+
+
+class Kind(NamedTuple):
+    """Way to write budgets of one kind."""
+
+    units: Mapping[str, float]
+    noun: str
+    """Noun behind an amount; empty where :func:`format_amount` gives the unit."""
+    forms: str
+    """Examples for an error."""
+
+
+BUDGETS: Mapping[str, Kind] = {
+    "flops": Kind(_COUNTS, "FLOPs", "2.0G, 600M, 2e9 or 50%"),
+    "params": Kind(_COUNTS, "parameters", "2.8M, 900K, 3e6 or 50%"),
+    "size": Kind(_BYTES, "", "6MB, 800KB, 5.5MiB, 6e6 or 50%"),
+    "max_latency": Kind(_TIMES, "", "12ms, 0.012s, 800us or 50% of the dense model's time"),
 }
+"""Kinds of budgets by the names of their options. Amounts are counted in FLOPs, parameters, bytes, and
+nanoseconds per batch."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +51,11 @@ class Budget:
     value: float
     """Amount, or a fraction in (0, 1] when ``relative``."""
     relative: bool
-    resource: Resource = "flops"
+    resource: str = "flops"
+    """Name of the option."""
 
     @classmethod
-    def parse(cls, text: str | float, resource: Resource = "flops") -> Budget:
+    def parse(cls, text: str | float, resource: str = "flops") -> Budget:
         """Read ``2.0G``, ``2e9`` or ``50%``; a size ``6MB``, ``6e6`` or ``50%``; a time ``12ms`` or ``50%``.
 
         >>> Budget.parse("2.0G").amount(dense=4_608_338_304)
@@ -64,14 +72,13 @@ class Budget:
         """
         text = str(text)
         match = _BUDGET.fullmatch(text)
-        own = {"size": _BYTES, "max_latency": _TIMES}.get(resource, _UNITS)
-        units = {**own, "%": 0.01}
+        units = {**BUDGETS[resource].units, "%": 0.01}
         value = 0.0
         if match is not None and match["unit"] in units:
             value = float(match["number"]) * units[match["unit"]]
         if match is None or not 0 < value < float("inf"):
             asked = option_name(resource, text)
-            raise UsageError(f"{asked} is not a budget; write {_FORMS[resource]}")
+            raise UsageError(f"{asked} is not a budget; write {BUDGETS[resource].forms}")
         relative = match["unit"] == "%"
         if relative and value > 1:
             asked = option_name(resource, text)
@@ -90,7 +97,7 @@ class Budget:
         return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 
 
-def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str:
+def format_amount(amount: float, resource: str, *, up: bool = False) -> str:
     """Three digits of an amount or more, as :func:`format_flops`; of a size or a time with its unit.
 
     >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
@@ -98,13 +105,14 @@ def format_amount(amount: float, resource: Resource, *, up: bool = False) -> str
     >>> format_amount(12_340_000, "max_latency"), format_amount(12_340_000, "max_latency", up=True)
     ('12.3ms', '12.4ms')
     """
+    units = BUDGETS[resource].units
     # A time is shown rounded up where it is to be given as a budget: rounded down it would be out of reach.
-    if resource == "max_latency":
+    if units is _TIMES:
         milliseconds = amount / 1e6
         digits = max(0, 2 - math.floor(math.log10(milliseconds))) if milliseconds > 0 else 0
         scaled = milliseconds * 10**digits
         return f"{(math.ceil(scaled - 1e-6) if up else round(scaled)) / 10**digits:.{digits}f}ms"
-    return format_flops(amount, up=up) + ("B" if resource == "size" else "")
+    return format_flops(amount, up=up) + ("B" if units is _BYTES else "")
 
 
 def format_flops(flops: float, *, up: bool = False) -> str:

@@ -43,7 +43,7 @@ import json, sys
 import torch
 from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.commands.stopwatch import Stopwatch
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.options.base import PreprocessingOptions
 from mhacut.options.base import TimingOptions
 from mhacut.runtime.progress import SILENT

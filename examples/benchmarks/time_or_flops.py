@@ -42,7 +42,7 @@ import json, sys
 import torch
 from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.commands.stopwatch import Stopwatch
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.data import calibration_images
 from mhacut.measuring.accuracy import agreement
 from mhacut.options.base import DataOptions, PreprocessingOptions

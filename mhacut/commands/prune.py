@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mhacut.budget import format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
@@ -26,14 +26,14 @@ from mhacut.errors import DataError, MhacutError, OutputError, UsageError, optio
 from mhacut.measuring.accuracy import ModelFigures, evaluate
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
-from mhacut.options.prune import PruneKeywords, PruneOptions
+from mhacut.options.prune import BUDGETS, PruneKeywords, PruneOptions
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs, same_outputs
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
 from mhacut.report.page import measured_figures, write_overview, write_report
 from mhacut.runtime.device import with_default_torch
-from mhacut.runtime.distributed import Processes, gathered
+from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
 from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
@@ -158,8 +158,7 @@ def _prune_all(
 ) -> tuple[PruneResult, ...]:
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    budgets = ("params", "size", "max_latency")
-    amounts = {name: str(options[name]) for name in budgets if options.get(name) is not None}
+    amounts = {name: str(options[name]) for name in BUDGETS[1:] if options.get(name) is not None}
     given = PruneOptions.from_flat(checkpoint=read, flops=flops, **{**options, **amounts})
     return run_prune(given, reporter, module, images)
 
@@ -181,8 +180,12 @@ def run_prune(
             series = read_inputs(options, processes, timer, module, images)  # 1. read
             files = [Targets(inputs, TARGETS) for inputs in series]
         job = series[0].job
-        if images is not None:
-            _check_same_images(job.images, processes)
+        if images is not None and processes.size > 1:
+            digest = hashlib.sha256(job.images.numpy().tobytes()).hexdigest()
+            if len(processes.union([digest])) > 1:
+                raise DataError(
+                    "images: processes share them, and were given different ones; give all the same"
+                )
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
 
@@ -290,7 +293,13 @@ def _write(
     if divergence > MUCH and mergeable and held_out.preserved.measure == "answers":
         scope = option_name("scope", "attention+mlp+tokens")
         timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which costs less")
-    times = _latency(inputs, attempt, slim, timer)
+    timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
+    times: tuple[float, ...] | tuple[None, None] = (None, None)
+    if timed is not None:
+        times = timed.measured["dense"], timed.reached
+    elif options.latency:
+        timer.start("timing")
+        times = inputs.stopwatch.compare([slim], seconds=_SECONDS).wall
     slim = slim.cpu()
     measuring = timer.taken()
 
@@ -303,12 +312,19 @@ def _write(
         lines = [one.to_json() for one in stated]
         return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, lines)
 
+    def with_size(size: int) -> tuple[Reached, ...]:
+        shown = format_amount(size, "size")
+        return tuple(
+            replace(one, reached=size, texts=(one.texts[0], shown)) if one.name == "size" else one
+            for one in reached
+        )
+
     size = file_size(slim, record(), inputs.dtypes)
-    reached = _with_size(reached, size)
+    reached = with_size(size)
     if not options.dry_run:
         slim = _write_checked(inputs, slim, record())
         size = inputs.target.stat().st_size  # the file states a few bytes more
-        reached = _with_size(reached, size)
+        reached = with_size(size)
     before = ModelFigures(
         job.table.dense,
         count_parameters(dense),
@@ -369,31 +385,6 @@ def _write(
     return result, slim.cpu()
 
 
-def _with_size(reached: Sequence[Reached], size: int) -> tuple[Reached, ...]:
-    """Return what was reached with the size of the file, which holds what was reached."""
-    shown = format_amount(size, "size")
-    return tuple(
-        replace(one, reached=size, texts=(one.texts[0], shown)) if one.name == "size" else one
-        for one in reached
-    )
-
-
-def _latency(
-    inputs: PruneInputs, attempt: Attempt, slim: nn.Module, timer: StageTimer
-) -> tuple[float | None, float | None]:
-    """Return the milliseconds per batch of the dense and the slim model, where they are to be measured."""
-    for one in attempt.reached:
-        if one.name == "max_latency":
-            return float(one.measured["dense"]), one.reached
-    if not inputs.options.latency:
-        return None, None
-    timer.start("timing")
-    found = inputs.stopwatch.compare([slim], seconds=_SECONDS)
-    # Of several files each is compared with the dense model, whose time at first is the scale of all.
-    inputs.stopwatch.dense_ms = inputs.stopwatch.dense_ms or found.wall[0]
-    return inputs.stopwatch.dense_ms, inputs.stopwatch.dense_ms * found.ratios[1]
-
-
 @torch.no_grad()
 def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
     """Write the slim file if the model in it is that in memory; return the former.
@@ -426,14 +417,3 @@ def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> 
         check=check,
     )
     return reloaded[0]
-
-
-def _check_same_images(images: Tensor, processes: Processes) -> None:
-    """Raise a :class:`DataError` unless all processes were given the same images in memory."""
-    if processes.size > 1:
-        digest = hashlib.sha256(images.numpy().tobytes()).hexdigest()
-        if len(processes.union([digest])) > 1:
-            raise DataError(
-                "images: processes share them, but were given different ones; give all the same images in "
-                "the same order"
-            )

@@ -92,7 +92,13 @@ def read_calibration(path: Path, job: Job) -> Calibration:
         stated = parse_json(metadata[METADATA_KEY], METADATA_KEY)
         wanted = conditions(job)
         if differs := [name for name in wanted if stated.get(name) != wanted[name]]:
-            raise DataError(_stale(path, stated, wanted, differs))
+            shown = [
+                f"{name}: not the same"
+                if len(wanted[name]) == 64  # digests say nothing to readers
+                else f"{name}: {safe(str(stated.get(name, 'not stated'))):.60}, now {wanted[name]}"
+                for name in differs
+            ]
+            raise DataError(f"{path}: was made under other conditions: {'; '.join(shown)}. {_other()}")
         tensors = read_safetensors(path, announced)
         if stated[_TENSORS] != _digest(tensors):
             raise ValueError("its tensors are not those that were written")
@@ -100,9 +106,12 @@ def read_calibration(path: Path, job: Job) -> Calibration:
     except (CheckpointError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else reason_alone(error, path)
         raise DataError(
-            f"{path}: is not a calibration file written by mhacut: {safe(why):.200}. Name another file by "
-            f"{option_name('calibration')} to calibrate again, or remove this one"
+            f"{path}: is not a calibration file written by mhacut: {safe(why):.200}. {_other()}"
         ) from error
+
+
+def _other() -> str:
+    return f"Name another file by {option_name('calibration')} to calibrate again, or remove this one"
 
 
 def conditions(job: Job) -> dict[str, str]:
@@ -129,23 +138,6 @@ def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _stale(path: Path, stated: Mapping[str, str], wanted: Mapping[str, str], differs: list[str]) -> str:
-    lines = [
-        f"{name}: not the same"
-        if len(wanted[name]) == 64  # digests say nothing to readers
-        else f"{name}: {safe(str(stated.get(name, 'not stated'))):.60}, now {wanted[name]}"
-        for name in differs
-    ]
-    count, name = str(stated.get("number of images")), "Name"
-    if set(differs) <= {"number of images", "images", "Fisher information"} and count.isdecimal():
-        name = f"Give {option_name('calibration_images', int(count))} to use it, or name"
-        name = name if "number of images" in differs else "Name"  # efforts have numbers of their own
-    return (
-        f"{path}: was made under other conditions: {'; '.join(lines)}. {name} another file by "
-        f"{option_name('calibration')} to calibrate again, or remove this one"
-    )
 
 
 def _named(calibration: Calibration) -> dict[str, Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import ModelHints
@@ -19,9 +19,9 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, license_for_history, provenance, with_hint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.commands.prune_names import check_files, options_of_each
-from mhacut.commands.stopwatch import Stopwatch
 from mhacut.data import (
     CalibrationImages,
+    EvaluationLoader,
     ImagesInMemory,
     Preprocessing,
     WithoutLabels,
@@ -29,8 +29,9 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
-from mhacut.data.in_memory import Expected, check_one_source, split_in_memory
+from mhacut.data.in_memory import Expected, InMemoryBatches, check_one_source, split_in_memory
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
 from mhacut.measuring.normalisation import SAMPLE, Batches
 from mhacut.options.base import TimingOptions
@@ -53,25 +54,13 @@ from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.read import tokens_read
 from mhacut.surgery.tokens import tokens_of, why_not_merged, with_tokens
 
-_GPU_MULTIPLE = 16
-"""Divisor of all widths where the time on a GPU counts: its kernels work on tiles of 16."""
-_QUARTERS = 4
-"""Least number of widths that are left to choose from there; layers are timed at as many."""
+_GPU_MULTIPLE, _LEAST_TILES = 16, 4
+"""Divisor of all widths where the time on a GPU counts, and how often it must fit into each of them."""
 # Where files lie on the machine that made a slim file is nobody else's business.
 _PATHS = ("calibration", "checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "dry_run", "overwrite", "workers"))
 _NEWER = frozenset((*TARGETS, "preserve", "runtime", "int8", "threads"))
 """Options that a slim file states only where they were given."""
-
-
-class LabelledBatches(Protocol):
-    """Batches of (images, labels) to measure accuracy on, in as many passes as are asked for."""
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Begin a pass."""
-
-    def __len__(self) -> int:
-        """Number of batches; 0 if nobody knows."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +74,7 @@ class PruneInputs:
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
-    validation: LabelledBatches | None
+    validation: EvaluationLoader | InMemoryBatches | None
     """Labelled images to measure accuracy on; None without any."""
     no_accuracy: str
     """Reason that there are none."""
@@ -292,8 +281,6 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
             preserved.features.of(model, torch.zeros(1, *size))
         if unused := [name for name in names if name not in called]:
             prunable = prunable.without(unused, f"does not run for {preserved}")
-    for line in prunable.not_prunable:
-        reporter.log(f"not prunable: {line}")
 
     def table(counted: nn.Module) -> CostTable:
         """Count ``counted``, which is ``dense`` with fewer tokens; the dense FLOPs are those of ``dense``."""
@@ -302,15 +289,9 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
 
     kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
     units = prunable.units(kinds)
-    round_to = MULTIPLE if options.round_to is None else options.round_to
-    narrow = any(unit.width < _QUARTERS * _GPU_MULTIPLE for unit in units)  # or few widths would be left
+    # Kernels of GPUs work on tiles of 16; narrow layers would be left with few widths to choose from.
     on_gpu = options.max_latency is not None and stopwatch.device.type != "cpu"
-    if options.round_to is None and on_gpu and not narrow:
-        round_to = _GPU_MULTIPLE
-        reporter.log(
-            f"widths are multiples of {_GPU_MULTIPLE}, not {MULTIPLE}, for the kernels of GPUs; "
-            f"{option_name('round_to', MULTIPLE)} allows more widths"
-        )
+    wide = all(unit.width >= _LEAST_TILES * _GPU_MULTIPLE for unit in units)
     return Job(
         model=model,
         prunable=prunable,
@@ -318,7 +299,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
         table=table(with_tokens(model, replace(tokens, merged=merged))),
         images=torch.empty(0, *size),
         options=options,
-        round_to=round_to,
+        round_to=options.round_to or (_GPU_MULTIPLE if on_gpu and wide else MULTIPLE),
         amp=options.amp,
         reporter=reporter,
         fewest=table(with_all_merged(model, size)) if merges else None,
@@ -402,10 +383,9 @@ def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
 
 def _images(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, given: ImagesInMemory | None
-) -> tuple[CalibrationImages, LabelledBatches | None, str]:
+) -> tuple[CalibrationImages, EvaluationLoader | InMemoryBatches | None, str]:
     """Return images to search on, labelled ones to measure accuracy on, and why there are none."""
-    batch_size = options.batch_size
-    use_labels, known = options.labels and classes > 1, classes if classes > 1 else None
+    batch_size, use_labels = options.batch_size, options.labels and classes > 1
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
     if given is not None:
         images, validation = split_in_memory(
@@ -424,7 +404,7 @@ def _images(
         options,
         count=options.images_wanted,
         seed=options.seed,
-        num_classes=known,
+        num_classes=classes if classes > 1 else None,
         use_labels=use_labels,
     )
     if options.eval_images == 0 or classes < 2 or not options.has_images:
@@ -436,12 +416,10 @@ def _images(
         where = f"{options.data_dir} ({option_name('val_split')})"
         return images, None, f"no labelled split {options.val_split!r} in {where}"
     try:
-        limit = options.eval_images
+        most = options.eval_images
         loader = evaluation_loader(
-            preprocessing, options, num_classes=classes, batch_size=batch_size, limit=limit
+            preprocessing, options, num_classes=classes, batch_size=batch_size, limit=most
         )
     except WithoutLabels as error:
-        if options.max_drop is not None or "eval_images" in options.changed():
-            raise  # somebody asked for accuracy
         return images, None, str(error)
     return images, loader, ""

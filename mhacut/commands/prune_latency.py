@@ -12,22 +12,18 @@ import torch
 from torch import nn
 
 from mhacut.adapters.base import Layer
-from mhacut.commands.prune_targets import SAFETY, Amount, Attempt, Cost, Reached
-from mhacut.commands.stopwatch import Stopwatch
+from mhacut.commands.prune_targets import Amount, Attempt, Cost, Reached
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.latency import fixed_images
 from mhacut.measuring.predicted_time import LayerTimes, Point, TimeCurve, TimeTable, points_to_measure
 from mhacut.plan import Plan, UnitKey
-from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limit
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import prefix_attended, tokens_of, with_tokens
 
-_USED = 0.93
-"""Fraction of a time above which it counts as used up if tokens may be merged."""
 _MODEL_SECONDS = 4.0
 """Time to measure models in, after the warm-up."""
 _PRECISION = 0.005
@@ -44,6 +40,8 @@ class Latency(Amount):
 
     name = "max_latency"
     aim = 0.97  # in another process, times differ a little
+    safety = 0.98
+    advice = ". Times vary on a busy machine: try again, or allow a little more"
 
     def prepare(self) -> None:
         self.stopwatch, job = self.inputs.stopwatch, self.job
@@ -73,14 +71,14 @@ class Latency(Amount):
         return math.ceil(super().lowest(cost) / self.aim)  # so that a new measurement meets it too
 
     def measure(self, attempt: Attempt) -> Reached:
-        taken = self.count(attempt)
+        self.amount = self.count(attempt)
         assert self._scale is not None
         dense, most = self._scale, self.budget.amount(self._scale)
         return Reached(
             self.name,
             self.asked,
             most / 1e6,
-            taken / 1e6,
+            self.amount / 1e6,
             measured={
                 "predicted": attempt.planned.time(self.times) / 1e6,
                 "dense": dense / 1e6,
@@ -88,7 +86,7 @@ class Latency(Amount):
                 "corrections": attempt.number - 1,
                 **self.stopwatch.conditions(),
             },
-            texts=(self.text(most), self.text(taken)),
+            texts=(self.text(most), self.text(self.amount)),
         )
 
     def count(self, attempt: Attempt) -> int:
@@ -108,16 +106,6 @@ class Latency(Amount):
         if self._scale is None:  # milliseconds that a budget states are those of the process that measures
             self._scale = self.dense if self.budget.relative else round(1e6 * found.milliseconds[0])
         return round(found.ratios[1] * self._scale)
-
-    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
-        limit = next((each for each in attempt.limits if each.resource == self.name), None)
-        if limit is None or self.limit is None:
-            return None
-        corrected = attempt.planned.corrected(limit, self.limit, round(1e6 * reached.reached))
-        unused = attempt.number == 1 and corrected.most >= self.limit.most / NEAR
-        if limit.curve is not None:  # unless another limit decides
-            unused = attempt.planned.cost(limit) > NEAR * limit.most and reached.ratio <= _USED
-        return corrected if reached.ratio > SAFETY or unused else None
 
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
@@ -165,7 +153,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     for done, (key, layer) in enumerate(layers.items(), 1):
         points = points_to_measure(layer.choices)
         runs = [parts[key], *(stopwatch.ready(layer.replay(widths)) for widths in points[1:])]
-        own = stopwatch.compare_parts(runs, seconds=_LAYER_SECONDS * len(points)).ratios
+        own = stopwatch.compare((), runs, seconds=_LAYER_SECONDS * len(points), dense=False).ratios
         first, *others = (Point(*each) for each in zip(points, (shares[key] * r for r in own), strict=True))
         times.append(LayerTimes(first, tuple(others)))
         stopwatch.reporter.advance(done, len(layers))

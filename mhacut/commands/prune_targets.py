@@ -1,9 +1,9 @@
 """Targets of ``mhacut prune``: what a plan must keep, what its model reaches, and what to plan next.
 
-To add a budget, state its option in :mod:`mhacut.options.prune` and its units in :mod:`mhacut.budget`, and
-write a subclass of :class:`Amount` here: how much the dense model has, how much a model of any widths has, at
-least nearly, and how to count it on the cut model. ``TARGETS`` in :mod:`mhacut.commands.prune` lists it. File
-names, errors, the record, JSON, text and the report follow.
+To add a budget, write a subclass of :class:`Amount`: how much the dense model has, how much a model of any
+widths has, at least nearly, and how to count it on the cut model; then name it in ``TARGETS`` of
+:mod:`mhacut.commands.prune`, its units in ``BUDGETS`` of :mod:`mhacut.budget`, and its option in
+:mod:`mhacut.options.prune`. Names of files, errors, the record, JSON, text and the report follow.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mhacut.budget import NOUNS, Budget, Resource, format_amount, format_flops
+from mhacut.budget import BUDGETS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
@@ -35,10 +35,10 @@ Cost = Callable[[Mapping[UnitKey, int]], int]
 """Amount that a model of given widths has."""
 CORRECTIONS = 3
 """Largest number of plans after the first to meet budgets; a search within a bound ends by itself."""
-SAFETY = 0.98
-"""A plan is accepted below this fraction of a budget of time, so that it also passes when measured again."""
 _KL_PER_POINT = 0.025
 """KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
+_USED = 0.93
+"""Fraction of a time above which it counts as used up if tokens may be merged."""
 _SPARE, _SPARE_OF_TIME = 600, 500
 """Bytes reserved in a file's header for results known at the end: accuracy and targets, and conditions of a
 measured time."""
@@ -111,6 +111,10 @@ class Target(ABC):
     """Name of the option."""
     limit: Limit | None = None
     """Limit before any correction; None if any plan keeps it."""
+    safety: ClassVar[float] = 1.0
+    """Fraction of the target up to which a model is likely to meet it when it is measured again."""
+    advice: ClassVar[str] = ""
+    """Advice at the end of the error that no plan meets the target."""
 
     def __init__(self, inputs: PruneInputs, asked: Any) -> None:
         """Take the value of the option; errors are those of :meth:`prepare`."""
@@ -199,16 +203,17 @@ class Targets:
     def better(self, best: Attempt | None, attempt: Attempt) -> Attempt:
         """Return the better of two attempts: one that meets all targets, else the nearest.
 
-        Of those within a bound on the loss it is the smaller, of those within budgets the larger; the faster
-        where none is likely to be within a budget of time when it is measured again.
+        Of those within a bound on the loss it is the smaller, of those within budgets the larger; the nearest
+        where none is likely to meet the targets when it is measured again.
         """
 
         def rank(one: Attempt) -> tuple[float, ...]:
             if one.ratio > 1:
                 return 0, -one.ratio
-            times = [reached.ratio for reached in one.reached if reached.name == "max_latency"]
-            if any(ratio > SAFETY for ratio in times):
-                return 1, -max(times)
+            both = zip(self.all, one.reached, strict=True)
+            unsafe = [reached.ratio for target, reached in both if reached.ratio > target.safety]
+            if unsafe:
+                return 1, -max(unsafe)
             if self.bounds_loss:
                 return 2, -one.planned.flops, -one.limits[0].most
             return 2, one.planned.flops
@@ -217,22 +222,20 @@ class Targets:
 
     def missed(self, nearest: Attempt) -> BudgetError:
         """Return the error that no attempt meets all targets."""
-        missed = [one for one in nearest.reached if one.ratio > 1]
-        asked = ", ".join(option_name(one.name, one.asked) for one in missed)
+        both = zip(self.all, nearest.reached, strict=True)
+        missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
-        found = ", ".join(f"{one.texts[1]}, expected at most {one.texts[0]}" for one in missed)
-        busy = any(one.name == "max_latency" for one in missed)
+        has = ", ".join(f"{one.texts[1]}, expected at most {one.texts[0]}" for _, one in missed)
         return BudgetError(
-            f"{asked}: not met by any pruned model that was tried; the nearest, with {share:.1f}% of the "
-            f"FLOPs, has {found}"
-            + (". Times vary on a busy machine: try again, or allow a little more" if busy else "")
+            f"{', '.join(target.option for target, _ in missed)}: not met by any model that was tried; "
+            f"the nearest, with {share:.1f}% of the FLOPs, has {has}"
+            + "".join(target.advice for target, _ in missed)
         )
 
 
 class Amount(Target):
     """A budget of an amount that grows with every width: the base of all budgets."""
 
-    name: ClassVar[Resource]
     aim: ClassVar[float] = 1.0
     """Fraction of the budget that a plan aims at."""
 
@@ -265,25 +268,26 @@ class Amount(Target):
 
     def text(self, amount: float) -> str:
         """Return an amount for readers, with its unit."""
-        return f"{format_amount(amount, self.name)} {NOUNS[self.name]}".rstrip()
+        return f"{format_amount(amount, self.name)} {BUDGETS[self.name].noun}".rstrip()
 
     def first(self, planner: Planner) -> Limit | None:
         return self.limit
 
     def measure(self, attempt: Attempt) -> Reached:
-        amount = self.count(attempt)
-        return Reached(
-            self.name, self.asked, self.most, amount, texts=(self.text(self.most), self.text(amount))
-        )
+        self.amount = self.count(attempt)
+        texts = self.text(self.most), self.text(self.amount)
+        return Reached(self.name, self.asked, self.most, self.amount, texts=texts)
 
     def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
         if self.limit is None:
             return None
         (limit,) = (each for each in attempt.limits if each.resource == self.name)
-        corrected = attempt.planned.corrected(limit, self.limit, int(reached.reached))
+        corrected = attempt.planned.corrected(limit, self.limit, self.amount)
         # The first plan may use too little of a budget that was predicted too high; so may the second.
         unused = attempt.number == 1 and corrected.most >= self.limit.most / NEAR
-        return corrected if reached.ratio > 1 or unused else None
+        if limit.curve is not None:  # unless another limit decides
+            unused = attempt.planned.cost(limit) > NEAR * limit.most and reached.ratio <= _USED
+        return corrected if reached.ratio > self.safety or unused else None
 
     def _out_of_reach(self, lowest: int) -> str:
         hint = ""

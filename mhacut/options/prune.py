@@ -60,8 +60,9 @@ EFFORTS: Mapping[str, Work] = {
     "balanced": Work(calibration_images=256, heal_steps=40),
     "best": Work(calibration_images=1024, heal_steps=150),
 }
-TARGETS = ("params", "size", "max_latency", "max_kl", "max_drop", "exclude", "min_width", "equal_qkv")
-"""Names of targets and constraints other than FLOPs."""
+BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
+TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
+"""Options that state a budget, that bound a loss, and all targets and constraints but FLOPs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,14 +233,13 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
             for text in several:
                 require("flops", text, several.count(text) == 1, "each budget once")
-        given = self.changed()
-        budgets = [name for name in ("flops", "params", "size", "max_latency") if name in given]
-        bounds = [name for name in ("max_kl", "max_drop") if name in given]
+        budgets = [name for name in BUDGETS if name in self.changed()]
+        bounds = [name for name in BOUNDS if name in self.changed()]
         if not budgets and not bounds:
-            others = ", ".join(map(option_name, ("params", "size", "max_latency", "max_kl")))
+            others = ", ".join(map(option_name, (*BUDGETS[1:], *BOUNDS[:-1])))
             raise UsageError(
                 f"{option_name('flops')} is missing. {self.options()['flops'].help} In its place you can "
-                f"give {others} or {option_name('max_drop')}"
+                f"give {others} or {option_name(BOUNDS[-1])}"
             )
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))

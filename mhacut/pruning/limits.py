@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from mhacut.budget import Resource
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.plan import UnitKey
@@ -19,7 +18,8 @@ class Limit:
     cost: Callable[[Mapping[UnitKey, int]], int]
     """Cost of the model at given widths."""
     most: int
-    resource: Resource = "flops"
+    resource: str = "flops"
+    """Option of the budget that sets it."""
     curve: TimeCurve | None = None
     """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
 

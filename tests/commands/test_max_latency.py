@@ -20,9 +20,9 @@ from helpers.models import slow_except
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.budget import Budget
 from mhacut.checkpoint.load import read_model
-from mhacut.commands import stopwatch
-from mhacut.commands.stopwatch import Stopwatch
 from mhacut.errors import BudgetError, MhacutError, UsageError
+from mhacut.exporting import stopwatch
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.options.base import TimingOptions
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan

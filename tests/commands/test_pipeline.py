@@ -24,8 +24,6 @@ from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import prune as command
 from mhacut.errors import MhacutError
-from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.repair import shrink
 from properties.cases import FIRST_MODEL, UNLIKE, VITS
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
@@ -242,23 +240,3 @@ def test_a_single_image_does_not_break_the_model(few_digits):
         dry_run=True,
     )
     assert result.slim.evaluation.top1 > 90
-
-
-@pytest.mark.parametrize("repair", [True, False])
-def test_channels_and_widths_are_chosen_for_the_repair_that_follows_or_not(
-    tiny_vit, tmp_path, monkeypatch, repair
-):
-    seen = {}
-
-    def finding(module, unit, moments, smallest, options, fisher):
-        seen["find_candidates"] = options.repair
-        return find_candidates(module, unit, moments, smallest, options, fisher)
-
-    def shrinking(*args, refit):
-        seen["shrink"] = refit
-        return shrink(*args, refit=refit)
-
-    monkeypatch.setattr("mhacut.pruning.planner.find_candidates", finding)
-    monkeypatch.setattr("mhacut.pruning.curves.shrink", shrinking)
-    prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True, repair=repair)
-    assert seen == {"find_candidates": repair, "shrink": repair}

@@ -58,9 +58,10 @@ def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_fo
         f"accuracy is not measured: images without class folders under val/; accuracy needs "
         f"val/<class>/<image>. Folders in {root}: train, val"
     ]
-    for asked in ({"eval_images": 5}, {"max_drop": 1.0, "flops": None}):
-        with pytest.raises(DataError, match="accuracy needs val/<class>/<image>"):
-            prune(tiny_vit, slim, data_dir=root, workers=0, overwrite=True, **asked)
+    with pytest.raises(
+        UsageError, match=r"max_drop=1.0: expected labelled images .*accuracy needs val/<class>/"
+    ):
+        prune(tiny_vit, slim, data_dir=root, workers=0, overwrite=True, max_drop=1.0, flops=None)
 
 
 def test_budgets_may_be_numbers(tiny_vit, tmp_path):

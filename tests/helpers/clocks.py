@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from mhacut.commands import prune_inputs
-from mhacut.commands.stopwatch import Stopwatch
+from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.latency import Comparison
 from mhacut.surgery.flops import count_parameters
 
@@ -22,15 +22,11 @@ class Counting:
         clock = self
 
         class CountingStopwatch(Stopwatch):
-            def compare(self, models, parts=(), *, seconds, precision=None):
+            def compare(self, models, parts=(), *, seconds, precision=None, dense=True):
                 clock.models += len(models)
-                return compared(
-                    [*(clock.time(one, self.dense) for one in (self.dense, *models)), *map(alone, parts)]
-                )
-
-            def compare_parts(self, parts, *, seconds):
-                clock.layers += len(parts)
-                return compared([*map(alone, parts)])
+                clock.layers += 0 if dense else len(parts)
+                models = [self.dense, *models] if dense else models
+                return compared([*(clock.time(one, self.dense) for one in models), *map(alone, parts)])
 
             def compare_in_new_process(self, model, records, *, seconds, precision):
                 found = self.compare([model], seconds=seconds)

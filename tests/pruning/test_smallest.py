@@ -228,7 +228,7 @@ def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_pat
     options = {"max_kl": 1e-30, "keep_dead_tokens": True, "repair": False}
     with pytest.raises(
         BudgetError,
-        match=r"max_kl='1e-30': not met by any pruned model .*; the nearest, with .*KL",
+        match=r"max_kl=1e-30: not met by any model .*; the nearest, with .*KL",
     ):
         prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert list(tmp_path.iterdir()) == []

@@ -69,8 +69,6 @@ class Stopwatch:
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
         self.times: TimeTable | TimeCurve | None = None
         """Times by which plans are made, once they are measured for a budget of time."""
-        self.dense_ms: float | None = None
-        """Milliseconds per batch of the dense model, once they are measured for the result."""
         self._dense_run: Run | None = None
         self._logged_busy = False
 
@@ -81,6 +79,7 @@ class Stopwatch:
         *,
         seconds: float,
         precision: float | None = None,
+        dense: bool = True,
     ) -> Comparison:
         """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
 
@@ -89,17 +88,21 @@ class Stopwatch:
             parts: functions that :meth:`ready` returned.
             seconds: seconds of measuring, for all of them together.
             precision: relative standard error of the ratios until which it goes on, up to five times as long.
+            dense: off, the dense model is left out.
         """
-        with using_threads(self.timing.threads) as threads, many_compiled():
-            if self._dense_run is None:
+        with (
+            using_threads(self.timing.threads) as threads,
+            many_compiled(),
+            refusing_compile(option_name("runtime", "compile")),
+        ):
+            if dense and self._dense_run is None:
                 self._dense_run = self._run(self.dense, threads)
-            runs = [self._dense_run, *(self._run(model, threads) for model in models)]
-            return self._compared([*runs, *parts], seconds, threads, precision)
-
-    def compare_parts(self, parts: Sequence[Run], *, seconds: float) -> Comparison:
-        """Time parts of models, functions that :meth:`ready` returned, in turns."""
-        with using_threads(self.timing.threads) as threads, many_compiled():
-            return self._compared(parts, seconds, threads)
+            runs = [self._dense_run] if dense and self._dense_run is not None else []
+            runs += [*(self._run(model, threads) for model in models), *parts]
+            device = self.device
+            found = compare_runs(runs, seconds=seconds, device=device, threads=threads, precision=precision)
+        self._log_busy(found)
+        return found
 
     def compare_in_new_process(
         self, model: nn.Module, records: Mapping[str, SlimRecord], *, seconds: float, precision: float
@@ -156,16 +159,6 @@ class Stopwatch:
             "threads": asked.threads or torch.get_num_threads(),
             "machine": machine(self.device),
         }
-
-    def _compared(
-        self, runs: Sequence[Run], seconds: float, threads: int, precision: float | None = None
-    ) -> Comparison:
-        with refusing_compile(option_name("runtime", "compile")):
-            found = compare_runs(
-                runs, seconds=seconds, device=self.device, threads=threads, precision=precision
-            )
-        self._log_busy(found)
-        return found
 
     def _log_busy(self, found: Comparison) -> None:
         if not found.steady and not self._logged_busy:
