@@ -21,7 +21,7 @@ from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
 from mhacut.checkpoint.wrapping import Naming, unwrap
 from mhacut.errors import CheckpointError
-from mhacut.runtime.files import is_directory, regular_size, show
+from mhacut.runtime.files import regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
 """Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""
@@ -55,7 +55,7 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
         CheckpointError: it is not a readable checkpoint; the message says what it looks like instead.
     """
     path = Path(source)
-    if not is_directory(path):
+    if not path.is_dir():
         return _named(_file_header(path, part))
     folder = open_folder(path)
     weights = folder.weights

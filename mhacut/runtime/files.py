@@ -9,7 +9,6 @@ import glob
 import os
 import re
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -59,19 +58,10 @@ def check_checkpoint(path: AnyPath) -> None:
     """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
     if not os.fspath(path):
         raise CheckpointError("expected the name of a checkpoint, found an empty one")
-    if not is_directory(Path(path)):
+    if not os.path.isdir(path):
         regular_size(Path(path))
     elif not os.access(path, os.R_OK | os.X_OK):
         raise CheckpointError(f"{show(path)}: no permission to read the folder")
-
-
-def is_directory(path: Path) -> bool:
-    """Whether ``path`` is a directory, not a file.
-
-    Raises:
-        CheckpointError: it is neither.
-    """
-    return stat.S_ISDIR(_status(path).st_mode)
 
 
 def regular_size(path: Path) -> int:
@@ -80,27 +70,18 @@ def regular_size(path: Path) -> int:
     Raises:
         CheckpointError: it is no regular file, empty, or may not be read.
     """
-    status = _status(path)
-    if stat.S_ISDIR(status.st_mode):
+    if not os.path.exists(path):
+        hint = "; it is a link to a missing file" if path.is_symlink() else ""
+        raise CheckpointError(f"no such file: {show(path)}{hint}")
+    if os.path.isdir(path):
         raise CheckpointError(f"{show(path)}: is a directory, expected a file")
-    if not stat.S_ISREG(status.st_mode):
+    if not os.path.isfile(path):
         raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
-    if status.st_size == 0:
+    if os.path.getsize(path) == 0:
         raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{show(path)}: no permission to read it")
-    return status.st_size
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except FileNotFoundError:
-        hint = "; it is a link to a missing file" if path.is_symlink() else ""
-        raise CheckpointError(f"no such file: {show(path)}{hint}") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise CheckpointError(f"{show(path)}: cannot be opened: {reason}") from None
+    return os.path.getsize(path)
 
 
 def is_no_file(path: AnyPath) -> bool:

@@ -132,7 +132,7 @@ def test_paths_that_are_no_files(tmp_path, tiny_vit):  # 1, 2, 4
     assert "is not a regular file (a device, pipe or socket)" in prune("fifo")
     assert "is not a regular file" in refusal(tmp_path, "inspect", "/dev/null")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    assert "cannot be opened: Too many levels of symbolic links" in prune("loop")
+    assert "it is a link to a missing file" in prune("loop")
 
 
 def test_code_in_a_pickle_is_named_not_run(tmp_path):  # 17
