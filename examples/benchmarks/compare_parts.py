@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -112,7 +113,7 @@ def part_score(job: Mapping[str, Any]) -> int:
     from methods.common import read_slim, temperatures_of, write_slim
     from safetensors.torch import load_file
 
-    from mhacut.measuring.latency import compare_latency
+    from mhacut.measuring.latency import fixed_images, run_of, take_turns
     from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
@@ -142,13 +143,10 @@ def part_score(job: Mapping[str, Any]) -> int:
         if len(scores) > 1:
             write_slim(cell["file"], models[best], ("own",))
         size = preprocessing.input_size
-        dense_ms, slim_ms = compare_latency(
-            [dense, models[best]],
-            size,
-            batch_size=LATENCY_BATCH,
-            seconds=LATENCY_SECONDS,
-            device=torch.device("cpu"),
-        )
+        images = fixed_images(LATENCY_BATCH, size)
+        runs = [run_of(model, images) for model in (dense, models[best])]
+        times = take_turns(runs, seconds=LATENCY_SECONDS, device=torch.device("cpu"))
+        dense_ms, slim_ms = (1000 * statistics.median(own) for own in times)
         flops = measure_flops(models[best], size)
         about = {"flops": flops, "latency_ratio": slim_ms / dense_ms}
         found.append({**about, "best": best, "scores": scores, "checks": {}})

@@ -38,7 +38,7 @@ from mhacut.adapters.base import Unit
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing, calibration_images, evaluation_loader
-from mhacut.measuring.latency import compare_latency
+from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions, LabelledImages, PreprocessingOptions
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.allocate import uniform_widths
@@ -169,9 +169,12 @@ def run_cell(setup: Setup, method: str, keep: float, seed: int) -> dict[str, flo
         answers.log_softmax(1), setup.answers.log_softmax(1), log_target=True, reduction="batchmean"
     )
     size = setup.preprocessing.input_size
-    times = compare_latency(
-        [setup.dense, slim], size, batch_size=8, seconds=LATENCY_SECONDS, device=torch.device("cpu")
-    )
+    images = fixed_images(8, size)
+    runs = [run_of(model, images) for model in (setup.dense, slim)]
+    times = [
+        1000 * statistics.median(own)
+        for own in take_turns(runs, seconds=LATENCY_SECONDS, device=torch.device("cpu"))
+    ]
     return {
         "top1": 100 * float(right),
         "kl": float(divergence),

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 _WARM_UP = 3
 _MIN_ROUNDS = 5
@@ -38,28 +37,6 @@ def latency_label(conditions: Mapping[str, Any]) -> str:
     runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
     parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
     return f"latency, ms ({', '.join([*parts, conditions['device']])})"
-
-
-def compare_latency(
-    models: Sequence[nn.Module],
-    input_size: tuple[int, int, int],
-    *,
-    batch_size: int = 1,
-    seconds: float = 3.0,
-    device: torch.device,
-) -> list[float]:
-    """Return the median milliseconds per batch of each model, in the order given; see :func:`take_turns`.
-
-    Args:
-        models: models in eval mode; moved to ``device``.
-        input_size: [C, H, W] in pixels.
-        batch_size: number of images at a time.
-        seconds: seconds for everything, after the warm-up.
-        device: device to compute on.
-    """
-    images = fixed_images(batch_size, input_size).to(device)
-    runs = [run_of(model.to(device), images) for model in models]
-    return [1000 * statistics.median(times) for times in take_turns(runs, seconds=seconds, device=device)]
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:
