@@ -52,7 +52,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     loaded = read_model(arguments.slim)
-    options = FinetuneOptions.from_flat(
+    options = FinetuneOptions.of(
         checkpoint=arguments.slim,
         data_dir=arguments.data_dir,
         batch_size=arguments.batch_size,

@@ -77,7 +77,7 @@ def command(
             given = {name: value for name, value in flags.items() if _is_given(context, name)}
             console = Console(body.__name__, quiet=quiet, verbose=verbose, as_json=json)
             with running(console, flag_writer(known), known):
-                made = options.from_flat(**complete(_values(known, config, given)))
+                made = options.of(**complete(_values(known, config, given)))
                 try:
                     check_paths(made)
                     if check_outputs is not None:

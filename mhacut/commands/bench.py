@@ -123,7 +123,7 @@ def bench(
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     with reporting(reporter, progress) as shown:
-        return run_bench(BenchOptions.from_flat(checkpoints=checkpoints, **options), shown)
+        return run_bench(BenchOptions.of(checkpoints=checkpoints, **options), shown)
 
 
 def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:

@@ -105,7 +105,7 @@ def evaluate(
     """
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    given = EvaluateOptions.from_flat(checkpoint=path, **options)
+    given = EvaluateOptions.of(checkpoint=path, **options)
     with reporting(reporter, progress) as shown:
         return run_evaluate(given, shown, module, images)
 

@@ -96,7 +96,7 @@ def export(
             hub refused.
     """
     with reporting(reporter, progress) as shown:
-        return run_export(ExportOptions.from_flat(checkpoint=checkpoint, **options), shown)
+        return run_export(ExportOptions.of(checkpoint=checkpoint, **options), shown)
 
 
 def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:

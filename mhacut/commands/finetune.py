@@ -64,7 +64,7 @@ def finetune(
     """
     given = options if checkpoint is None else {"checkpoint": checkpoint, **options}
     with reporting(reporter, progress) as shown:
-        return run_finetune(FinetuneOptions.from_flat(**completed(given)), shown)
+        return run_finetune(FinetuneOptions.of(**completed(given)), shown)
 
 
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:

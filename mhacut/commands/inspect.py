@@ -76,7 +76,7 @@ def inspect(
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     with reporting(reporter, progress) as shown:
-        return run_inspect(InspectOptions.from_flat(checkpoint=checkpoint, **options), shown)
+        return run_inspect(InspectOptions.of(checkpoint=checkpoint, **options), shown)
 
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:

@@ -159,7 +159,7 @@ def _prune_all(
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
     amounts = {name: str(options[name]) for name in BUDGETS[1:] if options.get(name) is not None}
-    given = PruneOptions.from_flat(checkpoint=read, flops=flops, **{**options, **amounts})
+    given = PruneOptions.of(checkpoint=read, flops=flops, **{**options, **amounts})
     return run_prune(given, reporter, module, images)
 
 

@@ -128,7 +128,7 @@ class PruneInputs:
         changed = options.changed()
         stated = {
             name: value
-            for name, value in options.flat().items()
+            for name, value in options.values().items()
             if name not in _LOCAL and (name not in _NEWER or name in changed)
         }
         entry: dict[str, Any] = {

@@ -121,7 +121,7 @@ class Stopwatch:
         found = None
         if self.timing.runtime == "eager":  # other runtimes keep their memory: both ways agree
             job = {
-                "timing": {**self.timing.flat(), "threads": self.timing.threads or torch.get_num_threads()},
+                "timing": {**self.timing.values(), "threads": self.timing.threads or torch.get_num_threads()},
                 "matmul_precision": torch.get_float32_matmul_precision(),
                 "size": self.size,
                 "device": str(self.device),
@@ -183,7 +183,7 @@ def write_comparison() -> None:
     job = json.load(sys.stdin)
     torch.set_float32_matmul_precision(job["matmul_precision"])
     dense, slim = (load_model(job["files"][name]) for name in ("dense", "slim"))
-    timing, device = TimingOptions.from_flat(**job["timing"]), torch.device(job["device"])
+    timing, device = TimingOptions.of(**job["timing"]), torch.device(job["device"])
     stopwatch = Stopwatch(timing, dense.to(device), tuple(job["size"]), device)
     found = stopwatch.compare([slim], seconds=job["seconds"], precision=job["precision"])
     sys.stdout.write(json.dumps(asdict(found)) + "\n")

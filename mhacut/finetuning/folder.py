@@ -139,7 +139,7 @@ class RunFolder:
 
     def write_arguments(self, options: FinetuneOptions) -> None:
         """Write the options of the run as YAML that ``--config`` reads, from any working directory."""
-        values = {**options.flat(), "overwrite": False}
+        values = {**options.values(), "overwrite": False}
         for name in _PATHS:
             if values[name] is not None and not values[name].startswith(REMOTE):
                 values[name] = os.path.abspath(values[name])
@@ -249,8 +249,8 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{option_name('resume', folder)}: no run to continue, {ARGUMENTS}: {error.strerror or error}"
         ) from None
-    before = fixed_options(FinetuneOptions.from_flat(**began))
-    for name, value in fixed_options(FinetuneOptions.from_flat(**{**began, **given})).items():
+    before = fixed_options(FinetuneOptions.of(**began))
+    for name, value in fixed_options(FinetuneOptions.of(**{**began, **given})).items():
         if value != before[name]:
             raise UsageError(
                 f"{option_name(name, value)}: the run in {folder} was started with {before[name]}; "
@@ -261,7 +261,7 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def fixed_options(options: FinetuneOptions) -> dict[str, Any]:
     """Return the options that must not differ in a resumed run."""
-    return {name: value for name, value in options.flat().items() if name not in _FREE}
+    return {name: value for name, value in options.values().items() if name not in _FREE}
 
 
 def digest_of_options(options: FinetuneOptions) -> str:

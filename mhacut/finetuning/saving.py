@@ -200,4 +200,4 @@ def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
 
 def portable(options: FinetuneOptions) -> dict[str, Any]:
     """Return ``options`` without those that depend on the machine."""
-    return {key: value for key, value in options.flat().items() if key not in _LOCAL_OPTIONS}
+    return {key: value for key, value in options.values().items() if key not in _LOCAL_OPTIONS}

@@ -287,7 +287,7 @@ class Options:
         return {name: copy.copy(one.default) for name, one in cls.options().items() if not one.required}
 
     @classmethod
-    def from_flat(cls, **values: Any) -> Self:
+    def of(cls, **values: Any) -> Self:
         """Make the options from values by name.
 
         Raises:
@@ -303,8 +303,8 @@ class Options:
                 raise UsageError(f"{option_name(name)} is missing. {one.help}")
         return cls(**values)
 
-    def flat(self) -> dict[str, Any]:
-        """Return the arguments of :meth:`from_flat`; paths as text, for a record that JSON can hold."""
+    def values(self) -> dict[str, Any]:
+        """Return the arguments of :meth:`of`; paths as text, for a record that JSON can hold."""
         values = {name: getattr(self, name) for name in self.options()}
         paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
         return values | paths

@@ -220,11 +220,11 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     given, one file is written for each."""
 
     @classmethod
-    def from_flat(cls, **values: Any) -> Self:
+    def of(cls, **values: Any) -> Self:
         """Make the options from values by name; the method decides some that are not given."""
         # An unknown method is refused below, with the names of those that exist.
         preset = METHODS.get(values.get("method", "mhacut"), {})
-        return super().from_flat(**{**preset, **values})
+        return super().of(**{**preset, **values})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -63,7 +63,7 @@ def test_what_is_no_time_is_refused(text):
 )
 def test_contradictions_are_refused(given, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        PruneOptions.from_flat(checkpoint="a", **given)
+        PruneOptions.of(checkpoint="a", **given)
 
 
 def test_a_runtime_that_is_not_installed_is_named_before_the_work(tiny_vit, tmp_path, monkeypatch):

@@ -71,7 +71,7 @@ def test_units_of_another_resource_are_refused(text, resource):
     ],
 )
 def test_default_names_state_what_is_bounded(given, name):
-    (own,) = options_of_each(PruneOptions.from_flat(checkpoint="vit.pth", **given), "vit")
+    (own,) = options_of_each(PruneOptions.of(checkpoint="vit.pth", **given), "vit")
     assert own.output == f"{name}.safetensors"
 
 
@@ -93,7 +93,7 @@ def test_default_names_state_what_is_bounded(given, name):
 )
 def test_contradictory_targets_are_refused(given, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        PruneOptions.from_flat(checkpoint="a", **given)
+        PruneOptions.of(checkpoint="a", **given)
 
 
 # --- allocation ---

@@ -112,10 +112,10 @@ def test_the_command_refuses(slim, images, tmp_path):
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_options(recipe):
     values = read_config(recipe, FinetuneOptions.options(), recipe.name)
-    options = FinetuneOptions.from_flat(checkpoint="a", **values)
-    assert {key: options.flat()[key] for key in values} == values
+    options = FinetuneOptions.of(checkpoint="a", **values)
+    assert {key: options.values()[key] for key in values} == values
     assert "Cost: " in recipe.read_text()
-    assert FinetuneOptions.from_flat(checkpoint="a", teacher="b", data_dir="c", **values).idle() == {}
+    assert FinetuneOptions.of(checkpoint="a", teacher="b", data_dir="c", **values).idle() == {}
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def test_a_second_sigterm_while_it_saves_is_quiet_and_loses_nothing(programs, sl
 def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):
     # Else its destructor can wait for a thread that waits for Python's lock.
     trainer = object.__new__(Trainer)
-    trainer.model, trainer.options = torch.nn.Linear(2, 2), FinetuneOptions.from_flat(checkpoint="a")
+    trainer.model, trainer.options = torch.nn.Linear(2, 2), FinetuneOptions.of(checkpoint="a")
     trainer.processes = Processes(0, 2, torch.device("cpu"))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1

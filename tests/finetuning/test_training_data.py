@@ -173,7 +173,7 @@ def test_a_folder_that_states_its_preprocessing_is_believed(slim, tmp_path):
     timm.models.save_for_hf(
         model, str(tmp_path), model_config={"pretrained_cfg": cfg}, model_args=SIZES, safe_serialization=True
     )
-    options = FinetuneOptions.from_flat(checkpoint=slim, teacher=tmp_path, data_dir=tmp_path)
+    options = FinetuneOptions.of(checkpoint=slim, teacher=tmp_path, data_dir=tmp_path)
     opened = read_model(slim)
     teacher = make_objective(options, opened, opened.model, PREPROCESSING, Silent()).teacher
     pixels = torch.rand(2, 3, 32, 32)

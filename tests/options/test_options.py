@@ -1,4 +1,4 @@
-"""Options stated once: bounds, flat names, and how messages name them."""
+"""Options stated once: bounds, names, and how messages name them."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.o
 )
 def test_errors_name_the_argument(values, message):
     with pytest.raises(UsageError, match=re.escape(message)):
-        PruneOptions.from_flat(**{"checkpoint": "a", "flops": "50%", **values})
+        PruneOptions.of(**{"checkpoint": "a", "flops": "50%", **values})
 
 
 def test_text_is_read_as_a_flag_s():
     given = {"lr": "1e-2", "mean": "0.5,0.4", "exclude": "a,b", "model_args": ["depth=2"], "steps": "7"}
-    made = PruneOptions.from_flat(checkpoint="a", flops=2_000_000_000, **given)
+    made = PruneOptions.of(checkpoint="a", flops=2_000_000_000, **given)
     assert (made.lr, made.mean, made.exclude, made.steps) == (0.01, (0.5, 0.4), ("a", "b"), 7)
     assert (made.model_args, made.flops) == ({"depth": 2}, "2000000000")
 
@@ -78,11 +78,11 @@ def test_seeds_are_what_torch_takes():
 
 def test_what_must_be_given_is_asked_for():
     with pytest.raises(UsageError, match=r"^flops is missing\. Budget: 2\.0G"):
-        PruneOptions.from_flat(checkpoint="a")
+        PruneOptions.of(checkpoint="a")
 
 
 def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
-    made = PruneOptions.from_flat(
+    made = PruneOptions.of(
         checkpoint="a",
         flops="50%",
         round_to=np.int64(4),
@@ -93,7 +93,7 @@ def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
         mean=np.full(3, 0.5, np.float32),
         std=[np.float64(0.5)],
         gain_steps=None,
-    ).flat()
+    ).values()
     assert json.loads(json.dumps(made)) == {
         **made,
         "mean": [0.5] * 3,
@@ -106,7 +106,7 @@ def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
 
 
 def test_a_device_of_torch_is_its_name():
-    assert BenchOptions(checkpoints="a", device=torch.device("cpu")).flat()["device"] == "cpu"
+    assert BenchOptions(checkpoints="a", device=torch.device("cpu")).values()["device"] == "cpu"
 
 
 def test_one_path_is_one_of_several():
@@ -121,13 +121,13 @@ def test_each_of_several_values_is_checked():
 
 
 @pytest.mark.parametrize("command", COMMANDS.values())
-def test_flat_values_make_the_same_options(command):
+def test_values_make_the_same_options(command):
     given = {"checkpoint": "a", "checkpoints": ("a", "b"), "flops": "50%"}
-    made = command.from_flat(**{name: value for name, value in given.items() if name in command.options()})
-    assert command.from_flat(**made.flat()) == made
-    assert list(made.flat()) == list(command.options())
+    made = command.of(**{name: value for name, value in given.items() if name in command.options()})
+    assert command.of(**made.values()) == made
+    assert list(made.values()) == list(command.options())
     defaults = {name: value for name, value in command.defaults().items() if name not in given}
-    assert {name: made.flat()[name] for name in defaults} == defaults
+    assert {name: made.values()[name] for name in defaults} == defaults
 
 
 def test_every_option_says_what_it_is():
@@ -140,7 +140,7 @@ def test_every_option_says_what_it_is():
 
 
 def test_options_that_were_changed():
-    made = PruneOptions.from_flat(checkpoint="a", flops="1G", model_args={"depth": 2}, steps=3)
+    made = PruneOptions.of(checkpoint="a", flops="1G", model_args={"depth": 2}, steps=3)
     assert set(made.changed()) == {"checkpoint", "flops", "model_args", "steps"}
     assert made.only(LabelledImages).changed() == []
 

@@ -129,7 +129,7 @@ def test_equal_widths_need_curves(tiny_vit, tmp_path):
 
 @pytest.mark.parametrize("given", ["*.mlp", ["*.mlp"], ("*.mlp",)])
 def test_one_pattern_is_one_however_it_is_given(given):
-    assert PruneOptions.from_flat(checkpoint="m", flops="50%", exclude=given).exclude == ("*.mlp",)
+    assert PruneOptions.of(checkpoint="m", flops="50%", exclude=given).exclude == ("*.mlp",)
 
 
 def test_constraints_are_flags(tiny_vit, tmp_path):

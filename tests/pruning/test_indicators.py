@@ -156,11 +156,11 @@ def test_scales_are_trained_as_long_as_asked_or_as_the_effort_says():
 
 def test_the_papers_method_is_a_preset_that_other_options_override():
     given = {"checkpoint": "vit.safetensors", "flops": "50%", "method": "paper"}
-    search = PruneOptions.from_flat(**given)
+    search = PruneOptions.of(**given)
     assert (search.allocation, search.selection) == ("indicator", "indicator")
     assert not search.repair
     assert (search.healed_steps, search.trained_gain_steps) == (0, 40)
-    assert PruneOptions.from_flat(**given, repair=True).repair
+    assert PruneOptions.of(**given, repair=True).repair
 
 
 def test_scales_of_removed_channels_are_zero(bench):
