@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
-    "checkpoint": 5787,
+    "checkpoint": 5682,
     "cli": 1356,
     "commands": 4557,
     "data": 1819,

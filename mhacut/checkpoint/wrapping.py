@@ -28,6 +28,8 @@ _TRAINED = (
 """Words for the network that is trained."""
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 """Words that compilation, sharding and recomputation put in front of a layer's name, anywhere in it."""
+_LEADING = re.compile(r"^((module|_orig_mod)\.)+")
+"""Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
 _TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
 """Modules that no model of timm has, and that only training needs."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
@@ -143,12 +145,11 @@ def unwrap(
             if len(groups) > 1:
                 _leave_out(left_out, word, groups.pop(word))
         asked = part is not None and part in groups and "" not in groups[part].values()
-        chosen = part if asked else _network(where, groups, shapes)
+        chosen, classifier = (part, None) if asked else _network(where, groups, shapes)
         if chosen is None:
             names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
             break
         network = groups.pop(chosen)
-        classifier = None if asked else _classifier(groups, network, shapes)
         if classifier is not None:
             # One beside the network, and one beside what holds it: no name says which of them is used.
             if layer is not None:
@@ -204,25 +205,21 @@ def _plain(shapes: Shapes) -> Shapes:
 
 
 def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
-    """Return names without the prefixes of data parallelism and compilation, and the removed prefixes."""
+    """Return names without the prefixes of data parallelism and compilation, and the removed prefix."""
     names: dict[str, str] = {}
-    prefixes: dict[str, None] = {}
+    prefix = ""
     for file in shapes:
         if len(file) > _LONGEST_NAME or not (file.isascii() or not re.search("[\ud800-\udfff]", file)):
             raise CheckpointError(
                 f"{where}: a tensor is named {file!r:.100}: expected at most {_LONGEST_NAME} characters "
                 "of text"
             )
-        name = file
-        while name.startswith(("module.", "_orig_mod.")):
-            word = name.partition(".")[0] + "."
-            name = name.removeprefix(word)
-            prefixes[word] = None
+        name = _LEADING.sub("", file)
         names[file] = _WRAPPER.sub("", name)
-        if names[file] != name and not prefixes:
-            prefixes["_orig_mod."] = None
-    _check_unique(where, names, list(prefixes))
-    return names, list(prefixes)
+        prefix = max(prefix, file.removesuffix(name) or "_orig_mod." * (names[file] != name), key=len)
+    prefixes = [prefix] if prefix else []
+    _check_unique(where, names, prefixes)
+    return names, prefixes
 
 
 def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
@@ -240,10 +237,10 @@ def _grouped(names: _Group) -> dict[str, dict[str, str]]:
     return groups
 
 
-def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | None:
-    """Return the module that holds the whole model; None if the names are the model's own.
+def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> tuple[str | None, str | None]:
+    """Return the module that holds the whole model, and the linear layer that is its classifier, if any.
 
-    Of a network and its average, the average is taken.
+    Of a network and its average, the average is taken. The module is None where names are the model's own.
 
     Raises:
         CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.
@@ -251,30 +248,36 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> str | 
     modules = {word: group for word, group in groups.items() if "" not in group.values()}
     trained = next((word for word in _TRAINED if word in modules), None)
     averaged = next((word for word in _AVERAGED if word in modules), None)
+    chosen = averaged or trained
     if trained is not None and averaged is not None:
         one, other = (
             {rest: shapes[file] for file, rest in modules[word].items()} for word in (trained, averaged)
         )
         around = [rest for group in groups.values() for rest in group.values()]
-        chosen: str | None = averaged if is_average(one, other, averaged, around) else trained
-    else:
-        chosen = trained or averaged
+        chosen = averaged if is_average(one, other, averaged, around) else trained
     if chosen is None:
         # A prefix that all tensors share is a wrapper, whatever its name.
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
-        return only if only not in (None, *_KEPT) and _is_nested(modules[only]) else None
-    inside = {rest.partition(".")[0] for rest in modules[chosen].values()}
-    if chosen == "encoder" and (inside in _ENCODER_ITSELF or not _is_nested(modules[chosen])):
-        return None
+        return only if only not in (None, *_KEPT) and _is_nested(modules[only]) else None, None
+    inside = modules[chosen].values()
+    if chosen == "encoder" and (
+        {rest.partition(".")[0] for rest in inside} in _ENCODER_ITSELF or not _is_nested(modules[chosen])
+    ):
+        return None, None
     rest = {
         word: group
         for word, group in groups.items()
         if word not in (trained, averaged) and not _is_no_part(word, group)
     }
-    if not rest or list(rest) == [_classifier(rest, modules[chosen], shapes)]:
-        return chosen
-    if chosen == "encoder" or not any(map(_STEM.search, modules[chosen].values())):
-        return None
+    whole, classified = any(map(_STEM.search, inside)), any(map(CLASSIFIERS.fullmatch, inside))
+    if not rest:
+        return chosen, None
+    if len(rest) == 1 and whole and not classified:
+        ((word, group),) = rest.items()
+        if _CLASSIFIER.fullmatch(word) and _is_linear(group, shapes):
+            return chosen, word
+    if chosen == "encoder" or not whole:
+        return None, None
     files = [file for group in rest.values() for file in group]
     raise CheckpointError(_may_belong(where, chosen, files))
 
@@ -285,17 +288,6 @@ def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
         f"{where}: beside the network {network!r} there are tensors that may belong to it, and are no linear "
         f"classifier of its own: {listed}; {option_name('part', network)} reads the network alone"
     )
-
-
-def _classifier(groups: Mapping[str, _Group], network: _Group, shapes: Shapes) -> str | None:
-    """Return the linear layer beside a whole network without classifier; None if there is none, or two."""
-    inside = network.values()
-    if any(map(CLASSIFIERS.fullmatch, inside)) or not any(map(_STEM.search, inside)):
-        return None
-    words = [
-        word for word, group in groups.items() if _CLASSIFIER.fullmatch(word) and _is_linear(group, shapes)
-    ]
-    return words[0] if len(words) == 1 else None
 
 
 def _is_linear(group: _Group, shapes: Shapes) -> bool:

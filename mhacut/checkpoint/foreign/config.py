@@ -132,9 +132,7 @@ _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 
 """Filters of Pillow by number."""
 _MAX_LABEL = 200
 """Largest number of characters of a class name that is kept."""
-_MOBILE = "MobileViT"
-"""Beginning of the names of processors that, unless they state otherwise, flip channels, not normalise."""
-_SHORTEST_EDGE = ("CLIP", "Levit", "MobileViT", "ConvNext", "Pvt", "EfficientFormer")
+_SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
 """Beginnings of the names of processors to which a ``size`` of one number is the shortest edge, not both."""
 
 
@@ -153,8 +151,7 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     if rescales:
         scale *= processor.get("rescale_factor", 1 / 255) or 1 / 255
     mean, std = [0.0] * channels, [1.0] * channels
-    normalises = "image_mean" in processor and not _kind(processor).startswith(_MOBILE)
-    if processor.get("do_normalize", normalises):
+    if processor.get("do_normalize", "image_mean" in processor):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
         if not rescales and max(*mean, *std) <= 1 and (any(mean) or set(std) != {1.0}):
             scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
@@ -174,11 +171,6 @@ def image_side(processor: Config) -> int | None:
     return _side(processor, "crop_size") if crops else _side(processor, "size")
 
 
-def flips_channels(processor: Config) -> bool:
-    """Whether the channels of images are in the order blue, green, red."""
-    return processor.get("do_flip_channel_order", _kind(processor).startswith(_MOBILE))
-
-
 def _crop(processor: Config) -> dict[str, Any]:
     crop, resized = image_side(processor), _side(processor, "size")
     if crop is None or resized is None:
@@ -187,9 +179,7 @@ def _crop(processor: Config) -> dict[str, Any]:
     kind = _kind(processor)
     keeps_ratio = "shortest_edge" in size if isinstance(size, dict) else kind.startswith(_SHORTEST_EDGE)
     share = crop / resized
-    if kind.startswith("Levit"):  # resizes to 256/224 of the size that it is given
-        share *= 224 / 256
-    elif keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
+    if keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
         share = processor.get("crop_pct", 1.0)
     if not 0 < share <= MAX_CROP_PCT:
         return {}

@@ -101,8 +101,6 @@ class Family:
     shapes: the file is of the family only where the user names one."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
     """Preprocessing of files that state none, as timm's pretrained_cfg has it."""
-    stem: str = "patch_embed.proj.weight"
-    """Name in timm of the weight whose second dimension counts the channels of images."""
 
     def recognises(self, names: Mapping[str, object]) -> bool:
         """Whether a file with tensors of these names is of the family."""

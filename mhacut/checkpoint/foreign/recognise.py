@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.foreign import libraries, transformers
-from mhacut.checkpoint.foreign.config import Config, flips_channels, image_side, label_names, transformers_cfg
+from mhacut.checkpoint.foreign.config import Config, image_side, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.family import Built, Family, Shapes, read_families
 from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
 from mhacut.checkpoint.header import FileHeader, TensorInfo
@@ -134,8 +134,6 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         family = _with_linear_head(family)
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
-    if config is not None and processor is not None and flips_channels(processor):
-        family = _flipped(family)
     # The same conversion, without memory, tells shapes and dtypes under timm's names.
     on_meta = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
@@ -180,17 +178,6 @@ def _with_linear_head(family: Family) -> Family:
             "the classifier beside the network may read the pooler, for which timm has no place"
         )
     return replace(family, names=names, refused=refused)
-
-
-def _flipped(family: Family) -> Family:
-    """Return the family that turns a model of blue, green, red images into one of red, green, blue."""
-
-    def finish(tensors: dict[str, Tensor]) -> None:
-        if family.finish is not None:
-            family.finish(tensors)
-        tensors[family.stem] = tensors[family.stem].flip(1)
-
-    return replace(family, finish=finish)
 
 
 def _cfg(
