@@ -114,8 +114,8 @@ def known_model(name: str) -> bool:
     """Whether timm has a model of this name."""
     import timm
 
-    found: bool = timm.is_model(name)
-    return found
+    known: bool = timm.is_model(name)
+    return known
 
 
 def unknown_model(name: str) -> str:

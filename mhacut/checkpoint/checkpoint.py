@@ -23,10 +23,7 @@ from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show, stem_of
 from mhacut.surgery.find import model_input_size
-from mhacut.text import dtype_name
-
-_MAX_NAMES = 5
-"""Names of tensors in a message."""
+from mhacut.text import dtype_name, listed
 
 
 @dataclass(eq=False)
@@ -93,7 +90,7 @@ class Checkpoint:
             source: name for readers.
             stem: beginning of default output names.
             record: record of a slim model.
-            dtypes: per tensor the dtype to write it in; the model's own where missing.
+            dtypes: dtype to write each tensor in; that of the model where missing.
             sha256: digest of the weights; that of the model's tensors, when it is asked for, if None.
             notes: lines for the user.
             cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`.
@@ -208,8 +205,7 @@ def check_finite(where: str, model: nn.Module) -> None:
                 bad.append(f"{name!r:.150} ({wrong} of {tensor.numel()})")
     if bad:
         raise CheckpointError(
-            f"{where}: {len(bad)} tensors hold NaN or infinite values: "
-            f"{', '.join(bad[:_MAX_NAMES])}{', ...' if len(bad) > _MAX_NAMES else ''}; the training that "
+            f"{where}: {len(bad)} tensors hold NaN or infinite values: {listed(bad, 5)}; the training that "
             "made them diverged; use an earlier checkpoint"
         )
 
@@ -235,8 +231,8 @@ def _record_of(header: FileHeader) -> SlimRecord | None:
 
 
 def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
-    found = header.naming.note(header.part, header.other_parts)
-    notes = [] if found is None else [found]
+    naming = header.naming.note(header.part, header.other_parts)
+    notes = [] if naming is None else [naming]
     dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
     if dtypes not in ([], ["float32"]):
         notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")

@@ -80,10 +80,10 @@ def _named(header: FileHeader) -> FileHeader:
     """
     if METADATA_KEY in header.metadata:
         return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
-    own = header.config is None or "architecture" in header.config
+    of_timm = header.config is None or "architecture" in header.config
     asked = None if header.asked in (header.part or "").split(".") else header.asked
     parts = () if header.part is None else (header.part, *header.other_parts)
-    naming = unwrap(show(header.path), header.shapes, part=asked, parts=parts, layers_only=not own)
+    naming = unwrap(show(header.path), header.shapes, part=asked, parts=parts, layers_only=not of_timm)
     adapter = next((file for file, name in naming.names.items() if _OF_ADAPTER.search(name)), None)
     if adapter is not None:
         raise CheckpointError(

@@ -11,6 +11,7 @@ from typing import Any
 from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
+from mhacut.text import listed
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -79,9 +80,8 @@ def open_folder(folder: Path) -> Folder:
 def _other_files(folder: Path) -> str:
     """Return a hint at the checkpoints of a folder, by their names; a run of finetune leaves such files."""
     named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
-    found = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
-    names = ", ".join(found[:3]) + ", ..." * (len(found) > 3)
-    return f"; give one of the files that it holds: {names}" if found else ""
+    models = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
+    return f"; give one of the files that it holds: {listed(models, 3)}" if models else ""
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
@@ -96,26 +96,27 @@ def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
 
 def _preprocessor(folder: Path) -> dict[str, Any] | None:
     """Return how images are preprocessed; models of text and images state it beside the same for text."""
-    own, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if own.is_file():
-        return read_json(own)
+    plain, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if plain.is_file():
+        return read_json(plain)
     images = read_json(shared).get("image_processor") if shared.is_file() else None
     return images if isinstance(images, dict) else None
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Return the shards of a model in order, which must be complete; their names count, not an index."""
+    """Return the shards of a model in order, which must be complete."""
+    # Their names say how many there are, so that no name in an index has to be trusted.
     shard = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
-    found = sorted(path for path in folder.iterdir() if shard.fullmatch(path.name))
-    if not found:
+    paths = sorted(path for path in folder.iterdir() if shard.fullmatch(path.name))
+    if not paths:
         return []
-    stem, of, ending = shard.sub(r"\1 \2 \3", found[0].name).split()
+    stem, of, ending = shard.sub(r"\1 \2 \3", paths[0].name).split()
     expected = {f"{stem}-{number:05d}-of-{of}.{ending}" for number in range(1, int(of) + 1)}
-    other = expected ^ {path.name for path in found}
+    other = expected ^ {path.name for path in paths}
     if other:
         what = "is missing" if min(other) in expected else "is a shard of another model"
         raise CheckpointError(f"{show(folder)}: {min(other)} {what}; download the folder again")
-    return found
+    return paths
 
 
 def shard_names(index: Path) -> list[str]:
@@ -126,11 +127,11 @@ def shard_names(index: Path) -> list[str]:
     Raises:
         CheckpointError: the index cannot be read, or lists no files, or such names.
     """
-    listed = read_json(index).get("weight_map")
-    found = sorted(set(map(str, listed.values()))) if isinstance(listed, dict) else []
-    odd = next((name for name in found if not re.fullmatch(r"[\w-]+\.(safetensors|bin)", name)), None)
-    if not found or odd is not None:
+    files = read_json(index).get("weight_map")
+    names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    odd = next((name for name in names if not re.fullmatch(r"[\w-]+\.(safetensors|bin)", name)), None)
+    if not names or odd is not None:
         raise CheckpointError(
             f"{show(index)}: expected a weight_map with the names of files beside it, found {odd!r:.150}"
         )
-    return found
+    return names

@@ -51,8 +51,8 @@ def _fetch(source: str, repository: str) -> Path:
     answers = hub_answers()
 
     def get(*names: str) -> list[Path]:
-        found = (_file(source, repository, name, offline=not answers) for name in names)
-        return [path for path in found if path is not None]
+        paths = (_file(source, repository, name, offline=not answers) for name in names)
+        return [path for path in paths if path is not None]
 
     configs = get("config.json")
     if not configs or "architecture" not in read_json(configs[0]):

@@ -134,5 +134,5 @@ def load_model(
     if path is None:
         raise CheckpointError("there is no file to load; a dry run of prune writes none")
     num_classes = model_args.pop("num_classes", None)
-    found = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
-    return with_args(found.model, found.identity)
+    checkpoint = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
+    return with_args(checkpoint.model, checkpoint.identity)

@@ -189,9 +189,9 @@ def _as_loaded(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _same_outputs(found: nn.Module, expected: nn.Module, input_size: tuple[int, int, int]) -> bool:
+def _same_outputs(rebuilt: nn.Module, expected: nn.Module, input_size: tuple[int, int, int]) -> bool:
     images = torch.randn(2, *input_size, generator=torch.Generator().manual_seed(0))
-    outputs, wanted = found(images), expected(images)
+    outputs, wanted = rebuilt(images), expected(images)
     same_shape = outputs.shape == wanted.shape
     return same_shape and bool((outputs - wanted).abs().max() <= _SAME * wanted.abs().max())
 

@@ -93,8 +93,8 @@ def _document(text: str) -> dict[str, Any]:
 
 def _plan_basis(plan: Plan) -> str:
     """Return the basis of the plan's indices: ``channel``, ``principal``, or ``mixed`` where units differ."""
-    found = {unit.basis for unit in plan if not unit.keeps_all}
-    return "mixed" if len(found) > 1 else next(iter(found), "channel")
+    bases = {unit.basis for unit in plan if not unit.keeps_all}
+    return "mixed" if len(bases) > 1 else next(iter(bases), "channel")
 
 
 def _layer_widths(plan: Plan) -> dict[str, dict[str, int]]:

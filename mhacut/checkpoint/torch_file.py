@@ -176,10 +176,10 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
         CheckpointError: the file cannot be read, or lacks one of them.
     """
     _, state_dict = pick_part(show(path), read_torch(path), asked)
-    found = {name: tensor for name, tensor in state_dict.items() if name in names}
-    if len(found) != len(names):
+    tensors = {name: tensor for name, tensor in state_dict.items() if name in names}
+    if len(tensors) != len(names):
         raise CheckpointError(f"{show(path)}: changed while it was read; try again")
-    return found
+    return tensors
 
 
 def _info(where: str, name: object, tensor: object) -> TensorInfo:

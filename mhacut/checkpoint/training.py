@@ -58,10 +58,10 @@ class Training:
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
     """Return the entries of a training checkpoint that :func:`read_training` reads, as plain dicts."""
     plain = {entry: _plain(checkpoint.get(entry), 4) for entry in _ENTRIES}
-    found = {entry: options for entry, options in plain.items() if isinstance(options, dict)}
+    entries = {entry: options for entry, options in plain.items() if isinstance(options, dict)}
     if isinstance(checkpoint.get("arch"), str):
-        found[""] = {"arch": checkpoint["arch"]}
-    return found
+        entries[""] = {"arch": checkpoint["arch"]}
+    return entries
 
 
 def _plain(value: Any, depth: int) -> Any:
@@ -90,8 +90,8 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
         args = {**further, **args}
         # 224 of 256 pixels, in the evaluation of these scripts.
         implied = {**OF_IMAGENET, **({"crop_pct": 0.875} if side in (None, 224) else {})}
-    found = Training(model, origin, args, side, cfg, implied, (*unknown, *notes))
-    return found if model or cfg or found.notes else None
+    training = Training(model, origin, args, side, cfg, implied, (*unknown, *notes))
+    return training if model or cfg or training.notes else None
 
 
 def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -44,7 +44,7 @@ def write_slim(
         path: the file; its directory is created.
         model: the slim model.
         record: the record to write with it.
-        dtypes: per tensor name the dtype to write it in; tensors not named keep their own.
+        dtypes: dtype to write each tensor in, by name; others keep theirs.
         overwrite: replace an existing file (what a link points to, if it is a link).
         input_path: the checkpoint it was made from, never replaced.
         check: takes the name of the complete file before it appears; nothing does if it raises.
@@ -72,7 +72,7 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
         path: the file.
         model: the slim model.
         record: the record to write with it.
-        dtypes: per tensor name the dtype to write it in.
+        dtypes: dtype to write each tensor in, by name; others keep theirs.
 
     Raises:
         OutputError: a tensor does not fit its dtype, or is not finite.
@@ -98,7 +98,7 @@ def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.d
     Args:
         model: the slim model.
         record: the record to write with it.
-        dtypes: per tensor name the dtype to write it in.
+        dtypes: dtype to write each tensor in, by name; others keep theirs.
     """
     tensors = count_bytes(model, dtypes)
     described = {
@@ -189,10 +189,10 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
 def _pooling(model: nn.Module) -> dict[str, str]:
     """Return the kinds of pooling by name; timm keeps them in the model, its head, or a module of these."""
     return {
-        f"{name}.{kind}".lstrip("."): found
+        f"{name}.{kind}".lstrip("."): pooling
         for name, module in model.named_modules()
         for kind in ("global_pool", "pool_type")
-        if isinstance(found := vars(module).get(kind), str)
+        if isinstance(pooling := vars(module).get(kind), str)
     }
 
 
