@@ -237,7 +237,7 @@ class Adapter(ABC):
 
         Args:
             module: the layer, not yet cut.
-            unit: of that layer, with a gate.
+            unit: unit of that layer, with a gate.
             channel_scale: [heads, width], float64; 0 only for channels that are cut next.
         """
         raise NotImplementedError
@@ -282,13 +282,13 @@ class Projection:
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Projection:
         """Return the projection of the layer ``module`` that is called ``name``."""
-        whole = module.get_submodule(name)
-        if isinstance(whole, (*_LINEAR, nn.ConvTranspose2d)):
-            return cls(name, name, whole, None)
-        (inner,) = (key for key, part in whole.named_children() if isinstance(part, _LINEAR))
-        norms = [f"{name}.{key}" for key, part in whole.named_children() if isinstance(part, _BatchNorm)]
+        projection = module.get_submodule(name)
+        if isinstance(projection, (*_LINEAR, nn.ConvTranspose2d)):
+            return cls(name, name, projection, None)
+        (inner,) = (key for key, part in projection.named_children() if isinstance(part, _LINEAR))
+        norms = [f"{name}.{key}" for key, part in projection.named_children() if isinstance(part, _BatchNorm)]
         assert len(norms) <= 1, name
-        return cls(name, f"{name}.{inner}", whole.get_submodule(inner), norms[0] if norms else None)
+        return cls(name, f"{name}.{inner}", projection.get_submodule(inner), norms[0] if norms else None)
 
     @property
     def channel_dim(self) -> int:

@@ -284,8 +284,8 @@ def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):
-        own = Projection.of(module, f"crpe.conv_list.{number}").rows()
-        axes += [replace(axis, heads=(first, first + split)) for axis in own]
+        rows = Projection.of(module, f"crpe.conv_list.{number}").rows()
+        axes += [replace(axis, heads=(first, first + split)) for axis in rows]
         first += split
     return tuple(axes)
 

@@ -132,8 +132,8 @@ class ChannelTwin(nn.Module):
     def forward(self: Any, x: Tensor) -> Tensor:
         """[B, N, C] to [B, N, C_out]."""
         spec: ChannelAttention = self.spec
-        heads, kept, whole = spec.sizes(self)
-        sizes = [heads * (kept if part == "x" else whole) for part in spec.order]
+        heads, kept, uncut = spec.sizes(self)
+        sizes = [heads * (kept if part == "x" else uncut) for part in spec.order]
         rows = dict(zip(spec.order, self.qkv(x).split(sizes, dim=-1), strict=True))
         x, y, z = (by_head(rows[part], heads).mT for part in "xyz")  # (B, H, d, N)
         weights = spec.similarity(self, x, y).softmax(dim=-1)  # (B, H, kept, whole)
@@ -173,8 +173,8 @@ class ChannelAttention(Adapter):
         return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
 
     def describe(self, name: str, module: Any) -> Layer:
-        heads, kept, whole = self.sizes(module)
-        qkv, offset = Projection.of(module, "qkv"), heads * whole * self.order.index("x")
+        heads, kept, uncut = self.sizes(module)
+        qkv, offset = Projection.of(module, "qkv"), heads * uncut * self.order.index("x")
         value = {"value": qkv.hook("output", offset)}
         v = Projection.of(module, "proj").unit(name, "v", (heads, kept), qkv.rows(offset), value)
         return Layer(name, self, (v,), {"qk": _SHARED_SOFTMAX})

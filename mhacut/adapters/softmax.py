@@ -193,15 +193,15 @@ class Softmax(Adapter):
 
     def parts(self, module: Any) -> dict[str, Part]:
         """Return the rows that write q, k, v and ``g``."""
-        sizes, found = self.sizes(module), {}
+        sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0
             stride = sum(sizes[letter][1] for letter in letters) if self._per_head(module) else None
             for letter in letters:
                 heads, width = sizes[letter]
-                found[letter] = Part(projection, heads, width, offset, stride)
+                parts[letter] = Part(projection, heads, width, offset, stride)
                 offset += heads * width if stride is None else width
-        return found
+        return parts
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
         """Kinds that are not prunable, and why."""
@@ -297,7 +297,7 @@ class Softmax(Adapter):
 
     def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
         """q, k and v, each [B, H, N, d]; None for what no projection of the layer writes."""
-        found: dict[str, Tensor] = {}
+        by_letter: dict[str, Tensor] = {}
         for name, conv, per_head, letters, sizes in m.written_by:
             x = query if "q" in letters else source
             rows = getattr(m, name)(x) if name else fused_projection(m, x)
@@ -311,8 +311,8 @@ class Softmax(Adapter):
                 parts = rows.split([heads * width for heads, width in sizes], dim=-1)
                 parts = [part.unflatten(-1, size) for part, size in zip(parts, sizes, strict=True)]
             for letter, part in zip(letters, parts, strict=True):
-                found[letter] = part.transpose(1, 2)
-        return found.get("q"), found["k"], found["v"]
+                by_letter[letter] = part.transpose(1, 2)
+        return by_letter.get("q"), by_letter["k"], by_letter["v"]
 
     def _per_head(self, module: Any) -> bool:
         return self.per_head and getattr(module, "head_first", True)

@@ -13,13 +13,13 @@ from mhacut.commands.models import architectures, build_weightless, entry_of
 
 def prunable_fingerprints(names: Iterable[str]) -> dict[str, Fingerprint]:
     """Return the fingerprint of each of these architectures of timm in which something can be cut."""
-    found = {}
+    fingerprints = {}
     for name in names:
         model = build_weightless(name)
         entry = entry_of(name, model, ())
         if entry.transformer and entry.refusal is None:
-            found[name] = fingerprint(shapes_of(model))
-    return found
+            fingerprints[name] = fingerprint(shapes_of(model))
+    return fingerprints
 
 
 if __name__ == "__main__":

@@ -41,16 +41,16 @@ def catalogue(
     """List what can be cut in each architecture whose name matches ``pattern``, in timm's order.
 
     Args:
-        pattern: as for ``timm.list_models``.
+        pattern: pattern of names, as for ``timm.list_models``.
         progress: called with (done, in all, architecture).
     """
     names = architectures(pattern)
-    found = []
+    entries = []
     for done, (name, tags) in enumerate(names.items()):
-        found.append(entry_of(name, build_weightless(name), tags))
+        entries.append(entry_of(name, build_weightless(name), tags))
         if progress is not None:
             progress(done + 1, len(names), name)
-    return tuple(found)
+    return tuple(entries)
 
 
 def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
@@ -60,7 +60,7 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
         name, _, tag = tagged.partition(".")
         if name in tags:
             tags[name].append(tag)
-    return {name: tuple(own) for name, own in tags.items()}
+    return {name: tuple(names) for name, names in tags.items()}
 
 
 def build_weightless(name: str) -> nn.Module:

@@ -99,10 +99,10 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     grids = {**_encoding_grids(model), **_bias_grids(model), **getattr(model, "pos_embed_grids", {})}
     resized = dict(state_dict)
     for name, grid in grids.items():
-        found = state_dict.get(name)
-        if found is None or name not in wanted or found.shape == wanted[name].shape:
+        tensor = state_dict.get(name)
+        if tensor is None or name not in wanted or tensor.shape == wanted[name].shape:
             continue
-        tokens_first, shape = found.squeeze(0), wanted[name].shape
+        tokens_first, shape = tensor.squeeze(0), wanted[name].shape
         side = math.isqrt(len(tokens_first)) if tokens_first.ndim == 2 else 0
         if side and side * side == len(tokens_first) and tokens_first.shape[-1] == shape[-1]:
             encoding = resample_abs_pos_embed(

@@ -351,8 +351,8 @@ class FlattenCswin(Pyramid):
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Rename the attention's tensors of an official state dict, and resize encodings."""
-    own = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
-    return resize_encodings(own, model)
+    renamed = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
+    return resize_encodings(renamed, model)
 
 
 _OF_ATTENTION = re.compile(r"^(stage\d+\.\d+\.)((?:qkv|attns|proj)\.)")

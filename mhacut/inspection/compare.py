@@ -134,9 +134,9 @@ def compare(
     The outputs of all layers for one batch are held in memory.
 
     Args:
-        dense: in eval mode, float32. Its layers get the tokens that those of ``slim`` get, merged alike.
-        slim: likewise, on the same device.
-        images: normalised.
+        dense: dense model in eval mode, float32. Its layers get the tokens that those of ``slim`` get.
+        slim: pruned model in eval mode, float32, on the same device.
+        images: images, normalised.
         source: name of ``dense``, for readers.
         data: description of the images, for readers.
         batch_size: images at a time.
@@ -156,11 +156,11 @@ def compare(
     with registered(_LayerHooks(same_tokens, slim, tallies).register()):
         for start in range(0, len(images), batch_size):
             batch = images[start : start + batch_size].to(device)
-            found, seen = slim(batch).float(), same_tokens(batch).float()
-            expected = seen if same_tokens is dense and not merged_of(dense) else dense(batch).float()
-            _check_same_classes(expected, found, source)
-            divergence += float(measured.divergence(found, expected)) * len(batch)
-            same += float((expected.argmax(-1) == found.argmax(-1)).sum())
+            actual, dense_output = slim(batch).float(), same_tokens(batch).float()
+            expected = dense_output if same_tokens is dense and not merged_of(dense) else dense(batch).float()
+            _check_same_classes(expected, actual, source)
+            divergence += float(measured.divergence(actual, expected)) * len(batch)
+            same += float((expected.argmax(-1) == actual.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
         raise MhacutError(f"{option_name('compare', source)}: one model's outputs are not finite numbers")
@@ -230,12 +230,12 @@ class _Tally:
 
     def add(self, dense: Tensor, slim: Tensor) -> None:
         """Add the outputs of the layer in either model."""
-        expected, found = (
+        expected, actual = (
             side.movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
         )  # (tokens, channels)
         self.square += float(expected.square().sum())
-        self.square_error += float((found - expected).square().sum())
-        self.cosines += float(torch.cosine_similarity(expected, found, dim=-1, eps=1e-30).sum())
+        self.square_error += float((actual - expected).square().sum())
+        self.cosines += float(torch.cosine_similarity(expected, actual, dim=-1, eps=1e-30).sum())
         self.tokens += len(expected)
 
     @property

@@ -64,8 +64,8 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
         return falling_eigenvalues(every[0].energy)
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
-    own = _per_head(unit, every[0])
-    second = own.covariance if unit.constants_pass else own.energy
+    per_head = _per_head(unit, every[0])
+    second = per_head.covariance if unit.constants_pass else per_head.energy
     return output_energies(second, effective_output_weights(module, unit).view(-1, unit.heads, unit.width))
 
 
@@ -256,7 +256,7 @@ def _layer_report(
 def _findings(
     module: nn.Module, layer: Layer, evidence: Evidence | None
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
-    found = {}
+    findings = {}
     for unit in layer.units:
         if unit.kind == "hidden":  # the MLP of a block that holds attention too
             continue
@@ -268,14 +268,14 @@ def _findings(
         else:
             moments = evidence.calibration.moments[unit.key]
             similarity = evidence.calibration.statistics[unit.key].redundancy
-        found[unit.key] = describe_heads(module, unit, moments, similarity)
-    return found
+        findings[unit.key] = describe_heads(module, unit, moments, similarity)
+    return findings
 
 
-def _unit_report(unit: Unit, plan: UnitPlan | None, found: tuple[HeadFindings, ...]) -> UnitReport:
+def _unit_report(unit: Unit, plan: UnitPlan | None, findings: tuple[HeadFindings, ...]) -> UnitReport:
     if plan is None or plan.keeps_all:
-        return UnitReport(unit.kind, unit.heads, unit.width, unit.width, "channel", None, found)
-    return UnitReport(unit.kind, unit.heads, unit.width, plan.dense_width, plan.basis, plan.kept, found)
+        return UnitReport(unit.kind, unit.heads, unit.width, unit.width, "channel", None, findings)
+    return UnitReport(unit.kind, unit.heads, unit.width, plan.dense_width, plan.basis, plan.kept, findings)
 
 
 def _heads(layer: Layer, module: nn.Module) -> int | None:

@@ -152,11 +152,11 @@ def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> Non
             set_channels(module, unit, part, rows * factor.view(*factor.shape, *[1] * (rows.dim() - 3)))
         bias = replace(axis, tensor=axis.tensor.removesuffix("weight") + "bias", dim=0, norm=None)
         if has_tensor(module, bias.tensor):  # moves into the norm's mean
-            own, mean = (
+            bias_values, mean = (
                 channels_of(module, unit, part).double() for part in (bias, norm_axis(axis, "running_mean"))
             )
-            set_channels(module, unit, norm_axis(axis, "running_mean"), mean - own * factor)
-            set_channels(module, unit, bias, torch.zeros_like(own))
+            set_channels(module, unit, norm_axis(axis, "running_mean"), mean - bias_values * factor)
+            set_channels(module, unit, bias, torch.zeros_like(bias_values))
         variance = channels_of(module, unit, norm_axis(axis, "running_var")).double() * factor.square()
         mixed = torch.einsum("hij,hj...->hi...", mixing.square(), variance)
         set_channels(module, unit, norm_axis(axis, "running_var"), mixed)

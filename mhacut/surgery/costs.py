@@ -65,8 +65,8 @@ class LayerCost:
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
         """Cost of all runs at ``widths`` (channels per head; units not named stay as they are)."""
-        own = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
-        return sum(run.at(own) for run in self.runs)
+        by_kind = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
+        return sum(run.at(by_kind) for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -140,22 +140,22 @@ def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> 
             replay = Replay(slim, call, prefix).eval()
             return count_flops(replay, replay.zeros(torch.device("meta" if meta else "cpu")))[""]
 
-        whole = {unit.kind: unit.width for unit in layer.units}
+        uncut = {unit.kind: unit.width for unit in layer.units}
         name = f"{layer.name} ({type(module).__name__})"
-        _FITTED[key] = fit_polynomial(name, whole, _Counts(whole, count).at)
+        _FITTED[key] = fit_polynomial(name, uncut, _Counts(uncut, count).at)
     return _FITTED[key]
 
 
 class _Counts:
     """Cost of a layer that is counted at any widths, at each of them once."""
 
-    def __init__(self, whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
-        self._whole, self._count = whole, count
+    def __init__(self, uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
+        self._uncut, self._count = uncut, count
         self._known: dict[tuple[int, ...], int] = {}
 
     def at(self, changed: Mapping[UnitKind, int]) -> int:
         """Return the cost at ``changed`` widths; kinds not named stay as they are."""
-        widths = {**self._whole, **changed}
+        widths = {**self._uncut, **changed}
         key = tuple(widths.values())
         if key not in self._known:
             self._known[key] = self._count(widths)
@@ -164,7 +164,7 @@ class _Counts:
 
 def fit_polynomial(
     name: str,
-    whole: Mapping[UnitKind, int],
+    uncut: Mapping[UnitKind, int],
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
@@ -172,8 +172,8 @@ def fit_polynomial(
 
     Args:
         name: name of the layer, for errors.
-        whole: its widths as it stands.
-        count: cost at the widths it is called with; kinds not named are at ``whole``.
+        uncut: its widths as it stands.
+        count: cost at the widths it is called with; kinds not named are at ``uncut``.
         counted: what is counted, for errors.
 
     Raises:
@@ -183,14 +183,14 @@ def fit_polynomial(
     # Below half the widths, where squares that were left out all add to the count.
     other: dict[UnitKind, int] = {
         kind: chance.choice([w for w in range(1, _half(width)) if w != _half(width) // 2] or [1])
-        for kind, width in whole.items()
+        for kind, width in uncut.items()
     }
     for squares in (False, True):
-        found = _interpolate(whole, count, squares=squares)
-        expected = count({}) + found.at(other) - found.at(whole)
+        polynomial = _interpolate(uncut, count, squares=squares)
+        expected = count({}) + polynomial.at(other) - polynomial.at(uncut)
         if count(other) == expected:
-            return found
-    at = ", ".join(f"{kind} {width} of {whole[kind]}" for kind, width in other.items())
+            return polynomial
+    at = ", ".join(f"{kind} {width} of {uncut[kind]}" for kind, width in other.items())
     raise UnsupportedModelError(
         f"{name}: its {counted} do not follow from its widths as those of other layers do (at {at} there are "
         f"{count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
@@ -199,15 +199,15 @@ def fit_polynomial(
 
 
 def _interpolate(
-    whole: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
+    uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
 ) -> Polynomial:
     """Polynomial through counts at whole, half and (for ``squares``) quarter widths: divided differences."""
     dense = count({})
-    near = {kind: _half(width) for kind, width in whole.items() if width > 1}
+    near = {kind: _half(width) for kind, width in uncut.items() if width > 1}
     per_channel: dict[UnitKind, Fraction] = {}
     per_pair: dict[tuple[UnitKind, UnitKind], Fraction] = {}
     for kind, half in near.items():
-        width, quarter = whole[kind], half // 2
+        width, quarter = uncut[kind], half // 2
         slope = Fraction(count({kind: half}) - dense, half - width)
         curvature = Fraction(0)
         if squares and quarter:
@@ -218,9 +218,9 @@ def _interpolate(
     for first, second in itertools.combinations(near, 2):
         a, b = near[first], near[second]
         both = count({first: a, second: b}) - count({first: a}) - count({second: b}) + dense
-        per_pair[first, second] = Fraction(both, (a - whole[first]) * (b - whole[second]))
-        per_channel[first] -= per_pair[first, second] * whole[second]
-        per_channel[second] -= per_pair[first, second] * whole[first]
+        per_pair[first, second] = Fraction(both, (a - uncut[first]) * (b - uncut[second]))
+        per_channel[first] -= per_pair[first, second] * uncut[second]
+        per_channel[second] -= per_pair[first, second] * uncut[first]
     return Polynomial(
         {kind: int(flops) for kind, flops in per_channel.items() if flops},
         {kinds: int(flops) for kinds, flops in per_pair.items() if flops},
@@ -323,10 +323,10 @@ def storage_table(
             layers.append(LayerCost(layer, (cost_of(layer, kinds),)))
     smallest = copy.deepcopy(outline)
     cut(smallest, Plan(tuple(first(unit, least[unit.key]) for unit in units)), prunable=prunable)
-    dense, whole = amount(model), {unit.key: unit.width for unit in units}
+    dense, uncut = amount(model), {unit.key: unit.width for unit in units}
     # The rest is the larger of two: copies that a cut makes are counted at all widths.
     rests = (
         total - sum(int(layer.at(widths)) for layer in layers)
-        for total, widths in ((amount(smallest), least), (dense, whole))
+        for total, widths in ((amount(smallest), least), (dense, uncut))
     )
     return StorageTable(max(rests), tuple(layers), dense)

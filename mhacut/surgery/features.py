@@ -84,16 +84,16 @@ class Features:
             For dense features, one map of tokens each, [B, tokens, channels]; otherwise the one output.
         """
         reader = _Reader(model, self)
-        found: list[Tensor]
+        maps: list[Tensor]
         if tensors:
             substitutes = {f"model.{name}": tensor for name, tensor in tensors.items()}
-            found = torch.func.functional_call(reader, substitutes, (images,), tie_weights=False)
+            maps = torch.func.functional_call(reader, substitutes, (images,), tie_weights=False)
         else:
-            found = reader(images)
+            maps = reader(images)
         if not self.dense:
-            return found
+            return maps
         dims = self.channel_dims
-        return [each.movedim(dim, -1).flatten(1, -2) for each, dim in zip(found, dims, strict=True)]
+        return [each.movedim(dim, -1).flatten(1, -2) for each, dim in zip(maps, dims, strict=True)]
 
 
 class _Reader(nn.Module):
@@ -120,13 +120,13 @@ class _Reader(nn.Module):
 
 def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
     """Run ``model``; return what the modules of these names give."""
-    with captured_outputs(model, names) as found:
+    with captured_outputs(model, names) as outputs:
         model(images)
-    once = [name for name in names if len(found.get(name, ())) != 1]
-    if once:
-        times = len(found.get(once[0], ()))
-        raise UnsupportedModelError(f"the model runs {once[0]!r} {times} times per image, expected once")
-    return [found[name][0] for name in names]
+    wrong = [name for name in names if len(outputs.get(name, ())) != 1]
+    if wrong:
+        times = len(outputs.get(wrong[0], ()))
+        raise UnsupportedModelError(f"the model runs {wrong[0]!r} {times} times per image, expected once")
+    return [outputs[name][0] for name in names]
 
 
 @torch.no_grad()
@@ -144,8 +144,8 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
     if not hasattr(model, "forward_features"):
         raise UnsupportedModelError("it has no forward_features, which would give its tokens")
     run = _Reader(model, Features("tokens"))
-    (found,) = run(image)
-    _check_map(found, "forward_features", image)
+    (tokens,) = run(image)
+    _check_map(tokens, "forward_features", image)
     dims = channel_dims(model, run, prunable.layers[-1:], image)
     return Features("tokens", channel_dims=tuple(dims))
 
@@ -165,11 +165,11 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
         )
     plain = len(info) > 1 and len(set(info)) == 1
     levels = range(max(len(info) - PLAIN_LEVELS, 0) if plain else 0, len(info))
-    found = Features("pyramid", levels=tuple(levels), channel_dims=(1,) * len(levels))
-    for number, each in enumerate(_Reader(model, found)(image)):
+    features = Features("pyramid", levels=tuple(levels), channel_dims=(1,) * len(levels))
+    for number, each in enumerate(_Reader(model, features)(image)):
         if not isinstance(each, Tensor) or each.ndim != 4:
             raise UnsupportedModelError(f"level {number} of features_only is no map [B, C, H, W]")
-    return found
+    return features
 
 
 @torch.no_grad()
@@ -206,19 +206,19 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
     return Features("layers", layers=tuple(names), channel_dims=tuple(dims))
 
 
-def _check_map(found: object, name: str, image: Tensor) -> None:
+def _check_map(output: object, name: str, image: Tensor) -> None:
     """Check that ``found``, which ``name`` gives for ``image``, is a map of tokens.
 
     Raises:
         UnsupportedModelError: it is none.
     """
-    if not isinstance(found, Tensor) or found.ndim not in (3, 4):
-        shown = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        shown = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(
             f"{name} gives no map of tokens, [B, tokens, channels] or with rows and columns, but {shown}"
         )
-    if len(found) != len(image):
+    if len(output) != len(image):
         raise UnsupportedModelError(
-            f"{name} gives {len(found)} windows for {len(image)} images; name a block, whose output is one "
+            f"{name} gives {len(output)} windows for {len(image)} images; name a block, whose output is one "
             "map per image"
         )

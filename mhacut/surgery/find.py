@@ -119,9 +119,9 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
     walk = _Walk()
     walk.visit("", model)
     if walk.unknown:
-        found = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
+        listed = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
         raise UnsupportedModelError(
-            f"attention class not supported: {found}; mhacut does not prune a model with attention that it "
+            f"attention class not supported: {listed}; mhacut does not prune a model with attention that it "
             "does not know. `mhacut models` lists what can be cut"
         )
     if not any(layer.adapter.family == "attention" for layer in walk.layers):

@@ -31,20 +31,20 @@ def captured_outputs(
     """Capture the outputs of the named modules while ``model`` runs in the block.
 
     Args:
-        model: which has the modules.
-        names: of the modules; "" is the model itself.
+        model: model that has the modules.
+        names: names of the modules; "" is the model itself.
         take: (arguments by position, output) -> what to keep of a call.
 
     Yields:
         What was kept of each call by name, names in the order of their first calls.
     """
-    found: dict[str, list[Any]] = {}
+    captured: dict[str, list[Any]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
-        found.setdefault(name, []).append(take(args, output))
+        captured.setdefault(name, []).append(take(args, output))
 
     with registered(model.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names):
-        yield found
+        yield captured
 
 
 @contextmanager
@@ -226,7 +226,7 @@ def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int
     Args:
         module: the layer, on any device, meta included.
         layer: its description.
-        widths: of all its units, channels per head.
+        widths: channels per head of all its units.
     """
     plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
     slim = copy.deepcopy(module)

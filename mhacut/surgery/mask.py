@@ -130,8 +130,8 @@ def constant_lost(module: nn.Module, unit: Unit, channel_scale: Tensor) -> Tenso
     lost = columns.new_zeros(len(columns))
     for axis in unit.constants:
         first, last = axis.heads or (0, unit.heads)
-        own = module.get_parameter(axis.tensor)
-        constant = own.repeat(last - first) if axis.shared else own
+        bias = module.get_parameter(axis.tensor)
+        constant = bias.repeat(last - first) if axis.shared else bias
         part = slice(first * unit.width, last * unit.width)
         lost = lost + columns[:, part] @ (constant * (1 - channel_scale[part].to(constant)))
     return lost

@@ -151,10 +151,10 @@ def tokens_read(model: nn.Module) -> int:
     """
     if type(model) not in FEW_TOKENS and not isinstance(model, FewTokens):
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
-    found: Any = model
-    if found.global_pool != "token" or getattr(found, "attn_pool", None) is not None:
-        raise UnsupportedModelError(f"the head reads all tokens (global_pool={found.global_pool!r})")
-    _check_last(found.blocks[-1])
+    head: Any = model
+    if head.global_pool != "token" or getattr(head, "attn_pool", None) is not None:
+        raise UnsupportedModelError(f"the head reads all tokens (global_pool={head.global_pool!r})")
+    _check_last(head.blocks[-1])
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
 

@@ -132,14 +132,20 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
                 axis = replace(axis, shared=False)
             elif axis.shared:
                 last = first + 1
-            rows, own, place = axis.rows(unit.heads, unit.width), gone[first:last], (axis.tensor, axis.dim)
-            removed.setdefault(place, []).append(rows[own].flatten())
-            stays = rows[~own].flatten()
+            rows, cut_here, place = (
+                axis.rows(unit.heads, unit.width),
+                gone[first:last],
+                (axis.tensor, axis.dim),
+            )
+            removed.setdefault(place, []).append(rows[cut_here].flatten())
+            stays = rows[~cut_here].flatten()
             # The layer reads channels in the order of their new numbers. Where channels are not side by side
             # and heads keep different ones, that is not the order in which they stand.
-            number = (~own).cumsum(1)[..., None] - 1
+            number = (~cut_here).cumsum(1)[..., None] - 1
             moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
-            order.setdefault(place, []).append((stays.sort().values, stays[moved[~own].flatten().argsort()]))
+            order.setdefault(place, []).append(
+                (stays.sort().values, stays[moved[~cut_here].flatten().argsort()])
+            )
     for (name, dim), gone_parts in removed.items():
         tensor = tensor_of(module, name)
         keep = torch.ones(tensor.shape[dim], dtype=torch.bool)

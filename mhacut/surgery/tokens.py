@@ -77,8 +77,8 @@ def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
 
     Args:
         sizes: number of patches that each stands for, [B, N, 1].
-        attention: that the class token pays to each patch in them, 1 on average over tokens, [B, N, 1]; None
-            where there is no such token.
+        attention: attention that the class token pays to each patch in them, 1 on average over tokens,
+            [B, N, 1]; None where there is no such token.
     """
     return sizes if attention is None else sizes * (attention + FLOOR).sqrt()
 
@@ -91,7 +91,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
     Args:
         x: tokens, [B, N, C].
-        weights: of those behind the prefix, [B, N - prefix, 1].
+        weights: weights of the tokens behind the prefix, [B, N - prefix, 1].
         count: number of tokens to merge, at most half of those behind the prefix.
         prefix: number of first tokens that are left out.
     """
@@ -109,12 +109,12 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
     return Match(merged, kept, nearest.gather(1, merged), weights)
 
 
-def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
+def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     """Average merged tokens, and their norms, into those that receive them, by the weights of the match.
 
     Args:
         tokens: N tokens.
-        found: the match.
+        matched: which tokens are merged into which.
         prefix: number of first tokens, which stay.
 
     Returns:
@@ -122,19 +122,19 @@ def merge(tokens: SizedTokens, found: Match, prefix: int) -> SizedTokens:
     """
     x, sizes = tokens
     a, size_a = x[:, prefix:][:, 1::2], sizes[:, prefix:][:, 1::2]
-    rest, rest_sizes, weights = map(at_least_float32, (x[:, prefix:], sizes[:, prefix:], found.weights))
+    rest, rest_sizes, weights = map(at_least_float32, (x[:, prefix:], sizes[:, prefix:], matched.weights))
     # What adds up when tokens are merged.
     sums = torch.cat((weights * rest, weights * rest.norm(dim=-1, keepdim=True), weights, rest_sizes), -1)
     receives = (
-        found.receivers[:, None, :] == torch.arange(rest[:, ::2].shape[1], device=x.device)[None, :, None]
+        matched.receivers[:, None, :] == torch.arange(rest[:, ::2].shape[1], device=x.device)[None, :, None]
     )  # (B, |B|, r)
     with full_precision(x):
-        sums = sums[:, ::2] + receives.to(sums.dtype) @ _taken(sums[:, 1::2], found.merged)
+        sums = sums[:, ::2] + receives.to(sums.dtype) @ _taken(sums[:, 1::2], matched.merged)
     summed, norm, weight, new_size = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
     received = (F.normalize(summed, dim=-1) * (norm / weight)).to(x.dtype)
     return SizedTokens(
-        torch.cat((x[:, :prefix], _taken(a, found.kept), received), 1),
-        torch.cat((sizes[:, :prefix], _taken(size_a, found.kept), new_size.to(sizes.dtype)), 1),
+        torch.cat((x[:, :prefix], _taken(a, matched.kept), received), 1),
+        torch.cat((sizes[:, :prefix], _taken(size_a, matched.kept), new_size.to(sizes.dtype)), 1),
     )
 
 
@@ -167,8 +167,8 @@ class Matcher(nn.Module):
 
         Args:
             x: tokens, [B, N, C].
-            sizes: of them, [B, N, 1].
-            attention: of the class token to those behind the prefix (:func:`weigh`).
+            sizes: number of patches that each stands for, [B, N, 1].
+            attention: attention of the class token to those behind the prefix (:func:`weigh`).
         """
         weights = weigh(sizes[:, self.prefix :], attention)
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
@@ -229,7 +229,7 @@ def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
     Args:
         m: plain attention without norms of q and k; it may be cut.
         x: its input, [B, N, C].
-        sizes: of the tokens, [B, N, 1].
+        sizes: number of patches that each token stands for, [B, N, 1].
         prefix: number of first tokens that stand for no patch; the class token is the first.
 
     Returns:
