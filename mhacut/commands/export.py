@@ -107,7 +107,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     if options.output is not None:
         _check(Path(options.output), options, Path(options.checkpoint))
     reporter.start("reading")
-    for note in options.idle().values():
+    for note in options.unmet_needs().values():
         reporter.log(note)
     loaded = open_from_options(options, reporter)
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")

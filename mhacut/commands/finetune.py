@@ -76,7 +76,7 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
             if processes.first:
                 check_folder_before_reading(options)  # the command line did; Python did not
                 if options.resume is None:  # else it was said when the run began
-                    for note in options.idle().values():
+                    for note in options.unmet_needs().values():
                         reporter.log(note)
             run = read_run(options, processes, reporter if processes.first else Silent())
         try:

@@ -82,7 +82,7 @@ def inspect(
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     """Run :func:`inspect` with its options in one object."""
     check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
-    for note in options.idle().values():
+    for note in options.unmet_needs().values():
         reporter.log(note)
     reporter.start("reading")
     opened = _open(options, reporter)

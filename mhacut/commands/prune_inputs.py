@@ -187,7 +187,7 @@ def read_inputs(
     check_one_source(given, options)
     check_files(options)  # the command line did; Python did not
     reporter.start("reading")
-    for note in options.idle().values():
+    for note in options.unmet_needs().values():
         reporter.log(note)
     if options.amp:
         warn_of_slow_amp(processes.device, reporter.log)

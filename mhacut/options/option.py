@@ -329,7 +329,7 @@ class Options:
         """Names of the options that differ from their defaults."""
         return [name for name, one in self.options().items() if getattr(self, name) != one.default]
 
-    def idle(self) -> dict[str, str]:
+    def unmet_needs(self) -> dict[str, str]:
         """Options that were changed to no effect, each with a sentence about what it needs."""
         notes = {}
         for name in self.changed():

@@ -115,7 +115,7 @@ def test_recipes_are_options(recipe):
     options = FinetuneOptions.of(checkpoint="a", **values)
     assert {key: options.values()[key] for key in values} == values
     assert "Cost: " in recipe.read_text()
-    assert FinetuneOptions.of(checkpoint="a", teacher="b", data_dir="c", **values).idle() == {}
+    assert FinetuneOptions.of(checkpoint="a", teacher="b", data_dir="c", **values).unmet_needs() == {}
 
 
 @pytest.mark.slow

@@ -179,7 +179,7 @@ def test_options_that_were_changed():
     ],
 )
 def test_options_without_effect_are_found(options, idle):
-    assert options.idle() == idle
+    assert options.unmet_needs() == idle
 
 
 def test_a_subclass_checks_what_it_inherits():
