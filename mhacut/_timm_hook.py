@@ -34,6 +34,7 @@ class _TimmFinder:
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
             return None
+        # Found by the others and executed as always: only the end of its execution is watched.
         others = [finder for finder in sys.meta_path if finder is not self]
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)

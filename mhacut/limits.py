@@ -41,6 +41,7 @@ def too_large(size: Sequence[int]) -> str:
     >>> too_large((3, 30000, 30000))
     'at most 4194304 pixels (2048x2048) are allowed, found 30000x30000'
     """
+    # First the area, which decides how many tokens there are, then what the pixels themselves take.
     *channels, height, width = size
     if height * width > MAX_PIXELS:
         return f"at most {MAX_PIXELS} pixels (2048x2048) are allowed, found {height}x{width}"

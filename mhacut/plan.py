@@ -23,6 +23,7 @@ _OPTIONAL_KEYS = {"basis", "unshared"}
 _TOKEN_KEYS = {"read", "merged", "rule"}
 MERGE_RULE = "weights"
 """Name of the rule by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state it."""
+# Plans come from files: what is looked up in a model is a name of a module, nothing else.
 _LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
 
 
@@ -66,6 +67,7 @@ class UnitPlan:
                     f"{where}: every head keeps the same number of channels, "
                     f"but head 0 keeps {width} and head {head} keeps {len(channels)}"
                 )
+            # Ascending: a set of channels is written in one way, and slicing keeps their order.
             if any(a >= b for a, b in itertools.pairwise(channels)):
                 raise PlanError(f"{where}: kept channels of head {head} are not strictly ascending")
             if channels[0] < 0 or channels[-1] >= self.dense_width:
@@ -99,7 +101,8 @@ class UnitPlan:
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
                 f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
             )
-        if self.basis == "principal" and not self.keeps_all:  # of what was left, whatever that was
+        # Principal components mix channels: which dense channels they came from is no longer a question.
+        if self.basis == "principal" and not self.keeps_all:
             return UnitPlan(
                 self.layer, self.kind, earlier.dense_width, self.kept, "principal", earlier.unshared
             )
@@ -159,6 +162,7 @@ class TokenPlan:
             raise PlanError("plan of tokens: read is a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
             raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
+        # Merged by another rule, the same numbers would give other logits, without an error.
         if any(merged) and document.get("rule") != MERGE_RULE:
             raise PlanError(
                 f"plan of tokens: this version merges by the rule {MERGE_RULE!r}, found "
@@ -200,6 +204,7 @@ class Plan:
 
         Units that this plan does not name stay as ``earlier`` left them; its tokens replace the earlier ones.
         """
+        # Tokens are counted on the dense model, so a later plan of tokens replaces the earlier one.
         before = {unit.key: unit for unit in earlier}
         now = {unit.key: unit for unit in self}
         merged = [now[key].after(unit) if key in now else unit for key, unit in before.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Sequence
 
+# Control, format (bidi marks among them) and surrogate characters, and separators of lines and paragraphs.
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
@@ -66,6 +67,7 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
         rows: cells, the same number in each; a first row of headings is a row like any other.
         left: so many columns are aligned left, the others right.
     """
+    # In cells of the terminal, not characters: a Chinese character takes two.
     widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
