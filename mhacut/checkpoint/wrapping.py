@@ -30,15 +30,13 @@ _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 """Words that compilation, sharding and recomputation put in front of a layer's name, anywhere in it."""
 _LEADING = re.compile(r"^((module|_orig_mod)\.)+")
 """Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
-_TRAINING_ONLY = re.compile(r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|dino_head|ibot_head")
-"""Modules that no model of timm has, and that only training needs."""
-_COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted")
-"""Single numbers that weight averaging keeps."""
-_NO_PART = re.compile(
-    r"((student|teacher)_)?(dino_head|ibot_head)|(momentum_)?projector|predictor"
-    r"|(projection|prediction)_head|momentum_(backbone|classifier)|queue|queue_ptr|center"
+_FOR_TRAINING = re.compile(
+    r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|((student|teacher)_)?(dino_head|ibot_head)"
+    r"|(momentum_)?projector|predictor|(projection|prediction)_head|momentum_(backbone|classifier)"
 )
-"""Modules that may lie beside a network without being part of it."""
+"""Modules that no model of timm has, and that only training needs."""
+_COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted|queue(_ptr)?|center")
+"""Single tensors that training keeps."""
 _PROJECTION = re.compile(r"(.+\.)?(last_layer\d?|prototypes\d*)\..+")
 """Tensors that the heads of DINO and its like have, and no classifier."""
 _CLASSIFIER = re.compile(
@@ -144,8 +142,9 @@ def unwrap(
         for word in [word for word in groups if word != part and _is_for_training(word, groups[word])]:
             if len(groups) > 1:
                 _leave_out(left_out, word, groups.pop(word))
+                others += ["momentum_backbone"] if word == "momentum_backbone" else []
         asked = part is not None and part in groups and "" not in groups[part].values()
-        chosen, classifier = (part, None) if asked else _network(where, groups, shapes)
+        chosen, classifier = (part, None) if asked else _network(where, groups, names.values(), shapes)
         if chosen is None:
             names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
             break
@@ -159,7 +158,7 @@ def unwrap(
         part = None if asked else part
         for word, group in groups.items():
             _leave_out(left_out, word, group)
-        others += [word for word in groups if word in (*_TRAINED, *_AVERAGED, "momentum_backbone")]
+        others += [word for word in groups if word in (*_TRAINED, *_AVERAGED)]
         prefixes.append(f"{chosen}.")
         names = dict(network)
     if part is not None:
@@ -237,10 +236,18 @@ def _grouped(names: _Group) -> dict[str, dict[str, str]]:
     return groups
 
 
-def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> tuple[str | None, str | None]:
+def _network(
+    where: str, groups: Mapping[str, _Group], names: Iterable[str], shapes: Shapes
+) -> tuple[str | None, str | None]:
     """Return the module that holds the whole model, and the linear layer that is its classifier, if any.
 
     Of a network and its average, the average is taken. The module is None where names are the model's own.
+
+    Args:
+        where: the file, for messages.
+        groups: names of each module's tensors, without those that only training needs.
+        names: names of all tensors.
+        shapes: shape of each tensor, by its name in the file.
 
     Raises:
         CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.
@@ -253,8 +260,7 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> tuple[
         one, other = (
             {rest: shapes[file] for file, rest in modules[word].items()} for word in (trained, averaged)
         )
-        around = [rest for group in groups.values() for rest in group.values()]
-        chosen = averaged if is_average(one, other, averaged, around) else trained
+        chosen = averaged if is_average(one, other, averaged, names) else trained
     if chosen is None:
         # A prefix that all tensors share is a wrapper, whatever its name.
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
@@ -264,11 +270,7 @@ def _network(where: str, groups: Mapping[str, _Group], shapes: Shapes) -> tuple[
         {rest.partition(".")[0] for rest in inside} in _ENCODER_ITSELF or not _is_nested(modules[chosen])
     ):
         return None, None
-    rest = {
-        word: group
-        for word, group in groups.items()
-        if word not in (trained, averaged) and not _is_no_part(word, group)
-    }
+    rest = {word: group for word, group in groups.items() if word not in (trained, averaged)}
     whole, classified = any(map(_STEM.search, inside)), any(map(CLASSIFIERS.fullmatch, inside))
     if not rest:
         return chosen, None
@@ -320,15 +322,11 @@ def _leave_out(left_out: dict[str, int], word: str, group: _Group) -> None:
 
 def _is_for_training(word: str, group: _Group) -> bool:
     """Whether these tensors belong to no model, whatever lies beside them."""
-    return (_COUNTER if "" in group.values() else _TRAINING_ONLY).fullmatch(word) is not None
-
-
-def _is_no_part(word: str, group: _Group) -> bool:
-    """Whether these tensors, beside a network, are not part of it."""
-    is_head = re.fullmatch(r"((student|teacher)_)?head", word) and any(
-        map(_PROJECTION.fullmatch, group.values())
-    )
-    return bool(is_head) or _NO_PART.fullmatch(word) is not None
+    if "" in group.values():
+        return _COUNTER.fullmatch(word) is not None
+    if re.fullmatch(r"((student|teacher)_)?head", word):
+        return any(map(_PROJECTION.fullmatch, group.values()))
+    return _FOR_TRAINING.fullmatch(word) is not None
 
 
 def pick_part(
