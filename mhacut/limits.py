@@ -18,11 +18,6 @@ MAX_CROP_PCT = 1.25
 """Largest ``crop_pct``. Above 1 an image is made smaller than the input and a border put around it, as timm's
 VOLO at 448 and 512 pixels does."""
 
-MAX_MEAN = 1e6
-"""Largest ``mean``, positive or negative, and ``std`` of pixels in 0..1."""
-MIN_STD = 1e-6
-"""Smallest ``std`` of pixels in 0..1. In float32, which divides by it, much smaller ones are 0."""
-
 MAX_PARALLEL = 1024
 """Largest number of threads or processes. Of many more, OpenMP ends the process without a message."""
 

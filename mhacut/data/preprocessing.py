@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 from torch import Tensor
 
 from mhacut.errors import DataError, UsageError, option_name
-from mhacut.limits import MAX_CROP_PCT, MAX_MEAN, MIN_CROP_PCT, MIN_STD, too_large
+from mhacut.limits import MAX_CROP_PCT, MIN_CROP_PCT, too_large
 from mhacut.options.base import PreprocessingOptions
 
 SMALL_IMAGE = 64
@@ -51,11 +52,11 @@ class Preprocessing:
         for name in ("mean", "std"):
             values = tuple(float(value) for value in getattr(self, name))
             values = values * channels if len(values) == 1 else values
-            low = MIN_STD if name == "std" else -MAX_MEAN
-            if len(values) != channels or not all(low <= value <= MAX_MEAN for value in values):
+            usable = all(map(math.isfinite, values)) and (name == "mean" or min(values, default=0) > 0)
+            if len(values) != channels or not usable:
+                above = " above 0" if name == "std" else ""
                 raise DataError(
-                    f"{name} {getattr(self, name)}: expected {channels} number(s) from {low:g} to "
-                    f"{MAX_MEAN:g}, in units of a pixel range of 0..1"
+                    f"{name} {getattr(self, name)}: expected {channels} number(s){above}, for pixels in 0..1"
                 )
             object.__setattr__(self, name, values)
         object.__setattr__(self, "crop_pct", float(self.crop_pct))
