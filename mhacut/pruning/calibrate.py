@@ -7,7 +7,7 @@ moments; and the model's outputs. Only the outputs take more memory for more ima
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -109,7 +109,12 @@ def calibrate(
     def feed(unit: Unit, hook: str, channels: Tensor) -> None:
         gathered[unit.key].feed(hook, channels, size, held_batch)
 
-    batches = [*_batches(held, count, batch_size), *_batches(0, held, batch_size)]
+    parts = (held, count), (0, held)  # a batch is held out, or it is not
+    batches = [
+        (start, min(start + batch_size, last))
+        for first, last in parts
+        for start in range(first, last, batch_size)
+    ]
     with capturing(model, prunable.units(), feed):
         for number, (start, stop) in enumerate(batches):
             if number % processes.size == processes.rank:
@@ -137,8 +142,3 @@ def calibrate(
     if spill is not None:
         moments = SpilledMoments(moments, spill)
     return Calibration(held, moments, statistics, information, sums["outputs"].cpu(), preserved)
-
-
-def _batches(first: int, last: int, size: int) -> Iterator[tuple[int, int]]:
-    for start in range(first, last, size):
-        yield start, min(start + size, last)

@@ -77,7 +77,8 @@ def find_candidates(
     candidates, refit = [], options.repair
     if unit.mixing == "rotate" and options.basis != "channel":
         rotation = _pca_rotation(module, unit, moments, refit)
-        candidates.append(Candidate(unit, rotation, _in_order(unit, moments)))
+        in_order = torch.arange(unit.width, device=rotation.device).expand(unit.heads, -1)
+        candidates.append(Candidate(unit, rotation, Ranking(in_order)))
     shares, by_channel = unit.sharing != "own", not candidates or options.basis == "auto"
     # Heads that share filters keep their own channels at the price of a copy of the filters for each head.
     separate = options.positions != "equal" and unit.sharing != "tied"
@@ -112,11 +113,6 @@ def _pca_rotation(module: nn.Module, unit: Unit, moments: UnitMoments, refit: bo
         columns = columns.flatten(0, 1)[:, None]
         return output_basis(of_heads.mean(0, keepdim=True), columns).expand(unit.heads, -1, -1)
     return output_basis(of_heads, columns)
-
-
-def _in_order(unit: Unit, moments: UnitMoments) -> Ranking:
-    device = moments.fit[0].total.device
-    return Ranking(torch.arange(unit.width, device=device).expand(unit.heads, -1))
 
 
 def _ranking(
