@@ -36,6 +36,7 @@ def attend(
         dropout_p: on the attention weights; 0 outside training.
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
+    # The fused CPU kernel takes one width only; zeros add nothing to the products.
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
     if not fused or (unequal_on_cpu and _exporting_or_compiling()):
         logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)

@@ -364,6 +364,7 @@ class Projection:
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),
+            # Columns, not rows: what is written may feed other channels before it is read.
             "scale_axes": (columns,),
             "hooks": {**hooks, read: self.hook("input")},
             "output_projection": columns,

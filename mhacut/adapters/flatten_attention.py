@@ -52,7 +52,7 @@ class FocusedAttentionAdapter(Adapter):
             heads,
             qk_dim // heads,
             axes=(*query, *key, *tables),
-            scale_axes=(),
+            scale_axes=(),  # 1e-6 is added behind the projections: no factor there removes a channel
             hooks={
                 "query": ActivationHook(f"{prefix}query_features", "output"),
                 "key": ActivationHook(f"{prefix}key_features", "output"),
@@ -62,6 +62,7 @@ class FocusedAttentionAdapter(Adapter):
             linear=True,
             gate=f"{prefix}feature_gate",
         )
+        # d filters serve all heads; a cut with copies has made heads * d of them.
         shared = heads > 1 and inner.dwc.out_channels == v_width
         convolutions = [
             ChannelAxis(f"{prefix}{conv}.{part}", 0, shared=shared and conv == "dwc")
@@ -87,6 +88,7 @@ class FocusedAttentionAdapter(Adapter):
         gate = channel_scale.reshape(-1).to(scale.device)
         merged = scale_with_gate(scale.detach().double(), gate, inner.focusing_factor)
         with torch.no_grad():
+            # A gate of 1 must change no bit, which softplus and its inverse might.
             scale.copy_(torch.where(gate == 1, scale, merged.to(scale.dtype)))
 
 

@@ -174,7 +174,7 @@ class MultiScaleAdapter(Adapter):
             for first in (0, qk_width) if unit.kind == "qk" else (2 * qk_width,):
                 rows = weight[:, first : first + unit.width]
                 chosen = rows.gather(2, index)
-                rows.zero_()
+                rows.zero_()  # what lies behind the kept ones is not read
                 rows[:, :, :width] = chosen
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
@@ -210,7 +210,7 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
         depthwise, pointwise = (Projection.of(module, f"aggreg.{scale}.{part}") for part in (0, 1))
         passed, made = of_scale(depthwise.rows(*place), 0), of_scale(pointwise.rows(*place), scale + 1)
         rows += passed + made
-        scaled += passed[1:] + made  # of the depthwise convolution the bias; its weight has scaled input
+        scaled += passed[1:] + made  # of the depthwise convolution the bias: its weight has a scaled input
     return tuple(rows), tuple(scaled)
 
 
@@ -260,7 +260,7 @@ class FactorAttentionAdapter(Adapter):
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
         if kept.shape[1] < unit.width:
-            module.crpe = copy.deepcopy(module.crpe)
+            module.crpe = copy.deepcopy(module.crpe)  # other layers of the stage keep all its channels
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         module.__class__ = SlimFactorAttention

@@ -50,7 +50,7 @@ class Mlp(Adapter):
             return Layer(name, self, (), {"hidden": reason}, reader.channel_dim)
         written: list[ChannelAxis] = []
         for writer in self.writers:
-            for half in range(1 + self.halves):
+            for half in range(1 + self.halves):  # channel i is the product of row i of each half
                 written += Projection.of(module, writer).rows(half * reader.reads)
         for passed, part in between.items():
             if isinstance(part, _BatchNorm):
@@ -71,6 +71,7 @@ def _why_not_prunable(between: Mapping[str, nn.Module]) -> str | None:
         convs = [conv for conv in part.modules() if isinstance(conv, nn.Conv2d)]
         if not convs:
             return "a norm runs over all hidden channels"
+        # A depthwise convolution keeps channels apart, so that one can go; any other mixes them.
         if any(conv.groups != conv.out_channels for conv in convs):
             return "a convolution mixes hidden channels"
     return None

@@ -102,6 +102,7 @@ class CascadedAdapter(Adapter):
         places = getattr(module, _PLACES, None)
         if places is None:
             places = torch.arange(unit.width, device=kept.device).expand(heads, -1)
+        # One place more than there are channels: the index of what a former cut has removed already.
         moved = kept.new_full((heads, unit.width + 1), width)
         moved.scatter_(1, kept, torch.arange(width, device=kept.device).expand(heads, -1))
         module.register_buffer(_PLACES, moved.gather(1, places), persistent=False)

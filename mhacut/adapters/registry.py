@@ -52,6 +52,7 @@ POSITION_BIASES = ("RelPosMlp",)
 
 _MLP_NAME = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
+# Attention by name, in convolutional networks, that weighs channels or places of a map by a small network.
 _CHANNEL_GATES = frozenset(
     {"EcaModule", "CecaModule", "GlobalContext", "ChannelAttn", "LightChannelAttn", "SpatialAttn"}
     | {"LightSpatialAttn", "CbamModule", "LightCbamModule", "SplitAttn", "SelectiveKernelAttn"}
@@ -71,6 +72,7 @@ _KNOWN_ATTENTION = {
 
 def adapter_for(module: nn.Module) -> Adapter | None:
     """Return the adapter of exactly this class; None without one, or if it cannot describe ``module``."""
+    # The exact class: a subclass may compute something else with the same tensors.
     adapter = _BY_CLASS.get(type(module))
     return adapter if adapter is not None and adapter.serves(module) else None
 

@@ -187,6 +187,7 @@ class Softmax(Adapter):
         """Heads of q, k, v and ``g``, and channels of each."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
+        # v is known from what the output projection reads; what is left of a fused projection are q and k.
         rows = Projection.of(module, name).writes - v[0] * v[1] * letters.count("v")
         qk = heads, rows // (heads * (letters.count("q") + letters.count("k")))
         return {"q": qk, "k": qk, "v": v, "g": v}
@@ -237,6 +238,7 @@ class Softmax(Adapter):
             width,
             axes=query + key,
             # A factor on a batch norm scales a bias before it too.
+            # A scale on q alone is a scale on the logits, unless both are divided by their lengths behind it.
             scale_axes=query + key if self.cosine else query[:1] if query[0].norm else query,
             hooks=hooks,
             mixing=self.qk_mixing(module),
@@ -246,6 +248,7 @@ class Softmax(Adapter):
     def v(self, name: str, module: Any) -> Unit:
         """The unit of v."""
         reader, size = self.reader(module), self.v_size(module)
+        # A gate multiplies single channels of v: they can be selected and refitted, not mixed.
         tied = "g" in self.parts(module)
         written = self.axes(module, "v") + (self.axes(module, "g") if tied else ())
         mixing, value = "refit" if tied else self.v_mixing, self.hook(module, "v")
@@ -274,12 +277,13 @@ class Softmax(Adapter):
         sizes = self.sizes(module)
         (_, qk), (heads, v) = sizes["q"], sizes["v"]
         if self.scaled and hasattr(module, "scale"):
-            module.scale = qk**-0.5
+            module.scale = qk**-0.5  # timm's own formula; the cut has scaled q so that logits stay
         values = {"qk": qk, "v": v, "heads * qk": heads * qk, "heads * v": heads * v}
         for attribute, value in self.attributes.items():
             setattr(module, attribute, values[value])
         if _has_split_bias(module):
             module.k_bias = module.k_bias.new_zeros(len(module.q_bias))
+        # timm's own code where it will do: it is what other programs recognise, and fuse.
         module.__class__ = self.cls if self.fits(module, qk, v) else self.twin
         if isinstance(module, Twin):
             per_head = self._per_head(module)
@@ -303,7 +307,7 @@ class Softmax(Adapter):
             rows = getattr(m, name)(x) if name else fused_projection(m, x)
             if self.spread is not None:
                 rows = self.spread(m, rows)
-            if rows.dim() > 3:
+            if rows.dim() > 3:  # a map, channels first behind a convolution and last behind a linear layer
                 rows = rows.flatten(2).mT if conv else rows.flatten(1, -2)  # (B, N, rows)
             if per_head:
                 parts = rows.unflatten(-1, (sizes[0][0], -1)).split([width for _, width in sizes], dim=-1)

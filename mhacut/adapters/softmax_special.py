@@ -84,6 +84,7 @@ class Sam(Softmax):
         plain = super().qk(name, module)
         if not module.use_rel_pos:
             return plain
+        # As wide as one head: the table is shared. A cut with copies has made it as wide as all heads.
         shared = plain.heads > 1 and module.rel_pos_h.shape[1] == plain.width
         tables = tuple(ChannelAxis(f"rel_pos_{side}", 1, shared=shared) for side in ("h", "w"))
         axes = (*plain.axes, *tables)
@@ -153,6 +154,7 @@ class MultiQuery(TiedHeads):
     def v(self, name: str, module: Any) -> Unit:
         plain = super().v(name, module)
         value = tuple(replace(axis, shared=True) for axis in self.axes(module, "v"))
+        # The moments are of all heads; the one set of values stands for each of them.
         every_head = replace(plain.hooks["value"], then=lambda _, x: x.repeat(1, plain.heads, 1, 1))
         hooks = {**plain.hooks, "value": every_head}
         return replace(plain, axes=(*value, *plain.scale_axes), hooks=hooks, sharing="tied")
@@ -321,7 +323,7 @@ def rotated(
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
     """Rotate all but the prefix tokens, which have no position; there may be queries of those only."""
-    if x.shape[2] <= m.num_prefix_tokens:
+    if x.shape[2] <= m.num_prefix_tokens:  # the last block of a model that computes the class token alone
         return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
     return torch.cat((prefix, apply_rot_embed_cat(rest, table, half=m.rotate_half)), dim=2)
@@ -375,6 +377,7 @@ class Rope(Softmax):
         """The unit of pairs of rows that rotate together."""
         plain, half = super().qk(name, module), module.rotate_half
         pairs = plain.width // 2
+        # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
         copies, step = ((0, pairs), 1) if half else ((0, 1), 2)
 
         def paired(axes: tuple[ChannelAxis, ...]) -> tuple[ChannelAxis, ...]:
@@ -396,6 +399,7 @@ class Rope(Softmax):
         if queries == 1:
             return unit
         copies = tuple(unit.width * query for query in range(queries))
+        # One value channel is read by the columns of all queries that share its head.
         by_each = partial(replace, head_step=queries * unit.width, copies=copies)
         gate = self.axes(module, "g") if module.gate is not None else ()
         axes = tuple(by_each(axis) if axis in gate else axis for axis in unit.axes)
@@ -411,7 +415,7 @@ class Rope(Softmax):
             channels = torch.cat((kept, kept + unit.width), dim=-1)
         else:
             channels = (2 * kept[..., None] + torch.arange(2, device=kept.device)).flatten(1)
-        earlier = getattr(module, _KEPT, None)
+        earlier = getattr(module, _KEPT, None)  # of a model that was cut before: angles are the dense ones
         if earlier is not None:
             channels = earlier.gather(1, channels)
         module.register_buffer(_KEPT, channels, persistent=False)

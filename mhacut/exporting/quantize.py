@@ -297,7 +297,7 @@ def quantization_errors(content: bytes, images: Tensor) -> dict[str, float]:
     weights = {one.name: one for one in model.graph.initializer}
     nodes = _linear_nodes(model)
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))
-    del model.graph.output[:]
+    del model.graph.output[:]  # the inputs of all linear layers become the outputs of the graph
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     values = dict(zip(inputs, session.run(inputs, {INPUT: images.numpy()}), strict=True))
@@ -313,8 +313,9 @@ def rounding_error(x: Any, weight: Any) -> float:
     """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for quantized ``x``."""
     low, high = min(x.min(), 0), max(x.max(), 0)
     step = max((high - low) / _LEVELS, 1e-30)
-    zero = np.round(-low / step)
+    zero = np.round(-low / step)  # the level of 0, which must be exact: padding and ReLU give it
     rounded = (np.clip(np.round(x / step) + zero, 0, _LEVELS) - zero) * step
+    # In the output, not the input: an outlier that the weights ignore does no harm.
     off, exact = (rounded - x) @ weight, x @ weight
     return float(((off**2).sum(-1) / ((exact**2).sum(-1) + 1e-30)).mean())
 

@@ -117,6 +117,7 @@ def pt2_file(
                 node.meta.pop("stack_trace", None)  # names folders of this machine
         written = io.BytesIO()
         torch.export.save(program, written, extra_files={f"{METADATA}.json": about})
+        # Run from what was written, not from what was traced: the two are to be compared.
         again: Any = torch.export.load(io.BytesIO(written.getvalue())).module()
     return written.getvalue(), lambda x: again(x)
 

@@ -90,6 +90,7 @@ def write_folder(
             save_slim(folder / WEIGHTS, model, loaded.record, dtypes)
         card = model_card(source, loaded, preprocessing, options.license)
         (folder / CARD).write_text(card, encoding="utf-8")
+        # timm initialises a model before it loads it: the caller's random numbers stay as they are.
         with torch.random.fork_rng(devices=[]):
             opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
         opened = opened.eval().requires_grad_(False)

@@ -69,6 +69,7 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
 
     Exact where the gate is above 0, since features are divided by softplus(scale); elsewhere the scale stays.
     """
+    # softplus(wanted) = softplus(scale) / gate^(1/2p), solved for wanted: log(exp(size) - 1), written stably.
     size = F.softplus(scale) / _factor(gate, power)
     wanted = torch.where(
         size > 20, size, size + torch.log(-torch.expm1(-size))
@@ -99,6 +100,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v: [B, h, M, d_v].
     """
     normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
+    # 1 / N in two halves, as in the official code.
     root = k.shape[-2] ** -0.5
     keys_values = (k.transpose(-2, -1) * root) @ (v * root)  # (B, h, d_qk, d_v)
     return (q @ keys_values) * normaliser
@@ -110,7 +112,7 @@ def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
     If there are as many filters as channels per head, all heads share them; else every channel has its own.
     """
     batch, tokens, channels = v.shape
-    sharing = channels // conv.out_channels
+    sharing = channels // conv.out_channels  # heads for shared filters, 1 for one filter per channel
     maps = v.reshape(batch, *grid, sharing, conv.out_channels).permute(0, 3, 4, 1, 2)
     local: Tensor = conv(maps.flatten(0, 1)).unflatten(0, (batch, sharing))  # (B, h, d_v, H, W)
     return local.permute(0, 3, 4, 1, 2).reshape(batch, tokens, channels)
@@ -182,6 +184,7 @@ class FocusedLinearAttention(nn.Module):
         self.query_features, self.key_features = nn.Identity(), nn.Identity()
         for name, times in self.projections.items():
             setattr(self, name, nn.Linear(dim, times * dim, bias=qkv_bias or name == "proj", **dd))
+        # Parameters are made in the official order, in which optimizers' states list them.
         self.add_convolutions(dim, **dd)
         self.dwc = nn.Conv2d(width, width, kernel_size, padding=kernel_size // 2, groups=width, **dd)
         self.proj_drop = nn.Dropout(proj_drop)

@@ -58,6 +58,7 @@ def register(
         variants: arguments of each model, by its name.
         feature_cfg: how timm makes feature extractors of the models.
     """
+    # timm finds a model's default_cfgs in the module of its function, and lists models by that module.
     module: Any = sys.modules[model_class.__module__]
 
     def factory(name: str, defaults: Mapping[str, Any]) -> Any:
@@ -103,6 +104,7 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
         if tensor is None or name not in wanted or tensor.shape == wanted[name].shape:
             continue
         tokens_first, shape = tensor.squeeze(0), wanted[name].shape
+        # A file states no shape of its map, so that it must be a square one.
         side = math.isqrt(len(tokens_first)) if tokens_first.ndim == 2 else 0
         if side and side * side == len(tokens_first) and tokens_first.shape[-1] == shape[-1]:
             encoding = resample_abs_pos_embed(

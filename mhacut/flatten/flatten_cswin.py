@@ -160,6 +160,7 @@ def stripe_branches(
         UsageError: the stripes do not tile the map.
     """
     height, width = grid
+    # As in the official code: stripes as large as the map are one branch, with all channels.
     if split_size is None or grid == (split_size, split_size):
         return [StripeAttention(dim, num_heads, grid, grid, **kwargs)]
     if split_size < 1 or height % split_size or width % split_size:
@@ -192,7 +193,7 @@ class ConvStem(nn.Sequential):
         )
         self.img_size = img_size
         self.grid_size = ((img_size[0] - 3) // 4 + 1, (img_size[1] - 3) // 4 + 1)
-        self.strict_img_size = True
+        self.strict_img_size = True  # as timm's PatchEmbed: other sizes are refused in forward
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = self.img_size

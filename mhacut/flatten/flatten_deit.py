@@ -41,6 +41,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         kernel_size: int = DWC_KERNEL,
         **kwargs: Any,
     ) -> None:
+        # The positional encoding of keys has a row for every token of the map, and for no other.
         for name in ("class_token", "reg_tokens", "dynamic_img_size", "dynamic_img_pad", "qk_norm"):
             if kwargs.get(name):
                 raise UsageError(

@@ -38,9 +38,10 @@ class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
         for name in ("sr_ratios", "linear", "attn_drop_rate"):
             if name in kwargs:
                 raise UsageError(f"{name}: focused linear attention has no such argument; leave it out")
-        super().__init__(sr_ratios=1, **kwargs)
+        super().__init__(sr_ratios=1, **kwargs)  # timm's attention without reduction, replaced below
         dd = {"device": kwargs.get("device"), "dtype": kwargs.get("dtype")}
         size = to_2tuple(img_size)
+        # The stem has stride 4 and padding: each halving rounds up.
         grid = (_halved(_halved(size[0])), _halved(_halved(size[1])))
         # Under the names of timm's PatchEmbed, where the size of a model is looked up.
         self.patch_embed.img_size, self.patch_embed.grid_size = size, grid

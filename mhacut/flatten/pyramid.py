@@ -131,6 +131,7 @@ class Pyramid(nn.Module):
             for name in self.stage_parts(index):
                 delattr(self, name)
         self.num_stages = last + 1
+        # The final norm and the head are made for the channels of the last stage, which may be gone.
         if prune_norm or shortened:
             self.norm = nn.Identity()
         if shortened:

@@ -234,6 +234,7 @@ class _Tally:
             side.movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
         )  # (tokens, channels)
         self.square += float(expected.square().sum())
+        # By sums, so that no output of a layer is kept beyond its batch.
         self.square_error += float((actual - expected).square().sum())
         self.cosines += float(torch.cosine_similarity(expected, actual, dim=-1, eps=1e-30).sum())
         self.tokens += len(expected)

@@ -65,12 +65,14 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
     per_head = _per_head(unit, every[0])
+    # A bias behind the projection can take up what channels give on average, so that only changes count.
     second = per_head.covariance if unit.constants_pass else per_head.energy
     return output_energies(second, effective_output_weights(module, unit).view(-1, unit.heads, unit.width))
 
 
 def _per_head(unit: Unit, moments: Moments) -> Moments:
     """Moments of each head by itself, [H, d, d], from those of all channels at once, [H * d, H * d]."""
+    # Only the blocks on the diagonal: a cut is judged within its head.
     blocks = moments.second.view(unit.heads, unit.width, unit.heads, unit.width)
     second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])  # (H, d, d)
     return Moments(moments.rows, moments.total.view(unit.heads, unit.width), second)

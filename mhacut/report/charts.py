@@ -93,6 +93,7 @@ def heat_map(title: str, rows: Sequence[tuple[str, Sequence[Cell | None]]], maxi
         _text(svg, _LABEL - 6, y + 13, _short(name), "end")
         for column, cell in enumerate(cells):
             if cell is not None:
+                # Never quite 0: a cell must be told from a gap.
                 shade = 0.04 + 0.96 * min(max(cell.value / maximum, 0.0), 1.0)
                 place = {"x": _LABEL + column * size, "y": y, "width": size - 1, "height": _ROW - 1}
                 look = {"fill": DEPTHS[-1], "fill-opacity": shade, "stroke": "currentColor"}
@@ -215,6 +216,7 @@ def _ends(low: float, high: float) -> tuple[float, float]:
 
 def _number(value: float, ends: tuple[float, float]) -> str:
     """Text of a number on an axis, with enough digits to tell quarters of the axis apart."""
+    # A step is a quarter of the axis: its digits lie behind those that both ends share.
     digits = math.log10(max(map(abs, ends)) / (ends[1] - ends[0])) + 2
     return f"{value:.{max(3, math.ceil(digits))}g}"
 

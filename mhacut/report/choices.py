@@ -61,6 +61,7 @@ def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
         ),
         divergence: lambda one: None if one.divergence is None else f"{one.divergence:.2g}",
     }
+    # Columns that nothing was measured for are left out.
     filled = {name: cell for name, cell in columns.items() if any(cell(one) is not None for one in choices)}
     return [list(filled), *([cell(one) or "" for cell in filled.values()] for one in choices)]
 

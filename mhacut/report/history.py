@@ -136,6 +136,7 @@ def _measure(entry: Mapping[str, Any]) -> Measure | None:
 
 def _curve(entry: Any) -> StoredCurve | None:
     try:
+        # int and float refuse what is no number; what they take of a hostile file is bounded below.
         points = tuple((int(width), float(error)) for width, error in entry["points"])
         curve = StoredCurve(str(entry["layer"]), str(entry["kind"]), points, int(entry["chosen"]))
     except (KeyError, TypeError, ValueError, OverflowError):

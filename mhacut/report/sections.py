@@ -152,6 +152,7 @@ def _heads(contents: Contents) -> Section | None:
 
 def _redundancy(attention: Sequence[LayerReport], kind: UnitKind) -> str:
     rows = _cells(attention, kind, _similarity)
+    # Not below 0.01: shades of noise would look like redundancy.
     maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
     return heat_map(
         f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}", rows, maximum
@@ -204,7 +205,7 @@ def _flops(contents: Contents) -> Section:
 def _saved_flops(comparison: Comparison) -> str:
     dense, slim = comparison.flops
     bars = [Bar("dense", 0, dense, "total", format_flops(dense))]
-    left = dense
+    left = dense  # each bar begins where the one above it ends
     for layer in comparison.layers:
         saved = layer.flops[0] - layer.flops[1]
         bars.append(Bar(layer.name, left, left - saved, layer.family, f"-{format_flops(saved)}"))

@@ -129,6 +129,7 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
             all heads where their channels are tied.
     """
     assert unit.mixing == "rotate"
+    # (A q) . (A^-T k) = q . k, and the same for the rows of v and the columns that read them.
     inverse = torch.linalg.inv(basis).mT
     for axis in unit.axes:
         mix(module, unit, axis, basis if axis in unit.scale_axes else inverse)

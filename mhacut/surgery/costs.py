@@ -185,6 +185,7 @@ def fit_polynomial(
         kind: chance.choice([w for w in range(1, _half(width)) if w != _half(width) // 2] or [1])
         for kind, width in uncut.items()
     }
+    # Squares (relative positions, gates of a width) are rare, and cost one more count for each kind.
     for squares in (False, True):
         polynomial = _interpolate(uncut, count, squares=squares)
         expected = count({}) + polynomial.at(other) - polynomial.at(uncut)

@@ -109,7 +109,7 @@ def take_weights(model: nn.Module) -> None:
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
     """Q k^T and A v: B * H * L * S * (E + Ev)."""
     query, key, value = (tuple(tensor.type().sizes()) for tensor in inputs[:3])
-    rows = 1
+    rows = 1  # batch, heads and queries: every dimension but the channels
     for size in query[:-1]:
         rows *= size
     return int(rows * key[-2] * (query[-1] + value[-1]))

@@ -102,6 +102,7 @@ def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, channel_scale: Tensor
     size = tensor.shape[axis.dim]
     rows = axis.rows(unit.heads, unit.width).to(channel_scale.device)
     channel_scale = select_heads(axis, channel_scale.view(unit.heads, unit.width)).reshape(-1)
+    # Rows of other units in the same tensor keep a factor of 1.
     factor = channel_scale.new_ones(size).index_copy(
         0, rows.flatten(), channel_scale.repeat_interleave(rows.shape[-1])
     )

@@ -63,6 +63,7 @@ def cut(
         module = model.get_submodule(layer.name)
         _scale_kept(module, layer, by_layer[layer.name], channel_scales or {})
         slice_layer(module, layer, by_layer[layer.name])
+    # Once all layers are cut: a module may refer to what several of them shared.
     for adapter in dict.fromkeys(layer.adapter for layer in cut_layers):
         adapter.fix_shared_modules(model)
 
@@ -126,6 +127,7 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
         if unshared:
             _unshare(module, unit)
         gone = ~kept_channels(unit_plans[unit.kind])
+        # Units share dimensions (q, k and v the rows of qkv), so that rows are gathered first, then cut once.
         for axis in axes_of(unit):
             first, last = axis.heads or (0, unit.heads)
             if axis.shared and unshared:

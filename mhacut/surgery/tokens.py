@@ -376,6 +376,7 @@ def set_merged(model: Any, merged: tuple[int, ...]) -> None:
         for block in model.blocks
         for norm in (block.attn.q_norm, block.attn.k_norm)
     )
+    # Blocks before the first merge keep timm's class: their tokens have no sizes.
     first = next(number for number, count in enumerate(merged) if count)
     for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
         block.__class__ = _BLOCKS[type(block)]
