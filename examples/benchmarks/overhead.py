@@ -28,11 +28,8 @@ STAGES = (
     "calibrating",
     "ranking channels",
     "measuring sensitivity curves",
-    "swapping channels",
     "repairing",
-    "repairing in order",
     "healing",
-    "tuning",
 )
 _WRITE = """
 import sys, mhacut, timm, torch
