@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
     "checkpoint": 5682,
-    "cli": 1356,
+    "cli": 1337,
     "commands": 4557,
     "data": 1819,
     "exporting": 1461,
@@ -25,7 +25,7 @@ LINES = {
     "inspection": 798,
     "linalg": 1236,
     "measuring": 1010,
-    "options": 1433,
+    "options": 1432,
     "pruning": 4998,
     "report": 1446,
     "runtime": 1885,

@@ -162,6 +162,8 @@ def _flag(one: Option) -> inspect.Parameter:
     kind: Any = bool if one.kind is bool else list[str] if one.repeats or one.takes_pairs else str
     info: Any
     text = one.help.replace("[", r"\[")  # rich would take 'mhacut[onnx]' for markup
+    if not all(choice in text for choice in one.choices):
+        text += f" One of {', '.join(one.choices)}."
     if one.is_argument:
         kind = list[str] if one.element else str
         info = typer.Argument(help=text, metavar=one.placeholder, show_default=False)
@@ -170,7 +172,7 @@ def _flag(one: Option) -> inspect.Parameter:
         flags = [switch, SHORT[one.name]] if one.name in SHORT else [switch]
         info = typer.Option(*flags, help=text, metavar=one.placeholder or None, rich_help_panel=one.panel)
     default = None if one.required or one.default in (None, (), {}) else one.default
-    info.show_default = default is not None
+    info.show_default = default is not None and default is not False
     default = default if kind is bool or default is None else _as_text(default)
     return _parameter(one.name, Annotated[kind | None, info], default)
 

@@ -45,7 +45,7 @@ PathLike = str | os.PathLike[str]
 GIVEN: Any = ...
 """Stands in ``needs`` for any value but None, False, 0 and nothing."""
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
-_METAVARS = {int: "N", float: "X", str: "NAME", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
+_METAVARS: Mapping[Any, str] = {int: "N", float: "X", bool: "", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
 _MOST = {int: 2**31 - 1, float: 1e30}
 """Largest values where an option states no upper bound: the libraries overflow above."""
 _SHORT = Repr()
@@ -122,11 +122,10 @@ class Option:
 
     @property
     def placeholder(self) -> str:
-        """Placeholder of the value: ``N``, or ``fast|balanced|best``; empty for a switch."""
+        """Placeholder of the value, ``N`` or ``PATH``; empty for a switch."""
         one = self.element or self.kind
-        known = _METAVARS.get(get_origin(one) or one, "")
-        several = f"{known},{known}" if self.element and not self.repeats else known
-        return self.metavar or "|".join(self.choices) or several
+        known = _METAVARS.get(get_origin(one) or one, "NAME")
+        return self.metavar or (f"{known},{known}" if self.element and not self.repeats else known)
 
     @property
     def limits(self) -> str:
