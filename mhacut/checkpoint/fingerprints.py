@@ -50,8 +50,8 @@ class Table:
 
     def exactly(self, shapes: Shapes) -> tuple[str, ...]:
         """Names of the architectures that have these tensors, classes and image size aside."""
-        found = fingerprint(shapes)
-        return self.groups.get(found.any_size, {}).get(found.exact, ())
+        digests = fingerprint(shapes)
+        return self.groups.get(digests.any_size, {}).get(digests.exact, ())
 
     def of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
         """Names of those that may have them with other arguments."""
@@ -87,8 +87,8 @@ def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
     shapes and the architectures that share it.
     """
     groups: dict[str, dict[str, list[str]]] = {}
-    for name, found in sorted(fingerprints.items()):
-        groups.setdefault(found.any_size, {}).setdefault(found.exact, []).append(name)
+    for name, digests in sorted(fingerprints.items()):
+        groups.setdefault(digests.any_size, {}).setdefault(digests.exact, []).append(name)
     lines = [f"timm {timm}"]
     for any_size, by_exact in groups.items():
         lines.append(any_size)

@@ -104,31 +104,31 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     try:
         foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
         if foreign is not None:
-            found = _from_conversion(header, foreign, args, hints)
+            model = _from_conversion(header, foreign, args, hints)
         elif header.config is not None:
-            found = _from_config(header, args, hints)
+            model = _from_config(header, args, hints)
         else:
-            found = _from_file(header, args, hints)
-        check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+            model = _from_file(header, args, hints)
+        check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
     except CheckpointError as error:
         if naming.classifier is None:
             raise
         text = f"{naming.classifier}. beside {naming.trunk}. was read as the classifier"
         part = option_name("part", naming.trunk)
         raise CheckpointError(f"{error}\n  {text}; {part} reads the network without it") from error
-    if naming.classifier is not None and found.identity.model_args["num_classes"]:
-        pool = getattr(found.skeleton, "global_pool", None)
+    if naming.classifier is not None and model.identity.model_args["num_classes"]:
+        pool = getattr(model.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
         text = f"{naming.classifier}. beside {naming.trunk}. was read as the classifier{features}"
-        found = _with_notes(found, f"{text}; {option_name('part', naming.trunk)} leaves it out")
-    if foreign is None and position_shapes(found.tensors) != position_shapes(header.tensors):
+        model = _with_notes(model, f"{text}; {option_name('part', naming.trunk)} leaves it out")
+    if foreign is None and position_shapes(model.tensors) != position_shapes(header.tensors):
         note = "position embeddings were for another image size; they were resized to the model's"
-        found = _with_notes(found, note)
-    return found
+        model = _with_notes(model, note)
+    return model
 
 
-def _with_notes(found: Identified, *last: str, first: str | None = None) -> Identified:
-    return replace(found, notes=(*([] if first is None else [first]), *found.notes, *last))
+def _with_notes(model: Identified, *last: str, first: str | None = None) -> Identified:
+    return replace(model, notes=(*([] if first is None else [first]), *model.notes, *last))
 
 
 def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
@@ -157,14 +157,14 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     _check_name(header, name, "config.json")
     args = {**stated_args, **args}
     of_file = completed_cfg(name, cfg)
-    found = infer_from_shapes(name, args, of_file, header.tensors, bounded=True)
+    model = infer_from_shapes(name, args, of_file, header.tensors, bounded=True)
     pool = config.get("global_pool")
     # timm writes the pooling that the model has, whether its arguments say so or not.
-    if pool in POOLS and "global_pool" not in args and getattr(found.skeleton, "global_pool", pool) != pool:
+    if pool in POOLS and "global_pool" not in args and getattr(model.skeleton, "global_pool", pool) != pool:
         args["global_pool"] = pool
-        found = infer_from_shapes(name, args, of_file, header.tensors, bounded=True)
-    found = replace(found, cfg_origins=dict.fromkeys(cfg, "file"))
-    return _with_notes(found, first=f"architecture {name}, from config.json")
+        model = infer_from_shapes(name, args, of_file, header.tensors, bounded=True)
+    model = replace(model, cfg_origins=dict.fromkeys(cfg, "file"))
+    return _with_notes(model, first=f"architecture {name}, from config.json")
 
 
 def _from_conversion(
@@ -183,24 +183,24 @@ def _from_conversion(
         # The names of a file may prove what those of timm's models do not show.
         proved = {} if built is None else {k: built.args[k] for k in ("act_layer",) if k in built.args}
         try:
-            found = _from_file(renamed, {**proved, **args}, hints, foreign.cfg)
+            model = _from_file(renamed, {**proved, **args}, hints, foreign.cfg)
         except CheckpointError as error:
             folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
             raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
     else:
         cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
-        found = infer_from_shapes(
+        model = infer_from_shapes(
             built.architecture, {**built.args, **args}, cfg, foreign.tensors, bounded=True
         )
         origins = dict.fromkeys(foreign.cfg, "file" if stated else "library")
-        found = replace(_without_claims(found, foreign.cfg), cfg_origins=origins)
+        model = replace(_without_claims(model, foreign.cfg), cfg_origins=origins)
         origin = "its configuration" if stated else "names and shapes"
-        found = _with_notes(found, first=f"architecture {built.architecture}, from {origin}")
+        model = _with_notes(model, first=f"architecture {built.architecture}, from {origin}")
         training = None if stated else read_training(header.training)
         if training is not None:
-            found = _with_preprocessing(found, training.cfg)
+            model = _with_preprocessing(model, training.cfg)
     note = f"converted from {foreign.family.title}; {'; '.join(foreign.notes)}".rstrip("; ")
-    return replace(_with_notes(found, first=note), conversion=foreign)
+    return replace(_with_notes(model, first=note), conversion=foreign)
 
 
 def _from_file(
@@ -215,23 +215,23 @@ def _from_file(
         return _from_names(header, args, hints, cfg)
     named, tag = split_tag(hints.model or "")
     stated = split_tag(training.model or "")[0]
-    found, notes = None, training.notes
+    model, notes = None, training.notes
     # What the user says counts; a tag stands for weights of timm, of which a script knows nothing.
     if stated and not tag and named in ("", stated):
         try:
-            found = _from_training(header, args, training, given=bool(named))
-            found = _with_preprocessing(found, {**(cfg or {}), **training.implied}, of_library=True)
+            model = _from_training(header, args, training, given=bool(named))
+            model = _with_preprocessing(model, {**(cfg or {}), **training.implied}, of_library=True)
         except CheckpointError:
             # A script's own name, or that of another part of a converted file, may be of another model.
             if not training.implied and cfg is None:
                 raise
             notes = (*notes, f"its {training.origin} says {training.model}, which does not fit")
-    if found is None:
-        found = _from_names(header, args, hints, cfg)
+    if model is None:
+        model = _from_names(header, args, hints, cfg)
     if named and stated and stated != named:
         notes = (*notes, f"its {training.origin} says {training.model}; {option_name('model')} counts")
-    found = _with_notes(found, *notes)
-    return found if tag else _with_preprocessing(found, training.cfg)
+    model = _with_notes(model, *notes)
+    return model if tag else _with_preprocessing(model, training.cfg)
 
 
 def _from_training(
@@ -245,16 +245,16 @@ def _from_training(
     fault: CheckpointError | None = None
     for stated in ({**with_size, **training.args}, training.args):
         try:
-            found = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
-            check_tensors(show(header.path), found.tensors, found.skeleton, found.identity)
+            model = infer_from_shapes(name, {**stated, **args}, cfg, header.tensors, bounded=True)
+            check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
         except CheckpointError as error:
             fault = fault or error
             continue
-        found = replace(_without_claims(found), cfg_origins=dict.fromkeys(cfg, "file"))
+        model = replace(_without_claims(model), cfg_origins=dict.fromkeys(cfg, "file"))
         how = "as given" if given else f"from its {training.origin}"
         if heads.keys() - args.keys():
             how += f", with {heads['num_heads']} heads as in MoCo v3"
-        return _with_notes(found, first=f"architecture {name}, {how}")
+        return _with_notes(model, first=f"architecture {name}, {how}")
     raise CheckpointError(
         f"{fault}\n  the file's {training.origin} says {name}; give {option_name('model', 'NAME')} if it is "
         "another"
@@ -274,11 +274,11 @@ def _from_names(
         of_tag = cfg_of_tag(name, tag)
         if cfg and not tag:
             of_tag = completed_cfg(name, checked_pretrained_cfg(cfg))
-        found = infer_from_shapes(name, args, of_tag, header.tensors)
+        model = infer_from_shapes(name, args, of_tag, header.tensors)
         origins = dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "library")
-        found = replace(found if tag else _without_claims(found, cfg or ()), cfg_origins=origins)
-        return _with_notes(found, first=f"architecture {name}, as given")
-    found = _without_claims(search(header, args))
+        model = replace(model if tag else _without_claims(model, cfg or ()), cfg_origins=origins)
+        return _with_notes(model, first=f"architecture {name}, as given")
+    model = _without_claims(search(header, args))
     # DeiT III of its authors has the names and shapes of a rotary ViT of timm, which computes something else.
     other = None
     with suppress(MhacutError):
@@ -287,37 +287,37 @@ def _from_names(
     if other is not None:
         raise CheckpointError(
             f"{show(header.path)}: the model cannot be identified from names and shapes: they are those of "
-            f"{found.identity.architecture}, and of {other} in its authors' files; give "
+            f"{model.identity.architecture}, and of {other} in its authors' files; give "
             f"{option_name('model', 'NAME')}"
         )
-    found = _with_preprocessing(found, cfg or {}, of_library=True)
+    model = _with_preprocessing(model, cfg or {}, of_library=True)
     default = " (the number of heads is that model's default; tensor shapes cannot show it)"
     heads = "" if "num_heads" in args else default
     return _with_notes(
-        found, first=f"architecture {found.identity.architecture}, from names and shapes{heads}"
+        model, first=f"architecture {model.identity.architecture}, from names and shapes{heads}"
     )
 
 
-def _without_claims(found: Identified, stated: Iterable[str] = ()) -> Identified:
+def _without_claims(model: Identified, stated: Iterable[str] = ()) -> Identified:
     """Drop from timm's default for an architecture what describes timm's weights: license, tag, labels.
 
     What is ``stated`` for these weights stays.
     """
     dropped = OF_WEIGHTS - set(stated)
-    cfg = {name: value for name, value in found.identity.pretrained_cfg.items() if name not in dropped}
-    return replace(found, identity=replace(found.identity, pretrained_cfg=cfg))
+    cfg = {name: value for name, value in model.identity.pretrained_cfg.items() if name not in dropped}
+    return replace(model, identity=replace(model.identity, pretrained_cfg=cfg))
 
 
 def _with_preprocessing(
-    found: Identified, stated: Mapping[str, Any], *, of_library: bool = False
+    model: Identified, stated: Mapping[str, Any], *, of_library: bool = False
 ) -> Identified:
     """Override the preprocessing of the architecture with what a script states, or its library implies."""
-    cfg = found.identity.pretrained_cfg
+    cfg = model.identity.pretrained_cfg
     if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
         cfg = {name: value for name, value in cfg.items() if name not in SIZE_DEPENDENT}
-    identity = replace(found.identity, pretrained_cfg={**cfg, **stated})
-    origins = {**found.cfg_origins, **dict.fromkeys(stated, "library" if of_library else "file")}
-    return replace(found, identity=identity, cfg_origins=origins)
+    identity = replace(model.identity, pretrained_cfg={**cfg, **stated})
+    origins = {**model.cfg_origins, **dict.fromkeys(stated, "library" if of_library else "file")}
+    return replace(model, identity=identity, cfg_origins=origins)
 
 
 def _check_name(header: FileHeader, name: str, origin: str) -> None:

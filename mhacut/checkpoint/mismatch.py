@@ -23,7 +23,7 @@ _ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bi
 
 def check_tensors(
     where: str,
-    found: Mapping[str, TensorInfo],
+    tensors: Mapping[str, TensorInfo],
     expected: nn.Module,
     identity: ModelIdentity,
     *,
@@ -36,31 +36,33 @@ def check_tensors(
 
     Args:
         where: the file, for the message.
-        found: tensors of the file, under the names they have in the model.
+        tensors: tensors of the file, under the names they have in the model.
         expected: the model, on any device.
         identity: identity of the dense model, for the message.
         stated: the file says itself which model it is, so that other arguments cannot help.
     """
     wanted: dict[str, Tensor] = expected.state_dict()
-    shared = [name for name in wanted if name in found]
+    shared = [name for name in wanted if name in tensors]
     odd = [
-        name for name in shared if (wanted[name].dtype in FLOAT_DTYPES) != (found[name].dtype in FLOAT_DTYPES)
+        name
+        for name in shared
+        if (wanted[name].dtype in FLOAT_DTYPES) != (tensors[name].dtype in FLOAT_DTYPES)
     ]
     if odd:
-        names = [f"{name!r:.150} ({dtype_name(found[name].dtype)})" for name in odd]
+        names = [f"{name!r:.150} ({dtype_name(tensors[name].dtype)})" for name in odd]
         raise CheckpointError(
             f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
             f"kind {identity.architecture} has: {_listed(names)}; give the float32, float16 or bfloat16 "
             "checkpoint"
         )
-    missing = [name for name in wanted if name not in found]
-    unexpected = [name for name in found if name not in wanted]
-    other = [name for name in shared if tuple(wanted[name].shape) != found[name].shape]
+    missing = [name for name in wanted if name not in tensors]
+    unexpected = [name for name in tensors if name not in wanted]
+    other = [name for name in shared if tuple(wanted[name].shape) != tensors[name].shape]
     if not missing and not unexpected and not other:
         return
-    models = "" if stated else _models_with(found, identity)
+    models = "" if stated else _models_with(tensors, identity)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-    if not stated and is_foreign(wanted, found):  # name by name there is nothing to learn
+    if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
         instead = f", not {missing[0]!r:.150}" if missing else ""
         raise CheckpointError(
             f"{where}: its tensors do not fit {identity.architecture}: {counts}; most tensor names are "
@@ -70,7 +72,7 @@ def check_tensors(
     args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
     lines = [f"{where}: its tensors do not fit {identity.architecture} ({args}): {counts}"]
     shapes = [
-        f"{name!r:.150} expected {list(wanted[name].shape)}, found {list(found[name].shape)}"
+        f"{name!r:.150} expected {list(wanted[name].shape)}, found {list(tensors[name].shape)}"
         for name in other
     ]
     for title, names in (("missing", missing), ("unexpected", unexpected)):
@@ -82,7 +84,7 @@ def check_tensors(
             "model again"
         )
     else:
-        lines += [f"  {hint}" for hint in _hints(expected, found, other)]
+        lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 
@@ -91,15 +93,15 @@ def _listed(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
 
 
-def _models_with(found: Mapping[str, TensorInfo], identity: ModelIdentity) -> str:
+def _models_with(tensors: Mapping[str, TensorInfo], identity: ModelIdentity) -> str:
     """Return the names of other architectures that have just these tensors; empty if there is none."""
-    names = read_table().exactly({name: info.shape for name, info in found.items()})
+    names = read_table().exactly({name: info.shape for name, info in tensors.items()})
     return "" if identity.architecture in names else _listed(list(names))
 
 
-def _hints(model: Any, found: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
+def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
     """Return what to try next: the arguments that the shapes show, and what they leave open."""
-    shapes = {name: info.shape for name, info in found.items()}
+    shapes = {name: info.shape for name, info in tensors.items()}
     # Arguments that were given are inferred too: they may be what is wrong.
     shown = visible_args(model, shapes, {})
     hints = []

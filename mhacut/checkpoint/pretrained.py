@@ -137,11 +137,11 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
 @contextmanager
 def _without_weights() -> Iterator[list[str]]:
     """Give the names of tensors that timm finds no weights for in the block; it only logs them."""
-    found: list[str] = []
+    missing: list[str] = []
 
     def note(record: logging.LogRecord) -> bool:
         named = re.match(r"Missing keys \((.*?)\)", record.getMessage())
-        found.extend(named[1].split(", ") if named else ())
+        missing.extend(named[1].split(", ") if named else ())
         return True
 
     logger = logging.getLogger("timm.models._builder")
@@ -149,7 +149,7 @@ def _without_weights() -> Iterator[list[str]]:
     logger.addFilter(note)
     logger.setLevel(logging.INFO)
     try:
-        yield found
+        yield missing
     finally:
         logger.removeFilter(note)
         logger.setLevel(before)

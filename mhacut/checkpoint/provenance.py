@@ -93,8 +93,8 @@ class Provenance:
 
 def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return the item of the first entry in the history of what is cut from ``checkpoint``."""
-    found = stated_license(checkpoint)
-    return {} if found is None else {_LICENSE_KEY: found}
+    license_name = stated_license(checkpoint)
+    return {} if license_name is None else {_LICENSE_KEY: license_name}
 
 
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
@@ -107,18 +107,18 @@ def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Proven
     side = override.img_size
     size = checkpoint.input_size if side is None else (0, side, side)
     small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)
-    found: dict[str, Origin] = {}
+    origins: dict[str, Origin] = {}
     for name in Preprocessing.__dataclass_fields__:
         if _OPTIONS.get(name, name) in override.given:
-            found[name] = "option"
+            origins[name] = "option"
         elif checkpoint.record is not None:
-            found[name] = _of_slim(checkpoint.record, name)
+            origins[name] = _of_slim(checkpoint.record, name)
         elif name == "input_size":
-            found[name] = "model"
+            origins[name] = "model"
         else:
             stated: Any = checkpoint.cfg_origins.get(name, "default")
-            found[name] = "size" if name == "crop_pct" and small else stated
-    return Provenance(found, checkpoint.identity.architecture)
+            origins[name] = "size" if name == "crop_pct" and small else stated
+    return Provenance(origins, checkpoint.identity.architecture)
 
 
 def _of_slim(record: SlimRecord, name: str) -> Origin:
@@ -136,33 +136,33 @@ def stated_license(checkpoint: Checkpoint) -> str | None:
     The license of timm's weights of the same architecture is not used. The file is untrusted, and the text
     goes into YAML.
     """
-    found: Any = None
+    text: Any = None
     if checkpoint.record is not None:
         history = checkpoint.record.history
-        found = history[0].get(_LICENSE_KEY) if history else None
+        text = history[0].get(_LICENSE_KEY) if history else None
     elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
-        found = checkpoint.identity.pretrained_cfg.get("license")
-    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
+        text = checkpoint.identity.pretrained_cfg.get("license")
+    return text if isinstance(text, str) and LICENSE.fullmatch(text) else None
 
 
 def with_hint(
-    found: Provenance, model: nn.Module, preprocessing: Preprocessing, batches: Batches, device: torch.device
+    stated: Provenance, model: nn.Module, preprocessing: Preprocessing, batches: Batches, device: torch.device
 ) -> Provenance:
     """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
 
     Args:
-        found: origins of ``preprocessing``; where they are sure, nothing is tried.
+        stated: origins of ``preprocessing``; where they are stated, nothing is tried.
         model: classifier; moved to ``device``, in eval mode.
         preprocessing: of ``batches``.
         batches: of labelled images; few hundred are used.
         device: to compute on.
     """
-    if found.normalisation_is_stated:
-        return found
+    if stated.normalisation_is_stated:
+        return stated
     model.to(device)
     better = better_normalisation(model, batches, preprocessing.mean, preprocessing.std, device)
     if better is None:
-        return found
+        return stated
     (usual, top1), *others = better.found
     flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
     names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
@@ -170,4 +170,4 @@ def with_hint(
         f"images seem to be normalised differently than in training: top-1 on {better.images} images is "
         f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
     )
-    return replace(found, hint=hint)
+    return replace(stated, hint=hint)

@@ -124,26 +124,26 @@ def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
     """
     ours, theirs = _computed(one), _computed(other)
     keys = [*theirs, *(key for key in ours if key not in theirs)]
-    found = [f"{_without_numbers(key)} {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
-    return tuple(sorted(dict.fromkeys(found), key=lambda text: (text.count("."), len(text), text)))
+    texts = [f"{_without_numbers(key)} {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
+    return tuple(sorted(dict.fromkeys(texts), key=lambda text: (text.count("."), len(text), text)))
 
 
 def _computed(model: nn.Module) -> dict[str, str]:
     """Return the class of each module, its settings, and the shapes of tables that it computes itself."""
     # Models with equal names and shapes have equal trees of modules, so settings can be compared by name.
-    found = {}
+    facts = {}
     for name, module in model.named_modules():
         if type(module).__name__ in _ONLY_TRAINED:
             continue
-        found[name or "model"] = type(module).__name__
+        facts[name or "model"] = type(module).__name__
         settings = {key: _text(value) for key, value in vars(module).items() if not key.startswith("_")}
         for key, buffer in module.named_buffers(recurse=False):  # of windows and positions
             if key in module._non_persistent_buffers_set:
                 settings[key] = str(tuple(buffer.shape))
-        found |= {
+        facts |= {
             f"{name}.{key}": f"{text:.40}" for key, text in settings.items() if key not in _NOT_COMPUTED
         }
-    return found
+    return facts
 
 
 def _without_numbers(name: str) -> str:

@@ -84,10 +84,10 @@ def _parameters(kind: type) -> set[str]:
     return names
 
 
-def _stem(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
+def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
     first = model.pretrained_cfg.get("first_conv") or "patch_embed.proj"
     name = f"{first if isinstance(first, str) else first[0]}.weight"
-    ours, theirs = expected.get(name, ()), found.get(name, ())
+    ours, theirs = expected.get(name, ()), file.get(name, ())
     if len(ours) != 4 or len(theirs) != 4:
         return
     # Behind another convolution, these are not the channels of images.
@@ -97,16 +97,16 @@ def _stem(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
         yield Shown("patch_size", theirs[2], f"the shape of {name}")
 
 
-def _depth(expected: Shapes, found: Shapes) -> Iterator[Shown]:
-    ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, found))
+def _depth(expected: Shapes, file: Shapes) -> Iterator[Shown]:
+    ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, file))
     if ours and theirs and ours != theirs:
         yield Shown("depth", theirs, "the numbers of its blocks")
     for word in ("layers", "stages"):
-        ours, theirs = (_count(rf"{word}\.(\d{{1,4}})\.", names) for names in (expected, found))
+        ours, theirs = (_count(rf"{word}\.(\d{{1,4}})\.", names) for names in (expected, file))
         if ours and ours == theirs:
             depths = [
                 [_count(rf"{word}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(ours)]
-                for names in (expected, found)
+                for names in (expected, file)
             ]
             # A stage without blocks is one of another kind, not one of depth 0.
             if depths[0] != depths[1] and all(depths[1]):
@@ -119,13 +119,13 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
-def _widths(model: Any, expected: Shapes, found: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
-    width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (found, expected))
+def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
+    width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (file, expected))
     if width not in (0, ours) and "num_heads" in given:
         yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
     layer = "blocks.0.mlp.fc1.weight"
     (hidden, width), (our_hidden, ours) = (
-        shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (found, expected)
+        shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (file, expected)
     )
     plain = ours and type(model.blocks[0].mlp).__name__ == "Mlp"
     if plain and hidden and width and hidden * ours != our_hidden * width:
@@ -140,34 +140,34 @@ def _size(shapes: Shapes, name: str) -> int:
     return next(iter(shapes.get(name, ())), 0)
 
 
-def _switched(expected: Shapes, found: Shapes) -> Iterator[Shown]:
+def _switched(expected: Shapes, file: Shapes) -> Iterator[Shown]:
     for tensor, (argument, with_it, without) in _SWITCHES.items():
-        if (tensor in found) != (tensor in expected):
-            is_there = tensor in found
+        if (tensor in file) != (tensor in expected):
+            is_there = tensor in file
             origin = tensor if is_there else f"the lack of {tensor}"
             yield Shown(argument, with_it if is_there else without, origin)
 
 
-def _tokens(expected: Shapes, found: Shapes) -> Iterator[Shown]:
-    ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, found))
+def _tokens(expected: Shapes, file: Shapes) -> Iterator[Shown]:
+    ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, file))
     if theirs != ours:
         for name in ("reg_tokens", "num_reg_tokens"):  # of ViT, and of EVA
             yield Shown(name, theirs, "the shape of reg_token")
 
 
-def _pooling(model: Any, expected: Shapes, found: Shapes) -> Iterator[Shown]:
+def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
     def differs(name: str) -> bool:
-        return (name in found) != (name in expected)
+        return (name in file) != (name in expected)
 
     pool = getattr(model, "global_pool", None)
-    averaged, normed = "fc_norm.weight" in found, "norm.weight" in found
-    if differs("attn_pool.latent") and "attn_pool.latent" in found:
+    averaged, normed = "fc_norm.weight" in file, "norm.weight" in file
+    if differs("attn_pool.latent") and "attn_pool.latent" in file:
         yield Shown("global_pool", "map", "attn_pool")
     elif averaged and not normed and differs("norm.weight"):
         yield Shown("global_pool", "avg", "fc_norm")
-    elif normed and not averaged and differs("fc_norm.weight") and "cls_token" in found:
+    elif normed and not averaged and differs("fc_norm.weight") and "cls_token" in file:
         yield Shown("global_pool", "token", "norm, in place of fc_norm")
-    elif pool == "token" and "cls_token" not in found and differs("cls_token"):
+    elif pool == "token" and "cls_token" not in file and differs("cls_token"):
         yield Shown("global_pool", "avg", "the lack of a cls_token")
 
 
@@ -183,12 +183,12 @@ def visible_classes(model: Any, shapes: Shapes) -> Shown:
 
 def visible_img_size(model: Any, shapes: Shapes) -> Shown | None:
     """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
-    found, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
+    file, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
     patch_embed = getattr(model, "patch_embed", None)
     patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
-    if not isinstance(expected, Tensor) or found is None or len(found) != 3 or expected.dim() != 3:
+    if not isinstance(expected, Tensor) or file is None or len(file) != 3 or expected.dim() != 3:
         return None
-    if found[1] == expected.shape[1] or found[::2] != (1, expected.shape[2]) or not isinstance(patches, int):
+    if file[1] == expected.shape[1] or file[::2] != (1, expected.shape[2]) or not isinstance(patches, int):
         return None
     stem = shapes.get("patch_embed.proj.weight", ())
     if not isinstance(patch_size, tuple) or patch_size[0] != patch_size[1]:
@@ -196,7 +196,7 @@ def visible_img_size(model: Any, shapes: Shapes) -> Shown | None:
     if stem and stem[-1] != patch_size[1]:
         return None  # patches of another size: the grid would be misread
     # Class and register tokens may have a position of their own.
-    side = _side(found[1] - (expected.shape[1] - patches))
+    side = _side(file[1] - (expected.shape[1] - patches))
     return None if side is None else Shown("img_size", side * int(patch_size[0]), "the shape of pos_embed")
 
 

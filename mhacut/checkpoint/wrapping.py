@@ -294,17 +294,17 @@ def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
 
 def _is_linear(group: _Group, shapes: Shapes) -> bool:
     """Whether the tensors are the weight, and maybe the bias, of one linear layer."""
-    found = {rest: shapes[file] for file, rest in group.items()}
-    layers = {rest.rpartition(".")[0] for rest in found}
-    weight = next((shape for rest, shape in found.items() if rest.endswith("weight")), ())
-    return len(layers) == 1 and len(weight) == 2 and all(map(_LINEAR.fullmatch, found))
+    tensors = {rest: shapes[file] for file, rest in group.items()}
+    layers = {rest.rpartition(".")[0] for rest in tensors}
+    weight = next((shape for rest, shape in tensors.items() if rest.endswith("weight")), ())
+    return len(layers) == 1 and len(weight) == 2 and all(map(_LINEAR.fullmatch, tensors))
 
 
 def _without_sequence(names: _Group, shapes: Shapes) -> dict[str, str]:
     """Give the only layer with weights of a sequence, a linear classifier, the name of the sequence."""
     plain = dict(names)
-    layers = {file: found for file, name in names.items() if (found := _LAYER.fullmatch(name))}
-    for module in {found["module"] for found in layers.values() if found["number"] is not None}:
+    layers = {file: match for file, name in names.items() if (match := _LAYER.fullmatch(name))}
+    for module in {match["module"] for match in layers.values() if match["number"] is not None}:
         inside = {key: name.removeprefix(module) for key, name in names.items() if name.startswith(module)}
         if _is_linear(inside, shapes):
             for file in inside:
@@ -345,21 +345,21 @@ def pick_part(
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
     path: list[str] = []
-    found: Mapping[Any, Any] = checkpoint
+    state: Mapping[Any, Any] = checkpoint
     while len(path) < _MAX_NESTING:
-        entry = asked if asked is not None and asked in found else _entry(found)
+        entry = asked if asked is not None and asked in state else _entry(state)
         if entry is None:
             break
         path.append(entry)
-        inner = found[entry]
+        inner = state[entry]
         if not isinstance(inner, Mapping):
             kind = "None" if inner is None else type(inner).__name__
             part = ".".join(path)
             raise CheckpointError(
                 f"{where}: {part!r:.150} of the checkpoint: expected a dict of tensors, found {kind}"
             )
-        found = inner
-    return ".".join(path) or None, found
+        state = inner
+    return ".".join(path) or None, state
 
 
 def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
@@ -410,10 +410,10 @@ def _holds_weights(value: object, depth: int = 2, known: dict[tuple[int, int], b
 
 def _shapes(state: Mapping[Any, Any], depth: int = 2) -> dict[str, tuple[int, ...]]:
     """Shapes of a state dict, and of those that it holds, whose names are then before theirs."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, item in state.items():
         if isinstance(item, Tensor):
-            found[name] = tuple(item.shape)
+            shapes[name] = tuple(item.shape)
         elif depth and isinstance(item, Mapping):
-            found |= {f"{name}.{key}": shape for key, shape in _shapes(item, depth - 1).items()}
-    return found
+            shapes |= {f"{name}.{key}": shape for key, shape in _shapes(item, depth - 1).items()}
+    return shapes

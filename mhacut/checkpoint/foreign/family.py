@@ -120,7 +120,7 @@ class Family:
         Raises:
             CheckpointError: a name is not in the table, or parts are missing or do not fit together.
         """
-        found: dict[str, Tensor] = {}
+        converted: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
         # Shapes come from a file that may lie: whatever does not fit ends in one sentence.
@@ -135,14 +135,14 @@ class Family:
                     part = _PART.fullmatch(target)
                     if part is not None:
                         parts.setdefault(part[1] + part[3], {})[int(part[2])] = piece
-                    elif target in found:
+                    elif target in converted:
                         raise ValueError(f"two would be {target!r:.150}, one of them {name!r:.150}")
                     elif target:
-                        found[target] = piece
+                        converted[target] = piece
             for name, pieces_of in parts.items():
-                found[name] = torch.cat([pieces_of[number] for number in sorted(pieces_of)])
+                converted[name] = torch.cat([pieces_of[number] for number in sorted(pieces_of)])
             if self.finish is not None and not unknown:
-                self.finish(found)
+                self.finish(converted)
         except (RuntimeError, IndexError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"its tensors do not fit together ({reason:.200})") from None
@@ -150,7 +150,7 @@ class Family:
             listed = ", ".join(f"{name!r:.150}" for name in unknown[:_MAX_NAMES])
             more = ", ..." if len(unknown) > _MAX_NAMES else ""
             raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {listed}{more}")
-        return found
+        return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
         """Return timm's names of a tensor or of its parts, none if it is left out, None if it is unknown.
@@ -167,9 +167,9 @@ class Family:
         if _BUFFERS.fullmatch(base) or any(pattern.fullmatch(base) for pattern, _ in self._left_out):
             return ()
         for pattern, target in self._names:
-            found = pattern.fullmatch(base)
-            if found is not None:
-                *numbers, rest = found.groups()
+            match = pattern.fullmatch(base)
+            if match is not None:
+                *numbers, rest = match.groups()
                 return tuple(one and _filled(one, numbers) + (rest or "") for one in target)
         # Behind the prefix of a wrapped model, the names are timm's; what lies beside it has no place.
         inside = not self.prefixes or base != name
