@@ -177,9 +177,9 @@ def run_prune(
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            series = read_inputs(options, processes, timer, module, images)  # 1. read
-            files = [Targets(inputs, TARGETS) for inputs in series]
-        job = series[0].job
+            inputs, *others = read_inputs(options, processes, timer, module, images)  # 1. read
+            files = [Targets(one, TARGETS) for one in (inputs, *others)]
+        job = inputs.job
         if images is not None and processes.size > 1:
             digest = hashlib.sha256(job.images.numpy().tobytes()).hexdigest()
             if len(processes.union([digest])) > 1:
@@ -198,8 +198,8 @@ def run_prune(
                 results.append(result)
                 models.append(model)
             if options.report is not None and options.several:
-                dense, prunable = series[0].loaded, find_prunable_layers(series[0].loaded.model)
-                write_overview(options, dense, prunable, choices_of(results), series[0].provenance)
+                dense, prunable = inputs.loaded, find_prunable_layers(inputs.loaded.model)
+                write_overview(options, dense, prunable, choices_of(results), inputs.provenance)
             return tuple(results)
 
         results = processes.from_first(in_first_process)
@@ -222,10 +222,10 @@ def _meet(targets: Targets, planner: Planner) -> Attempt:
     number = 0
     while limits is not None:
         planned, number = planner.plan(limits), number + 1  # 3. plan
-        if attempt is not None and planned.plan == attempt.planned.plan:  # the same model again
-            if not targets.bounds_loss:
+        if attempt is not None and planned.plan == attempt.planned.plan:
+            if not targets.bounds_loss:  # no width lies between these limits and those before
                 break
-            attempt = replace(attempt, number=number, limits=limits)
+            attempt = replace(attempt, number=number, limits=limits)  # a trial of the search all the same
         else:
             attempt = _cut(planned, limits, number, planner)  # 4. cut
             if targets.bounds_loss:
@@ -257,6 +257,7 @@ def _recover(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
         MhacutError: the cut is not as planned.
     """
     job, planned = planner.job, attempt.planned
+    # Masked and sliced are compared before training, which changes what the slim model computes.
     most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
     check_flops(attempt.model, job, planned, most)  # 5. check
     check_exact(attempt.model, attempt.masked, job.images[:PROBED])
@@ -345,10 +346,7 @@ def _write(
         )
         figures = measured_figures(before, after, conditions)
         for one in reached:
-            error = "" if one.standard_error is None else f", standard error {one.standard_error:.2g}"
-            figures.append(
-                (f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1] + error)
-            )
+            figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)
         page = write_report(options, loaded, pruned, both, inputs.images, figures, inputs.provenance)
     rest = timer.taken()
@@ -400,7 +398,6 @@ def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> 
             reloaded.append(load_model(file))
         except MhacutError as error:
             raise OutputError(f"{show(target)}: what was written cannot be opened: {error}") from error
-        # The tensors were compared bit for bit when they were written.
         if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
             raise MhacutError(
                 f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "

@@ -49,7 +49,7 @@ class Latency(Amount):
             job.reporter.start("timing layers")
             self.stopwatch.times = (curve_of if job.merges_tokens else table_of)(job, self.stopwatch)
         self.times = self.stopwatch.times
-        self._scale: int | None = None
+        self._scale = 0
         """Nanoseconds of the dense model, by which ratios become times, once a cut model is measured."""
         super().prepare()
         if self.limit is not None and isinstance(self.times, TimeCurve):
@@ -71,23 +71,15 @@ class Latency(Amount):
         return math.ceil(super().lowest(cost) / self.aim)  # so that a new measurement meets it too
 
     def measure(self, attempt: Attempt) -> Reached:
-        self.amount = self.count(attempt)
-        assert self._scale is not None
-        dense, most = self._scale, self.budget.amount(self._scale)
-        return Reached(
-            self.name,
-            self.asked,
-            most / 1e6,
-            self.amount / 1e6,
-            measured={
-                "predicted": attempt.planned.time(self.times) / 1e6,
-                "dense": dense / 1e6,
-                "wall": self._wall,
-                "corrections": attempt.number - 1,
-                **self.stopwatch.conditions(),
-            },
-            texts=(self.text(most), self.text(self.amount)),
-        )
+        reached = super().measure(attempt)  # in nanoseconds
+        measured = {
+            "predicted": attempt.planned.time(self.times) / 1e6,
+            "dense": self._scale / 1e6,
+            "wall": self._wall,
+            "corrections": attempt.number - 1,
+            **self.stopwatch.conditions(),
+        }
+        return replace(reached, most=self.most / 1e6, reached=self.amount / 1e6, measured=measured)
 
     def count(self, attempt: Attempt) -> int:
         inputs, planned = self.inputs, attempt.planned
@@ -103,8 +95,11 @@ class Latency(Amount):
             slim, records, seconds=_MODEL_SECONDS, precision=_PRECISION
         )
         self._wall = found.wall[1]
-        if self._scale is None:  # milliseconds that a budget states are those of the process that measures
+        # Ratios are steadier than milliseconds: every cut model is measured against the same dense time.
+        # Milliseconds that a budget states are those of the process that measures first.
+        if not self._scale:
             self._scale = self.dense if self.budget.relative else round(1e6 * found.milliseconds[0])
+            self.most = self.budget.amount(self._scale)
         return round(found.ratios[1] * self._scale)
 
 
@@ -116,6 +111,7 @@ def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
         stopwatch: measures.
     """
     assert job.fewest is not None
+    # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
     models = [job.model, _cut(job.model, job, least)]
     models += [with_all_merged(model, job.input_size) for model in models]
@@ -132,6 +128,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
 
     Layers that cost the same are timed once. Their times count relative to the dense model's.
     """
+    # Merges and dead tokens make layers faster: those of the model as it will be cut are timed.
     tokens = replace(tokens_of(job.model), merged=job.merged)
     counted = copy.deepcopy(with_tokens(job.model, tokens)).cpu()
     shorter = tokens != tokens_of(stopwatch.dense)
@@ -140,6 +137,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
         {key: widths[int(place * (len(widths) - 1))] for key, widths in job.choices.items()}
         for place in (_PLACES if eager else _PLACES[-1:])
     ]
+    # A layer alone is not exactly as fast as in the model: cut models say how much of its saving arrives.
     models = [counted] * shorter + [_cut(counted, job, widths) for widths in plans]
     calls = _layer_calls(job, stopwatch, counted)
     layers: dict[Any, _LayerCall] = {}
@@ -152,6 +150,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     times = []
     for done, (key, layer) in enumerate(layers.items(), 1):
         points = points_to_measure(layer.choices)
+        # Ratios to the layer with all channels, whose share of the model was measured above.
         runs = [parts[key], *(stopwatch.ready(layer.replay(widths)) for widths in points[1:])]
         own = stopwatch.compare((), runs, seconds=_LAYER_SECONDS * len(points), dense=False).ratios
         first, *others = (Point(*each) for each in zip(points, (shares[key] * r for r in own), strict=True))

@@ -139,9 +139,9 @@ class Target(ABC):
         options = [option_name(*each) for each in named]
         return f"{', '.join(options[:-1])} and {options[-1]}"
 
-    @abstractmethod
     def first(self, planner: Planner) -> Limit | None:
         """Return the limit that the first plan must keep; None if any plan meets the target."""
+        return self.limit
 
     @abstractmethod
     def measure(self, attempt: Attempt) -> Reached:
@@ -190,6 +190,7 @@ class Targets:
         found = [limit for target, one in both if (limit := target.next(attempt, one)) is not None]
         corrected = {limit.resource: limit for limit in found}
         enough = attempt.number > CORRECTIONS and not self.bounds_loss
+        # Limits of targets that are met stay as they were: beside a tighter one they mostly stay met.
         limits = tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
         if self.bounds_loss or (corrected and not enough):
             flops = attempt.planned.flops
@@ -214,7 +215,7 @@ class Targets:
             unsafe = [reached.ratio for target, reached in both if reached.ratio > target.safety]
             if unsafe:
                 return 1, -max(unsafe)
-            if self.bounds_loss:
+            if self.bounds_loss:  # of two budgets that led to one model, the lower is stated
                 return 2, -one.planned.flops, -one.limits[0].most
             return 2, one.planned.flops
 
@@ -270,9 +271,6 @@ class Amount(Target):
         """Return an amount for readers, with its unit."""
         return f"{format_amount(amount, self.name)} {BUDGETS[self.name].noun}".rstrip()
 
-    def first(self, planner: Planner) -> Limit | None:
-        return self.limit
-
     def measure(self, attempt: Attempt) -> Reached:
         self.amount = self.count(attempt)
         texts = self.text(self.most), self.text(self.amount)
@@ -281,6 +279,7 @@ class Amount(Target):
     def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
         if self.limit is None:
             return None
+        # What the cut model has beyond the prediction is taken off what was asked (a secant of slope 1).
         (limit,) = (each for each in attempt.limits if each.resource == self.name)
         corrected = attempt.planned.corrected(limit, self.limit, self.amount)
         # The first plan may use too little of a budget that was predicted too high; so may the second.
@@ -394,6 +393,7 @@ class _Loss(Target):
 
     def first(self, planner: Planner) -> Limit:
         job, self.planner = self.job, planner
+        # No two plans differ by less than a width step: the dearest one is what a trial is worth.
         highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
         dense = {key: widths[-1] for key, widths in job.allowed.items()}
         narrower = ({**dense, key: widths[-2]} for key, widths in job.allowed.items() if len(widths) > 1)
