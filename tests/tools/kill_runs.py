@@ -4,8 +4,8 @@
 
 Each command replaces a file that is there. Half of its runs are killed (SIGKILL) at any time, half within
 the time that it spends writing. After each the target is compared with what the command writes when nothing
-ends it, and with what was there before; of a killed ``finetune`` the run is also resumed, now and then, to
-the same weights. After the last one the command runs once more, and must leave no temporary file.
+ends it, and with what was there before. After the last one the command runs once more, and must leave no
+temporary file.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from mhacut.checkpoint.files import read_file_header, read_tensors
 from mhacut.cli.app import app
@@ -158,14 +158,12 @@ def try_command(command: Command, runs: int) -> dict[str, object]:
     spent, writes = run_to_the_end(command)
     command.new = command.content()
     found: Counter[str] = Counter()
-    left = killed = resumed = 0
+    left = killed = 0
     for number in range(runs):
         command.put_back()
         killed += kill_once(command, spent, writes, aimed=number % 2 == 1)
         found[state_of(command)] += 1
         left += bool(temporaries(command.target.parent))
-        if command.name == "finetune" and number % 10 == 1:
-            resumed += resumes_to_the_same(command)
     command.put_back()
     run_to_the_end(command)
     written = command.content()
@@ -174,30 +172,7 @@ def try_command(command: Command, runs: int) -> dict[str, object]:
         raise SystemExit(f"{command.name}: after kills it wrote something else")
     if remains := temporaries(command.target.parent):
         raise SystemExit(f"{command.name}: temporary files remain: {remains}")
-    report = {"runs": runs, "killed": killed, "files": dict(found), "left temporary files": left}
-    return report | ({"resumed to the same weights": resumed} if command.name == "finetune" else {})
-
-
-def resumes_to_the_same(command: Command) -> bool:
-    """Go on with a killed run of fine-tuning; its weights must be those of a run that was never killed."""
-    if not (command.target / "args.yaml").exists():
-        return False
-    again = Command("resume", ["finetune", "--resume", str(command.target)], command.target, slim_file)
-    run_to_the_end(again)
-    for name in ("last.safetensors", "best.safetensors"):
-        expected = load_file_of(command.new[name])
-        found = load_file(command.target / name)
-        if not all(torch.equal(found[key], expected[key]) for key in expected):
-            raise SystemExit(f"finetune: resumed to other weights in {name}")
-    return True
-
-
-def load_file_of(content: bytes) -> dict[str, torch.Tensor]:
-    """Return the tensors in the bytes of a file."""
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(content)
-        file.flush()
-        return load_file(file.name)
+    return {"runs": runs, "killed": killed, "files": dict(found), "left temporary files": left}
 
 
 def slim_file(path: Path) -> bool:
