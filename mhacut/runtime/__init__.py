@@ -1,1 +1,1 @@
-"""Devices, processes, signals and progress."""
+"""Devices, processes, files and progress."""

@@ -144,12 +144,7 @@ def many_compiled() -> Iterator[None]:
 
     # After eight programs of one class it gives up without a word, and would time models uncompiled.
     config: Any = dynamo.config
-    limits = {
-        name: _MOST_COMPILED
-        for name in ("recompile_limit", "cache_size_limit", "accumulated_recompile_limit")
-        if hasattr(config, name)
-    }
-    with config.patch(**limits):
+    with config.patch(recompile_limit=_MOST_COMPILED, accumulated_recompile_limit=_MOST_COMPILED):
         yield
 
 

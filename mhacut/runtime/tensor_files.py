@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import re
 import tempfile
 import weakref
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from mhacut.runtime.files import AnyPath
 
 LEAST_BYTES = 2**20
 """Smaller tensors stay in memory."""
-_SYSTEM_ERROR = re.compile(r"os error (\d+)")
 
 
 class Spill:
@@ -75,10 +73,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping
     try:
         save_file(_apart(tensors), path, dict(metadata))
     except SafetensorError as error:
-        number = _SYSTEM_ERROR.search(str(error))
-        if number is None:
-            raise OSError(str(error)) from error
-        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+        raise OSError(str(error)) from error  # the disk is full, for one
 
 
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
