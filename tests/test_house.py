@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
     "checkpoint": 5682,
-    "cli": 1337,
+    "cli": 1312,
     "commands": 4557,
     "data": 1819,
     "exporting": 1461,

@@ -78,8 +78,8 @@ def _speed(result: FinetuneResult) -> str:
 
 def _document(result: FinetuneResult) -> dict[str, Any]:
     return {
-        "directory": str(result.folder),
-        "output": str(result.output),
+        "directory": result.folder,
+        "output": result.output,
         "architecture": result.architecture,
         "before": _accuracy(result.before),
         "after": _accuracy(result.after),

@@ -271,18 +271,14 @@ def _sides(pair: tuple[int, int]) -> dict[str, int]:
 
 
 def _layer_document(layer: LayerReport) -> dict[str, Any]:
+    same = ("module", "heads", "flops", "share", "parameters", "parameter_share")
     return {
         "layer": layer.name,
-        "module": layer.module,
-        "heads": layer.heads,
         "widths": {kind: {"now": unit.now, "dense": unit.dense} for kind, unit in layer.units.items()},
         "left_whole": dict(layer.not_prunable),
         "goes_with": dict(layer.coupled_with),
-        "flops": layer.flops,
-        "share": layer.share,
-        "parameters": layer.parameters,
-        "parameter_share": layer.parameter_share,
         "units": {kind: _unit_document(unit) for kind, unit in layer.units.items()},
+        **{name: getattr(layer, name) for name in same},
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut._version import __version__
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from mhacut.measuring.accuracy import ModelFigures
     from mhacut.pruning.preserve import Measure
 
+_WIDTHS = ("layer", "kind", "heads", "dense_width", "width")
 _UNITS: Mapping[Measure, str] = {
     "answers": "nats",
     "features": "of the features' variance",
@@ -108,8 +110,8 @@ def _document(result: PruneResult) -> dict[str, Any]:
     return {
         "command": "prune",
         "mhacut": __version__,
-        "output": None if result.output is None else str(result.output),
-        "report": None if result.report is None else str(result.report),
+        "output": result.output,
+        "report": result.report,
         "architecture": result.architecture,
         "budget": result.budget,
         "targets": [target.to_json() for target in result.targets],
@@ -126,44 +128,21 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "preprocessing": result.preprocessing.to_json(),
         **result.provenance.to_json(),
         "left_whole": list(result.not_prunable),
-        "layers": [
-            {
-                "layer": unit.layer,
-                "kind": unit.kind,
-                "heads": unit.heads,
-                "dense_width": unit.dense_width,
-                "width": unit.width,
-            }
-            for unit in result.plan
-        ],
+        "layers": [{name: getattr(unit, name) for name in _WIDTHS} for unit in result.plan],
         "plan": result.plan.to_json(),
         "tokens": result.plan.tokens.to_json(),
         "device": result.device,
         "timing": dict(result.timing),
         "seconds": dict(result.seconds),
         "log": [
-            {
-                "step": step.step,
-                "loss": _finite(step.loss),
-                "flops": _finite(step.flops),
-                "kept": dict(step.kept),
-            }
-            for step in result.log
+            {**asdict(step), "loss": _finite(step.loss), "flops": _finite(step.flops)} for step in result.log
         ],
     }
 
 
 def _figures(figures: ModelFigures) -> dict[str, Any]:
-    evaluation = figures.evaluation
-    return {
-        "flops": figures.flops,
-        "parameters": figures.parameters,
-        "size": figures.size,
-        "latency_ms": figures.latency_ms,
-        "top1": None if evaluation is None else evaluation.top1,
-        "top5": None if evaluation is None else evaluation.top5,
-        "images": None if evaluation is None else evaluation.images,
-    }
+    costs = {name: getattr(figures, name) for name in ("flops", "parameters", "size", "latency_ms")}
+    return costs | {name: getattr(figures.evaluation, name, None) for name in ("top1", "top5", "images")}
 
 
 def _finite(value: float) -> float | None:
