@@ -358,10 +358,10 @@ def evaluation_loader(
         samples, chosen = NamedStream(str(data.dataset), split.stream, limit, preprocessing), []
     else:
         chosen = _spread(split.groups, limit)
-        first, step = _checked_part(part, len(chosen))
-        total = len(chosen[first::step])
+        mine = chosen[part[0] :: part[1]]
+        total = len(mine)
         description = f"{len(chosen)} of {len(split.groups)} images {split.name}"
-        samples = Subset(split.images, chosen[first::step])
+        samples = Subset(split.images, mine)
     return EvaluationLoader(
         samples,
         total=total,
@@ -372,17 +372,6 @@ def evaluation_loader(
         description=description,
         fingerprint=split.identity(chosen),
     )
-
-
-def _checked_part(part: tuple[int, int], images: int) -> tuple[int, int]:
-    """Return ``part`` unless some of the parts would be empty."""
-    first, step = part
-    if step > max(images, 1):
-        raise DataError(
-            f"{images} images to measure accuracy on are fewer than the {step} processes that share them; "
-            f"start fewer processes, or change {option_name('eval_images')} (0 measures none)"
-        )
-    return first, step
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:

@@ -130,16 +130,6 @@ def test_labels_outside_the_head_are_refused_while_training(opens) -> None:
         next(parts)
 
 
-@pytest.mark.parametrize("options", [{"limit": 3}, {}])
-def test_fewer_images_than_processes_are_refused(opens, options) -> None:
-    opens(Pictures())
-    given = {"dataset": "torch/any", "batch_size": 5, "workers": 0, "num_classes": 3, **options}
-    for number in (0, 12):
-        with pytest.raises(DataError, match=r"(3|12) images .* fewer than the 13 processes .*eval_images"):
-            evaluated(PLAIN, part=(number, 13), **given)
-    assert evaluated(PLAIN, part=(2, 3), **given).images > 0
-
-
 class Columns:
     """A reader of timm's, whose dataset has no column of labels."""
 
