@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
-from PIL import Image
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 DIGITS = BENCHMARKS.parent / "digits"
@@ -24,20 +22,6 @@ def script(name: str) -> Any:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
-
-
-def paint(folder: Path, *, classes: int = 2, per_class: int = 8, size: int = 32) -> Path:
-    """A folder of images, each of the colour of its class and some noise."""
-    generator = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in range(classes):
-            (folder / split / f"class{label}").mkdir(parents=True)
-            for index in range(per_class):
-                pixels = generator.integers(0, 60, (size, size, 3)) + 180 * label // max(classes - 1, 1)
-                Image.fromarray(pixels.astype(np.uint8)).save(
-                    folder / split / f"class{label}" / f"{index}.png"
-                )
-    return folder
 
 
 SMALL_VIT = {"img_size": 16, "patch_size": 4, "depth": 2, "embed_dim": 24, "num_heads": 2}
