@@ -153,9 +153,9 @@ def with_hint(
     Args:
         stated: origins of ``preprocessing``; where they are stated, nothing is tried.
         model: classifier; moved to ``device``, in eval mode.
-        preprocessing: of ``batches``.
-        batches: of labelled images; few hundred are used.
-        device: to compute on.
+        preprocessing: preprocessing of ``batches``.
+        batches: batches of labelled images; few hundred are used.
+        device: device to compute on.
     """
     if stated.normalisation_is_stated:
         return stated
