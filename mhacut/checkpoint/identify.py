@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
-from mhacut.checkpoint.foreign.recognise import Conversion, as_deit3, recognise
+from mhacut.checkpoint.foreign.recognise import Conversion, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
     OF_WEIGHTS,
@@ -171,34 +170,26 @@ def _from_conversion(
     header: FileHeader, foreign: Conversion, args: Mapping[str, Any], hints: ModelHints
 ) -> Identified:
     """Build the timm model that another library's file is converted to."""
-    built, stated = foreign.built, header.config is not None
-    if stated and built is not None and hints.model not in (None, built.architecture):
-        raise CheckpointError(
-            f"{show(header.path.parent)}: its configuration describes {built.architecture}, but "
-            f"{option_name('model')} says {hints.model}; leave it out, or give the weights file "
-            f"{header.path.name} itself"
-        )
-    if built is None or (not stated and hints.model is not None):
+    built = foreign.built
+    if built is None:
         renamed = replace(header, tensors=foreign.tensors, config=None)
-        # The names of a file may prove what those of timm's models do not show.
-        proved = {} if built is None else {k: built.args[k] for k in ("act_layer",) if k in built.args}
         try:
-            model = _from_file(renamed, {**proved, **args}, hints, foreign.cfg)
+            model = _from_file(renamed, args, hints, foreign.cfg)
         except CheckpointError as error:
             folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
             raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
     else:
-        cfg = completed_cfg(built.architecture, checked_pretrained_cfg(foreign.cfg))
-        model = infer_from_shapes(
-            built.architecture, {**built.args, **args}, cfg, foreign.tensors, bounded=True
-        )
-        origins = dict.fromkeys(foreign.cfg, "file" if stated else "library")
+        name = built.architecture
+        if hints.model not in (None, name):
+            raise CheckpointError(
+                f"{show(header.path.parent)}: its configuration describes {name}, but {option_name('model')} "
+                f"says {hints.model}; leave it out, or give the weights file {header.path.name} itself"
+            )
+        cfg = completed_cfg(name, checked_pretrained_cfg(foreign.cfg))
+        model = infer_from_shapes(name, {**built.args, **args}, cfg, foreign.tensors, bounded=True)
+        origins = dict.fromkeys(foreign.cfg, "file")
         model = replace(_without_claims(model, foreign.cfg), cfg_origins=origins)
-        origin = "its configuration" if stated else "names and shapes"
-        model = _with_notes(model, first=f"architecture {built.architecture}, from {origin}")
-        training = None if stated else read_training(header.training)
-        if training is not None:
-            model = _with_preprocessing(model, training.cfg)
+        model = _with_notes(model, first=f"architecture {name}, from its configuration")
     note = f"converted from {foreign.family.title}; {'; '.join(foreign.notes)}".rstrip("; ")
     return replace(_with_notes(model, first=note), conversion=foreign)
 
@@ -278,24 +269,17 @@ def _from_names(
         origins = dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "library")
         model = replace(model if tag else _without_claims(model, cfg or ()), cfg_origins=origins)
         return _with_notes(model, first=f"architecture {name}, as given")
-    model = _without_claims(search(header, args))
-    # DeiT III of its authors has the names and shapes of a rotary ViT of timm, which computes something else.
-    other = None
-    with suppress(MhacutError):
-        renamed = as_deit3(header)
-        other = None if renamed is None else search(renamed, args).identity.architecture
-    if other is not None:
+    model = _without_claims(search(header, args, normalised="mean" in (cfg or {})))
+    name = model.identity.architecture
+    if "_rope_ape_" in name:
         raise CheckpointError(
             f"{show(header.path)}: the model cannot be identified from names and shapes: they are those of "
-            f"{model.identity.architecture}, and of {other} in its authors' files; give "
-            f"{option_name('model', 'NAME')}"
+            f"{name}, and of DeiT III in its authors' files; give {option_name('model', 'NAME')}"
         )
     model = _with_preprocessing(model, cfg or {}, of_library=True)
     default = " (the number of heads is that model's default; tensor shapes cannot show it)"
     heads = "" if "num_heads" in args else default
-    return _with_notes(
-        model, first=f"architecture {model.identity.architecture}, from names and shapes{heads}"
-    )
+    return _with_notes(model, first=f"architecture {name}, from names and shapes{heads}")
 
 
 def _without_claims(model: Identified, stated: Iterable[str] = ()) -> Identified:

@@ -43,7 +43,7 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
 """FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
 
-def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
+def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
     Several that compute the same count as one; a note names those that were trained on other images.
@@ -51,6 +51,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
+        normalised: whether it is known how images are normalised, so that no note about it is needed.
 
     Raises:
         CheckpointError: no model has them, or several that compute different things.
@@ -70,7 +71,8 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *_alternatives(chosen, others)))
+    notes = [] if normalised else _alternatives(chosen, others)
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
 
 
 def _of_flatten(names: Collection[str]) -> Iterator[str]:

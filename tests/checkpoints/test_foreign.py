@@ -272,24 +272,6 @@ def test_a_folder_of_open_clip_is_its_image_tower(tmp_path):
     assert "left out: the text tower" in checkpoint.notes[0]
 
 
-def test_the_state_dict_of_openais_archive_is_its_image_tower(tmp_path):
-    path = tmp_path / "ViT.pth"
-    numbers = {"input_resolution": 32, "context_length": 77, "vocab_size": 49408}
-    tensors = {name: torch.randn([64 * size // 24 for size in shape]) for name, shape in OPEN_CLIP.items()}
-    tensors["visual.conv1.weight"] = torch.randn(64, 3, 8, 8)
-    tensors["visual.positional_embedding"] = torch.randn(17, 64)
-    torch.save(tensors | {name: torch.tensor(number) for name, number in numbers.items()}, path)
-    checkpoint = read_model(path)
-    args, cfg = checkpoint.identity.model_args, checkpoint.identity.pretrained_cfg
-    assert checkpoint.identity.architecture == "vit_base_patch16_clip_quickgelu_224"
-    assert (args["num_heads"], args["depth"], args["img_size"]) == (1, 1, 32)
-    assert (cfg["mean"][0], cfg["crop_pct"]) == (0.48145466, 1.0)
-    assert "QuickGELU" in str(checkpoint.model.blocks[0].mlp.act)
-    args = {"depth": 1, "embed_dim": 64, "num_heads": 1, "patch_size": 8}
-    named = read_model(path, model="vit_base_patch16_clip_224", model_args=args)
-    assert "QuickGELU" in str(named.model.blocks[0].mlp.act)
-
-
 def test_the_configuration_beside_the_weights_counts(tmp_path):
     path = open_clip_folder(tmp_path)
     (path / "config.json").write_text(json.dumps(CONFIG | {"model_type": "clip"}))

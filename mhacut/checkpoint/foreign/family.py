@@ -93,9 +93,6 @@ class Family:
     """Values of ``model_type`` in ``config.json``."""
     build: Callable[[Config, Shapes], Built] | None = None
     """Function from the configuration and the renamed shapes to timm's model."""
-    guess: Callable[[Shapes, Shapes], Built | None] | None = None
-    """Function from the shapes alone, renamed and as in the file, to timm's model; it returns None where they
-    do not show it."""
     named: str = ""
     """Beginning of the names in timm of its models, if other models of timm have the same names and
     shapes: the file is of the family only where the user names one."""

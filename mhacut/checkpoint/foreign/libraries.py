@@ -2,56 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
 from torch import Tensor
 
 from mhacut.checkpoint.build import known_model, unknown_model
-from mhacut.checkpoint.foreign.config import OF_CLIP, OF_IMAGENET, Config
+from mhacut.checkpoint.foreign.config import OF_IMAGENET, Config
 from mhacut.checkpoint.foreign.family import (
-    VIT_SIZES,
     Built,
     Shapes,
-    depth_of,
     mlp_ratio,
     move,
     vit_name,
 )
-from mhacut.checkpoint.foreign.transformers import finish_clip, swin_size
+from mhacut.checkpoint.foreign.transformers import finish_clip
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.errors import CheckpointError
-
-
-def _vit_args(shapes: Shapes, heads: int) -> dict[str, Any]:
-    """Return the arguments of a ViT that shapes show, under timm's names, and its number of heads."""
-    patches = shapes["patch_embed.proj.weight"]
-    width, patch = patches[0], patches[3]
-    return {
-        "img_size": patch * math.isqrt(max(shapes["pos_embed"][1] - 1, 1)),
-        "patch_size": patch,
-        "in_chans": patches[1],
-        "embed_dim": width,
-        "depth": depth_of(shapes),
-        "num_heads": heads,
-        "mlp_ratio": mlp_ratio(shapes["blocks.0.mlp.fc1.weight"][0], width),
-    }
-
-
-def _guess_vit(shapes: Shapes, _: Shapes) -> Built | None:
-    """Return the ViT of one of the published sizes; shapes do not show the number of heads of others."""
-    known = {size[:2]: size[2] for size in VIT_SIZES}
-    heads = known.get((shapes["norm.weight"][0], depth_of(shapes)))
-    if heads is None:
-        return None
-    args = _vit_args(shapes, heads)
-    size = VIT_SIZES[args["embed_dim"], args["depth"], heads]
-    crop = {"crop_pct": 1.0, "interpolation": "bicubic"}  # of weights pretrained by SWAG, as all of ViT-H are
-    if args["img_size"] == 224 and size != "huge":
-        resized = 242 if (size, args["patch_size"]) == ("large", 16) else 256
-        crop = {"crop_pct": 224 / resized, "interpolation": "bilinear"}
-    return Built(vit_name(args), args, cfg={**OF_IMAGENET, **crop})
 
 
 def _finish_swin(tensors: dict[str, Tensor]) -> None:
@@ -61,39 +28,6 @@ def _finish_swin(tensors: dict[str, Tensor]) -> None:
         tensors[f"{prefix}q_bias"], _, tensors[f"{prefix}v_bias"] = tensors.pop(f"{prefix}qkv.bias").chunk(3)
 
 
-def _guess_swin(shapes: Shapes, original: Shapes) -> Built:
-    """Return the Swin, or Swin V2, that the shapes of its windows and blocks show."""
-    second = "layers.0.blocks.0.attn.logit_scale" in shapes
-    if second:
-        window = (original["features.1.0.attn.relative_coords_table"][1] + 1) // 2
-    else:
-        positions = shapes["layers.0.blocks.0.attn.relative_position_bias_table"][0]
-        window = (math.isqrt(positions) + 1) // 2
-    heads, dim = ("logit_scale", 0) if second else ("relative_position_bias_table", 1)
-    stages = depth_of(shapes, "layers.")
-    patch, width = shapes["patch_embed.proj.weight"][-1], shapes["patch_embed.norm.weight"][0]
-    args = {
-        "img_size": window * patch * 2 ** (stages - 1),
-        "patch_size": patch,
-        "in_chans": shapes["patch_embed.proj.weight"][1],
-        "embed_dim": width,
-        "depths": [depth_of(shapes, f"layers.{stage}.blocks.") for stage in range(stages)],
-        "num_heads": [shapes[f"layers.{stage}.blocks.0.attn.{heads}"][dim] for stage in range(stages)],
-        "window_size": window,
-        "mlp_ratio": shapes["layers.0.blocks.0.mlp.fc1.weight"][0] / width,
-    }
-    size = swin_size(args)
-    if second:
-        side, resized, ending = 256, {"base": 272}.get(size, 260), "window8_256"
-    else:
-        resized = {"tiny": 232, "small": 246, "base": 238}.get(size, 256)
-        side, ending = 224, "patch4_window7_224"
-    name = f"swin{'v2' if second else ''}_{size if size != 'large' else 'tiny'}_{ending}"
-    return Built(name, args, cfg={**OF_IMAGENET, "interpolation": "bicubic", "crop_pct": side / resized})
-
-
-_OF_OPENAI = ("input_resolution", "context_length", "vocab_size")
-"""Numbers that OpenAI's own archives keep among the tensors; no other file of these names has them."""
 _STATED: dict[str, Any] = {
     **dict.fromkeys(("no_ln_pre", "attentional_pool", "final_ln_after_pool", "qk_norm"), False),
     **dict.fromkeys(
@@ -136,15 +70,6 @@ def _build_open_clip(config: Config, shapes: Shapes) -> Built:
     if "ls_init_value" in tower:
         args["init_values"] = tower.get("ls_init_value", 0.0)
     return Built(vit_name(args, "_clip_quickgelu" if quick else "_clip"), args)
-
-
-def _guess_open_clip(shapes: Shapes, original: Shapes) -> Built | None:
-    """Return the model of OpenAI's weights, which have QuickGELU and heads of 64; that of others is open."""
-    if not set(_OF_OPENAI) <= original.keys():
-        return None
-    args = _vit_args(shapes, max(shapes["patch_embed.proj.weight"][0] // 64, 1))
-    cfg = {**OF_CLIP, "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center"}
-    return Built(vit_name(args, "_clip_quickgelu"), {**args, "act_layer": "quick_gelu"}, cfg=cfg)
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
@@ -220,13 +145,9 @@ def _finish_eva02(tensors: dict[str, Tensor]) -> None:
 
 
 FUNCTIONS: dict[str, dict[str, Any]] = {
-    "ViT of torchvision": {"guess": _guess_vit, "cfg": OF_IMAGENET},
-    "Swin of torchvision": {"guess": _guess_swin, "finish": _finish_swin, "cfg": OF_IMAGENET},
-    "image tower of CLIP of open_clip": {
-        "build": _build_open_clip,
-        "guess": _guess_open_clip,
-        "finish": _finish_open_clip,
-    },
+    "ViT of torchvision": {"cfg": OF_IMAGENET},
+    "Swin of torchvision": {"finish": _finish_swin, "cfg": OF_IMAGENET},
+    "image tower of CLIP of open_clip": {"build": _build_open_clip, "finish": _finish_open_clip},
     "image tower of timm in open_clip": {"build": _build_trunk},
     "model of timm in transformers": {"build": _build_wrapped},
     "DINOv2 of its authors": {"finish": _finish_dinov2},

@@ -36,7 +36,7 @@ class Conversion:
     tensors: Mapping[str, TensorInfo]
     """Tensors of the file under timm's names."""
     built: Built | None
-    """The timm model; None where a file without a configuration does not show it."""
+    """The timm model that a configuration states; None without one."""
     cfg: Mapping[str, Any]
     """Preprocessing and class names, as timm's pretrained_cfg has them."""
     notes: tuple[str, ...]
@@ -118,17 +118,6 @@ def _is_wrapped(tensors: Mapping[str, object]) -> bool:
     return all(name.startswith(WRAPPED) for name in tensors)
 
 
-def as_deit3(header: FileHeader) -> FileHeader | None:
-    """Return the file under timm's names of DeiT III; None if its names are not those of DeiT III's authors.
-
-    Those are also the names of timm's ViTs with rotary and absolute positions.
-    """
-    family = FAMILIES["DeiT III of its authors"]
-    if not family.recognises(header.tensors):
-        return None
-    return replace(header, tensors=_conversion(header, family, None, False).tensors)
-
-
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
     if header.naming.classifier is not None:
         family = _with_linear_head(family)
@@ -155,13 +144,6 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
             notes.append(
                 f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tokens of tiny activations"
             )
-    elif family.guess is not None:
-        built = family.guess(shapes, header.shapes)
-        if family.cfg:
-            notes.append("images are prepared as for the library's own ImageNet weights")
-        if built is not None:
-            side = built.args["img_size"]
-            cfg = {"input_size": [built.args["in_chans"], side, side], **built.cfg}
     left_out = family.described_as_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
