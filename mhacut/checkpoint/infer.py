@@ -109,25 +109,20 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
 
 def _with_visible_args(identity: ModelIdentity, tensors: Tensors) -> tuple[nn.Module, tuple[Shown, ...]]:
     """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
-    fault: CheckpointError | None = None
+    given = identity.model_args
+    # The number of heads may divide the width of the file, and not the default one.
+    args = {name: value for name, value in given.items() if name != "num_heads"}
+    model = build_skeleton(dataclasses.replace(identity, model_args=args))
+    shown = visible_args(model, _shapes_for(model, tensors), given)
+    further = {**given, **{one.name: one.value for one in shown}}
+    if further == args:
+        return model, ()
     try:
-        model = build_skeleton(identity)
-    except CheckpointError as error:
-        # The number of heads may divide the width of the file, and not the default one.
-        args = {name: value for name, value in identity.model_args.items() if name != "num_heads"}
-        if args == identity.model_args:
+        return build_skeleton(dataclasses.replace(identity, model_args=further)), shown
+    except CheckpointError:
+        if args != given:
             raise
-        model, fault = build_skeleton(dataclasses.replace(identity, model_args=args)), error
-    shown = visible_args(model, _shapes_for(model, tensors), identity.model_args)
-    if shown:
-        try:
-            args = {**identity.model_args, **{one.name: one.value for one in shown}}
-            return build_skeleton(dataclasses.replace(identity, model_args=args)), shown
-        except CheckpointError:
-            pass  # whoever compares the tensors says what differs
-    if fault is not None:
-        raise fault
-    return model, ()
+        return model, ()  # whoever compares the tensors says what differs
 
 
 def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +110,18 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
 
     own = {key: value for key, value in args.items() if key != "num_classes"}
     try:
-        with torch.random.fork_rng(devices=[]), _without_weights() as missing:
+        with torch.random.fork_rng(devices=[]):
             model: Any = timm.create_model(name, pretrained=True, **own)
     except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
         lines = str(error).strip().split("\n")
         if lines[0].startswith(_MISFIT):
             raise CheckpointError(_misfit(source, own, lines[1:])) from error
         raise CheckpointError(_out_of_reach(source, lines[0] or type(error).__name__)) from error
-    if missing and own:  # without arguments, timm's own model lacks them
-        raise CheckpointError(_misfit(source, own, [f"no weights of {missing[0]}"]))
+    # Some weights timm loads in part: what arguments add to its model would stay as it was initialised.
+    default = build_skeleton(ModelIdentity(name.partition(".")[0])).state_dict()
+    added = [key for key in model.state_dict() if key not in default]
+    if added:
+        raise CheckpointError(_misfit(source, own, [f"no weights of {added[0]}"]))
     asked = args.get("num_classes", model.num_classes)
     if asked not in (0, model.num_classes):
         raise CheckpointError(
@@ -132,27 +132,6 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
     if asked == 0 != model.num_classes:
         model.reset_classifier(0)
     return model
-
-
-@contextmanager
-def _without_weights() -> Iterator[list[str]]:
-    """Give the names of tensors that timm finds no weights for in the block; it only logs them."""
-    missing: list[str] = []
-
-    def note(record: logging.LogRecord) -> bool:
-        named = re.match(r"Missing keys \((.*?)\)", record.getMessage())
-        missing.extend(named[1].split(", ") if named else ())
-        return True
-
-    logger = logging.getLogger("timm.models._builder")
-    before = logger.level
-    logger.addFilter(note)
-    logger.setLevel(logging.INFO)
-    try:
-        yield missing
-    finally:
-        logger.removeFilter(note)
-        logger.setLevel(before)
 
 
 def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str:

@@ -158,8 +158,6 @@ def _text(value: Any) -> str:
         return str(value)
     if isinstance(value, tuple | list):
         return "[" + ", ".join(map(_text, value)) + "]"
-    if isinstance(value, dict):
-        return _text(list(value.items()))
     if isinstance(value, functools.partial):
         return f"{_text(value.func)}({_text(value.args)}, {_text(value.keywords)})"
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__

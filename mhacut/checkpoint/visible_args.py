@@ -73,15 +73,9 @@ def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def _parameters(kind: type) -> set[str]:
-    """Names of the arguments of a class of models, and of those that it passes on to its bases."""
-    names: set[str] = set()
-    for base in kind.__mro__[:-1]:
-        if "__init__" in vars(base):
-            parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-            names |= {parameter.name for parameter in parameters}
-            if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters):
-                break
-    return names
+    """Names of the arguments of a class of models and of its bases, to which it passes others on."""
+    inits = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
+    return {name for init in inits for name in inspect.signature(init).parameters}
 
 
 def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
