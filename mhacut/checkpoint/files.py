@@ -67,8 +67,8 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
 def _file_header(path: Path, part: str | None = None) -> FileHeader:
     """Return the header of one file, its tensors by their names there."""
     size = regular_size(path)
-    if _sniff(path, size) == "safetensors":
-        tensors, metadata = safetensors_header(path, size)
+    if _sniff(path) == "safetensors":
+        tensors, metadata = safetensors_header(path)
         return FileHeader(path, "safetensors", tensors, metadata, asked=part)
     return torch_header(path, size, part)
 
@@ -147,21 +147,15 @@ def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"{show(path)}: cannot be read: {error!s:.200}") from None
 
 
-def safetensors_header(path: Path, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return the tensors and the metadata that a safetensors file of ``size`` bytes announces.
+def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """Return the tensors and the metadata that a safetensors file announces.
 
-    The library checks that the tensors cover the file without holes and overlaps.
+    The library checks that header and tensors cover the file without holes and overlaps.
 
     Raises:
         CheckpointError: the file is cut off or damaged, or announces dtypes that are not supported.
     """
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > size - 8:
-        raise CheckpointError(
-            f"{show(path)}: truncated: the header says {length} bytes, the file has {size - 8} after its "
-            "first 8; download or copy it again"
-        )
+    regular_size(path)  # to open a pipe would block
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
@@ -199,7 +193,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _sniff(path: Path, size: int) -> Format:
+def _sniff(path: Path) -> Format:
     """Return the format by content, or raise an error that says what the file looks like."""
     try:
         with open(path, "rb") as file:
@@ -214,8 +208,6 @@ def _sniff(path: Path, size: int) -> Format:
     for magic, what, then in _OTHERS:
         if re.match(magic, start):
             raise CheckpointError(f"{show(path)}: this is {what}, not a checkpoint; {then}")
-    if size < 9:
-        raise CheckpointError(f"{show(path)}: {size} bytes are too few for a checkpoint")
     raise CheckpointError(
         f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "
         f"{start[:8]!r}"

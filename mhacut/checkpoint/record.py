@@ -65,30 +65,24 @@ class SlimRecord:
         Raises:
             CheckpointError: it is too long, not such a document, or of a later format.
         """
-        document = _document(text)
+        where = f"metadata {METADATA_KEY!r}"
+        document = parse_json(text, where)
+        version = document.get("format_version")
+        if not is_int(version) or version < 1:
+            raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
+        if version > FORMAT_VERSION:
+            raise CheckpointError(
+                f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file has version {version}; "
+                "upgrade mhacut (pip install -U mhacut)"
+            )
+        if missing := sorted(_KEYS - document.keys()):
+            raise CheckpointError(f"{where}: lacks {', '.join(missing)}")
         try:
             plan = Plan.from_json(document["plan"], document.get("tokens"))
         except PlanError as error:
-            raise CheckpointError(f"metadata {METADATA_KEY!r}: {error}") from error
+            raise CheckpointError(f"{where}: {error}") from error
         identity = ModelIdentity(document["architecture"], document["model_args"], document["pretrained_cfg"])
         return cls(identity, plan, document["preprocessing"], document["history"])
-
-
-def _document(text: str) -> dict[str, Any]:
-    """Return the object in ``text``, once checked to be of a known version and to have all entries."""
-    where = f"metadata {METADATA_KEY!r}"
-    document = parse_json(text, where)
-    version = document.get("format_version")
-    if not is_int(version) or version < 1:
-        raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
-    if version > FORMAT_VERSION:
-        raise CheckpointError(
-            f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file has version {version}; "
-            "upgrade mhacut (pip install -U mhacut)"
-        )
-    if missing := sorted(_KEYS - document.keys()):
-        raise CheckpointError(f"{where}: lacks {', '.join(missing)}")
-    return document
 
 
 def _plan_basis(plan: Plan) -> str:

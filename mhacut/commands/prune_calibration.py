@@ -25,7 +25,7 @@ from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_moments import UnitMoments
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import reason_alone, regular_size, write_file
+from mhacut.runtime.files import reason_alone, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.tokens import tokens_of
 from mhacut.text import safe
@@ -89,7 +89,7 @@ def read_calibration(path: Path, job: Job) -> Calibration:
     """
     # Equal conditions give equal tensors, so a digest of them proves more than checks of each shape would.
     try:
-        announced, metadata = safetensors_header(path, regular_size(path))
+        announced, metadata = safetensors_header(path)
         stated = parse_json(metadata[METADATA_KEY], METADATA_KEY)
         wanted = conditions(job)
         if differs := [name for name in wanted if stated.get(name) != wanted[name]]:
