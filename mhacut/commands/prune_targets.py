@@ -273,7 +273,7 @@ class Amount(Target):
 
     def measure(self, attempt: Attempt) -> Reached:
         self.amount = self.count(attempt)
-        texts = self.text(self.most), self.text(self.amount)
+        texts = self.text(self.most), format_amount(self.amount, self.name)
         return Reached(self.name, self.asked, self.most, self.amount, texts=texts)
 
     def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
