@@ -304,7 +304,6 @@ def _write(
     slim = slim.cpu()
     measuring = timer.taken()
 
-    timer.start("writing")  # 8. write
     budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
     reached = attempt.reached
 
@@ -323,6 +322,7 @@ def _write(
     size = file_size(slim, record(), inputs.dtypes)
     reached = with_size(size)
     if not options.dry_run:
+        timer.start("writing")  # 8. write
         slim = _write_checked(inputs, slim, record())
         size = inputs.target.stat().st_size  # the file states a few bytes more
         reached = with_size(size)

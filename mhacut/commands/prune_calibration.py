@@ -87,6 +87,7 @@ def read_calibration(path: Path, job: Job) -> Calibration:
         DataError: it was made under other conditions (the message names what differs), or is not a
             calibration.
     """
+    other = f"Name another file by {option_name('calibration')} to calibrate again, or remove this one"
     # Equal conditions give equal tensors, so a digest of them proves more than checks of each shape would.
     try:
         announced, metadata = safetensors_header(path)
@@ -99,7 +100,7 @@ def read_calibration(path: Path, job: Job) -> Calibration:
                 else f"{name}: {safe(str(stated.get(name, 'not stated'))):.60}, now {wanted[name]}"
                 for name in differs
             ]
-            raise DataError(f"{path}: was made under other conditions: {'; '.join(shown)}. {_other()}")
+            raise DataError(f"{path}: was made under other conditions: {'; '.join(shown)}. {other}")
         tensors = read_safetensors(path, announced)
         if stated[_TENSORS] != _digest(tensors):
             raise ValueError("its tensors are not those that were written")
@@ -107,12 +108,8 @@ def read_calibration(path: Path, job: Job) -> Calibration:
     except (CheckpointError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else reason_alone(error, path)
         raise DataError(
-            f"{path}: is not a calibration file written by mhacut: {safe(why):.200}. {_other()}"
+            f"{path}: is not a calibration file written by mhacut: {safe(why):.200}. {other}"
         ) from error
-
-
-def _other() -> str:
-    return f"Name another file by {option_name('calibration')} to calibrate again, or remove this one"
 
 
 def conditions(job: Job) -> dict[str, str]:

@@ -91,11 +91,6 @@ class PruneInputs:
         return Path(str(self.options.output))
 
     @property
-    def reporter(self) -> Reporter:
-        """Receives messages and progress."""
-        return self.job.reporter
-
-    @property
     def dtypes(self) -> Dtypes:
         """Dtype of each tensor in the slim file: that of the tensor it was read from."""
         read, found = self.loaded.dtypes, {}

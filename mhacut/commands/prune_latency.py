@@ -83,7 +83,7 @@ class Latency(Amount):
 
     def count(self, attempt: Attempt) -> int:
         inputs, planned = self.inputs, attempt.planned
-        inputs.reporter.start("timing")
+        inputs.job.reporter.start("timing")
         earlier = inputs.loaded.record
         record = inputs.record(planned.plan, planned.curves, self.job.table.dense)
         records = {

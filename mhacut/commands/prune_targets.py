@@ -198,7 +198,7 @@ class Targets:
             shown = ", ".join(f"{one.texts[1]} of at most {one.texts[0]}" for one in attempt.reached)
             judged = "within the bound" if attempt.ratio <= 1 else "too much"
             judged = judged if self.bounds_loss else "another plan follows"
-            self.inputs.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
+            self.inputs.job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
         return limits if corrected and not enough else None
 
     def better(self, best: Attempt | None, attempt: Attempt) -> Attempt:
@@ -435,10 +435,6 @@ class MaxKL(_Loss):
         if preserve not in (None, "answers"):
             what = option_name("preserve", preserve)
             raise UsageError(f"{self.option}: bounds the classifier's outputs, not what {what} keeps")
-        if len(self.job.images) < 2:
-            raise UsageError(
-                f"{self.option}: expected two images or more, some of which are held out to measure it"
-            )
 
     def measure(self, attempt: Attempt) -> Reached:
         model = attempt.model.to(self.job.device)
@@ -471,12 +467,12 @@ class MaxDrop(_Loss):
     def measure(self, attempt: Attempt) -> Reached:
         inputs, right = self.inputs, list[bool]()
         assert inputs.validation is not None
-        inputs.reporter.start("evaluating")
+        inputs.job.reporter.start("evaluating")
         attempt.evaluation = evaluate(
             attempt.model,
             inputs.validation,
             device=self.job.device,
-            progress=inputs.reporter.advance,
+            progress=inputs.job.reporter.advance,
             right=right,
         )
         drop = 100 * (sum(inputs.right) - sum(right)) / len(right)
