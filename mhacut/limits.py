@@ -9,8 +9,6 @@ from typing import TypeGuard
 MAX_PIXELS = 2048 * 2048
 """Largest area of an image. Far above what any ViT of timm is made for (1024 x 1024): at patches of 16 pixels
 it is 16,384 tokens, whose attention logits take 1 GB per head where they are held in memory."""
-MAX_VALUES = 16 * MAX_PIXELS
-"""Largest number of values of an image, all channels together; 256 MB in float32."""
 
 MIN_CROP_PCT = 0.1
 """Smallest ``crop_pct``: images are made larger by its inverse before they are cropped."""
@@ -36,16 +34,10 @@ def too_large(size: Sequence[int]) -> str:
     >>> too_large((3, 30000, 30000))
     'at most 4194304 pixels (2048x2048) are allowed, found 30000x30000'
     """
-    # First the area, which decides how many tokens there are, then what the pixels themselves take.
-    *channels, height, width = size
-    if height * width > MAX_PIXELS:
-        return f"at most {MAX_PIXELS} pixels (2048x2048) are allowed, found {height}x{width}"
-    if channels and channels[0] * height * width > MAX_VALUES:
-        return (
-            f"at most {MAX_VALUES} values (16 channels of 2048x2048) are allowed, "
-            f"found {channels[0]}x{height}x{width}"
-        )
-    return ""
+    *_, height, width = size
+    if height * width <= MAX_PIXELS:
+        return ""
+    return f"at most {MAX_PIXELS} pixels (2048x2048) are allowed, found {height}x{width}"
 
 
 def is_int(value: object) -> TypeGuard[int]:
