@@ -102,6 +102,7 @@ def allocate(model: nn.Module) -> None:
         waiting = [name for name, tensor in module.named_buffers(recurse=False) if tensor.is_meta]
         if module._non_persistent_buffers_set.intersection(waiting) and not hasattr(module, _FILL):
             raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute {waiting}")
+    # Module.to_empty would also empty the tables that the cut of a slim file has made.
     model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor)
     with torch.no_grad():
         for module in model.modules():

@@ -161,6 +161,7 @@ class Checkpoint:
         """Read the file's tensors, under the names they have in the model and in the file's dtypes."""
         assert self.header is not None
         identified, tensors = self._identify(), read_tensors(self.header)
+        # Another library's tensors are renamed, split and joined; a slim file has the model's names.
         if identified.conversion is not None:
             tensors = identified.conversion.apply(tensors)
         if self.record is not None:

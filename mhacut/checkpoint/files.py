@@ -129,6 +129,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
             f"{show(header.path)}: tensor {empty[0]!r:.150} has no values, only a shape (device meta); "
             "save the model after its weights were read"
         )
+    # What fits the model was decided by the header; another file may lie there by now.
     if infos(tensors) != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")
     return tensors
@@ -200,6 +201,7 @@ def _sniff(path: Path) -> Format:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{show(path)}: cannot be opened: {error.strerror}") from None
+    # First, since the length of a header may look like the first bytes of any other kind of file.
     header_bytes = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         return "safetensors"

@@ -57,6 +57,7 @@ def _fetch(source: str, repository: str) -> Path:
     configs = get("config.json")
     if not configs or "architecture" not in read_json(configs[0]):
         configs += get(*_OTHER_CONFIGS)
+    # One name after the other: a repository may hold the same weights in several formats.
     weights = next((path for name in WEIGHT_FILES for path in get(name)), None)
     if weights is None:
         index = next((path for name in INDEXES for path in get(name)), None)

@@ -109,6 +109,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         ) from None
     set_resolved_preprocessing(model, identity, source)
     allocate(model)
+    # Arguments that no shape shows, as the number of heads, still change what comes out.
     original = _as_loaded(module)
     model.load_state_dict(original.state_dict(), strict=True)
     check_finite(source, model.eval())

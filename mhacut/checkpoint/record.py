@@ -51,7 +51,7 @@ class SlimRecord:
             "pretrained_cfg": self.identity.pretrained_cfg,
             "basis": _plan_basis(self.plan),
             "preprocessing": self.preprocessing,
-            "layers": _layer_widths(self.plan),
+            "layers": _layer_widths(self.plan),  # like basis, for people; the plan alone is read
             "history": list(self.history),
             "plan": self.plan.to_json(),
             **({"tokens": self.plan.tokens.to_json()} if self.plan.tokens else {}),

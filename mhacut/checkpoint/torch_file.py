@@ -140,6 +140,7 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
     """
     where = show(path)
     checkpoint = read_torch(path, "meta")
+    # On the meta device a tensor has a shape and no memory, whatever the file claims.
     try:
         part, state_dict = pick_part(where, checkpoint, asked)
         tensors = {name: _info(where, name, tensor) for name, tensor in state_dict.items()}
@@ -175,6 +176,7 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
     Raises:
         CheckpointError: the file cannot be read, or lacks one of them.
     """
+    # The whole file: torch reads no single tensor by its name.
     _, state_dict = pick_part(show(path), read_torch(path), asked)
     tensors = {name: tensor for name, tensor in state_dict.items() if name in names}
     if len(tensors) != len(names):
@@ -213,6 +215,7 @@ def _check_archive(path: Path) -> None:
             fault += "m = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), ...)"
         elif len(pickles) != 1:
             fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
+        # torch compresses nothing, and what is compressed may be any size once it is unpacked.
         elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
             fault = "compressed torch files are not supported (torch writes none); save it by torch.save"
         elif pickles[0].file_size > _MAX_PICKLE_BYTES:

@@ -82,6 +82,7 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
     for name, tensor in model.state_dict().items():
         # Counters and index tables keep their dtype.
         dtype = dtypes.get(name, tensor.dtype) if tensor.dtype in FLOAT_DTYPES else tensor.dtype
+        # No copy where nothing changes: a copy of a large model may not fit into memory.
         tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         if tensor.is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
             reason = "is not finite"
@@ -159,6 +160,7 @@ def save_model(
     record = dataclasses.replace(record, identity=_with_classes(record.identity, classes))
     skeleton = build_skeleton(record.identity, limit=header.tensors)
     cut(skeleton, record.plan)
+    # What a later reader of the new file will build; the weights must fit it, not the module they come from.
     _check_same(model, skeleton, like)
     step = {
         "command": "save",
