@@ -117,6 +117,7 @@ SOFTMAX = (
     ),
     Softmax(models.fastvit.Attention, inputs=hooks.tokens_of_map, finish=hooks.tokens_to_map, channel_dim=1),
     GlobalContext(models.gcvit.WindowAttentionGlobal, logits=hooks.global_queries),
+    # Queries are pooled by a maximum over tokens, channel by channel: rotated ones would have other maxima.
     Softmax(
         models.hiera.MaskUnitAttention,
         spread=hooks.mask_units,
@@ -131,6 +132,7 @@ SOFTMAX = (
         qk_mixing=lambda m: "rotate" if m.q_pool is None else "select",
     ),
     Softmax(models.iformer.SHMA, {"q": "q", "k": "k", "v_gate": "vg"}, mixins=()),
+    # An activation before the projection acts on single channels of v.
     LEVIT(models.levit.Attention, read_by="proj.ln", v_mixing="refit"),
     LEVIT(models.levit.AttentionDownsample, {"q.ln": "q", "kv": "kv"}, read_by="proj.ln", v_mixing="refit"),
     MAXXVIT(models.maxxvit.Attention2d, finish=to_map),
@@ -141,8 +143,8 @@ SOFTMAX = (
     Softmax(models.pvt_v2.Attention, Q_KV, inputs=hooks.reduced),
     Softmax(
         models.shvit.SHSA,
-        read_by="proj.1",
-        read_beside=lambda m: m.dim - m.pdim,
+        read_by="proj.1",  # behind an activation
+        read_beside=lambda m: m.dim - m.pdim,  # channels that bypass attention
         inputs=hooks.attending,
         finish=hooks.with_others,
         fits=lambda m, qk, v: v == m.pdim,

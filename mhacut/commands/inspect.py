@@ -85,7 +85,8 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     for note in options.unmet_needs().values():
         reporter.log(note)
     reporter.start("reading")
-    opened = _open(options, reporter)
+    # Weights are read only where the model is going to be run.
+    opened = open_from_options(options, reporter, weights=options.sees_images)
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]
     wanted = _wanted(names, options.layer)
     evidence = comparison = None
@@ -112,11 +113,6 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     if options.html is not None:
         written = (write_page(options.html, contents, options.overwrite, opened.path),)
     return InspectResult(inspection, line, tuple(chosen), comparison, written)
-
-
-def _open(options: InspectOptions, reporter: Reporter) -> Checkpoint:
-    """Open the checkpoint; its weights are read only where the model is going to be run."""
-    return open_from_options(options, reporter, weights=options.sees_images)
 
 
 def _wanted(names: list[str], pattern: str | None) -> list[str]:

@@ -316,19 +316,12 @@ def _check_same_classes(dense: Tensor, slim: Tensor, source: str) -> None:
 
 
 def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:
-    """Raise a :class:`MhacutError` that names the first layer by which the two architectures differ."""
-    mine, theirs = ({layer.name for layer in prunable.layers} for prunable in (slim, dense))
-    if mine != theirs:
-        odd = sorted(mine ^ theirs)[0]
-        raise MhacutError(
-            f"{option_name('compare', source)}: expected the layers of the checkpoint, found "
-            f"{len(mine & theirs)} of {len(mine)} (the first that only one of them has is {odd}); "
-            "give the dense model that the checkpoint was made from"
-        )
+    """Raise a :class:`MhacutError` unless both have the same layers, with as many heads."""
     heads = {unit.key: unit.heads for unit in dense.units()}
-    for unit in slim.units():
-        if heads.get(unit.key, unit.heads) != unit.heads:
-            raise MhacutError(
-                f"{option_name('compare', source)}: its {unit.layer} has {heads[unit.key]} heads, that of "
-                f"the checkpoint {unit.heads}; give the dense model that the checkpoint was made from"
-            )
+    odd = {layer.name for layer in slim.layers} ^ {layer.name for layer in dense.layers}
+    odd |= {unit.layer for unit in slim.units() if heads.get(unit.key, unit.heads) != unit.heads}
+    if odd:
+        raise MhacutError(
+            f"{option_name('compare', source)}: expected the checkpoint's layers and heads, found others "
+            f"({min(odd)}); give the dense model that the checkpoint was made from"
+        )
