@@ -66,12 +66,14 @@ def fingerprint(shapes: Shapes) -> Fingerprint:
     for name, shape in shapes.items():
         if CLASSIFIERS.fullmatch(name):
             continue
+        # Tables of positions grow with the image, which every user changes.
         sides = "" if POSITIONS.search(name) else "x".join(map(str, shape))
         kind = _NUMBER.sub("", name)
         exact.add(f"{name} {sides}")
         if not _OPTIONAL.fullmatch(kind):
             # A model that averages its tokens has its last norm behind that, under another name.
             kind = re.sub(r"^fc_norm\.", "norm.", kind)
+            # Outside of blocks lie the stem and the norms, whose shapes follow from channels and patches.
             any_size.add(f"{kind} {sides}" if _NUMBER.search(name) else kind)
     return Fingerprint(_digest(exact, 6), _digest(any_size, 4))
 

@@ -107,6 +107,7 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     """
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {kind_of(cfg)}")
+    # Where weights come from is left out: nothing that a file states may make timm fetch others.
     kept: dict[str, Any] = plain_json(
         {name: value for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     )

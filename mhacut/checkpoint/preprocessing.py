@@ -28,6 +28,7 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     """
     identity = checkpoint.identity
     built_for = checkpoint.input_size
+    # timm's patch embeddings refuse other sizes, or interpolate positions for them, by this flag.
     strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
     stated = identity.pretrained_cfg
     if checkpoint.record is not None:
@@ -64,6 +65,7 @@ def _way_to_another_size(checkpoint: Checkpoint, size: int) -> str:
 @torch.no_grad()
 def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tuple[int, int, int]) -> None:
     """Raise a :class:`UsageError` if ``model`` does not take images of ``size``; many say so only then."""
+    # On the meta device the shapes of a forward pass cost nothing.
     stand_in = weightless(model)
     try:
         stand_in(torch.zeros((1, *size), dtype=next(stand_in.parameters()).dtype))

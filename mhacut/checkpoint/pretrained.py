@@ -88,6 +88,7 @@ def _check_within_reach(source: str, name: str) -> None:
     files = {HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME}
     if cfg.hf_hub_filename:
         files = {cfg.hf_hub_filename, f"{Path(cfg.hf_hub_filename).stem}.safetensors"}
+    # timm looks for the safetensors file first, whatever its record names.
     cached = any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
     if not cached and not hub_answers():
         raise CheckpointError(_out_of_reach(source, "the Hugging Face hub cannot be reached"))

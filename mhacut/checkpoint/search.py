@@ -86,6 +86,7 @@ def _of_flatten(names: Collection[str]) -> Iterator[str]:
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
     """Build those of the architectures that this timm has and that take these arguments, to fit the file."""
     built = []
+    # The table may be of another timm than the one that is installed.
     for name in filter(known_model, names):
         try:
             built.append(infer_from_shapes(name, args, {}, header.tensors))
@@ -103,6 +104,7 @@ def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified
         if position_shapes(one.tensors) == positions
         and shapes_of(one.skeleton) == {name: info.shape for name, info in one.tensors.items()}
     ]
+    # The fewer arguments differ from timm's own, the likelier is the model.
     least = min(map(_distance, fits), default=0)
     return [fit for fit in fits if _distance(fit) == least]
 

@@ -75,6 +75,7 @@ def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) 
     except DataError as error:
         raise CheckpointError(f"{where}: pretrained_cfg: {error}") from None
     _update_cfg(model, {**cfg, **resolved.to_json()})
+    # A size for tests is recommended for the original's images only.
     if list(resolved.input_size) != cfg.get("input_size"):
         _drop_test_sizes(model)
 

@@ -153,6 +153,7 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     mean, std = [0.0] * channels, [1.0] * channels
     if processor.get("do_normalize", "image_mean" in processor):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
+        # Both ways are met in the wild: pixels in 0..255 with statistics of such, and pixels scaled before.
         if not rescales and max(*mean, *std) <= 1 and (any(mean) or set(std) != {1.0}):
             scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
     cfg: dict[str, Any] = {
@@ -181,6 +182,7 @@ def _crop(processor: Config) -> dict[str, Any]:
     share = crop / resized
     if keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
         share = processor.get("crop_pct", 1.0)
+    # A processor may enlarge without cropping; timm has no word for that.
     if not 0 < share <= MAX_CROP_PCT:
         return {}
     return {"crop_pct": share, "crop_mode": "center" if keeps_ratio else "squash"}
@@ -209,6 +211,7 @@ def label_names(config: Config, classes: int) -> list[str] | None:
     names = [labels.get(str(index)) for index in range(classes)]
     if not all(isinstance(name, str) and len(name) <= _MAX_LABEL for name in names):
         return None
+    # Names that transformers makes up say nothing.
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         return None
     return [str(name) for name in names]

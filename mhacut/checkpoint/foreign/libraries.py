@@ -40,6 +40,7 @@ _STATED: dict[str, Any] = {
 
 
 def _finish_open_clip(tensors: dict[str, Tensor]) -> None:
+    # A matrix that is multiplied from the right, (width, embedding), not a layer.
     if "head.weight" in tensors:
         tensors["head.weight"] = tensors["head.weight"].t().contiguous()
     finish_clip(tensors)
@@ -116,7 +117,7 @@ def _build_trunk(config: Config, shapes: Shapes) -> Built:
 def _build_wrapped(config: Config, shapes: Shapes) -> Built:
     architecture = _named(config, "architecture")
     args = checked_model_args(config.raw("model_args") or {})
-    args.pop("num_classes", None)
+    args.pop("num_classes", None)  # the classifier's shape shows it
     return Built(architecture, args, cfg=checked_pretrained_cfg(config.raw("pretrained_cfg") or {}))
 
 
@@ -131,6 +132,7 @@ def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
 def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
     """A stage ends with its downsampling there; in timm the next stage begins with it."""
     if "layers.0.downsample.reduction.weight" in tensors:
+        # From the last stage on: a moved name may be that of the next.
         for stage in reversed(range(8)):
             move(tensors, f"layers.{stage}.downsample.", f"layers.{stage + 1}.downsample.")
         if "head.weight" in tensors:

@@ -54,6 +54,7 @@ def _build_vit(config: Config, shapes: Shapes) -> Built:
     if config.get("layer_norm_eps", 1e-12) > 5e-6:  # the ViTs of timm whose norms add 1e-5 are those of CLIP
         config.require_eps(1e-5, 1e-12)
         name, args["pre_norm"] = "vit_base_patch16_clip_224", False
+    # Two classifiers, whose logits timm averages too.
     if "dist_token" in shapes:
         config.require_eps(1e-6, 1e-12)
         return Built("deit_base_distilled_patch16_224", args)
@@ -70,6 +71,7 @@ def _build_beit(config: Config, shapes: Shapes) -> Built:
         "use_abs_pos_emb": config.get("use_absolute_position_embeddings", False),
         "use_rel_pos_bias": config.get("use_relative_position_bias", False),
         "use_shared_rel_pos_bias": config.get("use_shared_relative_position_bias", False),
+        # 0 stands for no LayerScale there, None here.
         "init_values": config.get("layer_scale_init_value", 0.1) or None,
         "global_pool": "avg" if config.get("use_mean_pooling", True) else "token",
         "use_fc_norm": "fc_norm.weight" in shapes,
@@ -98,6 +100,7 @@ def _build_dinov2(config: Config, shapes: Shapes) -> Built:
         "init_values": 1e-5,
     }
     size = vit_size(args)
+    # The configuration of DINOv2 without registers does not say so.
     registers = shapes.get("reg_token", (0, 0, 0))[1]
     if registers:
         args |= {"reg_tokens": registers, "no_embed_class": False}
@@ -167,6 +170,7 @@ def _finish_clip(tensors: dict[str, Tensor]) -> None:
 def _build_clip(config: Config, shapes: Shapes) -> Built:
     config.require_eps(1e-5, 1e-5)
     args = _vit_args(config, "quick_gelu", patch=32)
+    # The classifier reads the mean of the patches, as the last block leaves them.
     if "norm.weight" not in shapes:
         args |= {"global_pool": "avg", "final_norm": False}
     suffix = "_clip_quickgelu" if args.get("act_layer") == "quick_gelu" else "_clip"
@@ -180,6 +184,7 @@ def _finish_siglip(tensors: dict[str, Tensor]) -> None:
         move(tensors, "attn_pool.", None)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
     patches = tensors["patch_embed.proj.weight"]
+    # Channels come last in a flattened patch, and first in a convolution.
     if patches.dim() == 2:  # (D, patch * patch * 3)
         side = math.isqrt(patches.shape[1] // 3)
         square = patches.reshape(patches.shape[0], side, side, 3)
