@@ -42,6 +42,13 @@ class Processes:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    def gather(self, value: T) -> list[T]:
+        """Return the value of each process, in their order; every process must ask at the same point."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def total(self, values: Sequence[float]) -> list[float]:
         """Sums over all processes, in float64; every process must ask at the same point."""
         if self.size == 1:
@@ -65,8 +72,7 @@ class Processes:
         if self.size == 1:
             return dict(tensors)
         # all_reduce needs the same tensors everywhere: a process without images of a layer sends zeros.
-        shapes: list[Any] = [None] * self.size
-        dist.all_gather_object(shapes, {name: (part.shape, part.dtype) for name, part in tensors.items()})
+        shapes = self.gather({name: (part.shape, part.dtype) for name, part in tensors.items()})
         sums = {}
         for name, (shape, dtype) in {name: like for part in shapes for name, like in part.items()}.items():
             mine = tensors.get(name)
@@ -94,11 +100,7 @@ class Processes:
 
     def union(self, texts: Sequence[str]) -> list[str]:
         """Texts of all processes, in the order of processes; every process must ask at the same point."""
-        if self.size == 1:
-            return list(texts)
-        gathered_texts: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered_texts, list(texts))
-        return list(dict.fromkeys(text for part in gathered_texts for text in part))
+        return list(dict.fromkeys(text for part in self.gather(list(texts)) for text in part))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -118,8 +120,7 @@ class Processes:
             yield
         except Exception as error:
             failed = error
-        failures: list[Any] = [None] * self.size
-        dist.all_gather_object(failures, None if failed is None else f"{type(failed).__name__}: {failed}")
+        failures = self.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
         if failed is not None and failures[self.rank] not in failures[: self.rank]:
             raise failed
         if any(text is not None for text in failures):
