@@ -39,8 +39,8 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
     """Return the job's calibration: read from a file if it exists, otherwise computed and saved in that file.
 
     Args:
-        job: what is pruned.
-        file: the file; None to gather.
+        job: job to calibrate.
+        file: file to read or write; None to keep nothing.
         processes: processes that share the images.
 
     Raises:
@@ -52,13 +52,13 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
     # All look before the first writes; where disks are not shared, it may not be there for all.
     everywhere = processes.union([str(os.path.exists(path))]) == ["True"]
     with processes.together():
-        found = read_calibration(path, job) if everywhere else None
-    if found is not None:
+        stored = read_calibration(path, job) if everywhere else None
+    if stored is not None:
         preserved = job.preserved or Preserved.outputs_of(job.model)  # fitted anew: the file does not hold it
-        fitted = preserved.fitted(job.model, job.images[found.held :], job.options.batch_size, processes)
+        fitted = preserved.fitted(job.model, job.images[stored.held :], job.options.batch_size, processes)
         thinned = fitted.thinned(job.model, job.images[:1].to(job.device), len(job.images))
         job.reporter.log(f"calibration read from {path}")
-        return replace(found, preserved=thinned)
+        return replace(stored, preserved=thinned)
     calibration = job.calibrate(processes)
     with processes.together():
         if processes.first and not os.path.exists(path):
@@ -140,24 +140,24 @@ def _digest(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 def _named(calibration: Calibration) -> dict[str, Tensor]:
     """Return all tensors and numbers, as tensors by name."""
-    found = {"held": torch.tensor(calibration.held), "teacher": calibration.teacher}
+    tensors = {"held": torch.tensor(calibration.held), "teacher": calibration.teacher}
     for key, moments in calibration.moments.items():
         unit, statistics = ".".join(key), calibration.statistics[key]
         for part, sides in (("fit", moments.fit), ("held", moments.held)):
             for number, side in enumerate(sides):
-                found[f"{unit} {part} {number} rows"] = torch.tensor(side.rows)
-                found[f"{unit} {part} {number} total"] = side.total
-                found[f"{unit} {part} {number} second"] = side.second
-        found[f"{unit} redundancy"], found[f"{unit} difference"] = (
+                tensors[f"{unit} {part} {number} rows"] = torch.tensor(side.rows)
+                tensors[f"{unit} {part} {number} total"] = side.total
+                tensors[f"{unit} {part} {number} second"] = side.second
+        tensors[f"{unit} redundancy"], tensors[f"{unit} difference"] = (
             statistics.redundancy,
             statistics.difference,
         )
     for layer, matrix in calibration.fisher.matrices.items():
-        found[f"{layer} Fisher"] = matrix
+        tensors[f"{layer} Fisher"] = matrix
     for layer, grids in calibration.fisher.importance.items():
         for grid, values in grids.items():
-            found[f"{layer} importance {'x'.join(map(str, grid))}"] = values
-    return found
+            tensors[f"{layer} importance {'x'.join(map(str, grid))}"] = values
+    return tensors
 
 
 def _restored(tensors: Mapping[str, Tensor], job: Job) -> Calibration:
@@ -184,8 +184,8 @@ def _restored(tensors: Mapping[str, Tensor], job: Job) -> Calibration:
         if f"{layer} Fisher" in tensors:
             matrices[layer] = tensors[f"{layer} Fisher"].to(job.device)
     for name, tensor in tensors.items():
-        layer, found, grid = name.rpartition(" importance ")
-        if found:
+        layer, separator, grid = name.rpartition(" importance ")
+        if separator:
             sizes = tuple(map(int, grid.split("x")))
             importance.setdefault(layer, {})[sizes] = tensor.to(job.device)
     fisher = FisherInformation(matrices, importance)

@@ -93,12 +93,12 @@ class PruneInputs:
     @property
     def dtypes(self) -> Dtypes:
         """Dtype of each tensor in the slim file: that of the tensor it was read from."""
-        read, found = self.loaded.dtypes, {}
+        read, dtypes = self.loaded.dtypes, {}
         for name, tensor in self.job.model.state_dict().items():
             # Tensors that are only there where tokens are left out are stored as the rest of their layer.
             neighbour = f"{name.rsplit('.', 2)[0]}.proj.weight"
-            found[name] = read.get(name, read.get(neighbour, tensor.dtype))
-        return found
+            dtypes[name] = read.get(name, read.get(neighbour, tensor.dtype))
+        return dtypes
 
     def record(
         self,
@@ -249,7 +249,7 @@ def read_inputs(
         job,
         stopwatch,
     )
-    return tuple(replace(shared, options=own) for own in each)
+    return tuple(replace(shared, options=alone) for alone in each)
 
 
 # --- the job ---
@@ -279,8 +279,8 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
 
     def table(counted: nn.Module) -> CostTable:
         """Count ``counted``, which is ``dense`` with fewer tokens; the dense FLOPs are those of ``dense``."""
-        found = build_cost_table(counted, prunable, size)
-        return found if counted is dense else replace(found, dense=measure_flops(dense, size))
+        costs = build_cost_table(counted, prunable, size)
+        return costs if counted is dense else replace(costs, dense=measure_flops(dense, size))
 
     kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
     units = prunable.units(kinds)
@@ -344,17 +344,19 @@ def _preserved(
             names = [name.strip() for name in what.split(",")]
             features = find_layers(dense, names, find_prunable_layers(dense), image)
         kind: Any = what if what in ("tokens", "pyramid") else "layers"
-        found = Preserved(kind, "dense", features)
+        preserved = Preserved(kind, "dense", features)
     except UnsupportedModelError as error:
         if asked is not None:
             raise UnsupportedModelError(f"{option_name('preserve', asked)}: {error}") from error
-        found = Preserved.outputs_of(dense)
-        reporter.log(f"the model has no classifier: preserving {found}: {error}")
-        return found
+        preserved = Preserved.outputs_of(dense)
+        reporter.log(f"the model has no classifier: preserving {preserved}: {error}")
+        return preserved
     why = "" if asked else "the model has no classifier: "
     pooled = option_name("preserve", "pooled")
-    reporter.log(f"{why}preserving {found}{'' if asked else f'; {pooled} preserves pooled features instead'}")
-    return found
+    reporter.log(
+        f"{why}preserving {preserved}{'' if asked else f'; {pooled} preserves pooled features instead'}"
+    )
+    return preserved
 
 
 def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:

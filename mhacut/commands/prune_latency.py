@@ -91,35 +91,35 @@ class Latency(Amount):
             "slim": record,
         }
         slim = with_tokens(attempt.model, planned.plan.tokens)
-        found = self.stopwatch.compare_in_new_process(
+        comparison = self.stopwatch.compare_in_new_process(
             slim, records, seconds=_MODEL_SECONDS, precision=_PRECISION
         )
-        self._wall = found.wall[1]
+        self._wall = comparison.wall[1]
         # Ratios are steadier than milliseconds: every cut model is measured against the same dense time.
         # Milliseconds that a budget states are those of the process that measures first.
         if not self._scale:
-            self._scale = self.dense if self.budget.relative else round(1e6 * found.milliseconds[0])
+            self._scale = self.dense if self.budget.relative else round(1e6 * comparison.milliseconds[0])
             self.most = self.budget.amount(self._scale)
-        return round(found.ratios[1] * self._scale)
+        return round(comparison.ratios[1] * self._scale)
 
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
     """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
 
     Args:
-        job: what is to be cut, where tokens may be merged.
-        stopwatch: measures.
+        job: job whose tokens may be merged.
+        stopwatch: stopwatch of the command.
     """
     assert job.fewest is not None
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
     models = [job.model, _cut(job.model, job, least)]
     models += [with_all_merged(model, job.input_size) for model in models]
-    found = stopwatch.compare(models, seconds=_MODEL_SECONDS)
+    comparison = stopwatch.compare(models, seconds=_MODEL_SECONDS)
     flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
-    times = list(zip(flops, found.ratios[1:], strict=True))
+    times = list(zip(flops, comparison.ratios[1:], strict=True))
     cut_only = [time for time in times[:2] if time[0] < job.table.dense]
-    dense = round(1e6 * found.milliseconds[0])
+    dense = round(1e6 * comparison.milliseconds[0])
     return TimeCurve.through([*cut_only, (job.table.dense, 1.0)], times[2:], dense)
 
 
@@ -144,21 +144,23 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     for call in calls:
         layers.setdefault(call.key, call)
     parts = {key: stopwatch.ready(layer.replay({})) for key, layer in layers.items()}
-    found = stopwatch.compare(models, list(parts.values()), seconds=_MODEL_SECONDS)
-    all_channels, *ratios = found.ratios[shorter:]  # the dense model's own ratio is 1
+    comparison = stopwatch.compare(models, list(parts.values()), seconds=_MODEL_SECONDS)
+    all_channels, *ratios = comparison.ratios[shorter:]  # the dense model's own ratio is 1
     shares = dict(zip(parts, ratios[len(plans) :], strict=True))
     times = []
     for done, (key, layer) in enumerate(layers.items(), 1):
         points = points_to_measure(layer.choices)
         # Ratios to the layer with all channels, whose share of the model was measured above.
         runs = [parts[key], *(stopwatch.ready(layer.replay(widths)) for widths in points[1:])]
-        own = stopwatch.compare((), runs, seconds=_LAYER_SECONDS * len(points), dense=False).ratios
-        first, *others = (Point(*each) for each in zip(points, (shares[key] * r for r in own), strict=True))
+        relative = stopwatch.compare((), runs, seconds=_LAYER_SECONDS * len(points), dense=False).ratios
+        first, *others = (
+            Point(*each) for each in zip(points, (shares[key] * r for r in relative), strict=True)
+        )
         times.append(LayerTimes(first, tuple(others)))
         stopwatch.reporter.advance(done, len(layers))
     numbers = {key: number for number, key in enumerate(layers)}
     runs_of_layers = tuple((call.layer.name, numbers[call.key]) for call in calls)
-    dense = round(1e6 * found.milliseconds[0])
+    dense = round(1e6 * comparison.milliseconds[0])
     table = TimeTable(runs_of_layers, tuple(times), all_channels, dense=dense)
     return table.with_anchors(list(zip(plans, ratios[: len(plans)], strict=True)))
 
@@ -178,8 +180,8 @@ class _LayerCall:
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
         """Return a copy cut to ``widths``, to run alone."""
-        own = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
-        return Replay(cut_to_widths(self.module, self.layer, own), self.call, self.prefix).eval()
+        all_widths = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
+        return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call, self.prefix).eval()
 
 
 def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_LayerCall]:

@@ -32,14 +32,14 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
             f"{option_name('output', output)}: expected {PLACE} in the name, as a placeholder for the budget "
             f"of each of the {len(options.several)} files: vit-{PLACE}.safetensors"
         )
-    found = []
+    files = []
     for flops in options.flops_of_each:
-        own = replace(options, flops=flops)
-        name, own_page = Path(output).name.replace(PLACE, _label(own)), page
+        alone = replace(options, flops=flops)
+        name, own_page = Path(output).name.replace(PLACE, _label(alone)), page
         if options.several and page is not None:
-            own_page = Path(page).with_name(f"{Path(page).stem}-{_label(own)}{Path(page).suffix}")
-        found.append(replace(own, output=str(Path(output).with_name(name)), report=own_page))
-    return tuple(found)
+            own_page = Path(page).with_name(f"{Path(page).stem}-{_label(alone)}{Path(page).suffix}")
+        files.append(replace(alone, output=str(Path(output).with_name(name)), report=own_page))
+    return tuple(files)
 
 
 def check_files(options: PruneOptions, stem: str | None = None, read: PathLike | None = None) -> None:
@@ -61,8 +61,8 @@ def check_files(options: PruneOptions, stem: str | None = None, read: PathLike |
     calibration = options.calibration
     if calibration is not None and not os.path.exists(calibration):  # else it is read
         check_output(calibration, overwrite=False, input_path=checkpoint)
-    pages = {os.fspath(own.report) for own in (options, *each) if own.report is not None}
-    written = [*sorted(pages), *(None if own.dry_run else own.output for own in each)]
+    pages = {os.fspath(one.report) for one in (options, *each) if one.report is not None}
+    written = [*sorted(pages), *(None if one.dry_run else one.output for one in each)]
     sources = (checkpoint, calibration, *options.files_read())
     check_outputs(written, overwrite=options.overwrite, input_paths=sources)
 

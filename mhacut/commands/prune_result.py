@@ -161,9 +161,9 @@ class PruneResults(tuple[PruneResult, ...]):
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
     """Return the dense model and those of each budget, to compare."""
-    found = [Choice("dense", results[0].dense, None)]
+    choices = [Choice("dense", results[0].dense, None)]
     for result in results:
         asked = next(target.asked for target in result.targets if target.name == "flops")
         page = "" if result.report is None else result.report.name
-        found.append(Choice(asked, result.slim, result.divergence, page))
-    return tuple(found)
+        choices.append(Choice(asked, result.slim, result.divergence, page))
+    return tuple(choices)

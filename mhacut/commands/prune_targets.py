@@ -187,11 +187,11 @@ class Targets:
         if self.bounds_loss:
             reached = (max(reached, key=lambda one: one.ratio),)
         both = zip(self._planning, reached, strict=True)
-        found = [limit for target, one in both if (limit := target.next(attempt, one)) is not None]
-        corrected = {limit.resource: limit for limit in found}
+        limits = (target.next(attempt, one) for target, one in both)
+        corrected = {limit.resource: limit for limit in limits if limit is not None}
         enough = attempt.number > CORRECTIONS and not self.bounds_loss
         # Limits of targets that are met stay as they were: beside a tighter one they mostly stay met.
-        limits = tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
+        together = tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
         if self.bounds_loss or (corrected and not enough):
             flops = attempt.planned.flops
             share = 100 * flops / self.inputs.job.table.dense
@@ -199,7 +199,7 @@ class Targets:
             judged = "within the bound" if attempt.ratio <= 1 else "too much"
             judged = judged if self.bounds_loss else "another plan follows"
             self.inputs.job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
-        return limits if corrected and not enough else None
+        return together if corrected and not enough else None
 
     def better(self, best: Attempt | None, attempt: Attempt) -> Attempt:
         """Return the better of two attempts: one that meets all targets, else the nearest.

@@ -100,9 +100,11 @@ class Stopwatch:
             runs = [self._dense_run] if dense and self._dense_run is not None else []
             runs += [*(self._run(model, threads) for model in models), *parts]
             device = self.device
-            found = compare_runs(runs, seconds=seconds, device=device, threads=threads, precision=precision)
-        self._log_busy(found)
-        return found
+            comparison = compare_runs(
+                runs, seconds=seconds, device=device, threads=threads, precision=precision
+            )
+        self._log_busy(comparison)
+        return comparison
 
     def compare_in_new_process(
         self, model: nn.Module, records: Mapping[str, SlimRecord], *, seconds: float, precision: float
@@ -118,7 +120,7 @@ class Stopwatch:
             seconds: seconds of measuring, for both together.
             precision: relative standard error of the ratio until which it goes on, up to five times as long.
         """
-        found = None
+        result = None
         if self.timing.runtime == "eager":  # other runtimes keep their memory: both ways agree
             job = {
                 "timing": {**self.timing.values(), "threads": self.timing.threads or torch.get_num_threads()},
@@ -133,12 +135,12 @@ class Stopwatch:
                     files = {name: str(folder / f"{name}.safetensors") for name in records}
                     for name, written in (("dense", self.dense), ("slim", model)):
                         save_slim(Path(files[name]), written, records[name], {})
-                    found = in_new_process(__name__, "write_comparison", {**job, "files": files})
+                    result = in_new_process(__name__, "write_comparison", {**job, "files": files})
             except (MhacutError, OSError):
                 pass
-        if found is None:
+        if result is None:
             return self.compare([model], seconds=seconds, precision=precision)
-        comparison = Comparison(**found)
+        comparison = Comparison(**result)
         self._log_busy(comparison)
         return comparison
 
@@ -160,12 +162,12 @@ class Stopwatch:
             "machine": machine(self.device),
         }
 
-    def _log_busy(self, found: Comparison) -> None:
-        if not found.steady and not self._logged_busy:
+    def _log_busy(self, comparison: Comparison) -> None:
+        if not comparison.steady and not self._logged_busy:
             self._logged_busy = True
             self.reporter.log(
-                f"this machine is busy: the time of the same program varied by {100 * found.drift:.0f} % "
-                "while it was measured"
+                "this machine is busy: the time of the same program varied by "
+                f"{100 * comparison.drift:.0f} % while it was measured"
             )
 
     def _run(self, model: nn.Module, threads: int) -> Run:
@@ -185,8 +187,8 @@ def write_comparison() -> None:
     dense, slim = (load_model(job["files"][name]) for name in ("dense", "slim"))
     timing, device = TimingOptions.of(**job["timing"]), torch.device(job["device"])
     stopwatch = Stopwatch(timing, dense.to(device), tuple(job["size"]), device)
-    found = stopwatch.compare([slim], seconds=job["seconds"], precision=job["precision"])
-    sys.stdout.write(json.dumps(asdict(found)) + "\n")
+    comparison = stopwatch.compare([slim], seconds=job["seconds"], precision=job["precision"])
+    sys.stdout.write(json.dumps(asdict(comparison)) + "\n")
 
 
 def machine(device: torch.device) -> str:
