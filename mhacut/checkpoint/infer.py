@@ -110,10 +110,15 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
 
 def _with_visible_args(identity: ModelIdentity, tensors: Tensors) -> tuple[nn.Module, tuple[Shown, ...]]:
     """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
-    given = identity.model_args
-    # The number of heads may divide the width of the file, and not the default one.
-    args = {name: value for name, value in given.items() if name != "num_heads"}
-    model = build_skeleton(dataclasses.replace(identity, model_args=args))
+    given = args = identity.model_args
+    try:
+        model = build_skeleton(identity)
+    except CheckpointError:
+        # The number of heads may divide the width of the file, and not the default one.
+        args = {name: value for name, value in given.items() if name != "num_heads"}
+        if args == given:
+            raise
+        model = build_skeleton(dataclasses.replace(identity, model_args=args))
     shown = visible_args(model, _shapes_for(model, tensors), given)
     further = {**given, **{one.name: one.value for one in shown}}
     if further == args:
