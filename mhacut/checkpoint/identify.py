@@ -27,7 +27,6 @@ from mhacut.checkpoint.timm_cfg import SIZE_DEPENDENT, cfg_of_tag, completed_cfg
 from mhacut.checkpoint.training import POOLS, Training, read_training
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
-from mhacut.surgery.find import model_input_size, patch_embedding
 from mhacut.surgery.slice import cut
 
 
@@ -66,16 +65,8 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
     asked = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         asked["num_classes"] = hints.num_classes
-    _, height, width = model_input_size(model, stated.pretrained_cfg, stated.model_args)
-    blocks: Any = getattr(model, "blocks", None)
-    defaults: dict[str, Any] = {"img_size": height if height == width else [height, width]}
-    if isinstance(blocks, nn.ModuleList | nn.Sequential):
-        defaults["depth"] = len(blocks)
-    patch_size = getattr(patch_embedding(model), "patch_size", None)
-    if isinstance(patch_size, tuple):
-        defaults["patch_size"] = patch_size[0] if len(set(patch_size)) == 1 else list(patch_size)
     for name, value in asked.items():
-        has = stated.model_args.get(name, defaults.get(name, getattr(model, name, None)))
+        has = stated.model_args.get(name, getattr(model, name, None))
         if has != value:
             shown = has if isinstance(has, bool | int | float | str | list) else "timm's default"
             wrong.append(f"{name}={value!r:.60} (it has {shown!s:.60})")

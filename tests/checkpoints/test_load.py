@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
@@ -150,14 +149,6 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
         in (message)
     )
     assert read_model(path, model_args={"in_chans": 3}).record is not None
-
-
-def test_a_slim_file_states_defaults_by_value(tmp_path):
-    path = tmp_path / "slim.safetensors"
-    make_slim(save(timm.create_model("test_vit"), tmp_path / "dense.safetensors"), path, model="test_vit")
-    message = refusal(path, model_args={"img_size": 32, "depth": 3, "patch_size": 8})
-    assert "leave out img_size=32 (it has 160), depth=3 (it has 6), patch_size=8 (it has 16)" in message
-    assert load_model(path, img_size=160) is not None
 
 
 def test_load_model_opens_dense_files_too(dense):
