@@ -225,8 +225,6 @@ def test_numbers_that_are_none_are_refused(tmp_path):
         pruned(model, x)
     model = made()
     model.blocks[0].attn.proj.bias += 3e38  # finite, and its square is not
-    with pytest.raises(CheckpointError, match="the module's outputs on random inputs are not finite"):
-        pruned(model, x)
     torch.save(model.state_dict(), tmp_path / "model.pth")
     given = {"model": "vit_tiny_patch16_224", "model_args": {**ARGS, "img_size": 16}, "images": x}
     with pytest.raises(MhacutError, match="the model's outputs are not finite on the calibration images"):
