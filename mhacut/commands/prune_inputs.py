@@ -33,7 +33,7 @@ from mhacut.data.in_memory import Expected, InMemoryBatches, check_one_source, s
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
-from mhacut.measuring.normalisation import SAMPLE, Batches
+from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import TimingOptions
 from mhacut.options.prune import TARGETS, PruneOptions
 from mhacut.plan import Plan, TokenPlan, UnitKey, UnitKind
@@ -212,22 +212,13 @@ def read_inputs(
     if no_accuracy and (given is not None or options.has_images):
         reporter.log(f"accuracy is not measured: {no_accuracy}")
     origins = provenance(loaded, options)
-    if given is None and processes.first:
-        batch_size = options.batch_size
-        batches: Batches | None = None
-        if validation is not None:
-            batches = partial(
-                evaluation_loader,
-                preprocessing,
-                options,
-                num_classes=classes,
-                batch_size=batch_size,
-                limit=SAMPLE,
-            )
-        elif images.labels is not None:
-            batches = partial(zip, images.images.split(batch_size), images.labels.split(batch_size))
-        if batches is not None:  # a hint if another usual normalisation is clearly better
-            origins = with_hint(origins, dense, preprocessing, batches, processes.device)
+    if given is None and images.labels is not None and processes.first:  # others were normalised elsewhere
+        reporter.start("checking the preprocessing")
+        sample = (
+            images.images[:SAMPLE].split(options.batch_size),
+            images.labels[:SAMPLE].split(options.batch_size),
+        )
+        origins = with_hint(origins, dense, preprocessing, partial(zip, *sample), processes.device)
         if origins.hint is not None:
             reporter.log(origins.hint)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
