@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2802,
-    "checkpoint": 5514,
+    "checkpoint": 5502,
     "cli": 1312,
     "commands": 4557,
     "data": 1819,

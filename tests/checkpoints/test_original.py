@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import importlib
 import re
-import time
 
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
 
 from helpers.checkpoints import refusal
 from mhacut.checkpoint.load import read_model
@@ -230,15 +228,3 @@ def test_images_are_prepared_as_the_authors_did(tmp_path):
 def test_names_that_no_model_has_are_refused(name, tmp_path):
     torch.save({"a.weight": torch.zeros(1), name: torch.zeros(1)}, tmp_path / "a.pth")
     assert "expected at most 1000 characters of text" in refusal(tmp_path / "a.pth")
-
-
-def test_many_names_are_no_long_work(tmp_path):
-    names = {f"a{number}.weight": torch.zeros(1) for number in range(4000)}
-    names |= {f"head.{number}.weight": torch.zeros(1) for number in range(2000)}
-    names |= {f"b{number}.attn_mask": torch.zeros(1) for number in range(2000)}
-    names |= {"storage_tokens": torch.zeros(1), "blocks.0.ls1.gamma": torch.zeros(1)}
-    names |= {"head." + "1" * 5000 + ".weight": torch.zeros(1)}
-    save_file(names, tmp_path / "a.safetensors")
-    began = time.process_time()
-    refusal(tmp_path / "a.safetensors")
-    assert time.process_time() - began < 20  # a second; minutes where each name is compared with each

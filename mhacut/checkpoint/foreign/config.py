@@ -8,8 +8,6 @@ from typing import Any, TypeVar, cast
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
 )
 
 from mhacut.checkpoint.untrusted_json import kind_of
@@ -91,15 +89,15 @@ class Config:
                     f"{self.where}: {name} {value!r:.80} cannot be converted: {reason}; expected {expected!r}"
                 )
 
-    def require_eps(self, timms: float, default: float, name: str = "layer_norm_eps") -> None:
+    def require_eps(self, timms: float, default: float) -> None:
         """Refuse an epsilon of norms that differs from timm's.
 
         One that is smaller than 1e-6 is taken for it: with 1e-6 for 1e-12, logits agree within 1e-5.
         """
-        stated = self.get(name, default)
+        stated = self.get("layer_norm_eps", default)
         if abs(stated - timms) > 1.5e-6:
             raise CheckpointError(
-                f"{self.where}: {name} {stated:g} cannot be converted: the norms of timm's model "
+                f"{self.where}: layer_norm_eps {stated:g} cannot be converted: the norms of timm's model "
                 f"add {timms:g}"
             )
 
@@ -127,7 +125,6 @@ def _is_bounded(value: Any) -> bool:
 
 
 OF_IMAGENET: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
-OF_CLIP: dict[str, Any] = {"mean": list(OPENAI_CLIP_MEAN), "std": list(OPENAI_CLIP_STD)}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Filters of Pillow by number."""
 _MAX_LABEL = 200

@@ -287,12 +287,3 @@ def mlp_ratio(hidden: int, width: int) -> float:
     ratio = hidden / width
     # The quotient may round to just below the whole number, which timm would then round down by one.
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width
-
-
-def depth_of(shapes: Shapes, prefix: str = "blocks.") -> int:
-    """Return the number of different indices behind ``prefix`` in the names.
-
-    >>> depth_of({"blocks.0.norm.weight": (8,), "blocks.0.norm.bias": (8,), "blocks.1.norm.bias": (8,)})
-    2
-    """
-    return len({name[len(prefix) :].partition(".")[0] for name in shapes if name.startswith(prefix)})

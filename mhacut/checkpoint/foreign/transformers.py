@@ -244,7 +244,7 @@ def _swin_args(config: Config) -> dict[str, Any]:
     return args
 
 
-def swin_size(args: dict[str, Any]) -> str:
+def _swin_size(args: dict[str, Any]) -> str:
     """Return the size in timm's name for a Swin of this width and depth; ``tiny`` if timm has none."""
     return _SWIN_SIZES.get((args["embed_dim"], args["depths"][2] if len(args["depths"]) > 2 else 0), "tiny")
 
@@ -252,7 +252,7 @@ def swin_size(args: dict[str, Any]) -> str:
 def _build_swin(config: Config, shapes: Shapes) -> Built:
     args = _swin_args(config)
     patterns = ("swin_{size}_patch4_window{window_size}_{img_size}", "swin_tiny_patch4_window7_224")
-    return Built(timm_name(patterns, args, size=swin_size(args)), args)
+    return Built(timm_name(patterns, args, size=_swin_size(args)), args)
 
 
 def _build_swinv2(config: Config, shapes: Shapes) -> Built:
@@ -263,7 +263,7 @@ def _build_swinv2(config: Config, shapes: Shapes) -> Built:
         raise config.fault("pretrained_window_sizes", f"one number for each of {stages} stages")
     args["pretrained_window_sizes"] = windows[:stages]
     patterns = ("swinv2_{size}_window{window_size}_{img_size}", "swinv2_tiny_window8_256")
-    return Built(timm_name(patterns, args, size=swin_size(args)), args)
+    return Built(timm_name(patterns, args, size=_swin_size(args)), args)
 
 
 _PVT_SIZES = {
