@@ -318,6 +318,9 @@ class Flops(Amount):
     def count(self, attempt: Attempt) -> int:
         return attempt.planned.flops
 
+    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+        return None  # there is nothing to correct, merges or not
+
 
 class Params(Amount):
     """Budget of parameters."""
