@@ -35,6 +35,7 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
     import timm
 
     args = identity.model_args
+    # Width and image size cost nothing on the meta device; each block costs time and memory even there.
     for name, value in args.items() if limit is not None else ():
         depths = value if isinstance(value, list) else [value]
         if name.startswith("depth") and any(is_int(depth) and depth > len(limit or ()) for depth in depths):
@@ -139,6 +140,7 @@ def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return JSON as timm keeps it: tuples, and only fields that this timm knows."""
     from timm.models import PretrainedCfg
 
+    # A later timm may have written the file, and an unknown field would be an error of its dataclass.
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
     return {
         name: tuple(value) if isinstance(value, list) else value

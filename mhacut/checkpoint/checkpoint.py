@@ -189,6 +189,7 @@ class Checkpoint:
         else:
             set_recorded_preprocessing(model, self.record)
         allocate(model)
+        # Strict, though the names were compared: an empty tensor that is not filled would hold anything.
         model.load_state_dict(tensors, strict=True)
         check_finite(where, model)
         self._sha256 = sha256_of_file(self.header)  # now, since the file may change while a command works

@@ -86,6 +86,7 @@ def _other_files(folder: Path) -> str:
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
     """Return the configuration that goes with the weights; None if there is none."""
+    # open_clip puts a config.json of timm or transformers beside its own, for the same weights.
     plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
     config = read_json(plain) if plain.is_file() else None
     for_open_clip = weights is not None and weights.name.startswith("open_clip")
@@ -129,6 +130,7 @@ def shard_names(index: Path) -> list[str]:
     """
     files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
+    # No slash and no dot but the last: a name cannot lead out of the folder.
     odd = next((name for name in names if not re.fullmatch(r"[\w-]+\.(safetensors|bin)", name)), None)
     if not names or odd is not None:
         raise CheckpointError(

@@ -93,6 +93,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     source = f"{architecture} in memory"
     args = checked_model_args({**getattr(module, _ARGS, {}), **hints.model_args})
     args["num_classes"] = _check_classes(module, hints, source)
+    # Only where it differs, so that the file states no argument that timm would choose anyway.
     size = _image_size(module)
     if "img_size" not in args and size != _image_size(build_skeleton(ModelIdentity(architecture, args, cfg))):
         args["img_size"] = size

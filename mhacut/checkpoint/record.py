@@ -45,6 +45,7 @@ class SlimRecord:
     def to_json(self) -> str:
         """Return one line of JSON that :meth:`from_json` reads back; ``layers`` is for human readers."""
         document = {
+            # The oldest version that has all that is written, so that older mhacuts read most files.
             "format_version": FORMAT_VERSION if self.plan.tokens else 1,
             "architecture": self.identity.architecture,
             "model_args": self.identity.model_args,

@@ -79,10 +79,6 @@ def _scalar(kind: Any, data: bytes = b"") -> object:
     return struct.unpack(kind.order + kind.format, data)[0] if kind.format else _Unread()
 
 
-def _plain_dict(*_: object) -> dict[Any, Any]:
-    return {}
-
-
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return what torch may call beside its own names, each with the name that it stands in for."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
@@ -93,7 +89,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         *((_Unread, name) for name in unread),
         *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
         (_Dtype, "numpy.dtype"),
-        (_plain_dict, "collections.defaultdict"),
+        (lambda *_: {}, "collections.defaultdict"),
         (_Config, "yacs.config.CfgNode"),
     ]
 
@@ -176,7 +172,6 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
     Raises:
         CheckpointError: the file cannot be read, or lacks one of them.
     """
-    # The whole file: torch reads no single tensor by its name.
     _, state_dict = pick_part(show(path), read_torch(path), asked)
     tensors = {name: tensor for name, tensor in state_dict.items() if name in names}
     if len(tensors) != len(names):

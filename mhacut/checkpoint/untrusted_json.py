@@ -12,8 +12,6 @@ from mhacut.runtime.files import regular_size, show
 
 MAX_NUMBER = 10**6
 """Largest number among a model's arguments; larger ones are refused before a model is built."""
-_MAX_BYTES = 4 * 2**20
-"""Largest configuration file."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -22,9 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it cannot be read, or is something else.
     """
-    size = regular_size(path)
-    if size > _MAX_BYTES:
-        raise CheckpointError(f"{show(path)}: {size} bytes, expected at most {_MAX_BYTES}")
+    regular_size(path)  # to open a pipe would block
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -57,6 +53,7 @@ def plain_json(value: object) -> Any:
     Raises:
         CheckpointError: it holds anything that JSON has not, NaN and infinity included.
     """
+    # There and back, so that what is compared with a file later is what the file will hold.
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:

@@ -216,6 +216,7 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        # The header keeps its length, which spaces fill up: the tensors stay where they are.
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
