@@ -1,7 +1,7 @@
 """Quantize an ONNX file to INT8 by ONNX Runtime's own quantizer, and compare it with float32.
 
-Weights have a scale for each output channel; ranges of activations are found as the file runs ("dynamic").
-Static ranges were as fast and a little further off.
+Weights have a scale for each output channel. Ranges of activations are found as the file runs ("dynamic"), or
+beforehand on images ("static"), which was as fast in ONNX Runtime and a little further off.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mhacut.exporting.runtimes import INPUT, METADATA, Runner, onnx_runner, refu
 from mhacut.measuring.accuracy import Agreement, agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions
-from mhacut.options.export import ExportOptions
+from mhacut.options.export import ExportOptions, QuantizationMethod
 from mhacut.surgery.find import gives_probabilities
 
 _LINEAR = ["MatMul", "Gemm"]
@@ -57,11 +57,13 @@ _SEED = 42
 class Quantization:
     """Manner in which an INT8 file was made, and its comparison with float32."""
 
+    method: QuantizationMethod
+    """Whether ranges of activations are found as the file runs, or were on images."""
     reduce_range: bool
     float32_layers: tuple[str, ...]
     """Linear layers that stay float32, because outliers of their inputs would take up the range of INT8."""
     compared_on: str
-    """Description of the images of the comparison; outliers were looked for on others."""
+    """Description of the images of the comparison; outliers and static ranges were found on others."""
     agreement: Agreement
     """Agreement with the float32 model."""
     float32_bytes: int
@@ -91,11 +93,19 @@ def refusing_int8() -> AbstractContextManager[None]:
     return refusing(f"{option_name('int8', True)}: ONNX Runtime fails", "without it, the model stays float32")
 
 
-def quantize(content: bytes, *, reduce_range: bool = False, exclude: Collection[str] = ()) -> bytes:
+def quantize(
+    content: bytes,
+    *,
+    calibration: Sequence[Tensor] = (),
+    reduce_range: bool = False,
+    exclude: Collection[str] = (),
+) -> bytes:
     """Return an ONNX file with the weights of its linear layers in INT8.
 
     Args:
         content: a float32 ONNX file.
+        calibration: batches of images to find static ranges of activations on, [B, C, H, W] float32; without
+            any, ranges are dynamic.
         reduce_range: round weights to 7 bits, for CPUs without VNNI, where products of 8 bits overflow.
         exclude: names of nodes that stay float32.
 
@@ -104,29 +114,34 @@ def quantize(content: bytes, *, reduce_range: bool = False, exclude: Collection[
         MhacutError: the quantizer fails.
     """
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     model = onnx.load_from_string(content)
     linear = {node.name for node in _linear_nodes(model)}.difference(exclude)
     left = [node.name for node in model.graph.node if node.op_type in _LINEAR and node.name not in linear]
+    shared: dict[str, Any] = {
+        "op_types_to_quantize": _LINEAR,
+        # The dynamic quantizer makes a MatMul of a Gemm first.
+        "nodes_to_exclude": [*left, *(f"{name}_MatMul" for name in left)],
+        "per_channel": True,
+        "reduce_range": reduce_range,
+        "weight_type": QuantType.QInt8,
+        # Without the second, a static file rounds what goes into the residual stream too.
+        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": _LINEAR},
+    }
     with tempfile.TemporaryDirectory() as folder, _quiet(), refusing_int8():
         exact, prepared, written = (Path(folder, f"{name}.onnx") for name in ("exact", "prepared", "int8"))
         exact.write_bytes(content)
         # Shapes of the batch are symbols, which its other pass would need names for.
         quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
         _forget_shapes_of_weights(prepared)
-        quantize_dynamic(
-            str(prepared),
-            str(written),
-            op_types_to_quantize=_LINEAR,
-            # The quantizer makes a MatMul of a Gemm first.
-            nodes_to_exclude=[*left, *(f"{name}_MatMul" for name in left)],
-            per_channel=True,
-            reduce_range=reduce_range,
-            weight_type=QuantType.QInt8,
-            extra_options={"MatMulConstBOnly": True},
-        )
+        if calibration:
+            unsigned = QuantType.QUInt8  # what the kernels of x86 multiply with signed weights
+            images = _CalibrationReader(calibration)
+            quantize_static(str(prepared), str(written), images, activation_type=unsigned, **shared)
+        else:
+            quantize_dynamic(str(prepared), str(written), **shared)
         made = onnx.load(str(written))
     matrices = (one for one in made.graph.initializer if len(one.dims) > 1)
     if not any(one.data_type == onnx.TensorProto.INT8 for one in matrices):
@@ -136,10 +151,22 @@ def quantize(content: bytes, *, reduce_range: bool = False, exclude: Collection[
         )
     for item in made.metadata_props:
         if item.key == METADATA:
-            about = {**json.loads(item.value), "int8": {"reduce_range": reduce_range}}
-            item.value = json.dumps(about, sort_keys=True)
+            int8 = {"activations": "static" if calibration else "dynamic", "reduce_range": reduce_range}
+            item.value = json.dumps({**json.loads(item.value), "int8": int8}, sort_keys=True)
     quantized: bytes = made.SerializeToString()
     return quantized
+
+
+class _CalibrationReader:
+    """Batches of images, as ONNX Runtime's calibration asks for them."""
+
+    def __init__(self, batches: Sequence[Tensor]) -> None:
+        self._left = iter(batches)
+
+    def get_next(self) -> dict[str, Any] | None:
+        """Return the next batch by the name of the input; None after the last."""
+        batch = next(self._left, None)
+        return None if batch is None else {INPUT: batch.numpy()}
 
 
 def _forget_shapes_of_weights(path: Path) -> None:
@@ -193,11 +220,13 @@ def quantize_and_compare(
     searched, held_out, description = _images(preprocessing, options)
     threads = options.threads or torch.get_num_threads()
     fragile = layers_with_outliers(content, searched[:_OUTLIER_BATCHES])
-    made = quantize(content, reduce_range=options.reduce_range, exclude=fragile)
+    calibration = searched if options.quantization == "static" else ()
+    made = quantize(content, calibration=calibration, reduce_range=options.reduce_range, exclude=fragile)
     run = onnx_runner(made, threads)
     expected, actual = (torch.cat([program(batch) for batch in held_out]) for program in (model, run))
     slow, fast = _times(onnx_runner(content, threads), run, preprocessing, options)
     result = Quantization(
+        method=options.quantization,
         reduce_range=options.reduce_range,
         float32_layers=tuple(fragile.values()),
         compared_on=description,
@@ -224,7 +253,7 @@ def _times(
 
 
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return batches to look for outliers on, batches to compare on, and a description of the latter."""
+    """Return batches to find outliers and ranges on, batches to compare on, and a description of these."""
     size = options.fixed_batch or _BATCH
     if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
@@ -255,6 +284,8 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
     ways = []
     if not options.has_images:
         ways.append(f"compare on images ({option_name('data_dir')}): noise is no fair test")
+    if result.method == "static":
+        ways.append(option_name("quantization", "dynamic"))
     if not result.reduce_range:
         ways.append(f"{option_name('reduce_range', True)} if this CPU has no VNNI")
     ways.append("keep float32")

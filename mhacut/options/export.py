@@ -19,6 +19,7 @@ from mhacut.options.base import (
 from mhacut.options.option import Options, PathLike, option, require
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
+QuantizationMethod = Literal["dynamic", "static"]
 _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
 
 
@@ -29,8 +30,8 @@ class QuantizationImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     train_split: str = "train"
     """Split to take images from."""
     calibration_images: int = option(256, at_least=8)
-    """Number of images to look for outliers on; a quarter of them is held out for the comparison with
-    float32."""
+    """Number of images to look for outliers and find static ranges on; a quarter of them is held out for the
+    comparison with float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,9 @@ class QuantizationOptions(Options, panel="Quantization"):
 
     int8: bool = False
     """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32."""
+    quantization: QuantizationMethod = "dynamic"
+    """Ranges of activations: found as the file runs (dynamic), or fixed beforehand on images (static), as
+    runtimes of NPUs need them; static needs images."""
     reduce_range: bool = False
     """Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI."""
     threads: int | None = threads_option()
@@ -100,6 +104,9 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
+            found = self.quantization == "dynamic" or self.has_images
+            with_images = f"{option_name('data_dir')} or {option_name('dataset')} with it"
+            require("quantization", self.quantization, found, with_images)
         for name in self.changed():  # whoever gives them wants a quantized file
             quantizes = name in QuantizationOptions.options() or name in QuantizationImages.options()
             with_int8 = f"{option_name('int8', True)} with it"

@@ -99,7 +99,7 @@ def test_it_runs_at_any_batch_and_states_what_it_is(exported, slim_of):
     difference = float((logits - model(images)).abs().max() / model(images).abs().max())
     assert 0 < difference < 0.2
     about = json.loads(session.get_modelmeta().custom_metadata_map["mhacut"])
-    assert about["int8"] == {"reduce_range": False}
+    assert about["int8"] == {"activations": "dynamic", "reduce_range": False}
     assert about["preprocessing"]["input_size"] == [3, 32, 32]
     assert list(result.output.parent.iterdir()) == [result.output]
 
@@ -115,6 +115,20 @@ def test_it_is_compared_with_float32(exported, slim_of, few_digits, tmp_path):
         assert result.file_bytes < measured.float32_bytes
         assert min(measured.float32_ms, measured.int8_ms, measured.speedup) > 0
         assert measured.threads == 1
+
+
+def test_static_ranges_are_those_of_images(slim_of, few_digits, tmp_path):
+    images = {"data_dir": few_digits, "calibration_images": 16}
+    output = tmp_path / "a.onnx"
+    result = mhacut.export(slim_of("vit"), output=output, quantization="static", **QUICK, **images)
+    model = onnx.load(output)
+    kinds = {node.op_type for node in model.graph.node}
+    assert kinds >= {"QuantizeLinear", "DequantizeLinear", "Softmax", "LayerNormalization"}
+    assert not kinds & {"DynamicQuantizeLinear", "MatMulInteger"}
+    (about,) = [json.loads(one.value) for one in model.metadata_props if one.key == "mhacut"]
+    assert about["int8"]["activations"] == result.int8.method == "static"
+    assert 0 < result.int8.agreement.kl < quantize.FAR_KL
+    assert set(result.difference) == {1, 2, 5}  # batch sizes, none of which it was calibrated at
 
 
 @pytest.mark.slow
@@ -193,6 +207,8 @@ def test_other_architectures(name, slim_of, few_digits, tmp_path):
         ({"int8": True, "dtype": "float16"}, "dtype='float16': expected float32 with int8=True"),
         ({"reduce_range": True}, "expected int8=True with it"),
         ({"data_dir": "images"}, "expected int8=True with it"),
+        ({"quantization": "static", "data_dir": "images"}, "expected int8=True with it"),
+        ({"int8": True, "quantization": "static"}, "expected data_dir or dataset with it"),
         ({"int8": True, "calibration_images": 1}, "expected at least 8"),
     ],
 )
@@ -217,7 +233,7 @@ def test_the_command(slim_of, few_digits, tmp_path):
     result = run("export", slim_of("vit"), *flags)
     assert result.exit_code == 0, result.stderr
     for words in (
-        "INT8 compared with float32, on 4 held-out",
+        "INT8 (dynamic) compared with float32, on 4 held-out",
         "times as fast",
         "times as small",
         ", INT8\ndifference: largest difference of outputs in INT8 from those in float32",
