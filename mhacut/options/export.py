@@ -16,7 +16,7 @@ from mhacut.options.base import (
     ModelOptions,
     threads_option,
 )
-from mhacut.options.option import Options, PathLike, option, require
+from mhacut.options.option import GIVEN, Options, PathLike, option, require
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
 QuantizationMethod = Literal["dynamic", "static"]
@@ -41,8 +41,7 @@ class QuantizationOptions(Options, panel="Quantization"):
     int8: bool = False
     """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32."""
     quantization: QuantizationMethod = "dynamic"
-    """Ranges of activations: found as the file runs (dynamic), or fixed beforehand on images (static), as
-    runtimes of NPUs need them; static needs images."""
+    """Ranges of activations: found as the file runs (dynamic), or fixed on images (static), as NPUs need."""
     reduce_range: bool = False
     """Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI."""
     threads: int | None = threads_option()
@@ -71,7 +70,7 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
     push_to_hub: str | None = option(None, metavar="OWNER/NAME")
     """Push the folder to this repository on the Hugging Face hub; the repository is created if it does not
     exist."""
-    private: bool = False
+    private: bool = option(False, needs={"push_to_hub": GIVEN})
     """If the repository is created, make it private."""
     opset: int = option(18, at_least=18, needs={"format": "onnx"})
     """ONNX opset."""
@@ -84,10 +83,8 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
         require("output", self.output, by_ending == self.format, expected)
         named = not output or self.format != "openvino" or output.endswith(".xml")
         require("output", self.output, named, "a name that ends in .xml; the weights are in .bin beside it")
-        if self.fixed_batch is not None:
-            traced = ", ".join(option_name("format", name) for name in ("onnx", "openvino", "pt2"))
-            expected = f"one of {traced}; timm takes any number"
-            require("fixed_batch", self.fixed_batch, self.format != "timm", expected)
+        batched = self.fixed_batch is None or self.format != "timm"
+        require("fixed_batch", self.fixed_batch, batched, "another format: timm takes any number of images")
         for name, pattern, expected in (
             ("license", LICENSE, "a name such as apache-2.0, in lower case"),
             ("push_to_hub", REPOSITORY, "OWNER/NAME"),
@@ -97,20 +94,16 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
                 require(name, value, pattern.fullmatch(value) is not None, expected)
                 card = f"{option_name('format', 'timm')}, which writes a card"
                 require(name, value, self.format == "timm", card)
-        pushes = self.push_to_hub is not None or not self.private
-        require("private", self.private, pushes, f"{option_name('push_to_hub', 'OWNER/NAME')} with it")
         known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
         require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
             found = self.quantization == "dynamic" or self.has_images
-            with_images = f"{option_name('data_dir')} or {option_name('dataset')} with it"
-            require("quantization", self.quantization, found, with_images)
+            require("quantization", self.quantization, found, f"images ({option_name('data_dir')}) with it")
         for name in self.changed():  # whoever gives them wants a quantized file
             quantizes = name in QuantizationOptions.options() or name in QuantizationImages.options()
-            with_int8 = f"{option_name('int8', True)} with it"
-            require(name, getattr(self, name), self.int8 or not quantizes, with_int8)
+            require(name, getattr(self, name), self.int8 or not quantizes, option_name("int8", True))
 
 
 @dataclass(frozen=True, kw_only=True)

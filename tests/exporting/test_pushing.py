@@ -177,7 +177,6 @@ def test_the_command(hub, slim_of, tmp_path):
         ({"push_to_hub": "some/vit"}, "expected format='timm', which writes a card"),
         ({"push_to_hub": "vit", "format": "timm"}, "push_to_hub='vit': expected OWNER/NAME"),
         ({"push_to_hub": "../../vit", "format": "timm"}, "expected OWNER/NAME"),
-        ({"private": True, "format": "timm"}, "expected push_to_hub='OWNER/NAME' with it"),
     ],
 )
 def test_refused_before_any_work(options, expected):

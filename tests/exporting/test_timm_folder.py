@@ -296,7 +296,7 @@ def test_what_must_not_be_written_over(folder, slim_of, tmp_path, monkeypatch):
         mhacut.export(folder, format="timm", output=folder, overwrite=True)
     with pytest.raises(OutputError, match="is a file"):
         mhacut.export(slim, format="timm", output=slim)
-    with pytest.raises(UsageError, match="fixed_batch=1: expected one of format='onnx', "):
+    with pytest.raises(UsageError, match="fixed_batch=1: expected another format"):
         mhacut.export(slim, format="timm", fixed_batch=1)
     monkeypatch.setitem(exporting.TOLERANCE, "float32", -1.0)
     with pytest.raises(MhacutError, match="the exported timm model differs"):
