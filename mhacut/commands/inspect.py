@@ -108,7 +108,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
     chosen.sort(key=_order(options.sort))
     line = summary(inspection)
-    contents = Contents(inspection, line, tuple(chosen), comparison, stored_curves(inspection.history))
+    contents = Contents(inspection, tuple(chosen), comparison, stored_curves(inspection.history))
     written: tuple[Path, ...] = ()
     if options.html is not None:
         written = (write_page(options.html, contents, options.overwrite, opened.path),)

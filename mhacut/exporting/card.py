@@ -99,6 +99,7 @@ def _accuracy(record: SlimRecord | None) -> dict[str, str]:
     """Return top-1 of the dense and of the pruned model, as far as a slim file's history states it."""
     history = () if record is None else record.history
     stated = [entry["accuracy"] for entry in history if isinstance(entry.get("accuracy"), dict)]
+    # After a step that measured nothing, the accuracy before it is not this model's.
     if not stated or len(stated) < len(history):
         return {}
     figures = {"dense": (stated[0], "top1_before"), "this model": (stated[-1], "top1_after")}

@@ -124,6 +124,7 @@ def quantize(
         "op_types_to_quantize": _LINEAR,
         # The dynamic quantizer makes a MatMul of a Gemm first.
         "nodes_to_exclude": [*left, *(f"{name}_MatMul" for name in left)],
+        # A scale for each output channel costs no time: it is applied after the sum over inputs.
         "per_channel": True,
         "reduce_range": reduce_range,
         "weight_type": QuantType.QInt8,
@@ -138,6 +139,7 @@ def quantize(
         _forget_shapes_of_weights(prepared)
         if calibration:
             unsigned = QuantType.QUInt8  # what the kernels of x86 multiply with signed weights
+            # Its default is the range of all values seen, so that nothing of these images is clipped.
             images = _CalibrationReader(calibration)
             quantize_static(str(prepared), str(written), images, activation_type=unsigned, **shared)
         else:
@@ -247,6 +249,7 @@ def _times(
 ) -> list[list[float]]:
     """Return the CPU seconds per image of both, in turns. Other programs add to wall time, not to these."""
     images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
+    # In turns, since a CPU that warms up or is shared slows down whichever would be second.
     runs = [run_of(exact, images), run_of(quantized, images)]
     times = take_turns(runs, seconds=_SECONDS, device=torch.device("cpu"), clock=time.process_time)
     return [[seconds / len(images) for seconds in per_run] for per_run in times]
@@ -264,6 +267,7 @@ def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[
     chosen: CalibrationImages = calibration_images(
         preprocessing, data, count=options.calibration_images, seed=_SEED, use_labels=False
     )
+    # Ranges fit the images that they were found on; only others show what clipping costs.
     held_out = max(round(_HELD_OUT * len(chosen.images)), 1)
     searched, compared = (
         [batch for batch in part.split(size) if options.fixed_batch in (None, len(batch))]
@@ -295,31 +299,12 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
     """Return the layers that should stay float32: the name of the module of each, by that of its node.
 
-    Args:
-        content: a float32 ONNX file.
-        batches: images, [B, C, H, W] each; a layer's largest error over the batches counts.
-    """
-    import onnx
-
-    worst: dict[str, float] = {}
-    for batch in batches:
-        with refusing_int8():
-            errors = quantization_errors(content, batch)
-        for name, error in errors.items():
-            worst[name] = max(error, worst.get(name, 0.0))
-    nodes = {node.name: node for node in _linear_nodes(onnx.load_from_string(content))}
-    return {name: _module_name(nodes[name]) for name, error in worst.items() if not error <= TOO_MUCH}
-
-
-def quantization_errors(content: bytes, images: Tensor) -> dict[str, float]:
-    """Return the error that INT8 inputs make in each linear layer, by the name of its node.
-
-    It is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q rounds to the 256 values that
-    ONNX Runtime's dynamic quantization gives all tokens of an image.
+    They are those whose inputs, rounded to the 256 values that ONNX Runtime's dynamic quantization gives all
+    tokens of a batch, make too large an error in any batch.
 
     Args:
         content: a float32 ONNX file.
-        images: [B, C, H, W], a few.
+        batches: images, [B, C, H, W] each.
     """
     import onnx
     import onnxruntime
@@ -327,23 +312,30 @@ def quantization_errors(content: bytes, images: Tensor) -> dict[str, float]:
     model = onnx.load_from_string(content)
     weights = {one.name: one for one in model.graph.initializer}
     nodes = _linear_nodes(model)
-    inputs = list(dict.fromkeys(node.input[0] for node in nodes))
+    inputs = list(dict.fromkeys(node.input[0] for node in nodes))  # q, k and v read the same tensor
     del model.graph.output[:]  # the inputs of all linear layers become the outputs of the graph
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    values = dict(zip(inputs, session.run(inputs, {INPUT: images.numpy()}), strict=True))
-    errors = {}
-    for node in nodes:
-        weight = onnx.numpy_helper.to_array(weights[node.input[1]])
-        transposed = any(item.name == "transB" and item.i for item in node.attribute)
-        errors[node.name] = rounding_error(values[node.input[0]], weight.T if transposed else weight)
-    return errors
+    fragile = set()
+    with refusing_int8():
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        for batch in batches:
+            values = dict(zip(inputs, session.run(inputs, {INPUT: batch.numpy()}), strict=True))
+            for node in nodes:
+                weight = onnx.numpy_helper.to_array(weights[node.input[1]])
+                transposed = any(item.name == "transB" and item.i for item in node.attribute)
+                error = rounding_error(values[node.input[0]], weight.T if transposed else weight)
+                if not error <= TOO_MUCH:  # NaN, of values that overflow, is too much as well
+                    fragile.add(node.name)
+    return {node.name: _module_name(node) for node in nodes if node.name in fragile}
 
 
 def rounding_error(x: Any, weight: Any) -> float:
-    """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for quantized ``x``."""
+    """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for quantized ``x``.
+
+    It is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q rounds to 256 values.
+    """
     low, high = min(x.min(), 0), max(x.max(), 0)
-    step = max((high - low) / _LEVELS, 1e-30)
+    step = max((high - low) / _LEVELS, 1e-30)  # all values may be 0
     zero = np.round(-low / step)  # the level of 0, which must be exact: padding and ReLU give it
     rounded = (np.clip(np.round(x / step) + zero, 0, _LEVELS) - zero) * step
     # In the output, not the input: an outlier that the weights ignore does no harm.

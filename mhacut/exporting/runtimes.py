@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.errors import MhacutError, OutputError, option_name
+from mhacut.errors import MhacutError, option_name
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import AnyPath, show, write_file
 
@@ -64,6 +64,7 @@ class _InDtype(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images [B, C, H, W] to outputs [B, classes], both float32."""
+        # float32 outside: callers need not know the type, and no softmax of logits rounds once more.
         logits: Tensor = self.model(images.to(self.dtype))
         return logits.float()
 
@@ -278,13 +279,11 @@ def write_ir(
     converted.set_rt_info(about, [METADATA])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "model.xml")
-        try:  # stated, because OpenVINO stores float16 by default
+        # All that OpenVINO says of a full disk is "iostream error".
+        advice = "is the disk full? TMPDIR chooses another"
+        with refusing(f"{show(target)}: OpenVINO cannot write to {folder}", advice):
+            # Stated, because OpenVINO stores float16 by default.
             openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
-        except RuntimeError as error:  # all that it says of a full disk is "iostream error"
-            raise OutputError(
-                f"{show(target)}: OpenVINO cannot write to {folder}: {error!s:.200}; is the disk full? "
-                "TMPDIR chooses another"
-            ) from error
         compare(_openvino_runner(openvino.Core().read_model(written), None))
         # The weights first: a reader looks for the .xml file.
         for file, source in ((weights_file(target), weights_file(written)), (target, written)):
@@ -320,6 +319,7 @@ def _openvino_model(content: bytes) -> Any:
 
 def _openvino_runner(converted: Any, threads: int | None) -> Runner:
     compiled = _compiled(converted, threads)
+    # Copied, because the next run writes into the same memory.
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 

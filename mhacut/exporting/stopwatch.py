@@ -133,6 +133,7 @@ class Stopwatch:
             try:
                 with temporary_folder(Path(tempfile.gettempdir(), "mhacut-times")) as folder:
                     files = {name: str(folder / f"{name}.safetensors") for name in records}
+                    # As files: a forked process would inherit the memory that times depend on.
                     for name, written in (("dense", self.dense), ("slim", model)):
                         save_slim(Path(files[name]), written, records[name], {})
                     result = in_new_process(__name__, "write_comparison", {**job, "files": files})

@@ -46,7 +46,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         )
     if base == NAME or not known_model(base):
         raise CheckpointError(f"{NAME}: base_architecture: {unknown_model(base)}")
-    kwargs.pop("feature_cls", None)
+    kwargs.pop("feature_cls", None)  # slim models have one extractor, that below
 
     def cut_model(base_architecture: str, plan: Any, tokens: Any = None, **arguments: Any) -> nn.Module:
         dense: nn.Module = create_model(base_architecture, pretrained=False, **arguments)

@@ -110,6 +110,7 @@ def waterfall(title: str, bars: Sequence[Bar]) -> str:
         low, high = sorted((bar.start / maximum, bar.end / maximum))
         y = 4 + number * _ROW
         place = {"x": _LABEL + low * width, "y": y + 2, "height": _ROW - 4}
+        # At least a pixel wide: a layer that saves nothing still marks its place.
         look = {"width": max((high - low) * width, 1.0), "fill": COLOURS[bar.colour]}
         _text(svg, _LABEL - 6, y + 13, _short(bar.label), "end")
         _shape(svg, "rect", {**place, **look}, f"{bar.label}: {bar.description}")
@@ -145,7 +146,7 @@ def line_chart(
 
     def place(x: float, y: float) -> tuple[float, float]:
         along, above = (x - x_ends[0]) / (x_ends[1] - x_ends[0]), (y - y_ends[0]) / (y_ends[1] - y_ends[0])
-        return _LEFT + along * _WIDTH, _TOP + (1 - above) * _HEIGHT
+        return _LEFT + along * _WIDTH, _TOP + (1 - above) * _HEIGHT  # SVG counts downwards
 
     figure, svg = _figure(title, _LEFT + _WIDTH + 20, _TOP + _HEIGHT + 40)
     _axes(svg, (x_label, x_ends), (y_label, y_ends), logarithmic)

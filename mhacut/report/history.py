@@ -110,6 +110,7 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     for (layer, kind), curve in curves.items():
         if not all(map(math.isfinite, curve.values())):
             continue  # JSON has no infinity
+        # A few points: the history lies in the header of the file, which every reader parses.
         widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
         points = [[width, float(f"{curve[width]:.4g}")] for width in widths]
         documents.append({"layer": layer, "kind": kind, "points": points, "chosen": chosen[layer, kind]})

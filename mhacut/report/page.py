@@ -92,14 +92,9 @@ def write_report(
         prunable=layers,
     )
     inspection = replace(inspection, provenance=provenance)
-    contents = Contents(
-        inspection,
-        summary(inspection),
-        inspection.layers,
-        comparison,
-        stored_curves(pruned.record.history[-1:]),
-        tuple(figures),
-    )
+    # Of this cut only: where it has no curves, those of an earlier cut would be shown.
+    curves = stored_curves(pruned.record.history[-1:])
+    contents = Contents(inspection, inspection.layers, comparison, curves, tuple(figures))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
@@ -125,7 +120,7 @@ def write_overview(
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
-    contents = Contents(inspection, summary(inspection), inspection.layers, choices=tuple(choices))
+    contents = Contents(inspection, inspection.layers, choices=tuple(choices))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
@@ -165,7 +160,7 @@ def page(contents: Contents) -> str:
             policy=policy,
             style=Markup(style),  # trusted: it must not be escaped
             inspection=contents.inspection,
-            summary=contents.summary,
+            summary=summary(contents.inspection),
             version=__version__,
             sections=sections(contents),
             steps=[step(entry) for entry in contents.inspection.history],

@@ -42,8 +42,6 @@ class Contents:
     """Everything that a report shows."""
 
     inspection: Inspection
-    summary: str
-    """Summary of the inspection in one line."""
     layers: tuple[LayerReport, ...]
     """Layers to show, in the order to show them."""
     comparison: Comparison | None = None
@@ -217,6 +215,7 @@ def _saved_flops(comparison: Comparison) -> str:
 def _spent_flops(inspection: Inspection) -> str:
     layers = inspection.layers
     so_far = inspection.flops - sum(layer.flops for layer in layers)
+    # Patch embedding, norms, classifier: the bars of the layers begin where these end.
     bars = [Bar("outside these layers", 0, so_far, "rest", format_flops(so_far))]
     for layer in layers:
         description = f"{format_flops(layer.flops)} ({100 * layer.share:.1f} %)"
@@ -270,8 +269,10 @@ def _curves(contents: Contents) -> Section | None:
     charts = []
     for kind, name in _NAMES.items():
         curves = [curve for curve in sensitivity.curves if curve.kind == kind]
+        # Curves stand in the model's order, so that a colour is a depth whatever the number of layers.
         lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
         title = f"{name}: error against width"
+        # Errors of one unit span orders of magnitude; at full width they are 0, which has no place there.
         charts.append(line_chart(title, lines, "share of width", axis, logarithmic=True))
     text = f"Estimated {divergence} the dense model if one unit alone is cut to a width and repaired."
     if sensitivity.budget is not None:
@@ -281,7 +282,7 @@ def _curves(contents: Contents) -> Section | None:
 
 
 def _curve_line(curve: StoredCurve, depth: float) -> Line:
-    full = curve.points[-1][0]
+    full = curve.points[-1][0]  # as shares, layers of different widths fit one axis
     error = dict(curve.points).get(curve.chosen)
     marked = None if error is None else (curve.chosen / full, error)
     points = [(width / full, error) for width, error in curve.points]

@@ -64,7 +64,7 @@ def test_a_full_disk_is_told(slim_of, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
     try:
-        with pytest.raises(OutputError, match=r"model\.xml: OpenVINO cannot write to .*; is the disk full\?"):
+        with pytest.raises(MhacutError, match=r"model\.xml: OpenVINO cannot write to .*; is the disk full\?"):
             mhacut.export(slim, format="openvino", output=target)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

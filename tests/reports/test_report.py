@@ -70,7 +70,7 @@ def contents(slim_of):
     )
     curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
     sensitivity = StoredCurves((curve,), 2_000_000)
-    return Contents(found, HOSTILE, layers, None, sensitivity, ((HOSTILE, HOSTILE, HOSTILE),))
+    return Contents(found, layers, None, sensitivity, ((HOSTILE, HOSTILE, HOSTILE),))
 
 
 def test_text_never_becomes_markup(contents):
