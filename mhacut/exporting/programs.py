@@ -105,6 +105,7 @@ def part_run(
         if conditions.runtime == "openvino":
             return openvino_program(content, inputs, conditions.threads)
         if int8:
+            # Outliers are not looked for: a part is run on noise, in which there are none.
             with suppress(NothingToQuantizeError):  # it stays float32 in the model too
                 content = quantize(content)
         return onnx_program(content, inputs, conditions.threads)

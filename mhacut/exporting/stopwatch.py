@@ -95,6 +95,7 @@ class Stopwatch:
             many_compiled(),
             refusing_compile(option_name("runtime", "compile")),
         ):
+            # Made once: to compile or translate a model takes longer than to time it.
             if dense and self._dense_run is None:
                 self._dense_run = self._run(self.dense, threads)
             runs = [self._dense_run] if dense and self._dense_run is not None else []
@@ -184,6 +185,7 @@ class Stopwatch:
 def write_comparison() -> None:
     """Time what stdin names, and write the comparison to stdout; called in a process of its own."""
     job = json.load(sys.stdin)
+    # A setting of the caller's process, by which a GPU multiplies in TF32 or not.
     torch.set_float32_matmul_precision(job["matmul_precision"])
     dense, slim = (load_model(job["files"][name]) for name in ("dense", "slim"))
     timing, device = TimingOptions.of(**job["timing"]), torch.device(job["device"])
@@ -196,7 +198,7 @@ def machine(device: torch.device) -> str:
     """Return the name of the processor, or of the GPU, that computes."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = []
+    lines = []  # on Linux, platform.processor() is empty or no more than "x86_64"
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()

@@ -22,7 +22,7 @@ from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import check_creatable, fill_folder
+from mhacut.runtime.files import check_outputs, fill_folder
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import model_input_size
 
@@ -40,15 +40,13 @@ def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> N
     """
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
-    if input_path is not None and target.is_dir():
-        for place in (target, target / WEIGHTS):
-            if place.exists() and input_path.exists() and place.samefile(input_path):
-                raise OutputError(f"{target}: is the input, which is never overwritten; choose another name")
+    real = Path(os.path.realpath(target))  # a link may name a folder that is yet to be made
+    check_outputs([real / name for name in FILES], overwrite=True, input_paths=(input_path,))
+    # Any file counts, not only those of these names: the folder may be something else's.
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(
             f"{target}: exists already; choose another name, or {option_name('overwrite', True)}"
         )
-    check_creatable(Path(os.path.realpath(target)))
 
 
 def write_folder(

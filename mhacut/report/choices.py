@@ -68,6 +68,7 @@ def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
 
 def choice_charts(choices: Sequence[Choice], *, flops_only: bool = False) -> list[str]:
     """Return charts of accuracy and divergence against each cost that is known, or against FLOPs only."""
+    # Not against the size of the file, which is the parameters' times their storage.
     costs: dict[str, Callable[[Choice], float | None]] = {
         "FLOPs, millions": lambda one: one.figures.flops / 1e6,
         "parameters, millions": lambda one: one.figures.parameters / 1e6,

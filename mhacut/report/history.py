@@ -70,6 +70,7 @@ def _flops(value: Any) -> str:
 
 
 def _text(value: object) -> str:
+    # Cut off, because a value can be of any length.
     return safe("?" if value is None else f"{value!s:.100}")
 
 
@@ -109,7 +110,7 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     documents = []
     for (layer, kind), curve in curves.items():
         if not all(map(math.isfinite, curve.values())):
-            continue  # JSON has no infinity
+            continue  # JSON has no infinity, and its readers would refuse the file
         # A few points: the history lies in the header of the file, which every reader parses.
         widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
         points = [[width, float(f"{curve[width]:.4g}")] for width in widths]

@@ -59,13 +59,8 @@ class Table:
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
-    pages: Sequence[str] = ()
-    """File name of the page about each row, "" for none; nothing if no row has one."""
-
-    @property
-    def links(self) -> list[str]:
-        """Relative address of the page about each row, or ""."""
-        return [quote(os.fsencode(page)) for page in self.pages] or [""] * len(self.rows)
+    links: Sequence[str] = ()
+    """Relative address of the page about each row, "" for none; nothing if no row has one."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +96,9 @@ def _choices(choices: Sequence[Choice]) -> Section | None:
         return None
     headings, *rows = choice_rows(choices, "divergence")
     text = "Each budget has its own file; all share one calibration. Point at a dot to see its numbers."
-    table = Table(headings, rows, [choice.page for choice in choices])
+    # As bytes: names of files need not be UTF-8.
+    links = [quote(os.fsencode(choice.page)) for choice in choices]
+    table = Table(headings, rows, links)
     return Section("Budgets", text, charts=choice_charts(choices), table=table)
 
 
@@ -165,6 +162,7 @@ def _cells(
     """Rows of a heat map; None where a layer has no such head, or nothing of that kind."""
     rows = []
     for layer in layers:
+        # Where channels of several heads are tied, the unit has fewer heads than the layer.
         unit, cells = layer.units.get(kind), []
         for head in range(layer.heads or 0):
             cells.append(None if unit is None or head >= unit.head_count else cell(layer, unit, head))
@@ -291,7 +289,6 @@ def _curve_line(curve: StoredCurve, depth: float) -> Line:
 
 def _layers(layers: Sequence[LayerReport]) -> Section:
     """Widths, redundancy and cost of each layer; means over heads."""
-    widths = {"qk": "q/k", "v": "v", "hidden": "hidden"}
     figures = ("similarity q/k, v", "rank 99 % q/k, v", "FLOPs", "parameters")
     rows = [
         [
@@ -309,7 +306,7 @@ def _layers(layers: Sequence[LayerReport]) -> Section:
         "Layers",
         "Widths are channels per head, of those before the cut. Similarity: mean similarity of a channel to "
         "the others of its head. Rank: principal channels that hold 99 % of the energy.",
-        table=Table(["layer", "heads", *(widths[kind] for kind in UNIT_KINDS), *figures], rows),
+        table=Table(["layer", "heads", *(_NAMES[kind] for kind in UNIT_KINDS), *figures], rows),
     )
 
 
