@@ -32,7 +32,7 @@ class Kind(NamedTuple):
     """Examples for an error."""
 
 
-BUDGETS: Mapping[str, Kind] = {
+KINDS: Mapping[str, Kind] = {
     "flops": Kind(_COUNTS, "FLOPs", "2.0G, 600M, 2e9 or 50%"),
     "params": Kind(_COUNTS, "parameters", "2.8M, 900K, 3e6 or 50%"),
     "size": Kind(_BYTES, "", "6MB, 800KB, 5.5MiB, 6e6 or 50%"),
@@ -72,13 +72,13 @@ class Budget:
         """
         text = str(text)
         match = _BUDGET.fullmatch(text)
-        units = {**BUDGETS[resource].units, "%": 0.01}
+        units = {**KINDS[resource].units, "%": 0.01}
         value = 0.0
         if match is not None and match["unit"] in units:
             value = float(match["number"]) * units[match["unit"]]
         if match is None or not 0 < value < float("inf"):
             asked = option_name(resource, text)
-            raise UsageError(f"{asked} is not a budget; write {BUDGETS[resource].forms}")
+            raise UsageError(f"{asked} is not a budget; write {KINDS[resource].forms}")
         relative = match["unit"] == "%"
         if relative and value > 1:
             asked = option_name(resource, text)
@@ -105,7 +105,7 @@ def format_amount(amount: float, resource: str, *, up: bool = False) -> str:
     >>> format_amount(12_340_000, "max_latency"), format_amount(12_340_000, "max_latency", up=True)
     ('12.3ms', '12.4ms')
     """
-    units = BUDGETS[resource].units
+    units = KINDS[resource].units
     # A time is shown rounded up where it is to be given as a budget: rounded down it would be out of reach.
     if units is _TIMES:
         milliseconds = amount / 1e6

@@ -35,7 +35,7 @@ from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import TimingOptions
-from mhacut.options.prune import TARGETS, PruneOptions
+from mhacut.options.prune import OTHER_TARGETS, PruneOptions
 from mhacut.plan import Plan, TokenPlan, UnitKey, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.curves import Curve
@@ -59,7 +59,7 @@ _GPU_MULTIPLE, _LEAST_TILES = 16, 4
 # Where files lie on the machine that made a slim file is nobody else's business.
 _PATHS = ("calibration", "checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "dry_run", "overwrite", "workers"))
-_NEWER = frozenset((*TARGETS, "preserve", "runtime", "int8", "threads"))
+_NEWER = frozenset((*OTHER_TARGETS, "preserve", "runtime", "int8", "threads"))
 """Options that a slim file states only where they were given."""
 
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mhacut.budget import BUDGETS, Budget
+from mhacut.budget import KINDS, Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
@@ -69,7 +69,7 @@ def check_files(options: PruneOptions, stem: str | None = None, read: PathLike |
 
 def _label(options: PruneOptions) -> str:
     """Return the targets for a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
-    given = ((resource, getattr(options, resource)) for resource in BUDGETS)
+    given = ((resource, getattr(options, resource)) for resource in KINDS)
     labels = [Budget.parse(text, resource).label for resource, text in given if text is not None]
     bounds = (("kl", options.max_kl), ("drop", options.max_drop))
     return "-".join(labels + [f"{name}{bound:g}" for name, bound in bounds if bound is not None])

@@ -2,7 +2,7 @@
 
 To add a budget, write a subclass of :class:`Amount`: how much the dense model has, how much a model of any
 widths has, at least nearly, and how to count it on the cut model; then name it in ``TARGETS`` of
-:mod:`mhacut.commands.prune`, its units in ``BUDGETS`` of :mod:`mhacut.budget`, and its option in
+:mod:`mhacut.commands.prune`, its units in ``KINDS`` of :mod:`mhacut.budget`, and its option in
 :mod:`mhacut.options.prune`. Names of files, errors, the record, JSON, text and the report follow.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from mhacut.budget import BUDGETS, Budget, format_amount, format_flops
+from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
@@ -269,7 +269,7 @@ class Amount(Target):
 
     def text(self, amount: float) -> str:
         """Return an amount for readers, with its unit."""
-        return f"{format_amount(amount, self.name)} {BUDGETS[self.name].noun}".rstrip()
+        return f"{format_amount(amount, self.name)} {KINDS[self.name].noun}".rstrip()
 
     def measure(self, attempt: Attempt) -> Reached:
         self.amount = self.count(attempt)

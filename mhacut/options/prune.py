@@ -61,7 +61,7 @@ EFFORTS: Mapping[str, Work] = {
     "best": Work(calibration_images=1024, heal_steps=150),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
-TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
+OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
 """Options that state a budget, that bound a loss, and all targets and constraints but FLOPs."""
 
 
@@ -265,7 +265,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
                     f"{option_name('max_latency')}, {option_name('max_kl')} or {option_name('max_drop')}; "
                     "merging tokens changes neither the number of parameters nor the size of the file"
                 )
-        for name in set(TARGETS).intersection(self.changed()):
+        for name in set(OTHER_TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")
             expected = f"{' or '.join(able)} with {option_name(name, getattr(self, name))}"
             require("allocation", self.allocation, self.allocation in able, expected)

@@ -33,8 +33,8 @@ _PARTS = 12
 """Number of parts into which the widths of q/k, and of v, are divided to try unequal ones in a layer."""
 _LESS = 0.03
 """Part of a limit that is taken away to find what it is worth."""
-_RATIOS = {2: 16, 3: 8, 4: 6}
-"""Number of parts into which several multipliers are divided, by their number: 17, 45 and 84 combinations,
+_RATIOS = {2: 16, 3: 8, 4: 6, 5: 4}
+"""Parts into which several multipliers are divided, by their number: 17, 45, 84 or 70 combinations,
 each of which takes as long as one budget."""
 NEAR = 0.99
 """Fraction of the budget above which the budget counts as used up."""

@@ -26,7 +26,7 @@ from helpers.checkpoints import torch_file, zipped
 from helpers.finetuning import small_trainer, take_steps
 from helpers.jobs import job_of
 from helpers.models import ModelCase, build
-from mhacut.budget import BUDGETS, Budget
+from mhacut.budget import KINDS, Budget
 from mhacut.checkpoint.files import read_file_header, read_tensors
 from mhacut.checkpoint.folder import open_folder
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
@@ -299,7 +299,7 @@ def test_yaml(tmp_path, text):
 @few
 @given(
     text=st.text(max_size=12) | st.from_regex(r"[0-9.,eE+-]{0,8}([KMGT]i?B?|%|B)?", fullmatch=True),
-    resource=st.sampled_from(sorted(BUDGETS)),
+    resource=st.sampled_from(sorted(KINDS)),
     dense=st.integers(1, 10**15),
 )
 def test_budgets(text, resource, dense):
