@@ -138,6 +138,7 @@ def onnx_file(
         MhacutError: the model cannot be exported.
     """
     asked, advice = option_name("format", "onnx"), f"try {option_name('format', 'pt2')}"
+    # An opset that was asked for is the likelier cause.
     if options.opset != _OPSET:
         asked, advice = (
             option_name("opset", options.opset),

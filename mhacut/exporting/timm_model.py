@@ -83,5 +83,6 @@ def _features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
 
 def _checkpoint_filter(base: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
     """Return the dense family's function that resizes weights of another image size."""
+    # It stands in the module of the architecture; not every family has one.
     family = sys.modules[model_entrypoint(base).__module__]
     return getattr(family, "checkpoint_filter_fn", None)

@@ -83,9 +83,11 @@ def heat_map(title: str, rows: Sequence[tuple[str, Sequence[Cell | None]]], maxi
         maximum: value of the strongest shade.
     """
     columns = max((len(cells) for _, cells in rows), default=0)
+    # Wide enough to point at; a map of many heads grows wider rather than unreadable.
     size = max(10, min(24, 360 // max(columns, 1)))
     top = 20
     figure, svg = _figure(title, _LABEL + columns * size + 4, top + len(rows) * _ROW + 4)
+    # Numbers of two digits are wider than a narrow cell: every fourth is enough to count by.
     for column in range(0, columns, 1 if size > 16 else 4):
         _text(svg, _LABEL + (column + 0.5) * size, 14, str(column), "middle")
     for number, (name, cells) in enumerate(rows):
@@ -205,6 +207,7 @@ def _written(figure: Element) -> str:
 
 
 def _attribute(value: object) -> str:
+    # A hundredth of a pixel is not seen, and a page has thousands of numbers.
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 

@@ -82,6 +82,7 @@ def choice_charts(choices: Sequence[Choice], *, flops_only: bool = False) -> lis
     for value, of_value in values.items():
         for cost, of_cost in list(costs.items())[: 1 if flops_only else None]:
             known = [(one.name, of_cost(one), of_value(one)) for one in choices]
+            # By cost: budgets may be given in any order, and a line would turn back.
             points = sorted((x, y, name) for name, x, y in known if x is not None and y is not None)
             if len(points) < 2:
                 continue

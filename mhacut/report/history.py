@@ -125,6 +125,7 @@ def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
         listed, budget = entry.get("curves"), entry.get("budget")
         if isinstance(listed, list):
             curves = tuple(filter(None, map(_curve, listed)))
+            # Later curves replace earlier ones, whose widths the file no longer has.
             known = int(budget) if is_number(budget) and 0 <= budget < _LARGEST else None
             last = StoredCurves(curves, known, _measure(entry)) if curves else StoredCurves()
     return last

@@ -76,6 +76,7 @@ def write_report(
     assert options.report is not None
     assert pruned.record is not None
     batch_size = options.batch_size
+    # As many as inspect takes by default: the search may have used thousands.
     used, data = images.images[:INSPECTED_IMAGES], images.description
     if len(used) < len(images.images):
         data = f"the first {len(used)} of {data}"
@@ -91,6 +92,7 @@ def write_report(
         batch_size=batch_size,
         prunable=layers,
     )
+    # A slim file states its preprocessing; only the run knows what that came from.
     inspection = replace(inspection, provenance=provenance)
     # Of this cut only: where it has no curves, those of an earlier cut would be shown.
     curves = stored_curves(pruned.record.history[-1:])

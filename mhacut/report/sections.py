@@ -228,6 +228,7 @@ def _errors(comparison: Comparison | None) -> Section | None:
     if comparison is None:
         return None
     layers = comparison.layers
+    # What lies between the two is what errors of the layers before it do to this one.
     lines = [
         Line("own error", [(i, layer.own_error) for i, layer in enumerate(layers)], DEPTHS[0]),
         Line(
