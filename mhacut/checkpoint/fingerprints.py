@@ -1,6 +1,6 @@
 """Table of fingerprints: which architectures have the tensors of a file, found without building a model.
 
-``python -m mhacut.commands.generate_fingerprints`` writes the table anew, for the timm that is installed.
+``tests/tools/generate_fingerprints.py`` writes the table anew, for the timm that is installed.
 """
 
 from __future__ import annotations

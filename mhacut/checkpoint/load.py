@@ -15,7 +15,7 @@ from mhacut.checkpoint.module import with_args
 from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions
-from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import REMOTE, check_checkpoint
 from mhacut.runtime.progress import Reporter
 
@@ -107,7 +107,7 @@ def open_from_options(
     return checkpoint
 
 
-@with_default_torch
+@default_torch()
 def load_model(
     path: str | os.PathLike[str] | None,
     model: str | None = None,

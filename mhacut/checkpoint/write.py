@@ -20,7 +20,7 @@ from mhacut.checkpoint.identity import LABELS, ModelIdentity
 from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, OutputError
-from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import check_output, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.costs import count_bytes
@@ -37,7 +37,7 @@ def write_slim(
     overwrite: bool,
     input_path: str | os.PathLike[str] | None,
     check: Callable[[Path], None] | None = None,
-) -> os.stat_result:
+) -> None:
     """Write ``model`` and its record to ``path`` as one safetensors file, which appears whole or not at all.
 
     Args:
@@ -49,9 +49,6 @@ def write_slim(
         input_path: the checkpoint it was made from, never replaced.
         check: takes the name of the complete file before it appears; nothing does if it raises.
 
-    Returns:
-        Status of the file.
-
     Raises:
         OutputError: the file must not or cannot be written; what was there before is untouched.
     """
@@ -62,7 +59,7 @@ def write_slim(
         if check is not None:
             check(temporary)
 
-    return write_file(path, write, overwrite=overwrite, input_path=input_path)
+    write_file(path, write, overwrite=overwrite, input_path=input_path)
 
 
 def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:
@@ -115,7 +112,7 @@ def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.d
     return 8 + len(text) + 8 + tensors  # a length, the header, what aligns it
 
 
-@with_default_torch
+@default_torch()
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],

@@ -27,7 +27,7 @@ from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.measure import BenchOptions
 from mhacut.options.option import lists_options
-from mhacut.runtime.device import many_compiled, refusing_compile, with_default_torch
+from mhacut.runtime.device import default_torch, many_compiled, refusing_compile
 from mhacut.runtime.files import REMOTE
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.flops import count_parameters, measure_flops
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from mhacut.options.measure import BenchKeywords
-
-ALIGNED = 8
-"""Best divisor of widths: kernels are slower if a width is one more than a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ class _Entry:
     int8: bool = False
 
 
-@with_default_torch
+@default_torch()
 @lists_options(BenchOptions)
 def bench(
     *checkpoints: PathLike,
@@ -130,7 +127,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     """Run :func:`bench` with its options in one object."""
     device = timing_device(options.runtime, options.device)
     reporter.start("reading")
-    checkpoints = [_read(path, options, reporter) for path in options.checkpoints]
+    checkpoints = [_read(path, options) for path in options.checkpoints]
     sizes = _input_sizes(checkpoints, reporter)
     with using_threads(options.threads) as threads, many_compiled():
         conditions = Conditions(options.runtime, device, threads, options.dtype)
@@ -171,22 +168,10 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
     return None if header is None else sum(path.stat().st_size for path in header.shards or [header.path])
 
 
-def _read(path: PathLike, options: BenchOptions, reporter: Reporter) -> Checkpoint:
-    named = str(path).startswith(REMOTE)
-    checkpoint = read_model(
-        path,
-        model=None if named else options.model,
-        model_args=options.model_args,
-        part=options.part,
-    )
+def _read(path: PathLike, options: BenchOptions) -> Checkpoint:
+    model = None if str(path).startswith(REMOTE) else options.model
+    checkpoint = read_model(path, model=model, model_args=options.model_args, part=options.part)
     checkpoint.model.requires_grad_(False)
-    if checkpoint.record is not None:
-        odd = sorted({unit.width for unit in checkpoint.record.plan if unit.width % ALIGNED})
-        if odd:
-            reporter.log(
-                f"{checkpoint.source}: widths {', '.join(map(str, odd))} are not multiples of {ALIGNED}, "
-                f"for which kernels are fast; prune with {option_name('round_to', ALIGNED)}"
-            )
     return checkpoint
 
 

@@ -24,7 +24,7 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.measure import EvaluateKeywords, EvaluateOptions
 from mhacut.options.option import takes_keywords
 from mhacut.report.choices import html_table
-from mhacut.runtime.device import resolve_device, warn_of_slow_amp, with_default_torch
+from mhacut.runtime.device import default_torch, resolve_device, warn_of_slow_amp
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters, measure_flops
@@ -77,7 +77,7 @@ class _Call(EvaluateKeywords):
     reporter: Reporter | None = None
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_Call)
 def evaluate(
     checkpoint: PathLike | nn.Module,

@@ -31,7 +31,7 @@ from mhacut.exporting.timm_folder import FILES, check_folder, check_hub, push_fo
 from mhacut.options.base import PathLike, PreprocessingOptions
 from mhacut.options.export import ExportKeywords, ExportOptions
 from mhacut.options.option import takes_keywords
-from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import check_outputs, write_file
 from mhacut.runtime.progress import Reporter, reporting
 
@@ -74,7 +74,7 @@ class _Call(ExportKeywords):
     reporter: Reporter | None = None
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_Call)
 def export(
     checkpoint: PathLike,
@@ -149,7 +149,7 @@ def _write(
 
     def compare(run: Runner) -> None:
         reporter.start("comparing")
-        differences.update(_differences(model, run, size, options))
+        differences.update(_differences(model, run, size, options, TOLERANCE[options.dtype]))
 
     def write(temporary: Path) -> None:
         content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
@@ -160,7 +160,7 @@ def _write(
                 content, model, preprocessing, options, reporter.log
             )
             quantized.append(measured)
-            differences.update(_differences(model, run, size, options, bounded=False))
+            differences.update(_differences(model, run, size, options, math.inf))
         temporary.write_bytes(content)
 
     reporter.start("exporting")
@@ -204,8 +204,7 @@ def _differences(
     run: Runner,
     size: tuple[int, int, int],
     options: ExportOptions,
-    *,
-    bounded: bool = True,
+    bound: float,
 ) -> dict[int, float]:
     """Return the difference of ``run`` from ``model`` at each batch size, relative to the largest output.
 
@@ -214,7 +213,7 @@ def _differences(
         run: the runner of what was written.
         size: size of the images, [C, H, W].
         options: options of the command.
-        bounded: whether only rounding may make it differ.
+        bound: largest difference allowed.
 
     Raises:
         MhacutError: a difference is larger than rounding explains, or is not finite.
@@ -226,16 +225,11 @@ def _differences(
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
         differences[count] = float((run(images) - expected).abs().max() / largest)
-        bound = TOLERANCE[options.dtype]
-        if not math.isfinite(differences[count]):
-            wrong = f"or the original gives outputs that are not finite at batch size {count}"
-        elif bounded and differences[count] > bound:
-            wrong = (
-                f"differs from the original by {differences[count]:.1e} of the largest output at batch size "
-                f"{count}; at most {bound:g} was expected in {options.dtype}"
+        if not differences[count] <= bound:  # nor is NaN
+            hint = f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else ""
+            raise MhacutError(
+                f"the exported {options.format} model differs from the original by {differences[count]:.1e} "
+                f"of the largest output at batch size {count}; at most {bound:g} was expected in "
+                f"{options.dtype}; no file was kept{hint}"
             )
-        else:
-            continue
-        hint = f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else ""
-        raise MhacutError(f"the exported {options.format} model {wrong}; no file was kept{hint}")
     return differences

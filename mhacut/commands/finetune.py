@@ -22,7 +22,7 @@ from mhacut.finetuning.training import check_precision, repeatable
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneKeywords, FinetuneOptions
 from mhacut.options.option import takes_keywords
-from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.process import stop_request
 from mhacut.runtime.progress import Reporter, Silent, reporting
@@ -36,7 +36,7 @@ class _Call(FinetuneKeywords):
     reporter: Reporter | None = None
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_Call)
 def finetune(
     checkpoint: PathLike | None = None,

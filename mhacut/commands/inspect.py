@@ -23,7 +23,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.report.history import stored_curves
 from mhacut.report.page import write_page
 from mhacut.report.sections import Contents
-from mhacut.runtime.device import resolve_device, with_default_torch
+from mhacut.runtime.device import default_torch, resolve_device
 from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.find import find_prunable_layers
@@ -55,7 +55,7 @@ class _Call(InspectKeywords):
     reporter: Reporter | None = None
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_Call)
 def inspect(
     checkpoint: PathLike,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
@@ -22,7 +21,7 @@ from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choices_of
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
 from mhacut.data import ImagesInMemory
-from mhacut.errors import DataError, MhacutError, OutputError, UsageError, option_name
+from mhacut.errors import MhacutError, OutputError, UsageError, option_name
 from mhacut.measuring.accuracy import ModelFigures, evaluate
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
@@ -32,7 +31,7 @@ from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
 from mhacut.report.page import measured_figures, write_overview, write_report
-from mhacut.runtime.device import with_default_torch
+from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
 from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
@@ -70,7 +69,7 @@ class _CallMany(PruneKeywords):
     reporter: Reporter | None = None
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_Call)
 def prune(
     checkpoint: PathLike | nn.Module,
@@ -114,7 +113,7 @@ def prune(
     return result
 
 
-@with_default_torch
+@default_torch()
 @takes_keywords(_CallMany)
 def prune_many(
     checkpoint: PathLike | nn.Module,
@@ -180,12 +179,6 @@ def run_prune(
             inputs, *others = read_inputs(options, processes, timer, module, images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
         job = inputs.job
-        if images is not None and processes.size > 1:
-            digest = hashlib.sha256(job.images.numpy().tobytes()).hexdigest()
-            if len(processes.union([digest])) > 1:
-                raise DataError(
-                    "images: processes share them, and were given different ones; give all the same"
-                )
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
 
@@ -280,7 +273,6 @@ def _write(
     """
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
-    seconds = timer.taken()
     dense, slim = loaded.model, slim.to(job.device)
     evaluation = attempt.evaluation  # 7. measure
     if evaluation is None and inputs.validation is not None:
@@ -302,7 +294,6 @@ def _write(
         timer.start("timing")
         times = inputs.stopwatch.compare([slim], seconds=_SECONDS).wall
     slim = slim.cpu()
-    measuring = timer.taken()
 
     budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
     reached = attempt.reached
@@ -349,10 +340,6 @@ def _write(
             figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)
         page = write_report(options, loaded, pruned, both, inputs.images, figures, inputs.provenance)
-    rest = timer.taken()
-    stages = dict(seconds)
-    for stage, spent in (*measuring.items(), *rest.items()):
-        stages[stage] = stages.get(stage, 0.0) + spent
     result = PruneResult(
         output=None if options.dry_run else inputs.target,
         architecture=loaded.identity.architecture,
@@ -368,8 +355,7 @@ def _write(
         device=str(job.device),
         latency_batch_size=options.latency_batch_size,
         timing={} if after.latency_ms is None else conditions,
-        seconds={**seconds, "measuring": sum(measuring.values()), **rest},
-        stage_seconds=stages,
+        seconds=timer.taken(),
         log=planned.log,
         curves=planned.curves,
         report=page,

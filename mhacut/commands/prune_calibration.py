@@ -50,7 +50,7 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
         return job.calibrate(processes)
     path = Path(file)
     # All look before the first writes; where disks are not shared, it may not be there for all.
-    everywhere = processes.union([str(os.path.exists(path))]) == ["True"]
+    everywhere = all(processes.gather(os.path.exists(path)))
     with processes.together():
         stored = read_calibration(path, job) if everywhere else None
     if stored is not None:

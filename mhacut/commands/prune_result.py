@@ -69,11 +69,7 @@ class PruneResult:
     """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
     ``machine``; empty where no latency was measured."""
     seconds: Mapping[str, float]
-    """Wall time of each stage. "evaluating" counts the dense model and the models tried for a bound on the
-    loss; "measuring" counts all measurements of the pruned model. Stages that several budgets share are
-    counted for the first."""
-    stage_seconds: Mapping[str, float]
-    """Wall time of each stage, by its name."""
+    """Wall time of each stage, by its name. Stages that several budgets share are counted for the first."""
     log: tuple[SearchStep, ...]
     """Training steps of the indicators, if they were trained."""
     curves: Mapping[UnitKey, Curve]

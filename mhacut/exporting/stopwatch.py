@@ -35,8 +35,7 @@ from mhacut.exporting.programs import (
 from mhacut.measuring.latency import Comparison, Run, compare_runs, fixed_images, run_of
 from mhacut.measuring.predicted_time import TimeCurve, TimeTable
 from mhacut.options.base import TimingOptions
-from mhacut.runtime.device import many_compiled, refusing_compile, same_device
-from mhacut.runtime.files import temporary_folder
+from mhacut.runtime.device import many_compiled, refusing_compile
 from mhacut.runtime.process import in_new_process
 from mhacut.runtime.progress import SILENT, Reporter
 from mhacut.surgery.hooks import Replay
@@ -132,8 +131,8 @@ class Stopwatch:
                 "precision": precision,
             }
             try:
-                with temporary_folder(Path(tempfile.gettempdir(), "mhacut-times")) as folder:
-                    files = {name: str(folder / f"{name}.safetensors") for name in records}
+                with tempfile.TemporaryDirectory(prefix="mhacut-times-") as folder:
+                    files = {name: f"{folder}/{name}.safetensors" for name in records}
                     # As files: a forked process would inherit the memory that times depend on.
                     for name, written in (("dense", self.dense), ("slim", model)):
                         save_slim(Path(files[name]), written, records[name], {})
@@ -174,7 +173,8 @@ class Stopwatch:
 
     def _run(self, model: nn.Module, threads: int) -> Run:
         images = fixed_images(self.timing.latency_batch_size, self.size)
-        if not same_device(next(model.parameters()).device, self.device):  # where it is, it may be at work
+        device = torch.empty(0, device=self.device).device  # "cuda" has a number then, as models on it
+        if next(model.parameters()).device != device:  # where it is, it may be at work
             model = copy.deepcopy(model).to(self.device)
         if self.timing.int8:
             return run_of(int8_program(model, self.size, threads)[0], images)

@@ -133,8 +133,10 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
         DataError: too many images cannot be read.
         OutputError: a file cannot be written; the files of the previous save stay as they are.
     """
-    unreadable = run.processes.union(list(run.progress.unreadable))
-    run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
+    parts = run.processes.gather(list(run.progress.unreadable))
+    run.progress.unreadable = dict.fromkeys(name for part in parts for name in part)
+    run.progress.saved = run.progress.step
+    unreadable = list(run.progress.unreadable)
     with run.processes.together():
         if len(unreadable) > _MOST_UNREADABLE * run.images.count:
             raise DataError(

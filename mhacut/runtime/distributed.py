@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,17 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhacut.errors import FailedElsewhere, MhacutError, UsageError, option_name
+from mhacut.errors import FailedElsewhere, UsageError, option_name
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.process import local_rank, world_size
 
 T = TypeVar("T")
 _PATIENCE = timedelta(days=1)
 """Processes may wait for the first one for as long as a search takes; torchrun ends them if another dies."""
-_LOST = re.compile(
-    r"gloo[/\\]transport.*(?:[Cc]onnection|closed|reset|[Bb]roken pipe|[Tt]imed out)", re.DOTALL
-)
-"""Stands in gloo's errors if a process at the other end is gone."""
 
 
 @dataclass(frozen=True)
@@ -98,10 +93,6 @@ class Processes:
         result: T = held[0]
         return result
 
-    def union(self, texts: Sequence[str]) -> list[str]:
-        """Texts of all processes, in the order of processes; every process must ask at the same point."""
-        return list(dict.fromkeys(text for part in self.gather(list(texts)) for text in part))
-
     @contextmanager
     def together(self) -> Iterator[None]:
         """Context in which a failure in one process ends the block in all, so that none waits for it.
@@ -135,7 +126,6 @@ def gathered(device: str) -> Iterator[Processes]:
 
     Raises:
         UsageError: ``device`` names one GPU for several processes, or torchrun's variables are wrong.
-        MhacutError: another process ended before this one.
     """
     size = world_size()
     if size == 1:
@@ -160,17 +150,7 @@ def gathered(device: str) -> Iterator[Processes]:
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     except ValueError as error:  # a variable of torchrun is missing or wrong
         raise UsageError(f"{error}; torchrun sets it, without torchrun unset WORLD_SIZE") from None
-    try:
-        yield Processes(dist.get_rank(), size, chosen)
-    except BaseException as error:
-        # NCCL waits until the others destroy it too, who wait for this process in an exchange: it would
-        # never end, and torchrun not notice that it failed.
-        if chosen.type != "cuda":
-            dist.destroy_process_group()
-        if isinstance(error, RuntimeError) and _LOST.search(str(error)):
-            raise MhacutError(
-                "another process ended before its work was done; see its own message, or whether the system "
-                "ended it (for want of memory?), and start the run again"
-            ) from error
-        raise
+    yield Processes(dist.get_rank(), size, chosen)
+    # Not after a failure: NCCL waits until the others destroy it too, who wait for this process in an
+    # exchange. It would never end, and torchrun not notice that it failed.
     dist.destroy_process_group()

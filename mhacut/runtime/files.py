@@ -5,7 +5,6 @@ Imports nothing that takes time.
 
 from __future__ import annotations
 
-import glob
 import os
 import re
 import shutil
@@ -27,8 +26,6 @@ READ_IN_FOLDERS = re.compile(
     r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
 )
 """Names of the files of a folder that are read as one checkpoint."""
-_locks: set[int] = set()
-"""Descriptors of :func:`lock_directory`."""
 
 
 def show(path: AnyPath) -> str:
@@ -75,18 +72,11 @@ def regular_size(path: Path) -> int:
         raise CheckpointError(f"no such file: {show(path)}{hint}")
     if os.path.isdir(path):
         raise CheckpointError(f"{show(path)}: is a directory, expected a file")
-    if not os.path.isfile(path):
-        raise CheckpointError(f"{show(path)}: is not a regular file (a device, pipe or socket)")
-    if os.path.getsize(path) == 0:
+    if os.path.getsize(path) == 0:  # as that of devices and pipes
         raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{show(path)}: no permission to read it")
     return os.path.getsize(path)
-
-
-def is_no_file(path: AnyPath) -> bool:
-    """Whether ``path`` exists, but is no regular file; reading a FIFO would block."""
-    return os.path.exists(path) and not os.path.isfile(path)
 
 
 def check_data_dir(path: AnyPath) -> None:
@@ -120,22 +110,19 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
         input_path: the checkpoint it is made from (a file or a timm folder), which is never replaced.
     """
     target = Path(path)
-    if not target.name or str(path).endswith(("/", os.sep)):
-        raise OutputError(f"{show(path)}: expected the name of a file to write, found a directory's")
     if input_path is not None and _is_part_of(target, Path(input_path)):
         raise OutputError(
             f"{show(path)}: is the input {show(input_path)}, which is never overwritten; choose another name"
         )
-    if os.path.isdir(target):
+    if os.path.isdir(target) or str(path).endswith("/"):
         raise OutputError(f"{show(path)}: is a directory; give the name of a file in it")
     if os.path.lexists(target) and not overwrite:
         raise OutputError(
             f"{show(path)}: exists already; choose another name, or {option_name('overwrite', True)}"
         )
-    if is_no_file(target):
-        raise OutputError(
-            f"{show(path)}: is not a regular file (a device, pipe or socket); choose another name"
-        )
+    # A rename would replace the device itself, such as /dev/null in a container.
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise OutputError(f"{show(path)}: is a device, pipe or socket; choose another name")
     check_creatable(target)
 
 
@@ -150,11 +137,10 @@ def _is_part_of(target: Path, source: Path) -> bool:
 def check_creatable(target: Path) -> None:
     """Raise an :class:`OutputError` if ``target`` cannot be made in the nearest directory that exists."""
     nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path("/"))
-    if not os.path.isdir(nearest):
-        raise OutputError(f"{show(target)}: cannot be created, {show(nearest)} is not a directory")
-    if not os.access(nearest, os.W_OK | os.X_OK):
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "writable" if os.path.isdir(nearest) else "a directory"
         raise OutputError(
-            f"{show(target)}: cannot be created, {show(nearest)} is not writable; choose another place"
+            f"{show(target)}: cannot be created, {show(nearest)} is not {why}; choose another place"
         )
 
 
@@ -187,7 +173,7 @@ def write_file(
     *,
     overwrite: bool,
     input_path: AnyPath | None = None,
-) -> os.stat_result:
+) -> None:
     """Make the file ``path`` appear complete and flushed to disk, or not at all.
 
     The content goes to a file in a temporary folder beside it, which is then renamed. The file's mode
@@ -198,9 +184,6 @@ def write_file(
         content: the bytes, or a function that writes (and may check) the file whose name it is given.
         overwrite: replace an existing file (the file that a link points to, if it is a link).
         input_path: the checkpoint the content is made from, which is never replaced.
-
-    Returns:
-        Status of the file.
 
     Raises:
         OutputError: the file must not or cannot be written; an existing file is untouched.
@@ -215,23 +198,18 @@ def write_file(
             else:
                 temporary.write_bytes(content)
             _finish(temporary)
-            if not overwrite and os.path.lexists(target):
-                raise OutputError(
-                    f"{show(path)}: was created by someone else meanwhile; choose another name, or "
-                    f"{option_name('overwrite', True)}"
-                )
             os.replace(temporary, target)
-        # The rename itself is in the directory: without this a power cut may undo it.
-        _sync_directory(target.parent)
-        return os.stat(target)
+        # The rename itself is in the directory: without this a power cut may undo it. Some systems cannot.
+        with suppress(OSError):
+            sync(target.parent)
     except OSError as error:
         raise OutputError(f"{show(path)}: cannot be written: {error.strerror or error}") from error
 
 
 def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
-    """Make the folder ``path`` appear complete and flushed to disk, or not at all.
+    """Make the files of the folder ``path`` appear, each of them complete and flushed to disk.
 
-    In a folder that exists, files of the same names are replaced, each of them whole; others stay.
+    None appears before all are complete. Files of the same names are replaced; others stay.
 
     Args:
         path: the folder; its directory is created.
@@ -242,19 +220,16 @@ def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
     """
     target = Path(path)
     try:
-        with temporary_folder(target) as folder:
-            temporary = folder / target.name
-            temporary.mkdir()
+        with temporary_folder(target) as temporary:
             fill(temporary)
-            for file in temporary.iterdir():
+            files = list(temporary.iterdir())
+            for file in files:
                 _finish(file)
-            if os.path.isdir(target):
-                for file in temporary.iterdir():
-                    os.replace(file, target / file.name)
-                _sync_directory(target)
-            else:
-                os.rename(temporary, target)
-        _sync_directory(target.parent)
+            target.mkdir(exist_ok=True)
+            for file in files:
+                os.replace(file, target / file.name)
+        with suppress(OSError):
+            sync(target)
     except OSError as error:
         raise OutputError(f"{show(target)}: cannot be written: {error.strerror or error}") from error
 
@@ -266,32 +241,16 @@ def temporary_folder(target: Path) -> Iterator[Path]:
     A folder, because libraries write temporary files of their own beside the file that they are given.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    remove_temporaries(target)
-    folder = Path(tempfile.mkdtemp(".tmp", _prefix(target), target.parent))
-    lock = lock_directory(folder)
+    folder = tempfile.mkdtemp(".tmp", f".{target.name[:100]}.", target.parent)
     try:
-        yield folder
+        yield Path(folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        unlock(lock)
-
-
-def remove_temporaries(target: Path) -> None:
-    """Remove the temporary folders of ``target`` that killed processes left: nobody holds their lock."""
-    for folder in target.parent.glob(f"{glob.escape(_prefix(target))}*.tmp"):
-        with suppress(OSError):
-            lock = lock_directory(folder)
-            if lock is not None:
-                shutil.rmtree(folder, ignore_errors=True)
-                unlock(lock)
-
-
-def _prefix(target: Path) -> str:
-    return f".{target.name[:100]}."
 
 
 def _finish(path: Path) -> None:
-    """Flush a file to disk, with the mode that the umask asks for: libraries may not."""
+    """Flush a file to disk, with the mode that the umask asks for."""
+    # Libraries that write to a temporary file of their own leave it readable by its owner alone.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
@@ -299,6 +258,7 @@ def _finish(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Flush a file, or the entries of a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -306,25 +266,16 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sync_directory(path: Path) -> None:
-    """Flush the entries of a directory where the file system can."""
-    with suppress(OSError):
-        sync(path)
-
-
 # -- locks --
 
 
 def lock_directory(path: Path) -> int | None:
-    """Lock a directory for this process, without waiting; return the descriptor for :func:`unlock`.
+    """Lock a directory without waiting; return the descriptor for :func:`unlock`, on Windows None.
 
-    The lock ends with the process: those that it forks do not share it.
+    The lock ends with the process and those that it forked.
 
     Args:
         path: path of the directory.
-
-    Returns:
-        None on Windows.
 
     Raises:
         BlockingIOError: another process has locked it.
@@ -340,22 +291,11 @@ def lock_directory(path: Path) -> int | None:
         raise
     except OSError:
         pass  # a file system without locks
-    _locks.add(descriptor)
     return descriptor
 
 
 def unlock(descriptor: int | None) -> None:
     """Release what :func:`lock_directory` locked, if it did."""
     if descriptor is not None and sys.platform != "win32":
-        _locks.remove(descriptor)
         fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may still hold its copy
         os.close(descriptor)
-
-
-def _forget_locks() -> None:
-    while _locks:
-        os.close(_locks.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_locks)

@@ -39,9 +39,7 @@ def local_rank() -> int:
 
 
 def _variable(name: str) -> int:
-    # What is no number counts as 0 here: torch refuses it when it connects the processes.
-    value = os.environ.get(name, "")
-    return int(value) if value.isdecimal() else 0
+    return int(os.environ.get(name) or 0)
 
 
 # -- new processes --
@@ -68,14 +66,11 @@ def in_new_process(module: str, function: str, job: object) -> Any:
         return None
 
 
-def cpu_count() -> int:
-    """Return the number of CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def worker_count(asked: int | None) -> int:
     """Return ``asked``; if that is None, :data:`DEFAULT_WORKERS`, or the number of CPUs if that is less."""
-    return min(DEFAULT_WORKERS, cpu_count()) if asked is None else asked
+    # On a cluster, a process may use fewer CPUs than the machine has.
+    has = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(DEFAULT_WORKERS, has) if asked is None else asked
 
 
 # -- signals --

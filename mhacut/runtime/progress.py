@@ -95,7 +95,7 @@ class Counter:
         self.reporter.advance(self.done, self.total)
 
 
-class StageDisplay:
+class StageDisplay(Silent):
     """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then.
 
     Args:
@@ -131,9 +131,6 @@ class StageDisplay:
     def console(self) -> Console:
         """Console to print on above the bar."""
         return self._progress.console
-
-    def log(self, message: str) -> None:
-        pass
 
     def start(self, stage: str) -> None:
         # A new task, for rich estimates the time left from the speed of one task.

@@ -15,9 +15,9 @@ from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.infer import infer_from_shapes
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.search import differences, search
-from mhacut.commands.generate_fingerprints import prunable_fingerprints
 from mhacut.commands.models import architectures
 from mhacut.errors import CheckpointError
+from tools.generate_fingerprints import prunable_fingerprints
 
 VIT = "vit_tiny_patch16_224"
 DIGITS = {"in_chans": 1, "num_classes": 10, "img_size": 32, "patch_size": 4, "depth": 6}
@@ -173,7 +173,7 @@ def test_every_prunable_architecture_has_a_fingerprint():
         name for name in catalogued if name not in listed and (modules[name] in of_listed or name in first)
     ]
     wrong = {*prunable_fingerprints(new), *(listed - set(catalogued))}
-    says = f"{sorted(wrong)}: python -m mhacut.commands.generate_fingerprints"
+    says = f"{sorted(wrong)}: python tests/tools/generate_fingerprints.py"
     if table.timm != timm.__version__ and not any(name.startswith("flatten_") for name in wrong):
         pytest.skip(f"the table is of timm {table.timm}; of {timm.__version__} it lacks {says}")
     assert not wrong, says
@@ -186,6 +186,6 @@ def test_every_prunable_architecture_has_a_fingerprint():
 def test_the_table_is_of_this_timm(name):
     table = read_table()
     if table.timm != timm.__version__:
-        pytest.skip(f"the table is of timm {table.timm}: python -m mhacut.commands.generate_fingerprints")
+        pytest.skip(f"the table is of timm {table.timm}: python tests/tools/generate_fingerprints.py")
     (found,) = prunable_fingerprints([name]).values()
     assert name in table.groups[found.any_size][found.exact]

@@ -17,7 +17,7 @@ from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
-from mhacut.runtime import files, tensor_files
+from mhacut.runtime import tensor_files
 from mhacut.runtime.files import READ_IN_FOLDERS, check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
@@ -151,10 +151,9 @@ def test_places_that_cannot_be_written(tmp_path):
         return str(error.value)
 
     assert "is a directory" in refusal(tmp_path)
-    assert "found a directory's" in refusal(f"{tmp_path}/new/")
+    assert "is a directory" in refusal(f"{tmp_path}/new/")
     os.mkfifo(tmp_path / "fifo")
-    assert "not a regular file" in refusal(tmp_path / "fifo")
-    assert "not a regular file" in refusal("/dev/null")
+    assert "is a device, pipe or socket" in refusal(tmp_path / "fifo")
     (tmp_path / "file").write_text("x")
     assert "is not a directory" in refusal(tmp_path / "file" / "slim.safetensors")
     assert names(tmp_path) == ["fifo", "file"]
@@ -231,14 +230,3 @@ def test_a_disk_that_the_library_finds_full_is_an_error_like_any_other(put, tmp_
     with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: .*No space left on device"):
         put(tmp_path / "slim.safetensors")
     assert names(tmp_path) == []
-
-
-def test_what_killed_processes_left_is_removed_and_nothing_else(put, tmp_path):
-    target = tmp_path / "slim.safetensors"
-    left, others = tmp_path / ".slim.safetensors.abc.tmp", tmp_path / ".other.abc.tmp"
-    for folder in (left, others):
-        folder.mkdir()
-    with files.temporary_folder(target) as folder:  # of a living process
-        put(target)
-        assert folder.exists()
-    assert names(tmp_path) == [others.name, target.name]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.cli import FAST, refusal, run, tree
+from helpers.cli import FAST, refusal
 from mhacut.runtime import files
 
 
@@ -76,15 +76,6 @@ def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):
     monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
     message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
     assert message.endswith("interrupted; nothing was left half written\n")
-
-
-def test_a_name_that_is_taken_meanwhile(slim, tmp_path, monkeypatch):  # 50
-    out = tmp_path / "out.html"
-    monkeypatch.setattr(files, "sync", lambda _: out.write_bytes(b"of another run"))
-    result = run("inspect", slim, "--html", out)
-    assert result.exit_code == 1
-    assert "was created by someone else meanwhile; choose another name, or --overwrite" in result.stderr
-    assert tree(tmp_path) == {"out.html": b"of another run"}
 
 
 def test_the_input_is_no_output(slim, tmp_path):  # 47

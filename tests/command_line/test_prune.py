@@ -98,10 +98,8 @@ def test_prune_json(tiny_vit, tmp_path):
     assert len(document["log"]) == 2
     assert (document["divergence_of"], document["judged_on"]) == ("answers", 2)
     assert 0 < document["divergence"] < 1
-    assert {"reading", "searching", "cutting", "writing", "measuring"} <= set(document["seconds"])
-    spent = document["stage_seconds"]
-    assert {"starting", "reading", "searching", "cutting", "writing", "comparing"} <= set(spent)
-    assert document["seconds"]["searching"] == pytest.approx(spent["searching"], abs=0.05)
+    assert {"reading", "searching", "cutting", "writing", "comparing"} <= set(document["seconds"])
+    assert {"starting", *document["seconds"]} == set(document["stage_seconds"])
     slim = load_file(out)
     hidden = next(layer for layer in document["layers"] if layer["kind"] == "hidden")
     assert slim[f"{hidden['layer']}.fc1.weight"].shape[0] == hidden["width"] < hidden["dense_width"]

@@ -139,27 +139,17 @@ def test_the_command(slim_of):
     assert document["dtype"] == "bfloat16"
     shown = run("bench", slim_of("vit"), *flags, "--batch-sizes", "3")
     assert "[1]      3" in shown.stdout
-    assert "are not multiples of 8" in shown.stderr
 
 
 @pytest.mark.usefixtures("without_compiler")
 def test_what_cannot_be_compiled_is_one_sentence(slim_of):
     with pytest.raises(
-        MhacutError, match=r"^runtime='compile': torch.compile fails \(RuntimeError: no compiler"
+        MhacutError,
+        match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime",
     ):
         mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
 
 
-def test_a_full_memory_is_no_matter_of_the_compiler(slim_of, compiles_by):
-    def fill(graph, inputs):
-        raise torch.OutOfMemoryError("the GPU is full")
-
-    compiles_by(fill)
-    with pytest.raises(torch.OutOfMemoryError, match=r"^the GPU is full$"):
-        mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
-
-
-@pytest.mark.slow
 def test_all_of_many_models_are_compiled(compiles_by, tmp_path):
     """torch itself keeps eight programs of one class, and runs the ninth model eagerly."""
     compiled, files = [], []

@@ -103,30 +103,6 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(programs, tune
         assert "did not foresee" not in done.stderr
 
 
-DIES = """
-import os
-from mhacut.finetuning.training import Trainer
-
-def step(self, number, batches, original=Trainer.step):
-    if number == 1 and os.environ["RANK"] == "1":
-        os._exit(9)
-    return original(self, number, batches)
-
-Trainer.step = step
-"""
-
-
-@pytest.mark.slow
-def test_a_process_whose_other_has_died_says_so(programs, slim, images, tmp_path):
-    """As the system ends one that takes too much memory."""
-    flags = ["--data-dir", images, "--epochs", "2", "-b", "6", "-j", "0", "--save-every", "1"]
-    done = programs.run(DIES + BY_TWO, free_port(), "finetune", slim, *flags, "-o", tmp_path / "cut")
-    assert done.returncode == 1
-    assert "error: another process ended before its work was done" in done.stderr.splitlines()[-1]
-    assert "Traceback" not in done.stderr
-    assert RunFolder(tmp_path / "cut").read_state()["progress"]["step"] == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGTERM)]

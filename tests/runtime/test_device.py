@@ -14,19 +14,18 @@ from mhacut.runtime.distributed import gathered
 
 
 @pytest.mark.parametrize(
-    ("machine", "capability", "warnings"),
-    [("x86_64", "AVX2", 1), ("AMD64", "DEFAULT", 1), ("x86_64", "AVX512", 0), ("aarch64", "DEFAULT", 0)],
+    ("capability", "warnings"),
+    [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)],
 )
-def test_bfloat16_is_slow_where_the_processor_has_none(monkeypatch, machine, capability, warnings):
-    monkeypatch.setattr("platform.machine", lambda: machine)
+def test_bfloat16_is_slow_where_the_processor_has_none(monkeypatch, capability, warnings):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     notes = []
     warn_of_slow_amp(torch.device("cpu"), notes.append)
     assert len(notes) == warnings
 
 
-@pytest.mark.parametrize(("device", "destroyed"), [("cuda", 0), ("cpu", 1)])
-def test_a_process_that_fails_on_a_gpu_waits_for_no_other(monkeypatch, device, destroyed):
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_process_that_fails_waits_for_no_other(monkeypatch, device):
     calls = []
     for name, value in {"WORLD_SIZE": "2", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -41,7 +40,7 @@ def test_a_process_that_fails_on_a_gpu_waits_for_no_other(monkeypatch, device, d
     monkeypatch.setattr("torch.cuda.set_device", lambda device: None)
     with pytest.raises(MhacutError, match="of this process"), gathered(device):
         raise MhacutError("of this process")
-    assert len(calls) == destroyed
+    assert calls == []
     with gathered(device):
         pass
-    assert len(calls) == destroyed + 1
+    assert len(calls) == 1

@@ -1,4 +1,4 @@
-"""``python -m mhacut.commands.generate_fingerprints``: write the table of fingerprints for this timm."""
+"""Write the table of fingerprints for the timm that is installed."""
 
 from __future__ import annotations
 
