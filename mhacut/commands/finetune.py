@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
-
-import numpy as np
-import torch
 
 from mhacut.checkpoint.load import load_model
 from mhacut.finetuning.folder import BEST, LAST, check_folder_before_reading, completed
@@ -70,7 +64,7 @@ def finetune(
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
     """Run :func:`finetune` with its options in one object."""
     check_logs(options.logs)
-    with gathered(options.device) as processes, _random_state_restored(processes.device), repeatable(options):
+    with gathered(options.device) as processes, repeatable(options):
         check_precision(options, processes.device)
         with processes.together():
             if processes.first:
@@ -120,15 +114,3 @@ def _finetune(run: Run) -> FinetuneResult:
         processes=run.processes.size,
         seconds=time.perf_counter() - began,
     )
-
-
-@contextmanager
-def _random_state_restored(device: torch.device) -> Iterator[None]:
-    """Restore the caller's random generators of Python, numpy and torch, that of ``device`` included."""
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -21,7 +21,7 @@ from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choices_of
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
 from mhacut.data import ImagesInMemory
-from mhacut.errors import MhacutError, OutputError, UsageError, option_name
+from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import ModelFigures, evaluate
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
@@ -374,16 +374,13 @@ def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> 
     """Write the slim file if the model in it is that in memory; return the former.
 
     Raises:
-        OutputError: the file cannot be written, or opened again.
+        OutputError: the file cannot be written.
         MhacutError: the model in it gives other outputs.
     """
     target, reloaded = inputs.target, list[nn.Module]()
 
     def check(file: Path) -> None:
-        try:
-            reloaded.append(load_model(file))
-        except MhacutError as error:
-            raise OutputError(f"{show(target)}: what was written cannot be opened: {error}") from error
+        reloaded.append(load_model(file))
         if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
             raise MhacutError(
                 f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "

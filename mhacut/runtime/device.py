@@ -35,8 +35,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (device.index or 0) >= count:
-            has = f"{count} CUDA GPUs, the first is cuda:0" if count else "no usable CUDA GPU"
-            raise MhacutError(f"{asked}: this machine has {has}; use auto or cpu")
+            raise MhacutError(f"{asked}: this machine has {count or 'no usable'} CUDA GPUs; use auto or cpu")
     return device
 
 
@@ -44,15 +43,13 @@ def ordered_attention(device: torch.device) -> AbstractContextManager[None]:
     """Choose, on CUDA, the attention kernel whose backward pass sums in a fixed order; on a CPU all do."""
     if device.type != "cuda":
         return nullcontext()
-    kernel: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return kernel
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 def has_bfloat16(device: torch.device) -> bool:
     """Whether a GPU computes bfloat16 itself; those before Ampere emulate it, slowly."""
     with torch.cuda.device(device):
-        native: bool = torch.cuda.is_bf16_supported(including_emulation=False)
-    return native
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:

@@ -82,8 +82,6 @@ def regular_size(path: Path) -> int:
 def check_data_dir(path: AnyPath) -> None:
     """Raise a :class:`DataError` unless ``path`` is a directory that may be read."""
     option = option_name("data_dir")
-    if os.path.isfile(path):
-        raise DataError(f"{path}: is a file; {option} expects a directory with images")
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory ({option})")
     if not os.access(path, os.R_OK | os.X_OK):

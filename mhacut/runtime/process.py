@@ -25,21 +25,17 @@ DEFAULT_WORKERS = 2
 
 def world_size() -> int:
     """Return the number of processes that share the run; 1 where nothing launched them."""
-    return max(_variable("WORLD_SIZE"), 1)
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
     """Return the number of this process among all; a lone ``RANK`` is left over from something else."""
-    return _variable("RANK") if world_size() > 1 else 0
+    return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
     """Return the number of this process among those of its machine."""
-    return _variable("LOCAL_RANK") if world_size() > 1 else 0
-
-
-def _variable(name: str) -> int:
-    return int(os.environ.get(name) or 0)
+    return int(os.environ.get("LOCAL_RANK") or 0) if world_size() > 1 else 0
 
 
 # -- new processes --

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from mhacut.runtime.process import rank
@@ -166,15 +167,11 @@ def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Repo
     if reporter is not None or progress is False or not (bar or progress) or rank() > 0:
         yield reporter or SILENT
         return
-    display = StageDisplay(None if bar else _to_stderr)
+    display = StageDisplay(None if bar else partial(print, file=sys.stderr))
     try:
         yield display
     finally:
         display.close()
-
-
-def _to_stderr(line: str) -> None:
-    sys.stderr.write(f"{line}\n")
 
 
 def _notebook_has_widgets() -> bool:

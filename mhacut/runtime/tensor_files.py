@@ -52,9 +52,8 @@ class Spill:
 
     def drop(self) -> None:
         """Release all pages from this process's memory; their content stays in the files."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
+        for mapped in self._maps:
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def return_freed() -> None:

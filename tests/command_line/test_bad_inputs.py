@@ -340,7 +340,7 @@ def test_a_device_that_is_not_there(slim, images, tmp_path):  # 55
     if torch.cuda.is_available():
         pytest.skip("it is there")
     message = refusal(tmp_path, "evaluate", slim, "--data-dir", images, "--device", "cuda")
-    assert "--device cuda: this machine has no usable CUDA GPU; use auto or cpu" in message
+    assert "--device cuda: this machine has no usable CUDA GPUs; use auto or cpu" in message
 
 
 def test_narrow_terminals_and_odd_names(slim, tmp_path):  # 58

@@ -54,7 +54,7 @@ WRONG = [
     ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
     ("prune {empty} --flops 50%", 1, "file is empty"),
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
-    ("prune {file} --flops 50% --data-dir {file}", 1, "is a file; --data-dir expects a directory"),
+    ("prune {file} --flops 50% --data-dir {file}", 1, "no such directory (--data-dir)"),
     ("prune {file} --flops 50% --class-map nowhere", 1, "nowhere: class map cannot be read"),
     ("prune {file} --flops 50% -o {slim}", 1, "exists already; choose another name, or --overwrite"),
     ("prune {slim} --flops 50% -o {slim} --overwrite", 1, "is the input"),

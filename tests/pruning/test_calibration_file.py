@@ -103,12 +103,12 @@ def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration_images": 9}, "number of images: 8, now 9; images: not the same"),
-        ({"seed": 1}, "images: not the same; Fisher information: 6 images, seed 42, now 6 images, seed 1"),
-        ({"batch_size": 5}, "batch_size: 4, now 5"),
-        ({"token_weights": False}, "token_weights: on, now off"),
-        ({"keep_dead_tokens": True}, "model: not the same"),
-        ({"mean": (0.1,)}, "images: not the same"),
+        ({"calibration_images": 9}, "(number of images, images)"),
+        ({"seed": 1}, "(images, Fisher information)"),
+        ({"batch_size": 5}, "(batch_size)"),
+        ({"token_weights": False}, "(token_weights)"),
+        ({"keep_dead_tokens": True}, "(model)"),
+        ({"mean": (0.1,)}, "(images)"),
     ],
 )
 def test_a_stale_one_is_refused_with_what_differs(tiny_vit, kept, tmp_path, options, message):
@@ -121,7 +121,7 @@ def test_one_of_other_weights_is_refused(tiny_vit, kept, tmp_path):
     tensors = load_file(tiny_vit.path)
     tensors["head.bias"][0] += 1e-3
     save_file(tensors, tmp_path / "other.safetensors")
-    with pytest.raises(DataError, match=r"under other conditions: model: not the same\. Name another file"):
+    with pytest.raises(DataError, match=r"under other conditions \(model\)\. Name another file"):
         prune(
             tiny_vit, tmp_path / "x.safetensors", calibration=kept, checkpoint=tmp_path / "other.safetensors"
         )
@@ -154,7 +154,7 @@ def other_conditions(content):
         (lambda content: bytes(7) + b"\x01" + b"{}", "is not a calibration file"),
         (changed_header, "found C64"),
         (of_other_tensors, "its tensors are not those that were written"),
-        (other_conditions, "was made under other conditions: batch_size: 5, now 4"),
+        (other_conditions, "was made under other conditions (batch_size)"),
     ],
 )
 def test_the_command_refuses_a_damaged_one_in_a_line(tiny_vit, kept, tmp_path, monkeypatch, damage, says):
