@@ -27,14 +27,7 @@ from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.limits import is_int
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
-from mhacut.runtime.files import (
-    REMOTE,
-    check_output,
-    lock_directory,
-    reason_alone,
-    stem_of,
-    write_file,
-)
+from mhacut.runtime.files import REMOTE, check_output, lock_directory, reason_alone, stem_of, write_file
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"

@@ -134,9 +134,8 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
         OutputError: a file cannot be written; the files of the previous save stay as they are.
     """
     parts = run.processes.gather(list(run.progress.unreadable))
-    run.progress.unreadable = dict.fromkeys(name for part in parts for name in part)
-    run.progress.saved = run.progress.step
-    unreadable = list(run.progress.unreadable)
+    unreadable = list(dict.fromkeys(name for part in parts for name in part))
+    run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
     with run.processes.together():
         if len(unreadable) > _MOST_UNREADABLE * run.images.count:
             raise DataError(
