@@ -99,6 +99,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k: [B, h, M, d_qk], likewise.
         v: [B, h, M, d_v].
     """
+    # Means over keys, above and below: only the epsilon then depends on the number of tokens.
     normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
     # 1 / N in two halves, as in the official code.
     root = k.shape[-2] ** -0.5

@@ -148,6 +148,7 @@ def _bias_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
         for name, module in model.named_modules()
         if "relative_position_bias_table" in module._parameters
     }
+    # In a window of n tokens a side, offsets run from 1 - n to n - 1.
     return {
         f"{name}.relative_position_bias_table": (2 * height - 1, 2 * width - 1)
         for name, (height, width) in windows.items()

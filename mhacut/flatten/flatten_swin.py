@@ -86,6 +86,7 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
             drop_path_rate=drop_path_rate,
             **kwargs,
         )
+        # timm makes softmax blocks, of which linear stages take all but the attention.
         for kind, stage, heads in zip(attn_type, self.layers, num_heads, strict=True):
             if kind == "S":
                 continue

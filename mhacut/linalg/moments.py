@@ -124,6 +124,8 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
     gram = key.mT @ key / key.shape[-2] ** 2
     along, square = _along_output(weights, gram)
     mean = mean.unsqueeze(-2)
+    # A - A without i = w (k_i - m A) / (1 - w m) in the row of a token, with w its query over the sum of
+    # weights and m the mean key of the channel: the square of the bracket, summed over keys.
     first = gram.diagonal(dim1=-2, dim2=-1).unsqueeze(-2) - 2 * along * mean + square * mean.square()
     left = 1 - weights * mean  # of the denominator, (B, H, N, d)
     lost = (weights / left.clamp_min(EPSILON)).square() * first.clamp_min(0)
@@ -149,6 +151,7 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
     keys_values = key.mT @ value / key.shape[-2]  # (B, H, d, d_v)
     gram = keys_values @ output_gram.to(query) @ keys_values.mT
     along, square = _along_output(weights, gram)
+    # Products of w_i (kv_i - out km_i) with w_j (kv_j - out km_j), summed over tokens, term by term.
     cross = ((weights * along).mT @ weights) * mean.unsqueeze(-2)
     parts = (weights.mT @ weights) * gram
     outer = ((weights * square).mT @ weights) * mean.unsqueeze(-1) * mean.unsqueeze(-2)

@@ -115,4 +115,5 @@ def _between(one: Tensor, other: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (H, d, d); R up to a rotation
     inner = root.mT @ other @ root
+    # Symmetric but for rounding, and the solver reads one triangle only.
     return falling_eigenvalues((inner + inner.mT) / 2)

@@ -80,6 +80,7 @@ def refit_linear(
     if errors[ridge] > baseline:
         return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
     if ridge < float("inf"):
+        # Held-out images chose the ridge; the fit itself may use them too.
         every = centred(both, both)
         prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
     if constant:
@@ -219,6 +220,7 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
     for side in moments:
         target = _block(side.energy, kept, gone)
         predictions.append(_ridge_solve(_block(side.energy, kept, kept), target, ridge))
+    # Predicted channels add (q_S Bq)(k_S Bk)^T to the logits q_S k_S^T of the kept ones.
     query, key = predictions  # (H, kept, removed)
     identity = torch.eye(kept.shape[-1], dtype=torch.float64, device=kept.device)
     return identity + query @ key.transpose(-2, -1)
@@ -253,6 +255,7 @@ def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor)
     """Mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
     query, key = (side.energy for side in moments)
     every = torch.arange(query.shape[-1], device=kept.device).expand(len(kept), -1)
+    # With q and k independent, E|q M k^T|^2 = tr(M^T E[q q^T] M E[k k^T]), here for M = I - C, expanded.
     full = (query * key).sum()
     cross = (_block(query, every, kept) @ mixing * _block(key, every, kept)).sum()
     inner = mixing.transpose(-2, -1) @ _block(query, kept, kept) @ mixing

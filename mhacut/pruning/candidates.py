@@ -140,9 +140,11 @@ def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tenso
     """
     first = moments.every[0].energy
     if unit.kind == "qk" or unit.linear:
+        # With q and k independent, E[(q_i k_i)(q_j k_j)] = E[q_i q_j] E[k_i k_j].
         terms = first if unit.linear else first * moments.every[1].energy
         return block_diagonal(terms).view(unit.heads, unit.width, unit.heads, unit.width)
     columns = effective_output_weights(module, unit)
+    # What channels i and j add to the output has the product (w_i . w_j) E[x_i x_j].
     gram = columns.mT @ columns
     return (gram * first).view(unit.heads, unit.width, unit.heads, unit.width)
 

@@ -171,6 +171,7 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     for block in range(tokens.depth):
         layers = [layer for layer in job.prunable.layers if layer.name.startswith(f"blocks.{block}.")]
         attention = [layer for layer in layers if layer.adapter.family == "attention"]
+        # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
         pair = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
         if block == tokens.depth - 1 and read_of(job.model) is not None:
             pair = 0  # its queries are few, whatever is merged before

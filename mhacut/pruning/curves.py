@@ -99,6 +99,7 @@ def _output_curve(
             return refit_linear(in_basis.fit[0], in_basis.held[0], kept, weighed, constant=constant).left
         return output_error(second, kept, columns, fisher, refit=refit)
 
+    # To second order, a divergence is half the error weighed by the Fisher information.
     sampled = {unit.width: 0.0}
     for width in sampled_widths(choices):
         if width < unit.width:
@@ -141,6 +142,7 @@ def _curves_by_runs(
                     shrink(smaller, unit, candidate, width, moments, temperature, refit=refit)
                     error = (result(smaller) - dense).flatten(0, -2)
                     weighed = error if importance is None else error * importance[:, None].to(error)
+                    # tr(F e e^T) summed over rows, each counted by the importance of its token
                     of_width = (fisher * (error.mT @ weighed)).sum()
                     errors[unit.key][width] = errors[unit.key].get(width, 0.0) + of_width
                 rows[unit.key] = rows.get(unit.key, 0) + dense[..., 0].numel()
@@ -174,6 +176,7 @@ def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]
     """Return at most ``most`` of ``choices``, ascending, ends included, spread logarithmically."""
     if len(choices) <= most:
         return list(choices)
+    # Errors change most, relative to the width, where few channels are left.
     low, high = math.log(choices[0]), math.log(choices[-1])
     wanted = [math.exp(low + (high - low) * step / (most - 1)) for step in range(most)]
     return sorted({min(choices, key=lambda width: abs(width - target)) for target in wanted})
@@ -196,6 +199,7 @@ def _interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve
         else:
             logs = math.log(max(sampled[below], tiny)), math.log(sampled[above])
             curve[width] = math.exp(logs[0] + share * (logs[1] - logs[0]))
+    # Kept channels of a smaller width are kept at a larger one too: a rise is noise of the estimate.
     least = math.inf
     for width in choices:
         least = curve[width] = min(least, curve[width])

@@ -201,6 +201,7 @@ def cheapest_schedules(
     counts = torch.arange(tokens.total, max(tokens.prefix, 1), -step, dtype=torch.float64)
     before, after = counts[:, None], counts[None, :]
     most = ((before - tokens.prefix).clamp_min(0) / 2).floor()
+    # Matching pairs tokens of one half with tokens of the other, so that at most half can go.
     allowed = (after <= before) & (before - after <= most)
     schedules = []
     for price in prices:
@@ -212,6 +213,7 @@ def cheapest_schedules(
             flops = cost.token * before + cost.pair * before * before + cost.mlp * after
             flops = flops + cost.merge * (after < before)
             step_cost = law.terms(block, before, after, tokens) + price * flops
+            # Shortest path: for each number of tokens left, the best number before this block.
             total, source = (total[:, None] + step_cost.masked_fill(~merges, math.inf)).min(0)
             came_from.append(source)
         schedules.append(_traced(came_from, counts, int(total.argmin())))

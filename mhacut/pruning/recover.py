@@ -314,11 +314,13 @@ class _Error:
         count = sum(aim[..., 0].numel() for aim in aims)
         mean = torch.stack([aim.double().sum((0, 1)) for aim in aims]).sum(0) / count
         variance = torch.stack([(aim - mean).square().sum((0, 1)) for aim in aims]).sum(0) / count
+        # A channel that hardly varies would outweigh all others, whose errors matter as much.
         floor = 1e-6 * float(variance.mean())
         variance = variance.clamp_min(floor) if floor > 0 else torch.ones_like(variance)
         tokens = _importance(fisher, block.layer.name, aims[0].shape, prefix)
         if tokens is not None:
             if last:
+                # Importance was shrunk towards 1: this share of it says nothing about a token.
                 tokens = (tokens - SHRINKAGE).clamp_min(0)
             tokens = (tokens / tokens.mean()).to(aims[0])
         return cls(block.channel_dim, variance.reciprocal().to(aims[0]), tokens)

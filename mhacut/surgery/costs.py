@@ -203,6 +203,7 @@ def _interpolate(
     uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
 ) -> Polynomial:
     """Polynomial through counts at whole, half and (for ``squares``) quarter widths: divided differences."""
+    # Newton's divided differences, in fractions: coefficients of counts are whole, and stay exact.
     dense = count({})
     near = {kind: _half(width) for kind, width in uncut.items() if width > 1}
     per_channel: dict[UnitKind, Fraction] = {}
@@ -218,6 +219,7 @@ def _interpolate(
         per_channel[kind] = slope - curvature * (width + half)
     for first, second in itertools.combinations(near, 2):
         a, b = near[first], near[second]
+        # Of all terms, this second difference leaves the product of both widths alone.
         both = count({first: a, second: b}) - count({first: a}) - count({second: b}) + dense
         per_pair[first, second] = Fraction(both, (a - uncut[first]) * (b - uncut[second]))
         per_channel[first] -= per_pair[first, second] * uncut[second]

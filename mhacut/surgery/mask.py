@@ -52,6 +52,7 @@ def masked_tensors(
                 masked[bias] = model.get_parameter(bias) + constant_lost(module, unit, channel_scale)
             for axis in scaled_axes(unit):
                 name = f"{layer.name}.{axis.tensor}"
+                # Units share tensors (q, k and v the rows of qkv): scales of this one multiply those before.
                 tensor = masked.get(name)
                 if tensor is None:
                     tensor = model.get_parameter(name)

@@ -205,6 +205,7 @@ def read_first(attention: Any, read: int) -> None:
 
 def _split(attention: Any, written_by: Mapping[str, str]) -> None:
     """Replace ``qkv``, and biases in parts, by projections of their names and the rows of their letters."""
+    # q and k are equally wide; v is as wide as what the output projection reads.
     qkv, v_rows = attention.qkv, attention.proj.in_features
     q_rows = (qkv.out_features - v_rows) // 2
     rows, first = {"q": q_rows, "k": q_rows, "v": v_rows}, 0

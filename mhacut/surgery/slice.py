@@ -148,6 +148,7 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
             order.setdefault(place, []).append(
                 (stays.sort().values, stays[moved[~cut_here].flatten().argsort()])
             )
+    # Rows are numbered as in the uncut tensor, so that all cuts of a dimension must be one.
     for (name, dim), gone_parts in removed.items():
         tensor = tensor_of(module, name)
         keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
