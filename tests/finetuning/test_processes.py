@@ -42,7 +42,7 @@ if where == "step":
 else:
     os.replace = die(os.replace)  # its temporary file is complete, its name still the old one
 mhacut.finetune(sys.argv[3], data_dir=sys.argv[4], output=sys.argv[5], batch_size=12, epochs=2, lr=1e-3,
-                workers=1, save_every=1)
+                workers=0, save_every=1)
 """
 
 

@@ -187,7 +187,7 @@ def test_missing_places_are_named(tmp_path) -> None:
     with pytest.raises(DataError, match="no such directory"):
         calibrated(PLAIN, count=1, seed=0, data_dir=tmp_path / "nowhere")
     file = write_image(tmp_path / "a.png")
-    with pytest.raises(DataError, match="is a file"):
+    with pytest.raises(DataError, match="no such directory"):
         calibrated(PLAIN, count=1, seed=0, data_dir=file)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no images found; folders there: none"):

@@ -103,7 +103,7 @@ def test_a_second_run_takes_it_and_writes_the_same_file(tiny_vit, kept, tmp_path
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"calibration_images": 9}, "(number of images, images)"),
+        ({"calibration_images": 9}, "(number of images, images, "),
         ({"seed": 1}, "(images, Fisher information)"),
         ({"batch_size": 5}, "(batch_size)"),
         ({"token_weights": False}, "(token_weights)"),
