@@ -14,23 +14,23 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2802,
-    "checkpoint": 5502,
+    "adapters": 2719,
+    "checkpoint": 5499,
     "cli": 1312,
-    "commands": 4557,
-    "data": 1819,
-    "exporting": 1461,
-    "finetuning": 2023,
-    "flatten": 1771,
-    "inspection": 798,
-    "linalg": 1236,
-    "measuring": 1010,
+    "commands": 2989,
+    "data": 1590,
+    "exporting": 1437,
+    "finetuning": 2017,
+    "flatten": 1555,
+    "inspection": 671,
+    "linalg": 872,
+    "measuring": 850,
     "options": 1432,
-    "pruning": 4998,
-    "report": 1446,
-    "runtime": 1885,
-    "surgery": 2558,
-    "top": 857,
+    "pruning": 4222,
+    "report": 1014,
+    "runtime": 998,
+    "surgery": 2335,
+    "top": 807,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")
