@@ -26,7 +26,7 @@ LINES = {
     "linalg": 872,
     "measuring": 850,
     "options": 1432,
-    "pruning": 4222,
+    "pruning": 4200,
     "report": 1014,
     "runtime": 998,
     "surgery": 2335,

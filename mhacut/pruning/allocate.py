@@ -77,7 +77,6 @@ def costs_of_constraints(
     costs = []
     for name, value, others in job.constraints.without_each():
         freer = job_widths(replace(job, constraints=others), limits, curves, table, close_gap=False)
-        # Widths move in steps, so that the freer plan may come out as the worse one.
         saved = expected - divergence_by_cut(total_error(curves, freer))
         costs.append(Constraint(name, value, max(saved, 0.0)))
     return tuple(costs)
@@ -141,7 +140,6 @@ def _solve(
         def of_both(limit: Limit) -> Limit:
             return replace(limit, cost=lambda widths: limit.cost(untied(widths)))
 
-        # Errors add up, so that the curve of a tied pair is the sum of its two curves.
         joint = {key: curve for key, curve in curves.items() if key not in tied.values()}
         for qk, v in tied.items():
             joint[qk] = {width: curves[qk][width] + curves[v][width] for width in choices[qk]}
@@ -158,8 +156,7 @@ def _solve(
         widths = solved((limit,), price, close_gap)
         if keeps(limits, widths):
             return widths
-    # Only the ratios of the multipliers matter here: `fill_budget` finds their level. Each price is taken
-    # relative to its limit, since costs have different units.
+    # Only ratios of multipliers are searched, since `fill_budget` finds their level.
     parts = _RATIOS[len(limits)]
     best: tuple[float, dict[UnitKey, float]] | None = None
     for shares in product(range(parts + 1), repeat=len(limits)):
@@ -220,7 +217,6 @@ def _worth_tying(
     worth = {}
     for qk, v in pairs.items():
         allowed, at = choices[qk], choices[qk].index(tied[qk])
-        # All pairs of widths would be too many: a grid over all of them, and each step near the tied width.
         tried = {
             *allowed[:: -(-len(allowed) // _PARTS)],
             allowed[-1],
@@ -284,7 +280,6 @@ def fill_budget(
             widths[key] = max((width for width in choices[key] if width <= count), default=choices[key][0])
         return widths
 
-    # A lower threshold keeps more channels, and costs grow with every width: bisection finds the lowest.
     thresholds = sorted({score for scores in ranked.values() for score in scores}, reverse=True)
     low, high = 0, len(thresholds)  # thresholds[low] fits (or nothing is kept), thresholds[high] does not
     while high - low > 1:
@@ -374,7 +369,6 @@ def _closer(
         states = {total: extended[total] for _, total in best}
     fitting = {gained: state for gained, state in states.items() if have + gained <= budget}
     near = {gained: state for gained, state in fitting.items() if have + gained >= NEAR * budget}
-    # The least loss of those that use the limit up; if none does, the one that uses most of it.
     preferred = sorted(near, key=lambda gained: (near[gained][0], -gained)) or sorted(fitting, reverse=True)
     others = [limit for limit in limits if limit is not tightest]
     for gained in preferred:

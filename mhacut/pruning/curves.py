@@ -142,7 +142,6 @@ def _curves_by_runs(
                     shrink(smaller, unit, candidate, width, moments, temperature, refit=refit)
                     error = (result(smaller) - dense).flatten(0, -2)
                     weighed = error if importance is None else error * importance[:, None].to(error)
-                    # tr(F e e^T) summed over rows, each counted by the importance of its token
                     of_width = (fisher * (error.mT @ weighed)).sum()
                     errors[unit.key][width] = errors[unit.key].get(width, 0.0) + of_width
                 rows[unit.key] = rows.get(unit.key, 0) + dense[..., 0].numel()
@@ -176,7 +175,6 @@ def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]
     """Return at most ``most`` of ``choices``, ascending, ends included, spread logarithmically."""
     if len(choices) <= most:
         return list(choices)
-    # Errors change most, relative to the width, where few channels are left.
     low, high = math.log(choices[0]), math.log(choices[-1])
     wanted = [math.exp(low + (high - low) * step / (most - 1)) for step in range(most)]
     return sorted({min(choices, key=lambda width: abs(width - target)) for target in wanted})

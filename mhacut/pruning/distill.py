@@ -127,7 +127,6 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     while True:
-        # What is left of a round begins the next batch: all batches are full, and steps equally noisy.
         while len(left) < size:
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         yield left[:size]

@@ -34,7 +34,6 @@ class Limit:
             return replace(self, cost=flops)
         if self.curve is None:
             return self
-        # With the merges fixed, a time and the FLOPs of the model determine each other.
         return Limit(flops, self.curve.flops(self.most, merges=merges))
 
     def holds(self, widths: Mapping[UnitKey, int]) -> bool:
@@ -125,7 +124,6 @@ class Constraints:
         for text in self.min_width:
             pattern, least = _parsed(text)
             for key in _matching("min_width", text, pattern, choices):
-                # A least width above the dense one asks for all channels.
                 left[key] = tuple(width for width in left[key] if width >= least) or left[key][-1:]
         if self.equal_qkv:
             for qk, v in qk_and_v(choices):
@@ -137,7 +135,6 @@ class Constraints:
                 # Choices are equal above, but constraints on one of the two may have removed some.
                 both = set(left[qk]) & set(left[v])
                 left[qk] = left[v] = tuple(width for width in left[qk] if width in both)
-            # If only one of q/k and v can be cut, any cut of it would make their widths unequal.
             paired = {key for pair in qk_and_v(choices) for key in pair}
             for key in left:
                 if key[1] != "hidden" and key not in paired:

@@ -72,7 +72,6 @@ class Planned:
             found: amount of the cut model.
         """
         if limit.curve is None:
-            # What the prediction left out is assumed to be the same at the next plan's widths.
             return replace(limit, most=asked.most + self.cost(limit) - found)
         return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))
 

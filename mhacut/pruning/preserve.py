@@ -66,7 +66,6 @@ class Whitening:
         floor = (FLOOR * usual).clamp_min(torch.finfo(torch.float32).tiny)
         shrunk = (1 - SHRINKAGE) * covariance
         shrunk.diagonal().copy_(variance.clamp_min(floor))
-        # S = L L^T, so that W = L^-T has W W^T = S^-1.
         factor = torch.linalg.cholesky(shrunk)
         eye = torch.eye(len(variance), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
@@ -156,9 +155,7 @@ class Preserved:
             logs = outputs.float().log_softmax(-1)
             return (noise * logs.detach().mul(0.5).exp() * logs).sum()
         if self.measure == "dense":
-            # Half a squared distance has the identity as its Hessian.
             return (noise * outputs).sum()
-        # A mean of n squares over the variance has the Hessian 2 / (n variance) times the identity.
         return (noise * outputs.float()).sum() / math.sqrt(self.variance * outputs[0].numel() / 2)
 
     @torch.no_grad()
@@ -194,7 +191,6 @@ class Preserved:
         (values,) = fitted
         if values.rows == 1:  # one value alone has no variance
             return self
-        # The covariance divides by all rows; few images need the unbiased one.
         variance = float(values.covariance) * values.rows / (values.rows - 1)
         return replace(self, variance=max(variance, 1e-12))
 

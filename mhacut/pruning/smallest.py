@@ -60,7 +60,6 @@ def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: fl
         expected: loss that is expected at a budget, up to a factor; falls as budgets grow.
         goal: expected loss at which to begin.
     """
-    # Just outside the bracket, where nothing is tried: no ratio is known there yet.
     failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
     best: int | None = None
     sizes, failed = list[int](), list[tuple[int, Trial]]()
@@ -73,7 +72,6 @@ def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: fl
             budget = round(failing + share * (passing - failing))
         else:
             budget = _where(expected, goal, bracket)
-        # Where the curve bends, a secant moves one end only, in ever smaller steps.
         if len(sizes) > 2 and sizes[-1] > _SHRINKS * sizes[-3]:
             budget = (failing + passing) // 2
         ends = failing + bracket.step, passing - bracket.step
@@ -86,7 +84,6 @@ def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: fl
             failing, above = budget, trial.ratio
             failed.append((budget, trial))
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
-            # What is expected is right up to a factor, and this trial measured it.
             goal = expected(budget) / trial.ratio
     if best is not None:
         yield from _below(best, failed, bracket)
@@ -100,7 +97,6 @@ def _below(best: int, failed: Sequence[tuple[int, Trial]], bracket: Bracket) -> 
         failed: budgets that missed the bound, and their trials, which stand for budgets near them.
         bracket: budgets to look at.
     """
-    # Losses do not fall steadily: a smaller model may be within the bound where larger ones are not.
     stride = max(bracket.step, bracket.high // _STRIDES)
     budget, missed = best, 0
     while missed < _MISSES and budget > bracket.low:
