@@ -67,14 +67,12 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
         rows: cells, the same number in each; a first row of headings is a row like any other.
         left: so many columns are aligned left, the others right.
     """
-    # In cells of the terminal, not characters: a Chinese character takes two.
-    widths = [max(map(_cells, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = []
         for number, (cell, width) in enumerate(zip(row, widths, strict=True)):
-            room = " " * (width - _cells(cell))
-            cells.append(cell + room if number < left else room + cell)
+            cells.append(cell.ljust(width) if number < left else cell.rjust(width))
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
 
@@ -82,8 +80,3 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 def safe_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """Return a :func:`table`, and any lines below it, of text made safe."""
     return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])
-
-
-def _cells(text: str) -> int:
-    """Number of columns that ``text`` takes on a terminal."""
-    return sum(2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text)

@@ -35,10 +35,6 @@ MERGE_FIRST = (
 """Advice for an adapter of PEFT."""
 _CONVERTED = {
     "adapter_config.json": f"holds an adapter of PEFT and no whole model; {MERGE_FIRST}",
-    ".metadata": "is a distributed checkpoint of torch; convert it, and give the file: python -m "
-    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER weights.pth",
-    "zero_to_fp32.py": "is a checkpoint of DeepSpeed; run python zero_to_fp32.py . OUTPUT there, and give "
-    "what that writes",
 }
 """Files of folders without weights of their own, and what to do with these."""
 

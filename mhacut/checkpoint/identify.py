@@ -91,21 +91,14 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
     naming = header.naming
-    try:
-        foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
-        if foreign is not None:
-            model = _from_conversion(header, foreign, args, hints)
-        elif header.config is not None:
-            model = _from_config(header, args, hints)
-        else:
-            model = _from_file(header, args, hints)
-        check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
-    except CheckpointError as error:
-        if naming.classifier is None:
-            raise
-        text = f"{naming.classifier}. beside {naming.trunk}. was read as the classifier"
-        part = option_name("part", naming.trunk)
-        raise CheckpointError(f"{error}\n  {text}; {part} reads the network without it") from error
+    foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
+    if foreign is not None:
+        model = _from_conversion(header, foreign, args, hints)
+    elif header.config is not None:
+        model = _from_config(header, args, hints)
+    else:
+        model = _from_file(header, args, hints)
+    check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
     if naming.classifier is not None and model.identity.model_args["num_classes"]:
         pool = getattr(model.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
@@ -260,7 +253,7 @@ def _from_names(
         origins = dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "library")
         model = replace(model if tag else _without_claims(model, cfg or ()), cfg_origins=origins)
         return _with_notes(model, first=f"architecture {name}, as given")
-    model = _without_claims(search(header, args, normalised="mean" in (cfg or {})))
+    model = _without_claims(search(header, args))
     name = model.identity.architecture
     if "_rope_ape_" in name:
         raise CheckpointError(

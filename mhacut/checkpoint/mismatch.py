@@ -8,11 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mhacut.checkpoint.build import shapes_of
 from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.visible_args import is_foreign, visible_args, visible_classes
+from mhacut.checkpoint.visible_args import visible_args, visible_classes
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name
 
@@ -62,13 +61,6 @@ def check_tensors(
         return
     models = "" if stated else _models_with(tensors, identity)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-    if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
-        instead = f", not {missing[0]!r:.150}" if missing else ""
-        raise CheckpointError(
-            f"{where}: its tensors do not fit {identity.architecture}: {counts}; most tensor names are "
-            f"not that model's (the file has {unexpected[0]!r:.150}{instead}): give "
-            f"{option_name('model')} the architecture of the file{f' ({models})' if models else ''}"
-        )
     args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
     lines = [f"{where}: its tensors do not fit {identity.architecture} ({args}): {counts}"]
     shapes = [
@@ -84,7 +76,10 @@ def check_tensors(
             "model again"
         )
     else:
-        lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
+        hints = _hints(expected, tensors, other)
+        lines += [
+            f"  {hint}" for hint in hints or [f"give {option_name('model')} the architecture of the file"]
+        ]
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 
@@ -111,26 +106,10 @@ def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> l
     classes = visible_classes(model, shapes)
     if classes.value != getattr(model, "num_classes", classes.value):
         hints.append(f"the head differs: {option_name('num_classes', classes.value)}?")
-    patches = "patch_embed.proj.weight"
-    width, expected = (next(iter(one.get(patches, ())), 0) for one in (shapes, shapes_of(model)))
-    if width != expected and not any(one.name == "embed_dim" for one in shown):
-        args = option_name("model_args", {"embed_dim": width, "num_heads": "N"})
-        hints.append(
-            f"the model found is {width} wide, expected {expected}: another {option_name('model')}, or "
-            f"{args} (no shape shows num_heads)?"
-        )
-    elif any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
+    if any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
         side = option_name("model_args", {"img_size": "SIDE"})
         hints.append(
             f"the image size, the window size or the number of heads differs: {side} (or window_size, "
-            f"num_heads) of the file? (For images of another size: {option_name('img_size')}, maybe with "
-            f"{option_name('model_args', {'dynamic_img_size': True})})"
-        )
-    # Embedding and norms keep their width, channels inside are gone: so do other pruning tools cut.
-    inner = [name for name in other if re.search(r"\.(attn|mlp)\.", name)]
-    if inner and len(inner) == len(other) and not any(map(_ABOUT_POSITIONS.search, other)):
-        hints.append(
-            "only attention or MLP layers differ: was it pruned by another tool? mhacut reads dense models "
-            "and its own slim files"
+            "num_heads) of the file?"
         )
     return hints

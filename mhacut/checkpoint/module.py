@@ -176,18 +176,8 @@ def _image_size(model: nn.Module) -> int | list[int] | None:
 
 
 def _as_loaded(module: nn.Module) -> nn.Module:
-    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients.
-
-    Raises:
-        CheckpointError: something in the module cannot be copied.
-    """
-    try:
-        return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
-    except RuntimeError as error:  # of tensors that were computed, as pruning masks make them
-        raise CheckpointError(
-            f"the module cannot be copied: {error!s:.200}; end what was added to it, for example by "
-            "torch.nn.utils.prune.remove or remove_weight_norm"
-        ) from error
+    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients."""
+    return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
 
 
 @torch.no_grad()

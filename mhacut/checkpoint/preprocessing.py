@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, UsageError, option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.options.base import PreprocessingOptions
 from mhacut.surgery.find import patch_embedding
 from mhacut.surgery.flops import weightless
@@ -24,7 +22,6 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     Raises:
         UsageError: an override makes no sense, or is an image size the model does not take.
         DataError: what the file states makes no sense.
-        CheckpointError: a slim file states a size that its own model does not take.
     """
     identity = checkpoint.identity
     built_for = checkpoint.input_size
@@ -34,32 +31,18 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     if checkpoint.record is not None:
         stated = checkpoint.record.preprocessing
         channels, height, width = stated["input_size"]
-        if channels != built_for[0] or (strict and (height, width) != built_for[1:]):
-            raise CheckpointError(
-                f"{checkpoint.source}: its metadata states images of {channels} channels, {height}x{width}; "
-                f"its model takes {built_for[0]} channels, {built_for[1]}x{built_for[2]}: it was edited or "
-                "damaged; prune the dense model again"
-            )
         built_for = (channels, height, width)
     size = override.img_size
     if size is not None and strict and built_for[1:] != (size, size):
         raise UsageError(
             f"{option_name('img_size', size)}: the model takes images of {built_for[1]}x{built_for[2]} only; "
-            f"leave it out, or {_way_to_another_size(checkpoint, size)}"
+            f"leave it out, or build the dense model with {option_name('model_args', {'img_size': size})} "
+            f"or {option_name('model_args', {'dynamic_img_size': True})}"
         )
     resolved = Preprocessing.resolve(stated, built_for, override)
     if size is not None and resolved.input_size != built_for:
         _require_it_runs(checkpoint.skeleton, resolved.input_size, built_for)
     return resolved
-
-
-def _way_to_another_size(checkpoint: Checkpoint, size: int) -> str:
-    if checkpoint.record is not None:
-        return "prune the dense model again, built for that size"
-    classes = type(checkpoint.skeleton).__mro__[:-1]
-    if any("dynamic_img_size" in inspect.signature(cls).parameters for cls in classes):
-        return f"build the model for other sizes with {option_name('model_args', {'dynamic_img_size': True})}"
-    return f"build the model for that size with {option_name('model_args', {'img_size': size})}"
 
 
 @torch.no_grad()

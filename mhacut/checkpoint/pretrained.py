@@ -12,7 +12,7 @@ from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_tensors
 from mhacut.checkpoint.hub import hub_answers
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
-from mhacut.checkpoint.timm_cfg import set_resolved_preprocessing
+from mhacut.checkpoint.timm_cfg import cfg_of_tag, set_resolved_preprocessing, split_tag
 from mhacut.errors import CheckpointError, option_name
 
 TIMM_PREFIX = "timm:"
@@ -34,7 +34,12 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
-    _check_has_weights(source, name, architecture)
+    if not known_model(architecture):
+        raise CheckpointError(f"{source}: {unknown_model(architecture)}")
+    try:
+        cfg_of_tag(*split_tag(name))
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from None
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
@@ -58,22 +63,6 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         notes=notes,
         cfg_origin="pretrained",
     )
-
-
-def _check_has_weights(source: str, name: str, architecture: str) -> None:
-    import timm
-
-    if not known_model(architecture):
-        raise CheckpointError(f"{source}: {unknown_model(architecture)}")
-    if name != architecture and name not in timm.list_pretrained():
-        tags = [tag for tag in timm.list_pretrained() if tag.partition(".")[0] == architecture]
-        raise CheckpointError(
-            f"{source}: no such pretrained weights; timm has {', '.join(tags) or 'none of this model'}"
-        )
-    if not timm.models.is_model_pretrained(architecture):
-        raise CheckpointError(
-            f"{source}: timm has no pretrained weights of this model; give a file and {option_name('model')}"
-        )
 
 
 def _check_within_reach(source: str, name: str) -> None:

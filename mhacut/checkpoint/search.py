@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -13,14 +11,12 @@ from torch import nn
 
 from mhacut.checkpoint.build import known_model, shapes_of
 from mhacut.checkpoint.fingerprints import read_table
-from mhacut.checkpoint.foreign.family import VIT_SIZES
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
-from mhacut.surgery.find import model_input_size
 
 _MOST_NAMED = 4
 """Architectures in a message."""
@@ -33,25 +29,16 @@ _NOT_COMPUTED = frozenset(
 """Attributes that change nothing about the outputs of a model in eval mode, once its weights are read; among
 them those of images, on which the function depends only where shapes of tensors and windows do."""
 _ONLY_TRAINED = ("Identity", "Dropout", "DropPath", "PatchDropout", "DropBlock2d")
-_FLATTEN: dict[str, tuple[str, ...]] = {
-    "flatten_cswin": ("stage1.0.attns.0.positional_encoding", "stage1.0.attn.attns.0.positional_encoding"),
-    "flatten_deit": ("blocks.0.attn.positional_encoding",),
-    "flatten_pvt": ("block1.0.attn.positional_encoding",),
-    "flatten_pvt_v2": (*("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),),
-    "flatten_swin": ("layers.0.blocks.0.attn.positional_encoding",),
-}
-"""FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
 
-def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> Identified:
+def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one; a note names those that were trained on other images.
+    Several that compute the same count as one, whatever images they were trained on.
 
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
-        normalised: whether it is known how images are normalised, so that no note about it is needed.
 
     Raises:
         CheckpointError: no model has them, or several that compute different things.
@@ -63,7 +50,6 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
         names = [name for name in table.of_any_size(shapes) if not name.startswith("test_")]
         built += _build(header, args, names)
         fits = _nearest(built, header)
-    fits = fits or _nearest(_build(header, args, _of_flatten(shapes)), header)
     if not fits:
         raise CheckpointError(_nothing_fits(header, built))
     # A model that computes something else would give other logits from the same file: the user must say.
@@ -71,16 +57,7 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
-    notes = [] if normalised else _alternatives(chosen, others)
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
-
-
-def _of_flatten(names: Collection[str]) -> Iterator[str]:
-    import timm
-
-    for module, signs in _FLATTEN.items():
-        if any(sign in names for sign in signs):
-            yield from timm.list_models(module=module)
+    return chosen
 
 
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
@@ -165,21 +142,6 @@ def _text(value: Any) -> str:
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
 
 
-def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
-    """Return a note that names models that compute the same on images of another size or normalisation."""
-    names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
-    if not names:
-        return []
-    flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
-    return [f"the layers also fit {_some(names)}, trained on other images; to choose, give {flags}"]
-
-
-def _images(fit: Identified) -> list[Any]:
-    identity = fit.identity
-    size = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
-    return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
-
-
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
     return ", ".join(names[:_MOST_NAMED]) + more
@@ -201,10 +163,10 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
 
 def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
     """Return the message for a file that no model fits, with the nearest one and how it differs."""
-    where, shapes = show(header.path), header.shapes
+    where = show(header.path)
     text = (
         f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
-        f"{len(shapes)} tensors; give {option_name('model', 'NAME')} (and "
+        f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "
         f"{option_name('model_args', {'KEY': 'VALUE'})} for what differs)"
     )
     nearest = max(built, key=_tensors_in_common, default=None)
@@ -215,16 +177,6 @@ def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
         except CheckpointError as error:
             first, *lines = str(error).removeprefix(f"{where}: its ").split("\n")
             text = "\n".join([f"{text}; {first}", *lines])
-        return text
-    width, *_ = (*shapes.get("blocks.0.norm1.weight", ()), 0)
-    if width and "blocks.0.attn.qkv.weight" in shapes:
-        # Own sizes of the plain ViT are what files without a name mostly hold.
-        size = min(VIT_SIZES, key=lambda one: abs(math.log(one[0] / width)))
-        text += (
-            f"\n  if it is a ViT, {width} wide: "
-            f"{option_name('model', f'vit_{VIT_SIZES[size]}_patch16_224')} and "
-            f"{option_name('model_args', {'num_heads': 'N'})}, as no shape shows how many heads it has"
-        )
     return text
 
 

@@ -2,7 +2,7 @@
 
 Training scripts save more than weights: their arguments, accuracies as NumPy's numbers, folders, a yacs
 configuration. torch refuses a whole file for one of these, so harmless classes stand in for them here. They
-make plain numbers and dicts, or nothing.
+make plain dicts, or nothing.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import struct
-import sys
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -31,39 +29,19 @@ from mhacut.text import dtype_name
 
 _MAX_PICKLE_BYTES = 8 * 2**20
 """Largest pickle in a zip archive. That of a training state of 10,000 tensors has 2 MB."""
-_MAX_TIMES_CLAIMED = 16
-"""Number of times that the tensors of a file, which may share storages, may claim its bytes."""
 _LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 """Bytes of the number that a file of torch before 1.6 begins with."""
-# fmt: off
-_FORMATS = {
-    "f2": "e", "f4": "f", "f8": "d", "b1": "?",
-    "i1": "b", "i2": "h", "i4": "i", "i8": "q", "u1": "B", "u2": "H", "u4": "I", "u8": "Q",
-}
-# fmt: on
-"""Formats of :mod:`struct` by the codes of NumPy's dtypes."""
-_ORDER = sys.byteorder.encode()
 _SAVE_ALONE = "save the state dict alone: torch.save(model.state_dict(), ...)"
 
 
-class _Unread:
-    """A value that is not read: a path, or what a defaultdict makes."""
+class SkippedValue:
+    """A value that is not read: a path, a number of NumPy, or what a defaultdict makes."""
 
     def __init__(self, *_: object) -> None:
         """Drop what it was made of."""
 
     def __setstate__(self, state: object) -> None:
         """Drop the attributes of the original."""
-
-
-class _Dtype(_Unread):
-    """Kind of a NumPy number."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.format, self.order = _FORMATS.get(code), "<"
-
-    def __setstate__(self, state: Any) -> None:
-        self.order = ">" if state[1] == ">" else "<"
 
 
 class _Config:
@@ -75,20 +53,15 @@ class _Config:
         return made
 
 
-def _scalar(kind: Any, data: bytes = b"") -> object:
-    return struct.unpack(kind.order + kind.format, data)[0] if kind.format else _Unread()
-
-
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return what torch may call beside its own names, each with the name that it stands in for."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     unread = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths]
+    unread += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]
     unread += [f"builtins.{name}" for name in ("list", "dict", "int", "float", "str", "bool")]
     return [
         argparse.Namespace,
-        *((_Unread, name) for name in unread),
-        *((_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
-        (_Dtype, "numpy.dtype"),
+        *((SkippedValue, name) for name in unread),
         (lambda *_: {}, "collections.defaultdict"),
         (_Config, "yacs.config.CfgNode"),
     ]
@@ -121,14 +94,13 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
         raise _broken(path, error) from None
 
 
-def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
+def torch_header(path: Path, asked: str | None = None) -> FileHeader:
     """Return the header of a torch file, from its pickle alone: storages go to the meta device unread.
 
     Tensors have their names in the file.
 
     Args:
         path: the file.
-        size: its size in bytes.
         asked: part of the checkpoint that the user wants, an entry or a module in it.
 
     Raises:
@@ -149,20 +121,17 @@ def torch_header(path: Path, size: int, asked: str | None = None) -> FileHeader:
             asked=asked,
             training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
         )
-        claimed = sum(tensor.numel() * tensor.element_size() for tensor in state_dict.values())
     except CheckpointError:
         raise
     except Exception as error:  # attributes in a pickle may take the place of a dict's or a tensor's methods
         raise _broken(path, error) from None
     if not tensors:
         raise CheckpointError(f"{where}: holds no tensors")
-    if claimed > _MAX_TIMES_CLAIMED * size:
-        raise CheckpointError(f"{where}: its tensors claim {claimed} bytes, the whole file has {size}")
     return header
 
 
 def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors of these names, on the CPU, in the file's dtypes.
+    """Read the tensors of these names, as far as there are any, on the CPU, in the file's dtypes.
 
     Args:
         path: the file.
@@ -170,13 +139,10 @@ def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict
         names: names in the file.
 
     Raises:
-        CheckpointError: the file cannot be read, or lacks one of them.
+        CheckpointError: the file cannot be read.
     """
     _, state_dict = pick_part(show(path), read_torch(path), asked)
-    tensors = {name: tensor for name, tensor in state_dict.items() if name in names}
-    if len(tensors) != len(names):
-        raise CheckpointError(f"{show(path)}: changed while it was read; try again")
-    return tensors
+    return {name: tensor for name, tensor in state_dict.items() if name in names}
 
 
 def _info(where: str, name: object, tensor: object) -> TensorInfo:
@@ -205,9 +171,6 @@ def _check_archive(path: Path) -> None:
         if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
             fault = "TorchScript archives are not supported; save the state dict: "
             fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
-        elif names and all(name.endswith(".npy") for name in names):
-            fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
-            fault += "m = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), ...)"
         elif len(pickles) != 1:
             fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
         # torch compresses nothing, and what is compressed may be any size once it is unpacked.
@@ -215,10 +178,6 @@ def _check_archive(path: Path) -> None:
             fault = "compressed torch files are not supported (torch writes none); save it by torch.save"
         elif pickles[0].file_size > _MAX_PICKLE_BYTES:
             fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_SAVE_ALONE}"
-        # To swap the bytes of tensors on the meta device ends torch's process.
-        elif any(archive.read(name) != _ORDER for name in names if name.endswith("/byteorder")):
-            fault = "its numbers have another byte order than this machine; save it again: "
-            fault += "torch.save(torch.load(FILE, weights_only=True), ...)"
         else:
             return
     raise CheckpointError(f"{show(path)}: {fault}")
@@ -240,16 +199,12 @@ def _blocked(path: Path, reason: str) -> str:
     """Return why the safe unpickler stopped, and what to do about it."""
     with open(path, "rb") as file:
         start = file.read(40)
+    load = "torch.load(FILE, weights_only=False)"
+    if not start.startswith(b"PK") and _LEGACY_NUMBER not in start:
+        load = 'pickle.load(open(FILE, "rb"), encoding="latin1")'  # not written by torch
     named = re.search(r"GLOBAL ([\w.]+)", reason)
     what = f"objects that are no weights, first {named[1]:.100}" if named else "a pickle of another protocol"
-    trust = "nothing was run. If you trust its source, convert it where it can do no harm"
-    if start.startswith(b"PK") or _LEGACY_NUMBER in start:
-        return (
-            f"contains {what}; {trust}: c = torch.load(FILE, weights_only=False); "
-            'torch.save(c.state_dict(), "weights.pth") (or c["state_dict"], c["model"], c itself)'
-        )
     return (
-        f"a pickle that torch did not write (as detectron2's .pkl), or damaged: {what}; {trust}: "
-        'c = pickle.load(open(FILE, "rb"), encoding="latin1"); '
-        'torch.save({k: torch.as_tensor(v) for k, v in c["model"].items()}, "weights.pth") (or c itself)'
+        f"contains {what}; nothing was run. If you trust its source, convert it where it can do no harm: "
+        f'c = {load}; torch.save(c.state_dict(), "weights.pth") (or c["state_dict"], c["model"], c itself)'
     )

@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import shapes_of
+from mhacut.checkpoint.foreign.family import mlp_ratio
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
 """Arguments that every user changes: they come with the images."""
-SIZES = frozenset({"depth", "depths", "patch_size"})
+SIZES = frozenset({"depth", "patch_size"})
 _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "blocks.0.attn.qkv.bias": ("qkv_bias", True, False),
     "blocks.0.ls1.gamma": ("init_values", 1e-5, None),  # it only initialises what the file overwrites
@@ -95,16 +96,6 @@ def _depth(expected: Shapes, file: Shapes) -> Iterator[Shown]:
     ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, file))
     if ours and theirs and ours != theirs:
         yield Shown("depth", theirs, "the numbers of its blocks")
-    for word in ("layers", "stages"):
-        ours, theirs = (_count(rf"{word}\.(\d{{1,4}})\.", names) for names in (expected, file))
-        if ours and ours == theirs:
-            depths = [
-                [_count(rf"{word}\.{stage}\.blocks\.(\d{{1,4}})\.", names) for stage in range(ours)]
-                for names in (expected, file)
-            ]
-            # A stage without blocks is one of another kind, not one of depth 0.
-            if depths[0] != depths[1] and all(depths[1]):
-                yield Shown("depths", depths[1], "the numbers of its blocks")
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
@@ -123,10 +114,7 @@ def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]
     )
     plain = ours and type(model.blocks[0].mlp).__name__ == "Mlp"
     if plain and hidden and width and hidden * ours != our_hidden * width:
-        ratio = hidden / width
-        if int(width * ratio) != hidden:  # timm rounds down
-            ratio = math.nextafter(ratio, math.inf)
-        yield Shown("mlp_ratio", ratio, f"the shape of {layer}")
+        yield Shown("mlp_ratio", mlp_ratio(hidden, width), f"the shape of {layer}")
 
 
 def _size(shapes: Shapes, name: str) -> int:

@@ -68,7 +68,6 @@ _ENTRIES = (
 """Entries that hold the weights of a network: averages first, then what timm's loader prefers."""
 _MAX_NESTING = 4
 _MAX_NAMES = 5
-_LONGEST_NAME = 1000
 
 
 @dataclass(frozen=True)
@@ -208,11 +207,6 @@ def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[
     names: dict[str, str] = {}
     prefix = ""
     for file in shapes:
-        if len(file) > _LONGEST_NAME or not (file.isascii() or not re.search("[\ud800-\udfff]", file)):
-            raise CheckpointError(
-                f"{where}: a tensor is named {file!r:.100}: expected at most {_LONGEST_NAME} characters "
-                "of text"
-            )
         name = _LEADING.sub("", file)
         names[file] = _WRAPPER.sub("", name)
         prefix = max(prefix, file.removesuffix(name) or "_orig_mod." * (names[file] != name), key=len)
@@ -374,11 +368,8 @@ def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
     """Return the entry with the state dict; None if the checkpoint itself is one."""
     if hasattr(checkpoint.get("config"), "of_yacs") and "model" in checkpoint:
         return "model"  # what these scripts evaluate, and publish the accuracy of
-    known: dict[tuple[int, int], bool] = {}
     states = {
-        name: state
-        for name, state in checkpoint.items()
-        if isinstance(name, str) and _holds_weights(state, known=known)
+        name: state for name, state in checkpoint.items() if isinstance(name, str) and _holds_weights(state)
     }
     student, teacher = (_shapes(states.get(word, {})) for word in ("student", "teacher"))
     if student and teacher and not is_average(student, teacher, "teacher"):
@@ -392,20 +383,14 @@ def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
     return named[0] if named else None
 
 
-def _holds_weights(value: object, depth: int = 2, known: dict[tuple[int, int], bool] | None = None) -> bool:
-    """Whether a value is a state dict, or holds one; the state of an optimiser has numbers for names.
-
-    ``known`` has what was looked at, since entries of a pickle may share what they hold.
-    """
+def _holds_weights(value: object, depth: int = 2) -> bool:
+    """Whether a value is a state dict, or holds one; the state of an optimiser has numbers for names."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
-    known, key = {} if known is None else known, (id(value), depth)
-    if key not in known:
-        # Two names with dots: a single one may be an optimiser's, or a table beside the weights.
-        named = [name for name, item in value.items() if isinstance(item, Tensor) and "." in name]
-        inner = value.values() if depth and len(named) < 2 else ()
-        known[key] = len(named) > 1 or any(_holds_weights(item, depth - 1, known) for item in inner)
-    return known[key]
+    # Two names with dots: a single one may be an optimiser's, or a table beside the weights.
+    named = [name for name, item in value.items() if isinstance(item, Tensor) and "." in name]
+    inner = value.values() if depth and len(named) < 2 else ()
+    return len(named) > 1 or any(_holds_weights(item, depth - 1) for item in inner)
 
 
 def _shapes(state: Mapping[Any, Any], depth: int = 2) -> dict[str, tuple[int, ...]]:

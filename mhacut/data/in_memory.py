@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from mhacut.data.reading import balanced_order, label_outside
 from mhacut.data.sets import CalibrationImages
@@ -58,15 +57,9 @@ class Expected:
     def _check_images(self, images: Tensor, where: str) -> None:
         shape, (channels, height, width) = list(images.shape), self.size
         if len(shape) != 4 or tuple(shape[1:]) != self.size:
-            hint = "resize them to that"
-            if len(shape) == 3:
-                hint = "give batches, as a torch.utils.data.DataLoader does; images[None] is a batch of one"
-            elif len(shape) == 4 and shape[3] == channels != shape[1]:
-                hint = "channels come first: images.permute(0, 3, 1, 2)"
-            elif len(shape) == 4 and shape[1] != channels:
-                hint = f"the model takes {channels} channel(s), not {shape[1]}"
             raise DataError(
-                f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}; {hint}"
+                f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}; resize them, "
+                "or reorder the dimensions"
             )
         if len(images) == 0:
             raise DataError(f"{where}: holds no images")
@@ -227,9 +220,8 @@ def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, T
         yield name, *expected.check(given, name)
         return
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | dict):
-        hint = "; give a DataLoader of it" if isinstance(given, Dataset) else ""
         raise UsageError(
-            f"{name}: expected a tensor, (images, labels), or a DataLoader, found {_shown(given)}{hint}"
+            f"{name}: expected a tensor, (images, labels), or a DataLoader, found {_shown(given)}"
         )
     for number, batch in enumerate(given, 1):
         where = f"{name}, batch {number}"

@@ -101,8 +101,8 @@ def training_images(
     )
     if split.images is None:
         raise DataError(
-            f"images {split.name}: are a stream, which cannot be resumed at a step; download its shards as "
-            "plain tar files, unpack it, or use hfds/"
+            f"images {split.name}: are a stream, which cannot be resumed at a step; unpack its shards "
+            f"into one folder per class ({option_name('data_dir')}), or use hfds/"
         )
     if need_labels and data.dataset is None and not split.labelled:
         raise DataError(

@@ -165,7 +165,7 @@ def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
     given = {"model": "vit_base_patch16_224", "model_args": args}
     said = refusal(path, **given)
     assert "the classifier beside the network may read the pooler, for which timm has no place" in said
-    assert "part='backbone' reads the network without it" in said
+    assert "num_classes=0 leaves both out" in said
     assert read_model(path, **given, num_classes=0).identity.model_args["num_classes"] == 0
     save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name}, path)
     assert torch.equal(read_model(path, **given).model.state_dict()["head.weight"], tensors["fc.weight"])

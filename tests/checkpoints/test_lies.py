@@ -9,10 +9,9 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoints import ARGS, NAME, make_slim, random_plan, refusal, save, tiny
+from helpers.checkpoints import ARGS, NAME, make_slim, refusal, save
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
-from mhacut.surgery.slice import cut
 
 
 def relabel(path, **changes):
@@ -78,14 +77,3 @@ def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
     path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
     message = refusal(path, model=name, model_args={**args, "img_size": 32})
     assert "differs: model_args={'img_size': 'SIDE'} (or window_size, num_heads) of the file?" in message
-    assert "For images of another size: img_size, maybe with" in message
-    assert "another tool" not in message
-
-
-def test_a_file_pruned_by_another_tool_is_refused(tmp_path):
-    model = tiny()
-    cut(model, random_plan(model, {"qk": 5, "v": 11, "hidden": 77}))
-    path = save(model, tmp_path / "x.safetensors")
-    message = refusal(path, model=NAME, model_args=ARGS)
-    assert "'blocks.0.attn.qkv.weight' expected [144, 48], found [63, 48]" in message
-    assert "was it pruned by another tool?" in message

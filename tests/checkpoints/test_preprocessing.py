@@ -12,7 +12,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.data import Preprocessing
-from mhacut.errors import CheckpointError, UsageError
+from mhacut.errors import UsageError
 from mhacut.inspection.layers import inspect_model
 from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Plan
@@ -47,14 +47,6 @@ def test_a_slim_file_is_read_at_the_size_it_was_cut_for(tmp_path):
         **{**seen.preprocessing.to_json(), "crop_pct": 0.5}
     )
     assert resolve_preprocessing(made, PreprocessingOptions(img_size=128)).input_size == (3, 128, 128)
-
-
-@pytest.mark.parametrize("size", [[3, 64, 64], [1, 32, 32]])
-def test_a_slim_file_may_not_state_a_size_its_model_does_not_take(tmp_path, size):
-    dense = opened(tmp_path, "vit_tiny_patch16_224", depth=1, embed_dim=48, num_heads=3, img_size=32)
-    made = slim(dense, tmp_path / "slim.safetensors", input_size=size, mean=[0.5], std=[0.5])
-    with pytest.raises(CheckpointError, match="its metadata states images of"):
-        resolve_preprocessing(made, PreprocessingOptions())
 
 
 @pytest.mark.parametrize(

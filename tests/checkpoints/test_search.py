@@ -56,7 +56,6 @@ def header_of(model) -> FileHeader:
         ("deit_tiny_distilled_patch16_224", {"num_classes": 7, "in_chans": 1, "depth": 2}),
         ("vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 3}),
         ("swin_tiny_patch4_window7_224", {"num_classes": 5, "in_chans": 4}),
-        ("swin_tiny_patch4_window7_224", {"num_classes": 5, "depths": [2, 2, 1, 2]}),
         pytest.param("beit_base_patch16_224", {"num_classes": 5, "depth": 2}, marks=pytest.mark.slow),
         pytest.param("convit_tiny", {"num_classes": 5}, marks=pytest.mark.slow),
         pytest.param("levit_128s", {"num_classes": 5}, marks=pytest.mark.slow),
@@ -72,22 +71,12 @@ def test_a_file_is_recognised_without_a_flag(name, args):
     assert {note.split()[0] for note in found.notes if ", from " in note} == {*found.inferred}
 
 
-def test_models_that_were_trained_on_other_images_are_named():
-    note = search(header_of(build(VIT, num_classes=10)), {}).notes[-1]
-    assert note.startswith(
-        "the layers also fit deit_tiny_patch16_224, trained on other images; to choose, give"
-    )
-
-
 def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
     header = header_of(build(VIT, embed_dim=48, num_heads=3, depth=2, patch_size=8, img_size=32))
     with pytest.raises(CheckpointError) as error:
         search(header, {})
     message = str(error.value)
     assert "no timm model that mhacut prunes has exactly its 32 tensors; give model='NAME'" in message
-    assert (
-        "if it is a ViT, 48 wide: model='vit_tiny_patch16_224' and model_args={'num_heads': 'N'}" in message
-    )
     found = infer_from_shapes(VIT, {"num_heads": 3}, {}, header.tensors)
     assert found.identity.model_args["embed_dim"] == 48
 
@@ -115,8 +104,6 @@ def test_of_models_that_only_take_other_images_one_is_chosen(tmp_path, side):
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     found = read_model(tmp_path / "model.safetensors")
     assert found.identity.architecture == "xcit_nano_12_p16_224"
-    line = "the layers also fit xcit_nano_12_p16_384, trained on other images"
-    assert any(note.startswith(line) for note in found.notes), found.notes
     for size in (224, 384):
         images = torch.randn(1, 3, size, size)
         with torch.no_grad():

@@ -237,8 +237,6 @@ def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     torch.save({**under("backbone.", without_head(states[0])), "head.weight": torch.ones(10, 96)}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
     assert "'head.weight' expected [10, 48], found [10, 96]" in said
-    line = "head. beside backbone. was read as the classifier; part='backbone' reads the network without it"
-    assert line in said
     assert "part='backbone' reads the network alone" in refused_beside(
         path, states, {"head.0.weight": torch.ones(9, 48), "head.2.weight": torch.ones(10, 9)}
     )

@@ -117,10 +117,8 @@ NAN = numbered(4)
 NAN[2, 1, 0, 0] = float("nan")
 LABELS = torch.tensor([0, 1, 2, 3])
 WRONG = [
-    (torch.zeros(4, 3, 5, 4), r"expected images \[N, 3, 4, 4\], found \[4, 3, 5, 4\]; resize them to that"),
-    (torch.zeros(4, 1, 4, 4), r"the model takes 3 channel\(s\), not 1"),
-    (torch.zeros(4, 4, 4, 3), r"channels come first: images.permute\(0, 3, 1, 2\)"),
-    (torch.zeros(3, 4, 4), r"images\[None\] is a batch of one"),
+    (torch.zeros(4, 3, 5, 4), r"expected images \[N, 3, 4, 4\], found \[4, 3, 5, 4\]; resize them, or"),
+    (torch.zeros(3, 4, 4), r"expected images \[N, 3, 4, 4\], found \[3, 4, 4\]"),
     (
         torch.zeros(4, 3, 4, 4, dtype=torch.uint8),
         r"found uint8; for bytes that is \(images / 255 - mean\) / std",
@@ -139,7 +137,7 @@ WRONG = [
     ([numbered(4).numpy()], "batch 1: expected a tensor of images, .* found ndarray; torch.as_tensor"),
     ([numbered(4), (numbered(4), LABELS)], "batch 2: some batches have labels, and others have none"),
     ([{"pixel_values": numbered(4)}], "batch 1: .* found dict"),
-    (zip(numbered(4), LABELS, strict=True), "batch 1: .* give batches, as a torch.utils.data.DataLoader"),
+    (zip(numbered(4), LABELS, strict=True), "batch 1: expected images"),
 ]
 
 
@@ -156,7 +154,7 @@ def test_what_holds_no_images_at_all_is_refused(images):
 
 
 def test_a_dataset_is_to_be_given_in_batches():
-    with pytest.raises(UsageError, match="found TensorDataset; give a DataLoader of it"):
+    with pytest.raises(UsageError, match="expected a tensor, .*or a DataLoader, found TensorDataset"):
         split(TensorDataset(numbered(4)))
 
 

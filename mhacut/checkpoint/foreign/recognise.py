@@ -157,7 +157,8 @@ def _with_linear_head(family: Family) -> Family:
     refused = dict(family.refused)
     if "pooler" in family.left_out:
         refused["pooler"] = (
-            "the classifier beside the network may read the pooler, for which timm has no place"
+            "the classifier beside the network may read the pooler, for which timm has no place; "
+            f"{option_name('num_classes', 0)} leaves both out"
         )
     return replace(family, names=names, refused=refused)
 
