@@ -190,7 +190,8 @@ def _from_file(
         return _from_names(header, args, hints, cfg)
     named, tag = split_tag(hints.model or "")
     stated = split_tag(training.model or "")[0]
-    model, notes = None, training.notes
+    model: Identified | None = None
+    notes: tuple[str, ...] = ()
     # What the user says counts; a tag stands for weights of timm, of which a script knows nothing.
     if stated and not tag and named in ("", stated):
         try:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import re
-import reprlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,8 +51,6 @@ class Training:
     implied: dict[str, Any]
     """Preprocessing of the script's evaluation, where the script has a name of its own for ``model``; such a
     name may also be that of another model."""
-    notes: tuple[str, ...]
-    """Lines for the user: what was ignored."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -75,23 +73,21 @@ def _plain(value: Any, depth: int) -> Any:
 
 def read_training(stated: Mapping[str, Any]) -> Training | None:
     """Return the valid statements in ``stated``; None if there are none of use."""
-    notes: list[str] = []
     options: dict[str, Any] = {}
     # The first group that states an option counts.
     for _, group in reversed(list(_groups(stated))):
         options.update(group)
-    args = _args(options, notes)
+    args = _args(options)
     size = _input_size(options, args)
     side = None if size is None else (size[1] if size[1] == size[2] else size[1:])
-    cfg = _cfg(options, size, args.get("in_chans", 3), notes)
-    model, origin, further, unknown = _model(stated)
+    cfg = _cfg(options, size, args.get("in_chans", 3))
+    model, origin, further = _model(stated)
     implied: dict[str, Any] = {}
     if further is not None:
         args = {**further, **args}
         # 224 of 256 pixels, in the evaluation of these scripts.
         implied = {**OF_IMAGENET, **({"crop_pct": 0.875} if side in (None, 224) else {})}
-    training = Training(model, origin, args, side, cfg, implied, (*unknown, *notes))
-    return training if model or cfg or training.notes else None
+    return Training(model, origin, args, side, cfg, implied) if model or cfg else None
 
 
 def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -103,12 +99,11 @@ def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
                 yield f"{entry}.{key}", options[key]
 
 
-def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] | None, tuple[str, ...]]:
-    """Return the first name of a model that timm knows, the option that states it, and notes.
+def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] | None]:
+    """Return the first name of a model that timm knows, and the option that states it.
 
     A name of a script's own comes last, with arguments of the model it stands for; they are None otherwise.
     """
-    unknown: list[str] = []
     of_script: tuple[str, str, dict[str, Any]] | None = None
     for entry, options in _groups(stated):
         for key in _MODEL_KEYS:
@@ -119,8 +114,7 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
             architecture, _, tag = _PREFIX.sub("", value, count=1).partition(".")
             if re.fullmatch(r"\w{1,128}", architecture, re.ASCII) and known_model(architecture):
                 tagged = f"{architecture}.{tag}"
-                return tagged if _has_tag(architecture, tag) else architecture, origin, None, ()
-            unknown.append(f"its {origin} {value!r:.100} is not a timm model and was ignored")
+                return tagged if _has_tag(architecture, tag) else architecture, origin, None
             named = _OF_SCRIPTS.fullmatch(value)
             patch = (named[2] or options.get("patch_size", 16)) if named else None
             if named and of_script is None and known_model(f"vit_{named[1]}_patch{patch}_224"):
@@ -128,9 +122,7 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
                 further = {"num_heads": 12} if (entry, value) == ("", "vit_small") else {}
                 pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
                 of_script = f"vit_{named[1]}_patch{patch}_224", origin, {**further, **pooled}
-    if of_script is not None:
-        return *of_script, ()
-    return None, "", None, tuple(unknown[:1])
+    return of_script or (None, "", None)
 
 
 def _has_tag(architecture: str, tag: str) -> bool:
@@ -139,14 +131,13 @@ def _has_tag(architecture: str, tag: str) -> bool:
     return bool(tag) and f"{architecture}.{tag}" in get_arch_pretrained_cfgs(architecture)
 
 
-def _args(options: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
+def _args(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of the model; the classes are left to the shape of the classifier."""
-    args: dict[str, Any] = {}
+    kwargs = options.get("model_kwargs")
     try:
-        kwargs = options.get("model_kwargs")
         args = checked_model_args(kwargs if isinstance(kwargs, Mapping) else {})
-    except CheckpointError as error:
-        notes.append(f"its args.model_kwargs were ignored: {error}")
+    except CheckpointError as error:  # without them, another model might be built
+        raise CheckpointError(f"its args.model_kwargs: {error}; save the state dict alone") from None
     args.pop("num_classes", None)
     channels, pool = options.get("in_chans"), options.get("gp")
     if isinstance(pool, str) and pool in POOLS:
@@ -167,19 +158,13 @@ def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int
     return None
 
 
-def _cfg(
-    options: Mapping[str, Any], size: list[int] | None, channels: int, notes: list[str]
-) -> dict[str, Any]:
+def _cfg(options: Mapping[str, Any], size: list[int] | None, channels: int) -> dict[str, Any]:
     """Return image size, mean and standard deviation, as far as they are stated and make sense."""
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
     given = {name: options[name] for name in ("mean", "std") if isinstance(options.get(name), list)}
     if len(given) < 2 or not all(given.values()):  # one alone is not that of images
         return cfg
-    try:
+    with suppress(DataError, CheckpointError, TypeError, ValueError, OverflowError, RuntimeError):
         stated = Preprocessing((channels, 224, 224), given["mean"], given["std"], "bicubic", 1.0, "center")
         cfg |= {name: plain_json(stated.to_json())[name] for name in given}
-    except (DataError, CheckpointError, TypeError, ValueError, OverflowError, RuntimeError):
-        notes.append(
-            f"its mean and std {reprlib.repr(list(given.values())):.80} are invalid and were ignored"
-        )
     return cfg

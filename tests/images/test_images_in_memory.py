@@ -154,7 +154,7 @@ def test_what_holds_no_images_at_all_is_refused(images):
 
 
 def test_a_dataset_is_to_be_given_in_batches():
-    with pytest.raises(UsageError, match="expected a tensor, .*or a DataLoader, found TensorDataset"):
+    with pytest.raises(UsageError, match=r"expected a tensor, .*or a DataLoader, found TensorDataset"):
         split(TensorDataset(numbered(4)))
 
 
