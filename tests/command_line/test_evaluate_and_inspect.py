@@ -43,7 +43,7 @@ def test_image_size_the_model_does_not_take(slim, images):
     result = run("evaluate", slim, "--data-dir", images, "--img-size", "64")
     assert result.exit_code == 2
     assert "--img-size 64: the model takes images of 32x32 only" in result.stderr
-    assert "prune the dense model again, built for that size" in result.stderr
+    assert "or build the dense model with --model-arg img_size=64" in result.stderr
 
 
 def test_inspect_dense(tiny_vit):
