@@ -20,7 +20,7 @@ LINES = {
     "commands": 2989,
     "data": 1590,
     "exporting": 1437,
-    "finetuning": 2017,
+    "finetuning": 2021,
     "flatten": 1555,
     "inspection": 671,
     "linalg": 872,

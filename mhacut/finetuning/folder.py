@@ -35,6 +35,8 @@ TENSORBOARD = "tensorboard"
 _FILES = (ARGUMENTS, STATE, LAST, BEST, SUMMARY, TENSORBOARD)
 """Names of what a run writes. ``args.yaml`` comes first: nothing is resumed without it, so that files of two
 runs are not taken for those of one, wherever moving them is cut off."""
+_SAVED = frozenset({STATE, LAST, SUMMARY})
+"""What is written once a step is saved. To save space, people remove the state, or all but the best file."""
 _OLD = "old"
 """Directory that an earlier run is moved to."""
 _STATE_VERSION = 2
@@ -84,7 +86,8 @@ class RunFolder:
             for path in options.files_read():
                 check_output(self.file(name), overwrite=True, input_path=path)
         held = self._held()
-        if held and not options.overwrite:
+        # A run whose first measurement failed leaves its options alone: the same command then begins again.
+        if held not in ([], [ARGUMENTS]) and not options.overwrite:
             raise OutputError(
                 f"{self.path}: already holds a run ({', '.join(held)}); continue it with "
                 f"{option_name('resume', self.path)}, choose another directory, or replace it with "
@@ -113,15 +116,15 @@ class RunFolder:
     def set_aside(self) -> Path | None:
         """Move the files of an earlier run to the directory ``old`` in this one, and return it.
 
-        They take the place of a still older run's. A run that saved no state is removed instead: nobody can
-        go on with it, and the run in ``old`` is worth more. Other files stay where they are.
+        They take the place of a still older run's. A run that saved no step is removed instead: it holds
+        nothing but its start, and the run in ``old`` is worth more. Other files stay where they are.
 
         Raises:
             OutputError: they cannot be moved.
         """
         held, old = self._held(), RunFolder(self.path / _OLD)
         with self._writing():
-            if STATE not in held:
+            if _SAVED.isdisjoint(held):
                 self._remove()
                 return None
             old.path.mkdir(exist_ok=True)

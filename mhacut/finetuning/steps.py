@@ -109,7 +109,7 @@ def _check_finite(run: Run, loss: float) -> None:
     if run.options.amp:
         advice += f", or go without {option_name('amp')}"
     saved = run.progress.saved
-    state = "nothing was saved yet" if saved is None else f"{run.folder.path} has what step {saved} saved"
+    state = "no step was saved yet" if saved is None else f"{run.folder.path} has what step {saved} saved"
     with run.processes.together():  # the loss is the sum over all: each process is here, and one reports it
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {state}. {advice}"

@@ -227,7 +227,8 @@ def _checkpoint_gradients(model: Any) -> None:
 def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimizer:
     known = tuple(list_optimizers())
     if options.opt not in known:
-        raise UsageError(f"{option_name('opt', options.opt)}: {unknown_option(options.opt, known)}")
+        unknown = unknown_option(options.opt, known, "optimiser")
+        raise UsageError(f"{option_name('opt', options.opt)}: {unknown}")
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
         asked = option_name("layer_decay", options.layer_decay)
         raise UsageError(f"{asked}: timm does not know the order of this model's layers; leave it out")

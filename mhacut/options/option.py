@@ -380,10 +380,10 @@ def _main(kind: Any) -> Any:
     return os.PathLike if get_origin(main) is os.PathLike else main
 
 
-def unknown_option(name: str, known: tuple[str, ...]) -> str:
-    """Say that there is no option ``name``, and which it resembles."""
+def unknown_option(name: str, known: tuple[str, ...], kind: str = "option") -> str:
+    """Say that there is no option, or other ``kind`` of thing, ``name``, and which it resembles."""
     near = difflib.get_close_matches(name, known, n=1)
-    return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+    return f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:

@@ -62,7 +62,7 @@ WRONG = [
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} --teacher nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
     ("finetune {file} -o {slim}", 1, "is a file; expected a directory for the run (--output)"),
-    ("finetune {file} -o {run}", 1, "already holds a run (args.yaml); continue it with --resume"),
+    ("finetune {file} -o {run}", 1, "already holds a run (args.yaml, last.safetensors); continue it with"),
     ("finetune --resume {run} --overwrite", 2, "--overwrite: would replace the run"),
     ("finetune --resume nowhere", 2, "--resume nowhere: no run to continue"),
     ("inspect {file} --compare nowhere.pth", 1, "no such file: nowhere.pth"),
@@ -79,6 +79,7 @@ def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
     files["run"] = tmp_path / "run"
     files["run"].mkdir()
     (files["run"] / "args.yaml").write_text("epochs: 2\n")
+    (files["run"] / "last.safetensors").write_text("x")
     code = (
         "import json, sys\n"
         "from mhacut.cli.app import app\n"

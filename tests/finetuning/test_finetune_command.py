@@ -32,7 +32,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"opt": "adamv"}, "opt='adamv': no option 'adamv'; did you mean"),
+        ({"opt": "adamv"}, "opt='adamv': no optimiser 'adamv'; did you mean"),
         ({"opt": "adahessian"}, "opt='adahessian': needs second derivatives"),
         ({"lr": 1e38}, r"lr=1e\+38: expected above 0, at most 1e\+36"),
         ({"epochs": 0}, "epochs=0"),
@@ -147,7 +147,7 @@ def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, at
     with unchanged(slim, images):
         result = run(*given, "--steps", "2")
     assert result.exit_code == 1
-    assert "loss became nan at step 1 of 2; nothing was saved yet" in result.stderr
+    assert "loss became nan at step 1 of 2; no step was saved yet" in result.stderr
     assert "No weight has changed yet: look at the outputs of the model on these images" in result.stderr
     assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
 

@@ -267,7 +267,7 @@ def test_an_overwritten_run_is_set_aside(tune, finished, finished_run, at_call):
     with pytest.raises(OutputError, match=r"already holds a run.*resume="):
         tune()
     undo = at_call(Trainer, "step", 2, nan)
-    with pytest.raises(MhacutError, match="nothing was saved yet"):
+    with pytest.raises(MhacutError, match="no step was saved yet"):
         tune(overwrite=True, lr=1e-4, reporter=reporter)
     undo()
     assert f"the earlier run is now in {finished / 'old'}" in reporter.messages
@@ -282,6 +282,25 @@ def test_an_overwritten_run_is_set_aside(tune, finished, finished_run, at_call):
     last = weights(result.folder)
     tune(overwrite=True)
     assert same(weights(finished / "old"), last)
+
+
+@pytest.mark.parametrize("removed", [{"state.pt"}, {"state.pt", "last.safetensors"}])
+def test_weights_are_set_aside_also_without_the_state(tune, finished, removed):
+    """As people remove it to save space."""
+    for name in removed:
+        (finished / name).unlink()
+    before = tree(finished)
+    tune(overwrite=True, steps=1)
+    assert tree(finished / "old") == before
+
+
+def test_a_run_whose_first_measurement_failed_begins_again(tune, tmp_path, at_call):
+    undo = at_call(run_module, "evaluate", 1)
+    with pytest.raises(Killed):
+        tune(steps=1)
+    undo()
+    assert names(tmp_path / "run") == {"args.yaml"}
+    assert names(tune(steps=1).folder) == ALL
 
 
 def test_what_a_run_reads_is_never_replaced(tune, finished, slim, images, tmp_path):
