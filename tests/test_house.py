@@ -28,7 +28,7 @@ LINES = {
     "options": 1432,
     "pruning": 4200,
     "report": 1014,
-    "runtime": 998,
+    "runtime": 1025,
     "surgery": 2335,
     "top": 807,
 }

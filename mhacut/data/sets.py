@@ -28,7 +28,7 @@ from mhacut.data.reading import (
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime.process import outlive_signals, worker_count
+from mhacut.runtime.process import outlive_signals, start_reading, worker_count
 from mhacut.text import listed
 
 
@@ -285,7 +285,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         bad: list[Unreadable] = []
         seen = 0
-        for images, labels, unreadable in self._loader:
+        for images, labels, unreadable in start_reading(self._loader):
             bad += unreadable
             seen += len(labels)
             if not len(labels):

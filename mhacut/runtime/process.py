@@ -15,8 +15,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
 
 DEFAULT_WORKERS = 2
 
@@ -111,6 +115,29 @@ def stop_request() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Iterate over ``loader``, whose processes outlive signals from the moment they start.
+
+    Until a process calls its ``worker_init_fn``, :func:`outlive_signals`, a signal would end it, and the run.
+
+    Args:
+        loader: loader of images, with any number of processes.
+    """
+    method = multiprocessing.get_start_method() if loader.num_workers else None
+    # A fork server would hand the mask to all processes that it ever starts; Windows has no masks.
+    if method not in ("fork", "spawn") or not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    if method == "spawn":
+        resource_tracker.ensure_running()  # it unblocks the signals when it starts, with the first process
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        # Inside "try", because a signal that came just before may raise here, with the mask set already.
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_signals(worker: int) -> None:

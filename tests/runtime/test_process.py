@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+from multiprocessing import util
 
 import pytest
 import torch
@@ -65,6 +67,23 @@ def test_a_signal_while_images_are_read_costs_none(labels, number):
     (reader,) = set(multiprocessing.active_children()) - before
     os.kill(reader.pid, number)
     assert sorted([first, *read]) == list(range(12))
+
+
+class ForkedWith:
+    """Function that each process calls when it is forked, as long as this object exists."""
+
+    def __init__(self, function):
+        util.register_after_fork(self, lambda _: function())
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="forks nothing")
+@pytest.mark.parametrize("labels", [validation_labels, training_labels])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_while_a_reader_starts_costs_no_image(labels, number):
+    signalled = ForkedWith(lambda: os.kill(os.getpid(), number))
+    assert sorted(labels()) == list(range(12))
+    assert signalled
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 READING = """
