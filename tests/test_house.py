@@ -18,7 +18,7 @@ LINES = {
     "checkpoint": 5499,
     "cli": 1312,
     "commands": 2989,
-    "data": 1590,
+    "data": 1613,
     "exporting": 1437,
     "finetuning": 2021,
     "flatten": 1555,

@@ -164,7 +164,9 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
-def label_images(folder: Folder, data: LabelledImages, num_classes: int | None, hint: str) -> list[int]:
+def label_images(
+    folder: Folder, data: LabelledImages, num_classes: int | None, hint: str, *, other: str | None
+) -> list[int]:
     """Return the class index of every image.
 
     Args:
@@ -172,9 +174,11 @@ def label_images(folder: Folder, data: LabelledImages, num_classes: int | None, 
         data: options that name them, and may name the classes in the order of the model's head.
         num_classes: number of classes of the model's head, to check the folders against.
         hint: advice that ends the message where labels are wrong.
+        other: another split, whose class folders are compared where they give the labels; None for none.
 
     Raises:
-        DataError: images outside class folders, an empty class folder, or classes that the head lacks.
+        DataError: images outside class folders, an empty class folder, or classes that the head or the other
+            split lacks.
     """
     class_map = data.class_map
     if "" in folder.names:
@@ -205,6 +209,17 @@ def label_images(folder: Folder, data: LabelledImages, num_classes: int | None, 
             f"{folder.path}: {len(folder.classes)} class folders ({listed(folder.classes)}), "
             f"the model's head has {num_classes} classes. Name the classes in the head's order with "
             f"{option_name('class_map')}{hint}"
+        )
+    second = None if other is None or data.data_dir is None else split_folder(Path(data.data_dir), other)
+    theirs = [] if second is None else subfolders(second)
+    here = [name for name in folder.classes if name not in theirs]
+    there = [name for name in theirs if name not in folder.classes]
+    # One renamed folder shifts labels silently. Names that all differ may mean the same classes in one order.
+    if len(here) == len(there) and 0 < len(here) < len(theirs):
+        raise DataError(
+            f"{folder.path}: class folders are not those of {second}: {listed(here)} only here, "
+            f"{listed(there)} only there. Labels are the places of the sorted names; give both the same "
+            f"folders{hint}"
         )
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]

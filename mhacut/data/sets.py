@@ -93,7 +93,10 @@ def open_split(
     labelled = use_labels and any(folder.names)
     if labelled:
         hint = f", or leave labels out with {option_name('labels', False)}" if option == "train_split" else ""
-        labels = label_images(folder, data, num_classes, hint)
+        # Commands that read both splits compare them when they read the one to train on, if with its labels.
+        reads_both = isinstance(data, DataOptions)
+        other = data.val_split if option == "train_split" else None if reads_both else "train"
+        labels = label_images(folder, data, num_classes, hint, other=other)
     return Split(
         f"under {folder.name}/",
         ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
@@ -358,6 +361,11 @@ def evaluation_loader(
         samples, chosen = NamedStream(str(data.dataset), split.stream, limit, preprocessing), []
     else:
         chosen = _spread(split.groups, limit)
+        if len(chosen) < part[1]:
+            raise DataError(
+                f"{len(chosen)} images {split.name} are fewer than the {part[1]} processes that share them; "
+                f"start fewer processes, or change {option_name('eval_images')}"
+            )
         mine = chosen[part[0] :: part[1]]
         total = len(mine)
         description = f"{len(chosen)} of {len(split.groups)} images {split.name}"

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 from helpers.data import PLAIN, calibrated, evaluated, evaluation, levels, write_image, write_split
-from mhacut.data import Preprocessing, has_split, synthetic_images
+from mhacut.data import Preprocessing, evaluation_loader, has_split, synthetic_images
 from mhacut.errors import DataError, UsageError
-from mhacut.options.base import DataOptions
+from mhacut.options.base import DataOptions, LabelledImages
 
 
 def test_labels_fit_the_images(root) -> None:
@@ -230,6 +230,31 @@ def test_an_empty_class_folder_does_not_shift_the_others(root, tmp_path) -> None
     names.write_text("ant\nbee\ncat\n")
     labels = torch.cat([labels for _, labels in evaluation(root, class_map=names)])
     assert labels.tolist() == [0] * 4 + [2] * 4
+
+
+def test_splits_whose_classes_differ_in_part_are_refused(root, tmp_path) -> None:
+    """As many class folders in both, so that bee and cat of one would be ant and bee of the other."""
+    (root / "val" / "ant").rename(root / "val" / "zebra")
+    message = "class folders are not those of .*: {} only here, {} only there.* the same folders"
+    with pytest.raises(DataError, match=message.format("ant", "zebra") + ".*labels=False"):
+        calibrated(PLAIN, count=1, seed=0, data_dir=root, num_classes=3)
+    alone = LabelledImages(data_dir=root)  # as evaluate has them
+    with pytest.raises(DataError, match=message.format("zebra", "ant")):
+        evaluation_loader(PLAIN, alone, num_classes=3, batch_size=1)
+    # Without labels, and with names for all classes, no label is shifted.
+    assert calibrated(PLAIN, count=1, seed=0, data_dir=root, use_labels=False).labels is None
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\nzebra\n")
+    assert evaluation(root, class_map=names, num_classes=4).images == 12
+    for name in ("bee", "cat", "zebra"):  # all others, maybe of the same classes in this order
+        (root / "val" / name).rename(root / "val" / f"n{name}")
+    calibrated(PLAIN, count=1, seed=0, data_dir=root, num_classes=3)
+
+
+def test_processes_without_an_image_are_refused(root) -> None:
+    message = "2 images under val/ are fewer than the 3 processes that share them; .*change eval_images"
+    with pytest.raises(DataError, match=message):
+        evaluation(root, limit=2, part=(0, 3))
 
 
 def test_a_class_count_that_is_not_the_heads_is_refused(root) -> None:
