@@ -79,7 +79,7 @@ class FreshBiases:
     """Position biases gathered anew in every call.
 
     timm caches them in eval mode, with the graph that made them: a second backward pass in eval mode, as in
-    tuning, fails on that graph, or sees the biases of the first.
+    healing, fails on that graph, or sees the biases of the first.
     """
 
     def get_attention_biases(self: Any, device: torch.device) -> Tensor:

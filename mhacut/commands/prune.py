@@ -178,6 +178,7 @@ def run_prune(
         with processes.together():
             inputs, *others = read_inputs(options, processes, timer, module, images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
+            inputs.dense_accuracy()
         job = inputs.job
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
@@ -282,10 +283,12 @@ def _write(
     held_out = job.held_out(planner.calibration)
     divergence = held_out.divergence_of(slim)
     stored = options.params is not None or options.size is not None  # merging stores no less
-    mergeable = not (stored or job.merges_tokens or any(job.merged) or why_not_merged(dense))
+    mergeable = options.allocation == "curves" and not (
+        stored or job.merges_tokens or any(job.merged) or why_not_merged(dense)
+    )
     if divergence > MUCH and mergeable and held_out.preserved.measure == "answers":
         scope = option_name("scope", "attention+mlp+tokens")
-        timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which costs less")
+        timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which may cost less")
     timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
     times: tuple[float, ...] | tuple[None, None] = (None, None)
     if timed is not None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,16 @@ class PruneInputs:
     """Labelled images to measure accuracy on; None without any."""
     no_accuracy: str
     """Reason that there are none."""
-    evaluation: Evaluation | None
-    """Accuracy of the dense model, in the first process."""
-    right: tuple[bool, ...]
-    """Whether the dense model's top-1 class is right, for each image that its accuracy was measured on."""
+    dense_accuracy: Callable[[], tuple[Evaluation | None, tuple[bool, ...]]]
+    """Measures the dense model on the first call, in the first process: minutes, which a budget out of reach
+    need not take. Returns its accuracy, and whether its top-1 class is right for each image."""
     job: Job
     stopwatch: Stopwatch
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """Accuracy of the dense model."""
+        return self.dense_accuracy()[0]
 
     @property
     def target(self) -> Path:
@@ -222,11 +226,16 @@ def read_inputs(
         if origins.hint is not None:
             reporter.log(origins.hint)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
-    evaluation, right = None, list[bool]()
-    if validation is not None and processes.first:
+
+    @cache
+    def dense_accuracy() -> tuple[Evaluation | None, tuple[bool, ...]]:
+        if validation is None or not processes.first:
+            return None, ()
         reporter.start("evaluating")
-        progress = reporter.advance
+        progress, right = reporter.advance, list[bool]()
         evaluation = evaluate(dense, validation, device=processes.device, progress=progress, right=right)
+        return evaluation, tuple(right)
+
     shared = PruneInputs(
         options,
         loaded,
@@ -235,8 +244,7 @@ def read_inputs(
         images,
         validation,
         no_accuracy,
-        evaluation,
-        tuple(right),
+        dense_accuracy,
         job,
         stopwatch,
     )

@@ -458,7 +458,7 @@ class MaxDrop(_Loss):
                 f"{self.option}: expected labelled images to measure accuracy on; {inputs.no_accuracy}. "
                 f"Without labels, {option_name('max_kl')} bounds the KL divergence"
             )
-        right, chance = inputs.right, 1 / classifier_size(inputs.loaded.model)
+        right, chance = inputs.dense_accuracy()[1], 1 / classifier_size(inputs.loaded.model)
         # Two standard errors above chance: below that, no drop can be told from luck.
         if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
             raise BudgetError(
@@ -468,7 +468,7 @@ class MaxDrop(_Loss):
             )
 
     def measure(self, attempt: Attempt) -> Reached:
-        inputs, right = self.inputs, list[bool]()
+        inputs, right, before = self.inputs, list[bool](), self.inputs.dense_accuracy()[1]
         assert inputs.validation is not None
         inputs.job.reporter.start("evaluating")
         attempt.evaluation = evaluate(
@@ -478,6 +478,6 @@ class MaxDrop(_Loss):
             progress=inputs.job.reporter.advance,
             right=right,
         )
-        drop = 100 * (sum(inputs.right) - sum(right)) / len(right)
-        error = standard_error_of_drop(inputs.right, right)
+        drop = 100 * (sum(before) - sum(right)) / len(right)
+        error = standard_error_of_drop(before, right)
         return self.reached(drop, error)

@@ -28,7 +28,7 @@ ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
 """Endings of default output names."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BATCH = 2**31 - 1
-"""Largest batch of an exported file; torch 2.6 fails to export without a bound."""
+"""Largest batch of an exported file; torch may fail to export without a bound."""
 
 _OPSET = 18
 """ONNX opset of models that are timed or converted, the default of ``mhacut export``."""

@@ -9,6 +9,7 @@ are nearer to zero than to that mean, as one image may be, nothing is predicted 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,14 +66,10 @@ def refit_linear(
         columns: weights that read the channels, [out, d].
         constant: whether a bias can absorb W_P c.
     """
-
-    def centred(moments: Moments, about: Moments) -> Tensor:
-        return moments.about(about.mean) if constant else moments.energy
-
-    seen, unseen, both = centred(fit, fit), centred(held, fit), fit + held
+    seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
     lost = columns.double()[:, gone]  # (out, P)
-    errors = _errors(seen, unseen, kept, gone, lost)
+    errors = _errors(seen, unseen, kept, gone, lost, _brought(lost, _part(unseen, gone, gone)))
     ridge = min(errors, key=lambda choice: errors[choice])
     prediction = torch.zeros(len(gone), len(kept), dtype=torch.float64, device=kept.device)
     offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
@@ -81,11 +78,35 @@ def refit_linear(
         return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
     if ridge < float("inf"):
         # Held-out images chose the ridge; the fit itself may use them too.
-        every = centred(both, both)
+        every = _centred(both, both, constant)
         prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
     if constant:
         offset = both.mean[gone] - prediction @ both.mean[kept]
     return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+
+
+def linear_error(
+    fit: Moments, held: Moments, columns: Tensor, *, constant: bool
+) -> Callable[[Tensor], float]:
+    """Return the error that :func:`refit_linear` leaves, as a function of ``kept``; for many choices.
+
+    What all choices share is computed once: products of the parts of each two channels in the output, whose
+    sums over the removed channels are the errors if these are taken as 0, or as their mean.
+    """
+    seen, unseen, columns = _centred(fit, fit, constant), _centred(held, fit, constant), columns.double()
+    gram = columns.mT @ columns  # (d, d)
+    as_zero, as_mean = gram * held.energy, gram * unseen
+
+    def error(kept: Tensor) -> float:
+        gone = others(kept, len(seen))
+        zero, mean = (max(float(_part(each, gone, gone).sum()), 0.0) for each in (as_zero, as_mean))
+        return min(zero, *_errors(seen, unseen, kept, gone, columns[:, gone], mean).values())
+
+    return error
+
+
+def _centred(moments: Moments, about: Moments, constant: bool) -> Tensor:
+    return moments.about(about.mean) if constant else moments.energy
 
 
 def _brought(lost: Tensor, second: Tensor) -> float:
@@ -93,7 +114,9 @@ def _brought(lost: Tensor, second: Tensor) -> float:
     return float((lost @ second * lost).sum())
 
 
-def _errors(seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tensor) -> dict[float, float]:
+def _errors(
+    seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tensor, unpredicted: float
+) -> dict[float, float]:
     """Return the squared error of the output on held-out images, per row, for every ridge.
 
     Args:
@@ -102,8 +125,9 @@ def _errors(seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tens
         kept: indices of the kept channels, [kept], ascending.
         gone: indices of the others, [removed].
         lost: columns that read the removed channels, [out, removed].
+        unpredicted: error if nothing is predicted, which is an infinite ridge.
     """
-    errors = {float("inf"): _brought(lost, _part(unseen, gone, gone))}  # nothing is predicted
+    errors = {float("inf"): unpredicted}
     values, vectors = torch.linalg.eigh(_part(seen, kept, kept))
     size = float(values.clamp_min(0).mean())
     rounding = max(0.0, -float(values[0]))  # least absolute ridge, see _ridge_solve

@@ -13,13 +13,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
-from mhacut.linalg.reconstruction import output_error, refit_linear, symmetric_root, weighed_by
+from mhacut.linalg.reconstruction import linear_error, output_error, symmetric_root, weighed_by
 from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import WITHOUT_GRADIENTS, Calibration
@@ -89,16 +90,13 @@ def _output_curve(
     if candidate.rotation is not None:
         columns = columns @ block_diagonal(candidate.rotation).mT
     heads = unit.width * torch.arange(unit.heads, device=columns.device)[:, None]
+    error: Callable[[Tensor], float]
     if few:
         weighed = weighed_by(symmetric_root(fisher), columns)
+        error = linear_error(in_basis.fit[0], in_basis.held[0], weighed, constant=constant)
     else:
         second = in_basis.every[0].covariance if constant else in_basis.every[0].energy
-
-    def error(kept: Tensor) -> float:
-        if few:
-            return refit_linear(in_basis.fit[0], in_basis.held[0], kept, weighed, constant=constant).left
-        return output_error(second, kept, columns, fisher, refit=refit)
-
+        error = partial(output_error, second, columns=columns, fisher=fisher, refit=refit)
     # To second order, a divergence is half the error weighed by the Fisher information.
     sampled = {unit.width: 0.0}
     for width in sampled_widths(choices):

@@ -96,6 +96,15 @@ def test_refusals_leave_nothing_behind(tiny_vit, tmp_path, options, error, messa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_budget_out_of_reach_is_refused_before_the_dense_model_is_measured(digits_vit, tmp_path):
+    images, checkpoint = digits_vit
+    reporter, output = Recorder(), tmp_path / "slim.safetensors"
+    with pytest.raises(BudgetError, match="out of reach"):
+        mhacut.prune(checkpoint, flops="5%", data_dir=images, reporter=reporter, output=output)
+    assert "loading images" in reporter.stages
+    assert "evaluating" not in reporter.stages
+
+
 def test_unsupported_attention_is_refused_by_class(tmp_path):
     import timm
 

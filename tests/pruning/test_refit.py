@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helpers.models import relative
 from helpers.moments import exact, rows
 from mhacut.linalg.moments import Moments, gram
-from mhacut.linalg.reconstruction import RIDGES, output_error, refit_linear, refit_logits
+from mhacut.linalg.reconstruction import RIDGES, linear_error, output_error, refit_linear, refit_logits
 from mhacut.linalg.selection import rank_channels
 
 
@@ -107,6 +107,8 @@ def test_the_error_of_the_best_ridge_is_that_of_its_rows(seed, constant):
             errors.append(float(left.square().sum() / len(held)))
         refit = refit_linear(exact(fit), exact(held), torch.tensor(kept), columns, constant=constant)
         assert refit.left == pytest.approx(min(errors), rel=1e-6)
+        error = linear_error(exact(fit), exact(held), columns, constant=constant)
+        assert error(torch.tensor(kept)) == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_held_out_images_far_from_the_mean_have_the_error_of_their_rows():
