@@ -7,7 +7,6 @@ A test executes them too, and compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ def notebooks() -> list[Path]:
     return sorted(EXAMPLES.glob("*.ipynb"))
 
 
-def executed(path: Path, on_message: Callable[[dict[str, Any]], None] = lambda message: None) -> Any:
+def executed(path: Path) -> Any:
     """Return the notebook at ``path`` as it is after all of its cells ran, in its own folder.
 
     Outputs that are of no use to readers are left out: times of execution, warnings, bars that are empty
@@ -30,19 +29,13 @@ def executed(path: Path, on_message: Callable[[dict[str, Any]], None] = lambda m
 
     Args:
         path: the notebook, which is not changed.
-        on_message: called with every message of the kernel.
 
     Raises:
         CellExecutionError: a cell fails.
     """
-
-    class Client(NotebookClient):
-        def process_message(self, message: Any, cell: Any, cell_index: int) -> Any:
-            on_message(message)
-            return super().process_message(message, cell, cell_index)
-
     notebook = nbformat.read(path, as_version=4)
-    client = Client(notebook, timeout=300, record_timing=False, resources={"metadata": {"path": path.parent}})
+    where = {"metadata": {"path": path.parent}}
+    client = NotebookClient(notebook, timeout=300, record_timing=False, resources=where)
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":

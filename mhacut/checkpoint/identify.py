@@ -254,7 +254,7 @@ def _from_names(
         origins = dict.fromkeys(of_tag, "tag") if tag else dict.fromkeys(cfg or (), "library")
         model = replace(model if tag else _without_claims(model, cfg or ()), cfg_origins=origins)
         return _with_notes(model, first=f"architecture {name}, as given")
-    model = _without_claims(search(header, args))
+    model = _without_claims(search(header, args, normalised="mean" in (cfg or {})))
     name = model.identity.architecture
     if "_rope_ape_" in name:
         raise CheckpointError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -17,6 +18,7 @@ from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.visible_args import PIXELS, SIZES
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
+from mhacut.surgery.find import model_input_size
 
 _MOST_NAMED = 4
 """Architectures in a message."""
@@ -30,15 +32,25 @@ _NOT_COMPUTED = frozenset(
 them those of images, on which the function depends only where shapes of tensors and windows do."""
 _ONLY_TRAINED = ("Identity", "Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
+_FLATTEN: dict[str, tuple[str, ...]] = {
+    "flatten_cswin": ("stage1.0.attns.0.positional_encoding", "stage1.0.attn.attns.0.positional_encoding"),
+    "flatten_deit": ("blocks.0.attn.positional_encoding",),
+    "flatten_pvt": ("block1.0.attn.positional_encoding",),
+    "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
+    "flatten_swin": ("layers.0.blocks.0.attn.positional_encoding",),
+}
+"""FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
-def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
+
+def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> Identified:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
-    Several that compute the same count as one, whatever images they were trained on.
+    Several that compute the same count as one; a note names those that were trained on other images.
 
     Args:
         header: header of the file.
         args: arguments of ``timm.create_model`` that the user gave.
+        normalised: whether it is known how images are normalised, so that no note about it is needed.
 
     Raises:
         CheckpointError: no model has them, or several that compute different things.
@@ -50,6 +62,7 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
         names = [name for name in table.of_any_size(shapes) if not name.startswith("test_")]
         built += _build(header, args, names)
         fits = _nearest(built, header)
+    fits = fits or _nearest(_build(header, args, _of_flatten(header.shapes)), header)
     if not fits:
         raise CheckpointError(_nothing_fits(header, built))
     # A model that computes something else would give other logits from the same file: the user must say.
@@ -57,7 +70,16 @@ def search(header: FileHeader, args: Mapping[str, Any]) -> Identified:
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
-    return chosen
+    notes = [] if normalised else _alternatives(chosen, others)
+    return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
+
+
+def _of_flatten(names: Collection[str]) -> Iterator[str]:
+    import timm
+
+    for module, signs in _FLATTEN.items():
+        if any(sign in names for sign in signs):
+            yield from timm.list_models(module=module)
 
 
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
@@ -140,6 +162,21 @@ def _text(value: Any) -> str:
     if isinstance(value, functools.partial):
         return f"{_text(value.func)}({_text(value.args)}, {_text(value.keywords)})"
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
+
+
+def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
+    """Return a note that names models that compute the same on images of another size or normalisation."""
+    names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
+    if not names:
+        return []
+    flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
+    return [f"the layers also fit {_some(names)}, trained on other images; to choose, give {flags}"]
+
+
+def _images(fit: Identified) -> list[Any]:
+    identity = fit.identity
+    size = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
+    return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -171,6 +171,9 @@ def _check_archive(path: Path) -> None:
         if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
             fault = "TorchScript archives are not supported; save the state dict: "
             fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
+        elif names and all(name.endswith(".npy") for name in names):
+            fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
+            fault += "m = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), ...)"
         elif len(pickles) != 1:
             fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
         # torch compresses nothing, and what is compressed may be any size once it is unpacked.

@@ -71,6 +71,13 @@ def test_a_file_is_recognised_without_a_flag(name, args):
     assert {note.split()[0] for note in found.notes if ", from " in note} == {*found.inferred}
 
 
+def test_models_that_were_trained_on_other_images_are_named():
+    note = search(header_of(build(VIT, num_classes=10)), {}).notes[-1]
+    assert note.startswith(
+        "the layers also fit deit_tiny_patch16_224, trained on other images; to choose, give"
+    )
+
+
 def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
     header = header_of(build(VIT, embed_dim=48, num_heads=3, depth=2, patch_size=8, img_size=32))
     with pytest.raises(CheckpointError) as error:

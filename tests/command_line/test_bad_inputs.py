@@ -71,6 +71,7 @@ FILES = {
     "13 gzip": (b"\x1f\x8b\x08\0\0\0\0\0\0\xff", "this is an archive (.gz, .tar), not a"),
     "14 truncated zip": (torch_file({"a": TENSOR})[:-99], "truncated, or not a torch checkpoint"),
     "15 plain zip": (zipped({"../evil.txt": b"x"}), "a zip file, but not a torch checkpoint"),
+    "15 npz": (zipped({"cls.npy": b"x"}), "a NumPy archive (.npz), not a torch checkpoint; timm converts"),
     "16 TorchScript": (torchscript, "TorchScript archives are not supported; save the state dict"),
     "16 tar": (bytes(257) + b"ustar" + bytes(250), "this is an archive (.gz, .tar), not a checkpoint"),
     "18 pickled model": (lambda: torch_file(nn.Linear(2, 2)), "no weights, first torch.nn.modules.linear"),
