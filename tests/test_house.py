@@ -15,10 +15,10 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2719,
-    "checkpoint": 5499,
+    "checkpoint": 5333,
     "cli": 1312,
     "commands": 3000,
-    "data": 1613,
+    "data": 1478,
     "exporting": 1437,
     "finetuning": 2021,
     "flatten": 1555,
@@ -26,11 +26,11 @@ LINES = {
     "linalg": 896,
     "measuring": 850,
     "options": 1432,
-    "pruning": 4200,
+    "pruning": 4198,
     "report": 1014,
     "runtime": 1025,
     "surgery": 2335,
-    "top": 807,
+    "top": 800,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")
