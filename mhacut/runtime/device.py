@@ -56,9 +56,9 @@ def warn_of_slow_amp(device: torch.device, note: Callable[[str], None]) -> None:
     """Warn those who asked for ``--amp`` on a processor or GPU without bfloat16, which then emulates it."""
     # A training step of a small ViT took 13 times as long there as in float32. Of processors, torch says
     # only how wide their vectors are; none that stops at AVX2 has bfloat16.
-    on_cpu = device.type == "cpu"
-    if torch.backends.cpu.get_cpu_capability() == "AVX2" if on_cpu else not has_bfloat16(device):
-        this = "processor" if on_cpu else "GPU"
+    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2"
+    if narrow or (device.type == "cuda" and not has_bfloat16(device)):
+        this = "processor" if narrow else "GPU"
         note(
             f"{option_name('amp', True)}: this {this} has no native bfloat16 and would be many times slower "
             "with it; leave it out"
