@@ -28,7 +28,7 @@ LINES = {
     "options": 1432,
     "pruning": 4198,
     "report": 1014,
-    "runtime": 1025,
+    "runtime": 1026,
     "surgery": 2335,
     "top": 800,
 }

@@ -151,7 +151,8 @@ class StageDisplay(Silent):
 
     def close(self) -> None:
         """Take the bar off."""
-        self._progress.stop()
+        if self._say is None:  # some versions of rich end a disabled bar with an empty line
+            self._progress.stop()
 
 
 @contextmanager
