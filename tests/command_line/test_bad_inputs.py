@@ -83,7 +83,7 @@ FILES = {
     "21 overflow": (header({"a": entry(shape=(2**40, 2**40))}), DAMAGED),
     "21 unknown dtype": (header({"a": entry("X9")}), DAMAGED),
     "21 deep": (header(b'{"a":' * 100_000), DAMAGED),
-    "24 names": (header({"\x1b[2J\u202e[red]": entry("C64", (1,))}, bytes(8)), r"\x1b[2J\u202e[red]"),
+    "24 names": (header({"\x1b[2J\u202e[red]": entry("F8_E4M3", (8,))}, bytes(8)), r"\x1b[2J\u202e[red]"),
     "34 no tensors": (header({}), "holds no tensors"),
     "34 list": (torch_file([TENSOR]), "expected a dict of tensors, found list"),
     "34 nothing": (torch_file({"state_dict": None}), "expected a dict of tensors, found None"),
