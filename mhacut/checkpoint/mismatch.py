@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.visible_args import visible_args, visible_classes
+from mhacut.checkpoint.visible_args import is_foreign, visible_args, visible_classes
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name
 
@@ -61,6 +61,13 @@ def check_tensors(
         return
     models = "" if stated else _models_with(tensors, identity)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
+    if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
+        instead = f", not {missing[0]!r:.150}" if missing else ""
+        raise CheckpointError(
+            f"{where}: its tensors do not fit {identity.architecture}: {counts}; most tensor names are "
+            f"not that model's (the file has {unexpected[0]!r:.150}{instead}): give "
+            f"{option_name('model')} the architecture of the file{f' ({models})' if models else ''}"
+        )
     args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
     lines = [f"{where}: its tensors do not fit {identity.architecture} ({args}): {counts}"]
     shapes = [
@@ -76,10 +83,7 @@ def check_tensors(
             "model again"
         )
     else:
-        hints = _hints(expected, tensors, other)
-        lines += [
-            f"  {hint}" for hint in hints or [f"give {option_name('model')} the architecture of the file"]
-        ]
+        lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 

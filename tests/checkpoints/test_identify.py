@@ -154,6 +154,14 @@ def test_shapes_that_do_not_fit_are_counted_and_hinted_at(dense, changes, says):
     assert all(text in message for text in says), message
 
 
+def test_a_file_of_another_model_is_refused_in_one_line(tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({f"encoder.{i}": torch.ones(1) for i in range(2000)}, path)
+    message = refusal(path, model=NAME)
+    assert "most tensor names are not that model's (the file has 'encoder.0', not 'cls_token')" in message
+    assert "\n" not in message
+
+
 def test_the_model_that_a_file_is_of_is_named(tmp_path, zeros):
     path = tmp_path / "model.safetensors"
     save_file(zeros("deit_tiny_distilled_patch16_224"), path)
