@@ -35,7 +35,7 @@ from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import TimingOptions
-from mhacut.options.prune import OTHER_TARGETS, PruneOptions
+from mhacut.options.prune import OTHER_TARGETS, PruneOptions, Scope
 from mhacut.plan import Plan, TokenPlan, UnitKey, UnitKind
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.curves import Curve
@@ -200,14 +200,15 @@ def read_inputs(
         loaded = rebuilt_module(module, hints)
         for note in loaded.notes:
             reporter.log(note)
-    each = options_of_each(options, loaded.stem)
     check_files(options, loaded.stem, loaded.path)  # default names may be known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options)
     stopwatch = Stopwatch(
         options.only(TimingOptions), dense, preprocessing.input_size, processes.device, reporter
     )
-    job = _job(options, dense, stopwatch)
+    preserved = _preserved(options, dense, stopwatch.size, reporter)
+    options = replace(options, scope=_scope(options, dense, preserved, reporter))
+    job = _job(options, dense, stopwatch, preserved)
     dense.to(processes.device)
     reporter.start("loading images")
     classes = classifier_size(dense)
@@ -248,16 +249,38 @@ def read_inputs(
         job,
         stopwatch,
     )
-    return tuple(replace(shared, options=alone) for alone in each)
+    return tuple(replace(shared, options=alone) for alone in options_of_each(options, loaded.stem))
 
 
 # --- the job ---
 
 
-def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch) -> Job:
+def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, reporter: Reporter) -> Scope:
+    """Return the scope that is asked for, or that ``auto`` stands for: merged tokens wherever they may be."""
+    if options.scope != "auto":
+        return options.scope
+    if options.allocation != "curves":
+        reason = option_name("allocation", options.allocation)
+    elif not options.bounds_work:
+        reason = "merged tokens make no file smaller"
+    elif options.keep_dead_tokens or preserved.measure != "answers":
+        reason = "merged tokens have no features of their own"
+    else:
+        reason = why_not_merged(dense)
+    if reason:
+        reporter.log(f"scope: channels alone: {reason}")
+        return "attention+mlp"
+    alone = option_name("scope", "attention+mlp")
+    reporter.log(
+        f"scope: channels and merged tokens, so no features of every patch, unless {alone}; ONNX, OpenVINO "
+        "and pt2 exports run anywhere, eager PyTorch needs mhacut"
+    )
+    return "attention+mlp+tokens"
+
+
+def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserved: Preserved) -> Job:
     """Return the job, still without images."""
     size, reporter = stopwatch.size, stopwatch.reporter
-    preserved = _preserved(options, dense, size, reporter)
     all_tokens, merges = preserved.dense or options.keep_dead_tokens, options.scope.endswith("+tokens")
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
     if merges and (reason := why_not_merged(dense)):

@@ -23,7 +23,7 @@ from mhacut.options.option import GIVEN, Options, PathLike, option, require
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Scope = Literal["attention", "attention+mlp", "attention+mlp+tokens"]
+Scope = Literal["auto", "attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
 Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
@@ -38,7 +38,13 @@ UNREPAIRED_GAIN_STEPS = 40
 small gain on the calibration images hardly transfers to other images."""
 METHODS: Mapping[Method, Mapping[str, object]] = {
     "mhacut": {},
-    "paper": {"allocation": "indicator", "selection": "indicator", "repair": False, "heal_steps": 0},
+    "paper": {
+        "scope": "attention+mlp",
+        "allocation": "indicator",
+        "selection": "indicator",
+        "repair": False,
+        "heal_steps": 0,
+    },
 }
 """Values of the options that a method decides, unless they are given."""
 _INDICATORS = {"allocation": "indicator"}
@@ -174,9 +180,9 @@ class PruneKeywords(
     validation images."""
     output: PathLike | None = option(None, endings=(".safetensors",), metavar="FILE")
     """File to write; by default named after the checkpoint and the budget, in the working directory."""
-    scope: Scope = "attention+mlp"
+    scope: Scope = "auto"
     """Parts that may be pruned: channels of attention; also channels of MLPs; also tokens, which the
-    blocks of a plain ViT then merge."""
+    blocks of a plain ViT then merge. auto takes all that the model, its outputs and the targets allow."""
     preserve: str | None = option(None, metavar="OUTPUTS")
     """Outputs to preserve: answers (the classifier's outputs), pooled (its inputs), tokens (the features of
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
@@ -259,7 +265,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
         if self.scope.endswith("+tokens"):
             expected = f"curves with {option_name('scope', self.scope)}, which compares merges by the curves"
             require("allocation", self.allocation, self.allocation == "curves", expected)
-            if self.flops is None and self.max_latency is None and not self.bounds_loss:
+            if not self.bounds_work:
                 raise UsageError(
                     f"{option_name('scope', self.scope)}: expected {option_name('flops')}, "
                     f"{option_name('max_latency')}, {option_name('max_kl')} or {option_name('max_drop')}; "
@@ -279,6 +285,11 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     def several(self) -> tuple[str, ...]:
         """Several budgets of FLOPs, each for a file of its own; empty for one or none."""
         return self.flops if isinstance(self.flops, tuple) else ()
+
+    @property
+    def bounds_work(self) -> bool:
+        """Whether merged tokens help to meet the targets; they leave parameters and bytes as they are."""
+        return self.flops is not None or self.max_latency is not None or self.bounds_loss
 
     @property
     def bounds_loss(self) -> bool:

@@ -163,7 +163,10 @@ def test_existing_output_is_kept(tiny_vit, tmp_path):
         ([], "CHECKPOINT is missing"),
         (["a"], "--flops is missing. Budget: 2.0G"),
         (["a"], "--params, --size, --max-latency, --max-kl or --max-drop"),
-        (["a", "--flops", "1G", "--scope", "mlp"], "--scope mlp: expected one of attention, attention+mlp"),
+        (
+            ["a", "--flops", "1G", "--scope", "mlp"],
+            "--scope mlp: expected one of auto, attention, attention+mlp",
+        ),
         (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
         (["a", "--flops", "1G", "--lr", "nan"], "--lr nan: expected a number"),
         (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean a: expected a number"),

@@ -43,6 +43,7 @@ def prune(source: object, output: object, case: ModelCase | None = None, **optio
         {} if case is None else {"model": case.architecture, "model_args": {"num_classes": 5, **case.args}}
     )
     given = {"flops": "60%", "effort": "fast", "calibration_images": 8, "round_to": 4, "latency": False}
+    given["scope"] = "attention+mlp"  # merges have files of their own, and tests
     reporter = Recorder()
     result = mhacut.prune(source, output=output, reporter=reporter, **{**given, **stated, **options})
     return result, [line for line in reporter.messages if "token" in line]

@@ -27,7 +27,8 @@ from mhacut.options.base import TimingOptions
 from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan
 
-prune = partial(prune_quickly, latency=True)
+# Times of models that merge tokens are estimated otherwise: test_time_of_tokens.py.
+prune = partial(prune_quickly, scope="attention+mlp", latency=True)
 
 
 # --- times as people write them ---

@@ -27,7 +27,6 @@ def merged_file(tmp_path_factory):
 
 def prune_to(output, **options):
     given = {
-        "scope": "attention+mlp+tokens",
         "flops": "50%",
         "model": VIT.architecture,
         "model_args": {key: value for key, value in ARGS.items() if key != "img_size"},
@@ -45,6 +44,7 @@ def test_a_file_can_be_pruned_again_with_the_same_merges(merged_file, tmp_path):
     again = mhacut.prune(
         merged_file,
         flops="80%",
+        scope="attention+mlp",
         output=tmp_path / "again.safetensors",
         effort="best",  # heals under the merges
         calibration_images=12,
@@ -64,7 +64,6 @@ def test_a_file_can_be_pruned_again_to_merge_nothing(merged_file, tmp_path, monk
     again = mhacut.prune(
         merged_file,
         flops="90%",
-        scope="attention+mlp+tokens",
         output=tmp_path / "again.safetensors",
         effort="fast",
         calibration_images=12,
@@ -122,7 +121,7 @@ def test_what_is_said_of_a_file_states_its_merges(merged_file, tmp_path):
     inspected = run("inspect", merged_file, "--html", tmp_path / "inspect.html")
     assert inspected.exit_code == 0, inspected.stderr
     assert stated in " ".join(inspected.stdout.split())
-    given = ["--flops", "90%", *FAST, "-o", tmp_path / "again.safetensors"]
+    given = ["--flops", "90%", "--scope", "attention+mlp", *FAST, "-o", tmp_path / "again.safetensors"]
     pruned = run("prune", merged_file, *given, "--report", tmp_path / "prune.html")
     assert pruned.exit_code == 0, pruned.stderr
     for name in ("inspect.html", "prune.html"):

@@ -59,7 +59,14 @@ PAPER = {
 HEADS = {"eva02_tiny_patch14_224": 1000, "levit_128s": 1000}
 """Factors on weights of classifiers that begin near 0."""
 SIDES = {architecture: args["img_size"] for architecture, args in (SWIN, FLATTEN, HYBRID)}
-QUICK = {"effort": "balanced", "calibration_images": 24, "batch_size": 8, "heal_steps": 3, "latency": False}
+QUICK = {
+    "scope": "attention+mlp",
+    "effort": "balanced",
+    "calibration_images": 24,
+    "batch_size": 8,
+    "heal_steps": 3,
+    "latency": False,
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,71 @@
+"""``prune --scope auto``: what the plain command cuts, and what it says about that."""
+
+from __future__ import annotations
+
+import pytest
+
+import mhacut
+from helpers.jobs import Recorder
+from helpers.models import ModelCase, build
+from helpers.pruning import QUICK, last_step
+
+ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "patch_size": 8}
+VIT = ModelCase("vit_tiny_patch16_224", {**ARGS, "img_size": 32})
+SWIN = ModelCase(
+    "swin_tiny_patch4_window7_224",
+    {"img_size": 64, "window_size": 4, "depths": (1, 1), "embed_dim": 24, "num_heads": (2, 2)},
+)
+
+
+def pruned(case, output, **options):
+    """Returns the result, and the lines of the log about the scope."""
+    reporter, args = Recorder(), {**case.args}
+    given = {"flops": "60%", "model_args": args, "reporter": reporter, "output": output, **QUICK, **options}
+    result = mhacut.prune(build(case), **given)
+    return result, [line for line in reporter.messages if line.startswith("scope: ")]
+
+
+def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
+    result, (line,) = pruned(VIT, tmp_path / "slim.safetensors", flops="35%")
+    assert line == (
+        "scope: channels and merged tokens, so no features of every patch, unless scope='attention+mlp'; "
+        "ONNX, OpenVINO and pt2 exports run anywhere, eager PyTorch needs mhacut"
+    )
+    assert sum(result.plan.tokens.merged) > 0
+    assert last_step(result.output)["options"]["scope"] == "attention+mlp+tokens"
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "reason"),
+    [
+        (SWIN, {"flops": "80%"}, "SwinTransformer is not a plain ViT, in which every block sees all tokens"),
+        (VIT, {"flops": None, "params": "70%"}, "merged tokens make no file smaller"),
+        (VIT, {"preserve": "tokens"}, "merged tokens have no features of their own"),
+        (VIT, {"keep_dead_tokens": True}, "merged tokens have no features of their own"),
+        (VIT, {"allocation": "uniform"}, "allocation='uniform'"),
+    ],
+)
+def test_elsewhere_channels_are_cut_alone(tmp_path, case, options, reason):
+    result, lines = pruned(case, tmp_path / "slim.safetensors", **options)
+    assert lines == [f"scope: channels alone: {reason}"]
+    assert not result.plan.tokens.merged
+    assert last_step(result.output)["options"]["scope"] == "attention+mlp"
+
+
+def test_the_paper_cuts_channels_alone(tmp_path):
+    result, lines = pruned(VIT, tmp_path / "slim.safetensors", method="paper", steps=1, gain_steps=1)
+    assert lines == []
+    assert not result.plan.tokens.merged
+
+
+def test_a_scope_that_is_given_is_taken(tmp_path):
+    result, lines = pruned(VIT, tmp_path / "slim.safetensors", flops="70%", scope="attention")
+    assert lines == []
+    assert all(unit.keeps_all for unit in result.plan if unit.kind == "hidden")
+
+
+def test_flops_by_merging_and_fewer_parameters_go_together(tmp_path):
+    result, _ = pruned(VIT, tmp_path / "slim.safetensors", flops="40%", params="60%")
+    assert [target.name for target in result.targets] == ["flops", "params"]
+    assert all(target.reached <= target.most for target in result.targets)
+    assert sum(result.plan.tokens.merged) > 0
