@@ -23,7 +23,7 @@ from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shap
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
-from mhacut.checkpoint.timm_cfg import SIZE_DEPENDENT, cfg_of_tag, completed_cfg, split_tag
+from mhacut.checkpoint.timm_cfg import cfg_of_tag, completed_cfg, for_size, split_tag
 from mhacut.checkpoint.training import POOLS, Training, read_training
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
@@ -281,9 +281,7 @@ def _with_preprocessing(
     model: Identified, stated: Mapping[str, Any], *, of_library: bool = False
 ) -> Identified:
     """Override the preprocessing of the architecture with what a script states, or its library implies."""
-    cfg = model.identity.pretrained_cfg
-    if stated.get("input_size", cfg.get("input_size")) != cfg.get("input_size"):
-        cfg = {name: value for name, value in cfg.items() if name not in SIZE_DEPENDENT}
+    cfg = for_size(model.identity.pretrained_cfg, stated.get("input_size"))
     identity = replace(model.identity, pretrained_cfg={**cfg, **stated})
     origins = {**model.cfg_origins, **dict.fromkeys(stated, "library" if of_library else "file")}
     return replace(model, identity=identity, cfg_origins=origins)

@@ -93,6 +93,8 @@ def infer_from_shapes(
         infos, left_out = _without_classifier(infos, model)
         notes += left_out
     identity = identity_of(model, name, args)
+    if cfg and "crop_pct" not in cfg:
+        identity.pretrained_cfg.pop("crop_pct", None)  # timm fills in one that is of no model
     return Identified(identity, model, infos, tuple(notes), inferred=frozenset(one.name for one in shown))
 
 

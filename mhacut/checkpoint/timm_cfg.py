@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mhacut.checkpoint.identity import ModelIdentity, checked_pretrained_cfg
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
+from mhacut.data.preprocessing import SMALL_IMAGE
 from mhacut.errors import CheckpointError, DataError
 from mhacut.surgery.find import model_input_size
 
-SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
+_SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
 """Keys of a pretrained_cfg that go with its ``input_size`` and mean nothing for another."""
 # fmt: off
-_FROM_DEFAULT = SIZE_DEPENDENT | frozenset((
+_FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
     "input_size", "fixed_input_size", "min_input_size", "interpolation", "crop_mode", "mean", "std",
     "first_conv", "classifier",
 ))
@@ -30,11 +31,19 @@ def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any
     if registered is None:
         return dict(stated)
     default = checked_pretrained_cfg(registered.to_dict())
-    # A default crop was chosen for the default size of images, and means nothing for another.
-    names = set(_FROM_DEFAULT)
-    if stated.get("input_size", default.get("input_size")) != default.get("input_size"):
-        names -= SIZE_DEPENDENT
-    return {**{name: value for name, value in default.items() if name in names}, **stated}
+    kept = {name: value for name, value in default.items() if name in _FROM_DEFAULT}
+    return {**for_size(kept, stated.get("input_size")), **stated}
+
+
+def for_size(cfg: Mapping[str, Any], input_size: Sequence[int] | None) -> dict[str, Any]:
+    """Return what ``cfg`` states about images of ``input_size``, [C, H, W]; None for its own size.
+
+    Its crop is for other sizes too, but not for small images, which fill their frame.
+    """
+    if input_size is None or list(input_size) == cfg.get("input_size"):
+        return dict(cfg)
+    lost = _SIZE_DEPENDENT - ({"crop_pct"} if max(input_size[1:]) > SMALL_IMAGE else set())
+    return {name: value for name, value in cfg.items() if name not in lost}
 
 
 def split_tag(name: str) -> tuple[str, str]:

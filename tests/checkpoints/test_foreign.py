@@ -15,7 +15,10 @@ import mhacut
 from helpers.checkpoints import ARGS, NAME, refusal, tiny
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.checkpoint.preprocessing import resolve_preprocessing
+from mhacut.checkpoint.provenance import provenance
 from mhacut.errors import MhacutError
+from mhacut.options.base import PreprocessingOptions
 
 CONFIG = {
     "model_type": "vit",
@@ -110,6 +113,15 @@ def test_the_processor_of_images_and_texts_counts_too(folder):
     assert "no preprocessor_config.json" in read_model(path).notes[0]
     (path / "processor_config.json").write_text(json.dumps({"image_processor": PROCESSOR, "tokenizer": {}}))
     assert read_model(path).identity.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
+
+
+@pytest.mark.parametrize(("side", "crop"), [(32, "crop 1 center"), (64, "crop 1 center"), (72, "crop 0.9 center")])
+def test_without_a_processor_images_are_cropped_as_those_of_bare_files(folder, side, crop):
+    tensors = vit_tensors()
+    tensors["vit.embeddings.position_embeddings"] = torch.zeros(1, (side // 8) ** 2 + 1, 24)
+    opened = open_checkpoint(folder({"image_size": side}, tensors, processor=None))
+    stated = PreprocessingOptions()
+    assert crop in provenance(opened, stated).describe(resolve_preprocessing(opened, stated))
 
 
 def test_no_configuration_ends_in_an_internal_error(folder):
