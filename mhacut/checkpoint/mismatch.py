@@ -110,10 +110,25 @@ def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> l
     classes = visible_classes(model, shapes)
     if classes.value != getattr(model, "num_classes", classes.value):
         hints.append(f"the head differs: {option_name('num_classes', classes.value)}?")
-    if any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
+    # A width is read off the shapes only beside a number of heads, which they do not show.
+    with_heads = visible_args(model, shapes, {"num_heads": None})
+    width = [one for one in with_heads if one.name == "embed_dim"]
+    if width and (heads := _heads(model)):
+        asked = option_name("model_args", {"num_heads": heads})
+        hints.append(f"its shapes show {width[0]}, but no number of heads: {asked}, or as many as it has?")
+    elif any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
         side = option_name("model_args", {"img_size": "SIDE"})
         hints.append(
             f"the image size, the window size or the number of heads differs: {side} (or window_size, "
             "num_heads) of the file?"
         )
     return hints
+
+
+def _heads(model: nn.Module) -> int | list[int]:
+    """Return the number of heads in the blocks of ``model``, or in those of each stage; 0 if unknown."""
+    stages: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if "blocks." in name and isinstance(heads := getattr(module, "num_heads", None), int):
+            stages.setdefault(name.partition("blocks.")[0], heads)
+    return [*stages.values()] if len(stages) > 1 else next(iter(stages.values()), 0)

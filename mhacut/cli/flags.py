@@ -131,7 +131,7 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
         if given is False:
             return "--no-" + flag.removeprefix("--")
         if isinstance(given, Mapping):
-            return " ".join(f"{flag} {key}={part}" for key, part in given.items())
+            return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in given.items())
         return f"{flag} {shlex.quote(_as_text(given))}"
 
     return write
