@@ -115,7 +115,9 @@ def test_the_processor_of_images_and_texts_counts_too(folder):
     assert read_model(path).identity.pretrained_cfg["mean"] == [0.5, 0.4, 0.3]
 
 
-@pytest.mark.parametrize(("side", "crop"), [(32, "crop 1 center"), (64, "crop 1 center"), (72, "crop 0.9 center")])
+@pytest.mark.parametrize(
+    ("side", "crop"), [(32, "crop 1 center"), (64, "crop 1 center"), (72, "crop 0.9 center")]
+)
 def test_without_a_processor_images_are_cropped_as_those_of_bare_files(folder, side, crop):
     tensors = vit_tensors()
     tensors["vit.embeddings.position_embeddings"] = torch.zeros(1, (side // 8) ** 2 + 1, 24)
