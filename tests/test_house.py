@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2719,
-    "checkpoint": 5337,
+    "checkpoint": 5375,
     "cli": 1312,
     "commands": 3024,
     "data": 1478,
