@@ -22,7 +22,7 @@ from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choice
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
 from mhacut.data import ImagesInMemory
 from mhacut.errors import MhacutError, UsageError, option_name
-from mhacut.measuring.accuracy import ModelFigures, evaluate
+from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import BUDGETS, PruneKeywords, PruneOptions
@@ -55,6 +55,7 @@ class _Call(PruneKeywords):
     _: KW_ONLY
     flops: str | float | None = None
     images: ImagesInMemory | None = None
+    val_images: ImagesInMemory | None = None
     progress: bool | None = None
     reporter: Reporter | None = None
 
@@ -65,6 +66,7 @@ class _CallMany(PruneKeywords):
     _: KW_ONLY
     flops: Sequence[str | float]
     images: ImagesInMemory | None = None
+    val_images: ImagesInMemory | None = None
     progress: bool | None = None
     reporter: Reporter | None = None
 
@@ -76,6 +78,7 @@ def prune(
     *,
     flops: str | float | None = None,
     images: ImagesInMemory | None = None,
+    val_images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Any,
@@ -94,8 +97,10 @@ def prune(
             combined with it. For several budgets of FLOPs, see :func:`prune_many`.
         images: in place of ``data_dir``, images in memory, normalised as the model expects: float
             [N, C, H, W]; a tuple of images and labels, int [N]; or a shuffled ``DataLoader``, or any
-            iterable, of such batches, which is read until there are enough images. With labels, accuracy is
-            measured on images that were not used to calibrate.
+            iterable, of such batches, which is read until there are enough images.
+        val_images: images to judge the result on, in the same forms: the accuracy, if they have labels, and
+            how like the dense model's the answers are. Without them, both are measured on other images of
+            ``images`` if these have labels, which flatters a model that was trained on them.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: options of the command line; ``help()`` lists them below.
@@ -109,7 +114,9 @@ def prune(
     if isinstance(flops, tuple | list):
         raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
     with reporting(reporter, progress) as shown:
-        (result,) = _prune_all(checkpoint, None if flops is None else str(flops), shown, images, options)
+        (result,) = _prune_all(
+            checkpoint, None if flops is None else str(flops), shown, images, val_images, options
+        )
     return result
 
 
@@ -120,6 +127,7 @@ def prune_many(
     *,
     flops: Sequence[str | float],
     images: ImagesInMemory | None = None,
+    val_images: ImagesInMemory | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Any,
@@ -134,6 +142,7 @@ def prune_many(
         checkpoint: as :func:`prune` takes it.
         flops: budgets, all different.
         images: as :func:`prune` takes them.
+        val_images: as :func:`prune` takes them.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: those of the command line; ``{}`` in the name of ``output`` becomes the budget (``50pct``).
@@ -145,7 +154,7 @@ def prune_many(
     if not budgets:
         raise UsageError(f"{option_name('flops', flops)}: expected one or more budgets in a list")
     with reporting(reporter, progress) as shown:
-        return PruneResults(_prune_all(checkpoint, budgets, shown, images, options))
+        return PruneResults(_prune_all(checkpoint, budgets, shown, images, val_images, options))
 
 
 def _prune_all(
@@ -153,13 +162,14 @@ def _prune_all(
     flops: str | tuple[str, ...] | None,
     reporter: Reporter,
     images: ImagesInMemory | None,
+    val_images: ImagesInMemory | None,
     options: Mapping[str, Any],
 ) -> tuple[PruneResult, ...]:
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
     amounts = {name: str(options[name]) for name in BUDGETS[1:] if options.get(name) is not None}
     given = PruneOptions.of(checkpoint=read, flops=flops, **{**options, **amounts})
-    return run_prune(given, reporter, module, images)
+    return run_prune(given, reporter, module, images, val_images)
 
 
 def run_prune(
@@ -167,6 +177,7 @@ def run_prune(
     reporter: Reporter,
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
+    val_images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
     """Run ``mhacut prune``, on a copy of ``module`` if there is no checkpoint.
 
@@ -176,9 +187,10 @@ def run_prune(
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
-            inputs, *others = read_inputs(options, processes, timer, module, images)  # 1. read
+            inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
-            inputs.dense_accuracy()
+            if inputs.validation is not None:
+                _ = inputs.validation.dense
         job = inputs.job
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
@@ -275,18 +287,23 @@ def _write(
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
     dense, slim = loaded.model, slim.to(job.device)
-    evaluation = attempt.evaluation  # 7. measure
-    if evaluation is None and inputs.validation is not None:
-        timer.start("evaluating")
-        evaluation = evaluate(slim, inputs.validation, device=job.device, progress=timer.advance)
+    answers = attempt.answers  # 7. measure
+    if answers is None and inputs.validation is not None:
+        answers = inputs.validation.answers_of(slim)
+    evaluation = None if answers is None else answers.evaluation
     timer.start("comparing")
     held_out = job.held_out(planner.calibration)
-    divergence = held_out.divergence_of(slim)
+    measure = held_out.preserved.measure
+    if answers is not None and inputs.validation is not None and measure == "answers":
+        fidelity = inputs.validation.fidelity(answers)
+    else:
+        sample = f"held-out {'synthetic ' if inputs.images.synthetic else ''}images"
+        fidelity = Fidelity(*held_out.likeness_of(slim), len(held_out.images), sample)
     stored = options.params is not None or options.size is not None  # merging stores no less
     mergeable = options.allocation == "curves" and not (
         stored or job.merges_tokens or any(job.merged) or why_not_merged(dense)
     )
-    if divergence > MUCH and mergeable and held_out.preserved.measure == "answers":
+    if fidelity.divergence > MUCH and mergeable and measure == "answers":
         scope = option_name("scope", "attention+mlp+tokens")
         timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which may cost less")
     timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
@@ -304,7 +321,7 @@ def _write(
     def record() -> SlimRecord:
         stated = () if options.flops is not None and len(reached) == 1 else reached
         lines = [one.to_json() for one in stated]
-        return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, lines)
+        return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, fidelity, lines)
 
     def with_size(size: int) -> tuple[Reached, ...]:
         shown = format_amount(size, "size")
@@ -342,7 +359,10 @@ def _write(
         for one in reached:
             figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)
-        page = write_report(options, loaded, pruned, both, inputs.images, figures, inputs.provenance)
+        answered = fidelity if measure == "answers" else None
+        page = write_report(
+            options, loaded, pruned, both, inputs.images, figures, answered, inputs.provenance
+        )
     result = PruneResult(
         output=None if options.dry_run else inputs.target,
         architecture=loaded.identity.architecture,
@@ -362,10 +382,9 @@ def _write(
         log=planned.log,
         curves=planned.curves,
         report=page,
-        divergence=divergence,
+        fidelity=fidelity,
         preserved=held_out.preserved.to_json(),
-        divergence_of=held_out.preserved.measure,
-        judged_on=len(held_out.images),
+        divergence_of=measure,
         targets=reached,
         constraints=planned.constraints,
     )

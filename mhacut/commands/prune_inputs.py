@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, partial
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +19,13 @@ from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.checkpoint.provenance import Provenance, license_for_history, provenance, with_hint
 from mhacut.checkpoint.record import SlimRecord
+from mhacut.commands.prune_images import Validation, read_images
 from mhacut.commands.prune_names import check_files, options_of_each
-from mhacut.data import (
-    CalibrationImages,
-    EvaluationLoader,
-    ImagesInMemory,
-    Preprocessing,
-    WithoutLabels,
-    calibration_images,
-    evaluation_loader,
-    has_split,
-)
-from mhacut.data.in_memory import Expected, InMemoryBatches, check_one_source, split_in_memory
+from mhacut.data import CalibrationImages, ImagesInMemory, Preprocessing
+from mhacut.data.in_memory import check_one_source
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.exporting.stopwatch import Stopwatch
-from mhacut.measuring.accuracy import Evaluation, accuracy_for_history, evaluate
+from mhacut.measuring.accuracy import Evaluation, Fidelity, accuracy_for_history
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import TimingOptions
 from mhacut.options.prune import OTHER_TARGETS, PruneOptions, Scope
@@ -74,20 +67,17 @@ class PruneInputs:
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
-    validation: EvaluationLoader | InMemoryBatches | None
-    """Labelled images to measure accuracy on; None without any."""
+    validation: Validation | None
+    """Images to judge the result on; None without any."""
     no_accuracy: str
-    """Reason that there are none."""
-    dense_accuracy: Callable[[], tuple[Evaluation | None, tuple[bool, ...]]]
-    """Measures the dense model on the first call, in the first process: minutes, which a budget out of reach
-    need not take. Returns its accuracy, and whether its top-1 class is right for each image."""
+    """Reason that they have no labels, or that there are none."""
     job: Job
     stopwatch: Stopwatch
 
     @property
     def evaluation(self) -> Evaluation | None:
         """Accuracy of the dense model."""
-        return self.dense_accuracy()[0]
+        return None if self.validation is None else self.validation.dense.evaluation
 
     @property
     def target(self) -> Path:
@@ -111,6 +101,7 @@ class PruneInputs:
         flops: int,
         budget: int | None = None,
         evaluation: Evaluation | None = None,
+        fidelity: Fidelity | None = None,
         targets: Sequence[Mapping[str, Any]] = (),
     ) -> SlimRecord:
         """Return what the slim file states about itself.
@@ -121,6 +112,7 @@ class PruneInputs:
             flops: FLOPs of the slim model.
             budget: budget of FLOPs, if there is one.
             evaluation: accuracy of the slim model, where it was measured.
+            fidelity: likeness of its outputs to those of the dense model, once it is measured.
             targets: targets besides a budget of FLOPs, and what was reached.
         """
         options, loaded, preserved = self.options, self.loaded, self.job.preserved
@@ -146,6 +138,8 @@ class PruneInputs:
             entry["divergence_of"] = preserved.measure
         entry |= self.provenance.to_history()
         entry |= accuracy_for_history(self.evaluation, evaluation)
+        if fidelity is not None and math.isfinite(fidelity.divergence):  # JSON has no infinity
+            entry["fidelity"] = asdict(fidelity)
         entry |= {} if loaded.record is not None else license_for_history(loaded)
         entry["versions"] = software_versions()
         if targets:
@@ -167,6 +161,7 @@ def read_inputs(
     reporter: Reporter,
     module: nn.Module | None = None,
     given: ImagesInMemory | None = None,
+    val_given: ImagesInMemory | None = None,
 ) -> tuple[PruneInputs, ...]:
     """Read the checkpoint and the images; measure the dense model.
 
@@ -179,6 +174,7 @@ def read_inputs(
         reporter: receives messages and progress.
         module: dense model to prune a copy of, in place of a checkpoint.
         given: images in memory, in place of those that the options name.
+        val_given: images in memory to judge the result on, in place of the validation split.
 
     Raises:
         MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
@@ -212,9 +208,16 @@ def read_inputs(
     dense.to(processes.device)
     reporter.start("loading images")
     classes = classifier_size(dense)
-    images, validation, no_accuracy = _images(options, preprocessing, classes, given)
+    compares = job.preserved is not None and job.preserved.measure == "answers"
+    judged = partial(Validation, model=dense, processes=processes, reporter=reporter)
+    images, validation, no_accuracy = read_images(
+        options, preprocessing, given, val_given, judged, compares=compares
+    )
     reporter.log(f"searching on {images.description}")
-    if no_accuracy and (given is not None or options.has_images):
+    held = classes if images.labels is None else len(images.labels.unique())
+    if 2 * held < min(classes, len(images.images)):
+        reporter.log(f"these are of {held} of the model's {classes} classes; it may lose more on the others")
+    if no_accuracy and (given is not None or val_given is not None or options.has_images):
         reporter.log(f"accuracy is not measured: {no_accuracy}")
     origins = provenance(loaded, options)
     if given is None and images.labels is not None and processes.first:  # others were normalised elsewhere
@@ -228,15 +231,6 @@ def read_inputs(
             reporter.log(origins.hint)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
 
-    @cache
-    def dense_accuracy() -> tuple[Evaluation | None, tuple[bool, ...]]:
-        if validation is None or not processes.first:
-            return None, ()
-        reporter.start("evaluating")
-        progress, right = reporter.advance, list[bool]()
-        evaluation = evaluate(dense, validation, device=processes.device, progress=progress, right=right)
-        return evaluation, tuple(right)
-
     shared = PruneInputs(
         options,
         loaded,
@@ -245,7 +239,6 @@ def read_inputs(
         images,
         validation,
         no_accuracy,
-        dense_accuracy,
         job,
         stopwatch,
     )
@@ -395,50 +388,3 @@ def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
     asked = option_name("keep_dead_tokens", True)
     reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
     return replace(applied, read=read)
-
-
-# --- images ---
-
-
-def _images(
-    options: PruneOptions, preprocessing: Preprocessing, classes: int, given: ImagesInMemory | None
-) -> tuple[CalibrationImages, EvaluationLoader | InMemoryBatches | None, str]:
-    """Return images to search on, labelled ones to measure accuracy on, and why there are none."""
-    batch_size, use_labels = options.batch_size, options.labels and classes > 1
-    no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
-    if given is not None:
-        images, validation = split_in_memory(
-            given,
-            Expected(preprocessing.input_size, classes if use_labels else None),
-            count=options.images_wanted,
-            measured=options.eval_images,
-            seed=options.seed,
-            batch_size=batch_size,
-        )
-        few = "no labels" if images.labels is None else "too few images"
-        missing = options.eval_images and classes > 1 and validation is None
-        return images, validation, (no_accuracy or few) if missing else ""
-    images = calibration_images(
-        preprocessing,
-        options,
-        count=options.images_wanted,
-        seed=options.seed,
-        num_classes=classes if classes > 1 else None,
-        use_labels=use_labels,
-    )
-    if options.eval_images == 0 or classes < 2 or not options.has_images:
-        nothing = "there are no images" if options.eval_images else option_name("eval_images", 0)
-        return images, None, nothing if options.max_drop is not None else ""
-    if not use_labels:
-        return images, None, no_accuracy
-    if not has_split(options, options.val_split):
-        where = f"{options.data_dir} ({option_name('val_split')})"
-        return images, None, f"no labelled split {options.val_split!r} in {where}"
-    try:
-        most = options.eval_images
-        loader = evaluation_loader(
-            preprocessing, options, num_classes=classes, batch_size=batch_size, limit=most
-        )
-    except WithoutLabels as error:
-        return images, None, str(error)
-    return images, loader, ""

@@ -15,7 +15,7 @@ from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
 from mhacut.data import Preprocessing
-from mhacut.measuring.accuracy import ModelFigures
+from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.curves import Curve
@@ -76,22 +76,24 @@ class PruneResult:
     """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
     report: Path | None
     """HTML page about the run; None if it was not asked for."""
-    divergence: float
-    """Divergence of the slim model from the dense one on held-out images (:attr:`judged_on`), see
-    :class:`mhacut.pruning.preserve.Preserved`."""
+    fidelity: Fidelity
+    """Likeness of the slim model's outputs to those of the dense one: on validation images where there are
+    any, else on held-out images, which also chose how strongly to refit."""
     divergence_of: Measure
     """KL divergence in nats of a classifier's outputs, squared error of pooled features over their variance,
     or divergence of dense features in nats per token."""
     preserved: Mapping[str, Any]
     """Preserved outputs, by ``what``; with ``layers`` or ``levels`` where these were chosen."""
-    judged_on: int
-    """Number of held-out images of ``divergence``. They also chose how strongly to refit, so expect a larger
-    divergence on other images."""
     targets: tuple[Reached, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, and what each is expected to cost; empty unless curves chose the widths."""
     _model: nn.Module | None = field(default=None, compare=False)
+
+    @property
+    def divergence(self) -> float:
+        """Divergence of the slim model from the dense one, see :attr:`fidelity` and :attr:`divergence_of`."""
+        return self.fidelity.divergence
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return the cells of a table that compares the dense and the slim model, headings first."""
@@ -113,9 +115,11 @@ class PruneResult:
             ratio = f"{100 * slim.size / dense.size:.1f}%"
             sizes = format_amount(dense.size, "size"), format_amount(slim.size, "size")
             rows.append(("file", *sizes, ratio))
+        judged_on, same = self.fidelity.judged_on, self.fidelity.agreement
+        if same is not None:
+            rows.append((f"same as dense, % of {judged_on}", "", f"{100 * same:.2f}", ""))
         label = _DIVERGENCE[self.divergence_of]
-        images = f"{self.judged_on} image{'s' * (self.judged_on != 1)}"
-        rows.append((f"{label} ({images})", "", f"{self.divergence:.2g}", ""))
+        rows.append((f"{label} ({judged_on})", "", f"{self.divergence:.2g}", ""))
         return rows
 
     def __repr__(self) -> str:
@@ -149,10 +153,15 @@ class PruneResults(tuple[PruneResult, ...]):
         return choice_rows(choices_of(self), _DIVERGENCE[self[0].divergence_of])
 
     def __repr__(self) -> str:
-        return safe_table(self.rows()) if self else "no results"
+        return safe_table(self.rows(), self._notes()) if self else "no results"
 
     def _repr_html_(self) -> str:
-        return "".join([html_table(self.rows()), *choice_charts(choices_of(self), flops_only=True)])
+        return "".join(
+            [html_table(self.rows(), self._notes()), *choice_charts(choices_of(self), flops_only=True)]
+        )
+
+    def _notes(self) -> list[str]:
+        return [f"judged on {self[0].fidelity.judged_on}"]
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
@@ -161,5 +170,5 @@ def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
     for result in results:
         asked = next(target.asked for target in result.targets if target.name == "flops")
         page = "" if result.report is None else result.report.name
-        choices.append(Choice(asked, result.slim, result.divergence, page))
+        choices.append(Choice(asked, result.slim, result.divergence, page, result.fidelity.judged_on))
     return tuple(choices)

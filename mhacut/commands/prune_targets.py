@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
+from mhacut.commands.prune_images import Answers
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
-from mhacut.measuring.accuracy import Evaluation, evaluate, standard_error_of_drop
+from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
@@ -95,8 +96,8 @@ class Attempt:
     masked: Tensor
     """Outputs of the masked model of the dense shape, for the first images."""
     reached: tuple[Reached, ...] = ()
-    evaluation: Evaluation | None = None
-    """Accuracy, where it is a target."""
+    answers: Answers | None = None
+    """Answers to the validation images, where accuracy is a target."""
 
     @property
     def ratio(self) -> float:
@@ -453,12 +454,12 @@ class MaxDrop(_Loss):
     def prepare(self) -> None:
         super().prepare()
         inputs = self.inputs
-        if inputs.validation is None:
+        if inputs.validation is None or not inputs.validation.labelled:
             raise UsageError(
                 f"{self.option}: expected labelled images to measure accuracy on; {inputs.no_accuracy}. "
                 f"Without labels, {option_name('max_kl')} bounds the KL divergence"
             )
-        right, chance = inputs.dense_accuracy()[1], 1 / classifier_size(inputs.loaded.model)
+        right, chance = inputs.validation.dense.right, 1 / classifier_size(inputs.loaded.model)
         # Two standard errors above chance: below that, no drop can be told from luck.
         if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
             raise BudgetError(
@@ -468,16 +469,10 @@ class MaxDrop(_Loss):
             )
 
     def measure(self, attempt: Attempt) -> Reached:
-        inputs, right, before = self.inputs, list[bool](), self.inputs.dense_accuracy()[1]
-        assert inputs.validation is not None
-        inputs.job.reporter.start("evaluating")
-        attempt.evaluation = evaluate(
-            attempt.model,
-            inputs.validation,
-            device=self.job.device,
-            progress=inputs.job.reporter.advance,
-            right=right,
-        )
+        validation = self.inputs.validation
+        assert validation is not None
+        attempt.answers = validation.answers_of(attempt.model)
+        before, right = validation.dense.right, attempt.answers.right
         drop = 100 * (sum(before) - sum(right)) / len(right)
         error = standard_error_of_drop(before, right)
         return self.reached(drop, error)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, SequentialSampler, Subset
 
 from mhacut.data.reading import balanced_order, label_outside
 from mhacut.data.sets import CalibrationImages
@@ -143,7 +144,7 @@ def split_in_memory(
 
     Both are random choices with equally many of each class, drawn with ``seed``. No image is in both; if
     there are too few, a quarter of them is used to measure. Batches are read only until there are enough
-    images.
+    images; of a ``DataLoader`` that does not shuffle, images from all over its dataset are read.
 
     Args:
         given: images, with or without labels.
@@ -159,7 +160,8 @@ def split_in_memory(
     Raises:
         DataError: there are no images, or they do not fit the model.
     """
-    images, labels, more = _collected(given, expected, count, measured)
+    source = _spread(given, count + measured, seed)
+    images, labels, more = _collected(source, expected, count, measured)
     total = len(images)
     # Calibration has the first claim, but leaves a quarter where accuracy could not be measured otherwise.
     left = 0 if labels is None else min(measured, max(total - count, total // _MEASURED))
@@ -170,11 +172,11 @@ def split_in_memory(
     chosen, rest = images[fitted].float().cpu(), images[others].cpu()
     for some in (chosen, rest):
         _check_finite(some, "images")
+    pool = f"{'the first ' if more else ''}{total}" if source is given else f"{len(given.dataset)}"  # type: ignore[union-attr]
     calibration = CalibrationImages(
         chosen,
         None if labels is None else labels[fitted],
-        f"{len(fitted)} of {'the first ' if more else ''}{total} images in memory "
-        f"({'without' if labels is None else 'with'} labels)",
+        f"{len(fitted)} of {pool} images in memory ({'without' if labels is None else 'with'} labels)",
     )
     if labels is None or not others:
         return calibration, None
@@ -203,6 +205,18 @@ def _collected(
     known = [one for one in labels if one is not None]
     whole = images[0] if len(images) == 1 else torch.cat([one.cpu() for one in images])
     return whole, torch.cat(known) if known else None, enough and not _is_whole(given)
+
+
+def _spread(given: ImagesInMemory, count: int, seed: int) -> ImagesInMemory:
+    """Return ``given``, or if it reads a dataset in order, which may be that of classes, ``count`` of it."""
+    if not isinstance(given, DataLoader) or given.batch_size is None:
+        return given
+    total = len(given.dataset) if isinstance(given.dataset, Sized) else 0
+    if type(given.sampler) is not SequentialSampler or count >= total:
+        return given
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    kept = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "multiprocessing_context")
+    return DataLoader(Subset(given.dataset, chosen), **{name: getattr(given, name) for name in kept})
 
 
 def _is_whole(given: ImagesInMemory) -> bool:

@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
@@ -147,6 +148,7 @@ class CalibrationImages:
     """[n] int64, indices into the model's head; None without labels."""
     description: str
     """Text for readers: ``256 of 50000 images under train/ (with labels)``."""
+    synthetic: bool = False
 
 
 def calibration_images(
@@ -182,7 +184,8 @@ def calibration_images(
     if not data.has_images:
         size = _, height, width = preprocessing.input_size
         images = synthetic_images(count, size, preprocessing.mean, preprocessing.std, seed)
-        return CalibrationImages(images, None, f"{count} synthetic images of shapes ({height}x{width})")
+        shown = f"{count} synthetic images of shapes ({height}x{width})"
+        return CalibrationImages(images, None, shown, synthetic=True)
     given = f"{option_name('data_dir')} and {option_name('dataset')}"
     preprocessing.check_channels(f"; leave {given} out, no images are needed")
     split = open_split(
@@ -248,7 +251,7 @@ class WithoutLabels(DataError):
 
 
 class EvaluationLoader:
-    """Batches of (images [B, C, H, W], labels [B]) that never drop an image silently.
+    """Batches of (images [B, C, H, W], labels [B]) that never drop an image silently; labels may be all -1.
 
     It can be iterated more than once. At the end of a pass it raises :class:`DataError` if an image could not
     be read, so that no accuracy is computed on the rest.
@@ -264,6 +267,7 @@ class EvaluationLoader:
         num_classes: int | None,
         description: str,
         fingerprint: str,
+        labelled: bool = True,
     ) -> None:
         self.fingerprint = fingerprint
         """Digest of all images that are measured, not only of the part read here; equal for equal data."""
@@ -271,6 +275,8 @@ class EvaluationLoader:
         """Text for readers."""
         self.images = total
         """Number of images of a pass; 0 if a stream does not state it."""
+        self.labelled = labelled
+        """Whether labels are read."""
         self._batch_size, self._num_classes = batch_size, num_classes
         # Not shuffled: the images arrive in the order of ``samples``, as pairwise comparisons need.
         self._loader: DataLoader[Sample] = DataLoader(
@@ -292,6 +298,9 @@ class EvaluationLoader:
             bad += unreadable
             seen += len(labels)
             if not len(labels):
+                continue
+            if not self.labelled:
+                yield images, torch.full_like(labels, -1)
                 continue
             wrong = label_outside(labels, self._num_classes)
             if wrong is not None:
@@ -323,6 +332,7 @@ def evaluation_loader(
     batch_size: int,
     limit: int | None = None,
     part: tuple[int, int] = (0, 1),
+    use_labels: bool = True,
 ) -> EvaluationLoader:
     """Return the labelled images of ``data.val_split``, to measure accuracy on.
 
@@ -333,6 +343,7 @@ def evaluation_loader(
         batch_size: number of images at a time.
         limit: largest number of images, the same choice every time, even over the classes; None for all.
         part: pair (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
+        use_labels: whether to read labels; False ignores labels, and needs no class folders.
 
     Raises:
         WithoutLabels: a folder of images without class folders.
@@ -344,8 +355,8 @@ def evaluation_loader(
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
-    split = open_split(data, "val_split", preprocessing, num_classes=num_classes)
-    if not split.labelled:
+    split = open_split(data, "val_split", preprocessing, num_classes=num_classes, use_labels=use_labels)
+    if use_labels and not split.labelled:
         assert data.data_dir is not None
         raise WithoutLabels(
             f"images without class folders {split.name}; accuracy needs {data.val_split}/<class>/<image>. "
@@ -379,6 +390,7 @@ def evaluation_loader(
         num_classes=num_classes,
         description=description,
         fingerprint=split.identity(chosen),
+        labelled=use_labels,
     )
 
 

@@ -32,6 +32,8 @@ class Evaluation:
     """Wall time, reading images included."""
     loss: float | None = None
     """Mean cross-entropy, in nats."""
+    sample: str = "images"
+    """Name of the images in labels: ``validation images``."""
 
     @property
     def standard_error(self) -> float:
@@ -46,7 +48,7 @@ class Evaluation:
     @property
     def label(self) -> str:
         """Label of ``top1`` in tables, with its standard error if there are few images."""
-        return f"top-1, % of {self.images} images{self.doubt}"
+        return f"top-1, % of {self.images} {self.sample}{self.doubt}"
 
     @property
     def doubt(self) -> str:
@@ -103,16 +105,18 @@ def evaluate(
     amp: bool = False,
     progress: Callable[[int, int], None] | None = None,
     right: list[bool] | None = None,
+    outputs: list[Tensor] | None = None,
 ) -> Evaluation:
     """Measure the top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
 
     Args:
         model: images [B, C, H, W] to logits [B, classes]; moved to ``device``.
-        loader: batches of (images, labels [B]).
+        loader: batches of (images, labels [B]); the label -1 stands for none, which no answer matches.
         device: device to compute on.
         amp: whether to compute in bfloat16 where autocast does.
         progress: called after each batch with (batches done, batches in all; 0 if the loader does not say).
         right: receives, for each image in turn, whether its label is the model's first answer.
+        outputs: receives the logits of each batch, on the CPU.
 
     Raises:
         DataError: no images, or what the loader raises.
@@ -131,11 +135,15 @@ def evaluate(
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices
             hits = best == labels.to(device)[:, None]  # [B, 5]
-            loss += float(F.cross_entropy(logits.float(), labels.to(device), reduction="sum"))
+            loss += float(
+                F.cross_entropy(logits.float(), labels.to(device), reduction="sum", ignore_index=-1)
+            )
             first += int(hits[:, 0].sum())
             first_five += int(hits.sum())
             if right is not None:
                 right += hits[:, 0].tolist()
+            if outputs is not None:
+                outputs.append(logits.float().cpu())
             images += len(labels)
             if progress is not None:
                 progress(done, batches)
@@ -173,6 +181,24 @@ def _logits(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
 
 
 # -- agreement --
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Likeness of a slim model's outputs to those of the dense model."""
+
+    divergence: float
+    """KL divergence of the classes in nats, or divergence of features; mean over images."""
+    agreement: float | None
+    """Share of images with the same top-1 class, in 0..1; None for features."""
+    images: int
+    sample: str
+    """Name of the images: ``validation images``."""
+
+    @property
+    def judged_on(self) -> str:
+        """Number and name of the images, for readers."""
+        return f"{self.images} {self.sample}" if self.images > 1 else f"1 {self.sample}".removesuffix("s")
 
 
 @dataclass(frozen=True)

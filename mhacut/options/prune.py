@@ -205,7 +205,7 @@ class PruneKeywords(
     labels: bool = option(True, panel="Data")
     """Use labels if there are any; off: search by the dense model's outputs alone and measure no accuracy."""
     eval_images: int = option(2000, at_least=0, panel="Measuring")
-    """Validation images to measure accuracy on; 0 for none."""
+    """Validation images to judge the result on, with or without labels; 0 for none."""
     amp: bool = option(False, panel="Computing")
     """Use bfloat16 autocast in the steps that train."""
     exclude: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN", repeats=True)

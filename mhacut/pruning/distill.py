@@ -60,13 +60,21 @@ class Distillation:
     @torch.no_grad()
     def divergence_of(self, model: nn.Module) -> float:
         """Return the divergence of ``model``, in eval mode, from the teacher, mean over all images."""
+        return self.likeness_of(model)[0]
+
+    @torch.no_grad()
+    def likeness_of(self, model: nn.Module) -> tuple[float, float | None]:
+        """Return the same, and the share of images with the teacher's top-1 class; None for features."""
         device, size = next(model.parameters()).device, self.options.batch_size
-        total = 0.0
+        total = same = 0.0
         for start in range(0, len(self.images), size):
-            images, teacher = (part[start : start + size] for part in (self.images, self.teacher))
-            outputs = self.preserved.outputs(model, images.to(device)).float()
-            total += float(self.preserved.divergence(outputs, teacher.to(device))) * len(images)
-        return max(total, 0.0) / len(self.images)  # rounding makes equal outputs less than 0
+            images, teacher = (part[start : start + size].to(device) for part in (self.images, self.teacher))
+            outputs = self.preserved.outputs(model, images).float()
+            total += float(self.preserved.divergence(outputs, teacher)) * len(images)
+            same += float((outputs.argmax(1) == teacher.argmax(1)).sum())
+        count, answers = len(self.images), self.preserved.measure == "answers"
+        # Rounding makes the divergence of equal outputs less than 0.
+        return max(total, 0.0) / count, same / count if answers else None
 
     def masked_loss(
         self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]

@@ -21,10 +21,12 @@ class Choice:
     """Budget as the user wrote it; ``dense`` for the dense model."""
     figures: ModelFigures
     divergence: float | None
-    """Divergence from the dense model on held-out images: KL divergence in nats, or, for features, squared
-    error over variance. None for the dense model itself."""
+    """Divergence from the dense model: KL divergence in nats, or, for features, squared error over variance.
+    None for the dense model itself."""
     page: str = ""
     """File name of its own report, next to the page that compares; "" without one."""
+    judged_on: str = ""
+    """Number and name of the images of ``divergence``; "" for the dense model."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; ``size`` is in bytes, ``top1`` in percent."""

@@ -18,7 +18,7 @@ from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import Evidence, inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.measuring.accuracy import ModelFigures
+from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
@@ -57,6 +57,7 @@ def write_report(
     layers: tuple[PrunableLayers, PrunableLayers],
     images: CalibrationImages,
     figures: Sequence[tuple[str, str, str]],
+    fidelity: Fidelity | None,
     provenance: Provenance,
 ) -> Path:
     """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page.
@@ -68,6 +69,7 @@ def write_report(
         layers: prunable layers of the dense and of the pruned model.
         images: images of the search; the first of them are used.
         figures: measurements: name, value before, value after.
+        fidelity: likeness of the answers that the run measured, which replaces that on images of the search.
         provenance: origins of the run's preprocessing.
 
     Raises:
@@ -92,6 +94,14 @@ def write_report(
         batch_size=batch_size,
         prunable=layers,
     )
+    if fidelity is not None:
+        comparison = replace(
+            comparison,
+            agreement=fidelity.agreement,
+            divergence=fidelity.divergence,
+            images=fidelity.images,
+            data=fidelity.judged_on,
+        )
     # A slim file states its preprocessing; only the run knows what that came from.
     inspection = replace(inspection, provenance=provenance)
     # Of this cut only: where it has no curves, those of an earlier cut would be shown.

@@ -96,6 +96,7 @@ def _choices(choices: Sequence[Choice]) -> Section | None:
         return None
     headings, *rows = choice_rows(choices, "divergence")
     text = "Each budget has its own file; all share one calibration. Point at a dot to see its numbers."
+    text += f" Divergences are of {choices[-1].judged_on}."
     # As bytes: names of files need not be UTF-8.
     links = [quote(os.fsencode(choice.page)) for choice in choices]
     table = Table(headings, rows, links)

@@ -28,8 +28,9 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert f"saved {out}" in lines
     assert f"loads with: mhacut.load_model({str(out)!r})" in lines
     assert any(line.startswith("searched on 8 synthetic") for line in lines)
-    assert lines[4].startswith("KL to dense (2 images)  ")
-    assert max(map(len, lines[:6])) <= 80
+    assert lines[4].startswith("same as dense, % of 2 held-out synthetic images  ")
+    assert lines[5].startswith("KL to dense (2 held-out synthetic images)  ")
+    assert max(map(len, lines[:7])) <= 80
     assert "num_classes 7" in result.stderr
     assert mhacut.load_model(out).num_classes == 7
 

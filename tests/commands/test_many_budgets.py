@@ -70,7 +70,8 @@ def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
     )
     assert result.output == tmp_path / "many-80pct.safetensors"
     assert "<th>80%</th>" in results._repr_html_()
-    assert [line.split()[0] for line in repr(results).splitlines()[1:]] == ["dense", "80%"]
+    assert [line.split()[0] for line in repr(results).splitlines()[1:3]] == ["dense", "80%"]
+    assert repr(results).endswith("judged on 2 held-out synthetic images")
     assert repr(result).splitlines()[-2] == f"saved {result.output}"
 
 

@@ -29,7 +29,7 @@ def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr):
         assert not after > before or note.startswith(f"{what} was left out")
         assert not after < before or not note.startswith(f"{what} was left out")
     assert result.divergence < 1
-    assert result.judged_on == 2
+    assert result.fidelity.images == 2
 
 
 def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
