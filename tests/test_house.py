@@ -20,7 +20,7 @@ LINES = {
     "commands": 3184,
     "data": 1506,
     "exporting": 1437,
-    "finetuning": 2021,
+    "finetuning": 2212,
     "flatten": 1555,
     "inspection": 671,
     "linalg": 896,

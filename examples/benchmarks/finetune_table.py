@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace, slim: Path, steps: int, teaching: str, se
             output=folder,
             data_dir=arguments.data_dir,
             teacher=arguments.teacher if teaching == "teacher" else None,
+            find_teacher=False,
             steps=steps,
             seed=seed,
             batch_size=arguments.batch_size,

@@ -57,6 +57,7 @@ def main() -> None:
         data_dir=arguments.data_dir,
         batch_size=arguments.batch_size,
         seed=arguments.seed,
+        lr=1e-4,
         device="cpu",
         workers=0,
     )

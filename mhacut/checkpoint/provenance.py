@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from mhacut.errors import option_name
 from mhacut.limits import LICENSE
 from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
+from mhacut.runtime.files import REMOTE
 
 Origin = Literal[
     "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
@@ -89,6 +91,14 @@ class Provenance:
     def to_history(self) -> dict[str, Any]:
         """Return the item of a command's entry in the history of a slim file."""
         return {_HISTORY_KEY: dict(self.origins)}
+
+
+def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the items that name what was cut: its file without the folders, which are nobody's business."""
+    source, digest = checkpoint.source, {"source_sha256": checkpoint.sha256}
+    if source.startswith(REMOTE):
+        return {"source": source, **digest}
+    return digest if checkpoint.header is None else {"source": Path(source).resolve().name, **digest}
 
 
 def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:

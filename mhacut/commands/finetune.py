@@ -69,10 +69,10 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
         with processes.together():
             if processes.first:
                 check_folder_before_reading(options)  # the command line did; Python did not
-                if options.resume is None:  # else it was said when the run began
-                    for note in options.unmet_needs().values():
-                        reporter.log(note)
             run = read_run(options, processes, reporter if processes.first else Silent())
+            if processes.first and options.resume is None:  # else it was said when the run began
+                for note in run.options.unmet_needs().values():
+                    reporter.log(note)
         try:
             return _finetune(run)
         finally:

@@ -17,7 +17,13 @@ from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import Provenance, license_for_history, provenance, with_hint
+from mhacut.checkpoint.provenance import (
+    Provenance,
+    license_for_history,
+    provenance,
+    source_for_history,
+    with_hint,
+)
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.commands.prune_images import Validation, read_images
 from mhacut.commands.prune_names import check_files, options_of_each
@@ -129,7 +135,7 @@ class PruneInputs:
             **({} if budget is None else {"budget": budget}),
             "flops_before": self.job.table.dense,
             "flops_after": flops,
-            "source_sha256": loaded.sha256,
+            **source_for_history(loaded),
             "data": self.images.description,
         }
         if preserved is not None and preserved.what != "answers":

@@ -47,7 +47,7 @@ class NamedImages(Dataset[Sample]):
         """
         self.name, self.opened = name, opened
         self._channels = preprocessing.input_size[0]
-        self._transform = transform or preprocessing.transform()
+        self.transform = transform or preprocessing.transform()
 
     def __getitem__(self, index: int) -> Sample:
         reader = getattr(self.opened, "reader", None)
@@ -60,7 +60,7 @@ class NamedImages(Dataset[Sample]):
                 picture = open_image(source, self._channels)
         except Exception as error:
             return Unreadable(f"{self.name}[{index}]", reason_of(error)), -1
-        return self._transform(picture), -1 if target is None else int(target)
+        return self.transform(picture), -1 if target is None else int(target)
 
 
 class NamedStream(IterableDataset[Sample]):
@@ -68,14 +68,14 @@ class NamedStream(IterableDataset[Sample]):
 
     def __init__(self, name: str, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
         self.name, self.opened, self.limit = name, opened, limit
-        self._channels, self._transform = preprocessing.input_size[0], preprocessing.transform()
+        self._channels, self.transform = preprocessing.input_size[0], preprocessing.transform()
 
     def __iter__(self) -> Iterator[Sample]:
         for number, (picture, target) in enumerate(_with_labels(self.name, self.opened)):
             if self.limit is not None and number == self.limit:
                 return
             label = -1 if target is None else int(target)
-            yield self._transform(with_channels(picture, self._channels)), label
+            yield self.transform(with_channels(picture, self._channels)), label
 
 
 def open_named(

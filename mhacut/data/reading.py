@@ -81,7 +81,7 @@ class ImageFiles(Dataset[Sample]):
         """
         self.root, self.images, self.labels = root, images, labels
         self._channels = preprocessing.input_size[0]
-        self._transform = transform or preprocessing.transform()
+        self.transform = transform or preprocessing.transform()
 
     def __getitem__(self, index: int) -> Sample:
         path = self.root / self.images[index]
@@ -89,7 +89,7 @@ class ImageFiles(Dataset[Sample]):
             picture = open_image(path, self._channels)
         except Exception as error:
             return Unreadable(str(path), reason_of(error, path)), self.labels[index]
-        return self._transform(picture), self.labels[index]
+        return self.transform(picture), self.labels[index]
 
 
 def reason_of(error: BaseException, path: object = "") -> str:

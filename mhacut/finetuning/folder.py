@@ -39,7 +39,7 @@ _SAVED = frozenset({STATE, LAST, SUMMARY})
 """What is written once a step is saved. To save space, people remove the state, or all but the best file."""
 _OLD = "old"
 """Directory that an earlier run is moved to."""
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 """Options that are paths, or begin with one of :data:`REMOTE`."""
@@ -51,6 +51,9 @@ _FREE = frozenset(
         "data_dir",
         "class_map",
         "output",
+        # a finished run can be prolonged
+        "epochs",
+        "steps",
         # how the work is divided; the number of images of a step is compared
         "batch_size",
         "grad_accum_steps",
@@ -135,7 +138,7 @@ class RunFolder:
 
     def write_arguments(self, options: FinetuneOptions) -> None:
         """Write the options of the run as YAML that ``--config`` reads, from any working directory."""
-        values = {**options.values(), "overwrite": False}
+        values = {**options.values(), "overwrite": False, "resume": None}
         for name in _PATHS:
             if values[name] is not None and not values[name].startswith(REMOTE):
                 values[name] = os.path.abspath(values[name])
@@ -245,6 +248,8 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{option_name('resume', folder)}: no run to continue, {ARGUMENTS}: {error.strerror or error}"
         ) from None
+    if given.get("epochs") is not None and "steps" not in given:
+        began["steps"] = None  # else the steps that it began with would win
     before = fixed_options(FinetuneOptions.of(**began))
     for name, value in fixed_options(FinetuneOptions.of(**{**began, **given})).items():
         if value != before[name]:

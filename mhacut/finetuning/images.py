@@ -7,16 +7,18 @@ machines, sees the same images.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import random
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from timm.data import create_transform
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from mhacut.data import Preprocessing
 from mhacut.data.preprocessing import Transform
@@ -62,6 +64,15 @@ class TrainingImages:
     """Digest of names and labels: equal for equal data, wherever it lies."""
     num_classes: int | None = None
     """Number of classes to check labels against when images are read; None if they are not used."""
+
+    def divided(self, count: int, preprocessing: Preprocessing, seed: int) -> tuple[TrainingImages, ...]:
+        """Return all but the last ``count`` of the first epoch; and these, preprocessed as for validation."""
+        order = StepBatches(self.count, batch_size=self.count, parts=1, seed=seed).of_step(0)[1]
+        plain: Any = copy.copy(self.samples)
+        plain.transform = preprocessing.transform()
+        text, left = f"{self.description}, {count} of them held out", self.count - count
+        kept = replace(self, samples=Subset(self.samples, order[:left]), count=left, description=text)
+        return kept, replace(self, samples=Subset(plain, order[left:]), count=count)
 
 
 def training_images(

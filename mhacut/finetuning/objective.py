@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import dense_args
-from mhacut.checkpoint.load import read_model, states_its_model
+from mhacut.checkpoint.load import open_checkpoint, read_model, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import (
@@ -27,6 +28,7 @@ from mhacut.errors import (
     options_written_by,
 )
 from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
+from mhacut.options.option import require
 from mhacut.pruning.preserve import ANSWERS
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import classifier_size, find_prunable_layers
@@ -175,10 +177,10 @@ class Objective:
 
     @staticmethod
     def _feature_error(student: Blocks, teacher: Blocks) -> Tensor:
-        """Mean over blocks of the :func:`_relative_error` of their outputs."""
+        """Mean over blocks of the :func:`_relative_error` of their outputs; 0 where no gradient is needed."""
         ours, theirs = student.take(), teacher.take()
         errors = [_relative_error(ours[name].float(), theirs[name].float()) for name in ours]
-        return torch.stack(errors).mean()
+        return torch.stack(errors).mean() if errors else torch.zeros(())
 
 
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
@@ -224,6 +226,33 @@ class Mixing:
         given = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
         mixed, targets = self._mixup(images, given)
         return mixed, None if labels is None else targets
+
+
+def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Reporter) -> FinetuneOptions:
+    """Return options whose teacher is the model that a slim file was cut from, where its file is at hand.
+
+    Raises:
+        UsageError: there is no teacher, and an option needs one.
+    """
+    if options.teacher is None and options.resume is None and options.find_teacher:
+        history = () if slim.record is None else slim.record.history
+        first = history[0] if history else {}
+        name, used, folder = str(first.get("source", "")), first.get("options"), Path(slim.source).parent
+        part = used.get("part") if isinstance(used, dict) else None
+        # Anybody can write a record: only a file of this digest is taken, and of its name the last part.
+        for path in (folder / Path(name).name, Path(name).name) if name else ():
+            with suppress(CheckpointError):
+                opened = open_checkpoint(path, part=None if part is None else str(part))
+                if opened.sha256 == first.get("source_sha256"):
+                    labels = option_name("find_teacher", False)
+                    reporter.log(f"learning from the dense model, {path} ({labels}: from labels alone)")
+                    return replace(options, teacher=str(path), teacher_part=options.teacher_part or part)
+        asked = option_name("teacher", name or "PATH")
+        reporter.log(f"learning from labels alone; the dense model usually brings more: {asked}")
+    for name, needed in (("labels", not options.labels), ("feature_weight", options.feature_weight > 0)):
+        held = options.teacher is not None or not needed
+        require(name, getattr(options, name), held, f"a {option_name('teacher')}")
+    return options
 
 
 def make_objective(

@@ -23,9 +23,9 @@ class EpochSummary:
     train_loss: float
     """Mean loss over the images of the epoch, each computed in its step."""
     eval_loss: float | None
-    """Cross-entropy on the validation images; None, as the accuracies, without them."""
+    """Cross-entropy on the validation images; loss on held-out training images without any."""
     eval_top1: float | None
-    """Top-1 accuracy on them, %."""
+    """Top-1 accuracy on validation images, %; None without any."""
     eval_top5: float | None
     """Top-5 accuracy on them, %."""
     lr: float
@@ -40,8 +40,12 @@ class Progress:
     """Number of steps taken."""
     saved: int | None = None
     """Step of the last save; None before the first."""
+    scheduled: int = 0
+    """Step that the schedule of the learning rate began at: not 0 once a finished run is prolonged."""
+    start: float | None = None
+    """Score of the weights that were read; see :func:`mhacut.finetuning.judge.judge`."""
     best: float | None = None
-    """Best top-1 so far in percent, before training or after an epoch; None before the first measurement."""
+    """Best score so far, before training or after an epoch; None before the first measurement."""
     before: Evaluation | None = None
     """Accuracy of the slim file that was read."""
     epoch_loss: float = 0.0
@@ -61,8 +65,8 @@ class Progress:
 
     @property
     def improved(self) -> bool | None:
-        """Whether accuracy after an epoch was better than before training; None if it is not measured."""
-        return None if self.before is None or self.best is None else self.best > self.before.top1
+        """Whether the score after an epoch was better than before training; None if it is not measured."""
+        return None if self.start is None or self.best is None else self.best > self.start
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the lines of ``summary.csv``."""

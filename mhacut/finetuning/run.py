@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from timm.layers import convert_sync_batchnorm
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluati
 from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.finetuning.folder import RunFolder, folder_of
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_images
-from mhacut.finetuning.objective import Mixing, make_objective
+from mhacut.finetuning.objective import Mixing, make_objective, with_dense_model
 from mhacut.finetuning.result import Progress
 from mhacut.finetuning.training import Trainer
 from mhacut.measuring.accuracy import Evaluation, evaluate
@@ -33,6 +33,11 @@ from mhacut.runtime.process import StopRequest
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
+
+RATES = (3e-4, 1e-4, 3e-5, 1e-5)
+"""Learning rates to try, the highest first, until one is worse than the one before."""
+_MOST_HELD_OUT = 256
+"""Largest number of images that are held out; a tenth of them, where that is less."""
 
 
 @dataclass
@@ -56,11 +61,18 @@ class Run:
     validation: EvaluationLoader | None
     """This process's share of the labelled validation images, where there are any."""
     trainer: Trainer
+    new_trainer: Callable[[FinetuneOptions, int], Trainer]
+    """Makes a trainer of the same weights, for other options and a number of steps."""
+    held_out: TrainingImages | None
+    """Training images that the learning rate is chosen on and, without validation images, the weights; None
+    if not needed, or if there are too few."""
     teacher_sha256: str | None
     """Digest of the teacher's file; None without a teacher."""
     progress: Progress = field(default_factory=Progress)
     lock: int | None = None
     """Lock of the folder, in the first process, where there is one."""
+    targets: list[Tensor | None] = field(default_factory=list)
+    """Outputs of the teacher for each batch of the held-out images, once they were computed."""
     request: StopRequest = field(default_factory=StopRequest)
     """Whether a signal asked to stop."""
 
@@ -116,17 +128,11 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     loaded = _read_slim(options)
     for note in loaded.notes:
         reporter.log(note)
+    options = with_dense_model(options, loaded, reporter)
     classes = classifier_size(loaded.model)
     preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     images = _training_images(options, preprocessing, classes)
-    batches = StepBatches(
-        images.count,
-        batch_size=options.batch_size,
-        parts=processes.size * options.grad_accum_steps,
-        seed=options.seed,
-    )
-    total_steps = options.steps or options.epochs * batches.steps_per_epoch
     labelled = partial(
         evaluation_loader,
         preprocessing,
@@ -135,6 +141,16 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         batch_size=max(options.batch_size, 64),
     )
     validation = _validation_images(options, labelled, classes, processes, reporter)
+    parts = processes.size * options.grad_accum_steps
+    spare = min(_MOST_HELD_OUT, images.count // 10, images.count - options.batch_size * parts)
+    held_out = None
+    if spare > 0 and (validation is None or options.lr is None):
+        kept, held_out = images.divided(spare, preprocessing, options.seed)
+        images = kept if validation is None else images  # else they are of no use once the rate is chosen
+    if held_out is None and options.lr is None:
+        options = replace(options, lr=RATES[1])
+    batches = StepBatches(images.count, batch_size=options.batch_size, parts=parts, seed=options.seed)
+    total_steps = options.steps or options.epochs * batches.steps_per_epoch
     origins = provenance(loaded, options)
     if validation is not None and processes.first and options.resume is None:
         sample = partial(labelled, limit=SAMPLE)
@@ -143,16 +159,19 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
     objective = make_objective(options, loaded, model, preprocessing, reporter)
-    trainer = Trainer(
-        model,
-        objective,
-        Mixing(options, classes),
-        options,
-        processes,
-        labelled=images.labelled,
-        total_steps=total_steps,
-        steps_per_epoch=batches.steps_per_epoch,
-    )
+
+    def new_trainer(options: FinetuneOptions, steps: int) -> Trainer:
+        return Trainer(
+            model,
+            objective,
+            Mixing(options, classes),
+            options,
+            processes,
+            labelled=images.labelled,
+            total_steps=steps,
+            steps_per_epoch=batches.steps_per_epoch,
+        )
+
     return Run(
         options=options,
         processes=processes,
@@ -166,7 +185,10 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         batches=batches,
         total_steps=total_steps,
         validation=validation,
-        trainer=trainer,
+        # Made at once, so that options that make no sense are refused before anything is written.
+        trainer=new_trainer(options if options.lr else replace(options, lr=RATES[0]), total_steps),
+        new_trainer=new_trainer,
+        held_out=held_out,
         teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
     )
 

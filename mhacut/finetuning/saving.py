@@ -12,6 +12,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.finetuning.folder import ARGUMENTS, BEST, LAST, RunFolder, digest_of_options
+from mhacut.finetuning.judge import choose_rate, judge
 from mhacut.finetuning.result import Progress
 from mhacut.finetuning.run import Run, record_of
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
@@ -20,7 +21,7 @@ from mhacut.runtime.device import software_versions
 
 _MOST_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""
-_IMAGES_PER_STEP = "images per step"
+_IMAGES_PER_STEP, _STEPS = "images per step", "steps"
 # A slim file is passed on: it does not reveal where files lie on the machine that made it.
 _LOCAL_OPTIONS = frozenset(
     {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
@@ -53,11 +54,16 @@ def start(run: Run) -> None:
         return
     if resuming:
         run.reporter.log(f"{run.folder.path}: no step was saved; starting from the first")
-    if run.validation is not None:
-        run.reporter.start("evaluating")
-        run.progress.before = run.measure(run.trainer.result)
-        # The weights that were read are a candidate too, so that the best file is never worse than they are.
-        run.progress.best = run.progress.before.top1
+    if run.options.lr is None:
+        run.options = replace(run.options, lr=choose_rate(run))
+        run.trainer = run.new_trainer(run.options, run.total_steps)
+        with run.processes.together():
+            if run.processes.first:
+                run.folder.write_arguments(run.options)
+    # The weights that were read are a candidate too, so that the best file is never worse than they are.
+    run.progress.start, run.progress.before = judge(run)
+    run.progress.best = run.progress.start
+    if run.progress.best is not None:
         with run.processes.together():
             write_weights(run, BEST, run.progress.before)
 
@@ -72,9 +78,16 @@ def _make_directory(run: Run) -> None:
 
 def _restore(run: Run, state: Mapping[str, Any]) -> None:
     try:
-        _check_same(state["began_with"], _inputs(run), run.folder)
+        progress, began = Progress.from_state(state["progress"]), dict(state["began_with"])
+        prolonged = progress.step == began[_STEPS] < run.total_steps
+        if prolonged:
+            progress.scheduled, began[_STEPS] = progress.step, run.total_steps
+        _check_same(began, _inputs(run), run.folder)
         run.trainer.load_state_dict(state["trainer"])
-        run.progress = Progress.from_state(state["progress"])
+        run.trainer.schedule_from(progress.scheduled, run.total_steps)
+        run.progress = progress
+        if prolonged and run.processes.first:  # so that it goes on to the new end wherever it is cut off
+            run.folder.write_arguments(run.options)
     except CheckpointError:
         raise
     except Exception as error:  # each optimiser fails in its own way
@@ -90,6 +103,7 @@ def _inputs(run: Run) -> dict[str, Any]:
         "training images": run.images.fingerprint,
         "validation images": None if run.validation is None else run.validation.fingerprint,
         _IMAGES_PER_STEP: run.images_per_step,
+        _STEPS: run.total_steps,
         f"options of {ARGUMENTS}": digest_of_options(run.options),
     }
 
@@ -119,6 +133,7 @@ def _log_restored(run: Run) -> None:
         f"all {run.total_steps} steps are done; there is nothing left to train"
         if done
         else f"continuing after step {run.progress.step} of {run.total_steps}"
+        + f", the learning rate again from {run.options.lr:g}" * (run.progress.step == run.progress.scheduled)
     )
 
 
@@ -188,6 +203,7 @@ def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
         "options": portable(run.options),
         "seed": run.options.seed,
         "steps": run.progress.step,
+        **({"prolonged_at": run.progress.scheduled} if run.progress.scheduled else {}),
         "images_per_step": run.images_per_step,
         "source_sha256": run.loaded.sha256,
         "teacher_sha256": run.teacher_sha256,

@@ -15,11 +15,11 @@ from typing import Any
 
 from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.folder import BEST, TENSORBOARD
-from mhacut.finetuning.images import Batch, training_loader
+from mhacut.finetuning.images import Batch
+from mhacut.finetuning.judge import judge, parts_of
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import portable, save, write_weights
-from mhacut.runtime.process import worker_count
 
 _NAMED = 10
 """Number of unreadable images that are logged by name; the result counts and lists all."""
@@ -37,16 +37,7 @@ def train(run: Run) -> float:
         DataError: too many images cannot be read.
         OutputError: a file cannot be written.
     """
-    accumulated, processes = run.options.grad_accum_steps, run.processes
-    loader = training_loader(
-        run.images,
-        run.batches,
-        start=run.progress.step,
-        stop=run.total_steps,
-        mine=[micro * processes.size + processes.rank for micro in range(accumulated)],
-        workers=worker_count(run.options.workers),
-        pin_memory=processes.device.type == "cuda",
-    )
+    loader = parts_of(run, run.images, run.batches, range(run.progress.step, run.total_steps))
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
     with closing(loader), Logs(run) as logs:
@@ -133,24 +124,23 @@ def _how_to_go_on(run: Run) -> str:
 
 def _end_epoch(run: Run, logs: Logs) -> None:
     """Measure, write the best and the last weights, and add a line to the summary."""
-    progress, evaluation = run.progress, None
-    if run.validation is not None:
-        run.reporter.start("evaluating")
-        evaluation = run.measure(run.trainer.result)
+    progress = run.progress
+    score, evaluation = judge(run)
     row = EpochSummary(
         epoch=len(progress.rows),
         train_loss=progress.epoch_loss / progress.epoch_images,
-        eval_loss=None if evaluation is None else evaluation.loss,
+        eval_loss=evaluation.loss if evaluation is not None else None if score is None else -score,
         eval_top1=None if evaluation is None else evaluation.top1,
         eval_top5=None if evaluation is None else evaluation.top5,
         lr=run.trainer.lr,
     )
     progress.rows.append(row)
     progress.epoch_loss, progress.epoch_images = 0.0, 0
-    measured = "" if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
+    measured = "" if score is None else f", {-score:.4f} on held-out images"
+    measured = measured if evaluation is None else f", top-1 {evaluation.top1:.2f}%"
     run.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
-    if evaluation is not None and (progress.best is None or evaluation.top1 > progress.best):
-        progress.best = evaluation.top1
+    if score is not None and (progress.best is None or score > progress.best):
+        progress.best = score
         with run.processes.together():
             write_weights(run, BEST, evaluation)
     save(run, evaluation)

@@ -67,7 +67,8 @@ class Trainer:
         if options.grad_checkpointing:
             _checkpoint_gradients(model)
         self.optimizer = _optimizer(model, options)
-        self.schedule = _schedule(self.optimizer, options, total_steps, steps_per_epoch)
+        self._steps_per_epoch = steps_per_epoch
+        self.schedule_from(0, total_steps)
         self.average = (
             ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
             if options.model_ema
@@ -77,6 +78,11 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
         """Module that is called in a step: the model, or what :meth:`connect` wraps it in."""
+
+    def schedule_from(self, first: int, total_steps: int) -> None:
+        """Let the learning rate's schedule begin at step ``first`` and end with ``total_steps``."""
+        self._first = first
+        self.schedule = _schedule(self.optimizer, self.options, total_steps - first, self._steps_per_epoch)
 
     def connect(self) -> None:
         """Share gradients among processes, and compile if asked; every process must call this first."""
@@ -111,7 +117,7 @@ class Trainer:
             Sum of the losses of this process's images, and their number.
         """
         options = self.options
-        self.schedule.step_update(number)
+        self.schedule.step_update(number - self._first)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
@@ -256,6 +262,7 @@ def _schedule(
     """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
     # timm counts epochs, of which fractions are lost; here a step takes their place.
     warmup = round(options.warmup_epochs * steps_per_epoch)
+    rate = options.lr or 0.0  # chosen by now
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
         raise UsageError(f"{asked}: is {warmup} steps, but the run has {total_steps}")
@@ -265,8 +272,8 @@ def _schedule(
         num_epochs=total_steps,
         decay_epochs=max(1, round(options.decay_epochs * steps_per_epoch)),
         decay_rate=options.decay_rate,
-        min_lr=min(options.min_lr, options.lr),
-        warmup_lr=min(options.warmup_lr, options.lr),
+        min_lr=min(options.min_lr, rate),
+        warmup_lr=min(options.warmup_lr, rate),
         warmup_epochs=warmup,
         step_on_epochs=False,
         updates_per_epoch=1,

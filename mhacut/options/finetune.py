@@ -31,7 +31,9 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
 
     teacher: PathLike | None = option(None, metavar="CHECKPOINT", reads="checkpoint")
     """Checkpoint of the dense model, or of any model with the same classes, to learn from; labels are then
-    optional."""
+    optional. By default the dense model, where it lies beside SLIM or in the working directory."""
+    find_teacher: bool = option(True, needs={})
+    """Look for the dense model; off: learn from labels alone."""
     label_weight: float = option(0.1, at_least=0)
     """Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher."""
     teacher_model: str | None = None
@@ -44,12 +46,6 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     """Temperature that divides the logits of both models before they are compared."""
     feature_weight: float = option(0.0, at_least=0)
     """Weight of the squared error between the blocks' outputs, relative to their variance."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        wanted = self.feature_weight == 0 or self.teacher is not None
-        expected = f"a {option_name('teacher')}, whose features are matched"
-        require("feature_weight", self.feature_weight, wanted, expected)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +62,9 @@ class TrainingOptions(Options, panel="Training"):
     """Batches per optimiser step."""
     opt: str = "adamw"
     """Optimiser, by its name in timm."""
-    lr: float = option(1e-4, above=0, at_most=HIGHEST_RATE)
-    """Highest learning rate."""
+    lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
+    """Highest learning rate; by default the best of up to four that are tried for 25 steps each, by the loss
+    on held-out training images."""
     weight_decay: float = option(0.05, at_least=0)
     """Weight decay; not applied to biases, norms and the parameters that the model exempts."""
     sched: Schedule = "cosine"
@@ -194,8 +191,6 @@ class FinetuneKeywords(
         for log in self.logs:
             known = ("tensorboard", "wandb")
             require("log", log, log in known, "one of " + ", ".join(known))
-        expected = f"a {option_name('teacher')}, which needs no labels"
-        require("labels", self.labels, self.labels or self.teacher is not None, expected)
         # timm mixes each image with the one at the mirrored place of the batch; none may be left over.
         even = self.batch_size % 2 == 0 or not (self.mixup or self.cutmix)
         expected = f"an even number with {option_name('mixup')} or {option_name('cutmix')}"

@@ -145,7 +145,7 @@ def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, at
     at_call(Trainer, "step", 1, lambda: lambda *given: (float("nan"), 12))
     given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
     with unchanged(slim, images):
-        result = run(*given, "--steps", "2")
+        result = run(*given, "--steps", "2", "--lr", "1e-3")
     assert result.exit_code == 1
     assert "loss became nan at step 1 of 2; no step was saved yet" in result.stderr
     assert "No weight has changed yet: look at the outputs of the model on these images" in result.stderr

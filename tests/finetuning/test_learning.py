@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import copy
+import re
+import shutil
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 import mhacut
 from helpers.checkpoints import make_slim
 from helpers.cli import run
 from helpers.files import save_dense
-from helpers.finetuning import same, weights
+from helpers.finetuning import Killed, resume, same, weights
+from helpers.jobs import Recorder
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.errors import MhacutError, UsageError
-from mhacut.finetuning.folder import RunFolder
+from mhacut.finetuning.folder import BEST, RunFolder
 from mhacut.finetuning.images import StepBatches
 from mhacut.finetuning.objective import Blocks
 from mhacut.finetuning.training import Trainer, _checkpoint_gradients
@@ -44,6 +48,63 @@ def test_the_start_is_the_best_where_no_epoch_is_better(tune, slim):
     assert open_checkpoint(result.output).record.history[-1]["steps"] == 0
 
 
+def test_without_validation_images_the_best_is_judged_on_held_out_ones(tune, slim):
+    better = tune("better", eval_images=0, lr=3e-3, epochs=6, aug=False)
+    assert better.data == "42 images under train/ (with labels), 4 of them held out"
+    losses = [row.eval_loss for row in better.epochs]
+    assert (better.improved, better.before, better.output.name) == (True, None, "best.safetensors")
+    best = open_checkpoint(better.output).record.history[-1]["steps"] // 3 - 1
+    assert losses[best] == min(losses)
+    worse = tune("worse", eval_images=0, lr=10.0, steps=2)
+    assert worse.improved is False
+    start = mhacut.load_model(slim).state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(worse.folder, BEST).items())
+
+
+def test_the_learning_rate_is_tried_and_nothing_else_depends_on_the_trial(tune, tmp_path, at_call):
+    reporter = Recorder()
+    undo = at_call(Trainer, "step", 4)  # in the trial
+    with pytest.raises(Killed):
+        tune(lr=None)
+    undo()
+    resume(tmp_path / "run", reporter=reporter)
+    rate = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["lr"]
+    (told,) = [text for text in reporter.messages if text.startswith(f"learning rate {rate:g}: 3 steps")]
+    losses = [float(number) for number in re.findall(r" to (\d\.\d+)", told)]
+    assert losses[0] == min(losses)
+    assert same(weights(tmp_path / "run"), weights(tune("given", lr=rate).folder))
+
+
+def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    home = tmp_path / "home"
+    home.mkdir()
+    dense, slim = home / "dense.safetensors", home / "slim.safetensors"
+    shutil.copy(tiny_vit.path, dense)
+    given = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, "effort": "fast", "latency": False}
+    mhacut.prune(dense, flops="60%", calibration_images=8, output=slim, **given)
+
+    def tuned(name, *flags):
+        given = [slim, "--data-dir", images, "-b", "12", "-j", "0", "--steps", "1", "--lr", "1e-3"]
+        done = run("finetune", *given, "-o", tmp_path / name, *flags)
+        assert done.exit_code == 0, done.stderr
+        record = open_checkpoint(tmp_path / name / "last.safetensors").record
+        return done.stderr, record.history[-1]["teacher_sha256"]
+
+    digest = open_checkpoint(dense).sha256
+    said, teacher = tuned("beside", "--no-labels")
+    assert f"learning from the dense model, {dense} (--no-find-teacher: from labels alone)" in said
+    assert (teacher, resume(tmp_path / "beside").steps) == (digest, 1)
+    assert tuned("off", "--no-find-teacher", "--label-weight", "1")[1] is None
+    shutil.move(dense, tmp_path)  # the working directory
+    assert tuned("here")[1] == digest
+    dense.write_bytes(slim.read_bytes())  # another file of that name is not what it was cut from
+    (tmp_path / "dense.safetensors").unlink()
+    said, teacher = tuned("other")
+    assert "learning from labels alone; the dense model usually brings more: --teacher dense.saf" in said
+    assert teacher is None
+
+
 @pytest.mark.slow
 def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, tmp_path):
     flat = tmp_path / "flat"
@@ -53,7 +114,7 @@ def test_a_teacher_is_learnt_from_without_labels(tune, tiny_vit, slim, images, t
     result = tune(data_dir=flat, teacher=tiny_vit.path, epochs=20, lr=3e-3, aug=False)
     assert "without labels" in result.data
     assert result.after is None
-    assert result.output.name == "last.safetensors"
+    assert result.output.name == "best.safetensors"
     dense = mhacut.load_model(tiny_vit.path, tiny_vit.architecture, **tiny_vit.args)
     pixels = torch.stack(
         [

@@ -171,7 +171,8 @@ def test_a_run_goes_on_with_its_own_inputs_only(finished, finished_run, images, 
     for flags, code, message in (
         (["-b", "6"], 1, "images per step (12, now 6); start as many processes as before"),
         (["--lr", "0.5"], 2, "--lr 0.5: the run in"),
-        (["--epochs", "9"], 2, "was started with 2; leave it out, or start another run"),
+        (["--opt", "sgd"], 2, "was started with adamw; leave it out, or start another run"),
+        (["--epochs", "1"], 1, "differ from its start: steps (6, now 3)"),
         (["--data-dir", fewer], 1, "training images"),
         ([finished_run.output], 1, "slim file"),
     ):
@@ -184,6 +185,27 @@ def test_a_run_goes_on_with_its_own_inputs_only(finished, finished_run, images, 
     assert "differ from its start: options of args.yaml (" in refusal(
         finished, "finetune", "--resume", finished
     )
+
+
+def test_a_finished_run_can_be_prolonged(finished, finished_run, tmp_path, at_call):
+    """On from its last state, by a schedule of its own, to the same bytes wherever it is cut off."""
+    cut = shutil.copytree(finished, tmp_path / "cut")
+    reporter = Recorder()
+    longer = resume(finished, epochs=4, reporter=reporter)
+    assert "continuing after step 6 of 12, the learning rate again from 0.001" in reporter.messages
+    assert (longer.steps, longer.epochs[:2]) == (12, finished_run.epochs)
+    ends, restarts = [row.lr for row in longer.epochs[1::2]], [row.lr for row in longer.epochs[::2]]
+    assert (ends[1], restarts[1]) == pytest.approx((ends[0], restarts[0]))
+    undo = at_call(Trainer, "step", 5)
+    with pytest.raises(Killed):
+        resume(cut, steps=12)
+    undo()
+    assert steps_saved(cut) == 9
+    with pytest.raises(CheckpointError, match=r"differ from its start: steps \(12, now 15\)"):
+        resume(cut, steps=15)  # not before it is finished
+    assert resume(cut).epochs == longer.epochs
+    for name in ("last.safetensors", "best.safetensors"):
+        assert same(weights(cut, name), weights(finished, name))
 
 
 def cut(file):

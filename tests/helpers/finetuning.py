@@ -49,7 +49,7 @@ def small_trainer(**options) -> Trainer:
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), pooled, nn.Linear(4, 3))
-    given = FinetuneOptions.of(checkpoint="a", warmup_epochs=0, **options)
+    given = FinetuneOptions.of(**{"checkpoint": "a", "lr": 1e-4, **options})
     return Trainer(
         model,
         Objective(given, 3),

@@ -1,0 +1,107 @@
+"""Weights judged on validation images or on held-out training images, and the learning rate by a trial."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from mhacut.finetuning.images import Batch, StepBatches, TrainingImages, training_loader
+from mhacut.finetuning.run import RATES, Run
+from mhacut.measuring.accuracy import Evaluation
+from mhacut.runtime.process import worker_count
+
+_STEPS = 25
+"""Largest number of steps that a learning rate is tried for."""
+_BATCH = 64
+"""Largest number of held-out images in one forward pass."""
+
+
+def judge(run: Run) -> tuple[float | None, Evaluation | None]:
+    """Return a score of the run's weights, the higher the better, and their accuracy; None if not measured.
+
+    The score is the top-1 accuracy on the validation images; without any, the negative loss on held-out
+    training images. Every process must call this.
+    """
+    if run.validation is not None:
+        run.reporter.start("evaluating")
+        evaluation = run.measure(run.trainer.result)
+        return evaluation.top1, evaluation
+    return (None, None) if run.held_out is None else (-_held_out_loss(run), None)
+
+
+def choose_rate(run: Run) -> float:
+    """Return the learning rate of which a few steps lower the loss on held-out images most.
+
+    The weights are left as they were. Every process must call this.
+    """
+    assert run.held_out is not None
+    run.reporter.start("trying learning rates")
+    model, losses = run.trainer.model, dict[float, float]()
+    began, start = _held_out_loss(run), {name: one.clone() for name, one in model.state_dict().items()}
+    # Held-out images are the last of the first epoch, where all are trained on later.
+    steps = max(1, (run.images.count - run.held_out.count) // run.images_per_step)
+    steps = min(_STEPS, run.total_steps, steps)
+    for rate in RATES:
+        tried = replace(run.options, lr=rate, warmup_epochs=0, model_ema=False, compile=False)
+        run.trainer = run.new_trainer(tried, steps)
+        run.trainer.connect()
+        with closing(parts_of(run, run.images, run.batches, range(steps))) as parts:
+            for step in range(steps):
+                run.trainer.step(step, islice(parts, tried.grad_accum_steps))
+        run.trainer.disconnect()
+        losses[rate] = _held_out_loss(run)
+        model.load_state_dict(start)
+        if losses[rate] > min(losses.values()):
+            break
+    best = min(losses, key=lambda rate: (losses[rate], rate))
+    run.reporter.log(
+        f"learning rate {best:g}: {steps} steps of it take the loss on {run.held_out.count} held-out images "
+        f"from {began:.3f} to {losses[best]:.3f}"
+        + "".join(f", of {rate:g} to {loss:.3f}" for rate, loss in losses.items() if rate != best)
+    )
+    return best
+
+
+def parts_of(
+    run: Run, images: TrainingImages, batches: StepBatches, steps: range, mine: Sequence[int] = ()
+) -> Generator[Batch, None, None]:
+    """Yield the parts ``mine`` of each of these steps, by default those of this process."""
+    size, rank = run.processes.size, run.processes.rank
+    return training_loader(
+        images,
+        batches,
+        start=steps.start,
+        stop=steps.stop,
+        mine=mine or range(rank, size * run.options.grad_accum_steps, size),
+        workers=worker_count(run.options.workers),
+        pin_memory=run.processes.device.type == "cuda",
+    )
+
+
+def _held_out_loss(run: Run) -> float:
+    """Return the mean loss on the held-out images, features left out; infinite where it is not finite.
+
+    Every process must call this; the first computes it.
+    """
+    return run.processes.from_first(lambda: _loss_here(run))
+
+
+@torch.no_grad()
+def _loss_here(run: Run) -> float:
+    assert run.held_out is not None
+    objective, model, count = run.trainer.objective, run.trainer.result.eval(), run.held_out.count
+    batches = StepBatches(count, batch_size=min(_BATCH, count), parts=1, seed=0)
+    steps, losses = range(batches.steps_per_epoch), list[float]()
+    for number, batch in enumerate(parts_of(run, run.held_out, batches, steps, [0])):
+        pixels = batch.images.to(run.processes.device)
+        labels = batch.labels.to(pixels.device) if run.held_out.labelled else None
+        if number == len(run.targets):  # the teacher's outputs stay the same
+            run.targets.append(objective.teacher_targets(pixels))
+        losses.append(float(objective(model(pixels), labels, run.targets[number])))
+    mean = sum(losses) / len(losses)
+    return mean if math.isfinite(mean) else math.inf
