@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,7 +20,7 @@ from mhacut.data import (
     evaluation_loader,
     has_split,
 )
-from mhacut.data.folders import find_folder
+from mhacut.data.folders import split_folder
 from mhacut.data.in_memory import Expected, split_in_memory
 from mhacut.errors import option_name
 from mhacut.measuring.accuracy import Evaluation, Fidelity, agreement, evaluate
@@ -70,17 +69,17 @@ class Validation:
     def answers_of(self, model: nn.Module) -> Answers:
         """Return the answers of ``model``, which is moved to the device."""
         self.reporter.start("evaluating")
-        right, logits = list[bool](), list[Tensor]()
+        answers: list[tuple[Tensor, Tensor]] = []
         evaluation = evaluate(
             model,
             self.batches,
             device=self.processes.device,
             progress=self.reporter.advance,
-            right=right,
-            outputs=logits,
+            answers=answers,
         )
+        logits, labels = map(torch.cat, zip(*answers, strict=True))
         named = replace(evaluation, sample=self.sample) if self.labelled else None
-        return Answers(torch.cat(logits), named, tuple(right))
+        return Answers(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
     def fidelity(self, answers: Answers) -> Fidelity:
         """Return how like those of the dense model the answers of a slim model are."""
@@ -113,7 +112,6 @@ def read_images(
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
     expected = Expected(preprocessing.input_size, classes if use_labels else None)
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
-    sample = _VALIDATION
     if given is None:
         images = calibration_images(
             preprocessing,
@@ -138,13 +136,13 @@ def read_images(
         )
         labels = torch.full((len(found.images),), -1) if found.labels is None else found.labels
         batches = list(zip(found.images.split(batch_size), labels.split(batch_size), strict=True))
-        sample, no_accuracy = _VALIDATION, no_accuracy or ("no labels" if found.labels is None else "")
+        sample = _SEARCHED if val_given is given else _VALIDATION
+        no_accuracy = no_accuracy or ("no labels" if found.labels is None else "")
     elif given is not None:
         few = "no labels" if images.labels is None else "too few images"
         no_accuracy = no_accuracy or ("" if batches is not None else few)
     else:
-        sample = _SEARCHED if _same_images(options) else _VALIDATION
-        batches, no_accuracy = _validation_split(options, preprocessing, classes, no_accuracy)
+        batches, sample, no_accuracy = _validation_split(options, preprocessing, classes, no_accuracy)
     if batches is None or (no_accuracy and not compares):
         return images, None, no_accuracy
     return images, judged(batches, not no_accuracy, sample), no_accuracy
@@ -152,13 +150,18 @@ def read_images(
 
 def _validation_split(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, no_labels: str
-) -> tuple[EvaluationLoader | None, str]:
-    """Return the images of the validation split, if there is one, and why no labels are read, if so."""
-    if not has_split(options, options.val_split):
+) -> tuple[EvaluationLoader | None, str, str]:
+    """Return the images of the validation split, if there is one, their name, and why they have no labels."""
+    split = options.val_split
+    if not has_split(options, split):
         where = f"{options.data_dir} ({option_name('val_split')})"
-        return None, no_labels or f"no labelled split {options.val_split!r} in {where}"
-    if no_labels and options.dataset is not None:
-        return None, no_labels  # whether it has such a split is known only once it is opened
+        return None, "", no_labels or f"no labelled split {split!r} in {where}"
+    same = split == options.train_split
+    if options.dataset is None and options.data_dir is not None:  # folders have aliases
+        root = Path(options.data_dir)
+        same = split_folder(root, split) == split_folder(root, options.train_split)
+    elif no_labels:
+        return None, "", no_labels  # whether it has such a split is known only once it is opened
     opened = partial(
         evaluation_loader,
         preprocessing,
@@ -168,19 +171,7 @@ def _validation_split(
         limit=options.eval_images,
     )
     try:
-        return opened(use_labels=not no_labels), no_labels
+        loader = opened(use_labels=not no_labels)
     except WithoutLabels as error:
-        return opened(use_labels=False), str(error)
-
-
-def _same_images(options: PruneOptions) -> bool:
-    """Whether the images to search and to judge on are of one folder, or one split of a named dataset."""
-    if options.data_dir is None or options.dataset is not None:
-        return options.train_split == options.val_split
-    if not has_split(options, options.val_split):
-        return False
-    root, splits = (
-        Path(options.data_dir),
-        ((options.train_split, "train_split"), (options.val_split, "val_split")),
-    )
-    return os.path.samefile(*(find_folder(root, split, option) for split, option in splits))
+        loader, no_labels = opened(use_labels=False), str(error)
+    return loader, _SEARCHED if same else _VALIDATION, no_labels

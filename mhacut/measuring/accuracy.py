@@ -104,8 +104,7 @@ def evaluate(
     device: torch.device,
     amp: bool = False,
     progress: Callable[[int, int], None] | None = None,
-    right: list[bool] | None = None,
-    outputs: list[Tensor] | None = None,
+    answers: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Evaluation:
     """Measure the top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
 
@@ -115,8 +114,7 @@ def evaluate(
         device: device to compute on.
         amp: whether to compute in bfloat16 where autocast does.
         progress: called after each batch with (batches done, batches in all; 0 if the loader does not say).
-        right: receives, for each image in turn, whether its label is the model's first answer.
-        outputs: receives the logits of each batch, on the CPU.
+        answers: receives the logits and the labels of each batch, on the CPU.
 
     Raises:
         DataError: no images, or what the loader raises.
@@ -135,15 +133,12 @@ def evaluate(
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices
             hits = best == labels.to(device)[:, None]  # [B, 5]
-            loss += float(
-                F.cross_entropy(logits.float(), labels.to(device), reduction="sum", ignore_index=-1)
-            )
+            entropy = F.cross_entropy(logits.float(), labels.to(device), reduction="sum", ignore_index=-1)
+            loss += float(entropy)
             first += int(hits[:, 0].sum())
             first_five += int(hits.sum())
-            if right is not None:
-                right += hits[:, 0].tolist()
-            if outputs is not None:
-                outputs.append(logits.float().cpu())
+            if answers is not None:
+                answers.append((logits.float().cpu(), labels.cpu()))
             images += len(labels)
             if progress is not None:
                 progress(done, batches)

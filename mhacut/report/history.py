@@ -34,6 +34,7 @@ def step(entry: Mapping[str, Any]) -> str:
         return f"{command}, mhacut {version}"
     before, after = (_flops(entry.get(name)) for name in ("flops_before", "flops_after"))
     figures = f"{before} -> {after} FLOPs ({_targets(entry)}){_preserving(entry.get('preserved'))}"
+    figures += _fidelity(entry.get("fidelity"))
     return f"{command} {figures}, seed {seed}, mhacut {version}, on {data}"
 
 
@@ -58,6 +59,14 @@ def _preserving(preserved: object) -> str:
     if what == "layers" and isinstance(layers, list):
         what = ", ".join(map(str, layers))
     return f", preserving {_text(what)}"
+
+
+def _fidelity(stated: object) -> str:
+    """Return the divergence that was measured, and of which images; empty if the entry states none."""
+    value = stated.get("divergence") if isinstance(stated, Mapping) else None
+    if not isinstance(stated, Mapping) or not is_number(value) or not 0 <= value < _LARGEST:
+        return ""
+    return f", divergence {value:.2g} on {_text(stated.get('images'))} {_text(stated.get('sample'))}"
 
 
 def _version(entry: Mapping[str, Any]) -> object:

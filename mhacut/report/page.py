@@ -95,13 +95,8 @@ def write_report(
         prunable=layers,
     )
     if fidelity is not None:
-        comparison = replace(
-            comparison,
-            agreement=fidelity.agreement,
-            divergence=fidelity.divergence,
-            images=fidelity.images,
-            data=fidelity.judged_on,
-        )
+        figures_of = {name: getattr(fidelity, name) for name in ("agreement", "divergence", "images")}
+        comparison = replace(comparison, data=fidelity.judged_on, **figures_of)
     # A slim file states its preprocessing; only the run knows what that came from.
     inspection = replace(inspection, provenance=provenance)
     # Of this cut only: where it has no curves, those of an earlier cut would be shown.

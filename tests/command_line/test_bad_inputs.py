@@ -164,6 +164,7 @@ def hostile(slim: Path, path: Path) -> Path:
     def change(document):
         entry = {**document["history"][0], "data": HOSTILE, "seed": HOSTILE, "license": HOSTILE}
         entry |= {"accuracy": {"top1_before": HOSTILE}, "versions": {"mhacut": HOSTILE}, HOSTILE: HOSTILE}
+        entry["fidelity"] = {"divergence": 0.1, "images": HOSTILE, "sample": HOSTILE}
         document["history"] = [entry]
         document["pretrained_cfg"] |= {"license": HOSTILE, "label_names": [HOSTILE] * 7}
 

@@ -94,6 +94,8 @@ def test_a_folder_needs_no_labels_to_judge_on(tiny_vit, images, tmp_path, flags)
     assert found["divergence"] == pytest.approx(again["divergence"], rel=1e-4)
     assert found["agreement"] == again["agreement"]
     assert again["data"].startswith("12 of 12 images under val/")
+    stated = f"divergence {found['divergence']:.2g} on 12 validation images"
+    assert stated in " ".join(run("inspect", output).stdout.split())
 
 
 def test_accuracy_on_images_like_those_searched_on_is_called_so(tiny_vit, images, labels, tmp_path):
