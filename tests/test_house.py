@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2719,
     "checkpoint": 5375,
     "cli": 1314,
-    "commands": 3170,
+    "commands": 3175,
     "data": 1506,
     "exporting": 1437,
     "finetuning": 2212,
