@@ -27,10 +27,10 @@ _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a
 """What is set in code: commands, and names of flags."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
 NAMES: Mapping[str, Sequence[str]] = {
-    "Verbs": ("prune", "prune_many", "finetune", "evaluate", "inspect", "bench", "export"),
-    "Models": ("load_model", "save_model"),
+    "Verbs": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
+    "Models": ("load_model", "save_model", "save_pruned", "apply_pruned"),
     "Results": (
-        *("PruneResult", "PruneResults", "FinetuneResult"),
+        *("PruneResult", "PruneResults", "InPlaceResult", "FinetuneResult"),
         *("EvaluateResult", "InspectResult", "BenchResult", "ExportResult"),
     ),
     "Plan": ("Plan",),

@@ -16,6 +16,7 @@ from mhacut._version import __version__
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
+    from mhacut.checkpoint.part_file import apply_pruned, save_pruned
     from mhacut.checkpoint.write import save_model
     from mhacut.commands.bench import BenchResult, bench
     from mhacut.commands.evaluate import EvaluateResult, evaluate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mhacut.commands.finetune import finetune
     from mhacut.commands.inspect import InspectResult, inspect
     from mhacut.commands.prune import prune, prune_many
+    from mhacut.commands.prune_in_place import InPlaceResult, prune_
     from mhacut.commands.prune_result import PruneResult, PruneResults
     from mhacut.errors import (
         BudgetError,
@@ -46,6 +48,7 @@ __all__ = [
     "EvaluateResult",
     "ExportResult",
     "FinetuneResult",
+    "InPlaceResult",
     "InspectResult",
     "Interrupted",
     "MhacutError",
@@ -57,6 +60,7 @@ __all__ = [
     "UnsupportedModelError",
     "UsageError",
     "__version__",
+    "apply_pruned",
     "bench",
     "evaluate",
     "export",
@@ -64,12 +68,15 @@ __all__ = [
     "inspect",
     "load_model",
     "prune",
+    "prune_",
     "prune_many",
     "save_model",
+    "save_pruned",
 ]
 
 _NAMES = {
     "mhacut.checkpoint.load": ["load_model"],
+    "mhacut.checkpoint.part_file": ["apply_pruned", "save_pruned"],
     "mhacut.checkpoint.write": ["save_model"],
     "mhacut.commands.bench": ["BenchResult", "bench"],
     "mhacut.commands.evaluate": ["EvaluateResult", "evaluate"],
@@ -77,6 +84,7 @@ _NAMES = {
     "mhacut.commands.finetune": ["finetune"],
     "mhacut.commands.inspect": ["InspectResult", "inspect"],
     "mhacut.commands.prune": ["prune", "prune_many"],
+    "mhacut.commands.prune_in_place": ["InPlaceResult", "prune_"],
     "mhacut.commands.prune_result": ["PruneResult", "PruneResults"],
     "mhacut.errors": [name for name in __all__ if name.endswith("Error") or name == "Interrupted"],
     "mhacut.finetuning.result": ["FinetuneResult"],

@@ -24,7 +24,7 @@ _TOKEN_KEYS = {"read", "merged", "rule"}
 MERGE_RULE = "weights"
 """Name of the rule by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state it."""
 # Plans come from files: what is looked up in a model is a name of a module, nothing else.
-_LAYER_NAME = re.compile(r"[A-Za-z_][\w]*(\.[\w]+)*")
+_LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)

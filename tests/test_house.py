@@ -14,10 +14,10 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2719,
-    "checkpoint": 5375,
+    "adapters": 2890,
+    "checkpoint": 5516,
     "cli": 1314,
-    "commands": 3175,
+    "commands": 3411,
     "data": 1506,
     "exporting": 1437,
     "finetuning": 2212,
@@ -29,8 +29,8 @@ LINES = {
     "pruning": 4206,
     "report": 1031,
     "runtime": 1026,
-    "surgery": 2335,
-    "top": 800,
+    "surgery": 2539,
+    "top": 808,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

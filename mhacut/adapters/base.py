@@ -203,6 +203,8 @@ class Adapter(ABC):
     family: LayerFamily
     module_classes: tuple[type[nn.Module], ...]
     """Exactly these classes; a subclass may compute something else and needs an adapter of its own."""
+    one_width: bool = False
+    """Whether the classes know one width of q, k and v."""
 
     def serves(self, module: Any) -> bool:
         """Whether ``module``, of one of the classes, is built so that it can be described."""

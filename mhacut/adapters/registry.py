@@ -12,6 +12,7 @@ from torch import nn
 
 from mhacut.adapters.base import Adapter
 from mhacut.adapters.flatten_attention import CswinAttentionAdapter, FocusedAttentionAdapter
+from mhacut.adapters.huggingface import adapter_of
 from mhacut.adapters.linear_attention import (
     AdditiveAdapter,
     FactorAttentionAdapter,
@@ -44,8 +45,8 @@ ADAPTERS: tuple[Adapter, ...] = (
     *MLPS,
 )
 
-POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "RotAttentionPool2d", "AttentionPoolPrr")
-"""Attention that runs once, behind the last block: skipped, with everything in it, unless registered."""
+POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "AttentionPoolPrr", "AttentionPoolingHead")
+"""Ends of names of attention that runs once, behind the last block: skipped as a whole, unless registered."""
 
 POSITION_BIASES = ("RelPosMlp",)
 """Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
@@ -73,12 +74,12 @@ _KNOWN_ATTENTION = {
 def adapter_for(module: nn.Module) -> Adapter | None:
     """Return the adapter of exactly this class; None without one, or if it cannot describe ``module``."""
     # The exact class: a subclass may compute something else with the same tensors.
-    adapter = _BY_CLASS.get(type(module))
+    adapter = _BY_CLASS.get(type(module)) or adapter_of(module)
     return adapter if adapter is not None and adapter.serves(module) else None
 
 
 def is_pooling_head(module: nn.Module) -> bool:
-    return type(module).__name__ in POOLING_HEADS
+    return type(module).__name__.endswith(POOLING_HEADS)
 
 
 def is_position_bias(module: nn.Module) -> bool:

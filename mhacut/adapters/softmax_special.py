@@ -299,7 +299,7 @@ READ: Mapping[type[nn.Module], Any] = {
 
 
 SHARED_KEYS = "several heads share their keys"
-_KEPT = "kept_channels"
+KEPT = "kept_channels"
 """Buffer with the numbers of a cut layer's q/k channels in the dense one, [H, d]."""
 
 
@@ -316,7 +316,7 @@ def rotated(
     dtype = q.dtype
     q, k = m.q_norm(q), m.k_norm(k)
     if rope is not None:
-        table = _angles(rope, getattr(m, _KEPT, None))
+        table = _angles(rope, getattr(m, KEPT, None))
         q, k = (_rotate(m, part, table).to(dtype) for part in (q, k))
     return q, k, mask_of(x, attn_mask, is_causal)
 
@@ -369,13 +369,17 @@ class Rope(Softmax):
         (heads, qk), (key_heads, v) = sizes["q"], sizes["v"]
         return sizes | {"k": (key_heads, qk), "g": (heads, v)}
 
+    def by_halves(self, module: Any) -> bool:
+        """Whether channels rotate with those of the other half of a head, not with their neighbours."""
+        return bool(module.rotate_half)
+
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
         shared: dict[UnitKind, str] = {"qk": SHARED_KEYS} if _queries_per_key(module) > 1 else {}
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
         """The unit of pairs of rows that rotate together."""
-        plain, half = super().qk(name, module), module.rotate_half
+        plain, half = super().qk(name, module), self.by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
         copies, step = ((0, pairs), 1) if half else ((0, 1), 2)
@@ -410,15 +414,15 @@ class Rope(Softmax):
         """Record the numbers, in the dense layer, of the channels whose angles the cut one needs."""
         if unit.kind != "qk":
             return
-        kept = kept.to(table_device(module.proj.weight))
-        if module.rotate_half:
+        kept = kept.to(table_device(self.reader(module).linear.weight))
+        if self.by_halves(module):
             channels = torch.cat((kept, kept + unit.width), dim=-1)
         else:
             channels = (2 * kept[..., None] + torch.arange(2, device=kept.device)).flatten(1)
-        earlier = getattr(module, _KEPT, None)  # of a model that was cut before: angles are the dense ones
+        earlier = getattr(module, KEPT, None)  # of a model that was cut before: angles are the dense ones
         if earlier is not None:
             channels = earlier.gather(1, channels)
-        module.register_buffer(_KEPT, channels, persistent=False)
+        module.register_buffer(KEPT, channels, persistent=False)
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:

@@ -18,7 +18,7 @@ from mhacut.checkpoint.header import FileHeader, infos
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
 from mhacut.checkpoint.infer import Identified, to_model_names
-from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
+from mhacut.checkpoint.record import METADATA_KEY, PART_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import show, stem_of
@@ -224,6 +224,11 @@ def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
 
 def _record_of(header: FileHeader) -> SlimRecord | None:
     text = header.metadata.get(METADATA_KEY)
+    if PART_KEY in header.metadata:
+        raise CheckpointError(
+            f"{show(header.path)}: holds a pruned part of another model; build that, and open the file by "
+            "mhacut.apply_pruned"
+        )
     if text is None:
         return None
     try:

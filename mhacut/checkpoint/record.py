@@ -17,6 +17,8 @@ FORMAT_VERSION = 2
 """Latest version of the format. Files without a plan of tokens are of version 1."""
 METADATA_KEY = "mhacut"
 """Key of the document in the ``__metadata__`` of the safetensors file."""
+PART_KEY = "mhacut_part"
+"""Key of the record of a pruned part, in the metadata of its file (:mod:`mhacut.checkpoint.part_file`)."""
 _KEYS = {"architecture", "model_args", "pretrained_cfg", "preprocessing", "plan", "history"}
 """Entries of the document that are read."""
 

@@ -233,20 +233,20 @@ def _meet(targets: Targets, planner: Planner) -> Attempt:
                 break
             attempt = replace(attempt, number=number, limits=limits)  # a trial of the search all the same
         else:
-            attempt = _cut(planned, limits, number, planner)  # 4. cut
-            if targets.bounds_loss:
-                _recover(attempt, targets.inputs.dtypes, planner)  # its loss is that of the recovered model
+            attempt = cut_model(planned, limits, number, planner)  # 4. cut
+            if targets.bounds_loss:  # the loss is that of the recovered model
+                recover_model(attempt, targets.inputs.dtypes, planner)
             targets.measure(attempt)
         best, limits = targets.better(best, attempt), targets.next(attempt)
     assert best is not None
     if best.ratio > 1:
         raise targets.missed(best)
     if not targets.bounds_loss:
-        _recover(best, targets.inputs.dtypes, planner)
+        recover_model(best, targets.inputs.dtypes, planner)
     return best
 
 
-def _cut(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
+def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
     """Cut the model of ``planned`` in place: a copy would take as much memory as the dense model."""
     planner.reporter.start("cutting")
     ready, job = planned.ready, planner.job
@@ -256,7 +256,7 @@ def _cut(planned: Planned, limits: Limits, number: int, planner: Planner) -> Att
     return Attempt(number, limits, planned.without_model(), model, masked)
 
 
-def _recover(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
+def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
     """Check the cut model, and recover it; its tensors are then those that the file holds.
 
     Raises:

@@ -183,7 +183,7 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     return costs
 
 
-def with_all_merged(model: nn.Module, size: tuple[int, int, int]) -> nn.Module:
+def with_all_merged(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
     """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can."""
     tokens, copied = tokens_of_model(model, size), copy.deepcopy(model)
     set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
@@ -196,7 +196,7 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
 
 
 @torch.no_grad()
-def tokens_of_model(model: Any, size: tuple[int, int, int]) -> Tokens:
+def tokens_of_model(model: Any, size: tuple[int, ...]) -> Tokens:
     """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
     with recorded_calls(model, ["blocks.0"]) as calls:
         model(torch.zeros(1, *size, device=next(model.parameters()).device))

@@ -55,10 +55,9 @@ class Job:
     """Constraints on the widths, in the plans of curves and of uniform widths."""
 
     @property
-    def input_size(self) -> tuple[int, int, int]:
-        """[C, H, W] of an image."""
-        channels, height, width = self.images.shape[1:]
-        return channels, height, width
+    def input_size(self) -> tuple[int, ...]:
+        """[C, H, W] of an image, or [N, C] of its tokens."""
+        return tuple(self.images.shape[1:])
 
     @property
     def device(self) -> torch.device:

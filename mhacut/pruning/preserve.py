@@ -32,7 +32,7 @@ SHRINKAGE = 0.5
 FLOOR = 1e-6
 """Least variance of a channel, relative to the mean of all."""
 
-What = Literal["answers", "pooled", "tokens", "pyramid", "layers"]
+What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 Measure = Literal["answers", "features", "dense"]
 
 

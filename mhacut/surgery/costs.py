@@ -92,9 +92,7 @@ class CostTable:
         return {cost.layer.name: int(cost.at({})) for cost in self.layers}
 
 
-def build_cost_table(
-    model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, int, int]
-) -> CostTable:
+def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, ...]) -> CostTable:
     """Count ``model`` once, and copies of its distinct layers at a few widths.
 
     A layer's FLOPs are a polynomial of degree 2 in its widths with whole coefficients, which a few counts

@@ -45,7 +45,7 @@ def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], ima
     return dims
 
 
-Source = Literal["output", "pooled", "tokens", "pyramid", "layers"]
+Source = Literal["output", "pooled", "tokens", "pyramid", "layers", "maps"]
 PLAIN_LEVELS = 3
 """Number of last blocks that timm's ``features_only`` returns for a model without a pyramid."""
 
@@ -57,7 +57,7 @@ class Features:
     source: Source
     """``output``: the model's output; ``pooled``: the input of its classifier; ``tokens``: the final
     normalised map that timm's ``forward_features`` returns; ``pyramid``: the levels of ``features_only``;
-    ``layers``: the outputs of modules."""
+    ``layers``: the outputs of modules; ``maps``: the outputs of a :class:`~mhacut.surgery.part.Part`."""
     layers: tuple[str, ...] = ()
     """Names of these modules."""
     levels: tuple[int, ...] = ()
@@ -106,6 +106,8 @@ class _Reader(nn.Module):
 
     def forward(self, images: Tensor) -> list[Any]:
         model: Any = self.model
+        if self.features.source == "maps":
+            return [each[:, None] if each.ndim == 2 else each for each in model.maps(images)]
         if self.features.source == "tokens":
             return [model.forward_features(images)]
         if self.features.source == "pyramid":

@@ -20,11 +20,12 @@ from mhacut.errors import UnsupportedModelError
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
 abs add add_ addcmul amax cat ceil clamp clamp_min clone col2im constant_pad_nd copy_ cos cumsum div div_
-dropout dropout_ exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish hardswish_ hardtanh im2col
-index_select linalg_vector_norm log masked_fill max max_pool2d mean meshgrid min movedim mT mul mul_ neg ne
-new_ones new_zeros norm one_hot ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat repeat_interleave
-reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_ sin softmax softplus sqrt square
-stack sub sub_ sum masked_fill_ tanh tile topk triu_ unflatten unfold var where zeros_like
+dropout dropout_ embedding exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish hardswish_ hardtanh
+im2col index_select linalg_vector_norm log masked_fill max max_pool2d mean meshgrid min movedim mT mul mul_
+neg ne new_ones new_zeros norm one_hot ones_like pad pixel_shuffle pow reciprocal relu relu_ repeat
+repeat_interleave reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_ silu silu_ sin softmax
+softplus sqrt square stack sub sub_ sum masked_fill_ tanh tile topk triu_ unflatten unfold var where
+zeros_like
 """
 _NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())
 
@@ -40,17 +41,17 @@ _PER_ELEMENT = {
 }
 
 
-def measure_flops(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+def measure_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Count the FLOPs of one image through ``model``; see :func:`measure_flops_by_module`."""
     return measure_flops_by_module(model, input_size)[""]
 
 
-def measure_flops_by_module(model: nn.Module, input_size: tuple[int, int, int]) -> dict[str, int]:
+def measure_flops_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
     """Count the FLOPs of one image through each module of ``model``, by name; the model itself is ``""``.
 
     Args:
         model: in eval mode, on any device.
-        input_size: [C, H, W].
+        input_size: [C, H, W], or of tokens [N, C].
 
     Raises:
         UnsupportedModelError: an operator neither counted nor known to be negligible.
@@ -71,6 +72,7 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
         analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
         analysis.set_op_handle("aten::einsum", _count_einsum)
+        analysis.set_op_handle("aten::_convolution_mode", _count_padded_convolution)
         for name, (per_input, per_output) in _PER_ELEMENT.items():
             analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
@@ -113,6 +115,12 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
     for size in query[:-1]:
         rows *= size
     return int(rows * key[-2] * (query[-1] + value[-1]))
+
+
+def _count_padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    """Products of a convolution whose padding is a word: those of a kernel for each place and image."""
+    places = outputs[0].type().sizes()
+    return int(math.prod(inputs[1].type().sizes()) * places[0] * math.prod(places[2:]))
 
 
 def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:

@@ -1,0 +1,164 @@
+"""Attention and MLPs of Hugging Face's transformers, and of code written like it, by their structure.
+
+mhacut does not import transformers, and neither knows nor needs to know each of its classes: attention with
+four linear layers of the usual names, one ``head_dim`` and no inputs but tokens and a mask is cut like any
+other, and goes on as its own class with narrower layers. That what is left computes the same is checked in
+every run (:mod:`mhacut.pruning.check`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mhacut.adapters.attend import attend
+from mhacut.adapters.base import Adapter, Layer
+from mhacut.adapters.mlp import Mlp
+from mhacut.adapters.softmax import Hook, Softmax, Twin
+from mhacut.adapters.softmax_hooks import of_windows
+from mhacut.adapters.softmax_special import KEPT, Rope
+from mhacut.plan import UnitKind
+
+_PARAMETERS = frozenset(
+    {"self", "hidden_states", "attention_mask", "head_mask", "causal_attention_mask", "output_attentions"}
+    | {"relative_position_bias", "interpolate_pos_encoding", "resolution", "kwargs"}
+)
+"""Parameters of forward that leave q, k and v as the linear layers write them."""
+_ROTARY = re.compile("DINOv3")
+"""Classes whose ``position_embeddings`` are cosines and sines [patches, head_dim], of the last tokens."""
+_MLPS = {
+    frozenset({"fc1", "fc2"}): (("fc1",), "fc2"),
+    frozenset({"up_proj", "down_proj"}): (("up_proj",), "down_proj"),
+    frozenset({"gate_proj", "up_proj", "down_proj"}): (("gate_proj", "up_proj"), "down_proj"),
+}
+"""Linear layers of an MLP: their names, those that write its channels, and that which reads them."""
+
+
+def _given(m: Any, name: str, args: tuple[Any, ...]) -> Any:
+    """Return the argument of this name, among those that follow the tokens."""
+    names = [name for name, _ in m.spec.arguments]
+    return args[names.index(name)] if name in names else None
+
+
+def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    mask, windows = _given(m, "attention_mask", args), getattr(m, "relative_position_bias", None)
+    return q, k, of_windows(windows(), q, mask) if isinstance(windows, nn.Module) else mask
+
+
+def _rotated(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
+    """Rotate all but the prefix tokens; a cut layer looks up the angles of its channels."""
+    cos, sin = _given(m, "position_embeddings", args)
+    kept = getattr(m, KEPT, None)  # (H, d)
+    if kept is not None:
+        cos, sin = (table[:, kept].transpose(0, 1) for table in (cos, sin))  # (H, N, d)
+    first = q.shape[2] - cos.shape[-2]
+
+    def turned(part: Tensor) -> Tensor:
+        prefix, rest = part[:, :, :first], part[:, :, first:]
+        a, b = rest.chunk(2, dim=-1)
+        return torch.cat((prefix, rest * cos + torch.cat((-b, a), dim=-1) * sin), dim=2)
+
+    return turned(q), turned(k), _given(m, "attention_mask", args)
+
+
+def _attended(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    dropout = getattr(m, "attention_dropout", getattr(m, "dropout", 0.0)) if m.training else 0.0
+    scale = getattr(m, "scaling", None) or m.scale
+    return attend(q, k, v, scale=scale, fused=True, attn_mask=mask, dropout_p=dropout)
+
+
+def _without_weights(m: Any, y: Tensor, *_: Any) -> tuple[Tensor, None]:
+    return getattr(m, m.spec.read_by)(y), None
+
+
+class _Named(Twin):
+    """Its forward pass takes tokens by the name that they have in transformers."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Map tokens [B, N, C] to [B, N, C]; there are no attention weights to return."""
+        return super().forward(hidden_states, *args, **options)
+
+
+@dataclass(eq=False)
+class Linears(Softmax):
+    """Attention whose class views q, k and v by one ``head_dim``, which serves on where these are equal."""
+
+    written_by: Mapping[str, str] = field(
+        default_factory=lambda: {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
+    )
+    logits: Hook = _masked
+    weigh: Hook = _attended
+    finish: Hook = _without_weights
+    mixins: tuple[type, ...] = (_Named,)
+    fits: Callable[[Any, int, int], bool] = lambda m, qk, v: qk == v and not hasattr(m, KEPT)
+    attributes: Mapping[str, str] = field(default_factory=lambda: {"head_dim": "qk"})
+    one_width = True
+
+    def heads(self, module: Any) -> int:
+        heads: int = getattr(module, "num_attention_heads", None) or module.num_heads
+        return heads
+
+    def describe(self, name: str, module: Any) -> Layer:
+        # The layer returns its attention weights too; errors are those of what it projects.
+        return replace(super().describe(name, module), result=self.reader(module).name)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        before = module.head_dim
+        super().resize(module, widths)
+        if hasattr(module, "scaling"):  # else scale, which timm's classes have too
+            module.scaling *= (before / module.head_dim) ** 0.5
+
+
+@dataclass(eq=False)
+class RotaryLinears(Linears, Rope):
+    """The same with rotary positions: each head keeps its own pairs, which takes a class of mhacut's."""
+
+    logits: Hook = _rotated
+    one_width = False
+
+    def by_halves(self, module: Any) -> bool:
+        return True
+
+
+def adapter_of(module: nn.Module) -> Adapter | None:
+    """Return the adapter of a module that is not timm's; None if its structure is not a known one."""
+    spec = getattr(module, "spec", None)
+    if isinstance(spec, Linears):  # a cut layer
+        return spec
+    cls: Any = type(module)
+    if cls.__module__.partition(".")[0] in ("timm", "torch", "mhacut"):
+        return None
+    linears = {name for name, part in module.named_children() if isinstance(part, nn.Linear)}
+    if cls.__name__.endswith("Attention"):
+        reader = linears - {"q_proj", "k_proj", "v_proj"}
+        heads = getattr(module, "num_attention_heads", None) or getattr(module, "num_heads", None)
+        width = getattr(module, "head_dim", None)
+        if len(linears) == 4 and reader <= {"o_proj", "out_proj"} and isinstance(heads, int) and width:
+            rows = {module.get_submodule(f"{letter}_proj").out_features for letter in "qkv"}
+            return _attention(cls, *reader) if rows == {heads * width} else None
+    elif re.search("MLP|FFN|Mlp", cls.__name__):
+        known = _MLPS.get(frozenset(linears))
+        others = [part for part in module.children() if not isinstance(part, nn.Linear)]
+        if known is not None and not any(list(part.parameters()) for part in others):
+            return _mlp(cls, *known)
+    return None
+
+
+@cache
+def _attention(cls: Any, reader: str) -> Adapter | None:
+    parameters = set(inspect.signature(cls.forward).parameters)
+    if parameters <= _PARAMETERS:
+        return Linears(cls, read_by=reader)
+    if parameters <= _PARAMETERS | {"position_embeddings"} and _ROTARY.search(cls.__name__):
+        return RotaryLinears(cls, read_by=reader)
+    return None
+
+
+_mlp = cache(Mlp)

@@ -1,0 +1,134 @@
+"""Files of a pruned part of a model: its plan, the name of its class, and its tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mhacut._version import __version__
+from mhacut.checkpoint.files import read_safetensors, safetensors_header
+from mhacut.checkpoint.header import infos
+from mhacut.checkpoint.record import PART_KEY
+from mhacut.checkpoint.untrusted_json import parse_json
+from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.plan import Plan
+from mhacut.runtime.files import show, write_file
+from mhacut.runtime.tensor_files import save_tensors
+from mhacut.surgery.part import shown
+from mhacut.surgery.slice import cut
+
+_RECORD = "mhacut_pruned"
+"""Attribute of a pruned submodule: what its file states."""
+
+
+def mark_pruned(part: Any, name: str, plan: Plan, **made: Any) -> None:
+    """Note at a submodule that it was pruned.
+
+    Args:
+        part: the submodule.
+        name: its name in the model.
+        plan: the cut, with names of layers in the submodule.
+        made: what else is known of it.
+    """
+    library = type(part).__module__.partition(".")[0]
+    vars(part)[_RECORD] = {
+        "part": name,
+        "class": type(part).__name__,
+        "library": f"{library} {getattr(sys.modules.get(library), '__version__', '')}".rstrip(),
+        "mhacut": __version__,
+        **made,
+        "plan": plan.to_json(),
+    }
+
+
+def check_dense(part: nn.Module, name: str) -> None:
+    """Raise a :class:`UsageError` if a submodule, or anything in it, was pruned already."""
+    if _pruned_in(part):
+        raise UsageError(f"{shown(name)} was pruned already; load the dense model and prune that")
+
+
+def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if _RECORD in vars(module)}
+
+
+def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+    """Write the part of ``model`` that :func:`mhacut.prune_` pruned, alone, as a safetensors file.
+
+    Args:
+        model: the model, or the part of it.
+        file: name of the file.
+        overwrite: replace an existing file.
+
+    Raises:
+        UsageError: there is not one pruned part in ``model``.
+        OutputError: the file must not or cannot be written.
+    """
+    found = _pruned_in(model)
+    if len(found) != 1:
+        raise UsageError(f"expected one pruned part, found {', '.join(map(shown, found)) or 'none'}")
+    ((name, part),) = found.items()
+    record: Mapping[str, Any] = vars(part)[_RECORD]
+    text = json.dumps({"format_version": 1, **record, "part": name or record["part"]})
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
+
+    def write(path: Path) -> None:
+        save_tensors(tensors, path, {"format": "pt", PART_KEY: text})
+
+    write_file(file, write, overwrite=overwrite, input_path=None)
+
+
+@torch.no_grad()
+def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
+    """Cut a dense model, built anew, in place as ``file`` states, and read the tensors of that part.
+
+        model = AutoModel.from_config(config)
+        mhacut.apply_pruned(model, "pruned.safetensors")
+
+    Args:
+        model: the model that :func:`mhacut.prune_` was given, with any weights, or the part of it.
+        file: file of :func:`save_pruned`.
+
+    Raises:
+        CheckpointError: the file is of another model, damaged, or no such file; the model is unchanged.
+        UsageError: the part was pruned already.
+    """
+    where, (tensors, metadata) = show(file), safetensors_header(Path(file))
+    record = parse_json(metadata.get(PART_KEY, "{}"), f"{where}: metadata {PART_KEY!r}")
+    if record.get("format_version") != 1:
+        raise CheckpointError(
+            f"{where}: expected a file of save_pruned, version 1; load_model opens slim files"
+        )
+    cls, stated = str(record.get("class")), str(record.get("part"))
+    alike = [name for name, module in model.named_modules() if type(module).__name__ == cls]
+    if stated not in alike and len(alike) != 1:
+        found = f"{len(alike)} of these; give one of them" if alike else "none"
+        raise CheckpointError(f"{where}: holds a pruned {cls}; the {type(model).__name__} has {found}")
+    name = stated if stated in alike else alike[0]
+    part = model.get_submodule(name)
+    check_dense(part, name)
+    outline = copy.deepcopy(part).to("meta")
+    try:
+        plan = Plan.from_json(record.get("plan"))
+        cut(outline, plan)
+    except MhacutError as error:
+        raise CheckpointError(f"{where}: is not of this {cls}: {error}") from None
+    expected = infos(outline.state_dict())
+    for key in expected | tensors:
+        shapes = [list(each[key].shape) if key in each else None for each in (expected, tensors)]
+        if shapes[0] != shapes[1]:
+            raise CheckpointError(
+                f"{where}: is not of this {cls}: {key!r:.150} is {shapes[1]} there, expected {shapes[0]}; "
+                "build the model of the same configuration"
+            )
+    values = read_safetensors(Path(file), tensors)
+    cut(part, plan)
+    part.load_state_dict(values)
+    mark_pruned(part, name, plan)

@@ -1,0 +1,236 @@
+"""``mhacut.prune_``: prune a vision transformer inside any model, in place."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from mhacut.budget import format_flops
+from mhacut.checkpoint.part_file import check_dense, mark_pruned
+from mhacut.commands.prune import cut_model, recover_model
+from mhacut.commands.prune_targets import Flops
+from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
+from mhacut.options.option import lists_options
+from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.plan import Plan
+from mhacut.pruning.job import Job
+from mhacut.pruning.limits import Constraints
+from mhacut.pruning.planner import Planner
+from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.runtime.device import default_torch
+from mhacut.runtime.progress import Reporter, reporting
+from mhacut.surgery.channels import output_weights
+from mhacut.surgery.costs import build_cost_table
+from mhacut.surgery.features import Features
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
+from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.part import Part, Recorded, record, shown, vision_transformers
+from mhacut.surgery.slice import cut
+
+Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
+"""Batches that the model takes, or a function that runs one."""
+
+
+@dataclass(frozen=True)
+class InPlaceResult:
+    """Outcome of :func:`prune_`."""
+
+    part: str
+    """Name of the pruned submodule; empty for the model."""
+    plan: Plan
+    """The cut, with names of layers in the submodule."""
+    flops_before: int
+    """FLOPs of one of its calls, per image."""
+    flops_after: int
+    preserved: tuple[str, ...]
+    """Names of the outputs that were preserved."""
+    divergence: float
+    """Divergence of these from the dense ones on held-out images, see
+    :class:`mhacut.pruning.preserve.Preserved`."""
+
+    def __repr__(self) -> str:
+        before, after = format_flops(self.flops_before), format_flops(self.flops_after)
+        return (
+            f"{shown(self.part)}: {before} -> {after} FLOPs ({self.flops_after / self.flops_before:.1%}), "
+            f"divergence of {', '.join(self.preserved)} {self.divergence:.2g}"
+        )
+
+
+@default_torch()
+@lists_options(SearchOptions)
+def prune_(
+    model: nn.Module,
+    part: str | None = None,
+    *,
+    images: Batches,
+    flops: str | float,
+    progress: bool | None = None,
+    reporter: Reporter | None = None,
+    **options: Any,
+) -> InPlaceResult:
+    """Prune a vision transformer inside ``model``, in place; what leaves it stays as near as it can.
+
+        mhacut.prune_(detector, "backbone", images=loader, flops="70%")
+
+    Images run through the whole model, so that the submodule sees what it sees in use; what the model reads
+    of its outputs is found from one run. Class, names of tensors and forward stay; layers become narrower.
+    Optimisers made before hold the old parameters.
+
+    Args:
+        model: any model, on any device and in any mode, which it keeps.
+        part: name of a submodule, ``""`` for the model itself; found if the model has one vision transformer.
+        images: batches as ``model`` takes them: tensors, dicts (``model(**batch)``), or tuples, of which the
+            first entry is taken; or a function without arguments that runs one batch, and returns what comes
+            out, until it raises ``StopIteration``.
+        flops: ``70%`` of what the submodule takes for one image, or ``2.0G``; one FLOP is one
+            multiply-accumulate.
+        progress: whether to show a bar; by default in notebooks and on terminals.
+        reporter: receives progress and messages, in place of a bar.
+        options: options of the search; ``help()`` lists them below.
+
+    Raises:
+        MhacutError: one of its kinds, in :mod:`mhacut.errors`; the model is unchanged.
+    """
+    search = SearchOptions.of(**options)
+    name = _part_of(model, part)
+    module = model.get_submodule(name)
+    check_dense(module, name)
+    with reporting(reporter, progress) as display:
+        display.start("reading")
+        with _in_eval_mode(model):
+            wanted = EFFORTS[search.effort].calibration_images
+            recorded = record(model, name, _runs(model, images), wanted)
+            dense = copy.deepcopy(module).float().requires_grad_(False)
+        job, names = _job(dense, name, recorded, search, display)
+        limit = Flops(SimpleNamespace(job=job), flops).limit  # type: ignore[arg-type]
+        if limit is None:
+            raise BudgetError(f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs")
+        planner = Planner(job, job.calibrate())
+        attempt = cut_model(planner.plan((limit,)), (limit,), 1, planner)
+        recover_model(attempt, {}, planner)
+        slim: Any = attempt.model.to(job.device)
+        divergence = job.held_out(planner.calibration).divergence_of(slim)
+    # Within the submodule, its layers are not called "module.blocks.0.attn".
+    plan = Plan(tuple(replace(unit, layer=unit.layer.partition(".")[2]) for unit in attempt.planned.plan))
+    cut(module, plan)
+    module.load_state_dict(slim.module.state_dict())
+    before, after = job.table.dense, attempt.planned.flops
+    mark_pruned(module, name, plan, flops_before=before, flops_after=after)
+    return InPlaceResult(name, plan, before, after, names, divergence)
+
+
+def _part_of(model: nn.Module, part: str | None) -> str:
+    """Return the name of the submodule to prune.
+
+    Raises:
+        UsageError: there is none of this name, or none is named and there are several to choose from.
+        UnsupportedModelError: none is named, and there is none.
+    """
+    if part is None:
+        found = vision_transformers(model)
+        if len(found) > 1:
+            names = ", ".join(map(shown, found))
+            raise UsageError(f"{len(found)} vision transformers inside: {names}; name one")
+        if not found:
+            raise UnsupportedModelError(f"no vision transformer inside {type(model).__name__} that is known")
+        return found[0]
+    known = [name for name, _ in model.named_modules()]
+    if part not in known:
+        near = difflib.get_close_matches(part, known, n=3, cutoff=0.5) or vision_transformers(model)
+        hint = f"; the nearest: {', '.join(map(shown, near))}" if near else ""
+        raise UsageError(f"{option_name('part', part)}: {type(model).__name__} has no such submodule{hint}")
+    return part
+
+
+def _job(
+    dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, reporter: Reporter
+) -> tuple[Job, tuple[str, ...]]:
+    """Return the job of pruning ``dense`` alone, and the names of the outputs to preserve."""
+    images, cls = recorded.images, type(dense).__name__
+    one = images[:1].to(next(dense.parameters()).device)
+    with torch.no_grad():
+        maps = dict(zip(recorded.outputs, Part(dense, recorded, recorded.outputs).maps(one), strict=True))
+    # Nobody knows what is read of the model's own outputs: the logits, else the features of all tokens.
+    kept = [each for each in maps if name or each == "logits"]
+    kept = kept or [each for each, value in maps.items() if value.ndim > 2] or list(maps)
+    model = Part(dense, recorded, kept).eval()
+    try:
+        prunable = find_prunable_layers(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{shown(name)} ({cls}): {error}") from None
+    layers = {layer.name: layer for layer in prunable.layers}
+    with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:
+        model(one)
+    if unused := [layer for layer in layers if layer not in called]:
+        prunable = prunable.without(unused, "does not run")
+    skipped = f" ({recorded.left_out} of other shapes left out)" if recorded.left_out else ""
+    reporter.log(
+        f"pruning {shown(name)} ({cls}) on {len(images)} inputs {list(images.shape[1:])}{skipped}; "
+        f"preserving {', '.join(kept)}"
+    )
+    narrow = {type(model.get_submodule(key)).__name__ for key in called if layers[key].adapter.one_width}
+    if narrow:
+        reporter.log(f"{', '.join(sorted(narrow))} has one width of q, k and v: they are kept equal")
+    job = Job(
+        model=model,
+        prunable=prunable,
+        units=prunable.units(),
+        table=build_cost_table(model, prunable, tuple(images.shape[1:])),
+        images=images,
+        options=options,
+        reporter=reporter,
+        preserved=_preserved(dense, {each: maps[each] for each in kept}, prunable, model),
+        constraints=Constraints(equal_qkv=bool(narrow)),
+    )
+    return job, tuple(kept)
+
+
+def _preserved(
+    dense: nn.Module, maps: Mapping[str, Tensor], prunable: PrunableLayers, model: nn.Module
+) -> Preserved:
+    """Return what to preserve: class probabilities, one vector, or the features of all tokens."""
+    if [each.ndim for each in maps.values()] == [2]:
+        answers = "logits" in maps or gives_probabilities(dense)
+        return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
+    units = prunable.units(("v", "hidden"))
+    widths = {len(output_weights(model.get_submodule(unit.layer), unit)) for unit in units}
+    last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
+    dims = tuple(-1 if channels_last else 1 for channels_last in last)
+    return Preserved("outputs", "dense", Features("maps", channel_dims=dims))
+
+
+def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:
+    """Give functions that each run one batch of ``images``."""
+    if callable(images):
+        while True:
+            yield images
+    device = next(model.parameters()).device
+    for batch in [images] if isinstance(images, Tensor | Mapping) else images:
+
+        def run(batch: Any = batch) -> Any:
+            given = batch[0] if isinstance(batch, tuple | list) else batch
+            given = dict(given) if isinstance(given, Mapping) else given
+            given = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
+            return model(**given) if isinstance(given, dict) else model(given)
+
+        yield run
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

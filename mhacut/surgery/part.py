@@ -1,0 +1,196 @@
+"""A part of a model as a model by itself: calls that the whole model makes of it, recorded and repeated."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from mhacut.adapters.registry import adapter_for
+from mhacut.errors import DataError, UnsupportedModelError
+from mhacut.surgery.hooks import registered
+
+
+class Part(nn.Module):
+    """A submodule as a function of the tensor that differs from image to image; all else is as it was."""
+
+    def __init__(self, module: nn.Module, recorded: Recorded, outputs: Iterable[str]) -> None:
+        """Take the submodule, its recorded call, and the names of the outputs to give."""
+        super().__init__()
+        self.module, self.call, self.place = module, recorded.call, recorded.place
+        self.read = [recorded.outputs[name] for name in outputs]
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Return the outputs that are read, each [B, ...], for what the submodule is given, [B, ...]."""
+        leaves, structure = tree_flatten(self.call)
+        leaves = [leaf.to(images.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        leaves[self.place] = images
+        args, kwargs = tree_unflatten(leaves, structure)
+        outputs = _floats(self.module(*args, **kwargs))
+        return [outputs[number] for number in self.read]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return all of :meth:`maps` in one tensor."""
+        maps = self.maps(images)
+        return maps[0] if len(maps) == 1 else torch.cat([each.flatten(1) for each in maps], dim=1)
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Calls of a submodule during runs of the whole model."""
+
+    call: Any
+    """Arguments by position and by name, as of the first call; the tensors in them without images."""
+    place: int
+    """Number of the tensor that differs from image to image, among their leaves."""
+    images: Tensor
+    """That tensor of all calls, [n, ...], float32, on the CPU."""
+    left_out: int
+    """Number of others, in calls of other shapes."""
+    outputs: Mapping[str, int]
+    """Names and numbers of the outputs that the model reads."""
+
+
+def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count: int) -> Recorded:
+    """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that.
+
+    Args:
+        model: eval mode.
+        name: name of the submodule; empty for the model.
+        runs: functions that each run one batch through the whole model, and return what it gives.
+        count: number of images; fewer are taken if there are no more.
+
+    Raises:
+        DataError: the submodule is not called.
+        UnsupportedModelError: something besides one tensor differs from image to image.
+    """
+    part, found = model.get_submodule(name), Counter[Any]()
+    calls: dict[Any, list[Tensor]] = {}
+    first: dict[Any, tuple[Any, int]] = {}
+    outputs: dict[str, int] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        leaves, structure = tree_flatten((args, kwargs))
+        places = [number for number, leaf in enumerate(leaves) if _is_float(leaf) and leaf.ndim > 2]
+        if not places:
+            raise UnsupportedModelError(f"{shown(name)} is given no images or tokens; name one around it")
+        images = leaves[places[0]]
+        for number, leaf in enumerate(leaves):
+            if number != places[0] and isinstance(leaf, Tensor):
+                alike = _alike(leaf.detach(), len(images), name)
+                leaves[number] = alike.float() if _is_float(alike) else alike
+        leaves[places[0]] = None
+        others = [leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        key = str(structure), images.shape[1:], repr(others)
+        first.setdefault(key, (tree_unflatten(leaves, structure), places[0]))
+        calls.setdefault(key, []).append(images.detach().float().cpu())
+        found[key] += len(images)
+
+    with registered([part.register_forward_pre_hook(note, with_kwargs=True)]):
+        for run in runs:
+            try:
+                if outputs:
+                    with torch.no_grad():
+                        run()
+                else:
+                    outputs = _outputs_read(part, run)
+            except StopIteration:  # of a function that has no more batches
+                break
+            if found and max(found.values()) >= count:
+                break
+    if not outputs:
+        raise DataError(
+            f"images: none came to {shown(name)}; does the model's forward run it, or else the function "
+            "that was given, and does its output matter?"
+        )
+    key = found.most_common(1)[0][0]
+    call, place = first[key]
+    return Recorded(call, place, torch.cat(calls[key])[:count], found.total() - found[key], outputs)
+
+
+def _outputs_read(part: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+    """Run a batch; return names and numbers of the outputs of ``part`` on which the result depends.
+
+    Those of all its calls, or all outputs where the model runs without gradients.
+    """
+    leaves: list[tuple[str, int, Tensor]] = []
+
+    def cut_off(module: nn.Module, args: Any, output: Any) -> Any:
+        flat, structure = tree_flatten(output)
+        names = iter(_names(output))
+        fresh = [leaf.detach().requires_grad_() if _is_float(leaf) else leaf for leaf in flat]
+        floats = filter(_is_float, fresh)
+        leaves.extend((next(names), number, leaf) for number, leaf in enumerate(floats))
+        return tree_unflatten(fresh, structure)
+
+    with registered([part.register_forward_hook(cut_off)]), torch.enable_grad():
+        result = [leaf.sum() for leaf in _floats(run()) if leaf.requires_grad]
+    tensors = [leaf for _, _, leaf in leaves]
+    gradients: Any = tensors
+    if result and tensors:
+        gradients = torch.autograd.grad(torch.stack(result).sum(), tensors, allow_unused=True)
+    return {
+        name: number for (name, number, _), used in zip(leaves, gradients, strict=True) if used is not None
+    }
+
+
+def _names(output: Any) -> list[str]:
+    """Return a name for each float tensor in ``output``, in the order of its leaves."""
+    entries = output.items() if isinstance(output, Mapping) else [("output", output)]
+    names = []
+    for name, value in entries:
+        several = _floats(value)
+        names += [f"{name}[{number}]" if len(several) > 1 else str(name) for number in range(len(several))]
+    return names
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(output) if _is_float(leaf)]
+
+
+def _is_float(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+
+
+def _alike(tensor: Tensor, images: int, name: str) -> Tensor:
+    """Return the first row of a tensor that is alike for all images; the tensor if it has no such rows."""
+    if tensor.ndim == 0 or len(tensor) != images:
+        return tensor
+    if bool((tensor != tensor[:1]).any()):
+        raise UnsupportedModelError(
+            f"{shown(name)} is given a second tensor {list(tensor.shape)} that differs from image to image, "
+            "such as a mask; give images of one size, or name a module inside"
+        )
+    return tensor[:1]
+
+
+def shown(name: str) -> str:
+    """Return the name of a submodule for a message."""
+    return f"`{name}`" if name else "the model"
+
+
+def vision_transformers(model: nn.Module) -> list[str]:
+    """Return the names of the vision transformers in ``model``: what embeds patches and holds attention."""
+    names = set()
+    for name, module in model.named_modules():
+        adapter = adapter_for(module)
+        if adapter is not None and adapter.family == "attention":
+            while name and not _embeds_patches(model.get_submodule(name)):
+                name = name.rpartition(".")[0]
+            names.add(name)
+    # A decoder's attention leads to the module that also holds the backbone.
+    return sorted(
+        name
+        for name in names
+        if not any(f"{other}.".startswith(name and f"{name}.") for other in names - {name})
+    )
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    inside = (name for name, _ in module.named_modules())
+    return hasattr(module, "forward_features") or any("patch_embed" in name for name in inside)

@@ -1,0 +1,186 @@
+"""Vision transformers inside other models, pruned in place."""
+
+from __future__ import annotations
+
+import copy
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import mhacut
+from helpers.huggingface import Segmenter, TinyAttention, TinyBackbone
+from helpers.models import relative
+from mhacut.errors import BudgetError, CheckpointError, DataError, UnsupportedModelError, UsageError
+
+QUICK = {"effort": "fast", "flops": "60%"}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def build(cls=Segmenter, *args):
+    torch.manual_seed(0)
+    model = cls(*args).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+def masks_of(model, images):
+    with torch.no_grad():
+        return model(images)["masks"]
+
+
+@pytest.fixture(scope="module")
+def pruned(images):
+    model = build()
+    before = copy.deepcopy(model)
+    return before, model, mhacut.prune_(model, images=images.split(8), **QUICK)
+
+
+def test_the_backbone_is_found_and_the_whole_model_goes_on(pruned, images):
+    before, model, result = pruned
+    assert result.part == "backbone"
+    assert result.flops_after <= 0.6 * result.flops_before
+    assert result.preserved == ("hidden_states[1]", "hidden_states[2]")  # what the head reads
+    assert re.match(r"`backbone`: \S+ -> \S+ FLOPs \(\d+\.\d%\), divergence of ", repr(result))
+    assert model.state_dict().keys() == before.state_dict().keys()
+    cut = [layer.attention for layer in model.backbone.layer]
+    assert {type(layer) for layer in cut} == {TinyAttention}
+    assert sum(p.numel() for p in model.parameters()) < sum(p.numel() for p in before.parameters())
+    dense = masks_of(before, images)
+    assert 0 < relative(masks_of(model, images), dense) < 1
+    exported = torch.export.export(model, (images[:2],)).module()
+    assert relative(exported(images[:2])["masks"].detach(), masks_of(model, images[:2])) < 1e-5
+    model.train()(images)["masks"].sum().backward()
+    assert all(p.grad is not None for p in model.backbone.layer.parameters())
+    assert {name: p for name, p in model.named_parameters() if name.startswith("head")}.keys()
+    assert all(
+        torch.equal(p, q) for p, q in zip(model.head.parameters(), before.head.parameters(), strict=True)
+    )
+
+
+def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
+    before, model, _ = pruned
+    file = tmp_path / "backbone.safetensors"
+    mhacut.save_pruned(model.eval(), file)
+    fresh = build()
+    mhacut.apply_pruned(fresh, file)
+    assert torch.equal(masks_of(fresh, images), masks_of(model, images))
+    alone = build(TinyBackbone)  # the part without the model around it
+    mhacut.apply_pruned(alone, file)
+    assert alone.layer[0].mlp.fc1.out_features == model.backbone.layer[0].mlp.fc1.out_features
+    with pytest.raises(UsageError, match="`backbone` was pruned already"):
+        mhacut.apply_pruned(fresh, file)
+    with pytest.raises(UsageError, match="`backbone` was pruned already; load the dense model"):
+        mhacut.prune_(model, images=images, **QUICK)
+    other = build(TinyBackbone, 32, 4)
+    with pytest.raises(CheckpointError, match=r"is not of this TinyBackbone: .* 4 heads"):
+        mhacut.apply_pruned(other, file)
+    assert other.layer[0].attention.head_dim == 8  # as it was
+    with pytest.raises(CheckpointError, match="holds a pruned TinyBackbone; the Linear has none"):
+        mhacut.apply_pruned(nn.Linear(2, 2), file)
+    with pytest.raises(UsageError, match="expected one pruned part, found none"):
+        mhacut.save_pruned(before, file)
+    with pytest.raises(CheckpointError, match="apply_pruned"):
+        mhacut.load_model(file)
+
+
+def test_batches_come_in_all_forms(images):
+    plans, batches, called = [], images.split(8), build()
+    loader = iter(batches)
+    for model, given in (
+        (build(), batches),
+        (build(), [{"pixel_values": batch} for batch in batches]),
+        (build(), [(batch, "labels") for batch in batches]),
+        (called, lambda: called(next(loader))),
+    ):
+        model.train()
+        plans.append(mhacut.prune_(model, "backbone", images=given, **QUICK).plan)
+        assert model.training
+    assert plans.count(plans[0]) == 4
+
+
+def test_a_submodule_of_tokens_and_a_timm_model(images):
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            args = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "img_size": 16}
+            self.features = timm.create_model("vit_tiny_patch16_224", num_classes=0, **args)
+            self.head = nn.Linear(32, 3)
+
+        def forward(self, x):
+            return {"masks": self.head(self.features.forward_features(x))}
+
+    model = build(Around)
+    result = mhacut.prune_(model, "features.blocks", images=images, **QUICK)
+    assert result.flops_after <= 0.6 * result.flops_before
+    assert model.features.blocks[0].mlp.fc1.out_features < 128
+    assert masks_of(model, images).shape == (24, 17, 3)
+
+
+def test_a_classifier_keeps_its_answers(images):
+    class Classifier(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.vit, self.classifier = TinyBackbone(), nn.Linear(32, 5)
+
+        def forward(self, pixel_values):
+            return {"logits": self.classifier(self.vit(pixel_values)["pooler_output"])}
+
+    for part, kept in (("", "logits"), ("vit", "pooler_output")):
+        result = mhacut.prune_(build(Classifier), part, images=images, **QUICK)
+        assert result.preserved == (kept,)
+
+
+def test_half_precision_stays(images):
+    model = build().bfloat16()
+    mhacut.prune_(model, images=images.bfloat16(), **QUICK)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert masks_of(model, images.bfloat16()).isfinite().all()
+
+
+class Two(Segmenter):
+    def __init__(self):
+        super().__init__()
+        self.teacher = TinyBackbone()
+
+
+@pytest.mark.parametrize(
+    ("model", "part", "error", "message"),
+    [
+        (Segmenter, "backbon", UsageError, "part='backbon': Segmenter has no such submodule; .*`backbone`"),
+        (Segmenter, "neck", UnsupportedModelError, r"`neck` \(Conv2d\): .*no attention"),
+        (Two, None, UsageError, "2 vision transformers inside: `backbone`, `teacher`; name one"),
+        (Two, "teacher", DataError, "images: none came to `teacher`"),
+        (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "no vision transformer inside Conv2d"),
+    ],
+)
+def test_what_cannot_be_pruned_is_said_in_one_sentence(model, part, error, message, images):
+    with pytest.raises(error, match=message):
+        mhacut.prune_(build(model), part, images=images, **QUICK)
+
+
+def test_budgets_out_of_reach_change_nothing(images):
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    for flops, message in (("1%", "out of reach"), ("100%", "nothing to prune")):
+        with pytest.raises(BudgetError, match=message):
+            mhacut.prune_(model, images=images, effort="fast", flops=flops)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_masks_that_differ_from_image_to_image_are_refused(images):
+    class Masked(Segmenter):
+        def forward(self, pixel_values):
+            masks = (torch.arange(17) < torch.arange(1, 9)[:, None])[:, None, None].expand(-1, 1, 17, -1)
+            return {"masks": self.backbone(pixel_values, attention_mask=masks)["last_hidden_state"]}
+
+    with pytest.raises(UnsupportedModelError, match=r"`backbone` is given a second tensor \[8, 1, 17, 17\]"):
+        mhacut.prune_(build(Masked), images=images.split(8), **QUICK)
