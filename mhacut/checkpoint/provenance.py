@@ -14,7 +14,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.data.preprocessing import is_too_small_to_crop
-from mhacut.errors import option_name
+from mhacut.errors import UsageError, option_name
 from mhacut.limits import LICENSE
 from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
@@ -156,7 +156,13 @@ def stated_license(checkpoint: Checkpoint) -> str | None:
 
 
 def with_hint(
-    stated: Provenance, model: nn.Module, preprocessing: Preprocessing, batches: Batches, device: torch.device
+    stated: Provenance,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    batches: Batches,
+    device: torch.device,
+    *,
+    refuse: bool,
 ) -> Provenance:
     """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
 
@@ -166,6 +172,10 @@ def with_hint(
         preprocessing: preprocessing of ``batches``.
         batches: batches of labelled images; few hundred are used.
         device: device to compute on.
+        refuse: what is to be written would state a normalisation that is certainly wrong.
+
+    Raises:
+        UsageError: ``refuse``, and the difference is no chance.
     """
     if stated.normalisation_is_stated:
         return stated
@@ -180,4 +190,7 @@ def with_hint(
         f"images seem to be normalised differently than in training: top-1 on {better.images} images is "
         f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
     )
+    if refuse and better.certain:
+        own = option_name("mean", preprocessing.mean)
+        raise UsageError(f"{hint}; give these two, or {own} to keep the mean and deviation as they are")
     return replace(stated, hint=hint)

@@ -147,7 +147,7 @@ def run_evaluate(
         loader = opened()
         reporter.start("checking the preprocessing")
         sample = partial(opened, limit=SAMPLE)
-        origins = with_hint(origins, loaded.model, preprocessing, sample, device)
+        origins = with_hint(origins, loaded.model, preprocessing, sample, device, refuse=False)
     else:
         # They were normalised elsewhere: there is nothing to check.
         loader = InMemoryBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)

@@ -22,7 +22,8 @@ SAMPLE = 256
 _SCREENED = 4
 """One image in this many finds candidates, and the others compare them, so that the winner is not chosen by
 chance."""
-_STANDARD_ERRORS = 2.0
+_CLEAR, _CERTAIN = 2.0, 3.0
+"""Standard errors of a difference worth a hint, and of one that is chance in one comparison of a thousand."""
 _SAME = 0.002
 """Largest difference of two means or standard deviations that differ only in rounding."""
 
@@ -54,6 +55,8 @@ class Better:
     own_top1: float
     """Percent of the same images, with the model's own."""
     images: int
+    certain: bool
+    """Whether one of them is more accurate by three standard errors, not only by two."""
 
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -95,13 +98,11 @@ def better_normalisation(
     counts = compared.sum(dim=1) + screened[[True, *more]].sum(dim=1)
     own_top1, *top1 = (100 * counts / images).tolist()
     # Several may be better: CLIP's and ImageNet's are close to each other.
-    clear = [
-        (one, percent)
-        for one, percent, right in zip(chosen, top1, compared[1:], strict=True)
-        if _clearly_more(right, compared[0])
-    ]
-    clear.sort(key=lambda pair: -pair[1])
-    return Better(tuple(clear), own_top1, images) if clear else None
+    errors = [_standard_errors(right, compared[0]) for right in compared[1:]]
+    clear = [one for one in zip(chosen, top1, errors, strict=True) if one[2] > _CLEAR]
+    clear.sort(key=lambda one: -one[1])
+    found = tuple((one, percent) for one, percent, _ in clear)
+    return Better(found, own_top1, images, max(errors) > _CERTAIN) if clear else None
 
 
 def _nearly_equal(first: Normalisation, second: Normalisation) -> bool:
@@ -151,11 +152,10 @@ def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> T
     return (images * own_std + own_mean - mean) / std
 
 
-def _clearly_more(first: Tensor, second: Tensor) -> bool:
-    """Whether ``first`` holds more often than ``second``, [n] bool of the same images.
+def _standard_errors(first: Tensor, second: Tensor) -> float:
+    """Return by how many standard errors ``first``, [n] bool, holds more often than ``second``.
 
-    The difference of the two shares is the mean of n paired differences of -1, 0 or 1.
+    Of two that are equally often right, each is alone right as often as the other (McNemar's test).
     """
-    difference = first.double() - second.double()
-    standard_error = float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf
-    return float(difference.mean()) > _STANDARD_ERRORS * standard_error
+    alone = int((first & ~second).sum()), int((second & ~first).sum())
+    return (alone[0] - alone[1]) / math.sqrt(max(1, sum(alone)))
