@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2890,
-    "checkpoint": 5516,
+    "checkpoint": 5541,
     "cli": 1314,
     "commands": 3411,
     "data": 1506,
