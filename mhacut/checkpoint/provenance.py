@@ -162,7 +162,7 @@ def with_hint(
     batches: Batches,
     device: torch.device,
     *,
-    refuse: bool,
+    refuse: bool = True,
 ) -> Provenance:
     """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
 

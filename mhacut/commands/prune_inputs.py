@@ -232,9 +232,7 @@ def read_inputs(
             images.images[:SAMPLE].split(options.batch_size),
             images.labels[:SAMPLE].split(options.batch_size),
         )
-        origins = with_hint(
-            origins, dense, preprocessing, partial(zip, *sample), processes.device, refuse=True
-        )
+        origins = with_hint(origins, dense, preprocessing, partial(zip, *sample), processes.device)
         if origins.hint is not None:
             reporter.log(origins.hint)
     job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)

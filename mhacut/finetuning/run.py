@@ -154,7 +154,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     origins = provenance(loaded, options)
     if validation is not None and processes.first and options.resume is None:
         sample = partial(labelled, limit=SAMPLE)
-        origins = with_hint(origins, loaded.model, preprocessing, sample, processes.device, refuse=True)
+        origins = with_hint(origins, loaded.model, preprocessing, sample, processes.device)
     if origins.hint is not None:
         reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)

@@ -137,7 +137,7 @@ def test_nothing_is_tried_where_the_file_says():
     names = Preprocessing.__dataclass_fields__
     images = Preprocessing((3, 2, 2), CLIP.mean, CLIP.std, "bicubic", 1.0, "center")
     sure = Provenance(dict.fromkeys(names, "file"), "vit")
-    assert with_hint(sure, Hundredths(IMAGENET), images, never, CPU, refuse=True) is sure
+    assert with_hint(sure, Hundredths(IMAGENET), images, never, CPU) is sure
     unsure = Provenance(dict.fromkeys(names, "default"), "vit")
     taken = Preprocessing((3, 2, 2), INCEPTION.mean, INCEPTION.std, "bicubic", 1.0, "center")
     hint = with_hint(unsure, Hundredths(CLIP), taken, sample(INCEPTION), CPU, refuse=False).hint
