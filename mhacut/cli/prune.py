@@ -61,7 +61,7 @@ def prune(options: PruneOptions, console: Console) -> None:
 
 
 def _text(result: PruneResult) -> str:
-    lines = [safe_table(result.rows()), ""]
+    lines = [*map(safe, result.verdict_lines()), "", safe_table(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
     unit = _UNITS[result.divergence_of]
@@ -99,7 +99,7 @@ def _target(target: Reached) -> str:
     where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
     machine = safe(about["machine"])
     if (about["device"], about["threads"]) == ("cpu", 1):  # else it is the time above
-        machine += f"; wall time {wall}"
+        machine += f"; the pruned model's wall time is {wall}"
     return (
         f"{line}, {share:.1f}% of the dense model's {dense}; predicted {predicted}{corrected}\n"
         f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {machine}"
@@ -112,6 +112,9 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "mhacut": __version__,
         "output": result.output,
         "report": result.report,
+        "verdict": result.verdict,
+        "much_lost": result.much_lost,
+        "advice": list(result.advice),
         "architecture": result.architecture,
         "budget": result.budget,
         "targets": [target.to_json() for target in result.targets],

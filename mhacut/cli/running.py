@@ -86,8 +86,12 @@ class Console:
             document = {**about, **document, "stage_seconds": seconds}
             text = json.dumps(document, allow_nan=False, indent=2, default=os.fspath)
         encoding = sys.stdout.encoding or "ascii"  # which may lack characters of a file's name
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
-            print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+            if self.as_json or not sys.stdout.isatty():
+                print(text, flush=True)
+            else:
+                _print_in_colour(text)
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, sys.stdout.fileno())  # else Python tries to write the rest again at its end
@@ -135,6 +139,16 @@ class Console:
         else:
             with suppress(OSError):  # nobody reads on, or the disk is full: there is nowhere to say so
                 print(lines, file=sys.stderr, flush=True)
+
+
+def _print_in_colour(text: str) -> None:
+    """Print ``text`` on a terminal, lines that begin with "warning: " in colour."""
+    from rich.console import Console as Terminal
+    from rich.text import Text
+
+    coloured = Text(text)
+    coloured.highlight_regex(r"(?m)^warning: .*", "bold yellow")
+    Terminal().print(coloured, soft_wrap=True)
 
 
 @contextmanager

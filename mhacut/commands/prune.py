@@ -18,8 +18,9 @@ from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_calibration import calibrated
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
-from mhacut.commands.prune_result import MUCH, PruneResult, PruneResults, choices_of
+from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
+from mhacut.commands.prune_verdict import advice
 from mhacut.data import ImagesInMemory
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
@@ -39,7 +40,6 @@ from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import why_not_merged
 
 TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
 """Every kind of target, by the option of its name."""
@@ -205,7 +205,8 @@ def run_prune(
                 models.append(model)
             if options.report is not None and options.several:
                 dense, prunable = inputs.loaded, find_prunable_layers(inputs.loaded.model)
-                write_overview(options, dense, prunable, choices_of(results), inputs.provenance)
+                choices, warnings = choices_of(results), PruneResults(results).warnings()
+                write_overview(options, dense, prunable, choices, inputs.provenance, warnings)
             return tuple(results)
 
         results = processes.from_first(in_first_process)
@@ -299,13 +300,6 @@ def _write(
     else:
         sample = f"held-out {'synthetic ' if inputs.images.synthetic else ''}images"
         fidelity = Fidelity(*held_out.likeness_of(slim), len(held_out.images), sample)
-    stored = options.params is not None or options.size is not None  # merging stores no less
-    mergeable = options.allocation == "curves" and not (
-        stored or job.merges_tokens or any(job.merged) or why_not_merged(dense)
-    )
-    if fidelity.divergence > MUCH and mergeable and measure == "answers":
-        scope = option_name("scope", "attention+mlp+tokens")
-        timer.log(f"cuts of channels alone cost much here: {scope} merges tokens too, which may cost less")
     timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
     times: tuple[float, ...] | tuple[None, None] = (None, None)
     if timed is not None:
@@ -345,24 +339,7 @@ def _write(
         count_bytes(dense, loaded.dtypes),
     )
     after = ModelFigures(planned.flops, count_parameters(slim), times[1], evaluation, size)
-    page, conditions = None, inputs.stopwatch.conditions()
-    if options.report is not None:
-        timer.start("reporting")
-        pruned = Checkpoint.of_model(
-            slim.to(job.device),
-            loaded.identity,
-            source=f"{inputs.target} (dry run)" if options.dry_run else str(inputs.target),
-            record=record(),
-            dtypes=inputs.dtypes,
-        )
-        figures = measured_figures(before, after, conditions)
-        for one in reached:
-            figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
-        both = job.prunable, find_prunable_layers(slim)
-        answered = fidelity if measure == "answers" else None
-        page = write_report(
-            options, loaded, pruned, both, inputs.images, figures, answered, inputs.provenance
-        )
+    conditions = inputs.stopwatch.conditions()
     result = PruneResult(
         output=None if options.dry_run else inputs.target,
         architecture=loaded.identity.architecture,
@@ -378,17 +355,43 @@ def _write(
         device=str(job.device),
         latency_batch_size=options.latency_batch_size,
         timing={} if after.latency_ms is None else conditions,
-        seconds=timer.taken(),
+        seconds={},
         log=planned.log,
         curves=planned.curves,
-        report=page,
+        report=None,
         fidelity=fidelity,
         preserved=held_out.preserved.to_json(),
         divergence_of=measure,
         targets=reached,
         constraints=planned.constraints,
     )
-    return result, slim.cpu()
+    result = replace(result, advice=advice(result, targets, attempt, planner))
+    if options.report is not None:
+        timer.start("reporting")
+        pruned = Checkpoint.of_model(
+            slim.to(job.device),
+            loaded.identity,
+            source=f"{inputs.target} (dry run)" if options.dry_run else str(inputs.target),
+            record=record(),
+            dtypes=inputs.dtypes,
+        )
+        figures = measured_figures(before, after, conditions)
+        for one in reached:
+            figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
+        both = job.prunable, find_prunable_layers(slim)
+        page = write_report(
+            options,
+            loaded,
+            pruned,
+            both,
+            inputs.images,
+            figures,
+            fidelity if measure == "answers" else None,
+            inputs.provenance,
+            result.verdict_lines(),
+        )
+        result = replace(result, report=page)
+    return replace(result, seconds=timer.taken()), slim.cpu()
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from mhacut.budget import format_amount, format_flops
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.commands.prune_targets import Reached
+from mhacut.commands.prune_verdict import much_lost, verdict
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
@@ -23,12 +24,8 @@ from mhacut.pruning.limits import Constraint
 from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.pruning.preserve import Measure
 from mhacut.pruning.repair import UnitRepair
-from mhacut.report.choices import Choice, choice_charts, choice_rows, html_table
-from mhacut.text import safe_table
-
-MUCH = 0.05
-"""Divergence in nats, on held-out images, above which token merging is worth a mention: it changes the top-1
-class of an ImageNet ViT-Ti on one image of twenty."""
+from mhacut.report.choices import Choice, choice_charts, choice_rows, html_lines, html_table
+from mhacut.text import safe, safe_table
 
 _DIVERGENCE: Mapping[Measure, str] = {
     "answers": "KL to dense",
@@ -88,12 +85,29 @@ class PruneResult:
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, and what each is expected to cost; empty unless curves chose the widths."""
+    advice: tuple[str, ...] = ()
+    """Ways to lose less, where much is lost, and to a smaller file, where merged tokens leave it as large."""
     _model: nn.Module | None = field(default=None, compare=False)
 
     @property
     def divergence(self) -> float:
         """Divergence of the slim model from the dense one, see :attr:`fidelity` and :attr:`divergence_of`."""
         return self.fidelity.divergence
+
+    @property
+    def much_lost(self) -> bool:
+        """Whether a classifier lost more than 5 points, or .5 nats, without a bound on the loss."""
+        return much_lost(self)
+
+    @property
+    def verdict(self) -> str:
+        """Sentence on what was kept and won."""
+        return verdict(self)
+
+    def verdict_lines(self) -> list[str]:
+        """Return the verdict, as a warning where much is lost, and a line for each advice."""
+        warning = "warning: much is lost: " * self.much_lost
+        return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """Return the cells of a table that compares the dense and the slim model, headings first."""
@@ -123,10 +137,11 @@ class PruneResult:
         return rows
 
     def __repr__(self) -> str:
-        return safe_table(self.rows(), self._notes())
+        lines = [*map(safe, self.verdict_lines()), "", safe_table(self.rows(), self._notes())]
+        return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        return html_table(self.rows(), self._notes())
+        return html_lines(self.verdict_lines()) + html_table(self.rows(), self._notes())
 
     def _notes(self) -> list[str]:
         saved = "dry run: no model was written" if self.output is None else f"saved {self.output}"
@@ -156,12 +171,15 @@ class PruneResults(tuple[PruneResult, ...]):
         return safe_table(self.rows(), self._notes()) if self else "no results"
 
     def _repr_html_(self) -> str:
-        return "".join(
-            [html_table(self.rows(), self._notes()), *choice_charts(choices_of(self), flops_only=True)]
-        )
+        charts = choice_charts(choices_of(self), flops_only=True)
+        return "".join([html_table(self.rows(), self._notes()), *charts])
+
+    def warnings(self) -> list[str]:
+        """Return the verdicts, with advice, of the budgets at which much is lost."""
+        return [line for result in self if result.much_lost for line in result.verdict_lines()]
 
     def _notes(self) -> list[str]:
-        return [f"judged on {self[0].fidelity.judged_on}"]
+        return [f"judged on {self[0].fidelity.judged_on}", *self.warnings()]
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:

@@ -36,10 +36,10 @@ Cost = Callable[[Mapping[UnitKey, int]], int]
 """Amount that a model of given widths has."""
 CORRECTIONS = 3
 """Largest number of plans after the first to meet budgets; a search within a bound ends by itself."""
-_KL_PER_POINT = 0.025
+KL_PER_POINT = 0.025
 """KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
 _USED = 0.93
-"""Fraction of a time above which it counts as used up if tokens may be merged."""
+"""Fraction of a budget above which a correction has used it up; of a time, any plan that may merge tokens."""
 _SPARE, _SPARE_OF_TIME = 600, 500
 """Bytes reserved in a file's header for results known at the end: accuracy and targets, and conditions of a
 measured time."""
@@ -283,8 +283,8 @@ class Amount(Target):
         # What the cut model has beyond the prediction is taken off what was asked (a secant of slope 1).
         (limit,) = (each for each in attempt.limits if each.resource == self.name)
         corrected = attempt.planned.corrected(limit, self.limit, self.amount)
-        # The first plan may use too little of a budget that was predicted too high; so may the second.
-        unused = attempt.number == 1 and corrected.most >= self.limit.most / NEAR
+        # The first plan may use too little of a budget that was predicted too high; so may a correction.
+        unused = corrected.most >= limit.most / NEAR and (attempt.number == 1 or reached.ratio <= _USED)
         if limit.curve is not None:  # unless another limit decides
             unused = attempt.planned.cost(limit) > NEAR * limit.most and reached.ratio <= _USED
         return corrected if reached.ratio > self.safety or unused else None
@@ -449,7 +449,7 @@ class MaxDrop(_Loss):
     """Bound on the points of top-1 that are lost on labelled images."""
 
     name, format = "max_drop", "{:.2f} points of top-1 lost"
-    nats_per_unit, floor = _KL_PER_POINT, 0.1
+    nats_per_unit, floor = KL_PER_POINT, 0.1
 
     def prepare(self) -> None:
         super().prepare()

@@ -112,7 +112,9 @@ class MergeSearch:
             self._tables[schedule] = build_cost_table(model, prunable, self.job.input_size)
         return self._tables[schedule]
 
-    def choose(self, limits: Limits, curves: Mapping[UnitKey, Curve]) -> MergeChoice:
+    def choose(
+        self, limits: Limits, curves: Mapping[UnitKey, Curve], *, close_gap: bool = True
+    ) -> MergeChoice:
         """Return the merges and widths of least predicted divergence within reachable limits.
 
         The schedules of least cost are searched, from few merges to many.
@@ -120,6 +122,7 @@ class MergeSearch:
         Args:
             limits: limits that the plan must keep.
             curves: curves of the job's units.
+            close_gap: whether to close the last gap to the limits, which takes seconds.
         """
         job, schedules = self.job, self.schedules
 
@@ -161,6 +164,8 @@ class MergeSearch:
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
             schedule = min((schedules[0], schedules[-1]), key=excess)
             return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
+        if not close_gap:
+            return chosen
         return replace(chosen, widths=job_widths(job, limits, curves, chosen.table))
 
 

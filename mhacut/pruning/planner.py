@@ -120,7 +120,7 @@ class Planner:
     def expected_divergence(self, limits: Limits) -> float:
         """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
         if self.job.merges_tokens:
-            return self._merge_search.choose(limits, self.curves).predicted
+            return self._merge_search.choose(limits, self.curves, close_gap=False).predicted
         widths = job_widths(self.job, limits, self.curves, close_gap=False)
         return divergence_by_cut(total_error(self.curves, widths))
 

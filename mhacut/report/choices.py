@@ -111,8 +111,12 @@ def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
         tags = ["th" if number == 0 or column == 0 else "td" for column in range(len(row))]
         cells = (f"<{tag}>{escape(safe(cell))}</{tag}>" for tag, cell in zip(tags, row, strict=True))
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    below = "".join(f"<div>{escape(safe(note))}</div>" for note in notes)
-    return f"<table>{''.join(lines)}</table>{below}"
+    return f"<table>{''.join(lines)}</table>{html_lines(notes)}"
+
+
+def html_lines(lines: Sequence[str]) -> str:
+    """Return lines for the cells of notebooks, escaped."""
+    return "".join(f"<div>{escape(safe(line))}</div>" for line in lines)
 
 
 def _top1(choice: Choice) -> float | None:

@@ -59,6 +59,7 @@ def write_report(
     figures: Sequence[tuple[str, str, str]],
     fidelity: Fidelity | None,
     provenance: Provenance,
+    verdict: Sequence[str],
 ) -> Path:
     """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page.
 
@@ -71,6 +72,7 @@ def write_report(
         figures: measurements: name, value before, value after.
         fidelity: likeness of the answers that the run measured, which replaces that on images of the search.
         provenance: origins of the run's preprocessing.
+        verdict: lines for the top of the page.
 
     Raises:
         OutputError: the page cannot be written.
@@ -101,7 +103,9 @@ def write_report(
     inspection = replace(inspection, provenance=provenance)
     # Of this cut only: where it has no curves, those of an earlier cut would be shown.
     curves = stored_curves(pruned.record.history[-1:])
-    contents = Contents(inspection, inspection.layers, comparison, curves, tuple(figures))
+    contents = Contents(
+        inspection, inspection.layers, comparison, curves, tuple(figures), verdict=tuple(verdict)
+    )
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
@@ -111,6 +115,7 @@ def write_overview(
     prunable: PrunableLayers,
     choices: Sequence[Choice],
     provenance: Provenance,
+    warnings: Sequence[str],
 ) -> Path:
     """Write the page about a run with several budgets.
 
@@ -120,6 +125,7 @@ def write_overview(
         prunable: its prunable layers.
         choices: the dense model, then the model of each budget.
         provenance: origins of the run's preprocessing.
+        warnings: lines for the top of the page.
 
     Raises:
         OutputError: the page cannot be written.
@@ -127,7 +133,7 @@ def write_overview(
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
-    contents = Contents(inspection, inspection.layers, choices=tuple(choices))
+    contents = Contents(inspection, inspection.layers, choices=tuple(choices), verdict=tuple(warnings))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
@@ -168,6 +174,7 @@ def page(contents: Contents) -> str:
             style=Markup(style),  # trusted: it must not be escaped
             inspection=contents.inspection,
             summary=summary(contents.inspection),
+            verdict=contents.verdict,
             version=__version__,
             sections=sections(contents),
             steps=[step(entry) for entry in contents.inspection.history],

@@ -51,6 +51,8 @@ class Contents:
     """Measurements of a run: name, value before, value after."""
     choices: tuple[Choice, ...] = ()
     """Models of a run with several budgets, the dense one first."""
+    verdict: tuple[str, ...] = ()
+    """Lines on what a run kept and won, and on what its user can do; the first may be a warning."""
 
 
 @dataclass(frozen=True)

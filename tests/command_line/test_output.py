@@ -26,6 +26,13 @@ def test_safe_shows_what_terminals_obey():
     assert safe(os.fsdecode(b"\xff.pth")) == r"\udcff.pth"
 
 
+def test_a_warning_in_a_result_has_a_colour_on_terminals(monkeypatch):
+    for as_json, colour in ((False, "\x1b[1;33mwarning: much is lost\x1b[0m\n[red]\n"), (True, "{")):
+        with terminal(monkeypatch, "stdout") as screen:
+            Console(as_json=as_json).result("warning: much is lost\n[red]", {})
+        assert screen.getvalue().startswith(colour)
+
+
 def assert_harmless(text):
     assert all(char == "\n" or char.isprintable() for char in text), repr(text)
 

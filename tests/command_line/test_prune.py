@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,12 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *arguments)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
+    kept, won = (
+        r"the dense model's class for \S+ % of .* images, KL \S+,",
+        r"\S+ times as fast \(batch 8, cpu\)",
+    )
+    assert re.fullmatch(f"{kept} at 60 % of the FLOPs, {won}", lines[0])
+    lines = lines[2:]
     assert lines[0].split() == ["vit_tiny_patch16_224", "dense", "slim", "ratio"]
     assert [line.split("  ")[0] for line in lines[1:4]] == [
         "FLOPs",

@@ -155,6 +155,13 @@ def test_a_model_just_within_the_budget_is_taken_if_no_other_is_safer(
     assert len([line for line in reporter.messages if line.endswith("another plan follows")]) == plans - 1
 
 
+def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, tmp_path, clock):
+    clock.shares = [0.85 * share for share in (1.1, 0.85)]
+    (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%", dry_run=True).targets
+    assert 0.9 * target.most <= target.reached <= target.most
+    assert target.measured["corrections"] == 2
+
+
 def test_a_target_that_is_always_missed_fails_and_leaves_nothing(tiny_vit, tmp_path, clock):
     clock.shares = 4 * [0.9]
     out = tmp_path / "new" / "slim.safetensors"
@@ -218,7 +225,7 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     line = r"^--max-latency 85%: \S+ms of at most \S+ms, 8\d\.\d% of the dense model's \S+ms; predicted \S+ms"
     assert re.search(line, result.stdout, re.MULTILINE)
     line = re.search(r"^timed in eager, batch 8, (\d+) thread\(s\), cpu: \S.*", result.stdout, re.MULTILINE)
-    assert ("; wall time" in line[0]) == (line[1] == "1")
+    assert ("; the pruned model's wall time is " in line[0]) == (line[1] == "1")
     assert "target max_latency 85%" in page.read_text()
     (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
     assert target["reached"] <= target["most"] < target["dense"]

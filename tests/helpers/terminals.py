@@ -1,4 +1,4 @@
-"""A terminal in place of stderr."""
+"""A terminal in place of stderr or stdout."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Terminal(io.StringIO):
 
 
 @contextmanager
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
-    """Stderr as a terminal; not a fixture, since pytest puts its own stderr back before the test runs."""
+def terminal(monkeypatch: pytest.MonkeyPatch, name: str = "stderr") -> Iterator[Terminal]:
+    """A stream as a terminal; not a fixture, since pytest puts its own one back before the test runs."""
     stream = Terminal()
     with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, name, stream)
         patch.setenv("TERM", "xterm")
         patch.delenv("NO_COLOR", raising=False)
         yield stream

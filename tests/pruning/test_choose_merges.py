@@ -8,7 +8,6 @@ import torch
 import mhacut
 from helpers.jobs import Recorder, flops_limit, job_of
 from helpers.models import ModelCase, build, image
-from mhacut.commands import prune as commands
 from mhacut.errors import UnsupportedModelError
 from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
@@ -111,18 +110,6 @@ def test_models_without_global_attention_are_refused_by_name(tmp_path):
             scope="attention+mlp+tokens",
             model_args={"window_size": 4, "depths": (1, 1)},
         )
-
-
-def test_after_a_costly_cut_of_channels_it_is_said_that_tokens_can_be_merged(model, tmp_path, monkeypatch):
-    def said(**options):
-        reporter = Recorder()
-        prune(model, tmp_path / "slim.safetensors", dry_run=True, reporter=reporter, **options)
-        return any("merges tokens too" in line for line in reporter.messages)
-
-    assert not said(flops="50%")  # this one costs little
-    monkeypatch.setattr(commands, "MUCH", 0.0)
-    assert said(flops="50%")
-    assert not said(flops="80%", params="70%")  # which merges leave as they are
 
 
 def test_a_vit_of_one_block_is_refused(tmp_path):

@@ -1,0 +1,132 @@
+"""The verdict on a cut: what was kept and won, a warning where much is lost, and advice that works."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import mhacut
+from helpers.cli import run
+from helpers.models import ModelCase, build
+
+CHANNELS = ["--scope", "attention+mlp", "--effort", "fast", "--calibration-images", "8", "--workers", "0"]
+HARSH = [*CHANNELS, "--no-repair", "--gain-steps", "0", "--basis", "channel", "--no-latency"]
+"""Flags that lose much at 11 % of the FLOPs."""
+WARNING = re.compile(r"^warning: much is lost: (\S+) of \S+ % top-1 at 11 % of the FLOPs$", re.MULTILINE)
+
+
+def document_of(*arguments):
+    result = run("prune", *arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def digits(digits_vit, few_digits, tmp_path, monkeypatch):
+    """Arguments of ``prune`` for the digits."""
+    monkeypatch.chdir(tmp_path)
+    return [digits_vit[1], "--data-dir", few_digits]
+
+
+def test_what_was_kept_and_won_comes_first(digits):
+    result = run("prune", *digits, "--flops", "50%", *CHANNELS)
+    assert result.exit_code == 0, result.stderr
+    first, second, heading, *_ = result.stdout.splitlines()
+    expected = r"\d+\.\d of \d+\.\d % top-1 at half the FLOPs, \d+\.\d times as fast \(batch 8, cpu\)"
+    assert re.fullmatch(expected, first)
+    assert (second, heading.split()[1:3]) == ("", ["dense", "slim"])
+
+
+@pytest.mark.slow
+def test_the_advice_after_a_loss_works(digits):
+    result = run("prune", *digits, "--flops", "11%", *HARSH)
+    assert result.exit_code == 0, result.stderr
+    assert WARNING.match(result.stdout)
+    lines = result.stdout.split("\n\n")[0].splitlines()
+    scope, budget, finetune, effort, images = (line.strip() for line in lines[1:])
+    merging = HARSH[2:]  # without its scope
+    assert run("prune", *digits, "--flops", "11%", *merging, *scope.split()[:2], "--dry-run").exit_code == 0
+    assert re.fullmatch(r"--flops \d\d% should lose about one point", budget)
+    assert not document_of(*digits, *budget.split()[:2], *HARSH, "--dry-run")["much_lost"]
+    command, _, rest = finetune.partition(" recovers")
+    assert rest == " some of it"
+    trained = run(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "--workers", "0")
+    assert trained.exit_code == 0, trained.stderr
+    assert effort.startswith("--effort best ")
+    assert images == "more images: 8 were used, 128 are usual"
+
+
+def test_without_labels_the_divergence_is_judged(digits):
+    document = document_of(*digits, "--flops", "11%", *HARSH, "--dry-run", "--no-labels")
+    assert re.fullmatch(
+        r"the dense model's class for \S+ % of .* images, KL \S+, at 11 % of the FLOPs", document["verdict"]
+    )
+    assert document["much_lost"] == (document["divergence"] > 0.5)
+    assert not any("finetune" in way for way in document["advice"])  # a dry run writes nothing to train
+
+
+def test_a_loss_within_a_bound_is_no_warning(digits):
+    document = document_of(*digits, "--max-drop", "60", *HARSH, "--dry-run")
+    assert document["dense"]["top1"] - document["slim"]["top1"] > 5
+    assert (document["much_lost"], document["advice"]) == (False, [])
+
+
+def test_python_shows_the_verdict_in_its_own_notation(digits_vit, few_digits, tmp_path):
+    options = {"effort": "fast", "calibration_images": 8, "latency": False, "workers": 0}
+    results = mhacut.prune_many(
+        digits_vit[1],
+        flops=["11%", "75%"],
+        data_dir=few_digits,
+        scope="attention+mlp",
+        repair=False,
+        gain_steps=0,
+        basis="channel",
+        output=tmp_path / "{}.safetensors",
+        report=tmp_path / "page.html",
+        **options,
+    )
+    harsh, mild = results
+    assert (harsh.much_lost, mild.much_lost) == (True, False)
+    assert repr(mild).startswith(f"{mild.verdict}\n\n")
+    assert mild.verdict.endswith("three quarters of the FLOPs")
+    first, *ways = harsh.verdict_lines()
+    call = f"  mhacut.finetune({str(harsh.output)!r}, teacher={str(digits_vit[1])!r}, data_dir="
+    assert any(way.startswith(call) for way in ways)
+    for shown in (repr(harsh), repr(results), (tmp_path / "page.html").read_text()):
+        assert first in shown
+        assert mild.verdict not in shown
+    page = harsh.report.read_text()
+    assert page.index(first) < page.index('class="summary"')
+    assert f"<div>{first}</div>" in results._repr_html_()
+
+
+def test_what_merged_tokens_leave_of_the_file_is_told(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"depth": 3, "embed_dim": 48, "num_heads": 3}
+    model = build(ModelCase("vit_tiny_patch16_224", {**sizes, "img_size": 96, "num_classes": 10}))
+
+    def pruned(**budgets):
+        return mhacut.prune(
+            model,
+            **budgets,
+            scope="attention+mlp+tokens",
+            model_args=sizes,
+            calibration_images=12,
+            latency=False,
+            effort="fast",
+            dry_run=True,
+        )
+
+    merged = pruned(flops="70%")
+    assert re.search(
+        r" of the FLOPs, mostly by merging tokens, the file is (\d+ % smaller|no smaller)$", merged.verdict
+    )
+    assert merged.advice == ("add params='60%' for a smaller file",)
+    both = pruned(flops="70%", params="60%")
+    assert both.slim.parameters <= 0.6 * both.dense.parameters
+    assert re.search(r", the file is \d+ % smaller$", both.verdict)
+    assert both.advice == ()
