@@ -132,7 +132,9 @@ def load_model(
         CheckpointError: there is no file, or it cannot be read, recognised or trusted.
     """
     if path is None:
-        raise CheckpointError("there is no file to load; a dry run of prune writes none")
+        raise CheckpointError(
+            "there is no file to load; a dry run of prune writes none; its result has save(FILE)"
+        )
     num_classes = model_args.pop("num_classes", None)
     checkpoint = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
     return with_args(checkpoint.model, checkpoint.identity)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.visible_args import is_foreign, visible_args, visible_classes
+from mhacut.checkpoint.record import SAVE_SLIM
+from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name
 
@@ -84,6 +85,8 @@ def check_tensors(
         )
     else:
         lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
+        if is_cut({name: info.shape for name, info in tensors.items()}):
+            lines.append(f"  it seems to be a slim model's state dict; {SAVE_SLIM}")
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 

@@ -15,7 +15,8 @@ from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
-from mhacut.checkpoint.visible_args import PIXELS, SIZES
+from mhacut.checkpoint.record import SAVE_SLIM
+from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.find import model_input_size
@@ -201,6 +202,8 @@ def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identifi
 def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
     """Return the message for a file that no model fits, with the nearest one and how it differs."""
     where = show(header.path)
+    if is_cut(header.shapes):
+        return f"{where}: seems to be a slim model's state dict; {SAVE_SLIM}"
     text = (
         f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
         f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "

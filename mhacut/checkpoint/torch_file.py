@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
+from mhacut.checkpoint.record import SAVE_SLIM
 from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.wrapping import other_parts, pick_part
 from mhacut.errors import CheckpointError
@@ -206,6 +207,8 @@ def _blocked(path: Path, reason: str) -> str:
     if not start.startswith(b"PK") and _LEGACY_NUMBER not in start:
         load = 'pickle.load(open(FILE, "rb"), encoding="latin1")'  # not written by torch
     named = re.search(r"GLOBAL ([\w.]+)", reason)
+    if named and named[1].startswith("mhacut."):
+        return f"contains a whole slim module; nothing was run. Do not pickle it, but {SAVE_SLIM}"
     what = f"objects that are no weights, first {named[1]:.100}" if named else "a pickle of another protocol"
     return (
         f"contains {what}; nothing was run. If you trust its source, convert it where it can do no harm: "

@@ -73,6 +73,19 @@ def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
     return len(ours & theirs) < len(theirs) / 2
 
 
+def is_cut(shapes: Shapes) -> bool:
+    """Whether these are the tensors of a slim module: blocks of one width that differ in what is within them."""
+    within: dict[tuple[str, str, int], set[int]] = {}
+    for name, shape in shapes.items():
+        stage, _, layer = f".{name}".rpartition(".blocks.")
+        kind = layer.partition(".")[2]
+        if kind in ("attn.proj.weight", "mlp.fc2.weight") and len(shape) == 2:
+            within.setdefault((stage, kind, shape[0]), set()).add(shape[1])
+    # Of a last block that computes few tokens, q is no part of qkv.
+    attention = {name.rpartition(".attn.")[2] for name in shapes}
+    return {"qkv.weight", "kv.weight"} <= attention or any(len(widths) > 1 for widths in within.values())
+
+
 def _parameters(kind: type) -> set[str]:
     """Names of the arguments of a class of models and of its bases, to which it passes others on."""
     inits = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]

@@ -145,7 +145,9 @@ def save_model(
         OutputError: the file must not or cannot be written.
     """
     if like is None:
-        raise CheckpointError("there is no slim file to save like; a dry run of prune writes none")
+        raise CheckpointError(
+            "there is no slim file to save like; a dry run of prune writes none; its result has save(FILE)"
+        )
     model = unwrapped(model)
     original = Checkpoint.open(like)
     record, header = original.record, original.header

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,7 @@ def _write(
         divergence_of=measure,
         targets=reached,
         constraints=planned.constraints,
+        _write=partial(write_slim, record=record(), dtypes=inputs.dtypes, input_path=loaded.path),
     )
     result = replace(result, advice=advice(result, targets, attempt, planner))
     if options.report is not None:

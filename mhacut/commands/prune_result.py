@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from mhacut.commands.prune_verdict import much_lost, verdict
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
+from mhacut.options.base import PathLike
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Constraint
@@ -88,6 +89,7 @@ class PruneResult:
     advice: tuple[str, ...] = ()
     """Ways to lose less, where much is lost, and to a smaller file, where merged tokens leave it as large."""
     _model: nn.Module | None = field(default=None, compare=False)
+    _write: Callable[..., None] | None = field(default=None, compare=False)
 
     @property
     def divergence(self) -> float:
@@ -156,6 +158,19 @@ class PruneResult:
         if self._model is None:
             return load_model(self.output)
         return copy.deepcopy(self._model).requires_grad_(True)
+
+    def save(self, file: PathLike, *, overwrite: bool = False) -> None:
+        """Write the pruned model as a slim file, which a dry run did not.
+
+        Args:
+            file: the file; its folder is created.
+            overwrite: replace an existing file.
+
+        Raises:
+            OutputError: the file must not or cannot be written.
+        """
+        assert self._write is not None
+        self._write(file, self.model(), overwrite=overwrite)
 
 
 class PruneResults(tuple[PruneResult, ...]):

@@ -137,11 +137,18 @@ def test_same_seed_same_file(tiny_vit, pruned, tmp_path):
     assert files == {pruned.output.read_bytes()}
 
 
-def test_dry_run_finds_the_same_plan_and_writes_nothing(tiny_vit, pruned, tmp_path):
+def test_dry_run_writes_nothing_until_it_is_asked_to(tiny_vit, pruned, tmp_path):
     dry = prune(tiny_vit, tmp_path / "slim.safetensors", dry_run=True)
     assert list(tmp_path.iterdir()) == []
     assert dry.output is None
     assert dry.plan == pruned.plan
+    for result in (dry, pruned):
+        result.save(tmp_path / "late.safetensors", overwrite=result is pruned)
+        assert (tmp_path / "late.safetensors").read_bytes() == pruned.output.read_bytes()
+    with pytest.raises(mhacut.OutputError, match="exists"):
+        dry.save(tmp_path / "late.safetensors")
+    with pytest.raises(mhacut.OutputError, match="input"):
+        dry.save(tiny_vit.path, overwrite=True)
 
 
 @pytest.mark.parametrize("repair", [True, False])

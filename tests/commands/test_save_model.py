@@ -77,6 +77,19 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     assert not (tmp_path / "new.safetensors").exists()
 
 
+def test_weights_of_a_slim_module_alone_are_refused_with_what_to_call(digits_vit, pruned, tmp_path):
+    merging = {"scope": "attention+mlp+tokens", "dry_run": True, **QUICK}
+    for model in (pruned.model(), mhacut.prune(digits_vit[1], flops="80%", **merging).model()):
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        torch.save(model, tmp_path / "whole.pth")
+        save_file(model.state_dict(), tmp_path / "weights.safetensors")
+        for name in ("weights.pth", "weights.safetensors", "whole.pth"):
+            with pytest.raises(CheckpointError, match=r"mhacut\.save_model\(model, FILE, like=SLIM_FILE\)"):
+                mhacut.inspect(tmp_path / name)
+    with pytest.raises(CheckpointError, match="slim model's state dict.*save_model"):
+        mhacut.inspect(tmp_path / "weights.pth", model="vit_tiny_patch16_224", model_args={"num_heads": 3})
+
+
 def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
     slim = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", flops="60%", keep_dead_tokens=True).output
     model = mhacut.load_model(slim)

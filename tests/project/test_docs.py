@@ -269,6 +269,17 @@ def test_blocks_run(page, clone, done, monkeypatch):
             run_block(block, names, done)
 
 
+def test_the_quick_start_runs_twice(clone, monkeypatch):
+    monkeypatch.chdir(clone)
+    (written,) = (block for block in blocks(README) if block.mark == "main-job")
+    (slim := clone / "model-50pct.safetensors").write_bytes(b"of the first run")
+    given = mhacut_arguments(commands(written.text)[-1])
+    result = run(
+        *given, "--effort", "fast", "--scope", "attention", "--calibration-images", "8", "--no-latency"
+    )
+    assert (result.exit_code, slim.read_bytes() != b"of the first run") == (0, True), result.stderr
+
+
 def test_blocks_that_are_not_run_say_why():
     marks = {block.mark for page in PAGES for block in blocks(page) if block.mark}
     assert all(mark in RUN_BY_CI or len(mark) > len(NOT_RUN) + 5 for mark in marks)
