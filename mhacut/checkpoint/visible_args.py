@@ -74,7 +74,7 @@ def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
 
 
 def is_cut(shapes: Shapes) -> bool:
-    """Whether these are the tensors of a slim module: blocks of one width that differ in what is within them."""
+    """Whether these are tensors of a slim module: blocks of one width that differ in what is within them."""
     within: dict[tuple[str, str, int], set[int]] = {}
     for name, shape in shapes.items():
         stage, _, layer = f".{name}".rpartition(".blocks.")

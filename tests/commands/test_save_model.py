@@ -86,7 +86,7 @@ def test_weights_of_a_slim_module_alone_are_refused_with_what_to_call(digits_vit
         for name in ("weights.pth", "weights.safetensors", "whole.pth"):
             with pytest.raises(CheckpointError, match=r"mhacut\.save_model\(model, FILE, like=SLIM_FILE\)"):
                 mhacut.inspect(tmp_path / name)
-    with pytest.raises(CheckpointError, match="slim model's state dict.*save_model"):
+    with pytest.raises(CheckpointError, match=r"slim model's state dict.*save_model"):
         mhacut.inspect(tmp_path / "weights.pth", model="vit_tiny_patch16_224", model_args={"num_heads": 3})
 
 
