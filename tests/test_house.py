@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2890,
-    "checkpoint": 5541,
+    "checkpoint": 5555,
     "cli": 1331,
-    "commands": 3566,
+    "commands": 3583,
     "data": 1506,
     "exporting": 1437,
     "finetuning": 2212,

@@ -273,7 +273,7 @@ def test_the_quick_start_runs_twice(clone, monkeypatch):
     monkeypatch.chdir(clone)
     (written,) = (block for block in blocks(README) if block.mark == "main-job")
     (slim := clone / "model-50pct.safetensors").write_bytes(b"of the first run")
-    given = mhacut_arguments(commands(written.text)[-1])
+    given = mhacut_arguments([*commands(written.text)][-1])
     result = run(
         *given, "--effort", "fast", "--scope", "attention", "--calibration-images", "8", "--no-latency"
     )
