@@ -20,7 +20,7 @@ LINES = {
     "commands": 3583,
     "data": 1506,
     "exporting": 1437,
-    "finetuning": 2212,
+    "finetuning": 2219,
     "flatten": 1555,
     "inspection": 671,
     "linalg": 896,

@@ -35,36 +35,36 @@ def judge(run: Run) -> tuple[float | None, Evaluation | None]:
 
 
 def choose_rate(run: Run) -> float:
-    """Return the learning rate of which a few steps lower the loss on held-out images most.
+    """Return the highest learning rate of which a few steps lower the loss on held-out images, or the lowest.
 
-    The weights are left as they were. Every process must call this.
+    Not the one that lowers it most: few steps favour low rates, and many need a higher one. The weights are
+    left as they were. Every process must call this.
     """
     assert run.held_out is not None
     run.reporter.start("trying learning rates")
-    model, losses = run.trainer.model, dict[float, float]()
-    began, start = _held_out_loss(run), {name: one.clone() for name, one in model.state_dict().items()}
+    model = run.trainer.model
+    start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     # Held-out images are the last of the first epoch, where all are trained on later.
     steps = max(1, (run.images.count - run.held_out.count) // run.images_per_step)
     steps = min(_STEPS, run.total_steps, steps)
+    before = after = _held_out_loss(run)
     for rate in RATES:
-        tried = replace(run.options, lr=rate, warmup_epochs=0, model_ema=False, compile=False)
-        run.trainer = run.new_trainer(tried, steps)
+        tried = replace(run.options, lr=rate, warmup_epochs=None, model_ema=False, compile=False)
+        run.trainer = run.new_trainer(tried, total_steps=steps)
         run.trainer.connect()
         with closing(parts_of(run, run.images, run.batches, range(steps))) as parts:
             for step in range(steps):
                 run.trainer.step(step, islice(parts, tried.grad_accum_steps))
         run.trainer.disconnect()
-        losses[rate] = _held_out_loss(run)
+        after = _held_out_loss(run)
         model.load_state_dict(start)
-        if losses[rate] > min(losses.values()):
+        if after < before:
             break
-    best = min(losses, key=lambda rate: (losses[rate], rate))
     run.reporter.log(
-        f"learning rate {best:g}: {steps} steps of it take the loss on {run.held_out.count} held-out images "
-        f"from {began:.3f} to {losses[best]:.3f}"
-        + "".join(f", of {rate:g} to {loss:.3f}" for rate, loss in losses.items() if rate != best)
+        f"learning rate {rate:g}: {steps} steps take the loss on {run.held_out.count} held-out images from "
+        f"{before:.3f} to {after:.3f}"
     )
-    return best
+    return rate
 
 
 def parts_of(
@@ -88,20 +88,22 @@ def _held_out_loss(run: Run) -> float:
 
     Every process must call this; the first computes it.
     """
-    return run.processes.from_first(lambda: _loss_here(run))
+    images, objective, model = run.held_out, run.trainer.objective, run.trainer.result
+    assert images is not None
+    batches = StepBatches(images.count, batch_size=min(_BATCH, images.count), parts=1, seed=0)
 
+    @torch.no_grad()
+    def mean() -> float:
+        losses = []
+        model.eval()
+        parts = parts_of(run, images, batches, range(batches.steps_per_epoch), [0])
+        for number, batch in enumerate(parts):
+            pixels = batch.images.to(run.processes.device)
+            labels = batch.labels.to(pixels.device) if images.labelled else None
+            if number == len(run.targets):  # the teacher's outputs stay the same
+                run.targets.append(objective.teacher_targets(pixels))
+            losses.append(float(objective(model(pixels), labels, run.targets[number])))
+        return sum(losses) / len(losses)
 
-@torch.no_grad()
-def _loss_here(run: Run) -> float:
-    assert run.held_out is not None
-    objective, model, count = run.trainer.objective, run.trainer.result.eval(), run.held_out.count
-    batches = StepBatches(count, batch_size=min(_BATCH, count), parts=1, seed=0)
-    steps, losses = range(batches.steps_per_epoch), list[float]()
-    for number, batch in enumerate(parts_of(run, run.held_out, batches, steps, [0])):
-        pixels = batch.images.to(run.processes.device)
-        labels = batch.labels.to(pixels.device) if run.held_out.labelled else None
-        if number == len(run.targets):  # the teacher's outputs stay the same
-            run.targets.append(objective.teacher_targets(pixels))
-        losses.append(float(objective(model(pixels), labels, run.targets[number])))
-    mean = sum(losses) / len(losses)
-    return mean if math.isfinite(mean) else math.inf
+    loss = run.processes.from_first(mean)
+    return loss if math.isfinite(loss) else math.inf

@@ -35,7 +35,9 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
 
 RATES = (3e-4, 1e-4, 3e-5, 1e-5)
-"""Learning rates to try, the highest first, until one is worse than the one before."""
+"""Learning rates to try, the highest first, until one helps."""
+_FEW_STEPS = 1000
+"""Steps of 64 images, below which smaller ones are better: 16 images, four times as many steps."""
 _MOST_HELD_OUT = 256
 """Largest number of images that are held out; a tenth of them, where that is less."""
 
@@ -61,8 +63,8 @@ class Run:
     validation: EvaluationLoader | None
     """This process's share of the labelled validation images, where there are any."""
     trainer: Trainer
-    new_trainer: Callable[[FinetuneOptions, int], Trainer]
-    """Makes a trainer of the same weights, for other options and a number of steps."""
+    new_trainer: Callable[..., Trainer]
+    """Makes a trainer of the same weights, for other ``options`` and ``total_steps``."""
     held_out: TrainingImages | None
     """Training images that the learning rate is chosen on and, without validation images, the weights; None
     if not needed, or if there are too few."""
@@ -133,23 +135,26 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     images = _training_images(options, preprocessing, classes)
+    parts = processes.size * options.grad_accum_steps
+    few = options.steps is None and options.epochs * images.count < 64 * parts * _FEW_STEPS
+    size = options.batch_size or (16 if few else 64)
+    options = replace(options, batch_size=size)
     labelled = partial(
         evaluation_loader,
         preprocessing,
         options,
         num_classes=classes,
-        batch_size=max(options.batch_size, 64),
+        batch_size=max(size, 64),
     )
     validation = _validation_images(options, labelled, classes, processes, reporter)
-    parts = processes.size * options.grad_accum_steps
-    spare = min(_MOST_HELD_OUT, images.count // 10, images.count - options.batch_size * parts)
+    spare = min(_MOST_HELD_OUT, images.count // 10, images.count - size * parts)
     held_out = None
     if spare > 0 and (validation is None or options.lr is None):
         kept, held_out = images.divided(spare, preprocessing, options.seed)
         images = kept if validation is None else images  # else they are of no use once the rate is chosen
     if held_out is None and options.lr is None:
         options = replace(options, lr=RATES[1])
-    batches = StepBatches(images.count, batch_size=options.batch_size, parts=parts, seed=options.seed)
+    batches = StepBatches(images.count, batch_size=size, parts=parts, seed=options.seed)
     total_steps = options.steps or options.epochs * batches.steps_per_epoch
     origins = provenance(loaded, options)
     if validation is not None and processes.first and options.resume is None:
@@ -159,19 +164,15 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
     objective = make_objective(options, loaded, model, preprocessing, reporter)
-
-    def new_trainer(options: FinetuneOptions, steps: int) -> Trainer:
-        return Trainer(
-            model,
-            objective,
-            Mixing(options, classes),
-            options,
-            processes,
-            labelled=images.labelled,
-            total_steps=steps,
-            steps_per_epoch=batches.steps_per_epoch,
-        )
-
+    new_trainer = partial(
+        Trainer,
+        model,
+        objective,
+        Mixing(options, classes),
+        processes=processes,
+        labelled=images.labelled,
+        steps_per_epoch=batches.steps_per_epoch,
+    )
     return Run(
         options=options,
         processes=processes,
@@ -186,7 +187,9 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         total_steps=total_steps,
         validation=validation,
         # Made at once, so that options that make no sense are refused before anything is written.
-        trainer=new_trainer(options if options.lr else replace(options, lr=RATES[0]), total_steps),
+        trainer=new_trainer(
+            options if options.lr else replace(options, lr=RATES[0]), total_steps=total_steps
+        ),
         new_trainer=new_trainer,
         held_out=held_out,
         teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,

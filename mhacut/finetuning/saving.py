@@ -56,7 +56,7 @@ def start(run: Run) -> None:
         run.reporter.log(f"{run.folder.path}: no step was saved; starting from the first")
     if run.options.lr is None:
         run.options = replace(run.options, lr=choose_rate(run))
-        run.trainer = run.new_trainer(run.options, run.total_steps)
+        run.trainer = run.new_trainer(run.options, total_steps=run.total_steps)
         with run.processes.together():
             if run.processes.first:
                 run.folder.write_arguments(run.options)

@@ -261,8 +261,9 @@ def _schedule(
 ) -> Any:
     """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
     # timm counts epochs, of which fractions are lost; here a step takes their place.
-    warmup = round(options.warmup_epochs * steps_per_epoch)
-    rate = options.lr or 0.0  # chosen by now
+    epochs, rate = options.warmup_epochs, options.lr or 0.0  # which is chosen by now
+    # Adam's first steps go by the sign of a single gradient.
+    warmup = total_steps // 10 if epochs is None else round(epochs * steps_per_epoch)
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
         raise UsageError(f"{asked}: is {warmup} steps, but the run has {total_steps}")

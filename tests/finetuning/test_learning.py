@@ -63,16 +63,22 @@ def test_without_validation_images_the_best_is_judged_on_held_out_ones(tune, sli
 
 def test_the_learning_rate_is_tried_and_nothing_else_depends_on_the_trial(tune, tmp_path, at_call):
     reporter = Recorder()
-    undo = at_call(Trainer, "step", 4)  # in the trial
+    undo = at_call(Trainer, "step", 2)  # in the trial
     with pytest.raises(Killed):
         tune(lr=None)
     undo()
     resume(tmp_path / "run", reporter=reporter)
     rate = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["lr"]
     (told,) = [text for text in reporter.messages if text.startswith(f"learning rate {rate:g}: 3 steps")]
-    losses = [float(number) for number in re.findall(r" to (\d\.\d+)", told)]
-    assert losses[0] == min(losses)
+    before, after = re.findall(r"from (.+) to (.+)$", told)[0]
+    assert float(after) < float(before)
     assert same(weights(tmp_path / "run"), weights(tune("given", lr=rate).folder))
+
+
+def test_few_images_are_learnt_from_in_small_steps(tune):
+    tuned = tune(batch_size=None, epochs=1)
+    assert tuned.steps == 42 // 16
+    assert open_checkpoint(tuned.output).record.history[-1]["images_per_step"] == 16
 
 
 def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_path, monkeypatch):
