@@ -275,7 +275,7 @@ def test_the_quick_start_runs_twice(clone, monkeypatch):
     (slim := clone / "model-50pct.safetensors").write_bytes(b"of the first run")
     given = mhacut_arguments([*commands(written.text)][-1])
     result = run(
-        *given, "--effort", "fast", "--scope", "attention", "--calibration-images", "8", "--no-latency"
+        *given, "--effort", "fast", "--scope", "attention+mlp", "--calibration-images", "8", "--no-latency"
     )
     assert (result.exit_code, slim.read_bytes() != b"of the first run") == (0, True), result.stderr
 
