@@ -26,13 +26,8 @@ from mhacut.adapters.softmax_hooks import of_windows
 from mhacut.adapters.softmax_special import KEPT, Rope
 from mhacut.plan import UnitKind
 
-_PARAMETERS = frozenset(
-    {"self", "hidden_states", "attention_mask", "head_mask", "causal_attention_mask", "output_attentions"}
-    | {"relative_position_bias", "interpolate_pos_encoding", "resolution", "kwargs"}
-)
-"""Parameters of forward that leave q, k and v as the linear layers write them."""
-_ROTARY = re.compile("DINOv3")
-"""Classes whose ``position_embeddings`` are cosines and sines [patches, head_dim], of the last tokens."""
+_FORWARD = ["self", "hidden_states", "attention_mask"]
+"""First parameters of forward, before ``position_embeddings`` and ``kwargs``."""
 _MLPS = {
     frozenset({"fc1", "fc2"}): (("fc1",), "fc2"),
     frozenset({"up_proj", "down_proj"}): (("up_proj",), "down_proj"),
@@ -41,20 +36,16 @@ _MLPS = {
 """Linear layers of an MLP: their names, those that write its channels, and that which reads them."""
 
 
-def _given(m: Any, name: str, args: tuple[Any, ...]) -> Any:
-    """Return the argument of this name, among those that follow the tokens."""
-    names = [name for name, _ in m.spec.arguments]
-    return args[names.index(name)] if name in names else None
-
-
-def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
-    mask, windows = _given(m, "attention_mask", args), getattr(m, "relative_position_bias", None)
+def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    windows = getattr(m, "relative_position_bias", None)
     return q, k, of_windows(windows(), q, mask) if isinstance(windows, nn.Module) else mask
 
 
-def _rotated(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
+def _rotated(
+    m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, positions: Any, *_: Any
+) -> tuple[Any, ...]:
     """Rotate all but the prefix tokens; a cut layer looks up the angles of its channels."""
-    cos, sin = _given(m, "position_embeddings", args)
+    cos, sin = positions  # [patches, d] each
     kept = getattr(m, KEPT, None)  # (H, d)
     if kept is not None:
         cos, sin = (table[:, kept].transpose(0, 1) for table in (cos, sin))  # (H, N, d)
@@ -65,7 +56,7 @@ def _rotated(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, 
         a, b = rest.chunk(2, dim=-1)
         return torch.cat((prefix, rest * cos + torch.cat((-b, a), dim=-1) * sin), dim=2)
 
-    return turned(q), turned(k), _given(m, "attention_mask", args)
+    return turned(q), turned(k), mask
 
 
 def _attended(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -153,10 +144,11 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 
 @cache
 def _attention(cls: Any, reader: str) -> Adapter | None:
-    parameters = set(inspect.signature(cls.forward).parameters)
-    if parameters <= _PARAMETERS:
+    parameters = [name for name in inspect.signature(cls.forward).parameters if name != "kwargs"]
+    if parameters == _FORWARD:
         return Linears(cls, read_by=reader)
-    if parameters <= _PARAMETERS | {"position_embeddings"} and _ROTARY.search(cls.__name__):
+    # Other classes may rotate neighbours, or all tokens.
+    if parameters == [*_FORWARD, "position_embeddings"] and "DINOv3" in cls.__name__:
         return RotaryLinears(cls, read_by=reader)
     return None
 
