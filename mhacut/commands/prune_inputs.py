@@ -44,6 +44,7 @@ from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.report.history import curves_to_json
 from mhacut.runtime.device import software_versions, warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
+from mhacut.runtime.process import worker_count
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import CostTable, Dtypes, build_cost_table
 from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
@@ -235,7 +236,14 @@ def read_inputs(
         origins = with_hint(origins, dense, preprocessing, partial(zip, *sample), processes.device)
         if origins.hint is not None:
             reporter.log(origins.hint)
-    job = replace(job, model=job.model.to(processes.device), images=images.images, labels=images.labels)
+    job = replace(
+        job,
+        model=job.model.to(processes.device),
+        images=images.images,
+        labels=images.labels,
+        more=images.rest,
+        workers=worker_count(options.workers),
+    )
 
     shared = PruneInputs(
         options,

@@ -149,6 +149,8 @@ class CalibrationImages:
     description: str
     """Text for readers: ``256 of 50000 images under train/ (with labels)``."""
     synthetic: bool = False
+    rest: Dataset[Sample] | None = None
+    """The images of the split that were not chosen, unread; None if there are none, or for a stream."""
 
 
 def calibration_images(
@@ -192,26 +194,29 @@ def calibration_images(
         data, "train_split", preprocessing, num_classes=num_classes, use_labels=use_labels, seed=seed
     )
     if split.stream is None:
-        images, labels, description = _choose(split, count, seed)
+        images, labels, description, rest = _choose(split, count, seed)
     else:
         samples = list(NamedStream(str(data.dataset), split.stream, count, preprocessing))
         images, labels, _ = collate(samples)
+        rest = None
         description = f"the first {len(labels)} images {split.name}, shuffled ({split.label_note})"
         if not samples:
             raise DataError(f"images {split.name}: none arrived")
     if not split.labelled:
-        return CalibrationImages(images, None, description)
+        return CalibrationImages(images, None, description, rest=rest)
     wrong = label_outside(labels, num_classes)
     if wrong is not None:
         raise DataError(
             f"images {split.name}: label {wrong} is not a class of the model's head ({num_classes} classes). "
             f"Map them with {option_name('class_map')}, or leave them out with {option_name('labels', False)}"
         )
-    return CalibrationImages(images, labels, description)
+    return CalibrationImages(images, labels, description, rest=rest)
 
 
-def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
-    """Return the first ``count`` readable images in :func:`balanced_order`, their labels and a description.
+def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, Subset[Sample] | None]:
+    """Return the first ``count`` readable images in :func:`balanced_order`, and those behind them, unread.
+
+    Between them are the labels of the former, and a description.
 
     Raises:
         DataError: fewer than half of the images that are needed are readable.
@@ -219,7 +224,8 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
     assert split.images is not None
     good: list[Sample] = []
     bad: list[Unreadable] = []
-    for index in balanced_order(split.groups, seed):
+    order = balanced_order(split.groups, seed)
+    for index in order:
         image, label = split.images[index]
         if isinstance(image, Unreadable):
             bad.append(image)
@@ -240,7 +246,8 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str]:
         first = "/".join(Path(bad[0].file).parts[-2:])
         description += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
     images, labels, _ = collate(good)
-    return images.float(), labels, description
+    rest = list(order)
+    return images.float(), labels, description, Subset(split.images, rest) if rest else None
 
 
 # -- accuracy --

@@ -44,6 +44,7 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
         "selection": "indicator",
         "repair": False,
         "heal_steps": 0,
+        "tuning_steps": 0,
     },
 }
 """Values of the options that a method decides, unless they are given."""
@@ -58,13 +59,14 @@ class Work:
 
     calibration_images: int
     heal_steps: int
+    tuning_steps: int
 
 
 # docs/guides/prune.md has the accuracy, time and memory of each.
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(calibration_images=128, heal_steps=0),
-    "balanced": Work(calibration_images=256, heal_steps=40),
-    "best": Work(calibration_images=1024, heal_steps=150),
+    "fast": Work(calibration_images=128, heal_steps=0, tuning_steps=0),
+    "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=100),
+    "best": Work(calibration_images=1024, heal_steps=150, tuning_steps=600),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
@@ -99,6 +101,11 @@ class SearchOptions(Options, panel="Research switches"):
     heal_steps: int | None = option(None, at_least=0)
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
     block; by default the effort decides."""
+    tuning_steps: int | None = option(None, at_least=0)
+    """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
+    without labels; by default the effort decides."""
+    tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
+    """Learning rate of these steps; by default the divergence on held-out images decides."""
     token_weights: bool = True
     """Weight each token by its influence on the model's output; off: all tokens count alike."""
     temperature: Temperature = "kept"
@@ -151,6 +158,11 @@ class SearchOptions(Options, panel="Research switches"):
     def healed_steps(self) -> int:
         """Steps that train each block by itself."""
         return EFFORTS[self.effort].heal_steps if self.heal_steps is None else self.heal_steps
+
+    @property
+    def tuned_steps(self) -> int:
+        """Steps that train all weights at once."""
+        return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
 
 
 @dataclass(frozen=True, kw_only=True)

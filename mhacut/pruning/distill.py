@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
@@ -104,6 +105,7 @@ def minimise(
     *,
     steps: int,
     lr: float,
+    warm_up: int = 0,
     reporter: Reporter = SILENT,
 ) -> None:
     """Minimise ``loss`` over ``parameters`` in place, by Adam, until it is no longer finite.
@@ -114,11 +116,16 @@ def minimise(
         loss: returns the loss of the next batch, a scalar.
         parameters: leaves that require gradients.
         steps: number of steps; the learning rate falls to 0 over them along a cosine.
-        lr: learning rate of the first step.
+        lr: largest learning rate, that of the first step unless there is a warm-up.
+        warm_up: number of steps over which the rate rises to it.
         reporter: advances after every step that was taken.
     """
     optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=max(steps, 1))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / max(warm_up, 1), 1.0) * (1 + math.cos(math.pi * step / max(steps, 1))) / 2
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, factor)
     for step in range(steps):
         value = loss()
         if not torch.isfinite(value):

@@ -7,8 +7,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from mhacut.adapters.base import Unit
+from mhacut.data.reading import Sample
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out_count
@@ -53,6 +55,10 @@ class Job:
     merges, but ``model`` does not merge."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
+    more: Dataset[Sample] | None = None
+    """Images besides ``images`` to tune on, [C, H, W] each, read when they are needed; None for none."""
+    workers: int = 0
+    """Number of processes that read them."""
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.resumable import ResumableModel
+from mhacut.pruning.tune import tuned
 from mhacut.runtime.device import ordered_attention
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
@@ -32,6 +33,8 @@ BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
 MOST_BYTES = 5 * 2**29
 """Bounds the memory of the images and of the activations that both models keep for them."""
+NEGLIGIBLE_KL = 0.02
+"""Divergence on held-out images below which tuning would gain nothing worth its time."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
@@ -50,10 +53,14 @@ def recover(
             scales are trained without merges, healing with them.
     """
     options, reporter = job.options, job.reporter
-    scale_steps, heal_steps = options.trained_gain_steps, options.healed_steps
-    if calibration.held == 0 and (scale_steps or heal_steps):
+    scale_steps, heal_steps, tune_steps = (
+        options.trained_gain_steps,
+        options.healed_steps,
+        options.tuned_steps,
+    )
+    if calibration.held == 0 and (scale_steps or heal_steps or tune_steps):
         reporter.log("nothing was trained: with a single image, none is left to check the result on")
-        scale_steps = heal_steps = 0
+        scale_steps = heal_steps = tune_steps = 0
     slim = slim.to(job.device)
     if scale_steps:
         reporter.start("reweighting")
@@ -65,6 +72,9 @@ def recover(
     if heal_steps:
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
+    if tune_steps and (distance := job.held_out(calibration).divergence_of(slim)) > NEGLIGIBLE_KL:
+        reporter.start("tuning")
+        slim = _better(slim, tuned(slim, job, calibration, distance), job, calibration, "tuning")
     return slim.cpu()
 
 

@@ -65,6 +65,7 @@ QUICK = {
     "calibration_images": 24,
     "batch_size": 8,
     "heal_steps": 3,
+    "tuning_steps": 0,
     "latency": False,
 }
 

@@ -1,0 +1,100 @@
+"""Tuning: all weights of a slim model are trained together to give the dense model's outputs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
+
+from mhacut.data.reading import Sample, collate
+from mhacut.errors import DataError
+from mhacut.pruning.calibrate import Calibration
+from mhacut.pruning.distill import minimise
+from mhacut.pruning.job import Job
+from mhacut.runtime.device import ordered_attention
+from mhacut.runtime.process import outlive_signals, start_reading
+
+RATE = 1.2e-4
+"""Learning rate where the slim model diverges by 1 nat on held-out images; elsewhere it is in proportion
+(docs/explanation/choices.md)."""
+WARM_UP = 0.1
+"""Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
+
+
+def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:
+    """Return a copy of ``slim`` whose weights were trained to give the preserved outputs of the dense model.
+
+    The loss is the divergence that the job preserves: for a classifier, the KL divergence of its answers,
+    without labels. Images are those to calibrate on that are not held out and all others of the same split,
+    cropped and mirrored at random; both models see the same.
+
+    Args:
+        slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
+        job: what is pruned; ``tuned_steps`` of its options is the number of steps.
+        calibration: calibration of the job's model: held-out images, and the measure of the divergence.
+        distance: divergence of ``slim`` on held-out images.
+    """
+    steps, size = job.options.tuned_steps, job.options.batch_size
+    images, preserved, device = _images(job, calibration), calibration.preserved, job.device
+    job.reporter.log(f"tuning all weights in {steps} steps of {size} of {len(images)} images")
+    model = copy.deepcopy(slim)
+    batches = _batches(images, steps, job)
+
+    def loss() -> Tensor:
+        batch = next(batches).to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
+            with torch.no_grad():
+                dense = preserved.outputs(job.model, batch).float()
+            return preserved.divergence(preserved.outputs(model, batch).float(), dense)
+
+    weights = model.requires_grad_(True).parameters()
+    rate, warm_up = job.options.tuning_lr or RATE * distance, math.ceil(WARM_UP * steps)
+    minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
+    return model.requires_grad_(False)
+
+
+def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Tensor]:
+    """Yield ``count`` augmented batches [B, C, H, W], in an order drawn anew each round."""
+    size, generator = job.options.batch_size, torch.Generator().manual_seed(job.options.seed)
+    order = torch.empty(0, dtype=torch.long)
+    while len(order) < count * size:
+        order = torch.cat([order, torch.randperm(len(images), generator=generator)])
+    loader: DataLoader[Sample] = DataLoader(
+        images,
+        batch_sampler=order[: count * size].view(count, size).tolist(),
+        collate_fn=collate,
+        num_workers=0 if job.more is None else job.workers,
+        worker_init_fn=outlive_signals,
+    )
+    for batch, _, bad in start_reading(loader):
+        if not len(batch):
+            raise DataError(f"no image of a batch can be read; first {bad[0].file}: {bad[0].reason}")
+        yield _augmented(batch, generator)
+
+
+def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a random part of each image, half to all of its area, at the same size; half of them mirrored.
+
+    Without crops a few hundred images are learnt by heart (docs/explanation/choices.md).
+    """
+    count = len(images)
+    side = torch.rand(count, generator=generator).mul(0.5).add(0.5).sqrt()
+    shift = torch.rand(2, count, generator=generator).mul(2).sub(1) * (1 - side)
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    affine = torch.zeros(count, 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = torch.where(mirrored, -side, side), side, shift.T
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def _images(job: Job, calibration: Calibration) -> ConcatDataset[Sample]:
+    """Return all images that are not held out."""
+    near = job.images[calibration.held :]
+    parts: list[Dataset[Any]] = [TensorDataset(near, torch.zeros(len(near), dtype=torch.long))]
+    return ConcatDataset(parts if job.more is None else [*parts, job.more])

@@ -1,0 +1,78 @@
+"""Tuning of all weights: it helps, reads the images that lie there, and is refused where it harms."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+
+import mhacut
+from helpers.jobs import Recorder
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+CRUDE = {
+    "flops": "7%",
+    "repair": False,
+    "reweight": False,
+    "heal_steps": 0,
+    "calibration_images": 64,
+    "eval_images": 0,
+    "latency": False,
+    "workers": 0,
+    "tuning_lr": 1e-4,
+}
+"""Options that leave a loss which tuning can mend."""
+
+
+def pruned(output, images=DIGITS / "images", **options):
+    recorder = Recorder()
+    given = {**CRUDE, **options, "reporter": recorder}
+    result = mhacut.prune(DIGITS / "model", data_dir=images, output=output, **given)
+    return result, [line for line in recorder.messages if line.startswith("tuning")]
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    return pruned(tmp_path_factory.mktemp("tuned") / "slim.safetensors", tuning_steps=30)
+
+
+def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
+    result, (steps, line) = tuned
+    plain, nothing = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
+    assert not nothing
+    assert "30 steps of 16 of 284 images" in steps  # 300 less those held out of the 64
+    assert result.divergence < 0.6 * plain.divergence
+    before, after = map(float, re.search(r"held-out images (\S+) without, (\S+) with", line).groups())
+    assert before == pytest.approx(plain.divergence, rel=0.05)
+    assert after == pytest.approx(result.divergence, rel=0.05)
+
+
+def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
+    again, _ = pruned(tmp_path / "again.safetensors", tuning_steps=30, workers=2)
+    assert digest(again.output) == digest(tuned[0].output)
+
+
+def test_tuning_that_harms_is_left_out(tmp_path):
+    plain, _ = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
+    same, (_, line) = pruned(tmp_path / "same.safetensors", tuning_steps=4, tuning_lr=0.1)
+    assert line.startswith("tuning was left out")
+    assert same.divergence == plain.divergence
+
+
+def test_tuning_preserves_features_of_all_tokens(tmp_path):
+    plain, tuned = (
+        pruned(tmp_path / f"{steps}.safetensors", tuning_steps=steps, preserve="tokens", flops="50%")[0]
+        for steps in (0, 30)
+    )
+    assert tuned.divergence < 0.9 * plain.divergence
+
+
+def test_nothing_is_tuned_where_nothing_is_lost(tmp_path):
+    _, lines = pruned(tmp_path / "slim.safetensors", flops="50%", repair=True)
+    assert not lines
