@@ -27,6 +27,9 @@ _STEP = 5
 _PARAMS = "60%"
 """Budget of parameters that is proposed where merged tokens leave the file as large as it was."""
 
+_SHARED = ("data_dir", "dataset", "class_map", "train_split", "val_split", "labels")
+"""Options of the data that fine-tuning has too."""
+
 
 def verdict(result: PruneResult) -> str:
     """Return what was kept and won, one sentence without a full stop."""
@@ -98,7 +101,7 @@ def _ways_to_lose_less(
         yield f"{budget} should lose about one point"
     if options.has_images and options.checkpoint != IN_MEMORY and result.output is not None:
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
-        named |= {name: getattr(options, name) for name in ("data_dir", "dataset", "class_map")}
+        named |= {name: getattr(options, name) for name in _SHARED if name in options.changed()}
         given = [option_name(name, value) for name, value in named.items() if value is not None]
         if given[0].startswith("--"):
             yield f"mhacut finetune {quote(str(result.output))} {' '.join(given)} recovers some of it"
