@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2890,
     "checkpoint": 5555,
     "cli": 1331,
-    "commands": 3591,
+    "commands": 3594,
     "data": 1511,
     "exporting": 1437,
     "finetuning": 2219,
