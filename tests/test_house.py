@@ -14,18 +14,18 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2890,
+    "adapters": 2882,
     "checkpoint": 5555,
-    "cli": 1331,
-    "commands": 3594,
+    "cli": 1333,
+    "commands": 3597,
     "data": 1511,
     "exporting": 1437,
-    "finetuning": 2219,
+    "finetuning": 2224,
     "flatten": 1555,
     "inspection": 671,
     "linalg": 896,
     "measuring": 871,
-    "options": 1450,
+    "options": 1451,
     "pruning": 4333,
     "report": 1044,
     "runtime": 1026,

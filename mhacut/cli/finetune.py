@@ -33,12 +33,13 @@ def _check_folder(options: FinetuneOptions) -> None:
 def finetune(options: FinetuneOptions, console: Console) -> None:
     """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
 
-    Learns from the dense model (--teacher), from labels, or from both; with a teacher, images need no labels.
-    DIR holds last.safetensors, summary.csv, args.yaml, state.pt to --resume from and, where labelled images
-    measure it, best.safetensors. Flags have the names and meanings of timm's train.py. Several GPUs: torchrun
-    --nproc-per-node N -m mhacut finetune ... (with several machines, all must have access to DIR)
+    Learns from the dense model, where its file lies beside SLIM or --teacher names it, from labels, or from
+    both; with a teacher, images need no labels. DIR holds best.safetensors, which is never worse than SLIM on
+    the images that it was judged on, last.safetensors, summary.csv, args.yaml and state.pt to --resume from.
+    Flags have the names and meanings of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut
+    finetune ... (with several machines, all must have access to DIR)
 
-    Example: mhacut finetune vit-2.0G.safetensors --teacher vit.safetensors --data-dir images/ -o run
+    Example: mhacut finetune vit-2.0G.safetensors --data-dir images/ -o run
     """
     from mhacut.commands.finetune import run_finetune
 
@@ -83,6 +84,7 @@ def _document(result: FinetuneResult) -> dict[str, Any]:
         "architecture": result.architecture,
         "before": _accuracy(result.before),
         "after": _accuracy(result.after),
+        "held_out_losses": result.losses,
         "improved": result.improved,
         "flops": result.flops,
         "steps": result.steps,

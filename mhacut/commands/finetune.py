@@ -88,7 +88,9 @@ def _finetune(run: Run) -> FinetuneResult:
     with stop_request() as run.request:
         images_per_second = train(run)
     output = run.folder.file(BEST if run.progress.best is not None else LAST)
-    after = None
+    after, losses = None, None
+    if run.validation is None and run.progress.start is not None and run.progress.best is not None:
+        losses = -run.progress.start, -run.progress.best
     if run.validation is not None:
         run.reporter.start("evaluating")
         # The file, not the model in memory: it may be an earlier epoch's, and in half precision.
@@ -101,6 +103,7 @@ def _finetune(run: Run) -> FinetuneResult:
         architecture=run.loaded.identity.architecture,
         before=run.progress.before,
         after=after,
+        losses=losses,
         epochs=tuple(run.progress.rows),
         improved=run.progress.improved,
         steps=run.progress.step,

@@ -94,6 +94,9 @@ class FinetuneResult:
     """Accuracy of the slim file that was read; None without labelled validation images."""
     after: Evaluation | None
     """Accuracy of ``output``, measured on the file as read back."""
+    losses: tuple[float, float] | None
+    """Loss on held-out training images of the file that was read and of ``output``; None where accuracy was
+    measured, or nothing was."""
     epochs: tuple[EpochSummary, ...]
     """Summary of each epoch."""
     improved: bool | None
@@ -126,6 +129,9 @@ class FinetuneResult:
             before, after = self.before.top1, self.after.top1
             change = f"{after - before:+.2f}"
             rows.append((f"{self.after.label}{best}", f"{before:.2f}", f"{after:.2f}", change))
+        if self.losses is not None:
+            before, after = self.losses
+            rows.append(("loss, held-out images", f"{before:.4f}", f"{after:.4f}", f"{after - before:+.4f}"))
         flops = format_flops(self.flops)
         return [*rows, ("FLOPs", flops, flops, "")]
 

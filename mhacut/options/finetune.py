@@ -162,7 +162,8 @@ class FinetuneKeywords(
     overwrite: bool = False
     """Start again in a directory that already holds a run, which is moved to the directory old in it."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Continue the run in this directory, with the options it was started with."""
+    """Continue the run in this directory, with the options it was started with; more epochs or steps
+    prolong a finished one."""
     save_every: int = option(0, at_least=0)
     """Steps between saves within an epoch; 0 saves only at the end of each epoch."""
     labels: bool = option(True, panel="Data")

@@ -54,7 +54,8 @@ def test_without_validation_images_the_best_is_judged_on_held_out_ones(tune, sli
     losses = [row.eval_loss for row in better.epochs]
     assert (better.improved, better.before, better.output.name) == (True, None, "best.safetensors")
     best = open_checkpoint(better.output).record.history[-1]["steps"] // 3 - 1
-    assert losses[best] == min(losses)
+    assert losses[best] == min(losses) == better.losses[1] < better.losses[0]
+    assert f"{better.losses[1]:.4f}" in repr(better)
     worse = tune("worse", eval_images=0, lr=10.0, steps=2)
     assert worse.improved is False
     start = mhacut.load_model(slim).state_dict()
