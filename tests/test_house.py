@@ -18,7 +18,7 @@ LINES = {
     "checkpoint": 5555,
     "cli": 1333,
     "commands": 3597,
-    "data": 1511,
+    "data": 1513,
     "exporting": 1437,
     "finetuning": 2224,
     "flatten": 1555,

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler, Subset
+from torch.utils.data import DataLoader, SequentialSampler, Subset, TensorDataset
 
 from mhacut.data.reading import balanced_order, label_outside
 from mhacut.data.sets import CalibrationImages
@@ -169,6 +169,7 @@ def split_in_memory(
     order = list(balanced_order(groups, seed))
     fitted = order[: min(count, total - left)]
     others = order[len(fitted) :][:left]
+    unread, every = order[len(fitted) + left :], TensorDataset(images, torch.zeros(total, dtype=torch.long))
     chosen, rest = images[fitted].float().cpu(), images[others].cpu()
     for some in (chosen, rest):
         _check_finite(some, "images")
@@ -177,6 +178,7 @@ def split_in_memory(
         chosen,
         None if labels is None else labels[fitted],
         f"{len(fitted)} of {pool} images in memory ({'without' if labels is None else 'with'} labels)",
+        rest=Subset[Any](every, unread) if unread else None,
     )
     if labels is None or not others:
         return calibration, None

@@ -75,7 +75,7 @@ def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Te
     for batch, _, bad in start_reading(loader):
         if not len(batch):
             raise DataError(f"no image of a batch can be read; first {bad[0].file}: {bad[0].reason}")
-        yield _augmented(batch, generator)
+        yield _augmented(batch.float(), generator)
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

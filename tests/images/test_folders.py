@@ -51,8 +51,17 @@ def test_the_choice_is_balanced_and_depends_on_the_seed_alone(root, tmp_path) ->
     assert levels(other.images) != levels(first.images)
 
 
+def test_the_rest_is_every_image_that_was_not_chosen(root) -> None:
+    for use_labels in (True, False):
+        chosen = calibrated(PLAIN, count=7, seed=0, data_dir=root, use_labels=use_labels)
+        others = torch.stack([chosen.rest[index][0] for index in range(len(chosen.rest))])
+        all_levels = levels(chosen.images) + levels(others)
+        assert sorted(all_levels) == [20 * c + k for c in range(3) for k in range(4)]
+
+
 def test_asking_for_more_than_there_is_gives_all(root) -> None:
     chosen = calibrated(PLAIN, count=99, seed=0, data_dir=root)
+    assert chosen.rest is None
     assert sorted(levels(chosen.images)) == [20 * c + k for c in range(3) for k in range(4)]
     assert chosen.description.startswith("12 of 12 images")
 
