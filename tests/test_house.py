@@ -26,7 +26,7 @@ LINES = {
     "linalg": 896,
     "measuring": 871,
     "options": 1451,
-    "pruning": 4333,
+    "pruning": 4368,
     "report": 1044,
     "runtime": 1026,
     "surgery": 2539,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
 
@@ -18,16 +18,17 @@ import torch
 from torch import nn
 
 from mhacut.plan import UnitKey
-from mhacut.pruning.allocate import job_widths, total_error
+from mhacut.pruning.allocate import NEAR, job_widths, total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Limits, lowest_flops
+from mhacut.pruning.limits import Limits, keeps, lowest_flops
 from mhacut.pruning.merge_law import (
     BlockCost,
     MergeLaw,
     Schedule,
     Tokens,
+    between,
     cheapest_schedules,
     most_merged,
     trial_schedules,
@@ -42,8 +43,9 @@ TRIED_IMAGES = 64
 """Calibration images on which schedules are tried."""
 OVERHEAD = 0.07
 """Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
-_PRICES = [10 ** (-3 + step / 8) for step in range(33)]
-"""Worth of all FLOPs of the model, in terms of the law."""
+_PRICES = [10 ** (step / 8) for step in range(-96, 9)]
+"""Worth of all FLOPs of the model, in terms of the law: merges of a model whose outputs hardly depend on its
+tokens are worth their FLOPs at the lowest prices."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,32 @@ class MergeSearch:
             return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
         if not close_gap:
             return chosen
-        return replace(chosen, widths=job_widths(job, limits, curves, chosen.table))
+        widths = job_widths(job, limits, curves, chosen.table)
+        return choice_of(self._filling(best, widths, limits), widths)
+
+    def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:
+        """Return schedule ``index``, or one of fewer merges where it leaves FLOPs at ``widths`` unused.
+
+        Schedules of least cost lie some FLOPs apart. Where no channel is worth cutting, all that lies between
+        one that is within the limits and the one before it would be left.
+        """
+
+        def within(schedule: Schedule) -> Limits:
+            flops, merges = self.table(schedule).flops, bool(schedule)
+            work = [limit for limit in limits if limit.resource == "flops" or limit.curve is not None]
+            return [limit.with_merges_fixed(flops, merges=merges) for limit in work]
+
+        few, many, schedule = 0.0, float(index), self.schedules[index]
+        while many - few > 0.01 and all(limit.cost(widths) < NEAR * limit.most for limit in within(schedule)):
+            middle = (few + many) / 2
+            upper = math.ceil(middle)
+            both = self.schedules[upper - 1], self.schedules[upper]
+            fewer = between(*both, upper - middle, self.tokens)
+            if keeps(within(fewer), widths):
+                schedule, many = fewer, middle
+            else:
+                few = middle
+        return schedule
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:

@@ -162,6 +162,13 @@ def most_merged(tokens: Tokens, last: int) -> Schedule:
     return _schedule([1.0] * last, tokens)
 
 
+def between(few: Schedule, many: Schedule, part: float, tokens: Tokens) -> Schedule:
+    """Schedule with ``part`` of the merges of ``few``, and the rest of those of ``many``."""
+    both = zip(few or [0] * tokens.depth, many, strict=True)
+    mixed = _schedule([(part * a + (1 - part) * b) / tokens.total for a, b in both], tokens)
+    return mixed if any(mixed) else ()
+
+
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
     """Schedule that merges each fraction of all tokens, as far as there are enough left."""
     count, merged = tokens.total, []
@@ -203,6 +210,7 @@ def cheapest_schedules(
     most = ((before - tokens.prefix).clamp_min(0) / 2).floor()
     # Matching pairs tokens of one half with tokens of the other, so that at most half can go.
     allowed = (after <= before) & (before - after <= most)
+    terms = [law.terms(block, before, after, tokens) for block in range(last)]
     schedules = []
     for price in prices:
         total = torch.full_like(counts, math.inf)
@@ -212,7 +220,7 @@ def cheapest_schedules(
             merges = allowed if block < last else torch.eye(len(counts), dtype=torch.bool)
             flops = cost.token * before + cost.pair * before * before + cost.mlp * after
             flops = flops + cost.merge * (after < before)
-            step_cost = law.terms(block, before, after, tokens) + price * flops
+            step_cost = price * flops + (terms[block] if block < last else 0.0)
             # Shortest path: for each number of tokens left, the best number before this block.
             total, source = (total[:, None] + step_cost.masked_fill(~merges, math.inf)).min(0)
             came_from.append(source)

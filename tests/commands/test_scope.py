@@ -69,3 +69,21 @@ def test_flops_by_merging_and_fewer_parameters_go_together(tmp_path):
     assert [target.name for target in result.targets] == ["flops", "params"]
     assert all(target.reached <= target.most for target in result.targets)
     assert sum(result.plan.tokens.merged) > 0
+
+
+@pytest.mark.parametrize(
+    ("scope", "budgets", "options"),
+    [
+        ("attention", ["65%", "60%"], {}),
+        ("attention+mlp", ["60%", "40%"], {}),
+        ("auto", ["60%", "30%"], {}),
+        ("auto", ["60%", "45%"], {"exclude": ("*",)}),  # merges, and no channels
+    ],
+)
+def test_a_budget_is_used(tmp_path, scope, budgets, options):
+    """Also where most cuts and merges cost nothing, as in a model of random weights."""
+    args = {**ARGS, "patch_size": 4}
+    model = build(ModelCase(VIT.architecture, {**args, "img_size": 48}))
+    given = {**QUICK, "model_args": args, "round_to": 2, "dry_run": True, **options}
+    for result in mhacut.prune_many(model, flops=budgets, scope=scope, **given):
+        assert 0.99 * result.budget <= result.slim.flops <= result.budget
