@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2882,
     "checkpoint": 5555,
     "cli": 1333,
-    "commands": 3597,
+    "commands": 3598,
     "data": 1513,
     "exporting": 1437,
     "finetuning": 2224,
@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4368,
     "report": 1044,
     "runtime": 1026,
-    "surgery": 2539,
+    "surgery": 2546,
     "top": 808,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

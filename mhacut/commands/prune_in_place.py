@@ -164,9 +164,10 @@ def _job(
     kept = kept or [each for each, value in maps.items() if value.ndim > 2] or list(maps)
     model = Part(dense, recorded, kept).eval()
     try:
-        prunable = find_prunable_layers(model)
+        find_prunable_layers(dense)  # an error names its class
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{shown(name)} ({cls}): {error}") from None
+        raise UnsupportedModelError(f"{shown(name)}: {error}") from None
+    prunable = find_prunable_layers(model)
     layers = {layer.name: layer for layer in prunable.layers}
     with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:
         model(one)

@@ -23,12 +23,16 @@ class Part(nn.Module):
         """Take the submodule, its recorded call, and the names of the outputs to give."""
         super().__init__()
         self.module, self.call, self.place = module, recorded.call, recorded.place
+        self.alike = recorded.alike
         self.read = [recorded.outputs[name] for name in outputs]
 
     def maps(self, images: Tensor) -> list[Tensor]:
         """Return the outputs that are read, each [B, ...], for what the submodule is given, [B, ...]."""
         leaves, structure = tree_flatten(self.call)
-        leaves = [leaf.to(images.device) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                rows = (len(images), *leaf.shape[1:]) if number in self.alike else leaf.shape
+                leaves[number] = leaf.to(images.device).expand(rows)
         leaves[self.place] = images
         args, kwargs = tree_unflatten(leaves, structure)
         outputs = _floats(self.module(*args, **kwargs))
@@ -45,9 +49,11 @@ class Recorded:
     """Calls of a submodule during runs of the whole model."""
 
     call: Any
-    """Arguments by position and by name, as of the first call; the tensors in them without images."""
+    """Arguments by position and by name, as of the first call, without the tensor that differs."""
     place: int
     """Number of the tensor that differs from image to image, among their leaves."""
+    alike: tuple[int, ...]
+    """Numbers of tensors with a row for each image, all alike, of which one is kept."""
     images: Tensor
     """That tensor of all calls, [n, ...], float32, on the CPU."""
     left_out: int
@@ -71,7 +77,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
     """
     part, found = model.get_submodule(name), Counter[Any]()
     calls: dict[Any, list[Tensor]] = {}
-    first: dict[Any, tuple[Any, int]] = {}
+    first: dict[Any, tuple[Any, int, tuple[int, ...]]] = {}
     outputs: dict[str, int] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -80,14 +86,18 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
         if not places:
             raise UnsupportedModelError(f"{shown(name)} is given no images or tokens; name one around it")
         images = leaves[places[0]]
-        for number, leaf in enumerate(leaves):
-            if number != places[0] and isinstance(leaf, Tensor):
-                alike = _alike(leaf.detach(), len(images), name)
-                leaves[number] = alike.float() if _is_float(alike) else alike
         leaves[places[0]] = None
+        alike: list[int] = []
+        for number, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                leaf = leaf.detach().float() if _is_float(leaf) else leaf
+                if leaf.ndim and len(leaf) == len(images):
+                    alike.append(number)
+                    leaf = _one_of(leaf, name)
+                leaves[number] = leaf
         others = [leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         key = str(structure), images.shape[1:], repr(others)
-        first.setdefault(key, (tree_unflatten(leaves, structure), places[0]))
+        first.setdefault(key, (tree_unflatten(leaves, structure), places[0], tuple(alike)))
         calls.setdefault(key, []).append(images.detach().float().cpu())
         found[key] += len(images)
 
@@ -109,8 +119,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
             "that was given, and does its output matter?"
         )
     key = found.most_common(1)[0][0]
-    call, place = first[key]
-    return Recorded(call, place, torch.cat(calls[key])[:count], found.total() - found[key], outputs)
+    return Recorded(*first[key], torch.cat(calls[key])[:count], found.total() - found[key], outputs)
 
 
 def _outputs_read(part: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
@@ -157,10 +166,8 @@ def _is_float(leaf: Any) -> bool:
     return isinstance(leaf, Tensor) and leaf.is_floating_point()
 
 
-def _alike(tensor: Tensor, images: int, name: str) -> Tensor:
-    """Return the first row of a tensor that is alike for all images; the tensor if it has no such rows."""
-    if tensor.ndim == 0 or len(tensor) != images:
-        return tensor
+def _one_of(tensor: Tensor, name: str) -> Tensor:
+    """Return the first row of a tensor whose rows are alike."""
     if bool((tensor != tensor[:1]).any()):
         raise UnsupportedModelError(
             f"{shown(name)} is given a second tensor {list(tensor.shape)} that differs from image to image, "

@@ -156,7 +156,7 @@ class Two(Segmenter):
     ("model", "part", "error", "message"),
     [
         (Segmenter, "backbon", UsageError, "part='backbon': Segmenter has no such submodule; .*`backbone`"),
-        (Segmenter, "neck", UnsupportedModelError, r"`neck` \(Conv2d\): .*no attention"),
+        (Segmenter, "neck", UnsupportedModelError, "`neck`: Conv2d has no attention layer"),
         (Two, None, UsageError, "2 vision transformers inside: `backbone`, `teacher`; name one"),
         (Two, "teacher", DataError, "images: none came to `teacher`"),
         (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "no vision transformer inside Conv2d"),
@@ -174,6 +174,21 @@ def test_budgets_out_of_reach_change_nothing(images):
         with pytest.raises(BudgetError, match=message):
             mhacut.prune_(model, images=images, effort="fast", flops=flops)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_mask_that_is_alike_for_all_images_is_that_of_use(images):
+    class Masked(Segmenter):
+        """Its tokens see the first half of the image only."""
+
+        def forward(self, pixel_values):
+            mask = (torch.arange(17) < 9).expand(len(pixel_values), 1, 17, 17)
+            return {"masks": self.backbone(pixel_values, attention_mask=mask)["last_hidden_state"]}
+
+    model = build(Masked)
+    dense = masks_of(model, images)
+    mhacut.prune_(model, images=images.split(8), effort="fast", flops="90%")
+    unmasked = model.backbone(images)["last_hidden_state"].detach()
+    assert relative(masks_of(model, images), dense) < relative(unmasked, dense)
 
 
 def test_masks_that_differ_from_image_to_image_are_refused(images):
