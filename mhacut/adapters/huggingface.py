@@ -114,9 +114,6 @@ class RotaryLinears(Linears, Rope):
     logits: Hook = _rotated
     one_width = False
 
-    def by_halves(self, module: Any) -> bool:
-        return True
-
 
 def adapter_of(module: nn.Module) -> Adapter | None:
     """Return the adapter of a module that is not timm's; None if its structure is not a known one."""

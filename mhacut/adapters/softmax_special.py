@@ -369,17 +369,13 @@ class Rope(Softmax):
         (heads, qk), (key_heads, v) = sizes["q"], sizes["v"]
         return sizes | {"k": (key_heads, qk), "g": (heads, v)}
 
-    def by_halves(self, module: Any) -> bool:
-        """Whether channels rotate with those of the other half of a head, not with their neighbours."""
-        return bool(module.rotate_half)
-
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
         shared: dict[UnitKind, str] = {"qk": SHARED_KEYS} if _queries_per_key(module) > 1 else {}
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
         """The unit of pairs of rows that rotate together."""
-        plain, half = super().qk(name, module), self.by_halves(module)
+        plain, half = super().qk(name, module), _by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
         copies, step = ((0, pairs), 1) if half else ((0, 1), 2)
@@ -415,7 +411,7 @@ class Rope(Softmax):
         if unit.kind != "qk":
             return
         kept = kept.to(table_device(self.reader(module).linear.weight))
-        if self.by_halves(module):
+        if _by_halves(module):
             channels = torch.cat((kept, kept + unit.width), dim=-1)
         else:
             channels = (2 * kept[..., None] + torch.arange(2, device=kept.device)).flatten(1)
@@ -436,6 +432,11 @@ def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> Activ
         return x.reshape(*x.shape[:-1], heads * pairs, 2).transpose(-1, -2)
 
     return replace(hook, offset=0, then=split)
+
+
+def _by_halves(module: Any) -> bool:
+    """Whether channels rotate with those of the other half of a head, as always outside timm."""
+    return getattr(module, "rotate_half", True)
 
 
 def _queries_per_key(module: Any) -> int:
