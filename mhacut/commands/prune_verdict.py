@@ -103,7 +103,7 @@ def _ways_to_lose_less(
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
         named |= {name: getattr(options, name) for name in _SHARED if name in options.changed()}
         given = [option_name(name, value) for name, value in named.items() if value is not None]
-        if given[0].startswith("--"):
+        if given[0].startswith("-"):
             yield f"mhacut finetune {quote(str(result.output))} {' '.join(given)} recovers some of it"
         else:
             yield f"mhacut.finetune({str(result.output)!r}, {', '.join(given)}) recovers some of it"
