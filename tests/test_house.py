@@ -25,7 +25,7 @@ LINES = {
     "inspection": 671,
     "linalg": 896,
     "measuring": 871,
-    "options": 1451,
+    "options": 1452,
     "pruning": 4368,
     "report": 1044,
     "runtime": 1026,

@@ -62,6 +62,7 @@ def _prune(asked: argparse.Namespace, effort: str, output: Path, *flags: str) ->
     setup = Setup.of(asked, calibration_images=asked.calibration_images, seed=asked.seed)
     command = [sys.executable, "-m", "mhacut", "prune", setup.checkpoint, "--data-dir", setup.data_dir]
     command += [*setup.flags(), "--effort", effort, "--no-latency", "--json", "--quiet", "--overwrite"]
+    command += ["--scope", "attention+mlp"]
     return run([*command, "--output", str(output), *flags], asked.threads)
 
 

@@ -106,7 +106,7 @@ def measure(asked: argparse.Namespace, value: str, flops: str, seed: int) -> dic
                 std=preprocessing.std,
                 labels=False,
                 effort=asked.effort,
-                **({"scope": asked.scope} if asked.scope else {}),
+                scope=asked.scope or "attention+mlp",
                 seed=seed,
                 eval_images=0,
                 latency=False,

@@ -107,6 +107,7 @@ def measure(dense: Path, row: Mapping[str, Any], asked: argparse.Namespace, slim
     command += ["--max-latency", row["target"], "--runtime", where[0], "--latency-batch-size", where[1]]
     command += ["--threads", where[2], "--effort", "fast", "--calibration-images", str(asked.images)]
     command += ["--eval-images", "0", "--output", str(slim), "--overwrite", "--quiet"]
+    command += ["--scope", "attention+mlp"]
     try:
         process = run(command, asked.threads)
     except FailedError as error:

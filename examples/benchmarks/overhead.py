@@ -103,6 +103,8 @@ def measure(
         *mhacut,
         "prune",
         *opened,
+        "--scope",
+        "attention+mlp",
         "--flops",
         asked.flops,
         "--effort",

@@ -10,7 +10,7 @@ echo "== What is in it, and what could go?"
 mhacut inspect "$dense"
 
 echo "== Cut channels and merge tokens, to half the FLOPs. Images of your own kind make it better; labels are not needed."
-mhacut prune "$dense" --flops 50% --scope attention+mlp+tokens --data-dir "$images" -o slim.safetensors --no-latency --overwrite
+mhacut prune "$dense" --flops 50% --data-dir "$images" -o slim.safetensors --no-latency --overwrite
 
 echo "== Win back what was lost, with the dense model as teacher."
 mhacut finetune slim.safetensors --teacher "$dense" --data-dir "$images" --epochs 2 -o run --overwrite

@@ -200,7 +200,8 @@ class PruneKeywords(
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
     By default answers, or tokens if there is no classifier."""
     keep_dead_tokens: bool = False
-    """Compute all tokens in the last block, not only the one the classifier reads; for patch features."""
+    """Compute all tokens in the last block, not only the one the classifier reads, and merge none with
+    scope auto; for patch features."""
     round_to: int | None = option(None, at_least=1)
     """Round widths to multiples of N; by default 8, or 16 with a budget of time on a GPU."""
     overwrite: bool = False

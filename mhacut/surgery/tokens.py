@@ -309,7 +309,7 @@ class MergedTokens:
         """
         raise UnsupportedModelError(
             "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
-            f"with a {option_name('scope')} without tokens"
+            f"with {option_name('keep_dead_tokens', True)}"
         )
 
 

@@ -32,7 +32,12 @@ def _mhacut() -> Iterable[Method]:
                     + (f" ({images} images)" if images else ""),
                     sees,
                     "",
-                    {"flags": (*data_flags, "--basis", basis, "--effort", effort, *own)},
+                    {
+                        "flags": (
+                            *("--scope", "attention+mlp", *data_flags),
+                            *("--basis", basis, "--effort", effort, *own),
+                        )
+                    },
                     default=(basis, effort) == ("auto", "balanced"),
                 )
     yield from _mhacut_tokens()
@@ -42,7 +47,7 @@ def _mhacut_tokens() -> Iterable[Method]:
     """Rows of mhacut with tokens in the budget too, and with those kept that no output reads."""
     rows = {
         "tokens": ("tokens too", ("--scope", "attention+mlp+tokens")),
-        "dead": ("dead tokens kept", ("--keep-dead-tokens",)),
+        "dead": ("dead tokens kept", ("--scope", "attention+mlp", "--keep-dead-tokens")),
         "tokens-dead": (
             "tokens too, dead ones kept",
             ("--scope", "attention+mlp+tokens", "--keep-dead-tokens"),

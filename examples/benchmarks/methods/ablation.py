@@ -64,6 +64,6 @@ def methods() -> Iterable[Method]:
                 title,
                 "images",
                 "",
-                {"flags": ("--no-labels", *base, *flags)},
+                {"flags": ("--no-labels", "--scope", "attention+mlp", *base, *flags)},
                 default=False,
             )
