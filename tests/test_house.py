@@ -20,7 +20,7 @@ LINES = {
     "commands": 3598,
     "data": 1513,
     "exporting": 1437,
-    "finetuning": 2224,
+    "finetuning": 2229,
     "flatten": 1555,
     "inspection": 671,
     "linalg": 896,

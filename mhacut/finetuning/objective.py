@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import dense_args
-from mhacut.checkpoint.load import open_checkpoint, read_model, states_its_model
+from mhacut.checkpoint.load import open_checkpoint, states_its_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import (
@@ -239,14 +239,18 @@ def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Repor
         first = history[0] if history else {}
         name, used, folder = str(first.get("source", "")), first.get("options"), Path(slim.source).parent
         part = used.get("part") if isinstance(used, dict) else None
+        part = options.teacher_part or (None if part is None else str(part))
         # Anybody can write a record: only a file of this digest is taken, and of its name the last part.
         for path in (folder / Path(name).name, Path(name).name) if name else ():
             with suppress(CheckpointError):
-                opened = open_checkpoint(path, part=None if part is None else str(part))
-                if opened.sha256 == first.get("source_sha256"):
+                found = replace(options, teacher=str(path), teacher_part=part)
+                opened = _teacher_file(found, slim)
+                same = opened.sha256 == first.get("source_sha256")
+                # Of a slim model that was given another classifier, it can teach nothing.
+                if same and classifier_size(opened.skeleton) == classifier_size(slim.skeleton):
                     labels = option_name("find_teacher", False)
                     reporter.log(f"learning from the dense model, {path} ({labels}: from labels alone)")
-                    return replace(options, teacher=str(path), teacher_part=options.teacher_part or part)
+                    return found
         asked = option_name("teacher", name or "PATH")
         reporter.log(f"learning from labels alone; the dense model usually brings more: {asked}")
     for name, needed in (("labels", not options.labels), ("feature_weight", options.feature_weight > 0)):
@@ -298,7 +302,8 @@ def _open_teacher(
     options: FinetuneOptions, slim: Checkpoint, student: nn.Module, preprocessing: Preprocessing
 ) -> Teacher:
     with _options_of_teacher():
-        loaded = _read_teacher(options, slim)
+        loaded = _teacher_file(options, slim)
+        _ = loaded.model
         # A file alone states no preprocessing; it is taken to have that of the slim file.
         alone = loaded.record is None and loaded.header is not None and loaded.header.config is None
         stated = preprocessing if alone else resolve_preprocessing(loaded, options)
@@ -322,14 +327,14 @@ def _options_of_teacher() -> Iterator[None]:
         yield
 
 
-def _read_teacher(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
-    """Read the teacher; a file that does not state its architecture is the slim file's dense model."""
+def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
+    """Open the teacher; a file that does not state its architecture is the slim file's dense model."""
     assert options.teacher is not None
     model, args = options.teacher_model, dict(options.teacher_model_args)
     if model is None and not states_its_model(options.teacher, options.teacher_part):
         model = slim.identity.architecture
         args = {**dense_args(slim.identity), **args}
-    return read_model(options.teacher, model=model, model_args=args or None, part=options.teacher_part)
+    return open_checkpoint(options.teacher, model=model, model_args=args or None, part=options.teacher_part)
 
 
 @torch.no_grad()

@@ -103,6 +103,11 @@ def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_p
     assert f"learning from the dense model, {dense} (--no-find-teacher: from labels alone)" in said
     assert (teacher, resume(tmp_path / "beside").steps) == (digest, 1)
     assert tuned("off", "--no-find-teacher", "--label-weight", "1")[1] is None
+    other = mhacut.load_model(slim)  # given another classifier, of which the dense model knows nothing
+    other.reset_classifier(9)
+    mhacut.save_model(other, home / "nine.safetensors", like=slim)
+    refused = run("finetune", home / "nine.safetensors", "--data-dir", images, "--no-labels", "-b", "12")
+    assert "error: --no-labels: expected a --teacher" in refused.stderr
     shutil.move(dense, tmp_path)  # the working directory
     assert tuned("here")[1] == digest
     dense.write_bytes(slim.read_bytes())  # another file of that name is not what it was cut from
