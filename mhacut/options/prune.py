@@ -65,7 +65,7 @@ class Work:
 # docs/guides/prune.md has the accuracy, time and memory of each.
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(calibration_images=128, heal_steps=0, tuning_steps=0),
-    "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=100),
+    "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=150),
     "best": Work(calibration_images=1024, heal_steps=150, tuning_steps=800),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")

@@ -33,7 +33,7 @@ BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
 MOST_BYTES = 5 * 2**29
 """Bounds the memory of the images and of the activations that both models keep for them."""
-NEGLIGIBLE_KL = 0.02
+NEGLIGIBLE_KL = 0.05
 """Divergence on held-out images below which tuning would gain nothing worth its time."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
