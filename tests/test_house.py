@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2880,
     "checkpoint": 5555,
     "cli": 1333,
-    "commands": 3598,
+    "commands": 3597,
     "data": 1513,
     "exporting": 1437,
     "finetuning": 2229,

@@ -93,9 +93,8 @@ def _ways_to_lose_less(
 ) -> Iterator[str]:
     inputs, job = targets.inputs, targets.inputs.job
     options, by_curves = inputs.options, bool(attempt.planned.curves)
-    stored = options.params is not None or options.size is not None  # merging stores no less
     merged = job.merges_tokens or any(job.merged) or options.keep_dead_tokens
-    if by_curves and not (stored or merged or why_not_merged(inputs.loaded.model)):
+    if by_curves and options.bounds_work and not (merged or why_not_merged(inputs.loaded.model)):
         yield f"{option_name('scope', 'attention+mlp+tokens')} merges tokens too, which may lose far less"
     if by_curves and (budget := _milder(result.divergence, targets, attempt, planner)):
         yield f"{budget} should lose about one point"
