@@ -12,7 +12,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,7 +34,7 @@ from mhacut.pruning.merge_law import (
     most_merged,
     trial_schedules,
 )
-from mhacut.surgery.costs import CostTable, build_cost_table
+from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import recorded_calls
 from mhacut.surgery.read import read_of
@@ -86,6 +87,8 @@ class MergeSearch:
         self.last = merging_blocks(job.model, self.tokens)
         self.law = law or self._fitted_law(calibration)
         self._tables: dict[Schedule, CostTable] = {(): job.table}
+        if job.fewest is not None:
+            self._tables[most_merged(self.tokens, self.last)] = job.fewest
 
     @torch.no_grad()
     def _fitted_law(self, calibration: Calibration) -> MergeLaw:
@@ -114,6 +117,28 @@ class MergeSearch:
             self._tables[schedule] = build_cost_table(model, prunable, self.job.input_size)
         return self._tables[schedule]
 
+    def _estimate(self, schedule: Schedule) -> CostTable:
+        """Return the cost table of the job's model with merges, nearly: counting it takes a second."""
+        if schedule in self._tables:
+            return self._tables[schedule]
+        job, total, model = self.job, self.tokens.total, cast(Any, self.job.model)
+        after = [total - merged for merged in accumulate(schedule)]
+        before = [total, *after[:-1]]
+        layers = []
+        for cost in job.table.layers:
+            block, attends = int(cost.layer.name.split(".")[1]), cost.layer.adapter.family == "attention"
+            share = (before if attends else after)[block] / total
+            # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
+            pairs = total**2 if attends and block < self.last else 0
+            flops = {}
+            for unit in cost.layer.units:
+                dense, squares = cost.at({}) - cost.at({unit.key: 0}), unit.heads * unit.width * pairs
+                flops[unit.kind] = round(((dense - squares) * share + squares * share**2) / unit.width)
+            layers.append(LayerCost(cost.layer, (Polynomial(flops, {}),)))
+        matched = [n - self.tokens.prefix for n, count in zip(before, schedule, strict=True) if count]
+        fixed = job.table.fixed + sum((n // 2) ** 2 for n in matched) * model.embed_dim
+        return CostTable(fixed, tuple(layers), job.table.dense)
+
     def choose(
         self, limits: Limits, curves: Mapping[UnitKey, Curve], *, close_gap: bool = True
     ) -> MergeChoice:
@@ -128,27 +153,27 @@ class MergeSearch:
         """
         job, schedules = self.job, self.schedules
 
-        def choice_of(schedule: Schedule, widths: Mapping[UnitKey, int]) -> MergeChoice:
+        def choice_of(schedule: Schedule, table: CostTable, widths: Mapping[UnitKey, int]) -> MergeChoice:
             predicted = divergence_by_cut(total_error(curves, widths))
             if schedule:
                 predicted += self.law.divergence(schedule, self.tokens)
-            return MergeChoice(schedule, self.table(schedule), widths, predicted)
+            return MergeChoice(schedule, table, widths, predicted)
 
-        def excess(schedule: Schedule) -> int:
+        def excess(table: CostTable) -> int:
             """Return by how much the narrowest layers miss the limits; 0 or less if they keep them."""
-            within = job.limits_on_widths(limits, self.table(schedule))
+            within = job.limits_on_widths(limits, table)
             return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
 
         @cache
-        def choice(index: int) -> MergeChoice | None:
-            schedule = schedules[index]
-            if excess(schedule) > 0:
+        def choice(index: int, counted: bool = False) -> MergeChoice | None:
+            table = (self.table if counted else self._estimate)(schedules[index])
+            if excess(table) > 0:
                 return None
-            widths = job_widths(job, limits, curves, self.table(schedule), close_gap=False)
-            return choice_of(schedule, widths)
+            widths = job_widths(job, limits, curves, table, close_gap=False)
+            return choice_of(schedules[index], table, widths)
 
-        def worth(index: int) -> float:
-            at_index = choice(index)
+        def worth(index: int, counted: bool = False) -> float:
+            at_index = choice(index, counted)
             return math.inf if at_index is None else at_index.predicted
 
         # Too few merges cost channels, too many cost tokens: there is one valley, whose left side may be
@@ -161,15 +186,17 @@ class MergeSearch:
             else:
                 high = right - 1
         # No merges are no part of the valley where merging takes time that its FLOPs do not show.
-        best = min({0, *range(low, high + 1)}, key=worth)
-        chosen = choice(best)
+        near = range(low, min(high + 2, len(schedules)))
+        best = min({0, *near, len(schedules) - 1}, key=lambda index: worth(index, close_gap))
+        chosen = choice(best, close_gap)
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
-            schedule = min((schedules[0], schedules[-1]), key=excess)
-            return choice_of(schedule, {key: choices[0] for key, choices in job.allowed.items()})
+            schedule = min((schedules[0], schedules[-1]), key=lambda one: excess(self.table(one)))
+            return choice_of(schedule, self.table(schedule), job.least_widths)
         if not close_gap:
             return chosen
         widths = job_widths(job, limits, curves, chosen.table)
-        return choice_of(self._filling(best, widths, limits), widths)
+        schedule = self._filling(best, widths, limits)
+        return choice_of(schedule, self.table(schedule), widths)
 
     def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:
         """Return schedule ``index``, or one of fewer merges where it leaves FLOPs at ``widths`` unused.
