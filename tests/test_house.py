@@ -26,7 +26,7 @@ LINES = {
     "linalg": 896,
     "measuring": 871,
     "options": 1452,
-    "pruning": 4395,
+    "pruning": 4397,
     "report": 1044,
     "runtime": 1026,
     "surgery": 2546,

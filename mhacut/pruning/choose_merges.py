@@ -40,8 +40,8 @@ from mhacut.surgery.hooks import recorded_calls
 from mhacut.surgery.read import read_of
 from mhacut.surgery.tokens import set_merged
 
-TRIED_IMAGES = 64
-"""Calibration images on which schedules are tried."""
+TRIED_IMAGES = (32, 64)
+"""Least and largest number of calibration images on which schedules are tried: a quarter of all between."""
 OVERHEAD = 0.07
 """Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
@@ -92,7 +92,9 @@ class MergeSearch:
 
     @torch.no_grad()
     def _fitted_law(self, calibration: Calibration) -> MergeLaw:
-        tried = self.job.distillation(calibration).part(0, TRIED_IMAGES)
+        least, most = TRIED_IMAGES
+        count = min(max(len(self.job.images) // 4, least), most)
+        tried = self.job.distillation(calibration).part(0, count)
         model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
         for done, schedule in enumerate(trials, 1):
             set_merged(model, schedule)
