@@ -269,7 +269,10 @@ def averaging():
     ("options", "message"),
     [
         ({"scope": "attention", "round_to": 32}, "scope='attention' and round_to=32: the model's .* FLOPs"),
-        ({"exclude": ("*",)}, r"scope='attention\+mlp', round_to=8 and exclude='\*': the model's .* FLOPs"),
+        (
+            {"scope": "attention+mlp", "exclude": ("*",)},
+            r"scope='attention\+mlp', round_to=8 and exclude='\*': the model's .* FLOPs",
+        ),
     ],
 )
 def test_a_bound_is_refused_before_the_work_where_no_width_can_change(
