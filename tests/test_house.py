@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2880,
-    "checkpoint": 5555,
+    "checkpoint": 5556,
     "cli": 1333,
     "commands": 3597,
     "data": 1513,
@@ -26,7 +26,7 @@ LINES = {
     "linalg": 896,
     "measuring": 871,
     "options": 1452,
-    "pruning": 4397,
+    "pruning": 4398,
     "report": 1044,
     "runtime": 1026,
     "surgery": 2546,

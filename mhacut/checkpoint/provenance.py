@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -98,7 +99,7 @@ def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
     source, digest = checkpoint.source, {"source_sha256": checkpoint.sha256}
     if source.startswith(REMOTE):
         return {"source": source, **digest}
-    return digest if checkpoint.header is None else {"source": Path(source).resolve().name, **digest}
+    return digest if checkpoint.header is None else {"source": Path(os.path.abspath(source)).name, **digest}
 
 
 def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def read_inputs(
         images=images.images,
         labels=images.labels,
         more=images.rest,
-        workers=worker_count(options.workers),
+        workers=worker_count(options.workers) if given is None and images.rest is not None else 0,
     )
 
     shared = PruneInputs(

@@ -170,7 +170,7 @@ def split_in_memory(
     fitted = order[: min(count, total - left)]
     others = order[len(fitted) :][:left]
     unread, every = order[len(fitted) + left :], TensorDataset(images, torch.zeros(total, dtype=torch.long))
-    chosen, rest = images[fitted].float().cpu(), images[others].cpu()
+    chosen, rest = images[fitted].float(), images[others]
     for some in (chosen, rest):
         _check_finite(some, "images")
     pool = f"{'the first ' if more else ''}{total}" if source is given else f"{len(given.dataset)}"  # type: ignore[union-attr]
@@ -206,7 +206,7 @@ def _collected(
         raise DataError("images: holds no images")
     known = [one for one in labels if one is not None]
     whole = images[0] if len(images) == 1 else torch.cat([one.cpu() for one in images])
-    return whole, torch.cat(known) if known else None, enough and not _is_whole(given)
+    return whole.cpu(), torch.cat(known) if known else None, enough and not _is_whole(given)
 
 
 def _spread(given: ImagesInMemory, count: int, seed: int) -> ImagesInMemory:

@@ -58,7 +58,7 @@ class Job:
     more: Dataset[Sample] | None = None
     """Images besides ``images`` to tune on, [C, H, W] each, read when they are needed; None for none."""
     workers: int = 0
-    """Number of processes that read them."""
+    """Number of processes that read them; 0 for images in memory."""
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -69,13 +69,14 @@ def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Te
         images,
         batch_sampler=order[: count * size].view(count, size).tolist(),
         collate_fn=collate,
-        num_workers=0 if job.more is None else job.workers,
+        num_workers=job.workers,
         worker_init_fn=outlive_signals,
     )
     for batch, _, bad in start_reading(loader):
         if not len(batch):
             raise DataError(f"no image of a batch can be read; first {bad[0].file}: {bad[0].reason}")
-        yield _augmented(batch.float(), generator)
+        # Of tokens, the inputs of a part of a model, there are no crops.
+        yield _augmented(batch.float(), generator) if batch.ndim == 4 else batch
 
 
 def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:

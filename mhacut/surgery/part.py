@@ -111,7 +111,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
                     outputs = _outputs_read(part, run)
             except StopIteration:  # of a function that has no more batches
                 break
-            if found and max(found.values()) >= count:
+            if not outputs or max(found.values()) >= count:
                 break
     if not outputs:
         raise DataError(

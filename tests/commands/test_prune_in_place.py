@@ -125,6 +125,27 @@ def test_a_submodule_of_tokens_and_a_timm_model(images):
     assert masks_of(model, images).shape == (24, 17, 3)
 
 
+def test_tokens_are_tuned_on_as_they_are(images):
+    model = build(
+        nn.Sequential, timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, num_classes=3)
+    )
+    tuned = {"tuning_steps": 2, "batch_size": 4} | QUICK | {"flops": "20%"}
+    result = mhacut.prune_(model, "0.blocks", images=images, **tuned)
+    assert result.divergence > 0.05  # else nothing is tuned
+
+
+def test_a_function_that_never_runs_the_part_is_not_called_for_ever(images):
+    model, calls = build(Two), []
+
+    def run():
+        calls.append(model(images[:2])["masks"])
+        assert len(calls) < 5
+        return calls[-1]
+
+    with pytest.raises(DataError, match="images: none came to `teacher`"):
+        mhacut.prune_(model, "teacher", images=run, **QUICK)
+
+
 def test_a_classifier_keeps_its_answers(images):
     class Classifier(nn.Module):
         def __init__(self):
