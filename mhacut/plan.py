@@ -20,7 +20,7 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
-_TOKEN_KEYS = {"read", "merged", "rule"}
+_TOKEN_KEYS = {"read", "merged", "rule", "copied"}
 MERGE_RULE = "weights"
 """Name of the rule by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state it."""
 # Plans come from files: what is looked up in a model is a name of a module, nothing else.
@@ -126,6 +126,8 @@ class TokenPlan:
     """Number of leading tokens that the last block computes, those that the head reads; None for all."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block merges into others; empty where no block merges any."""
+    copied: bool = False
+    """Whether features have a token for every patch: that of its group, copied back to its place."""
 
     def __post_init__(self) -> None:
         if self.read is not None and self.read < 1:
@@ -134,6 +136,9 @@ class TokenPlan:
             raise PlanError("plan of tokens: no block merges less than 0 tokens")
         if not any(self.merged):
             object.__setattr__(self, "merged", ())
+            object.__setattr__(self, "copied", False)
+        if self.copied and self.read is not None:
+            raise PlanError("plan of tokens: those that are not computed cannot be copied back")
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
@@ -146,7 +151,8 @@ class TokenPlan:
         {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
         """
         read = {} if self.read is None else {"read": self.read}
-        return {**read, **({"merged": list(self.merged), "rule": MERGE_RULE} if self.merged else {})}
+        merged = {"merged": list(self.merged), "rule": MERGE_RULE} if self.merged else {}
+        return {**read, **merged, **({"copied": True} if self.copied else {})}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
@@ -158,10 +164,13 @@ class TokenPlan:
         if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
             raise PlanError(f"a plan of tokens has at most the keys {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])
+        copied = document.get("copied", False)
         if "read" in document and not is_int(read):
             raise PlanError("plan of tokens: read is a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
             raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
+        if not isinstance(copied, bool):
+            raise PlanError("plan of tokens: copied is true or false")
         # Merged by another rule, the same numbers would give other logits, without an error.
         if any(merged) and document.get("rule") != MERGE_RULE:
             raise PlanError(
@@ -169,7 +178,7 @@ class TokenPlan:
                 f"{document.get('rule')!r}; open the file with the version of mhacut that wrote it, or prune "
                 "the dense model again"
             )
-        return cls(cast("int | None", read), tuple(merged))
+        return cls(cast("int | None", read), tuple(merged), copied)
 
 
 @dataclass(frozen=True)

@@ -62,10 +62,17 @@ class SizedTokens(NamedTuple):
     """Tokens, [B, N, C]."""
     sizes: Tensor
     """Number of patches that each stands for, [B, N, 1]."""
+    places: Tensor | None = None
+    """For each token that the image began with, the one that stands for it now, [B, all tokens]; None where
+    nothing reads the features of patches."""
 
     def bias(self) -> Tensor:
         """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
         return self.sizes.log()[:, None, None, :, 0]
+
+    def copied(self) -> Tensor:
+        """Return the token that stands for each token that the image began with, [B, all tokens, C]."""
+        return self.x if self.places is None else _taken(self.x, self.places)
 
 
 FLOOR = 0.1
@@ -120,7 +127,7 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     Returns:
         The N - r tokens that are left: prefix, rest of A, B.
     """
-    x, sizes = tokens
+    x, sizes, places = tokens
     a, size_a = x[:, prefix:][:, 1::2], sizes[:, prefix:][:, 1::2]
     rest, rest_sizes, weights = map(at_least_float32, (x[:, prefix:], sizes[:, prefix:], matched.weights))
     # What adds up when tokens are merged.
@@ -135,7 +142,23 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     return SizedTokens(
         torch.cat((x[:, :prefix], _taken(a, matched.kept), received), 1),
         torch.cat((sizes[:, :prefix], _taken(size_a, matched.kept), new_size.to(sizes.dtype)), 1),
+        None if places is None else _moved(places, matched, prefix),
     )
+
+
+def _moved(places: Tensor, matched: Match, prefix: int) -> Tensor:
+    """Return where the tokens at ``places`` [B, all tokens] stand after a merge of ``matched``."""
+    kept, weights = matched.kept.shape[1], matched.weights  # (B, N, 1)
+    places_of_b = torch.arange(weights[:, ::2].shape[1], device=places.device) + kept
+    places_of_kept = torch.arange(kept, device=places.device).expand_as(matched.kept)
+    new_of_a = torch.cat((matched.receivers + kept, places_of_kept), 1)  # in the order of the match
+    order = torch.cat((matched.merged, matched.kept), 1)
+    # Sorted by topk, the places of a permutation's values are its inverse.
+    inverse = order.topk(order.shape[1], dim=-1, largest=False).indices
+    new = torch.cat((places_of_b.expand(len(order), -1), new_of_a.gather(1, inverse)), 1)  # B, then A
+    old = places[:, prefix:] - prefix
+    in_a = old % 2 * len(places_of_b)
+    return torch.cat((places[:, :prefix], new.gather(1, old // 2 + in_a) + prefix), 1)
 
 
 def _taken(tokens: Tensor, places: Tensor) -> Tensor:
@@ -185,6 +208,8 @@ class Merging:
     """None where the block merges nothing."""
     gives_sizes: bool
     """Whether what follows needs the sizes."""
+    copies: bool
+    """Whether tokens are copied back to the places of their patches where features leave the model."""
 
 
 class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
@@ -195,17 +220,17 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
     ) -> Tensor | SizedTokens:
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
-        tokens, bias = _sized(x)
+        tokens, bias = _sized(x, self.copies)
         normalised = self.norm1(tokens.x)
         y: Tensor = tokens.x + self.drop_path1(self.ls1(self.attn(normalised, attn_mask=bias)))
-        left, matcher = SizedTokens(y, tokens.sizes), self.matcher
+        left, matcher = tokens._replace(x=y), self.matcher
         if matcher is not None:
             attention = None
             if matcher.by_attention:
                 attention = class_attention(self.attn, normalised, tokens.sizes, matcher.prefix)
             left = merge(left, matcher(y, tokens.sizes, attention), matcher.prefix)
         y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
-        return SizedTokens(y, left.sizes) if self.gives_sizes else y
+        return left._replace(x=y) if self.gives_sizes else y
 
 
 class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
@@ -259,11 +284,17 @@ def prefix_attended(model: nn.Module, layer: str) -> int | None:
     )
 
 
-def _sized(x: Tensor | SizedTokens) -> tuple[SizedTokens, Tensor | None]:
+def _sized(x: Tensor | SizedTokens, copies: bool = False) -> tuple[SizedTokens, Tensor | None]:
     """Return tokens with their sizes, and the bias from these; None if each token stands for one patch."""
     if isinstance(x, Tensor):
-        return SizedTokens(x, x.new_ones(*x.shape[:2], 1)), None
+        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if copies else None
+        return SizedTokens(x, x.new_ones(*x.shape[:2], 1), places), None
     return x, x.bias()
+
+
+def tokens_in(output: Any) -> Any:
+    """Return the tokens in what a block gives, one for each patch where they are to be copied back."""
+    return output.copied() if isinstance(output, SizedTokens) else output
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -281,8 +312,8 @@ class MergedTokens:
         _check_no_mask(attn_mask, is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        if isinstance(tokens, Tensor):
-            features: Tensor = self.norm(tokens)
+        if isinstance(tokens, Tensor) or tokens.places is not None:
+            features: Tensor = self.norm(tokens_in(tokens))
             return features
         return SizedTokens(self.norm(tokens.x), tokens.sizes)
 
@@ -297,20 +328,44 @@ class MergedTokens:
         mean: Tensor = (x.x[:, first:] * sizes).sum(1) / sizes.sum(1)
         return mean
 
-    def forward_intermediates(self, *args: Any, **options: Any) -> Any:
-        """Refuse; see :meth:`check_features`."""
-        self.check_features(None)
-
-    def check_features(self, indices: object) -> None:
-        """Refuse features of patches.
+    def forward_intermediates(self: Any, *args: Any, **options: Any) -> Any:
+        """Return what timm's model does, each patch with the token that stands for it.
 
         Raises:
-            UnsupportedModelError: always: blocks give fewer tokens than there are patches.
+            UnsupportedModelError: see :meth:`check_features`.
         """
+        self.check_features(None)
+        twin, stream = copy.copy(self), []
+        blocks = nn.Sequential(*(_Copying(block, stream) for block in self.blocks))
+        twin.__dict__.update(_modules={**self._modules, "blocks": blocks}, grad_checkpointing=False)
+        return super(MergedTokens, twin).forward_intermediates(*args, **options)  # type: ignore[misc]
+
+    def check_features(self: Any, indices: object) -> None:
+        """Refuse features of patches, unless tokens are copied back to these.
+
+        Raises:
+            UnsupportedModelError: blocks give fewer tokens than there are patches.
+        """
+        if self.blocks[-1].copies:
+            return
         raise UnsupportedModelError(
             "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
-            f"with {option_name('keep_dead_tokens', True)}"
+            f"with {option_name('keep_dead_tokens', True)} or {option_name('preserve', 'tokens')}"
         )
+
+
+class _Copying(nn.Module):
+    """A block that gives one token for each patch, and passes the merged ones on by another way."""
+
+    def __init__(self, block: nn.Module, stream: list[Any]) -> None:
+        super().__init__()
+        self.block, self.stream = block, stream
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        merged = self.block(self.stream.pop() if self.stream else x, **options)
+        self.stream.append(merged)
+        tokens: Tensor = tokens_in(merged)
+        return tokens
 
 
 _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
@@ -326,11 +381,12 @@ _UNMERGED = {merged: plain for plain, merged in (*_BLOCKS.items(), *_MODELS.item
 _ATTENTION = (Attention, READ[Attention])
 
 
-def why_not_merged(model: Any) -> str:
-    """Return the reason why tokens of ``model`` cannot be merged; empty if they can."""
+def why_not_merged(model: Any, copied: bool = False) -> str:
+    """Return the reason why tokens of ``model`` cannot be merged (and copied back); empty if they can."""
     if type(model) not in _MODELS and not isinstance(model, MergedTokens):
         return f"{dense_class(model).__name__} is not a plain ViT, in which every block sees all tokens"
-    if model.global_pool not in ("token", "avg") or getattr(model, "attn_pool", None) is not None:
+    pooled = model.global_pool in ("token", "avg") and getattr(model, "attn_pool", None) is None
+    if not (copied or pooled):
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
     if len(model.blocks) < 2:
         return "it has no block before its last"
@@ -351,27 +407,33 @@ def merged_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(_count(block) for block in blocks)
 
 
-def set_merged(model: Any, merged: tuple[int, ...]) -> None:
+def copied_of(model: nn.Module) -> bool:
+    """Whether ``model`` merges tokens and copies them back."""
+    return bool(merged_of(model)) and model.blocks[-1].copies  # type: ignore
+
+
+def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> None:
     """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges.
 
     Args:
         model: a plain ViT of timm, on any device; it may merge already, and be cut.
         merged: one number per block.
+        copied: whether tokens are copied back to their patches where features leave the model.
 
     Raises:
         UnsupportedModelError: tokens of the model cannot be merged.
         PlanError: the numbers are not for this model.
     """
-    if merged == merged_of(model):
+    if (merged, copied) == (merged_of(model), copied_of(model)):
         return
     _undo(model)
     if not any(merged):
         return
-    reason = why_not_merged(model)
+    reason = why_not_merged(model, copied)
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
-    by_attention = model.global_pool == "token" and all(
+    by_attention = model.global_pool == "token" and not copied and all(
         isinstance(norm, nn.Identity)
         for block in model.blocks
         for norm in (block.attn.q_norm, block.attn.k_norm)
@@ -381,8 +443,8 @@ def set_merged(model: Any, merged: tuple[int, ...]) -> None:
     for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
         block.__class__ = _BLOCKS[type(block)]
         block.matcher = Matcher(count, model.num_prefix_tokens, by_attention) if count else None
-        block.gives_sizes = True
-    model.blocks[-1].gives_sizes = model.global_pool == "avg"
+        block.gives_sizes, block.copies = True, copied
+    model.blocks[-1].gives_sizes = copied or model.global_pool == "avg"
     model.__class__ = _MODELS[type(model)]
 
 
@@ -412,7 +474,7 @@ def _undo(model: Any) -> None:
     for block in getattr(model, "blocks", ()):
         if type(block) in _UNMERGED:
             block.__class__ = _UNMERGED[type(block)]
-            del block.matcher, block.gives_sizes
+            del block.matcher, block.gives_sizes, block.copies
     if type(model) in _UNMERGED:
         model.__class__ = _UNMERGED[type(model)]
 
@@ -425,7 +487,7 @@ def _count(block: Any) -> int:
 
 def tokens_of(model: nn.Module) -> TokenPlan:
     """Return the plan of tokens that was applied to ``model``."""
-    return TokenPlan(read_of(model), merged_of(model))
+    return TokenPlan(read_of(model), merged_of(model), copied_of(model))
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
@@ -464,4 +526,4 @@ def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
             )
         set_merged(model, ())
         set_read(model, tokens.read)
-    set_merged(model, tokens.merged)
+    set_merged(model, tokens.merged, tokens.copied)
