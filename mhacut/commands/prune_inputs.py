@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -270,19 +271,26 @@ def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, report
         reason = option_name("allocation", options.allocation)
     elif not options.bounds_work:
         reason = "merged tokens make no file smaller"
-    elif options.keep_dead_tokens or preserved.measure != "answers":
+    elif preserved.measure == "features" or (options.keep_dead_tokens and not preserved.dense):
         reason = "merged tokens have no features of their own"
     else:
-        reason = why_not_merged(dense)
+        reason = why_not_merged(dense, preserved.dense) or _not_copied(preserved)
     if reason:
         reporter.log(f"scope: channels alone: {reason}")
         return "attention+mlp"
     alone = option_name("scope", "attention+mlp")
+    lost = "copied back to their patches" if preserved.dense else "so no features of every patch"
     reporter.log(
-        f"scope: channels and merged tokens, so no features of every patch, unless {alone}; ONNX, OpenVINO "
-        "and pt2 exports run anywhere, eager PyTorch needs mhacut"
+        f"scope: channels and merged tokens, {lost}, unless {alone}; ONNX, OpenVINO and pt2 exports run "
+        "anywhere, eager PyTorch needs mhacut"
     )
     return "attention+mlp+tokens"
+
+
+def _not_copied(preserved: Preserved) -> str:
+    """Return the reason why tokens that merge are not copied back for ``preserved``; empty if they are."""
+    inside = [name for name in preserved.features.layers if not re.fullmatch(r"blocks\.\d+|norm", name)]
+    return f"tokens in {inside[0]!r} are not copied back, those after blocks are" if inside else ""
 
 
 def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserved: Preserved) -> Job:
@@ -290,7 +298,8 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
     size, reporter = stopwatch.size, stopwatch.reporter
     all_tokens, merges = preserved.dense or options.keep_dead_tokens, options.scope.endswith("+tokens")
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
-    if merges and (reason := why_not_merged(dense)):
+    copied = preserved.dense if merges else tokens.copied
+    if merges and (reason := why_not_merged(dense, copied) or _not_copied(preserved)):
         raise UnsupportedModelError(
             f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
@@ -320,15 +329,16 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         model=model,
         prunable=prunable,
         units=units,
-        table=table(with_tokens(model, replace(tokens, merged=merged))),
+        table=table(with_tokens(model, replace(tokens, merged=merged, copied=copied))),
         images=torch.empty(0, *size),
         options=options,
         round_to=options.round_to or (_GPU_MULTIPLE if on_gpu and wide else MULTIPLE),
         amp=options.amp,
         reporter=reporter,
-        fewest=table(with_all_merged(model, size)) if merges else None,
+        fewest=table(with_all_merged(model, size, copied)) if merges else None,
         preserved=preserved,
         merged=merged,
+        copied=copied,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
 
@@ -355,12 +365,7 @@ def _preserved(
     what = asked or "tokens"
     try:
         applied = tokens_of(dense)
-        if options.scope.endswith("+tokens"):
-            raise UnsupportedModelError(
-                f"{option_name('scope', options.scope)} merges tokens, whose own features are then lost; "
-                "choose a scope without tokens"
-            )
-        if applied.merged or applied.read is not None:
+        if (applied.merged and not applied.copied) or applied.read is not None:
             raise UnsupportedModelError(
                 "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
                 f"one that was pruned with {option_name('keep_dead_tokens', True)}"

@@ -97,7 +97,7 @@ class MergeSearch:
         tried = self.job.distillation(calibration).part(0, count)
         model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
         for done, schedule in enumerate(trials, 1):
-            set_merged(model, schedule)
+            set_merged(model, schedule, self.job.copied)
             measured.append(tried.divergence_of(model))
             self.job.reporter.advance(done, len(trials))
         return MergeLaw.fit(trials, measured, self.tokens)
@@ -114,7 +114,7 @@ class MergeSearch:
         """Return the cost table of the job's model with merges."""
         if schedule not in self._tables:
             model = copy.deepcopy(self.job.model)
-            set_merged(model, schedule)
+            set_merged(model, schedule, self.job.copied)
             prunable = find_prunable_layers(model)
             self._tables[schedule] = build_cost_table(model, prunable, self.job.input_size)
         return self._tables[schedule]
@@ -244,11 +244,14 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     return costs
 
 
-def with_all_merged(model: nn.Module, size: tuple[int, ...]) -> nn.Module:
-    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can."""
-    tokens, copied = tokens_of_model(model, size), copy.deepcopy(model)
-    set_merged(copied, most_merged(tokens, merging_blocks(model, tokens)))
-    return copied
+def with_all_merged(model: nn.Module, size: tuple[int, ...], copied: bool = False) -> nn.Module:
+    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can.
+
+    They are copied back to their patches if ``copied``.
+    """
+    tokens, merging = tokens_of_model(model, size), copy.deepcopy(model)
+    set_merged(merging, most_merged(tokens, merging_blocks(model, tokens)), copied)
+    return merging
 
 
 def merging_blocks(model: nn.Module, tokens: Tokens) -> int:

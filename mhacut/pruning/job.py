@@ -53,6 +53,8 @@ class Job:
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
     merges, but ``model`` does not merge."""
+    copied: bool = False
+    """Whether merged tokens are copied back to their patches where features leave the slim model."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
     more: Dataset[Sample] | None = None

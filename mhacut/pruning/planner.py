@@ -39,13 +39,15 @@ class Planned:
     """FLOPs of the model with the merges of the plan."""
     merged: Schedule = ()
     """Number of tokens that each block merges, once channels are cut; empty if none does."""
+    copied: bool = False
+    """Whether these are copied back to their patches."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, with what each is expected to cost; empty unless curves chose the widths."""
 
     @property
     def plan(self) -> Plan:
         """The plan as the slim file states it."""
-        tokens = TokenPlan(self.ready.plan.tokens.read, self.merged)
+        tokens = TokenPlan(self.ready.plan.tokens.read, self.merged, self.copied)
         return Plan(self.ready.plan.units, tokens)
 
     def cost(self, limit: Limit) -> int:
@@ -115,7 +117,7 @@ class Planner:
         costs: tuple[Constraint, ...] = ()
         if curves:
             costs = costs_of_constraints(job, limits, curves, widths, table)
-        return Planned(ready, curves, (), table, merged, costs)
+        return Planned(ready, curves, (), table, merged, job.copied, costs)
 
     def expected_divergence(self, limits: Limits) -> float:
         """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
@@ -132,7 +134,7 @@ class Planner:
         self.reporter.start("repairing")
         scales = searched.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, searched.plan, candidates, scales)
-        return Planned(ready, {}, searched.log, self.job.table, self.job.merged)
+        return Planned(ready, {}, searched.log, self.job.table, self.job.merged, self.job.copied)
 
     @cached_property
     def candidates(self) -> Candidates:

@@ -25,7 +25,7 @@ from mhacut.runtime.device import ordered_attention
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import Match, SizedTokens, merged_of, set_merged
+from mhacut.surgery.tokens import Match, copied_of, merged_of, set_merged, tokens_in
 
 LR = 7e-4
 """Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
@@ -68,7 +68,7 @@ def recover(
         scaled = with_trained_scales(slim, prunable, learning, steps=scale_steps, lr=lr, reporter=reporter)
         slim = _better(slim, scaled, job, calibration, "training channel scales")
     if merged:
-        set_merged(slim, merged)
+        set_merged(slim, merged, job.copied)
     if heal_steps:
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
@@ -118,7 +118,8 @@ def healed(
 
     The input of a block is the output of the healed blocks before it. Unlike a refit of output projections,
     this also changes the weights before the nonlinearities. If the slim model merges tokens, the dense model
-    merges the same ones, so that tokens stand for the same patches. Ours; STARFISH (arXiv 2606.01126) trains
+    merges the same ones, so that tokens stand for the same patches; unless they are copied back to these,
+    which are compared then. Ours; STARFISH (arXiv 2606.01126) trains
     all blocks at once by one loss.
 
     A block keeps its weights if training does not help on held-out images. Weights that another module uses
@@ -135,16 +136,17 @@ def healed(
     """
     model: Any = copy.deepcopy(slim)
     teacher = job.model
-    if merged_of(slim) != merged_of(teacher):
+    merged = () if copied_of(slim) else merged_of(slim)
+    if merged != merged_of(teacher):
         teacher = copy.deepcopy(teacher)
-        set_merged(teacher, merged_of(slim))
+        set_merged(teacher, merged)
     image = job.images[:1].to(job.device)
     blocks, bytes_per_image = _comparable(model, teacher, blocks_of(prunable), image)
     images, held = _fewer(job.images, calibration.held, max(2, most_bytes // max(bytes_per_image, 1)))
     images, size = images.to(job.device), min(job.options.batch_size, batch)
     batches = [*images[:held].split(size), *images[held:].split(size)]
     unseen = len(images[:held].split(size))
-    prefix = model.num_prefix_tokens if merged_of(model) else 0
+    prefix = model.num_prefix_tokens if merged else 0
     generator = torch.Generator().manual_seed(job.options.seed)
     with ResumableModel(model, batches) as cut, ResumableModel(teacher, batches) as dense:
         for number, block in enumerate(blocks, 1):
@@ -196,13 +198,14 @@ def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[
     given = cut.run_up_to(block.name)
     module = cut.model.get_submodule(block.name)
     matches: list[Match | None] = [None] * len(given)
-    if isinstance(getattr(module, "matcher", None), nn.Module):
+    # Where the dense model merges nothing, blocks need not agree on what they merge.
+    if isinstance(getattr(dense.model.get_submodule(block.name), "matcher", None), nn.Module):
         with cut.paused(), torch.no_grad(), captured_outputs(module, ["matcher"]) as outputs:
             for args, kwargs in given:
                 _run(module, args, kwargs)
         matches = outputs.get("matcher", [])
     _answer(dense, block, matches)
-    aims = [_tokens(output) for output in dense.run_through(block.name)]
+    aims = [tokens_in(output) for output in dense.run_through(block.name)]
     return [_Call(*arguments, aim, match) for arguments, aim, match in zip(given, aims, matches, strict=True)]
 
 
@@ -218,12 +221,8 @@ def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs))
     )
-    tokens: Tensor = _tokens(block(*args, **kwargs))
+    tokens: Tensor = tokens_in(block(*args, **kwargs))
     return tokens
-
-
-def _tokens(output: Any) -> Any:
-    return output.x if isinstance(output, SizedTokens) else output
 
 
 def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
@@ -291,7 +290,7 @@ def _comparable(
 @torch.no_grad()
 def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
     """Return the outputs of each call of these modules, in the order of their first calls."""
-    with captured_outputs(model, names, lambda args, output: _tokens(output)) as outputs:
+    with captured_outputs(model, names, lambda args, output: tokens_in(output)) as outputs:
         model(image)
     return outputs
 
