@@ -40,7 +40,12 @@ def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
     [
         (SWIN, {"flops": "80%"}, "SwinTransformer is not a plain ViT, in which every block sees all tokens"),
         (VIT, {"flops": None, "params": "70%"}, "merged tokens make no file smaller"),
-        (VIT, {"preserve": "tokens"}, "merged tokens have no features of their own"),
+        (VIT, {"preserve": "pooled"}, "merged tokens have no features of their own"),
+        (
+            VIT,
+            {"preserve": "blocks.1,blocks.0.attn"},
+            "tokens in 'blocks.0.attn' are not copied back, those after blocks are",
+        ),
         (VIT, {"keep_dead_tokens": True}, "merged tokens have no features of their own"),
         (VIT, {"allocation": "uniform"}, "allocation='uniform'"),
     ],

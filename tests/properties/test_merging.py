@@ -39,6 +39,11 @@ MERGING = {
     "distilled": (merging("deit_tiny_distilled_patch16_224"), TokenPlan(2, (3, 0, 0))),
     "averaging": (merging("vit_base_patch16_gap_224"), TokenPlan(None, (2, 5, 1))),
     "averaging behind a norm": (merging(global_pool="avg", fc_norm=False), TokenPlan(None, (2, 5, 0))),
+    "copied back": (merging(), TokenPlan(None, (0, 8, 4), copied=True)),
+    "copied back, registers": (
+        merging(reg_tokens=2, global_pool="", num_classes=0),
+        TokenPlan(None, (4, 0, 6), copied=True),
+    ),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""
@@ -49,7 +54,7 @@ def case(request):
     return MERGING[request.param]
 
 
-@pytest.fixture(params=slow_except({"read", "averaging"}, MERGING))
+@pytest.fixture(params=slow_except({"read", "averaging", "copied back"}, MERGING))
 def case_of_few(request):
     """For what takes longer."""
     return MERGING[request.param]
@@ -72,6 +77,24 @@ def test_a_model_whose_equal_tokens_merge_computes_the_same():
         expected = model(x)
         set_merged(model, (8, 4, 2))
         assert relative(model(x), expected) < 1e-12
+
+
+@torch.no_grad()
+def test_where_equal_tokens_merge_every_patch_has_its_features():
+    """At the end and after any block; of a model that pools neither class token nor mean, too."""
+    model, x = double(merging(reg_tokens=1, global_pool="map"))
+    model.pos_embed.zero_()
+    kinds = x[:, :, :16, :16], x[:, :, 16:32, :16]
+    chosen = torch.tensor([0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 0, 1, 1, 0, 0, 1])
+    x = torch.cat([kinds[kind] for kind in chosen], -1).unflatten(-1, (4, 64)).movedim(-2, 2).flatten(2, 3)
+    expected = model(x), model.forward_features(x), *model.forward_intermediates(x)[1]
+    before = set(dict(model.named_modules()))
+    set_merged(model, (5, 2, 1), copied=True)
+    found = model(x), model.forward_features(x), *model.forward_intermediates(x)[1]
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-12
+    assert set(dict(model.named_modules())) == before | {f"blocks.{block}.matcher" for block in range(3)}
+    assert len(model.get_intermediate_layers(x, n=2)) == 2
 
 
 @torch.no_grad()
@@ -229,7 +252,7 @@ def test_under_autocast_the_same_tokens_merge():
     assert torch.equal(match.receivers, again.receivers)
 
 
-@pytest.mark.parametrize("name", slow_but({"averaging", "distilled"}, ["read", "averaging", "distilled"]))
+@pytest.mark.parametrize("name", slow_but({"averaging", "copied back"}, ["read", "averaging", "copied back", "distilled"]))
 @torch.no_grad()
 def test_onnx_programs_compute_the_same_without_scatter(name):
     case = MERGING[name]

@@ -48,7 +48,7 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     x = torch.randn(3, total, 4, generator=chance, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, total, 1), generator=chance).double()
     weights = weigh(sizes, torch.rand(3, total, 1, generator=chance, dtype=torch.float64))
-    tokens, left = merge(SizedTokens(x, sizes), match(x, weights[:, prefix:], count, prefix), prefix)
+    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights[:, prefix:], count, prefix), prefix)
     assert tokens.shape == (3, total - count, 4)
     for image in range(3):
         expected, counts = slow_merge(x[image], sizes[image, :, 0], weights[image, :, 0], count, prefix)
@@ -61,7 +61,7 @@ def test_sizes_and_norms_are_kept():
     sizes = torch.ones(2, 11, 1, dtype=torch.float64)
     for count in (3, 2, 1):
         total = (x.norm(dim=-1, keepdim=True) * sizes).sum(1)
-        x, sizes = merge(SizedTokens(x, sizes), match(x, sizes[:, 1:], count, 1), 1)
+        x, sizes, _ = merge(SizedTokens(x, sizes), match(x, sizes[:, 1:], count, 1), 1)
         torch.testing.assert_close((x.norm(dim=-1, keepdim=True) * sizes).sum(1), total)
     assert (sizes.sum(1) == 11).all()
 
@@ -76,7 +76,7 @@ def test_what_the_class_token_looks_at_is_not_merged():
         attention = torch.ones(1, 4, 1).double()
         attention[0, 2 * looked_at : 2 * looked_at + 2] = 5
         found = match(x, weigh(sizes, attention), 1, 1)
-        tokens, _ = merge(SizedTokens(x, torch.ones(1, 5, 1).double()), found, 1)
+        tokens = merge(SizedTokens(x, torch.ones(1, 5, 1).double()), found, 1).x
         kept = [tuple(token) for token in tokens[0].tolist()]
         assert all(tuple(x[0, place].tolist()) not in kept for place in stays)
 
@@ -91,8 +91,28 @@ def test_half_precision_holds_weighted_sums(dtype: torch.dtype):
     attention = torch.ones(1, 196, 1, dtype=dtype)
     attention[:, 4] = 100
     weights = weigh(sizes[:, 1:], attention)
-    tokens, left = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
+    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
     assert tokens.dtype == left.dtype == dtype
     wide = [each.float() for each in (x, sizes)]
-    expected, _ = merge(SizedTokens(*wide), match(wide[0], weights.float(), 60, 1), 1)
+    expected = merge(SizedTokens(*wide), match(wide[0], weights.float(), 60, 1), 1).x
     torch.testing.assert_close(tokens.float(), expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(("total", "prefix"), [(17, 1), (24, 5), (15, 0)])
+def test_tokens_are_copied_back_to_their_places(total: int, prefix: int):
+    """Where equal tokens merge, copies are the tokens that were there."""
+    chance = torch.Generator().manual_seed(total)
+    kinds = torch.randn(3, 4, generator=chance, dtype=torch.float64)
+    chosen = torch.rand(2, total, generator=chance).mul(3).long()
+    chosen[:, prefix : prefix + 6] = torch.tensor([0, 0, 1, 1, 2, 2])  # each kind among those that receive
+    first = kinds[chosen]
+    tokens = SizedTokens(
+        first, torch.ones(2, total, 1).double(), torch.arange(total).expand(2, -1)
+    )
+    for _ in range(4):
+        tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
+        tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
+        torch.testing.assert_close(tokens.copied(), first)
+    assert tokens.places is not None
+    for places, sizes in zip(tokens.places, tokens.sizes, strict=True):
+        assert torch.equal(places.bincount().double(), sizes[:, 0])
