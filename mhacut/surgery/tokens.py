@@ -433,10 +433,14 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> Non
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
-    by_attention = model.global_pool == "token" and not copied and all(
-        isinstance(norm, nn.Identity)
-        for block in model.blocks
-        for norm in (block.attn.q_norm, block.attn.k_norm)
+    by_attention = (
+        model.global_pool == "token"
+        and not copied
+        and all(
+            isinstance(norm, nn.Identity)
+            for block in model.blocks
+            for norm in (block.attn.q_norm, block.attn.k_norm)
+        )
     )
     # Blocks before the first merge keep timm's class: their tokens have no sizes.
     first = next(number for number, count in enumerate(merged) if count)

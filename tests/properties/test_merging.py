@@ -252,7 +252,9 @@ def test_under_autocast_the_same_tokens_merge():
     assert torch.equal(match.receivers, again.receivers)
 
 
-@pytest.mark.parametrize("name", slow_but({"averaging", "copied back"}, ["read", "averaging", "copied back", "distilled"]))
+@pytest.mark.parametrize(
+    "name", slow_but({"averaging", "copied back"}, ["read", "averaging", "copied back", "distilled"])
+)
 @torch.no_grad()
 def test_onnx_programs_compute_the_same_without_scatter(name):
     case = MERGING[name]

@@ -7,6 +7,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -284,11 +285,27 @@ def test_dead_tokens_stay_where_their_features_are_preserved(tmp_path):
         pruned(str(cut.output), tmp_path, preserve="tokens", output=tmp_path / "again.safetensors")
 
 
-def test_merges_of_tokens_whose_features_are_preserved_are_refused(tmp_path):
-    model = build(ModelCase(VIT.architecture, SMALL))
-    merging = {"scope": "attention+mlp+tokens"}
-    with pytest.raises(UnsupportedModelError, match=r"preserve='tokens'.*scope.*merges tokens"):
-        pruned(model, tmp_path, ARGS, preserve="tokens", **merging)
+@pytest.mark.parametrize("what", ["tokens", "pyramid", "blocks.0, blocks.1"])
+def test_tokens_whose_features_are_preserved_merge_and_are_copied_back(tmp_path, what):
+    """With no classifier and with one; in the file, in what is pruned from it, and exported."""
+    args = {**SMALL, "img_size": 32, "num_classes": 0 if what == "tokens" else 5}
+    model = build(ModelCase(VIT.architecture, args))
+    merging = {"preserve": what, "exclude": ("*",), "heal_steps": 2, "tuning_steps": 1}
+    result, messages = pruned(model, tmp_path, args, flops="80%", **merging)
+    assert "scope: channels and merged tokens, copied back to their patches" in "".join(messages)
+    assert result.plan.tokens.copied
+    slim, x = mhacut.load_model(result.output), image(ModelCase(VIT.architecture, args), batch=2)
+    again = {"preserve": what, "scope": "attention+mlp", "output": tmp_path / "again.safetensors"}
+    second, _ = pruned(str(result.output), tmp_path, flops="60%", **again)
+    assert second.plan.tokens == result.plan.tokens
+    mhacut.export(result.output, format="timm", output=tmp_path / "folder")
+    backbone = timm.create_model(f"local-dir:{tmp_path / 'folder'}", features_only=True, pretrained=True)
+    dense, twice = backbone.eval()(x), mhacut.load_model(second.output)
+    for one in (slim, twice):
+        assert one.forward_features(x).shape == model.forward_features(x).shape == (2, 17, 24)
+    for one, other in zip(dense, slim.forward_intermediates(x, intermediates_only=True), strict=True):
+        assert one.shape == (2, 24, 4, 4)
+        torch.testing.assert_close(one, other)
 
 
 def test_layers_that_do_not_exist_are_refused_with_their_neighbours(tmp_path):

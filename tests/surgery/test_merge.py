@@ -106,9 +106,7 @@ def test_tokens_are_copied_back_to_their_places(total: int, prefix: int):
     chosen = torch.rand(2, total, generator=chance).mul(3).long()
     chosen[:, prefix : prefix + 6] = torch.tensor([0, 0, 1, 1, 2, 2])  # each kind among those that receive
     first = kinds[chosen]
-    tokens = SizedTokens(
-        first, torch.ones(2, total, 1).double(), torch.arange(total).expand(2, -1)
-    )
+    tokens = SizedTokens(first, torch.ones(2, total, 1).double(), torch.arange(total).expand(2, -1))
     for _ in range(4):
         tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
         tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
