@@ -47,6 +47,8 @@ OVERHEAD = 0.07
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
 """Worth of all FLOPs of the model, in terms of the law: merges of a model whose outputs hardly depend on its
 tokens are worth their FLOPs at the lowest prices."""
+_DENSE_SCALE = 100
+"""Divergences of dense features relative to those of answers: nats add up over a token's channels."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,8 @@ class MergeSearch:
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merges to as many as can be."""
         costs = block_costs(self.job, self.tokens)
-        prices = [price / self.job.table.dense for price in _PRICES]
+        scale = _DENSE_SCALE if self.job.copied else 1
+        prices = [scale * price / self.job.table.dense for price in _PRICES]
         cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
 

@@ -335,7 +335,8 @@ class MergedTokens:
             UnsupportedModelError: see :meth:`check_features`.
         """
         self.check_features(None)
-        twin, stream = copy.copy(self), []
+        twin = copy.copy(self)
+        stream: list[Any] = []
         blocks = nn.Sequential(*(_Copying(block, stream) for block in self.blocks))
         twin.__dict__.update(_modules={**self._modules, "blocks": blocks}, grad_checkpointing=False)
         return super(MergedTokens, twin).forward_intermediates(*args, **options)  # type: ignore[misc]
