@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2880,
     "checkpoint": 5556,
     "cli": 1333,
-    "commands": 3597,
+    "commands": 3602,
     "data": 1513,
     "exporting": 1437,
     "finetuning": 2229,
@@ -26,11 +26,11 @@ LINES = {
     "linalg": 896,
     "measuring": 871,
     "options": 1452,
-    "pruning": 4398,
+    "pruning": 4407,
     "report": 1044,
     "runtime": 1026,
-    "surgery": 2546,
-    "top": 808,
+    "surgery": 2614,
+    "top": 817,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -131,6 +133,13 @@ def test_of_a_single_patch_nothing_is_merged():
     result = mhacut.prune(one, flops="80%", model_args=args, dry_run=True, **options)
     assert result.plan.tokens.merged == ()
     assert result.slim.flops <= result.budget
+
+
+def test_dense_features_have_merges_up_to_the_most(model):
+    """Their divergence is far larger than that of answers; 4.9 is the level of a DINOv2-S."""
+    job = replace(job_of(model, image(VIT, batch=2), counted=True), copied=True)
+    merged = [sum(each) for each in MergeSearch(job, None, replace(TYPICAL, level=4.9)).schedules]
+    assert merged[-2] > 0.7 * merged[-1]
 
 
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):
