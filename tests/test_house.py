@@ -26,7 +26,7 @@ LINES = {
     "linalg": 896,
     "measuring": 871,
     "options": 1452,
-    "pruning": 4407,
+    "pruning": 4408,
     "report": 1044,
     "runtime": 1026,
     "surgery": 2614,

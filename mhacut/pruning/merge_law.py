@@ -205,7 +205,8 @@ def cheapest_schedules(
     """
     # States of the dynamic programme are the numbers of tokens left; the price of FLOPs stands for a budget.
     step = max(1, round(tokens.total / _STATES))
-    counts = torch.arange(tokens.total, max(tokens.prefix, 1), -step, dtype=torch.float64)
+    fewest = min(max(tokens.prefix, 1), tokens.total - 1)
+    counts = torch.arange(tokens.total, fewest, -step, dtype=torch.float64)
     before, after = counts[:, None], counts[None, :]
     most = ((before - tokens.prefix).clamp_min(0) / 2).floor()
     # Matching pairs tokens of one half with tokens of the other, so that at most half can go.

@@ -213,7 +213,7 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     assert accuracy.evaluation.top1 == mhacut.evaluate(found.output, images=loader).evaluation.top1
     assert accuracy.data == "300 images in memory"
     # Python prints both as tables, and notebooks show them.
-    assert repr(found).splitlines()[0].split() == [found.architecture, "dense", "slim", "ratio"]
+    assert repr(found).splitlines()[2].split() == [found.architecture, "dense", "slim", "ratio"]
     assert f"<td>{accuracy.evaluation.top1:.2f}% (± " in accuracy._repr_html_()
     hostile = replace(found, architecture="<script>\x1b[2J")
     assert "\x1b" not in repr(hostile)
