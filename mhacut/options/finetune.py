@@ -34,8 +34,8 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     optional. By default the dense model, where it lies beside SLIM or in the working directory."""
     find_teacher: bool = option(True, needs={})
     """Look for the dense model; off: learn from labels alone."""
-    label_weight: float = option(0.1, at_least=0)
-    """Weight of the cross-entropy with labels relative to the distillation loss; 1 without a teacher."""
+    label_weight: float = option(1.0, at_least=0)
+    """Weight of the cross-entropy with labels relative to the distillation loss."""
     teacher_model: str | None = None
     """timm architecture of the teacher, if its file does not state it; by default that of the dense model."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
