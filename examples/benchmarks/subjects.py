@@ -34,6 +34,7 @@ SUBJECTS = {
     ),
     "wide430": Subject("vit_tiny_imagenet_wide430.safetensors", "imagenet_wide430", HALF, HALF),
     "narrow10": Subject("vit_tiny_imagenet_narrow10.safetensors", "imagenet_narrow10", HALF, HALF),
+    "tiny200": Subject("vit_tiny_tiny200.safetensors", "tiny200", HALF, HALF),
 }
 
 

@@ -23,6 +23,8 @@ from mhacut.runtime.process import outlive_signals, start_reading
 RATE = 1.2e-4
 """Learning rate where the slim model diverges by 1 nat on held-out images; elsewhere it is in proportion
 (docs/explanation/choices.md)."""
+ROUNDS = 10
+"""Most times that each image is seen, unless a number of steps was asked for."""
 WARM_UP = 0.1
 """Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
 
@@ -36,12 +38,14 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
-        job: what is pruned; ``tuned_steps`` of its options is the number of steps.
+        job: what is pruned; its options have the number of steps.
         calibration: calibration of the job's model: held-out images, and the measure of the divergence.
         distance: divergence of ``slim`` on held-out images.
     """
-    steps, size = job.options.tuned_steps, job.options.batch_size
     images, preserved, device = _images(job, calibration), calibration.preserved, job.device
+    size = job.options.batch_size
+    rounds = math.ceil(ROUNDS * len(images) / size)
+    steps = job.options.tuning_steps or min(job.options.tuned_steps, rounds)
     job.reporter.log(f"tuning all weights in {steps} steps of {size} of {len(images)} images")
     model = copy.deepcopy(slim)
     batches = _batches(images, steps, job)
