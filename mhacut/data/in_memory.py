@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, SequentialSampler, Subset, TensorDataset
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from mhacut.data.reading import balanced_order, label_outside
+from mhacut.data.reading import Sample, balanced_order, label_outside
 from mhacut.data.sets import CalibrationImages
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
@@ -144,7 +152,7 @@ def split_in_memory(
 
     Both are random choices with equally many of each class, drawn with ``seed``. No image is in both; if
     there are too few, a quarter of them is used to measure. Batches are read only until there are enough
-    images; of a ``DataLoader`` that does not shuffle, images from all over its dataset are read.
+    images; of a ``DataLoader`` of a whole dataset, images from all over it are drawn with ``seed``.
 
     Args:
         given: images, with or without labels.
@@ -160,7 +168,7 @@ def split_in_memory(
     Raises:
         DataError: there are no images, or they do not fit the model.
     """
-    source = _spread(given, count + measured, seed)
+    source, unread = _spread(given, count + measured, seed)
     images, labels, more = _collected(source, expected, count, measured)
     total = len(images)
     # Calibration has the first claim, but leaves a quarter where accuracy could not be measured otherwise.
@@ -169,7 +177,8 @@ def split_in_memory(
     order = list(balanced_order(groups, seed))
     fitted = order[: min(count, total - left)]
     others = order[len(fitted) :][:left]
-    unread, every = order[len(fitted) + left :], TensorDataset(images, torch.zeros(total, dtype=torch.long))
+    if len(fitted) + left < total:
+        unread = _Images(TensorDataset(images), order[len(fitted) + left :])
     chosen, rest = images[fitted].float(), images[others]
     for some in (chosen, rest):
         _check_finite(some, "images")
@@ -178,7 +187,7 @@ def split_in_memory(
         chosen,
         None if labels is None else labels[fitted],
         f"{len(fitted)} of {pool} images in memory ({'without' if labels is None else 'with'} labels)",
-        rest=Subset[Any](every, unread) if unread else None,
+        rest=unread,
     )
     if labels is None or not others:
         return calibration, None
@@ -209,16 +218,36 @@ def _collected(
     return whole.cpu(), torch.cat(known) if known else None, enough and not _is_whole(given)
 
 
-def _spread(given: ImagesInMemory, count: int, seed: int) -> ImagesInMemory:
-    """Return ``given``, or if it reads a dataset in order, which may be that of classes, ``count`` of it."""
+def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemory, _Images | None]:
+    """Return ``given``, or a loader of ``count`` images of its dataset, and its other images, unread.
+
+    A loader that does not shuffle may read one class after the other.
+    """
     if not isinstance(given, DataLoader) or given.batch_size is None:
-        return given
+        return given, None
     total = len(given.dataset) if isinstance(given.dataset, Sized) else 0
-    if type(given.sampler) is not SequentialSampler or count >= total:
-        return given
-    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    if type(given.sampler) not in (SequentialSampler, RandomSampler) or count >= total:
+        return given, None
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     kept = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "multiprocessing_context")
-    return DataLoader(Subset(given.dataset, chosen), **{name: getattr(given, name) for name in kept})
+    chosen = Subset(given.dataset, order[:count])
+    # What a function of the user's makes of items is known of batches alone.
+    unread = _Images(given.dataset, order[count:]) if given.collate_fn is default_collate else None
+    return DataLoader(chosen, **{name: getattr(given, name) for name in kept}), unread
+
+
+class _Images(Dataset[Sample]):
+    """Some images of a dataset whose items are images or begin with one, without labels."""
+
+    def __init__(self, dataset: Any, chosen: Sequence[int]) -> None:
+        self._dataset, self._chosen = dataset, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        item = self._dataset[self._chosen[index]]
+        return (item[0] if isinstance(item, tuple | list) else item), 0
 
 
 def _is_whole(given: ImagesInMemory) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from torch.utils.data import DataLoader
 
 import mhacut
 from helpers.jobs import Recorder
@@ -61,16 +62,18 @@ def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
     assert digest(again.output) == digest(tuned[0].output)
 
 
-def test_images_in_memory_are_read_by_no_other_process(monkeypatch):
+@pytest.mark.parametrize("given", [lambda images: images, lambda images: DataLoader(list(images), 5, True)])
+def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
     monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=9)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     recorder, images = Recorder(), torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    given = {**CRUDE, "calibration_images": 8, "workers": None, "dry_run": True, "scope": "attention+mlp"}
-    mhacut.prune(model, images=images, reporter=recorder, **given | {"flops": "30%", "tuning_steps": 1})
-    assert any(line.startswith("tuning all weights in 1 steps of 16 of 1") for line in recorder.messages)
+    options = {**CRUDE, "calibration_images": 8, "workers": None, "dry_run": True, "scope": "attention+mlp"}
+    options |= {"flops": "30%", "tuning_steps": 1}
+    mhacut.prune(model, images=given(images), reporter=recorder, **options)
+    assert "tuning all weights in 1 steps of 16 of 18 images" in recorder.messages
 
 
 def test_tuning_that_harms_is_left_out(tmp_path):
