@@ -19,6 +19,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.modules.conv import _ConvNd
 
 from methods.common import NEAR, STEPS, OutOfReachError, Slim, Task, attentions, bisect
 from mhacut.plan import UnitKey
@@ -109,7 +110,7 @@ def build_pruner(
     heads = {attention.qkv: attention.num_heads for _, attention in attentions(model)}
     hidden = [module for name, module in model.named_modules() if name.endswith(".fc1")]
     roots = {*heads, *hidden}
-    others = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv2d)) and m not in roots]
+    others = [m for m in model.modules() if isinstance(m, (nn.Linear, _ConvNd)) and m not in roots]
     return torch_pruning.pruner.BasePruner(
         model,
         image,
