@@ -30,7 +30,7 @@ from torchvision.datasets import ImageFolder
 SIDE, BATCH = 224, 16
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-EPOCHS, RATE, PATCHES = 8, 2e-3, 4096
+EPOCHS, RATE, PATCHES = 8, 5e-3, 1024
 """Of the linear head: epochs, highest learning rate of Adam, patches in a step."""
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from torchvision.datasets import ImageFolder
 
 from helpers.benchmarks import script, small_vit
 
@@ -70,6 +72,33 @@ def test_the_probe_finds_what_is_linear_whatever_the_scale():
     again = backbone.probed(scaled[fit], labels[fit], scaled[val], labels[val], seed=1)
     assert again == pytest.approx(accuracy, abs=0.6)
     assert backbone.nearest(points[fit], labels[fit], points[val], labels[val]) > 95
+
+
+def test_patches_of_a_mosaic_are_labelled_by_the_class_of_their_picture(tmp_path):
+    tasks = script("dense_tasks")
+    for label, name in enumerate("abc"):  # whose pictures have one grey each
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("RGB", (40 + 9 * number, 30), 3 * (60 * label + 50,)).save(
+                tmp_path / name / f"{number}.png"
+            )
+    images, labels = tasks.mosaics(ImageFolder(tmp_path), 3, 3, seed=0)
+    shades = torch.nn.functional.avg_pool2d(images.mul(0.5).add(0.5).mul(255).mean(1, keepdim=True), 16)[:, 0]
+    torch.testing.assert_close(shades, 60.0 * labels + 50)
+    assert images.shape == (3, 3, 224, 224)
+    assert labels.shape == (3, 14, 14)
+    assert len(labels.unique()) == 3
+
+
+def test_a_linear_head_learns_patches_of_tokens_as_they_are():
+    tasks, generator = script("dense_tasks"), torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (20, 14, 14), generator=generator)
+    maps = (
+        50 * torch.eye(3)[labels].permute(0, 3, 1, 2) + torch.randn(20, 3, 14, 14, generator=generator) + 90
+    )
+    model = tasks.PatchClassifier(torch.nn.Identity(), 3, 3)
+    tasks.train_head(model, maps, labels, seed=0)
+    assert (model.head(maps).argmax(1) == labels).double().mean() > 0.95
 
 
 def test_augmented_images_are_shifted_or_flipped_ones():
