@@ -190,8 +190,7 @@ def run_prune(
         with processes.together():
             inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
-            if inputs.validation is not None:
-                _ = inputs.validation.dense
+            _ = inputs.validation.dense
         job = inputs.job
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
@@ -211,11 +210,9 @@ def run_prune(
             return tuple(results)
 
         results = processes.from_first(in_first_process)
-        # The models stay where they are: other processes find them in the files.
-        return tuple(
-            replace(result, _model=models[number]) if models else result
-            for number, result in enumerate(results)
-        )
+        for result, model in zip(results, models, strict=False):  # other processes find them in the files
+            result._model = model
+        return results
 
 
 def _meet(targets: Targets, planner: Planner) -> Attempt:
@@ -289,14 +286,12 @@ def _write(
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
     dense, slim = loaded.model, slim.to(job.device)
-    answers = attempt.answers  # 7. measure
-    if answers is None and inputs.validation is not None:
-        answers = inputs.validation.answers_of(slim)
+    answers = attempt.answers or inputs.validation.answers_of(slim)  # 7. measure
     evaluation = None if answers is None else answers.evaluation
     timer.start("comparing")
     held_out = job.held_out(planner.calibration)
     measure = held_out.preserved.measure
-    if answers is not None and inputs.validation is not None and measure == "answers":
+    if answers is not None and measure == "answers":
         fidelity = inputs.validation.fidelity(answers)
     else:
         sample = f"held-out {'synthetic ' if inputs.images.synthetic else ''}images"
@@ -311,34 +306,27 @@ def _write(
     slim = slim.cpu()
 
     budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
-    reached = attempt.reached
 
-    def record() -> SlimRecord:
-        stated = () if options.flops is not None and len(reached) == 1 else reached
-        lines = [one.to_json() for one in stated]
+    def record_of(reached: tuple[Reached, ...]) -> SlimRecord:
+        lines = [one.to_json() for one in reached if options.flops is None or len(reached) > 1]
         return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, fidelity, lines)
 
     def with_size(size: int) -> tuple[Reached, ...]:
         shown = format_amount(size, "size")
         return tuple(
             replace(one, reached=size, texts=(one.texts[0], shown)) if one.name == "size" else one
-            for one in reached
+            for one in attempt.reached
         )
 
-    size = file_size(slim, record(), inputs.dtypes)
-    reached = with_size(size)
+    size = file_size(slim, record_of(attempt.reached), inputs.dtypes)
+    record = record_of(with_size(size))  # which states a few bytes more than the file has
     if not options.dry_run:
         timer.start("writing")  # 8. write
-        slim = _write_checked(inputs, slim, record())
-        size = inputs.target.stat().st_size  # the file states a few bytes more
-        reached = with_size(size)
-    before = ModelFigures(
-        job.table.dense,
-        count_parameters(dense),
-        times[0],
-        inputs.evaluation,
-        count_bytes(dense, loaded.dtypes),
-    )
+        slim = _write_checked(inputs, slim, record)
+        size = inputs.target.stat().st_size
+    reached, dense_accuracy = with_size(size), inputs.validation.dense.evaluation
+    parameters, dense_size = count_parameters(dense), count_bytes(dense, loaded.dtypes)
+    before = ModelFigures(job.table.dense, parameters, times[0], dense_accuracy, dense_size)
     after = ModelFigures(planned.flops, count_parameters(slim), times[1], evaluation, size)
     conditions = inputs.stopwatch.conditions()
     result = PruneResult(
@@ -365,35 +353,29 @@ def _write(
         divergence_of=measure,
         targets=reached,
         constraints=planned.constraints,
-        _write=partial(write_slim, record=record(), dtypes=inputs.dtypes, input_path=loaded.path),
+        _write=partial(write_slim, record=record, dtypes=inputs.dtypes, input_path=loaded.path),
     )
-    result = replace(result, advice=advice(result, targets, attempt, planner))
+    result.advice = advice(result, targets, attempt, planner)
     if options.report is not None:
         timer.start("reporting")
         pruned = Checkpoint.of_model(
             slim.to(job.device),
             loaded.identity,
             source=f"{inputs.target} (dry run)" if options.dry_run else str(inputs.target),
-            record=record(),
+            record=record,
             dtypes=inputs.dtypes,
         )
         figures = measured_figures(before, after, conditions)
         for one in reached:
             figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)
-        page = write_report(
-            options,
-            loaded,
-            pruned,
-            both,
-            inputs.images,
-            figures,
-            fidelity if measure == "answers" else None,
-            inputs.provenance,
-            result.verdict_lines(),
+        likeness = fidelity if measure == "answers" else None
+        origins, verdict = inputs.provenance, result.verdict_lines()
+        result.report = write_report(
+            options, loaded, pruned, both, inputs.images, figures, likeness, origins, verdict
         )
-        result = replace(result, report=page)
-    return replace(result, seconds=timer.taken()), slim.cpu()
+    result.seconds = timer.taken()
+    return result, slim.cpu()
 
 
 @torch.no_grad()

@@ -48,11 +48,12 @@ class Answers:
 class Validation:
     """Images that a result is judged on, and the dense model's answers to them."""
 
-    batches: Iterable[tuple[Tensor, Tensor]]
-    """Images and labels, the same in every pass; the label -1 stands for none."""
-    labelled: bool
+    batches: Iterable[tuple[Tensor, Tensor]] | None
+    """Images and labels, the same in every pass; the label -1 stands for none. None without images."""
     sample: str
     """Name of the images, for readers."""
+    no_accuracy: str
+    """Reason that they have no labels, or that there are none; empty if accuracy is measured."""
     model: nn.Module
     """The dense model, a classifier."""
     processes: Processes
@@ -64,10 +65,13 @@ class Validation:
 
         A budget that is out of reach need not take these minutes.
         """
-        return self.answers_of(self.model) if self.processes.first else Answers(torch.empty(0))
+        answers = self.answers_of(self.model) if self.processes.first else None
+        return answers or Answers(torch.empty(0))
 
-    def answers_of(self, model: nn.Module) -> Answers:
-        """Return the answers of ``model``, which is moved to the device."""
+    def answers_of(self, model: nn.Module) -> Answers | None:
+        """Return the answers of ``model``, which is moved to the device; None without images."""
+        if self.batches is None:
+            return None
         self.reporter.start("evaluating")
         answers: list[tuple[Tensor, Tensor]] = []
         evaluation = evaluate(
@@ -78,7 +82,7 @@ class Validation:
             answers=answers,
         )
         logits, labels = map(torch.cat, zip(*answers, strict=True))
-        named = replace(evaluation, sample=self.sample) if self.labelled else None
+        named = None if self.no_accuracy else replace(evaluation, sample=self.sample)
         return Answers(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
     def fidelity(self, answers: Answers) -> Fidelity:
@@ -96,8 +100,8 @@ def read_images(
     judged: partial[Validation],
     *,
     compares: bool,
-) -> tuple[CalibrationImages, Validation | None, str]:
-    """Return images to search on, images to judge the result on, and why accuracy is not measured.
+) -> tuple[CalibrationImages, Validation]:
+    """Return images to search on, and images to judge the result on.
 
     Args:
         options: options of the command.
@@ -112,6 +116,7 @@ def read_images(
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
     expected = Expected(preprocessing.input_size, classes if use_labels else None)
     batches: Iterable[tuple[Tensor, Tensor]] | None = None
+    sample = _SEARCHED
     if given is None:
         images = calibration_images(
             preprocessing,
@@ -122,14 +127,13 @@ def read_images(
             use_labels=use_labels,
         )
     else:
-        wanted, sample = options.images_wanted, _SEARCHED
-        left = count if val_given is None else 0
+        wanted, left = options.images_wanted, count if val_given is None else 0
         images, batches = split_in_memory(
             given, expected, count=wanted, measured=left, seed=seed, batch_size=batch_size
         )
     if not count or (given is None and val_given is None and not options.has_images):
         nothing = "there are no images" if options.eval_images else option_name("eval_images", 0)
-        return images, None, nothing if options.max_drop is not None else ""
+        return images, judged(None, sample, nothing if options.max_drop is not None else "")
     if val_given is not None:
         found, _ = split_in_memory(
             val_given, expected, count=count, measured=0, seed=0, batch_size=batch_size
@@ -143,9 +147,7 @@ def read_images(
         no_accuracy = no_accuracy or ("" if batches is not None else few)
     else:
         batches, sample, no_accuracy = _validation_split(options, preprocessing, classes, no_accuracy)
-    if batches is None or (no_accuracy and not compares):
-        return images, None, no_accuracy
-    return images, judged(batches, not no_accuracy, sample), no_accuracy
+    return images, judged(None if no_accuracy and not compares else batches, sample, no_accuracy)
 
 
 def _validation_split(

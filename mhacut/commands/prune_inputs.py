@@ -75,17 +75,10 @@ class PruneInputs:
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
-    validation: Validation | None
-    """Images to judge the result on; None without any."""
-    no_accuracy: str
-    """Reason that they have no labels, or that there are none."""
+    validation: Validation
+    """Images to judge the result on."""
     job: Job
     stopwatch: Stopwatch
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """Accuracy of the dense model."""
-        return None if self.validation is None else self.validation.dense.evaluation
 
     @property
     def target(self) -> Path:
@@ -145,7 +138,7 @@ class PruneInputs:
         if preserved is not None and preserved.measure != "answers":
             entry["divergence_of"] = preserved.measure
         entry |= self.provenance.to_history()
-        entry |= accuracy_for_history(self.evaluation, evaluation)
+        entry |= accuracy_for_history(self.validation.dense.evaluation, evaluation)
         if fidelity is not None and math.isfinite(fidelity.divergence):  # JSON has no infinity
             entry["fidelity"] = asdict(fidelity)
         entry |= {} if loaded.record is not None else license_for_history(loaded)
@@ -218,15 +211,13 @@ def read_inputs(
     classes = classifier_size(dense)
     compares = job.preserved is not None and job.preserved.measure == "answers"
     judged = partial(Validation, model=dense, processes=processes, reporter=reporter)
-    images, validation, no_accuracy = read_images(
-        options, preprocessing, given, val_given, judged, compares=compares
-    )
+    images, validation = read_images(options, preprocessing, given, val_given, judged, compares=compares)
     reporter.log(f"searching on {images.description}")
     held = classes if images.labels is None else len(images.labels.unique())
     if 2 * held < min(classes, len(images.images)):
         reporter.log(f"these are of {held} of the model's {classes} classes; it may lose more on the others")
-    if no_accuracy and (given is not None or val_given is not None or options.has_images):
-        reporter.log(f"accuracy is not measured: {no_accuracy}")
+    if validation.no_accuracy and (given is not None or val_given is not None or options.has_images):
+        reporter.log(f"accuracy is not measured: {validation.no_accuracy}")
     origins = provenance(loaded, options)
     if given is None and images.labels is not None and processes.first:  # others were normalised elsewhere
         reporter.start("checking the preprocessing")
@@ -245,18 +236,7 @@ def read_inputs(
         more=images.rest,
         workers=worker_count(options.workers) if given is None and images.rest is not None else 0,
     )
-
-    shared = PruneInputs(
-        options,
-        loaded,
-        preprocessing,
-        origins,
-        images,
-        validation,
-        no_accuracy,
-        job,
-        stopwatch,
-    )
+    shared = PruneInputs(options, loaded, preprocessing, origins, images, validation, job, stopwatch)
     return tuple(replace(shared, options=alone) for alone in options_of_each(options, loaded.stem))
 
 

@@ -35,7 +35,7 @@ _DIVERGENCE: Mapping[Measure, str] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass
 class PruneResult:
     """Result of :func:`prune`."""
 

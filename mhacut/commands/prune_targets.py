@@ -453,13 +453,13 @@ class MaxDrop(_Loss):
 
     def prepare(self) -> None:
         super().prepare()
-        inputs = self.inputs
-        if inputs.validation is None or not inputs.validation.labelled:
+        validation = self.inputs.validation
+        if validation.no_accuracy:
             raise UsageError(
-                f"{self.option}: expected labelled images to measure accuracy on; {inputs.no_accuracy}. "
+                f"{self.option}: expected labelled images to measure accuracy on; {validation.no_accuracy}. "
                 f"Without labels, {option_name('max_kl')} bounds the KL divergence"
             )
-        right, chance = inputs.validation.dense.right, 1 / classifier_size(inputs.loaded.model)
+        right, chance = validation.dense.right, 1 / classifier_size(self.inputs.loaded.model)
         # Two standard errors above chance: below that, no drop can be told from luck.
         if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
             raise BudgetError(
@@ -470,8 +470,8 @@ class MaxDrop(_Loss):
 
     def measure(self, attempt: Attempt) -> Reached:
         validation = self.inputs.validation
-        assert validation is not None
         attempt.answers = validation.answers_of(attempt.model)
+        assert attempt.answers is not None
         before, right = validation.dense.right, attempt.answers.right
         drop = 100 * (sum(before) - sum(right)) / len(right)
         error = standard_error_of_drop(before, right)

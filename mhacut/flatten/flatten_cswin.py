@@ -227,9 +227,6 @@ class FlattenCswin(Pyramid):
 
     Args:
         img_size: height and width of the images; their map in stage 3 must divide into stripes.
-        in_chans: channels of the images.
-        num_classes: number of classes; 0 for a model without a classifier.
-        global_pool: ``avg``, or ``""`` for none.
         embed_dim: channels of stage 1; each further stage has twice as many.
         depths: blocks per stage.
         num_heads: heads per stage.
@@ -240,13 +237,13 @@ class FlattenCswin(Pyramid):
         qkv_bias: whether q, k and v have biases.
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
-        drop_rate: dropout before the classifier.
         proj_drop_rate: dropout after the projection and in the MLP.
         attn_drop_rate: dropout of softmax attention weights.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
             The authors train with 0.2 (tiny), 0.4 (small), 0.5 (base) or 0.7 (base, 384).
         device: as in torch.
         dtype: as in torch.
+        kwargs: further arguments of :class:`Pyramid`.
 
     Raises:
         UsageError: ``attn_type`` does not fit ``depths``, or stripes do not tile a map.
@@ -255,9 +252,6 @@ class FlattenCswin(Pyramid):
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         embed_dim: int = 64,
         depths: Sequence[int] = (2, 4, 18, 1),
         num_heads: Sequence[int] = (2, 4, 8, 16),
@@ -267,27 +261,20 @@ class FlattenCswin(Pyramid):
         qkv_bias: bool = True,
         focusing_factor: int = FOCUSING_FACTOR,
         kernel_size: int = DWC_KERNEL,
-        drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
         if len(attn_type) != len(depths) or set(attn_type) - {"L", "S"}:
             raise UsageError(f"attn_type {attn_type!r}: expected L or S for each of {len(depths)} stages")
         dims = [embed_dim * 2**index for index in range(len(depths))]
-        super().__init__(
-            dims=dims,
-            reductions=[4 * 2**index for index in range(len(depths))],
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        super().__init__(dims, **kwargs)
         dd = {"device": device, "dtype": dtype}
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        self.stage1_conv_embed = ConvStem(to_2tuple(img_size), in_chans, embed_dim, **dd)
+        self.stage1_conv_embed = ConvStem(to_2tuple(img_size), self.in_chans, embed_dim, **dd)
         grid: Grid = self.stage1_conv_embed.grid_size
         for index, (dim, heads, kind) in enumerate(zip(dims, num_heads, attn_type, strict=True)):
             if index:
@@ -315,7 +302,7 @@ class FlattenCswin(Pyramid):
                 )
             setattr(self, f"stage{index + 1}", nn.ModuleList(blocks))
         self.norm = nn.LayerNorm(dims[-1], **dd)
-        self.head = make_head(dims[-1], num_classes, **dd)
+        self.head = make_head(dims[-1], self.num_classes, **dd)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module)

@@ -33,9 +33,6 @@ class FlattenPvt(Pyramid):
 
     Args:
         img_size: height and width of the images. Unless they are multiples of 32, border pixels are not used.
-        in_chans: channels of the images.
-        num_classes: number of classes; 0 for a model without a classifier.
-        global_pool: ``avg``, or ``""`` for none.
         depths: blocks per stage.
         embed_dims: channels per stage.
         num_heads: heads per stage.
@@ -43,21 +40,18 @@ class FlattenPvt(Pyramid):
         qkv_bias: whether q, k and v have biases.
         focusing_factor: power p of focused linear attention.
         kernel_size: size of its depthwise convolution.
-        drop_rate: dropout before the classifier.
         pos_drop_rate: dropout after the position embedding.
         proj_drop_rate: dropout after the projection and in the MLP.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0.
             The authors train with 0.1 (tiny, small) or 0.3 (medium, large).
         device: as in torch.
         dtype: as in torch.
+        kwargs: further arguments of :class:`Pyramid`.
     """
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        global_pool: str = "avg",
         depths: Sequence[int] = (2, 2, 2, 2),
         embed_dims: Sequence[int] = (64, 128, 320, 512),
         num_heads: Sequence[int] = (1, 2, 5, 8),
@@ -65,24 +59,17 @@ class FlattenPvt(Pyramid):
         qkv_bias: bool = True,
         focusing_factor: int = FOCUSING_FACTOR,
         kernel_size: int = DWC_KERNEL,
-        drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         device: Any = None,
         dtype: Any = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dims=embed_dims,
-            reductions=[4 * 2**index for index in range(len(embed_dims))],
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-        )
+        super().__init__(embed_dims, **kwargs)
         dd = {"device": device, "dtype": dtype}
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-        size, channels = to_2tuple(img_size), in_chans
+        size, channels = to_2tuple(img_size), self.in_chans
         attention: Callable[..., SeparateFocusedAttention] = partial(
             SeparateFocusedAttention,
             qkv_bias=qkv_bias,
@@ -110,7 +97,7 @@ class FlattenPvt(Pyramid):
             setattr(self, f"block{index + 1}", nn.ModuleList(blocks))
         self.pos_drop = nn.Dropout(pos_drop_rate)
         self.norm = _norm(channels, **dd)  # in every checkpoint, never applied
-        self.head = make_head(channels, num_classes, **dd)
+        self.head = make_head(channels, self.num_classes, **dd)
         self._init_weights()
 
     def _init_weights(self) -> None:

@@ -15,6 +15,14 @@ class Pyramid(nn.Module):
     """Model of stages, each with a smaller map, [B, H, W, C]; ``head`` reads the mean over the last map.
 
     A family implements :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it has a final norm.
+
+    Args:
+        dims: channels of each stage; the first has a quarter of the images' height and width, each further
+            one half of those before.
+        in_chans: channels of the images.
+        num_classes: number of classes; 0 for a model without a classifier.
+        global_pool: ``avg``, or ``""`` for none.
+        drop_rate: dropout before the classifier.
     """
 
     head: nn.Module
@@ -22,13 +30,12 @@ class Pyramid(nn.Module):
 
     def __init__(
         self,
-        *,
         dims: Sequence[int],
-        reductions: Sequence[int],
-        in_chans: int,
-        num_classes: int,
-        global_pool: str,
-        drop_rate: float,
+        *,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         _check_pool(global_pool)
@@ -38,8 +45,8 @@ class Pyramid(nn.Module):
         self.num_stages = len(dims)
         self.num_features = self.head_hidden_size = dims[-1]
         self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": self.stage_parts(index)[-1]}
-            for index, (dim, reduction) in enumerate(zip(dims, reductions, strict=True))
+            {"num_chs": dim, "reduction": 4 * 2**index, "module": self.stage_parts(index)[-1]}
+            for index, dim in enumerate(dims)
         ]
         self.head_drop = nn.Dropout(drop_rate)
 
