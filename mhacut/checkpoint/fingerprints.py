@@ -82,22 +82,6 @@ def _digest(lines: Iterable[str], size: int) -> str:
     return blake2b("\n".join(sorted(lines)).encode(), digest_size=size).hexdigest()
 
 
-def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
-    """Return the text of a table, from the fingerprint of each architecture.
-
-    A line without indent begins a group with its digest. Below it, each line has a digest of all names and
-    shapes and the architectures that share it.
-    """
-    groups: dict[str, dict[str, list[str]]] = {}
-    for name, digests in sorted(fingerprints.items()):
-        groups.setdefault(digests.any_size, {}).setdefault(digests.exact, []).append(name)
-    lines = [f"timm {timm}"]
-    for any_size, by_exact in groups.items():
-        lines.append(any_size)
-        lines += [" " + " ".join([exact, *names]) for exact, names in by_exact.items()]
-    return "\n".join(lines) + "\n"
-
-
 @cache
 def read_table() -> Table:
     """Read the table that mhacut ships."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import bounded, kind_of, plain_json
+from mhacut.checkpoint.untrusted_json import kind_of, plain_json
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
@@ -25,12 +25,10 @@ _RESERVED_ARGS = frozenset((
 ))
 """Arguments of timm's factory that load, place or wrap a model instead of describing it."""
 _CFG_SIZES = frozenset({"input_size", "test_input_size", "min_input_size"})
-_CFG_OF_BUILD = _CFG_SIZES | {"num_classes", "pool_size", "test_pool_size", "first_conv", "classifier"}
-"""Keys of a pretrained_cfg that timm reads while it builds a model; their values are bounded."""
-_CFG_KEYS = _CFG_OF_BUILD | frozenset((
-    "architecture", "tag", "custom_load", "fixed_input_size", "interpolation", "crop_pct", "test_crop_pct",
-    "crop_mode", "mean", "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names",
-    "label_descriptions",
+_CFG_KEYS = _CFG_SIZES | frozenset((
+    "num_classes", "pool_size", "test_pool_size", "first_conv", "classifier", "architecture", "tag",
+    "custom_load", "fixed_input_size", "interpolation", "crop_pct", "test_crop_pct", "crop_mode", "mean",
+    "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 ))
 # fmt: on
 """Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
@@ -76,7 +74,7 @@ class ModelHints:
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Return arguments of ``timm.create_model`` that describe a model: bounded JSON values, tuples as lists.
+    """Return arguments of ``timm.create_model`` that describe a model: JSON values, tuples as lists.
 
     Raises:
         CheckpointError: an argument loads or places something, or is no JSON value of sane size.
@@ -91,8 +89,6 @@ def checked_model_args(args: object) -> dict[str, Any]:
                 f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
             )
     checked: dict[str, Any] = plain_json(args)
-    for name, value in checked.items():
-        bounded(value, f"model_args {name!r}")
     side = checked.get("img_size")
     # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
     _check_image([side, side] if is_int(side) else side, "model_args 'img_size'")
@@ -111,10 +107,11 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     kept: dict[str, Any] = plain_json(
         {name: value for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     )
-    for name in kept.keys() & _CFG_OF_BUILD:
-        bounded(kept[name], f"pretrained_cfg {name!r}")
     for name in kept.keys() & _CFG_SIZES:
-        check_input_size(kept[name], f"pretrained_cfg {name!r}")
+        size, where = kept[name], f"pretrained_cfg {name!r}"
+        if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
+            raise CheckpointError(f"{where}: expected channels, height, width, found {size!r:.100}")
+        _check_image(size, where)
     return kept
 
 
@@ -135,13 +132,6 @@ def dense_args(identity: ModelIdentity) -> dict[str, Any]:
     The number of classes is left to the file, unless the slim one has no classifier.
     """
     return {name: value for name, value in identity.model_args.items() if name != "num_classes" or value == 0}
-
-
-def check_input_size(size: object, where: str) -> None:
-    """Raise a :class:`CheckpointError` unless ``size`` is [C, H, W] of an image of allowed size."""
-    if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
-        raise CheckpointError(f"{where}: expected channels, height, width, found {size!r:.100}")
-    _check_image(size, where)
 
 
 def _check_image(size: object, where: str) -> None:

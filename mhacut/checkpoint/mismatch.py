@@ -14,7 +14,7 @@ from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.checkpoint.record import SAVE_SLIM
 from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes
 from mhacut.errors import CheckpointError, option_name
-from mhacut.text import dtype_name
+from mhacut.text import dtype_name, listed
 
 _MAX_NAMES = 5
 """Names in a message, of each kind of difference."""
@@ -52,15 +52,17 @@ def check_tensors(
         names = [f"{name!r:.150} ({dtype_name(tensors[name].dtype)})" for name in odd]
         raise CheckpointError(
             f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
-            f"kind {identity.architecture} has: {_listed(names)}; give the float32, float16 or bfloat16 "
-            "checkpoint"
+            f"kind {identity.architecture} has: {listed(names, _MAX_NAMES)}; give the float32, float16 or "
+            "bfloat16 checkpoint"
         )
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
     other = [name for name in shared if tuple(wanted[name].shape) != tensors[name].shape]
     if not missing and not unexpected and not other:
         return
-    models = "" if stated else _models_with(tensors, identity)
+    file_shapes = {name: info.shape for name, info in tensors.items()}
+    fitting = () if stated else read_table().exactly(file_shapes)  # other architectures with these tensors
+    models = "" if identity.architecture in fitting or not fitting else listed(fitting, _MAX_NAMES)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
     if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
         instead = f", not {missing[0]!r:.150}" if missing else ""
@@ -76,8 +78,8 @@ def check_tensors(
         for name in other
     ]
     for title, names in (("missing", missing), ("unexpected", unexpected)):
-        lines += [f"  {title}: {_listed([f'{name!r:.150}' for name in names])}"] if names else []
-    lines += [f"  another shape: {_listed(shapes)}"] if shapes else []
+        lines += [f"  {title}: {listed([f'{name!r:.150}' for name in names], _MAX_NAMES)}"] if names else []
+    lines += [f"  another shape: {listed(shapes, _MAX_NAMES)}"] if shapes else []
     if stated:
         lines.append(
             "  the file's metadata does not match its tensors: it was edited or damaged; prune the dense "
@@ -85,20 +87,10 @@ def check_tensors(
         )
     else:
         lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
-        if is_cut({name: info.shape for name, info in tensors.items()}):
+        if is_cut(file_shapes):
             lines.append(f"  it seems to be a slim model's state dict; {SAVE_SLIM}")
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
-
-
-def _models_with(tensors: Mapping[str, TensorInfo], identity: ModelIdentity) -> str:
-    """Return the names of other architectures that have just these tensors; empty if there is none."""
-    names = read_table().exactly({name: info.shape for name, info in tensors.items()})
-    return "" if identity.architecture in names else _listed(list(names))
 
 
 def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
@@ -115,10 +107,9 @@ def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> l
         hints.append(f"the head differs: {option_name('num_classes', classes.value)}?")
     # A width is read off the shapes only beside a number of heads, which they do not show.
     with_heads = visible_args(model, shapes, {"num_heads": None})
-    width = [one for one in with_heads if one.name == "embed_dim"]
-    if width and (heads := _heads(model)):
-        asked = option_name("model_args", {"num_heads": heads})
-        hints.append(f"its shapes show {width[0]}, but no number of heads: {asked}, or as many as it has?")
+    if width := [one for one in with_heads if one.name == "embed_dim"]:
+        asked = option_name("model_args", {"num_heads": "N"})
+        hints.append(f"its shapes show {width[0]}, but no number of heads: {asked}?")
     elif any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
         side = option_name("model_args", {"img_size": "SIDE"})
         hints.append(
@@ -126,12 +117,3 @@ def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> l
             "num_heads) of the file?"
         )
     return hints
-
-
-def _heads(model: nn.Module) -> int | list[int]:
-    """Return the number of heads in the blocks of ``model``, or in those of each stage; 0 if unknown."""
-    stages: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if "blocks." in name and isinstance(heads := getattr(module, "num_heads", None), int):
-            stages.setdefault(name.partition("blocks.")[0], heads)
-    return [*stages.values()] if len(stages) > 1 else next(iter(stages.values()), 0)

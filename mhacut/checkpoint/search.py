@@ -20,6 +20,7 @@ from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.find import model_input_size
+from mhacut.text import listed
 
 _MOST_NAMED = 4
 """Architectures in a message."""
@@ -171,7 +172,9 @@ def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]
     if not names:
         return []
     flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
-    return [f"the layers also fit {_some(names)}, trained on other images; to choose, give {flags}"]
+    return [
+        f"the layers also fit {listed(names, _MOST_NAMED)}, trained on other images; to choose, give {flags}"
+    ]
 
 
 def _images(fit: Identified) -> list[Any]:
@@ -180,18 +183,13 @@ def _images(fit: Identified) -> list[Any]:
     return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
 
 
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return ", ".join(names[:_MOST_NAMED]) + more
-
-
 def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identified, tuple[str, ...]]]) -> str:
     """Return the message for models that compute different things, with what they differ in."""
     differing: dict[str, list[str]] = {}
     for other, settings in others:
         text = "; ".join(settings[:3]) or "the same"
         differing.setdefault(text, []).append(other.identity.architecture)
-    lines = [f"  {_some(names)}: {text}" for text, names in differing.items()]
+    lines = [f"  {listed(names, _MOST_NAMED)}: {text}" for text, names in differing.items()]
     first = (
         f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
         f"{option_name('model', 'NAME')}:"

@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mhacut.errors import CheckpointError
-from mhacut.limits import is_number
 from mhacut.runtime.files import regular_size, show
-
-MAX_NUMBER = 10**6
-"""Largest number among a model's arguments; larger ones are refused before a model is built."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,20 +56,6 @@ def plain_json(value: object) -> Any:
         raise CheckpointError(
             f"a value of the model's description cannot be stored: {error!s:.200}"
         ) from None
-
-
-def bounded(value: Any, where: str) -> Any:
-    """Return ``value``, a JSON value, unchanged.
-
-    Raises:
-        CheckpointError: a number in it is larger than any that describes a model.
-    """
-    if is_number(value) and not abs(value) <= MAX_NUMBER:
-        raise CheckpointError(f"{where}: numbers may reach {MAX_NUMBER}, found {value!r:.50}")
-    if isinstance(value, list | dict):
-        for item in value.values() if isinstance(value, dict) else value:
-            bounded(item, where)
-    return value
 
 
 def kind_of(value: object) -> str:

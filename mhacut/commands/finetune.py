@@ -12,7 +12,7 @@ from mhacut.finetuning.result import FinetuneResult
 from mhacut.finetuning.run import Run, read_run
 from mhacut.finetuning.saving import start
 from mhacut.finetuning.steps import check_logs, train
-from mhacut.finetuning.training import check_precision, repeatable
+from mhacut.finetuning.training import check_precision
 from mhacut.options.base import PathLike
 from mhacut.options.finetune import FinetuneKeywords, FinetuneOptions
 from mhacut.options.option import takes_keywords
@@ -64,7 +64,7 @@ def finetune(
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
     """Run :func:`finetune` with its options in one object."""
     check_logs(options.logs)
-    with gathered(options.device) as processes, repeatable(options):
+    with gathered(options.device) as processes:
         check_precision(options, processes.device)
         with processes.together():
             if processes.first:

@@ -295,7 +295,7 @@ def _write(
         fidelity = inputs.validation.fidelity(answers)
     else:
         sample = f"held-out {'synthetic ' if inputs.images.synthetic else ''}images"
-        fidelity = Fidelity(*held_out.likeness_of(slim), len(held_out.images), sample)
+        fidelity = Fidelity(*held_out.divergence_and_agreement(slim), len(held_out.images), sample)
     timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
     times: tuple[float, ...] | tuple[None, None] = (None, None)
     if timed is not None:

@@ -28,7 +28,7 @@ from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.smallest import Bracket, Search, Trial, smallest_within
-from mhacut.surgery.costs import count_bytes, storage_table
+from mhacut.surgery.costs import count_bytes, storage_cost
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
 
@@ -333,7 +333,7 @@ class Params(Amount):
 
     def cost(self) -> Cost:
         job, copies = self.job, self.inputs.options.positions != "equal"
-        return storage_table(job.model, job.prunable, job.least_widths, None, copies=copies).at
+        return storage_cost(job.model, job.prunable, job.least_widths, None, copies=copies)
 
     def count(self, attempt: Attempt) -> int:
         return count_parameters(attempt.model)
@@ -355,7 +355,7 @@ class Size(Amount):
         """
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
-        tensors = storage_table(job.model, job.prunable, job.least_widths, dtypes, copies=copies).at
+        tensors = storage_cost(job.model, job.prunable, job.least_widths, dtypes, copies=copies)
         plan = Plan(tuple(unit.keep_first(job.least_widths[unit.key]) for unit in job.units))
         curves = {key: dict.fromkeys(widths, 1 / 3) for key, widths in job.choices.items()}
         record = self.inputs.record(plan, curves, job.table.dense)

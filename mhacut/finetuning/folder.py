@@ -14,7 +14,6 @@ import io
 import json
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -170,7 +169,7 @@ class RunFolder:
         Raises:
             CheckpointError: the file is damaged, removed, not a run's, or of another version.
         """
-        from mhacut.checkpoint.torch_file import read_torch
+        from mhacut.checkpoint.torch_file import read_whole
 
         path = self.file(STATE)
         if not path.exists():
@@ -178,10 +177,8 @@ class RunFolder:
                 raise self.not_resumable("is gone")
             return None
         try:
-            if zipfile.ZipFile(path).testzip() is not None:  # torch does not compare the checksums
-                raise CheckpointError("is damaged")
-            state = read_torch(path)
-        except (CheckpointError, zipfile.BadZipFile, OSError) as error:
+            state = read_whole(path)
+        except CheckpointError as error:
             raise self.not_resumable(f"cannot be read ({reason_alone(error, path)})") from None
         version = state.get("version") if isinstance(state, dict) else None
         if not is_int(version) or version != _STATE_VERSION:

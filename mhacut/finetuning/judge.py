@@ -21,7 +21,7 @@ _BATCH = 64
 """Largest number of held-out images in one forward pass."""
 
 
-def judge(run: Run) -> tuple[float | None, Evaluation | None]:
+def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
     """Return a score of the run's weights, the higher the better, and their accuracy; None if not measured.
 
     The score is the top-1 accuracy on the validation images; without any, the negative loss on held-out

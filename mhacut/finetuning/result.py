@@ -43,7 +43,7 @@ class Progress:
     scheduled: int = 0
     """Step that the schedule of the learning rate began at: not 0 once a finished run is prolonged."""
     start: float | None = None
-    """Score of the weights that were read; see :func:`mhacut.finetuning.judge.judge`."""
+    """Score of the weights that were read; see :func:`mhacut.finetuning.judge.measured_score`."""
     best: float | None = None
     """Best score so far, before training or after an epoch; None before the first measurement."""
     before: Evaluation | None = None

@@ -12,7 +12,7 @@ from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.finetuning.folder import ARGUMENTS, BEST, LAST, RunFolder, digest_of_options
-from mhacut.finetuning.judge import choose_rate, judge
+from mhacut.finetuning.judge import choose_rate, measured_score
 from mhacut.finetuning.result import Progress
 from mhacut.finetuning.run import Run, record_of
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
@@ -61,7 +61,7 @@ def start(run: Run) -> None:
             if run.processes.first:
                 run.folder.write_arguments(run.options)
     # The weights that were read are a candidate too, so that the best file is never worse than they are.
-    run.progress.start, run.progress.before = judge(run)
+    run.progress.start, run.progress.before = measured_score(run)
     run.progress.best = run.progress.start
     if run.progress.best is not None:
         with run.processes.together():

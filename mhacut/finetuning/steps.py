@@ -16,7 +16,7 @@ from typing import Any
 from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.folder import BEST, TENSORBOARD
 from mhacut.finetuning.images import Batch
-from mhacut.finetuning.judge import judge, parts_of
+from mhacut.finetuning.judge import measured_score, parts_of
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import portable, save, write_weights
@@ -125,7 +125,7 @@ def _how_to_go_on(run: Run) -> str:
 def _end_epoch(run: Run, logs: Logs) -> None:
     """Measure, write the best and the last weights, and add a line to the summary."""
     progress = run.progress
-    score, evaluation = judge(run)
+    score, evaluation = measured_score(run)
     row = EpochSummary(
         epoch=len(progress.rows),
         train_loss=progress.epoch_loss / progress.epoch_images,

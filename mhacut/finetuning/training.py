@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -302,28 +301,3 @@ def check_precision(options: FinetuneOptions, device: torch.device) -> None:
     if device.type == "cuda" and options.amp_dtype == "bfloat16" and not has_bfloat16(device):
         float16 = option_name("amp_dtype", "float16")
         raise MhacutError(f"{option_name('amp', True)}: this GPU has no bfloat16; use {float16}")
-
-
-@contextmanager
-def repeatable(options: FinetuneOptions) -> Iterator[None]:
-    """Context in which CUDA kernels that sum in random order are refused, if ``options`` ask for it.
-
-    Raises:
-        MhacutError: the model needs such a kernel.
-    """
-    if not options.deterministic:
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS is refused
-    before = torch.are_deterministic_algorithms_enabled()
-    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    except RuntimeError as error:
-        if "deterministic" not in str(error):
-            raise
-        asked = option_name("deterministic", True)
-        raise MhacutError(f"{asked}: {str(error).split('. ')[0]:.200}; leave it out") from error
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=only_warned)

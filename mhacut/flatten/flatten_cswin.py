@@ -346,17 +346,13 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> 
 _OF_ATTENTION = re.compile(r"^(stage\d+\.\d+\.)((?:qkv|attns|proj)\.)")
 
 
+_BASE = {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Parameters and FLOPs: 21.2M, 4.3G; 35.5M, 6.8G; 74.9M, 15.0G; 78.4M, 46.4G
     "flatten_cswin_tiny_224": {"embed_dim": 64, "depths": (2, 4, 18, 1), "num_heads": (2, 4, 8, 16)},
     "flatten_cswin_small_224": {"embed_dim": 64, "depths": (2, 4, 32, 2), "num_heads": (2, 4, 8, 16)},
-    "flatten_cswin_base_224": {"embed_dim": 96, "depths": (3, 6, 29, 2), "num_heads": (4, 8, 16, 32)},
-    "flatten_cswin_base_384": {
-        "embed_dim": 96,
-        "depths": (3, 6, 29, 2),
-        "num_heads": (4, 8, 16, 32),
-        "split_size": 12,
-    },
+    "flatten_cswin_base_224": _BASE,
+    "flatten_cswin_base_384": {**_BASE, "split_size": 12},
 }
 default_cfgs = configs(VARIANTS, first_conv="stage1_conv_embed.0")
 register(FlattenCswin, VARIANTS, out_indices=(0, 1, 2, 3), feature_cls="getter")

@@ -130,17 +130,13 @@ def _for_timm(name: str, tensor: Tensor) -> bool:
     return not name.endswith("relative_position_bias_table") and name not in ("model", "state_dict")
 
 
+_BASE = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     # Parameters and FLOPs: 29.2M, 4.5G; 50.5M, 8.8G; 89.0M, 15.5G; 91.4M, 46.5G
     "flatten_swin_tiny_224": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
     "flatten_swin_small_224": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
-    "flatten_swin_base_224": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
-    "flatten_swin_base_384": {
-        "embed_dim": 128,
-        "depths": (2, 2, 18, 2),
-        "num_heads": (4, 8, 16, 32),
-        "window_size": 12,
-    },
+    "flatten_swin_base_224": _BASE,
+    "flatten_swin_base_384": {**_BASE, "window_size": 12},
 }
 default_cfgs = configs(VARIANTS, first_conv="patch_embed.proj", classifier="head.fc")
 register(FlattenSwin, VARIANTS, out_indices=(0, 1, 2, 3), flatten_sequential=True)

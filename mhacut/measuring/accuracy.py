@@ -118,7 +118,7 @@ def evaluate(
 
     Raises:
         DataError: no images, or what the loader raises.
-        MhacutError: outputs that are not finite, which would rank as the best, or out of memory.
+        MhacutError: outputs that are not finite, which would rank as the best.
     """
     began, was_training = time.perf_counter(), model.training
     model.to(device).eval()
@@ -128,7 +128,7 @@ def evaluate(
     try:
         for done, (inputs, labels) in enumerate(loader, start=1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
-                logits = _logits(model, inputs.to(device), device)
+                logits: Tensor = model(inputs.to(device))
             _check_finite(logits, done, amp)
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices
@@ -162,17 +162,6 @@ def _check_finite(logits: Tensor, batch: int, amp: bool) -> None:
             f"the model's outputs are not finite for {bad} of {len(logits)} images of batch {batch}; "
             "no accuracy is given" + (f". Try without {option_name('amp')}" if amp else "")
         )
-
-
-def _logits(model: nn.Module, inputs: Tensor, device: torch.device) -> Tensor:
-    try:
-        logits: Tensor = model(inputs)
-    except torch.OutOfMemoryError:
-        raise MhacutError(
-            f"{device} has too little memory for {len(inputs)} images at a time; use a smaller "
-            f"{option_name('batch_size')}"
-        ) from None
-    return logits
 
 
 # -- agreement --

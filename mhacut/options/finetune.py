@@ -180,8 +180,6 @@ class FinetuneKeywords(
     """Recompute activations in the backward pass to save memory."""
     channels_last: bool = option(False, panel="Computing")
     """Use the channels-last memory format, for convolutions."""
-    deterministic: bool = option(False, panel="Computing")
-    """Refuse CUDA kernels that sum in random order; runs on the CPU are always repeatable."""
     log: str | None = None
     """Logs to write besides summary.csv: tensorboard, wandb, or both, separated by a comma."""
     dtype: Dtype | None = None

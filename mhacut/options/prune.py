@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mhacut.errors import UsageError, option_name
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 Scope = Literal["auto", "attention", "attention+mlp", "attention+mlp+tokens"]
 Init = Literal["attention-difference", "uniform"]
-Temperature = Literal["kept", "dense"]
 Selection = Literal["repair", "indicator"]
 BasisChoice = Literal["auto", "channel", "principal"]
 Positions = Literal["auto", "own", "equal"]
@@ -108,8 +106,6 @@ class SearchOptions(Options, panel="Research switches"):
     """Learning rate of these steps; by default the divergence on held-out images decides."""
     token_weights: bool = True
     """Weight each token by its influence on the model's output; off: all tokens count alike."""
-    temperature: Temperature = "kept"
-    """Softmax scale if repair finds no better one: 1/sqrt(kept width) (kept) or the dense one (dense)."""
     reweight: bool = True
     """Train a scale per kept channel, merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
@@ -212,8 +208,8 @@ class PruneKeywords(
     """Write an HTML report of the run; dry runs can have one too."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
     """Number of images to calibrate on; by default the effort decides."""
-    calibration: PathLike | None = option(None, endings=(".safetensors",), panel="Data", metavar="FILE")
-    """File that keeps the calibration: written if it is not there, otherwise read; one made under other
+    calibration: PathLike | None = option(None, endings=(".pt", ".pth"), panel="Data", metavar="FILE")
+    """File (.pt) that keeps the calibration: written if it is not there, otherwise read; one made under other
     conditions is refused."""
     labels: bool = option(True, panel="Data")
     """Use labels if there are any; off: search by the dense model's outputs alone and measure no accuracy."""
@@ -267,9 +263,6 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             )
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
-        if self.calibration is not None and self.output is not None:
-            other = Path(self.calibration) != Path(self.output)
-            require("calibration", self.calibration, other, "another file than the output")
         self._check_allocation()
 
     def _check_allocation(self) -> None:

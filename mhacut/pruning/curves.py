@@ -134,10 +134,9 @@ def _curves_by_runs(
                     errors[unit.key] = {}
                     counter.add(1)
                 moments, candidate = calibration.moments[unit.key], candidates[unit.key]
-                temperature, refit = job.options.temperature, job.options.repair
                 for width in sampled_widths(job.choices[unit.key])[:-1]:
                     smaller = copy.deepcopy(module)
-                    shrink(smaller, unit, candidate, width, moments, temperature, refit=refit)
+                    shrink(smaller, unit, candidate, width, moments, refit=job.options.repair)
                     error = (result(smaller) - dense).flatten(0, -2)
                     weighed = error if importance is None else error * importance[:, None].to(error)
                     of_width = (fisher * (error.mT @ weighed)).sum()

@@ -61,10 +61,10 @@ class Distillation:
     @torch.no_grad()
     def divergence_of(self, model: nn.Module) -> float:
         """Return the divergence of ``model``, in eval mode, from the teacher, mean over all images."""
-        return self.likeness_of(model)[0]
+        return self.divergence_and_agreement(model)[0]
 
     @torch.no_grad()
-    def likeness_of(self, model: nn.Module) -> tuple[float, float | None]:
+    def divergence_and_agreement(self, model: nn.Module) -> tuple[float, float | None]:
         """Return the same, and the share of images with the teacher's top-1 class; None for features."""
         device, size = next(model.parameters()).device, self.options.batch_size
         total = same = 0.0

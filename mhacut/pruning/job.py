@@ -98,12 +98,9 @@ class Job:
         """
         merges = table is not None and table is not self.table
         cost = (table or self.table).flops
-        flops = [
-            limit.with_merges_fixed(cost, merges=merges) for limit in limits if limit.resource == "flops"
-        ]
-        others = [
-            limit.with_merges_fixed(cost, merges=merges) for limit in limits if limit.resource != "flops"
-        ]
+        fixed = [(limit.resource, limit.with_merges_fixed(cost, merges=merges)) for limit in limits]
+        flops = [limit for resource, limit in fixed if resource == "flops"]
+        others = [limit for resource, limit in fixed if resource != "flops"]
         return others if others and all(limit.holds({}) for limit in flops) else [*flops, *others]
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.predicted_time import TimeCurve
@@ -146,11 +147,8 @@ class Constraints:
         for name in ("exclude", "min_width"):
             values: tuple[str, ...] = getattr(self, name)
             for value in values:
-                others = tuple(other for other in values if other != value)
-                if name == "exclude":
-                    yield name, value, replace(self, exclude=others)
-                else:
-                    yield name, value, replace(self, min_width=others)
+                others: Any = {name: tuple(other for other in values if other != value)}
+                yield name, value, replace(self, **others)
         if self.equal_qkv:
             yield "equal_qkv", True, replace(self, equal_qkv=False)
 

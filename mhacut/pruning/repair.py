@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.linalg.reconstruction import LinearRefit, LogitRefit, refit_linear, refit_logits
-from mhacut.options.prune import Temperature
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate
@@ -64,7 +63,7 @@ def reconstruct(
     """Return a copy of the dense model whose weights compensate for what ``plan`` removes.
 
     Args:
-        job: what is pruned; its options ``repair`` and ``temperature`` are used.
+        job: what is pruned; its option ``repair`` is used.
         calibration: calibration of its model.
         plan: channels that stay; its tokens are those of the model.
         candidates: candidates of each unit, to keep the plan's widths only: the best on held-out images is
@@ -78,14 +77,12 @@ def reconstruct(
             prunable,
             plan,
             calibration.moments,
-            temperature=options.temperature,
             candidates=candidates,
             progress=job.reporter.advance,
         )
         units = tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan)
         plan = Plan(units, tokens_of(model))
-        # Refitted weights contain their own scales and temperature.
-        scales = plan_channel_scales(prunable, plan, None, "dense")
+        scales = plan_channel_scales(prunable, plan, None, refitted=True)
         return ReconstructedModel(model, plan, scales, repairs)
     if candidates is not None:
         plan = Plan(tuple(candidates[unit.key][0].plan(unit.width) for unit in plan))
@@ -93,7 +90,7 @@ def reconstruct(
             rotation = candidates[unit.key][0].rotation
             if rotation is not None and not unit.keeps_all:
                 rotate(model.get_submodule(unit.layer), prunable.unit(unit.key), rotation)
-    scales = plan_channel_scales(prunable, plan, channel_scales, options.temperature)
+    scales = plan_channel_scales(prunable, plan, channel_scales)
     return ReconstructedModel(model, replace(plan, tokens=tokens_of(model)), scales, {})
 
 
@@ -101,7 +98,8 @@ def plan_channel_scales(
     prunable: PrunableLayers,
     plan: Plan,
     channel_scales: Mapping[UnitKey, Tensor] | None,
-    temperature: Temperature,
+    *,
+    refitted: bool = False,
 ) -> dict[UnitKey, Tensor]:
     """Return the scales with which :func:`~mhacut.surgery.slice.cut` makes ``plan``, [heads, dense width].
 
@@ -109,7 +107,7 @@ def plan_channel_scales(
         prunable: prunable layers of the model.
         plan: channels that it removes get the scale 0.
         channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
-        temperature: temperature of the softmax.
+        refitted: the weights contain their own temperature of the softmax.
     """
     masked: dict[UnitKey, Tensor] = {}
     for unit_plan in plan:
@@ -117,7 +115,7 @@ def plan_channel_scales(
         scale = torch.ones(unit.heads, unit.width) if channel_scales is None else channel_scales[unit.key]
         kept = torch.tensor(unit_plan.kept, device=scale.device)
         mask = torch.zeros_like(scale).scatter(-1, kept, 1.0)
-        factor = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
+        factor = 1.0 if refitted else temperature_factor(unit, unit_plan.width, unit_plan.basis)
         masked[unit.key] = mask * scale * factor
     return masked
 
@@ -129,7 +127,6 @@ def repair(
     plan: Plan,
     moments: Mapping[UnitKey, UnitMoments],
     *,
-    temperature: Temperature = "kept",
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
@@ -143,7 +140,6 @@ def repair(
         prunable: its prunable layers.
         plan: units that keep everything are skipped.
         moments: moments of every unit of the plan, on images to fit and on held-out images.
-        temperature: temperature of the softmax, where refitting the logits does not help.
         candidates: candidates of each unit, of which the one with the least error on held-out images fills
             the plan's width; None keeps the plan's channels.
         progress: called at each unit with (its number, units in all).
@@ -167,7 +163,7 @@ def repair(
             if unit.gate is None:
                 scale(module, unit, kept_channels(choices[0][0]).float())
             continue
-        fits = [_Fit.of(module, unit, *choice, seen, temperature) for choice in choices]
+        fits = [_Fit.of(module, unit, *choice, seen) for choice in choices]
         best = min(fits, key=lambda fit: fit.refit.left)
         best.apply(module, unit)
         report[unit.key] = UnitRepair(best.plan, best.refit.ridge, best.refit.error)
@@ -180,7 +176,6 @@ def shrink(
     candidate: Candidate,
     width: int,
     moments: UnitMoments,
-    temperature: Temperature,
     *,
     refit: bool = True,
 ) -> None:
@@ -192,14 +187,11 @@ def shrink(
     elif unit.linear:
         scale(module, unit, kept)
     elif refit:
-        _Fit.of(module, unit, unit_plan, candidate.rotation, moments, temperature).apply(module, unit)
+        _Fit.of(module, unit, unit_plan, candidate.rotation, moments).apply(module, unit)
     else:
         if candidate.rotation is not None:
             rotate(module, unit, candidate.rotation)
-        factor = 1.0
-        if unit.kind == "qk":
-            factor = temperature_factor(unit, width, temperature, candidate.basis)
-        scale(module, unit, kept * factor)
+        scale(module, unit, kept * temperature_factor(unit, width, candidate.basis))
 
 
 @dataclass(frozen=True)
@@ -218,12 +210,11 @@ class _Fit:
         unit_plan: UnitPlan,
         rotation: Tensor | None,
         moments: UnitMoments,
-        temperature: Temperature,
     ) -> _Fit:
         seen = rotated(moments, unit, rotation)
         kept = torch.tensor(unit_plan.kept, device=seen.fit[0].total.device)
         if unit.kind == "qk":
-            plain = temperature_factor(unit, unit_plan.width, temperature, unit_plan.basis)
+            plain = temperature_factor(unit, unit_plan.width, unit_plan.basis)
             (query, key), (held_query, held_key) = seen.fit, seen.held
             logits = refit_logits(
                 (query, key), (held_query, held_key), kept, plain, mixes=unit.mixing != "select"

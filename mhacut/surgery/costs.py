@@ -236,21 +236,6 @@ Dtypes = Mapping[str, torch.dtype]
 """Dtype of each tensor in a file, by its name; tensors not named keep their own."""
 
 
-@dataclass(frozen=True)
-class StorageTable:
-    """Parameters, or bytes, of a model at any widths of its units."""
-
-    fixed: int
-    """Amount that no width changes."""
-    layers: tuple[LayerCost, ...]
-    dense: int
-    """Amount of the model as it stands."""
-
-    def at(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Total at ``widths`` (channels per head; units not named stay as they are)."""
-        return self.fixed + sum(layer.at(widths) for layer in self.layers)
-
-
 def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
     """Return the dtype in which a tensor is stored: counters and index tables keep theirs."""
     return dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
@@ -277,15 +262,15 @@ def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
     )
 
 
-def storage_table(
+def storage_cost(
     model: nn.Module,
     prunable: PrunableLayers,
     least: Mapping[UnitKey, int],
     dtypes: Dtypes | None,
     *,
     copies: bool,
-) -> StorageTable:
-    """Return the number of parameters at any widths, or the bytes of all tensors in a file.
+) -> Callable[[Mapping[UnitKey, int]], int]:
+    """Return a function of widths that gives the number of parameters, or the bytes of all tensors in a file.
 
     Args:
         model: model to prune.
@@ -324,10 +309,10 @@ def storage_table(
             layers.append(LayerCost(layer, (cost_of(layer, kinds),)))
     smallest = copy.deepcopy(outline)
     cut(smallest, Plan(tuple(first(unit, least[unit.key]) for unit in units)), prunable=prunable)
-    dense, uncut = amount(model), {unit.key: unit.width for unit in units}
+    uncut = {unit.key: unit.width for unit in units}
     # The rest is the larger of two: copies that a cut makes are counted at all widths.
-    rests = (
+    rest = max(
         total - sum(int(layer.at(widths)) for layer in layers)
-        for total, widths in ((amount(smallest), least), (dense, uncut))
+        for total, widths in ((amount(smallest), least), (amount(model), uncut))
     )
-    return StorageTable(max(rests), tuple(layers), dense)
+    return lambda widths: rest + sum(int(layer.at(widths)) for layer in layers)

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import ChannelAxis, Unit
-from mhacut.options.prune import Temperature
 from mhacut.plan import Basis, UnitKey, UnitPlan
 from mhacut.surgery.channels import norm_axis, output_weights, select_heads
 from mhacut.surgery.find import PrunableLayers
 
 
-def temperature_factor(unit: Unit, width: float, temperature: Temperature, basis: Basis) -> float:
+def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
     """Factor on the logits of the masked model, so that their temperature is that of a cut to ``width``.
 
-    ``kept`` scales logits by 1/sqrt(width) instead of 1/sqrt(dense width), which compensates for the removed
+    Logits are scaled by 1/sqrt(width) instead of 1/sqrt(dense width), which compensates for the removed
     channels. In the PCA basis the kept channels hold most of the logits' energy: the factor is 1.
     """
-    if temperature == "dense" or basis == "principal" or not unit.softmax_scaled:
+    if basis == "principal" or not unit.softmax_scaled:
         return 1.0
     return float((unit.width / width) ** 0.5)
 

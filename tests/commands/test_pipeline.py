@@ -151,17 +151,6 @@ def test_dry_run_writes_nothing_until_it_is_asked_to(tiny_vit, pruned, tmp_path)
         dry.save(tiny_vit.path, overwrite=True)
 
 
-@pytest.mark.parametrize("repair", [True, False])
-def test_temperature_reaches_the_weights(tiny_vit, tmp_path, repair):
-    options = {"repair": repair, "reweight": False, "effort": "fast"}
-    found = [
-        prune(tiny_vit, tmp_path / f"{choice}.safetensors", temperature=choice, **options)
-        for choice in ("kept", "dense")
-    ]
-    assert load_file(found[0].output).keys() == load_file(found[1].output).keys()
-    assert found[0].output.read_bytes() != found[1].output.read_bytes()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(UNLIKE))
 def test_every_class_repeats(name, tmp_path):

@@ -29,7 +29,7 @@ from mhacut.pruning import allocate
 from mhacut.pruning.allocate import cheapest_widths
 from mhacut.pruning.limits import Limit, keeps, width_choices
 from mhacut.report.history import step
-from mhacut.surgery.costs import count_bytes, storage_table
+from mhacut.surgery.costs import count_bytes, storage_cost
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
@@ -201,16 +201,15 @@ def test_storage_follows_from_widths(case, seed):
     prunable = find_prunable_layers(model)
     least = {unit.key: 1 for unit in prunable.units()}
     dtypes = {name: torch.float16 for name, tensor in model.state_dict().items() if "proj" in name}
-    tables = (
-        (storage_table(model, prunable, least, None, copies=True), count_parameters),
-        (storage_table(model, prunable, least, dtypes, copies=True), lambda part: count_bytes(part, dtypes)),
+    costs = (
+        (storage_cost(model, prunable, least, None, copies=True), count_parameters),
+        (storage_cost(model, prunable, least, dtypes, copies=True), lambda part: count_bytes(part, dtypes)),
     )
     plan, _ = random_plan(prunable, seed=seed)
     slim = copy.deepcopy(model)
     cut(slim, plan)
-    for table, count in tables:
-        assert table.dense == count(model)
-        expected, found = table.at(plan.widths()), count(slim)
+    for cost, count in costs:
+        expected, found = cost(plan.widths()), count(slim)
         # What heads, or layers of CoaT, share until they are cut is counted as if it were cut.
         shared = "coat" in case.architecture or any(unit.sharing != "own" for unit in prunable.units())
         assert found <= expected if shared else found == expected
@@ -223,11 +222,11 @@ def test_storage_that_is_no_polynomial_is_counted(kinds, gone):
     model = build(CASES["efficientvit_mit.LiteMLA"])
     prunable = find_prunable_layers(model)
     units = prunable.units(kinds)
-    table = storage_table(model, prunable, {unit.key: 1 for unit in units}, None, copies=True)
+    cost = storage_cost(model, prunable, {unit.key: 1 for unit in units}, None, copies=True)
     widths = {unit.key: unit.width - less for unit, less in zip(units, gone, strict=False)}
     kept = {unit.key: (tuple(range(widths[unit.key])),) * unit.heads for unit in units}
     cut(model, Plan(tuple(UnitPlan(*unit.key, unit.width, kept[unit.key]) for unit in units)))
-    assert table.at(widths) == count_parameters(model)
+    assert cost(widths) == count_parameters(model)
 
 
 # --- from file to file ---

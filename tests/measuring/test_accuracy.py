@@ -79,15 +79,6 @@ def test_no_images_give_no_accuracy() -> None:
         evaluate(Lookup(torch.eye(3)), [], device=CPU)
 
 
-def test_running_out_of_memory_names_the_batch_size() -> None:
-    class Hungry(nn.Module):
-        def forward(self, images):
-            raise torch.OutOfMemoryError("no room")
-
-    with pytest.raises(MhacutError, match=r"too little memory for 4 images.*batch_size"):
-        evaluate(Hungry(), batches([0] * 6, 4), device=CPU)
-
-
 def test_amp_computes_in_bfloat16() -> None:
     seen = []
 

@@ -79,7 +79,7 @@ def test_repaired_or_shrunk_a_cut_is_a_mere_slice(name):
         module, seen = model.get_submodule(unit.layer), moments[unit.key]
         (candidate, *_) = find_candidates(module, unit, seen, 1, SearchOptions(basis="channel"))
         width = max(1, unit.width // 2)
-        shrink(module, unit, candidate, width, seen, "kept")
+        shrink(module, unit, candidate, width, seen)
         shrunk = model(x)
         cut(model, Plan((candidate.plan(width),)))
         assert relative(model(x), shrunk) < 1e-8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 from functools import partial
@@ -9,15 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save_file
 
-import mhacut
 from helpers.cli import FAST, refusal
 from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build
 from helpers.pruning import prune_quickly
-from mhacut.commands.prune_calibration import METADATA_KEY, read_calibration, write_calibration
-from mhacut.errors import DataError, OutputError
+from mhacut.commands.prune_calibration import read_calibration, write_calibration
+from mhacut.errors import DataError
 
 prune = partial(prune_quickly, flops="60%")
 CASES = [
@@ -48,8 +48,8 @@ def test_what_is_read_is_what_was_written(case, images, tmp_path):
     torch.manual_seed(0)
     job = job_of(build(case), torch.randn(images, *case.size))
     calibration = job.calibrate()
-    write_calibration(tmp_path / "kept.safetensors", calibration, job)
-    assert equal(read_calibration(tmp_path / "kept.safetensors", job), calibration)
+    write_calibration(tmp_path / "kept.pt", calibration, job)
+    assert equal(read_calibration(tmp_path / "kept.pt", job), calibration)
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_what_is_read_is_what_was_written(case, images, tmp_path):
     ],
 )
 def test_whatever_is_asked_for_its_calibration_is_read_again(tiny_vit, tmp_path, options):
-    reporter, kept = Recorder(), tmp_path / "kept.safetensors"
+    reporter, kept = Recorder(), tmp_path / "kept.pt"
     first, second = (
         prune(tiny_vit, tmp_path / f"{name}.safetensors", calibration=kept, reporter=reporter, **options)
         for name in ("first", "second")
@@ -76,9 +76,9 @@ def test_whatever_is_asked_for_its_calibration_is_read_again(tiny_vit, tmp_path,
 @pytest.fixture(scope="module")
 def kept_once(tiny_vit, tmp_path_factory):
     folder = tmp_path_factory.mktemp("kept")
-    first = prune(tiny_vit, folder / "first.safetensors", calibration=folder / "kept.safetensors")
+    first = prune(tiny_vit, folder / "first.safetensors", calibration=folder / "kept.pt")
     assert "calibrating" in first.seconds
-    return folder / "kept.safetensors"
+    return folder / "kept.pt"
 
 
 @pytest.fixture
@@ -127,34 +127,27 @@ def test_one_of_other_weights_is_refused(tiny_vit, kept, tmp_path):
         )
 
 
-def changed_header(content):
-    return content.replace(b"F64", b"C64", 1)
+def saved(content):
+    """Bytes that ``torch.save`` writes of an object."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
 def of_other_tensors(content):
-    return content[:-1] + bytes([content[-1] ^ 1])
-
-
-def other_conditions(content):
-    return content.replace(b'batch_size\\": \\"4', b'batch_size\\": \\"5')
+    at = content.index(b"data/1") + 200  # within a storage
+    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
 
 
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
         (lambda content: b"precious text", "is not a calibration file written by mhacut"),
-        (lambda content: save({"x": torch.zeros(3)}), "no 'mhacut-calibration'"),
-        (lambda content: save({"x": torch.zeros(3)}, {METADATA_KEY: "[1]"}), "is not a calibration file"),
-        (
-            lambda content: save({"x": torch.zeros(3)}, {METADATA_KEY: '{"a":' * 100_000}),
-            "is not a calibration",
-        ),
+        (lambda content: saved({"x": torch.zeros(3)}), "no 'conditions'"),
+        (lambda content: saved([1]), "is not a calibration file"),
         (lambda content: content[:-5], "is not a calibration file"),
         (lambda content: b"", "file is empty (0 bytes)"),
-        (lambda content: bytes(7) + b"\x01" + b"{}", "is not a calibration file"),
-        (changed_header, "found C64"),
-        (of_other_tensors, "its tensors are not those that were written"),
-        (other_conditions, "was made under other conditions (batch_size)"),
+        (of_other_tensors, "is damaged"),
     ],
 )
 def test_the_command_refuses_a_damaged_one_in_a_line(tiny_vit, kept, tmp_path, monkeypatch, damage, says):
@@ -165,20 +158,3 @@ def test_the_command_refuses_a_damaged_one_in_a_line(tiny_vit, kept, tmp_path, m
     assert message.splitlines()[-1].startswith(f"error: {kept}: ")
     assert says in message.splitlines()[-1]
     assert "Name another file by --calibration" in message.splitlines()[-1]
-
-
-def test_the_calibration_is_not_written_over_the_model(tiny_vit, tmp_path):
-    with pytest.raises(
-        mhacut.UsageError, match=r"calibration='same\.safetensors': expected another file than"
-    ):
-        prune(tiny_vit, "same.safetensors", calibration="same.safetensors")
-
-
-def test_the_output_is_never_the_kept_calibration(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    path = tmp_path / "kept.safetensors"
-    prune(tiny_vit, tmp_path / "first.safetensors", calibration=path)
-    before = path.read_bytes()
-    with pytest.raises(OutputError, match="never overwritten"):
-        prune(tiny_vit, "kept.safetensors", calibration=path, overwrite=True)
-    assert path.read_bytes() == before

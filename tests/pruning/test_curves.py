@@ -154,7 +154,7 @@ def test_errors_without_a_repair_are_those_of_dead_channels(basis):
         model = copy.deepcopy(it.model)
         if candidate.rotation is not None:
             rotate(model.get_submodule(unit.layer), unit, candidate.rotation)
-        tensors = masked_tensors(model, it.prunable, plan_channel_scales(it.prunable, plan, None, "kept"))
+        tensors = masked_tensors(model, it.prunable, plan_channel_scales(it.prunable, plan, None))
         model.load_state_dict({**model.state_dict(), **tensors})
         left = it.divergence(unit, it.layer_output(model, unit.layer) - dense)
         assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3)
@@ -215,7 +215,7 @@ def test_errors_of_a_pooling_head_are_those_before_its_mlp():
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
     curve = curves_on_all_images(job, calibration, {unit.key: candidate})[unit.key]
     shrunk, given = copy.deepcopy(model), []
-    shrink(shrunk.attn_pool, unit, candidate, 1, seen, "kept")
+    shrink(shrunk.attn_pool, unit, candidate, 1, seen)
     for each in (model, shrunk):
         each.attn_pool.proj.register_forward_hook(lambda m, i, output: given.append(output[:, 0]))
     logs = [each(images).log_softmax(-1) for each in (model, shrunk)]
@@ -241,7 +241,7 @@ def test_errors_of_logits_are_those_of_the_layer_cut(it):
         for width in it.choices[unit.key][:-1]:
             model = copy.deepcopy(it.model)
             layer = model.get_submodule(unit.layer)
-            shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key], "kept")
+            shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key])
             errors = it.layer_output(model, unit.layer) - dense
             # The least of it and of narrower widths: curves never rise.
             least = min(it.curves[unit.key][other] for other in it.choices[unit.key] if other <= width)
@@ -250,7 +250,7 @@ def test_errors_of_logits_are_those_of_the_layer_cut(it):
         width = it.choices[unit.key][0]
         shrunk = copy.deepcopy(it.model)
         layer = shrunk.get_submodule(unit.layer)
-        shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key], "kept")
+        shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key])
         errors = it.layer_output(shrunk, unit.layer) - dense
         assert it.curves[unit.key][width] == pytest.approx(it.divergence(unit, errors), rel=1e-6)
 

@@ -62,7 +62,7 @@ class Bench:
         """Search and cut."""
         found = self.search(share, options)
         trained = found.channel_scales if options.reweight else None
-        channel_scales = plan_channel_scales(self.prunable, found.plan, trained, options.temperature)
+        channel_scales = plan_channel_scales(self.prunable, found.plan, trained)
         slim = copy.deepcopy(self.model)
         cut(slim, found.plan, channel_scales)
         return found.plan, channel_scales, slim
@@ -125,7 +125,6 @@ def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
         {"score_adjustment": False},
         {"init": "uniform"},
         {"reweight": False},
-        {"temperature": "dense"},
     ],
     ids=str,
 )
@@ -166,7 +165,7 @@ def test_the_papers_method_is_a_preset_that_other_options_override():
 def test_scales_of_removed_channels_are_zero(bench):
     plan = bench.search(0.5).plan
     for unit in plan:
-        scales = plan_channel_scales(bench.prunable, plan, None, "kept")[unit.key]
+        scales = plan_channel_scales(bench.prunable, plan, None)[unit.key]
         kept = [torch.nonzero(row)[:, 0].tolist() for row in scales]
         assert kept == [list(row) for row in unit.kept]
 

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import timm
 
 from mhacut.checkpoint.build import shapes_of
-from mhacut.checkpoint.fingerprints import TABLE, Fingerprint, fingerprint, write_table
+from mhacut.checkpoint.fingerprints import TABLE, Fingerprint, fingerprint
 from mhacut.commands.models import architectures, build_weightless, entry_of
+
+
+def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
+    """Return the text of a table, from the fingerprint of each architecture.
+
+    A line without indent begins a group with its digest. Below it, each line has a digest of all names and
+    shapes and the architectures that share it.
+    """
+    groups: dict[str, dict[str, list[str]]] = {}
+    for name, digests in sorted(fingerprints.items()):
+        groups.setdefault(digests.any_size, {}).setdefault(digests.exact, []).append(name)
+    lines = [f"timm {timm}"]
+    for any_size, by_exact in groups.items():
+        lines.append(any_size)
+        lines += [" " + " ".join([exact, *names]) for exact, names in by_exact.items()]
+    return "\n".join(lines) + "\n"
 
 
 def prunable_fingerprints(names: Iterable[str]) -> dict[str, Fingerprint]:

@@ -117,7 +117,7 @@ def resume(folder: Path, content: bytes) -> None:
 
 def calibrate(folder: Path, content: bytes) -> None:
     """Read a calibration, or have it refused."""
-    path = folder / "kept.safetensors"
+    path = folder / "kept.pt"
     path.write_bytes(content)
     job, _ = calibrated_job()
     with refused_only_as(DataError, f"{path}: is not a calib", f"{path}: was made under other conditions"):
@@ -139,7 +139,7 @@ def calibrated_job() -> tuple[Job, bytes]:
     torch.manual_seed(0)
     job = job_of(build(ModelCase("vit_tiny_patch16_224", args)), torch.randn(3, 3, 32, 32))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kept.safetensors")
+        path = Path(folder, "kept.pt")
         write_calibration(path, job.calibrate(), job)
         return job, path.read_bytes()
 

@@ -155,7 +155,7 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
         width = nearest_width(count, unit.width, job.round_to)
         if job.options.score_adjustment:
             score = adjust_scores(score, width)
-        factor = temperature_factor(unit, width, job.options.temperature, "channel")
+        factor = temperature_factor(unit, width, "channel")
         channel_scales[unit.key] = straight_through_mask(score) * state.channel_scale * factor
         # Straight through too: the width that would stay, with the gradient of the sum of indicators.
         soft = state.indicator.sum() / unit.heads
