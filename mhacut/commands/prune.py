@@ -19,9 +19,8 @@ from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_calibration import calibrated
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
-from mhacut.commands.prune_result import PruneResult, PruneResults, choices_of
+from mhacut.commands.prune_result import PruneResult, PruneResults, advice, choices_of
 from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
-from mhacut.commands.prune_verdict import advice
 from mhacut.data import ImagesInMemory
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 
 from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
-from mhacut.commands.prune_images import Answers
-from mhacut.commands.prune_inputs import PruneInputs
+from mhacut.commands.prune_inputs import Answers, PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.plan import Plan, UnitKey

@@ -14,7 +14,6 @@ from timm.models import save_for_hf
 
 import mhacut
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
-from helpers.cli import run
 from helpers.files import save_dense
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.timm_cfg import completed_cfg
@@ -153,21 +152,6 @@ def test_shapes_that_do_not_fit_are_counted_and_hinted_at(dense, changes, says):
     message = refusal(dense[1], model=NAME, model_args={**ARGS, **changes})
     assert "its tensors do not fit vit_tiny_patch16_224" in message
     assert all(text in message for text in says), message
-
-
-@pytest.mark.parametrize(
-    ("name", "args", "heads"),
-    [
-        ("swin_tiny_patch4_window7_224", {"embed_dim": 24}, "num_heads=3,6,12,24"),
-        ("vit_tiny_patch16_224", {"embed_dim": 24, "depth": 1}, "num_heads=3"),
-    ],
-)
-def test_the_advice_for_a_width_that_timm_lacks_opens_the_file(name, args, heads, tmp_path):
-    path = save_dense(timm.create_model(name, num_classes=3, **args), tmp_path / "narrow.safetensors")
-    refused = run("inspect", path, "--model", name)
-    assert f"--model-arg {heads}, or as many as it has?" in refused.stderr
-    opened = run("inspect", path, "--model", name, "--model-arg", heads)
-    assert opened.exit_code == 0, opened.stderr
 
 
 def test_a_file_of_another_model_is_refused_in_one_line(tmp_path):
