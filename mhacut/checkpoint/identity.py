@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import kind_of, plain_json
+from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
@@ -80,7 +80,7 @@ def checked_model_args(args: object) -> dict[str, Any]:
         CheckpointError: an argument loads or places something, or is no JSON value of sane size.
     """
     if not isinstance(args, Mapping):
-        raise CheckpointError(f"model_args: expected an object, found {kind_of(args)}")
+        raise CheckpointError(f"model_args: expected an object, found {type(args).__name__}")
     for name in args:
         if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
             raise CheckpointError(f"model_args: {reprlib.repr(name):.100} is not an argument name")
@@ -102,7 +102,7 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
         CheckpointError: a value is no JSON value of sane size.
     """
     if not isinstance(cfg, Mapping):
-        raise CheckpointError(f"pretrained_cfg: expected an object, found {kind_of(cfg)}")
+        raise CheckpointError(f"pretrained_cfg: expected an object, found {type(cfg).__name__}")
     # Where weights come from is left out: nothing that a file states may make timm fetch others.
     kept: dict[str, Any] = plain_json(
         {name: value for name, value in cfg.items() if name in _CFG_KEYS and value is not None}

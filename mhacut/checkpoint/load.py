@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -20,39 +19,25 @@ from mhacut.runtime.files import REMOTE, check_checkpoint
 from mhacut.runtime.progress import Reporter
 
 
-def open_checkpoint(
-    source: str | os.PathLike[str],
-    *,
-    model: str | None = None,
-    model_args: Mapping[str, Any] | None = None,
-    num_classes: int | None = None,
-    part: str | None = None,
-) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
     """Open a checkpoint; of a file, only the header is read at first.
 
     Args:
         source: a safetensors or torch file, a folder, ``hf-hub:OWNER/NAME`` for a folder of the hub, or
             ``timm:NAME`` for timm's pretrained weights, which are read at once. Content decides the format,
             not the suffix.
-        model: timm's name of the architecture, for files that do not state it.
-        model_args: further arguments of ``timm.create_model``, ``{"img_size": 32}``.
-        num_classes: size of the classifier; read from its shape if None.
-        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
-            Slim files and ``timm:NAME`` have none, whatever is given.
+        hints: fields of :class:`ModelHints`; slim files and ``timm:NAME`` have no ``part``.
 
     Raises:
         CheckpointError: the file cannot be read or trusted; nothing was run from it.
     """
-    return _open(source, ModelHints(model, model_args or {}, num_classes, part))
-
-
-def _open(source: str | os.PathLike[str], hints: ModelHints) -> Checkpoint:
+    given = ModelHints(**hints)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
-        return open_pretrained(source, hints)
+        return open_pretrained(source, given)
     if isinstance(source, str) and source.startswith(HUB_PREFIXES):
-        return open_from_hub(source, hints)
+        return open_from_hub(source, given)
     check_checkpoint(source)  # an empty name, too, which pathlib takes for the working directory
-    return Checkpoint.open(source, hints)
+    return Checkpoint.open(source, given)
 
 
 def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
@@ -98,8 +83,8 @@ def open_from_options(
     Raises:
         CheckpointError: as :func:`read_model`.
     """
-    hints = ModelHints(options.model, options.model_args, options.num_classes, options.part)
-    checkpoint = _open(options.checkpoint, hints)
+    hints = {name: getattr(options, name) for name in ("model", "model_args", "num_classes", "part")}
+    checkpoint = open_checkpoint(options.checkpoint, **hints)
     if weights:
         _ = checkpoint.model
     for note in checkpoint.notes:

@@ -39,7 +39,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also of integers of thousands of digits
         raise CheckpointError(f"{where}: not valid JSON ({error!s:.200})") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{where}: expected an object, found {kind_of(document)}")
+        raise CheckpointError(f"{where}: expected an object, found {type(document).__name__}")
     return document
 
 
@@ -56,8 +56,3 @@ def plain_json(value: object) -> Any:
         raise CheckpointError(
             f"a value of the model's description cannot be stored: {error!s:.200}"
         ) from None
-
-
-def kind_of(value: object) -> str:
-    """Return the name of the type of ``value`` for a message."""
-    return "nothing" if value is None else type(value).__name__

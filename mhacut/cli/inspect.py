@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 _WIDTH = 80
 
 
-def _check_outputs(options: InspectOptions) -> None:
-    check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
-
-
-@command(InspectOptions, check_outputs=_check_outputs)
+@command(
+    InspectOptions,
+    check_outputs=lambda given: check_outputs(
+        (given.html,), overwrite=given.overwrite, input_paths=given.files_read()
+    ),
+)
 def inspect(options: InspectOptions, console: Console) -> None:
     """Show the layers of CHECKPOINT, dense or slim: what each costs, and how redundant its heads are.
 

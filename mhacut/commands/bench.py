@@ -127,7 +127,11 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     """Run :func:`bench` with its options in one object."""
     device = timing_device(options.runtime, options.device)
     reporter.start("reading")
-    checkpoints = [_read(path, options) for path in options.checkpoints]
+    checkpoints = []
+    for path in options.checkpoints:
+        model = None if str(path).startswith(REMOTE) else options.model
+        checkpoints.append(read_model(path, model=model, model_args=options.model_args, part=options.part))
+        checkpoints[-1].model.requires_grad_(False)
     sizes = _input_sizes(checkpoints, reporter)
     with using_threads(options.threads) as threads, many_compiled():
         conditions = Conditions(options.runtime, device, threads, options.dtype)
@@ -166,13 +170,6 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
 def _file_bytes(checkpoint: Checkpoint) -> int | None:
     header = checkpoint.header
     return None if header is None else sum(path.stat().st_size for path in header.shards or [header.path])
-
-
-def _read(path: PathLike, options: BenchOptions) -> Checkpoint:
-    model = None if str(path).startswith(REMOTE) else options.model
-    checkpoint = read_model(path, model=model, model_args=options.model_args, part=options.part)
-    checkpoint.model.requires_grad_(False)
-    return checkpoint
 
 
 def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:

@@ -8,13 +8,12 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
 
-from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.data import CalibrationImages, calibration_images
+from mhacut.data import calibration_images
 from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare, read_dense
-from mhacut.inspection.layers import Evidence, Inspection, LayerReport, inspect_model
+from mhacut.inspection.layers import Inspection, LayerReport, inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.options.base import DataOptions, PathLike
 from mhacut.options.inspect import InspectKeywords, InspectOptions
@@ -92,11 +91,30 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     evidence = comparison = None
     if options.sees_images:
         opened.model.requires_grad_(False).to(resolve_device(options.device))
-        images = _images(options, opened)
-        if options.data_dir is not None or options.dataset is not None:
-            evidence = _evidence(opened, images, options, reporter)
+        source = DataOptions(
+            data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split
+        )
+        preprocessing, count = resolve_preprocessing(opened, options), options.images_wanted
+        found = calibration_images(preprocessing, source, count=count, seed=options.seed, use_labels=False)
+        images, size = found.images, options.batch_size
+        if options.has_images:
+            reporter.start("calibrating")
+            prunable = find_prunable_layers(opened.model)
+            calibration = calibrate(opened.model, prunable, images, batch_size=size, reporter=reporter)
+            evidence = calibration, found.description
         if options.compare is not None:
-            comparison = _comparison(opened, images, options, reporter)
+            reporter.start("reading")
+            dense = read_dense(options.compare, opened, reporter, options.part)
+            reporter.start("comparing")
+            comparison = compare(
+                dense.model.requires_grad_(False).to(resolve_device(options.device)),
+                opened.model,
+                images,
+                source=dense.source,
+                data=found.description,
+                batch_size=size,
+                progress=reporter.advance,
+            )
     reporter.start("looking at heads")
     inspection = inspect_model(
         opened,
@@ -126,48 +144,6 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
             "patterns: 'blocks.1*.attn')"
         )
     return wanted
-
-
-def _images(options: InspectOptions, opened: Checkpoint) -> CalibrationImages:
-    return calibration_images(
-        resolve_preprocessing(opened, options),
-        DataOptions(data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split),
-        count=options.images_wanted,
-        seed=options.seed,
-        use_labels=False,
-    )
-
-
-def _evidence(
-    opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
-) -> Evidence:
-    reporter.start("calibrating")
-    calibration = calibrate(
-        opened.model,
-        find_prunable_layers(opened.model),
-        images.images,
-        batch_size=options.batch_size,
-        reporter=reporter,
-    )
-    return Evidence(calibration, images.description)
-
-
-def _comparison(
-    opened: Checkpoint, images: CalibrationImages, options: InspectOptions, reporter: Reporter
-) -> Comparison:
-    assert options.compare is not None
-    reporter.start("reading")
-    dense = read_dense(options.compare, opened, reporter, options.part)
-    reporter.start("comparing")
-    return compare(
-        dense.model.requires_grad_(False).to(resolve_device(options.device)),
-        opened.model,
-        images.images,
-        source=dense.source,
-        data=images.description,
-        batch_size=options.batch_size,
-        progress=reporter.advance,
-    )
 
 
 def _order(sort: str) -> Callable[[LayerReport], float]:

@@ -66,10 +66,6 @@ def split_folder(root: Path, split: str) -> Path | None:
     return None
 
 
-def _is_split_name(name: str) -> bool:
-    return name in ("test", "testing") or any(name in names for names in SPLIT_NAMES.values())
-
-
 def subfolders(root: Path) -> list[str]:
     """Names of the visible folders in ``root``, in timm's order of classes."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
@@ -101,8 +97,8 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
     folder = split_folder(root, split)
     if folder is not None:
         return folder
-    folders = subfolders(root)
-    if split not in SPLIT_NAMES or any(_is_split_name(name) for name in folders):
+    folders, known = subfolders(root), {"test", "testing"}.union(*SPLIT_NAMES.values())
+    if split not in SPLIT_NAMES or known.intersection(folders):
         raise DataError(
             f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with "
             f"{option_name(option)}"

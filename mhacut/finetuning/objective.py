@@ -334,7 +334,7 @@ def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
     if model is None and not states_its_model(options.teacher, options.teacher_part):
         model = slim.identity.architecture
         args = {**dense_args(slim.identity), **args}
-    return open_checkpoint(options.teacher, model=model, model_args=args or None, part=options.teacher_part)
+    return open_checkpoint(options.teacher, model=model, model_args=args or {}, part=options.teacher_part)
 
 
 @torch.no_grad()

@@ -160,20 +160,11 @@ class Inspection:
     were read."""
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """Activations of the model that is inspected."""
-
-    calibration: Calibration
-    description: str
-    """Description of the images."""
-
-
 def inspect_model(
     opened: Checkpoint,
     *,
     shapes_only: bool = False,
-    evidence: Evidence | None = None,
+    evidence: tuple[Calibration, str] | None = None,
     preprocessing: PreprocessingOptions | None = None,
     prunable: PrunableLayers | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -183,7 +174,8 @@ def inspect_model(
     Args:
         opened: a checkpoint; its weights are read if they were not read yet.
         shapes_only: read no weights; only the widths of heads are then known.
-        evidence: activations to judge heads by; None to judge by the weights alone.
+        evidence: activations to judge heads by, and a description of the images; None to judge by the weights
+            alone.
         preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
         prunable: prunable layers of the model; found if None.
         progress: called with (layers done, layers in all).
@@ -204,12 +196,12 @@ def inspect_model(
     for done, layer in enumerate(prunable.layers, start=1):
         findings: dict[UnitKey, tuple[HeadFindings, ...]] = {}
         if layer.adapter.family == "attention" and not shapes_only:
-            findings = _findings(model.get_submodule(layer.name), layer, evidence)
+            findings = _findings(model.get_submodule(layer.name), layer, evidence and evidence[0])
         units = {u.kind: _unit_report(u, plans.get(u.key), findings.get(u.key, ())) for u in layer.units}
         layers.append(_layer_report(model, layer, units, flops, parameters))
         if progress is not None:
             progress(done, len(prunable.layers))
-    judged_by = BY_WEIGHTS if evidence is None else evidence.description
+    judged_by = BY_WEIGHTS if evidence is None else evidence[1]
     return Inspection(
         source=opened.source,
         architecture=opened.identity.architecture,
@@ -256,20 +248,20 @@ def _layer_report(
 
 @torch.no_grad()
 def _findings(
-    module: nn.Module, layer: Layer, evidence: Evidence | None
+    module: nn.Module, layer: Layer, calibration: Calibration | None
 ) -> dict[UnitKey, tuple[HeadFindings, ...]]:
     findings = {}
     for unit in layer.units:
         if unit.kind == "hidden":  # the MLP of a block that holds attention too
             continue
-        if evidence is None:
+        if calibration is None:
             by_weights = white_moments(module, unit)
             if by_weights is None:
                 continue
             moments, similarity = by_weights
         else:
-            moments = evidence.calibration.moments[unit.key]
-            similarity = evidence.calibration.statistics[unit.key].redundancy
+            moments = calibration.moments[unit.key]
+            similarity = calibration.statistics[unit.key].redundancy
         findings[unit.key] = describe_heads(module, unit, moments, similarity)
     return findings
 

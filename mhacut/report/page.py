@@ -16,7 +16,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.provenance import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
-from mhacut.inspection.layers import Evidence, inspect_model
+from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
@@ -85,8 +85,7 @@ def write_report(
     if len(used) < len(images.images):
         data = f"the first {len(used)} of {data}"
     calibration = calibrate(pruned.model, layers[1], used, batch_size=batch_size)
-    evidence = Evidence(calibration, data)
-    inspection = inspect_model(pruned, evidence=evidence, prunable=layers[1])
+    inspection = inspect_model(pruned, evidence=(calibration, data), prunable=layers[1])
     comparison = compare(
         dense.model,
         pruned.model,

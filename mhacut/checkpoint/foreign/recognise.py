@@ -65,7 +65,7 @@ def recognise(header: FileHeader, *, headless: bool = False, model: str | None =
         return None
     try:
         return _conversion(header, family, config, headless)
-    except (KeyError, IndexError, ZeroDivisionError) as error:  # a tensor is missing, or has another shape
+    except (KeyError, IndexError, ArithmeticError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: a tensor is missing or has an unexpected shape "
             f"({error!s:.150}); expected all tensors of the model"
