@@ -138,8 +138,17 @@ class Checkpoint:
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for the user: what was inferred, which part of a file was used."""
-        notes = self._identify().notes
-        return notes if self.header is None else (*notes, *_file_notes(self.header, self.record))
+        notes, header = list(self._identify().notes), self.header
+        if header is None:
+            return tuple(notes)
+        naming = header.naming.note(header.part, header.other_parts)
+        notes += [] if naming is None else [naming]
+        dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
+        if dtypes not in ([], ["float32"]):
+            notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")
+        if self.record is not None:
+            notes.append(f"slim file, written by mhacut in {len(self.record.history)} step(s)")
+        return tuple(notes)
 
     @property
     def model(self) -> nn.Module:
@@ -235,14 +244,3 @@ def _record_of(header: FileHeader) -> SlimRecord | None:
         return SlimRecord.from_json(text)
     except CheckpointError as error:
         raise CheckpointError(f"{show(header.path)}: {error}") from None
-
-
-def _file_notes(header: FileHeader, record: SlimRecord | None) -> list[str]:
-    naming = header.naming.note(header.part, header.other_parts)
-    notes = [] if naming is None else [naming]
-    dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
-    if dtypes not in ([], ["float32"]):
-        notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")
-    if record is not None:
-        notes.append(f"slim file, written by mhacut in {len(record.history)} step(s)")
-    return notes

@@ -33,10 +33,6 @@ MERGE_FIRST = (
     'torch.save(merged.state_dict(), "weights.pth")'
 )
 """Advice for an adapter of PEFT."""
-_CONVERTED = {
-    "adapter_config.json": f"holds an adapter of PEFT and no whole model; {MERGE_FIRST}",
-}
-"""Files of folders without weights of their own, and what to do with these."""
 
 
 @dataclass(frozen=True)
@@ -64,20 +60,18 @@ def open_folder(folder: Path) -> Folder:
         raise CheckpointError(f"{show(folder)}: is a directory without a config.json; {hint}")
     weights = [one] if one is not None else _shards(folder)
     if not weights:
-        fault = next((what for name, what in _CONVERTED.items() if (folder / name).is_file()), None)
-        if fault is None and config is None:
-            fault = f"is a directory without a config.json{_other_files(folder)}"
+        adapter = (folder / "adapter_config.json").is_file()
+        fault = f"holds an adapter of PEFT and no whole model; {MERGE_FIRST}" if adapter else ""
+        if not fault and config is None:
+            # A run of finetune leaves files of other names.
+            named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
+            models = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
+            fault = "is a directory without a config.json"
+            fault += f"; give one of the files that it holds: {listed(models, 3)}" if models else ""
         fault = fault or "holds no weights, expected model.safetensors beside config.json"
         raise CheckpointError(f"{show(folder)}: {fault}")
     of_timm = config is None or "architecture" in config
     return Folder(weights, config, None if of_timm else _preprocessor(folder))
-
-
-def _other_files(folder: Path) -> str:
-    """Return a hint at the checkpoints of a folder, by their names; a run of finetune leaves such files."""
-    named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
-    models = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
-    return f"; give one of the files that it holds: {listed(models, 3)}" if models else ""
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:

@@ -50,13 +50,14 @@ class SlimRecord:
 
     def to_json(self) -> str:
         """Return one line of JSON that :meth:`from_json` reads back; ``layers`` is for human readers."""
+        bases = {unit.basis for unit in self.plan if not unit.keeps_all}
         document = {
             # The oldest version that has all that is written, so that older mhacuts read most files.
             "format_version": FORMAT_VERSION if self.plan.tokens else 1,
             "architecture": self.identity.architecture,
             "model_args": self.identity.model_args,
             "pretrained_cfg": self.identity.pretrained_cfg,
-            "basis": _plan_basis(self.plan),
+            "basis": bases.pop() if len(bases) == 1 else "mixed" if bases else "channel",
             "preprocessing": self.preprocessing,
             "layers": _layer_widths(self.plan),  # like basis, for people; the plan alone is read
             "history": list(self.history),
@@ -90,12 +91,6 @@ class SlimRecord:
             raise CheckpointError(f"{where}: {error}") from error
         identity = ModelIdentity(document["architecture"], document["model_args"], document["pretrained_cfg"])
         return cls(identity, plan, document["preprocessing"], document["history"])
-
-
-def _plan_basis(plan: Plan) -> str:
-    """Return the basis of the plan's indices: ``channel``, ``principal``, or ``mixed`` where units differ."""
-    bases = {unit.basis for unit in plan if not unit.keeps_all}
-    return "mixed" if len(bases) > 1 else next(iter(bases), "channel")
 
 
 def _layer_widths(plan: Plan) -> dict[str, dict[str, int]]:

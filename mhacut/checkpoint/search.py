@@ -68,7 +68,10 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
     if not fits:
         raise CheckpointError(_nothing_fits(header, built))
     # A model that computes something else would give other logits from the same file: the user must say.
-    chosen, *others = sorted(fits, key=lambda fit: _plainness(fit.identity.architecture))
+    named = {fit.identity.architecture: fit for fit in fits}
+    # ``vit_*`` first, then by the length of the name.
+    order = sorted(named, key=lambda name: (not name.startswith("vit_"), len(name), name))
+    chosen, *others = (named[name] for name in order)
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
     if any(differing for _, differing in unlike):
         raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
@@ -114,11 +117,6 @@ def _distance(fit: Identified) -> tuple[int, int, int]:
     """Number of arguments that were inferred: first those of the structure, then sizes, then the images'."""
     sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
-
-
-def _plainness(name: str) -> tuple[bool, int, str]:
-    """Order of architectures that fit equally well: ``vit_*`` first, then by the length of the name."""
-    return not name.startswith("vit_"), len(name), name
 
 
 def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:

@@ -104,6 +104,8 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
 
     A name of a script's own comes last, with arguments of the model it stands for; they are None otherwise.
     """
+    from timm.models import get_arch_pretrained_cfgs
+
     of_script: tuple[str, str, dict[str, Any]] | None = None
     for entry, options in _groups(stated):
         for key in _MODEL_KEYS:
@@ -114,7 +116,8 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
             architecture, _, tag = _PREFIX.sub("", value, count=1).partition(".")
             if re.fullmatch(r"\w{1,128}", architecture, re.ASCII) and known_model(architecture):
                 tagged = f"{architecture}.{tag}"
-                return tagged if _has_tag(architecture, tag) else architecture, origin, None
+                has_tag = bool(tag) and tagged in get_arch_pretrained_cfgs(architecture)
+                return tagged if has_tag else architecture, origin, None
             named = _OF_SCRIPTS.fullmatch(value)
             patch = (named[2] or options.get("patch_size", 16)) if named else None
             if named and of_script is None and known_model(f"vit_{named[1]}_patch{patch}_224"):
@@ -123,12 +126,6 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
                 pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
                 of_script = f"vit_{named[1]}_patch{patch}_224", origin, {**further, **pooled}
     return of_script or (None, "", None)
-
-
-def _has_tag(architecture: str, tag: str) -> bool:
-    from timm.models import get_arch_pretrained_cfgs
-
-    return bool(tag) and f"{architecture}.{tag}" in get_arch_pretrained_cfgs(architecture)
 
 
 def _args(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,20 +31,14 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
     from mhacut.commands.evaluate import run_evaluate
 
     measured = run_evaluate(options, console)
-    console.result(_evaluated(measured), _document(measured))
-
-
-def _evaluated(measured: EvaluateResult) -> str:
-    evaluation = measured.evaluation
-    return "\n".join(
-        [
-            table(measured.rows()),
-            "",
-            f"model: {safe(measured.architecture)} from {safe(measured.source)}",
-            f"data: {safe(measured.data)}, in {evaluation.seconds:.1f} s on {safe(measured.device)}",
-            *preprocessing_lines(measured.preprocessing, measured.provenance),
-        ]
-    )
+    lines = [
+        table(measured.rows()),
+        "",
+        f"model: {safe(measured.architecture)} from {safe(measured.source)}",
+        f"data: {safe(measured.data)}, in {measured.evaluation.seconds:.1f} s on {safe(measured.device)}",
+        *preprocessing_lines(measured.preprocessing, measured.provenance),
+    ]
+    console.result("\n".join(lines), _document(measured))
 
 
 def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) -> list[str]:

@@ -171,12 +171,6 @@ class Preprocessing:
 
 def is_too_small_to_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
     """Whether images of ``size``, [C, H, W], are not cropped unless somebody asks for it."""
-    return max(size[1:]) <= SMALL_IMAGE and not _states_crop(pretrained_cfg, size)
-
-
-def _states_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
-    """Whether timm's record states a crop for images of this very size."""
     stated = pretrained_cfg.get("input_size")
-    return pretrained_cfg.get("crop_pct") is not None and (
-        stated is None or tuple(stated)[1:] == tuple(size[1:])
-    )
+    of_this_size = stated is None or tuple(stated)[1:] == tuple(size[1:])
+    return max(size[1:]) <= SMALL_IMAGE and (pretrained_cfg.get("crop_pct") is None or not of_this_size)

@@ -28,12 +28,15 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
     title = "Architecture" if record is None else "Dense architecture"
     flops = format_flops(measure_flops(loaded.model, preprocessing.input_size))
+    before = record.history[0].get("flops_before") if record is not None and record.history else None
+    if is_int(before) and 0 < before < _MOST:
+        flops += f", dense {format_flops(before)}"
     details = {
         title: architecture,
         "Classes": classes,
         "Image size": "x".join(map(str, preprocessing.input_size[1:])),
         "Preprocessing": provenance(loaded, PreprocessingOptions()).describe(preprocessing),
-        "FLOPs (multiply-accumulates, attention included)": flops + _dense_flops(record),
+        "FLOPs (multiply-accumulates, attention included)": flops,
         "Parameters": format_flops(count_parameters(loaded.model)),
         **_accuracy(record),
     }
@@ -87,12 +90,6 @@ def _header(classifies: bool, cut: bool, license: str | None) -> list[str]:
     if license is not None:
         lines.append(f"license: {license}")
     return [*lines, "---"]
-
-
-def _dense_flops(record: SlimRecord | None) -> str:
-    """Return the FLOPs of the dense model by a slim file's history; empty if not stated."""
-    first = record.history[0].get("flops_before") if record is not None and record.history else None
-    return f", dense {format_flops(first)}" if is_int(first) and 0 < first < _MOST else ""
 
 
 def _accuracy(record: SlimRecord | None) -> dict[str, str]:

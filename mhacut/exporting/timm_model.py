@@ -8,12 +8,11 @@ being imported; so modules of mhacut are imported only when a model is made.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from timm.models import build_model_with_cfg, create_model, model_entrypoint, register_model
 from timm.models._features import FeatureGetterNet
-from torch import Tensor, nn
+from torch import nn
 
 NAME = "mhacut_slim"
 
@@ -53,11 +52,13 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         cut(dense, Plan.from_json(plan, tokens))
         return dense
 
+    # The dense family's function that resizes weights of another image size; not every family has one.
+    family = sys.modules[model_entrypoint(base).__module__]
     model: nn.Module = build_model_with_cfg(
         cut_model,
         NAME,
         pretrained,
-        pretrained_filter_fn=_checkpoint_filter(base),
+        pretrained_filter_fn=getattr(family, "checkpoint_filter_fn", None),
         feature_cfg={"feature_cls": _features, "out_indices": None},
         **kwargs,
     )
@@ -79,10 +80,3 @@ def _features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
     # A model that leaves out tokens keeps its head, which cannot pool others.
     features: nn.Module = FeatureGetterNet(model, out_indices, prune=not tokens_of(model))
     return features
-
-
-def _checkpoint_filter(base: str) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """Return the dense family's function that resizes weights of another image size."""
-    # It stands in the module of the architecture; not every family has one.
-    family = sys.modules[model_entrypoint(base).__module__]
-    return getattr(family, "checkpoint_filter_fn", None)

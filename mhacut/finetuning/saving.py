@@ -42,7 +42,10 @@ def start(run: Run) -> None:
         if run.processes.first:
             run.lock = run.folder.lock()
             if not resuming:
-                _make_directory(run)
+                run.folder.check_new(run.options)  # again, now that nobody else may write there
+                if (old := run.folder.set_aside()) is not None:
+                    run.reporter.log(f"the earlier run is now in {old}")
+                run.folder.write_arguments(run.options)
         if resuming:  # every process reads the file: it is as large as three models, to send it takes longer
             state = run.folder.read_state()
             if state is not None:
@@ -66,14 +69,6 @@ def start(run: Run) -> None:
     if run.progress.best is not None:
         with run.processes.together():
             write_weights(run, BEST, run.progress.before)
-
-
-def _make_directory(run: Run) -> None:
-    run.folder.check_new(run.options)  # again, now that nobody else may write there
-    old = run.folder.set_aside()
-    if old is not None:
-        run.reporter.log(f"the earlier run is now in {old}")
-    run.folder.write_arguments(run.options)
 
 
 def _restore(run: Run, state: Mapping[str, Any]) -> None:

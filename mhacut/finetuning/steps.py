@@ -59,9 +59,12 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         progress.add_step(loss, int(seen))
         seconds += time.perf_counter() - began
         images += int(seen)
-        _report_step(run, loss / seen, images / seconds)
+        step, per_epoch = progress.step, run.batches.steps_per_epoch
+        epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
+        detail = f"epoch {epoch}/{epochs} loss {loss / seen:.4f} {images / seconds:.0f} images/s"
+        run.reporter.advance(step, run.total_steps, detail)
         # With --steps, the last epoch may be cut short: it has a line in the summary all the same.
-        if progress.step % run.batches.steps_per_epoch == 0 or progress.step == run.total_steps:
+        if step % per_epoch == 0 or progress.step == run.total_steps:
             _end_epoch(run, logs)
             # Measuring may have taken long: look again whether somebody asked meanwhile.
             (stop,) = run.processes.total([float(run.request.asked)])
@@ -105,13 +108,6 @@ def _check_finite(run: Run, loss: float) -> None:
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {state}. {advice}"
         )
-
-
-def _report_step(run: Run, loss: float, rate: float) -> None:
-    step, per_epoch = run.progress.step, run.batches.steps_per_epoch
-    epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
-    detail = f"epoch {epoch}/{epochs} loss {loss:.4f} {rate:.0f} images/s"
-    run.reporter.advance(step, run.total_steps, detail)
 
 
 def _how_to_go_on(run: Run) -> str:

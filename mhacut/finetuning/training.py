@@ -123,7 +123,10 @@ class Trainer:
         images = 0
         for position, batch in enumerate(batches):
             last = position == options.grad_accum_steps - 1
-            self._seed(mixed_seed(options.seed, _MODEL_STREAM, number, self.processes.rank, position))
+            seed = mixed_seed(options.seed, _MODEL_STREAM, number, self.processes.rank, position)
+            seed_everything(seed)
+            if self.device.type == "cuda":  # else stochastic depth would differ in a resumed run
+                torch.cuda.manual_seed(seed)
             with self._gradients_shared(last), refusing_compile(option_name("compile", True)):
                 loss = self._loss(number, batch)
                 # Every part has as many images: the mean over parts is the mean over the step's images.
@@ -142,12 +145,6 @@ class Trainer:
             # The step sets the decay of the warm-up: it must not begin again in a resumed run.
             self.average.update(self.model, step=number + 1)
         return float(torch.stack(losses).sum()), images
-
-    def _seed(self, seed: int) -> None:
-        """Seed all generators; without the GPU's, stochastic depth would differ in a resumed run."""
-        seed_everything(seed)
-        if self.device.type == "cuda":
-            torch.cuda.manual_seed(seed)
 
     def _loss(self, number: int, batch: Batch) -> Tensor:
         moved = batch.images.to(self.device, non_blocking=True)

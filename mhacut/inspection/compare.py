@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -271,8 +272,10 @@ class _LayerHooks:
             for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
                 yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
         for name in [name for name, module in self.slim.named_modules() if isinstance(module, Matcher)]:
-            yield self.slim.get_submodule(name).register_forward_hook(self._slim_matcher_hook(name))
-            yield self.dense.get_submodule(name).register_forward_hook(self._dense_matcher_hook(name))
+            # The dense model merges what the slim one has merged.
+            keep, take = partial(self._matches.__setitem__, name), partial(self._matches.pop, name, None)
+            yield self.slim.get_submodule(name).register_forward_hook(lambda *call, keep=keep: keep(call[2]))
+            yield self.dense.get_submodule(name).register_forward_hook(lambda *_, take=take: take())
 
     def _slim_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -291,18 +294,6 @@ class _LayerHooks:
                 self.tallies[name].add_own(output, self.slim.get_submodule(name)(*args, **kwargs))
             finally:
                 self._on_dense_input = False
-
-        return hook
-
-    def _slim_matcher_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Match) -> None:
-            self._matches[name] = output
-
-        return hook
-
-    def _dense_matcher_hook(self, name: str) -> Callable[..., Match | None]:
-        def hook(module: nn.Module, args: Any, output: Match) -> Match | None:
-            return self._matches.pop(name, None)
 
         return hook
 

@@ -121,7 +121,12 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
     # A rename would replace the device itself, such as /dev/null in a container.
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{show(path)}: is a device, pipe or socket; choose another name")
-    check_creatable(target)
+    nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path("/"))
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        why = "writable" if os.path.isdir(nearest) else "a directory"
+        raise OutputError(
+            f"{show(target)}: cannot be created, {show(nearest)} is not {why}; choose another place"
+        )
 
 
 def _is_part_of(target: Path, source: Path) -> bool:
@@ -130,16 +135,6 @@ def _is_part_of(target: Path, source: Path) -> bool:
         real = Path(os.path.realpath(target))  # a link may lead there
         return str(real.parent) == os.path.realpath(source) and bool(READ_IN_FOLDERS.fullmatch(real.name))
     return target.exists() and source.exists() and os.path.samefile(target, source)
-
-
-def check_creatable(target: Path) -> None:
-    """Raise an :class:`OutputError` if ``target`` cannot be made in the nearest directory that exists."""
-    nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path("/"))
-    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "writable" if os.path.isdir(nearest) else "a directory"
-        raise OutputError(
-            f"{show(target)}: cannot be created, {show(nearest)} is not {why}; choose another place"
-        )
 
 
 def check_outputs(

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -79,13 +80,13 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Sent by Ctrl-C and by schedulers."""
 
 
+@dataclass
 class StopRequest:
     """Whether a signal asked to stop."""
 
-    def __init__(self) -> None:
-        self.asked = False
-        self.answered = False
-        """Whether the log says that this takes a while."""
+    asked: bool = False
+    answered: bool = False
+    """Whether the log says that this takes a while."""
 
 
 @contextmanager

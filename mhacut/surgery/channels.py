@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -145,7 +146,7 @@ def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> Non
     """
     linear, mixing = [axis], select_heads(axis, mixing)
     if axis.norm is not None:
-        norm = module.get_submodule(axis.norm)
+        norm: Any = module.get_submodule(axis.norm)
         factor = norm_factor(norm)
         factor = factor[axis.rows(unit.heads, unit.width).to(factor.device)]  # (H, d, copies)
         for part in (axis, norm_axis(axis, "running_mean")):
@@ -162,13 +163,8 @@ def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> Non
         mixed = torch.einsum("hij,hj...->hi...", mixing.square(), variance)
         set_channels(module, unit, norm_axis(axis, "running_var"), mixed)
         mixed = channels_of(module, unit, norm_axis(axis, "running_var")).double()  # as it was rounded
-        set_channels(module, unit, norm_axis(axis, "weight"), (mixed + _eps(norm)).sqrt())
+        set_channels(module, unit, norm_axis(axis, "weight"), (mixed + norm.eps).sqrt())
         linear += [norm_axis(axis, "running_mean"), norm_axis(axis, "bias")]
     for part in linear:
         rows = channels_of(module, unit, part).double()
         set_channels(module, unit, part, torch.einsum("hij,hj...->hi...", mixing, rows))
-
-
-def _eps(norm: nn.Module) -> float:
-    assert isinstance(norm, _BatchNorm)
-    return norm.eps
