@@ -58,11 +58,9 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
     path = Path(source)
     if not path.is_dir():
         return _named(_file_header(path, part))
-    folder = open_folder(path)
-    weights = folder.weights
+    weights, config, preprocessor = open_folder(path)
     header = _file_header(weights[0], part) if len(weights) == 1 else _sharded_header(weights, part)
-    header = dataclasses.replace(header, config=folder.config, preprocessor=folder.preprocessor)
-    return _named(header)
+    return _named(dataclasses.replace(header, config=config, preprocessor=preprocessor))
 
 
 def _file_header(path: Path, part: str | None = None) -> FileHeader:

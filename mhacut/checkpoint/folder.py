@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +34,13 @@ MERGE_FIRST = (
 """Advice for an adapter of PEFT."""
 
 
-@dataclass(frozen=True)
-class Folder:
-    """Files of a folder that are read."""
+def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
+    """Find what is read of a folder.
 
-    weights: Sequence[Path]
-    """The file with the weights, or the files they are spread over."""
-    config: dict[str, Any] | None
-    """Content of ``config.json`` or ``open_clip_config.json``; untrusted. None if there is neither."""
-    preprocessor: dict[str, Any] | None
-    """Content of ``preprocessor_config.json`` of transformers; untrusted."""
-
-
-def open_folder(folder: Path) -> Folder:
-    """Return weights and configuration of a folder.
+    Returns:
+        The file with the weights, or the files they are spread over; the content of ``config.json`` or
+        ``open_clip_config.json``, and that of transformers' ``preprocessor_config.json``: untrusted, None
+        where there is none.
 
     Raises:
         CheckpointError: there are no weights, or not all shards, or one whole file without a configuration.
@@ -71,7 +63,7 @@ def open_folder(folder: Path) -> Folder:
         fault = fault or "holds no weights, expected model.safetensors beside config.json"
         raise CheckpointError(f"{show(folder)}: {fault}")
     of_timm = config is None or "architecture" in config
-    return Folder(weights, config, None if of_timm else _preprocessor(folder))
+    return weights, config, None if of_timm else _preprocessor(folder)
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.smallest import Bracket, Search, Trial, smallest_within
+from mhacut.pruning.smallest import Search, Trial, smallest_within
 from mhacut.surgery.costs import count_bytes, storage_cost
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
@@ -409,7 +409,7 @@ class _Loss(Target):
             return planner.expected_divergence((limit,)) if by_curves else 1 - budget / job.table.dense
 
         self._search: Search = smallest_within(
-            Bracket(self.lowest, highest, step), expected, self.nats_per_unit * max(self.most, self.floor)
+            range(self.lowest, highest + 1, step), expected, self.nats_per_unit * max(self.most, self.floor)
         )
         return Limit(job.table.flops, next(self._search))
 

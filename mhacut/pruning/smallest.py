@@ -30,23 +30,11 @@ class Trial:
     """Loss relative to the bound; the model is within it at 1 or less."""
 
 
-@dataclass(frozen=True)
-class Bracket:
-    """Budgets between which the smallest model within the bound lies."""
-
-    low: int
-    """Lowest budget."""
-    high: int
-    """Highest budget."""
-    step: int
-    """Difference of budgets that is worth a trial."""
-
-
 Search = Generator[int, Trial, None]
 """Yields budgets to try, and is sent the trial of each."""
 
 
-def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: float) -> Search:
+def smallest_within(budgets: range, expected: Callable[[int], float], goal: float) -> Search:
     """Search for the model of least cost within the bound; if none is, the highest budget is tried too.
 
     Losses are assumed to fall as budgets grow, though not steadily. Until one trial passes and one fails, the
@@ -56,26 +44,27 @@ def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: fl
     apart, smaller models are tried until :data:`_MISSES` in a row miss.
 
     Args:
-        bracket: budgets to look at.
+        budgets: from the lowest to the highest; its step is the difference that is worth a trial.
         expected: loss that is expected at a budget, up to a factor; falls as budgets grow.
         goal: expected loss at which to begin.
     """
-    failing, passing = bracket.low - bracket.step, bracket.high + bracket.step
+    low, high, step = budgets.start, budgets.stop - 1, budgets.step
+    failing, passing = low - step, high + step
     best: int | None = None
     sizes, failed = list[int](), list[tuple[int, Trial]]()
     above, below = math.inf, 0.0  # ratios at the failing and at the passing budget
-    while passing - failing > bracket.step:
+    while passing - failing > step:
         sizes.append(passing - failing)
         if below > _LEAST and above < math.inf:
             # The secant of log(ratio), which is 0 at the bound.
             share = math.log(above) / (math.log(above) - math.log(below))
             budget = round(failing + share * (passing - failing))
         else:
-            budget = _where(expected, goal, bracket)
+            budget = _where(expected, goal, budgets)
         if len(sizes) > 2 and sizes[-1] > _SHRINKS * sizes[-3]:
             budget = (failing + passing) // 2
-        ends = failing + bracket.step, passing - bracket.step
-        budget = min(max(min(budget, ends[1]), min(ends), bracket.low), bracket.high)
+        ends = failing + step, passing - step
+        budget = min(max(min(budget, ends[1]), min(ends), low), high)
         trial = yield budget
         if trial.ratio <= 1:
             passing, below = trial.cost, trial.ratio
@@ -86,21 +75,21 @@ def smallest_within(bracket: Bracket, expected: Callable[[int], float], goal: fl
         if trial.ratio > _LEAST and math.isfinite(trial.ratio):
             goal = expected(budget) / trial.ratio
     if best is not None:
-        yield from _below(best, failed, bracket)
+        yield from _below(best, failed, budgets)
 
 
-def _below(best: int, failed: Sequence[tuple[int, Trial]], bracket: Bracket) -> Search:
+def _below(best: int, failed: Sequence[tuple[int, Trial]], budgets: range) -> Search:
     """Walk down from the least cost so far.
 
     Args:
         best: least cost of a model within the bound.
         failed: budgets that missed the bound, and their trials, which stand for budgets near them.
-        bracket: budgets to look at.
+        budgets: budgets to look at.
     """
-    stride = max(bracket.step, bracket.high // _STRIDES)
+    stride = max(budgets.step, (budgets.stop - 1) // _STRIDES)
     budget, missed = best, 0
-    while missed < _MISSES and budget > bracket.low:
-        budget = max(budget - stride, bracket.low)
+    while missed < _MISSES and budget > budgets.start:
+        budget = max(budget - stride, budgets.start)
         near = (
             trial
             for high, trial in failed
@@ -111,10 +100,10 @@ def _below(best: int, failed: Sequence[tuple[int, Trial]], bracket: Bracket) -> 
         budget = min(budget, trial.cost)
 
 
-def _where(expected: Callable[[int], float], goal: float, bracket: Bracket) -> int:
+def _where(expected: Callable[[int], float], goal: float, budgets: range) -> int:
     """Lowest budget, to a step, at which at most ``goal`` is expected."""
-    low, high = bracket.low, bracket.high
-    while high - low > bracket.step:
+    low, high = budgets.start, budgets.stop - 1
+    while high - low > budgets.step:
         middle = (low + high) // 2
         if expected(middle) <= goal:
             high = middle

@@ -16,14 +16,14 @@ from helpers.models import ModelCase, build
 from helpers.pruning import QUICK, last_step, prune_quickly
 from mhacut.errors import BudgetError, UsageError
 from mhacut.measuring.accuracy import standard_error_of_drop
-from mhacut.pruning.smallest import Bracket, Trial, smallest_within
+from mhacut.pruning.smallest import Trial, smallest_within
 
 # --- search ---
 
 
-def smallest(bracket, attempt, expected, goal):
+def smallest(budgets, attempt, expected, goal):
     """The trial of least cost within the bound; None if there is none."""
-    search, best = smallest_within(bracket, expected, goal), None
+    search, best = smallest_within(budgets, expected, goal), None
     try:
         budget = next(search)
         while True:
@@ -53,7 +53,7 @@ def test_the_search_finds_the_smallest_budget_within_a_step(data):
         tried.append(budget)
         return Trial(budget, factor * expected(budget) / bound)
 
-    best = smallest(Bracket(low, high, step), attempt, expected, bound)
+    best = smallest(range(low, high + 1, step), attempt, expected, bound)
     passing = [budget for budget in tried if factor * expected(budget) <= bound]
     if factor * expected(high) > bound:
         assert best is None
@@ -72,7 +72,7 @@ def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape
         tried.append(budget)
         return Trial(budget, 40 * math.exp(-budget / 100) / 0.02)
 
-    best = smallest(Bracket(50, 1000, 2), attempt, lambda budget: math.exp(-budget / 100), 0.02)
+    best = smallest(range(50, 1001, 2), attempt, lambda budget: math.exp(-budget / 100), 0.02)
     assert best.cost == pytest.approx(100 * math.log(40 / 0.02), abs=2)
     assert len(tried) <= 6 + 3  # the last three miss
 
@@ -95,7 +95,7 @@ def test_three_models_below_the_smallest_miss(noise, bound, plateau):
         return tried[-1]
 
     best = smallest(
-        Bracket(0, 1000, 10), attempt, lambda budget: math.exp(2 - 4 * budget / 1000), math.exp(bound)
+        range(0, 1001, 10), attempt, lambda budget: math.exp(2 - 4 * budget / 1000), math.exp(bound)
     )
     within = [trial.cost for trial in tried if trial.ratio <= 1]
     if best is None:
@@ -118,7 +118,7 @@ def test_plateaus_count_once():
         tried.append(cost)
         return Trial(cost, 0.9 if cost >= 720 or cost in (640, 600) else 1.1)
 
-    best = smallest(Bracket(0, 1000, 10), attempt, lambda budget: 1 - budget / 1000, 0.3)
+    best = smallest(range(0, 1001, 10), attempt, lambda budget: 1 - budget / 1000, 0.3)
     assert best.cost == 600
     walked = tried[tried.index(640) :]
     assert walked == [640, 600, 560, 520, 480]
@@ -132,7 +132,7 @@ def test_the_walk_takes_strides_of_a_quarter_of_a_percent():
         tried.append(budget)
         return Trial(budget, 0.9 if budget >= 9500 else 1.1)
 
-    best = smallest(Bracket(8000, 10000, 1), attempt, lambda budget: 1 - budget / 1e4, 0.1)
+    best = smallest(range(8000, 10001, 1), attempt, lambda budget: 1 - budget / 1e4, 0.1)
     assert best.cost == 9500
     assert all(any(abs(budget - below) <= 13 for budget in tried) for below in (9475, 9450, 9425))
     assert len(tried) <= 20
@@ -143,7 +143,7 @@ def test_smaller_models_within_the_bound_are_found_beyond_one_that_is_not():
         within = any(budget in part for part in (range(668, 673), range(683, 688), range(700, 1001)))
         return Trial(budget, 0.9 if within else 1.1)
 
-    best = smallest(Bracket(0, 1000, 5), attempt, lambda budget: 1 - budget / 1000, 0.3)
+    best = smallest(range(0, 1001, 5), attempt, lambda budget: 1 - budget / 1000, 0.3)
     assert best.cost in range(668, 673)
 
 
