@@ -56,10 +56,13 @@ def _text(result: FinetuneResult) -> str:
             "no epoch was better than the start, so the file holds the weights that training began with; the "
             f"weights of the last step are in {safe(result.folder / LAST)}"
         )
+    processes = "" if result.processes == 1 else f"{result.processes} x "
+    speed = f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
     lines += [
         f"saved {safe(result.output)}",
         f"loads with: mhacut.load_model({str(result.output)!r})",
-        f"trained {result.steps} steps on {safe(result.data)}{_speed(result)}",
+        f"trained {result.steps} steps on {safe(result.data)}"
+        + (speed if result.images_per_second else "; nothing was left to train"),
     ]
     lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
@@ -68,13 +71,6 @@ def _text(result: FinetuneResult) -> str:
             f"{safe(result.unreadable[0])}"
         )
     return "\n".join(lines)
-
-
-def _speed(result: FinetuneResult) -> str:
-    if not result.images_per_second:
-        return "; nothing was left to train"
-    processes = "" if result.processes == 1 else f"{result.processes} x "
-    return f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
 
 
 def _document(result: FinetuneResult) -> dict[str, Any]:

@@ -143,7 +143,10 @@ def _write(
 ) -> tuple[dict[int, float], Quantization | None]:
     """Write the file or folder; return its differences from the model, and how INT8 compares."""
     model, size = loaded.model, preprocessing.input_size
-    about = json.dumps(_about(loaded, preprocessing.to_json()), sort_keys=True)
+    # How to prepare images, and what was done to the model.
+    history = () if loaded.record is None else loaded.record.history
+    stated = {"architecture": loaded.identity.architecture, "preprocessing": preprocessing.to_json()}
+    about = json.dumps({**stated, "history": [dict(entry) for entry in history]}, sort_keys=True)
     differences: dict[int, float] = {}
     quantized: list[Quantization] = []
 
@@ -186,16 +189,6 @@ def _check(target: Path, options: ExportOptions, input_path: Path | None) -> Non
     else:
         files = _files(target, options)
         check_outputs(files, overwrite=options.overwrite, input_paths=(input_path,))
-
-
-def _about(loaded: Checkpoint, preprocessing: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a file states about itself: how to prepare images, and what was done to the model."""
-    history = () if loaded.record is None else loaded.record.history
-    return {
-        "architecture": loaded.identity.architecture,
-        "preprocessing": preprocessing,
-        "history": [dict(entry) for entry in history],
-    }
 
 
 @torch.no_grad()

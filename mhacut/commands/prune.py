@@ -31,7 +31,7 @@ from mhacut.pruning.check import check_exact, check_flops, masked_outputs, same_
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.recover import recover
-from mhacut.report.page import measured_figures, write_overview, write_report
+from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
@@ -364,7 +364,7 @@ def _write(
             record=record,
             dtypes=inputs.dtypes,
         )
-        figures = measured_figures(before, after, conditions)
+        figures = [row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))]
         for one in reached:
             figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)

@@ -172,15 +172,11 @@ class Objective:
             smoothing = self.smoothing if labels.dim() == 1 else 0.0
             loss = loss + self.label_weight * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
         if self.student is not None and self.teacher is not None and self.teacher.blocks is not None:
-            loss = loss + self.feature_weight * self._feature_error(self.student, self.teacher.blocks)
+            ours, theirs = self.student.take(), self.teacher.blocks.take()  # none where no gradient is needed
+            errors = [_relative_error(ours[name].float(), theirs[name].float()) for name in ours]
+            if errors:
+                loss = loss + self.feature_weight * torch.stack(errors).mean()
         return loss
-
-    @staticmethod
-    def _feature_error(student: Blocks, teacher: Blocks) -> Tensor:
-        """Mean over blocks of the :func:`_relative_error` of their outputs; 0 where no gradient is needed."""
-        ours, theirs = student.take(), teacher.take()
-        errors = [_relative_error(ours[name].float(), theirs[name].float()) for name in ours]
-        return torch.stack(errors).mean() if errors else torch.zeros(())
 
 
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:

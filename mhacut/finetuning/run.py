@@ -127,7 +127,12 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     if options.amp and options.amp_dtype == "bfloat16":
         warn_of_slow_amp(processes.device, reporter.log)
     reporter.start("reading")
-    loaded = _read_slim(options)
+    source = os.fspath(options.checkpoint)
+    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
+        raise CheckpointError(
+            f"{source}: is not a slim file; prune it first: mhacut prune {source} --flops 50%"
+        )
+    loaded = read_model(source)
     for note in loaded.notes:
         reporter.log(note)
     options = with_dense_model(options, loaded, reporter)
@@ -194,15 +199,6 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         held_out=held_out,
         teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
     )
-
-
-def _read_slim(options: FinetuneOptions) -> Checkpoint:
-    source = os.fspath(options.checkpoint)
-    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
-        raise CheckpointError(
-            f"{source}: is not a slim file; prune it first: mhacut prune {source} --flops 50%"
-        )
-    return read_model(source)
 
 
 def _training_images(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> TrainingImages:

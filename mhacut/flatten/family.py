@@ -97,7 +97,14 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
     number, or that differs in another dimension, stays as it is, and ``load_state_dict`` refuses it.
     """
     wanted = model.state_dict()
-    grids = {**_encoding_grids(model), **_bias_grids(model), **getattr(model, "pos_embed_grids", {})}
+    grids: dict[str, tuple[int, int]] = dict(getattr(model, "pos_embed_grids", {}))
+    for name, module in model.named_modules():
+        if isinstance(module, FocusedLinearAttention):
+            grids[f"{name}.positional_encoding"] = module.grid_size
+        elif "relative_position_bias_table" in module._parameters:
+            # A row per offset of two tokens in a window: of n tokens a side, from 1 - n to n - 1.
+            height, width = module.window_size
+            grids[f"{name}.relative_position_bias_table"] = (2 * height - 1, 2 * width - 1)
     resized = dict(state_dict)
     for name, grid in grids.items():
         tensor = state_dict.get(name)
@@ -131,25 +138,3 @@ def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4)
     ]
     side = math.isqrt(max(tokens, default=0))
     return side * patch_size if side and side * side == max(tokens) else None
-
-
-def _encoding_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
-    return {
-        f"{name}.positional_encoding": (module.grid_size[0], module.grid_size[1])
-        for name, module in model.named_modules()
-        if isinstance(module, FocusedLinearAttention)
-    }
-
-
-def _bias_grids(model: nn.Module) -> dict[str, tuple[int, int]]:
-    """Height and width of each table of position biases: a row per offset of two tokens in a window."""
-    windows = {
-        name: module.window_size
-        for name, module in model.named_modules()
-        if "relative_position_bias_table" in module._parameters
-    }
-    # In a window of n tokens a side, offsets run from 1 - n to n - 1.
-    return {
-        f"{name}.relative_position_bias_table": (2 * height - 1, 2 * width - 1)
-        for name, (height, width) in windows.items()
-    }

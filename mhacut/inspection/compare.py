@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from mhacut.adapters.base import Layer
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import dense_args
 from mhacut.checkpoint.load import read_model, states_its_model
@@ -147,7 +146,14 @@ def compare(
     Raises:
         MhacutError: the two have different layers, heads or classes, or their outputs are not finite.
     """
-    same_tokens = _of_same_tokens(dense, slim, source)
+    asked = option_name("compare", source)
+    advice = "give the dense model that the checkpoint was made from"
+    try:  # layers can be compared on equal tokens only
+        same_tokens = with_tokens(dense, tokens_of(slim))
+    except (PlanError, UnsupportedModelError) as error:
+        raise MhacutError(
+            f"{asked}: leaves out different tokens than the checkpoint ({error}); {advice}"
+        ) from error
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
@@ -159,20 +165,38 @@ def compare(
             batch = images[start : start + batch_size].to(device)
             actual, dense_output = slim(batch).float(), same_tokens(batch).float()
             expected = dense_output if same_tokens is dense and not merged_of(dense) else dense(batch).float()
-            _check_same_classes(expected, actual, source)
+            if expected.shape != actual.shape:
+                raise MhacutError(
+                    f"{asked}: its output has {expected.shape[-1]} numbers per image, that of the checkpoint "
+                    f"{actual.shape[-1]}; {advice}"
+                )
             divergence += float(measured.divergence(actual, expected)) * len(batch)
             same += float((expected.argmax(-1) == actual.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
-        raise MhacutError(f"{option_name('compare', source)}: one model's outputs are not finite numbers")
+        raise MhacutError(f"{asked}: one model's outputs are not finite numbers")
     flops = [_flops(model, images) for model in (dense, slim)]
+    slim_units = {unit.key: unit for unit in prunable[1].units()}
+    layers = []
+    for layer in prunable[0].layers:
+        both = [(unit, slim_units[unit.key]) for unit in layer.units if unit.key in slim_units]
+        tally = tallies[layer.name]
+        layers.append(
+            LayerComparison(
+                name=layer.name,
+                family=layer.adapter.family,
+                widths={unit.kind: (unit.width, cut.width) for unit, cut in both},
+                flops=(flops[0].get(layer.name, 0), flops[1].get(layer.name, 0)),
+                own_error=tally.own_error,
+                error=tally.error,
+                agreement=tally.agreement,
+            )
+        )
     return Comparison(
         dense=source,
         flops=(flops[0][""], flops[1][""]),
         parameters=(count_parameters(dense), count_parameters(slim)),
-        layers=tuple(
-            _compare_layer(layer, prunable[1], flops, tallies[layer.name]) for layer in prunable[0].layers
-        ),
+        layers=tuple(layers),
         agreement=same / len(images) if gives_probabilities(dense) else None,
         divergence=divergence / len(images),
         images=len(images),
@@ -180,41 +204,10 @@ def compare(
     )
 
 
-def _of_same_tokens(dense: nn.Module, slim: nn.Module, source: str) -> nn.Module:
-    """Return the dense model with the tokens of the slim one: layers can be compared on equal tokens only."""
-    try:
-        return with_tokens(dense, tokens_of(slim))
-    except (PlanError, UnsupportedModelError) as error:
-        raise MhacutError(
-            f"{option_name('compare', source)}: leaves out different tokens than the checkpoint ({error}); "
-            "give the dense model that the checkpoint was made from"
-        ) from error
-
-
 def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:
     """FLOPs of each module, for images of this size."""
     channels, height, width = images.shape[1:]
     return measure_flops_by_module(model, (channels, height, width))
-
-
-def _compare_layer(
-    layer: Layer, slim: PrunableLayers, flops: Sequence[Mapping[str, int]], tally: _Tally
-) -> LayerComparison:
-    """Compare one dense ``layer``; ``flops`` are those of both models, by module."""
-    slim_units = {unit.key: unit for unit in slim.units()}
-    widths = {
-        unit.kind: (unit.width, slim_units[unit.key].width) for unit in layer.units if unit.key in slim_units
-    }
-    dense_flops, slim_flops = (by_module.get(layer.name, 0) for by_module in flops)
-    return LayerComparison(
-        layer.name,
-        layer.adapter.family,
-        widths,
-        (dense_flops, slim_flops),
-        tally.own_error,
-        tally.error,
-        tally.agreement,
-    )
 
 
 class _Tally:
@@ -296,14 +289,6 @@ class _LayerHooks:
                 self._on_dense_input = False
 
         return hook
-
-
-def _check_same_classes(dense: Tensor, slim: Tensor, source: str) -> None:
-    if dense.shape != slim.shape:
-        raise MhacutError(
-            f"{option_name('compare', source)}: its output has {dense.shape[-1]} numbers per image, that of "
-            f"the checkpoint {slim.shape[-1]}; give the dense model that the checkpoint was made from"
-        )
 
 
 def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:

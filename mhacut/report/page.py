@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -18,8 +18,7 @@ from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import inspect_model
 from mhacut.inspection.summary import summary
-from mhacut.measuring.accuracy import Fidelity, ModelFigures
-from mhacut.measuring.latency import latency_label
+from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
@@ -134,26 +133,6 @@ def write_overview(
     inspection = replace(inspection, provenance=provenance)
     contents = Contents(inspection, inspection.layers, choices=tuple(choices), verdict=tuple(warnings))
     return write_page(options.report, contents, options.overwrite, dense.path)
-
-
-def measured_figures(
-    before: ModelFigures, after: ModelFigures, timing: Mapping[str, Any]
-) -> list[tuple[str, str, str]]:
-    """Return the figures besides FLOPs and parameters, as name, value before and value after.
-
-    Args:
-        before: figures of the dense model.
-        after: figures of the pruned model.
-        timing: conditions that latency was measured under.
-    """
-    lines = []
-    if before.evaluation is not None and after.evaluation is not None:
-        name = before.evaluation.label
-        lines.append((name, f"{before.evaluation.top1:.2f}", f"{after.evaluation.top1:.2f}"))
-    if before.latency_ms is not None and after.latency_ms is not None:
-        name = latency_label(timing)
-        lines.append((name, f"{before.latency_ms:.2f}", f"{after.latency_ms:.2f}"))
-    return lines
 
 
 def page(contents: Contents) -> str:

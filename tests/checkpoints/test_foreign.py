@@ -202,7 +202,7 @@ def test_the_classifier_can_be_left_out(folder):
             {"hidden_size": "24"},
             "hidden_size: expected a whole number from 1, or two equal ones",
         ),
-        ({"hidden_size": 10**30}, "hidden_size: expected a whole number"),
+        ({"hidden_size": 10**30}, "timm cannot build"),
         ({"num_hidden_layers": 60000}, "is far too large for the tensors"),
         ({"image_size": [32, 16]}, "image_size: expected a whole number from 1, or two equal"),
         ({"image_size": 60000}, "at most 4194304 pixels"),
