@@ -209,7 +209,7 @@ def test_torch_pruning_meets_the_budget(criterion, spread, methods, tmp_path) ->
     assert measure_flops(read, (3, 32, 32)) / task.table.dense == pytest.approx(0.6, rel=0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -> None:
     flags = (
         f"--checkpoint {DIGITS / 'model'} --data-dir {DIGITS / 'images'} --keep 50 --calibration-images 64"

@@ -81,7 +81,7 @@ def test_a_run_cut_off_anywhere_goes_on_to_the_same_end(
     "optimisers",
     [
         ("sgd", "adamw", "adafactor", "radam", "madgrad", "muon"),
-        pytest.param(list_optimizers(), marks=pytest.mark.slow),
+        pytest.param(list_optimizers(), marks=pytest.mark.exhaustive),
     ],
 )
 def test_every_optimiser_goes_on_as_if_never_cut_off(tmp_path, optimisers):

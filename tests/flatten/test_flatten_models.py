@@ -21,7 +21,7 @@ from helpers.flatten_official import (
     official_name,
     official_state,
 )
-from helpers.models import slow_except
+from helpers.models import slow_but, slow_except
 from mhacut.errors import UsageError
 from mhacut.flatten import checkpoint_filter
 from mhacut.flatten.attention import FocusedLinearAttention
@@ -53,9 +53,8 @@ def filled(name: str) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("name", [name for name in REFERENCED if name in RUN])
+@pytest.mark.parametrize("name", slow_but({LARGEST}, [name for name in REFERENCED if name in RUN]))
 @torch.no_grad()
-@pytest.mark.slow
 def test_logits_are_those_of_the_official_model(name):
     facts, model = OFFICIAL[name], filled(name)
     count = 1 if name == LARGEST else len(facts["logits"])
@@ -233,7 +232,6 @@ def test_timm_lists_them():
 FIRST = [
     "import mhacut, importlib.util; assert importlib.util.find_spec('timm'); import timm",
     "import timm, mhacut",
-    "import mhacut.flatten.flatten_swin, timm",
     "import mhacut; from timm.layers import Mlp; import timm",
     "import mhacut, importlib, timm; importlib.reload(timm); importlib.reload(mhacut)",
 ]

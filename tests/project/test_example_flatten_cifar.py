@@ -15,7 +15,7 @@ import mhacut
 TRAIN = Path(__file__).parents[2] / "examples" / "flatten_cifar" / "train.py"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_it_trains_what_mhacut_opens_and_no_other_run_goes_on(tmp_path):
     pixels = np.random.default_rng(0)
     for split in ("train", "val"):

@@ -68,7 +68,7 @@ def test_the_wheel_holds_the_package(built):
     assert "mhacut = mhacut.cli:main" in entry_points
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive  # .ci/run runs that command after a plain pip install
 def test_the_wheel_alone_runs_the_command_of_the_readme(built, tmp_path):
     """With the dependencies of the tests; tests/tools/wheels.py tries it with its own."""
     wheel, place = built / f"mhacut-{VERSION}-py3-none-any.whl", tmp_path / "site"
