@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, shard_names
@@ -47,12 +47,28 @@ def hub_answers() -> bool:
 
 
 def _fetch(source: str, repository: str) -> Path:
-    """Return the folder of the cache, once it holds a configuration and weights."""
-    answers = hub_answers()
+    """Return the folder of the cache, once it holds a configuration and weights.
+
+    Raises:
+        CheckpointError: it cannot; there is no such repository, or it may not be read.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+    from timm.models import _hub
+
+    answers, download = hub_answers(), cast(Any, _hub.hf_hub_download)
 
     def get(*names: str) -> list[Path]:
-        paths = (_file(source, repository, name, offline=not answers) for name in names)
-        return [path for path in paths if path is not None]
+        paths = []
+        for file in names:
+            try:
+                name, revision = _hub.hf_split(repository)
+                paths.append(Path(download(name, file, revision=revision, local_files_only=not answers)))
+            except EntryNotFoundError:
+                continue
+            except Exception as error:  # in types of their own libraries
+                reason = str(error).strip().split("\n")[0] or type(error).__name__
+                raise CheckpointError(f"{source}: could not be downloaded ({reason:.200})") from error
+        return paths
 
     configs = get("config.json")
     if not configs or "architecture" not in read_json(configs[0]):
@@ -76,23 +92,3 @@ def _fetch(source: str, repository: str) -> Path:
         f"{source}: lacks {missing}; download its weights and give the file, and "
         f"{option_name('model', 'NAME')}"
     )
-
-
-def _file(source: str, repository: str, file: str, *, offline: bool) -> Path | None:
-    """Return the path of a file in the cache; None if there is none of this name.
-
-    Raises:
-        CheckpointError: there is no such repository, or it may not be read.
-    """
-    from huggingface_hub.errors import EntryNotFoundError
-    from timm.models import _hub
-
-    download: Any = _hub.hf_hub_download
-    try:
-        name, revision = _hub.hf_split(repository)
-        return Path(download(name, file, revision=revision, local_files_only=offline))
-    except EntryNotFoundError:
-        return None
-    except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(f"{source}: could not be downloaded ({reason:.200})") from error

@@ -119,12 +119,10 @@ def _channels(unit: UnitReport) -> list[str]:
         lines.append(f"  {unit.kind}: of {unit.dense} {basis} channels, kept (removed)")
         for head, kept in enumerate(unit.kept):
             gone = sorted(set(range(unit.dense)) - set(kept))
-            lines += _wrapped(f"    {head}: ", f"{ranges(kept)} ({ranges(gone)})")
+            label = f"    {head}: "
+            indents: Any = {"initial_indent": label, "subsequent_indent": " " * len(label)}
+            lines += textwrap.wrap(f"{ranges(kept)} ({ranges(gone)})", _WIDTH, **indents)
     return lines
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent=label, subsequent_indent=" " * len(label))
 
 
 def _filled(line: str, indent: str) -> list[str]:

@@ -82,7 +82,21 @@ def open_split(
     """
     split = getattr(data, option)
     if data.dataset is not None:
-        return _named_split(data, split, preprocessing, num_classes, use_labels, seed, transform)
+        name, where = str(data.dataset), f"of {data.dataset} {split}"
+        opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
+        if isinstance(opened, IterableDataset):
+            count = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
+            return Split(where, None, (), use_labels, lambda _: fingerprint([name, split], [count]), opened)
+        if not len(opened):
+            raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
+        targets = targets_of(name, opened)
+        return Split(
+            where,
+            NamedImages(name, opened, preprocessing, transform),
+            targets,
+            use_labels,
+            lambda chosen: fingerprint([name, split], [targets[i] for i in chosen]),
+        )
     assert data.data_dir is not None
     folder = scan(find_folder(data.data_dir, split, option))
     if not folder.images:
@@ -104,34 +118,6 @@ def open_split(
         folder.names,
         labelled,
         lambda chosen: fingerprint([folder.images[i] for i in chosen], [labels[i] for i in chosen]),
-    )
-
-
-def _named_split(
-    data: LabelledImages,
-    split: str,
-    preprocessing: Preprocessing,
-    num_classes: int | None,
-    use_labels: bool,
-    seed: int | None,
-    transform: Transform | None,
-) -> Split:
-    name = str(data.dataset)
-    opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
-    where = f"of {name} {split}"
-    if isinstance(opened, IterableDataset):
-        count = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
-        return Split(where, None, (), use_labels, lambda _: fingerprint([name, split], [count]), opened)
-    if not len(opened):
-        raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
-    targets = targets_of(name, opened)
-    images = NamedImages(name, opened, preprocessing, transform)
-    return Split(
-        where,
-        images,
-        targets,
-        use_labels,
-        lambda chosen: fingerprint([name, split], [targets[i] for i in chosen]),
     )
 
 

@@ -22,7 +22,9 @@ _LARGEST = 1e18
 
 def step(entry: Mapping[str, Any]) -> str:
     """Return one line about one command of a slim file's history, whose values are untrusted."""
-    command, version = _text(entry.get("command")), _text(_version(entry))
+    versions = entry.get("versions")
+    version = _text(versions.get("mhacut") if isinstance(versions, Mapping) else None)
+    command = _text(entry.get("command"))
     seed, data = _text(entry.get("seed")), _text(entry.get("data"))
     if command == "finetune":
         teacher = "no teacher" if entry.get("teacher_sha256") is None else "a teacher"
@@ -67,11 +69,6 @@ def _fidelity(stated: object) -> str:
     if not isinstance(stated, Mapping) or not is_number(value) or not 0 <= value < _LARGEST:
         return ""
     return f", divergence {value:.2g} on {_text(stated.get('images'))} {_text(stated.get('sample'))}"
-
-
-def _version(entry: Mapping[str, Any]) -> object:
-    versions = entry.get("versions")
-    return versions.get("mhacut") if isinstance(versions, Mapping) else None
 
 
 def _flops(value: Any) -> str:
@@ -136,14 +133,11 @@ def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
             curves = tuple(filter(None, map(_curve, listed)))
             # Later curves replace earlier ones, whose widths the file no longer has.
             known = int(budget) if is_number(budget) and 0 <= budget < _LARGEST else None
-            last = StoredCurves(curves, known, _measure(entry)) if curves else StoredCurves()
+            # Files whose cut preserved answers do not state what it was chosen by.
+            stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
+            measure = next((measure for measure in get_args(Measure) if measure == stated), None)
+            last = StoredCurves(curves, known, measure) if curves else StoredCurves()
     return last
-
-
-def _measure(entry: Mapping[str, Any]) -> Measure | None:
-    """Return the divergence that a cut was chosen by; files whose cut preserved answers do not state it."""
-    stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
-    return next((measure for measure in get_args(Measure) if measure == stated), None)
 
 
 def _curve(entry: Any) -> StoredCurve | None:

@@ -112,22 +112,19 @@ def _numbers(contents: Contents) -> Section:
     if comparison is not None:
         rows.append(["FLOPs", *map(format_flops, comparison.flops)])
         rows.append(["parameters", *map(format_flops, comparison.parameters)])
-        return Section("In numbers", _answers(comparison), table=Table(["", "dense", "slim"], rows))
+        if comparison.agreement is None:
+            answer = f"squared error of the features {comparison.divergence:.2g} of their variance"
+        else:
+            answer = (
+                f"{100 * comparison.agreement:.1f} % of images have the same top-1 class, "
+                f"KL divergence {comparison.divergence:.2g} nats"
+            )
+        text = f"Compared with {comparison.dense}, on {comparison.data}: {answer}."
+        return Section("In numbers", text, table=Table(["", "dense", "slim"], rows))
     if rows:
         return Section("In numbers", table=Table(["", "before", "after"], rows))
     rows = [["FLOPs", format_flops(inspection.flops)], ["parameters", format_flops(inspection.parameters)]]
     return Section("In numbers", table=Table(["", ""], rows))
-
-
-def _answers(comparison: Comparison) -> str:
-    if comparison.agreement is None:
-        answer = f"squared error of the features {comparison.divergence:.2g} of their variance"
-    else:
-        answer = (
-            f"{100 * comparison.agreement:.1f} % of images have the same top-1 class, "
-            f"KL divergence {comparison.divergence:.2g} nats"
-        )
-    return f"Compared with {comparison.dense}, on {comparison.data}: {answer}."
 
 
 def _heads(contents: Contents) -> Section | None:
@@ -139,22 +136,17 @@ def _heads(contents: Contents) -> Section | None:
         heat_map(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0)
         for kind in _ATTENTION_KINDS
     ]
-    if contents.inspection.judged_by is not None:
-        charts += [_redundancy(attention, kind) for kind in _ATTENTION_KINDS]
+    for kind in _ATTENTION_KINDS if contents.inspection.judged_by is not None else ():
+        rows = _cells(attention, kind, _similarity)
+        # Not below 0.01: shades of noise would look like redundancy.
+        maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
+        title = f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}"
+        charts.append(heat_map(title, rows, maximum))
     text = (
         "Rows are layers, columns are heads; the stronger the colour, the larger the value. "
         "Point at a cell to see its numbers."
     )
     return Section("Heads", text, charts=charts)
-
-
-def _redundancy(attention: Sequence[LayerReport], kind: UnitKind) -> str:
-    rows = _cells(attention, kind, _similarity)
-    # Not below 0.01: shades of noise would look like redundancy.
-    maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
-    return heat_map(
-        f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}", rows, maximum
-    )
 
 
 def _cells(

@@ -107,15 +107,6 @@ def _scale_kept(
         scale(module, unit, channel_scale)
 
 
-def _unshare(module: nn.Module, unit: Unit) -> None:
-    """Repeat every tensor that heads share, once for each head."""
-    for axis in unit.axes:
-        if axis.shared:
-            parameter = module.get_parameter(axis.tensor)
-            copies = [unit.heads if dim == axis.dim else 1 for dim in range(parameter.dim())]
-            _replace(module, axis.tensor, parameter.detach().repeat(copies))
-
-
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
     """Index every tensor of the layer by the channels that its units keep; units may share a dimension."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
@@ -124,8 +115,11 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
         if unit.kind not in unit_plans:
             continue
         unshared = unit_plans[unit.kind].unshared
-        if unshared:
-            _unshare(module, unit)
+        for axis in unit.axes if unshared else ():
+            if axis.shared:  # each head gets a copy
+                parameter = module.get_parameter(axis.tensor)
+                copies = [unit.heads if dim == axis.dim else 1 for dim in range(parameter.dim())]
+                _replace(module, axis.tensor, parameter.detach().repeat(copies))
         gone = ~kept_channels(unit_plans[unit.kind])
         # Units share dimensions (q, k and v the rows of qkv), so that rows are gathered first, then cut once.
         for axis in axes_of(unit):
