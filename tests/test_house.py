@@ -14,22 +14,22 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2880,
+    "adapters": 2910,
     "checkpoint": 5439,
     "cli": 1322,
-    "commands": 3442,
+    "commands": 3441,
     "data": 1518,
     "exporting": 1428,
     "finetuning": 2180,
     "flatten": 1513,
-    "inspection": 639,
+    "inspection": 645,
     "linalg": 896,
     "measuring": 860,
     "options": 1443,
     "pruning": 4386,
     "report": 1008,
     "runtime": 1022,
-    "surgery": 2585,
+    "surgery": 2553,
     "top": 817,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

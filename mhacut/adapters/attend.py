@@ -24,7 +24,7 @@ def attend(
     """Return the attention output, [B, H, N, d_v].
 
     PyTorch's fused CPU kernel is fast for one width only, so there the smaller of d_qk and d_v is padded with
-    zeros, unless a graph is recorded.
+    zeros, unless :func:`products_are_faster`.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.
@@ -38,10 +38,8 @@ def attend(
     d_qk, d_v = q.shape[-1], v.shape[-1]
     # The fused CPU kernel takes one width only; zeros add nothing to the products.
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
-    if not fused or (unequal_on_cpu and _exporting_or_compiling()):
-        logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
-        logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
-        return F.dropout(logits.softmax(dim=-1), dropout_p) @ v
+    if not fused or (unequal_on_cpu and products_are_faster(q, k)):
+        return F.dropout(weights_of(q, k, scale, attn_mask), dropout_p) @ v
     if unequal_on_cpu:
         if d_qk < d_v:
             q, k = (F.pad(x, (0, d_v - d_qk)) for x in (q, k))
@@ -49,6 +47,13 @@ def attend(
             v = F.pad(v, (0, d_qk - d_v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :d_v]
+
+
+def weights_of(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
+    """Return the weights of attention, [B, H, N, M]; arguments are those of :func:`attend`."""
+    logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
+    logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
+    return logits.softmax(dim=-1)
 
 
 def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -70,9 +75,31 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
     )
 
 
-def _exporting_or_compiling() -> bool:
-    """Whether a graph is recorded: padding would stay in it, and exporters decompose SDPA anyway."""
-    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+def attend_and_look(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the output of :func:`attend_as`, and the weights of the first token, [B, H, M]."""
+    if module.fused_attn and not products_are_faster(q, k):
+        first = weights_of(q[:, :, :1], k, module.scale, attn_mask)
+        return attend_as(module, q, k, v, attn_mask), first[:, :, 0]
+    weights = weights_of(q, k, module.scale, attn_mask)
+    return module.attn_drop(weights) @ v, weights[:, :, 0]
+
+
+FEW_LOGITS = 2**19
+"""Number up to which the CPU computes logits, and their softmax, as fast as the fused kernel avoids them."""
+
+
+def products_are_faster(q: Tensor, k: Tensor) -> bool:
+    """Whether attention that computes logits is as fast as the fused kernel, or faster.
+
+    So it is while a graph is recorded: exporters decompose SDPA anyway, and padding would stay.
+    """
+    if q.device.type != "cpu":
+        return False
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return q.shape[:-1].numel() * k.shape[-2] <= FEW_LOGITS
 
 
 # B images, N tokens, H heads of d channels.

@@ -64,15 +64,17 @@ class Twin(nn.Module):
     """For each projection its name ("" where its bias is in parts), whether it is a convolution, whether its
     rows are head by head, and what they are, with heads and channels of those."""
 
-    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
+    def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
         """Compute what the class does; arguments are those of its own forward."""
         spec: Softmax = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         query, source = spec.inputs(self, x, *args)
         q, k, v = spec.split(self, query, source)  # (B, H, N, d)
         q, k, bias = spec.logits(self, q, k, x, *args)
-        y = merged(spec.weigh(self, q, k, v, bias))  # (B, N, H * d)
-        return spec.finish(self, y, query, x, *args)
+        y = spec.weigh(self, q, k, v, bias)
+        y, *beside = y if isinstance(y, tuple) else (y,)
+        out = spec.finish(self, merged(y), query, x, *args)  # of (B, N, H * d)
+        return (out, *beside) if beside else out
 
 
 class FreshBiases:
@@ -126,7 +128,7 @@ class Softmax(Adapter):
     logits: Hook = unmasked
     """(m, q, k [B, H, N, d], x, ...) -> q, k, and a mask or bias [B, H, N, N]."""
     weigh: Hook = attend_as
-    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d]."""
+    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d], or a tuple of it and what else the layer gives."""
     finish: Hook = to_tokens
     """(m, y [B, N, H * d], what q was made of, x, ...) -> the layer's output."""
     mixins: tuple[type, ...] = (Twin,)
@@ -149,6 +151,8 @@ class Softmax(Adapter):
     """Reason why v is not prunable; empty if it is."""
     channel_dim: int | None = None
     """Channel dimension of the layer's output, where it is not that of the projection's."""
+    result: str = ""
+    """Name of the module that gives the layer's output, where that is not the layer."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", *self.mixins, self.cls, spec=self) if self.mixins else self.cls
@@ -222,7 +226,7 @@ class Softmax(Adapter):
         if "v" not in reasons:
             units.append(self.v(name, module))
         channel_dim = self.reader(module).channel_dim if self.channel_dim is None else self.channel_dim
-        return Layer(name, self, tuple(units), reasons, channel_dim)
+        return Layer(name, self, tuple(units), reasons, channel_dim, self.result)
 
     def qk(self, name: str, module: Any) -> Unit:
         """The unit of q and k."""

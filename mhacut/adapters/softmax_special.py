@@ -107,9 +107,6 @@ class PoolingHead(Softmax):
     def qk(self, name: str, module: Any) -> Unit:
         return replace(super().qk(name, module), white_inputs=False)
 
-    def describe(self, name: str, module: Any) -> Layer:
-        return replace(super().describe(name, module), result="proj")
-
 
 class Interleaved(Softmax):
     """NesT: ``proj`` reads channel i of head h at i * H + h."""
@@ -296,6 +293,11 @@ READ: Mapping[type[nn.Module], Any] = {
     )
 }
 """Classes of attention of which the first tokens alone can be read, each with its class that does so."""
+
+
+LOOK: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("Look", layers.Attention)}
+"""Classes of attention in blocks that merge tokens by what the first token looks at, each with its class that
+gives a tuple of its output and that token's weights, [B, H, N]."""
 
 
 SHARED_KEYS = "several heads share their keys"

@@ -11,9 +11,11 @@ from typing import Any
 from timm import layers, models
 
 from mhacut.adapters import softmax_hooks as hooks
+from mhacut.adapters.attend import attend_and_look
 from mhacut.adapters.base import Mixing
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
+    LOOK,
     READ,
     GlobalContext,
     Interleaved,
@@ -62,6 +64,7 @@ LOWFORMER = partial(
     attributes={"head_dim": "qk", "o_proj_inpdim": "heads * v"},
 )
 FIRST = partial(Softmax, inputs=hooks.first_tokens)
+LOOKING = partial(Softmax, weigh=attend_and_look, result="proj")
 FIRST_ROPE = partial(
     Rope,
     written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
@@ -70,24 +73,17 @@ FIRST_ROPE = partial(
 )
 DIFFERENTIAL: dict[str, Any] = {"query_heads": 2, "weigh": hooks.difference, "v_refusal": NORM_WITHIN}
 
+PLAIN: dict[str, Any] = {
+    "finish": hooks.gated,
+    "attributes": {"head_dim": "qk", "attn_dim": "heads * v"},
+    "norm_behind": "norm",
+}
+QKV_GATE = {"qkv": "qkv", "gate": "g"}
+
 SOFTMAX = (
-    Softmax(
-        layers.Attention,
-        {"qkv": "qkv", "gate": "g"},
-        logits=hooks.masked,
-        finish=hooks.gated,
-        fits=equal,
-        attributes={"head_dim": "qk", "attn_dim": "heads * v"},
-        norm_behind="norm",
-    ),
-    FIRST(
-        READ[layers.Attention],
-        {**Q_KV, "gate": "g"},
-        logits=hooks.of_first(hooks.masked),
-        finish=hooks.gated,
-        attributes={"head_dim": "qk", "attn_dim": "heads * v"},
-        norm_behind="norm",
-    ),
+    Softmax(layers.Attention, QKV_GATE, logits=hooks.masked, fits=equal, **PLAIN),
+    LOOKING(LOOK[layers.Attention], QKV_GATE, logits=hooks.masked, **PLAIN),
+    FIRST(READ[layers.Attention], {**Q_KV, "gate": "g"}, logits=hooks.of_first(hooks.masked), **PLAIN),
     Rope(layers.attention.AttentionRope),
     FIRST_ROPE(READ[layers.attention.AttentionRope]),
     Rope(models.eva.EvaAttention),
@@ -188,6 +184,7 @@ SOFTMAX = (
         inputs=hooks.latents,
         logits=hooks.masked,
         finish=hooks.pooled_latents,
+        result="proj",
     ),
     MultiQuery(
         layers.MultiQueryAttention2d,

@@ -22,7 +22,7 @@ from mhacut.pruning.job import Job
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import prefix_attended, tokens_of, with_tokens
+from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _MODEL_SECONDS = 4.0
 """Time to measure models in, after the warm-up."""
@@ -174,14 +174,13 @@ class _LayerCall:
         self.module, self.layer, self.call = model.get_submodule(layer.name), layer, call
         self.choices = choices
         """Allowed widths by kind."""
-        self.prefix = prefix_attended(model, layer.name)
-        self.key = (cost_key(self.module), repr(call), self.prefix, tuple(choices.items()))
+        self.key = (cost_key(self.module), repr(call), tuple(choices.items()))
         """Equal for runs that cost the same."""
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
         """Return a copy cut to ``widths``, to run alone."""
         all_widths = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
-        return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call, self.prefix).eval()
+        return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call).eval()
 
 
 def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_LayerCall]:

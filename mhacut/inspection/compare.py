@@ -218,14 +218,15 @@ class _Tally:
         self.square = self.own_square_error = self.square_error = self.cosines = 0.0
         self.tokens = 0
 
-    def add_own(self, dense: Tensor, slim: Tensor) -> None:
+    def add_own(self, dense: Any, slim: Any) -> None:
         """Add the slim layer's output for the dense layer's input."""
+        dense, slim = _first(dense), _first(slim)
         self.own_square_error += float((slim - dense).double().square().sum())
 
-    def add(self, dense: Tensor, slim: Tensor) -> None:
+    def add(self, dense: Any, slim: Any) -> None:
         """Add the outputs of the layer in either model."""
         expected, actual = (
-            side.movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
+            _first(side).movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
         )  # (tokens, channels)
         self.square += float(expected.square().sum())
         # By sums, so that no output of a layer is kept beyond its batch.
@@ -244,6 +245,11 @@ class _Tally:
     @property
     def agreement(self) -> float:
         return self.cosines / max(self.tokens, 1)
+
+
+def _first(output: Any) -> Any:
+    """Return the output of a layer that may give more, as one does that says what a token looks at."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _relative(square_error: float, square: float) -> float:
@@ -271,14 +277,14 @@ class _LayerHooks:
             yield self.dense.get_submodule(name).register_forward_hook(lambda *_, take=take: take())
 
     def _slim_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self._on_dense_input:
                 self._slim_outputs[name] = output
 
         return hook
 
     def _dense_hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if name not in self._slim_outputs:
                 return  # the dense model runs once more, with its own merges
             self.tallies[name].add(output, self._slim_outputs.pop(name))

@@ -26,7 +26,6 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_flops, count_parameters, measure_flops, take_weights
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut, slice_layer
-from mhacut.surgery.tokens import prefix_attended
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,8 @@ def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tup
         dense = measure_flops(model, input_size)
     costs: list[LayerCost] = []
     for layer in prunable.layers:
-        module, prefix = model.get_submodule(layer.name), prefix_attended(model, layer.name)
-        runs = tuple(_fitted(module, layer, call, prefix) for call in calls[layer.name])
+        module = model.get_submodule(layer.name)
+        runs = tuple(_fitted(module, layer, call) for call in calls[layer.name])
         if runs:
             costs.append(LayerCost(layer, runs))
     return CostTable(dense - sum(int(cost.at({})) for cost in costs), tuple(costs), dense)
@@ -122,10 +121,10 @@ _FITTED: dict[tuple[Any, ...], Polynomial] = {}
 """Polynomials of layers that were counted, by everything that determines them."""
 
 
-def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> Polynomial:
+def _fitted(module: nn.Module, layer: Layer, call: Call) -> Polynomial:
     """FLOPs of one run of a layer; counted once for all that are alike."""
     meta = next(module.parameters()).is_meta
-    key = (cost_key(module), repr(call), prefix, meta)
+    key = (cost_key(module), repr(call), meta)
     if key not in _FITTED:
         outline = copy.deepcopy(module).to("meta")
 
@@ -135,7 +134,7 @@ def _fitted(module: nn.Module, layer: Layer, call: Call, prefix: int | None) -> 
             # checks. A model that is there already can be traced there, or it could not have been counted.
             if not meta:
                 take_weights(slim)
-            replay = Replay(slim, call, prefix).eval()
+            replay = Replay(slim, call).eval()
             return count_flops(replay, replay.zeros(torch.device("meta" if meta else "cpu")))[""]
 
         uncut = {unit.kind: unit.width for unit in layer.units}

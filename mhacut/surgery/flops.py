@@ -20,7 +20,7 @@ from mhacut.errors import UnsupportedModelError
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
 abs abs_ add add_ addcmul amax cat ceil clamp clamp_min clone col2im constant_pad_nd copy_ cos cumsum div
-div_ dropout dropout_ embedding exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish hardswish_
+div_ dropout dropout_ embedding exp expand_as eye feature_dropout fill_ flip gelu gelu_ hardswish hardswish_
 hardtanh im2col index_select linalg_vector_norm log lt mT masked_fill masked_fill_ max max_pool2d mean
 meshgrid min movedim mul mul_ ne neg new_ones new_zeros norm one_hot ones_like pad pixel_shuffle pow prod
 reciprocal relu relu_ repeat repeat_interleave reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_
@@ -67,11 +67,12 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
         # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
         warnings.simplefilter("ignore")
         from fvcore.nn import FlopCountAnalysis
-        from fvcore.nn.jit_handles import elementwise_flop_counter
+        from fvcore.nn.jit_handles import bmm_flop_jit, elementwise_flop_counter
 
         analysis = FlopCountAnalysis(model, inputs)
         analysis.set_op_handle("aten::scaled_dot_product_attention", _count_sdpa)
         analysis.set_op_handle("aten::einsum", _count_einsum)
+        analysis.set_op_handle("aten::baddbmm", lambda inputs, outputs: bmm_flop_jit(inputs[1:3], outputs))
         analysis.set_op_handle("aten::_convolution_mode", _count_padded_convolution)
         for name, (per_input, per_output) in _PER_ELEMENT.items():
             analysis.set_op_handle(name, elementwise_flop_counter(per_input, per_output))

@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from mhacut.adapters.base import ActivationHook, Layer, Unit
 from mhacut.plan import UnitKind
 from mhacut.surgery.slice import slice_layer
-from mhacut.surgery.tokens import class_attention
 
 Capture = Callable[[Unit, str, Tensor], None]
 """Called with a unit, the name of one of its hooks, and the activation, [..., heads, width]."""
@@ -160,14 +159,11 @@ def _shape_only(leaf: Any) -> Any:
 
 
 class Replay(nn.Module):
-    """One recorded call of a layer, as a module whose inputs are the tensors of that call.
+    """One recorded call of a layer, as a module whose inputs are the tensors of that call."""
 
-    With a ``prefix`` it computes what the block around the layer does with the layer's weights, too.
-    """
-
-    def __init__(self, module: nn.Module, call: Call, prefix: int | None) -> None:
+    def __init__(self, module: nn.Module, call: Call) -> None:
         super().__init__()
-        self.module, self.prefix = module, prefix
+        self.module = module
         self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
 
     def zeros(self, device: torch.device) -> tuple[Tensor, ...]:
@@ -191,11 +187,7 @@ class Replay(nn.Module):
         given = iter(tensors)
         leaves = [next(given) if isinstance(leaf, Shape) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
-        output = self.module(*args, **kwargs)
-        if self.prefix is None:
-            return output
-        sizes = torch.ones_like(args[0][..., :1])
-        return output, class_attention(self.module, args[0], sizes, self.prefix)
+        return self.module(*args, **kwargs)
 
 
 def cost_key(module: nn.Module) -> tuple[Any, ...]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import mixed
 from mhacut.adapters.registry import adapter_for
-from mhacut.adapters.softmax_special import READ
+from mhacut.adapters.softmax_special import LOOK, READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 from mhacut.plan import TokenPlan
 from mhacut.surgery.read import FEW_TOKENS, READ_BLOCKS, ReadFirst, dense_class, read_of, set_read
@@ -52,7 +52,7 @@ class Match(NamedTuple):
     receivers: Tensor
     """For each merged token, the token of B that receives it, [B, r]."""
     weights: Tensor
-    """Weights of the tokens after the prefix in an average, [B, N, 1]."""
+    """Weights of all tokens in an average, [B, N, 1]."""
 
 
 class SizedTokens(NamedTuple):
@@ -68,7 +68,7 @@ class SizedTokens(NamedTuple):
 
     def bias(self) -> Tensor:
         """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
-        return self.sizes.log()[:, None, None, :, 0]
+        return self.sizes.mT.log()[:, None]
 
     def copied(self) -> Tensor:
         """Return the token that stands for each token that the image began with, [B, all tokens, C]."""
@@ -79,35 +79,41 @@ FLOOR = 0.1
 """Attention that is added to all tokens, so that none has weight 0; attention is 1 on average over tokens."""
 
 
-def weigh(sizes: Tensor, attention: Tensor | None) -> Tensor:
+def weigh(sizes: Tensor, looks: Tensor | None, prefix: int) -> Tensor:
     """Return the weights of tokens, [B, N, 1].
 
     Args:
         sizes: number of patches that each stands for, [B, N, 1].
-        attention: attention that the class token pays to each patch in them, 1 on average over tokens,
-            [B, N, 1]; None where there is no such token.
+        looks: the class token's weights of attention, [B, H, N]; None where there is no such token.
+        prefix: number of first tokens, which stand for no patch.
     """
-    return sizes if attention is None else sizes * (attention + FLOOR).sqrt()
+    sizes = at_least_float32(sizes)
+    if looks is None:
+        return sizes
+    paid = at_least_float32(looks).sum(1)[..., None] / sizes  # to each patch
+    mean = paid[:, prefix:].mean(1, keepdim=True)
+    # Only ratios of weights matter. Nothing is left for patches where the class token looks at itself alone.
+    return sizes * torch.add(paid, mean.clamp_min(1e-20), alpha=FLOOR).sqrt()
 
 
 def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
     """Match the ``count`` tokens of set A whose merge into their best token of set B costs least.
 
     The cost is Ward's, the growth of the sum of squares within groups, on directions: for tokens of weights
-    v and w, ``v * w / (v + w) * (1 - cosine)``.
+    v and w, ``(1 - cosine) / (1 / v + 1 / w)``.
 
     Args:
         x: tokens, [B, N, C].
-        weights: weights of the tokens behind the prefix, [B, N - prefix, 1].
+        weights: weights of tokens, [B, N, 1].
         count: number of tokens to merge, at most half of those behind the prefix.
         prefix: number of first tokens that are left out.
     """
     with full_precision(x):
-        directions = F.normalize(at_least_float32(x[:, prefix:]), dim=-1)
-        far = 1 - directions[:, 1::2] @ directions[:, ::2].mT  # (B, |A|, |B|)
-        weights = at_least_float32(weights)
-        a, b = weights[:, 1::2], weights[:, ::2].mT
-        cost, nearest = (far.clamp_min(0) * (a * b / (a + b))).min(-1)  # (B, |A|)
+        directions = at_least_float32(x)
+        directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
+        a, b, light = directions[:, prefix + 1 :: 2], directions[:, prefix::2], weights.reciprocal()
+        cost = (1 - torch.bmm(a, b.mT)) / (light[:, prefix + 1 :: 2] + light[:, prefix::2].mT)
+    cost, nearest = cost.min(-1)  # (B, |A|)
     # Sorted by topk: exporters know no sort.
     order = cost.topk(cost.shape[1], dim=-1, largest=False).indices
     merged, rest = order[:, :count], order[:, count:]  # (B, r), (B, |A| - r)
@@ -128,28 +134,26 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         The N - r tokens that are left: prefix, rest of A, B.
     """
     x, sizes, places = tokens
-    a, size_a = x[:, prefix:][:, 1::2], sizes[:, prefix:][:, 1::2]
-    rest, rest_sizes, weights = map(at_least_float32, (x[:, prefix:], sizes[:, prefix:], matched.weights))
-    # What adds up when tokens are merged.
-    sums = torch.cat((weights * rest, weights * rest.norm(dim=-1, keepdim=True), weights, rest_sizes), -1)
-    receives = (
-        matched.receivers[:, None, :] == torch.arange(rest[:, ::2].shape[1], device=x.device)[None, :, None]
-    )  # (B, |B|, r)
+    merged, kept, receivers, weights = matched
     with full_precision(x):
-        sums = sums[:, ::2] + receives.to(sums.dtype) @ _taken(sums[:, 1::2], matched.merged)
-    summed, norm, weight, new_size = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
-    received = (F.normalize(summed, dim=-1) * (norm / weight)).to(x.dtype)
-    return SizedTokens(
-        torch.cat((x[:, :prefix], _taken(a, matched.kept), received), 1),
-        torch.cat((sizes[:, :prefix], _taken(size_a, matched.kept), new_size.to(sizes.dtype)), 1),
-        None if places is None else _moved(places, matched, prefix),
-    )
+        x = at_least_float32(x) * weights
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        sums = torch.cat((x, norms, weights, at_least_float32(sizes)), -1)  # what adds up
+        a, b = _taken(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
+        receives = F.embedding(receivers, torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).mT
+        b = torch.baddbmm(b, receives, a[:, : merged.shape[1]])
+    # All alike, for few operations: tokens that received none are divided by what they were multiplied by.
+    sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
+    x, norms, weights, left = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
+    x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True)))
+    moved = None if places is None else _moved(places, matched, prefix)
+    return SizedTokens(x.to(tokens.x.dtype), left.to(sizes.dtype), moved)
 
 
 def _moved(places: Tensor, matched: Match, prefix: int) -> Tensor:
     """Return where the tokens at ``places`` [B, all tokens] stand after a merge of ``matched``."""
-    kept, weights = matched.kept.shape[1], matched.weights  # (B, N, 1)
-    places_of_b = torch.arange(weights[:, ::2].shape[1], device=places.device) + kept
+    kept = matched.kept.shape[1]
+    places_of_b = torch.arange(kept, kept + matched.weights[:, prefix::2].shape[1], device=places.device)
     places_of_kept = torch.arange(kept, device=places.device).expand_as(matched.kept)
     new_of_a = torch.cat((matched.receivers + kept, places_of_kept), 1)  # in the order of the match
     order = torch.cat((matched.merged, matched.kept), 1)
@@ -161,9 +165,12 @@ def _moved(places: Tensor, matched: Match, prefix: int) -> Tensor:
     return torch.cat((places[:, :prefix], new.gather(1, old // 2 + in_a) + prefix), 1)
 
 
-def _taken(tokens: Tensor, places: Tensor) -> Tensor:
-    """Return ``tokens`` [B, N, C] at ``places`` [B, n], [B, n, C]."""
-    return tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1]))
+def _taken(tokens: Tensor, places: Tensor, first: int = 0, step: int = 1) -> Tensor:
+    """Return ``tokens`` [B, N, C] at ``first + step * places`` [B, n], [B, n, C]."""
+    batch, total = tokens.shape[:2]
+    starts = torch.arange(first, first + batch * total, total, device=tokens.device)[:, None]
+    # An embedding copies rows, gather numbers.
+    return F.embedding(torch.add(starts, places, alpha=step), tokens.flatten(0, 1))
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -180,22 +187,22 @@ def full_precision(x: Tensor) -> Any:
 class Matcher(nn.Module):
     """The matches of a block, as a separate module, so that they can be read and set from outside."""
 
-    def __init__(self, count: int, prefix: int, by_attention: bool) -> None:
-        """Take the number of tokens to merge, that of protected ones, and whether attention weighs them."""
+    def __init__(self, count: int, prefix: int) -> None:
+        """Take the number of tokens to merge, and that of protected ones."""
         super().__init__()
-        self.count, self.prefix, self.by_attention = count, prefix, by_attention
+        self.count, self.prefix = count, prefix
 
-    def forward(self, x: Tensor, sizes: Tensor, attention: Tensor | None) -> Match:
+    def forward(self, x: Tensor, sizes: Tensor, looks: Tensor | None) -> Match:
         """Match tokens; of fewer patches than planned for, at most half are merged.
 
         Args:
             x: tokens, [B, N, C].
             sizes: number of patches that each stands for, [B, N, 1].
-            attention: attention of the class token to those behind the prefix (:func:`weigh`).
+            looks: the class token's weights of attention, [B, H, N]; None where they are not read.
         """
-        weights = weigh(sizes[:, self.prefix :], attention)
+        weights = weigh(sizes, None if looks is None else looks.detach(), self.prefix)
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
-        return match(x.detach(), weights.detach(), count, self.prefix)
+        return match(x.detach(), weights, count, self.prefix)
 
 
 class Merging:
@@ -221,14 +228,12 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x, self.copies)
-        normalised = self.norm1(tokens.x)
-        y: Tensor = tokens.x + self.drop_path1(self.ls1(self.attn(normalised, attn_mask=bias)))
-        left, matcher = tokens._replace(x=y), self.matcher
+        y, looks = self.attn(self.norm1(tokens.x), attn_mask=bias), None
+        if isinstance(y, tuple):
+            y, looks = y
+        left, matcher = tokens._replace(x=tokens.x + self.drop_path1(self.ls1(y))), self.matcher
         if matcher is not None:
-            attention = None
-            if matcher.by_attention:
-                attention = class_attention(self.attn, normalised, tokens.sizes, matcher.prefix)
-            left = merge(left, matcher(y, tokens.sizes, attention), matcher.prefix)
+            left = merge(left, matcher(left.x, tokens.sizes, looks), matcher.prefix)
         y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
         return left._replace(x=y) if self.gives_sizes else y
 
@@ -243,45 +248,6 @@ class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: 
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x)
         return super().forward(tokens.x, attn_mask=bias)
-
-
-def class_attention(m: Any, x: Tensor, sizes: Tensor, prefix: int) -> Tensor:
-    """Return the attention that the class token pays to each patch, mean over heads.
-
-    ``m`` need not compute k for this: the query is multiplied by the weights of k. A bias of k adds the
-    same to all logits.
-
-    Args:
-        m: plain attention without norms of q and k; it may be cut.
-        x: its input, [B, N, C].
-        sizes: number of patches that each token stands for, [B, N, 1].
-        prefix: number of first tokens that stand for no patch; the class token is the first.
-
-    Returns:
-        [B, N - prefix, 1], 1 on average over tokens.
-    """
-    rows = (m.qkv.out_features - m.proj.in_features) // 2  # those of q, and those of k
-    weight, bias = at_least_float32(m.qkv.weight.detach()), m.qkv.bias
-    x, sizes = at_least_float32(x.detach()), at_least_float32(sizes)
-    with full_precision(x):
-        first = None if bias is None else at_least_float32(bias.detach())[:rows]
-        q = F.linear(x[:, :1], weight[:rows], first)
-        q = q.unflatten(-1, (m.num_heads, -1)).transpose(1, 2)  # (B, H, 1, d)
-        k = weight[rows : 2 * rows].unflatten(0, (m.num_heads, -1))  # (H, d, C)
-        logits = ((q @ k) @ x[:, None].mT)[:, :, 0] * m.scale + sizes.log().mT  # (B, H, N)
-        paid = logits.softmax(-1).mean(1)[:, prefix:, None] / sizes[:, prefix:]
-        # Where the class token looks at itself alone, nothing may be left for patches.
-        relative: Tensor = paid / paid.mean(1, keepdim=True).clamp_min(torch.finfo(paid.dtype).tiny)
-        return relative
-
-
-def prefix_attended(model: nn.Module, layer: str) -> int | None:
-    """Return the ``prefix`` of :func:`class_attention` where the block around a layer calls it; else None."""
-    block, _, name = layer.rpartition(".")
-    matcher = getattr(model.get_submodule(block), "matcher", None)
-    return (
-        matcher.prefix if name == "attn" and isinstance(matcher, Matcher) and matcher.by_attention else None
-    )
 
 
 def _sized(x: Tensor | SizedTokens, copies: bool = False) -> tuple[SizedTokens, Tensor | None]:
@@ -379,7 +345,7 @@ _MODELS: dict[type[nn.Module], type[nn.Module]] = {
 }
 """Plain ViTs, all tokens of whose last block are computed or a few, and their classes that merge tokens."""
 _UNMERGED = {merged: plain for plain, merged in (*_BLOCKS.items(), *_MODELS.items())}
-_ATTENTION = (Attention, READ[Attention])
+_ATTENTION = (Attention, READ[Attention], LOOK[Attention])
 
 
 def why_not_merged(model: Any, copied: bool = False) -> str:
@@ -447,7 +413,9 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> Non
     first = next(number for number, count in enumerate(merged) if count)
     for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
         block.__class__ = _BLOCKS[type(block)]
-        block.matcher = Matcher(count, model.num_prefix_tokens, by_attention) if count else None
+        block.matcher = Matcher(count, model.num_prefix_tokens) if count else None
+        if count and by_attention:
+            _set_class(block.attn, LOOK[Attention])
         block.gives_sizes, block.copies = True, copied
     model.blocks[-1].gives_sizes = copied or model.global_pool == "avg"
     model.__class__ = _MODELS[type(model)]
@@ -480,8 +448,16 @@ def _undo(model: Any) -> None:
         if type(block) in _UNMERGED:
             block.__class__ = _UNMERGED[type(block)]
             del block.matcher, block.gives_sizes, block.copies
+            if isinstance(block.attn, LOOK[Attention]):
+                _set_class(block.attn, Attention)
     if type(model) in _UNMERGED:
         model.__class__ = _UNMERGED[type(model)]
+
+
+def _set_class(attention: nn.Module, cls: type[nn.Module]) -> None:
+    """Change the class of an attention layer in place, to that which suits its widths."""
+    attention.__class__ = cls
+    adapter_for(attention).resize(attention, {})  # type: ignore[union-attr]
 
 
 def _count(block: Any) -> int:

@@ -24,7 +24,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import apply_tokens, class_attention, set_merged, tokens_of
+from mhacut.surgery.tokens import apply_tokens, set_merged, tokens_of, weigh
 
 
 def merging(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:
@@ -164,31 +164,28 @@ def test_gradients_are_those_without_checkpoints(case):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("images", [2, 2000])
 @torch.no_grad()
-def test_class_attention_is_that_of_the_layer():
-    """Of a cut one, whose q and k are narrower than v, with sizes."""
+def test_a_merging_layer_gives_what_the_class_token_looks_at(images):
+    """A cut one, whose q and k are narrower than v, with sizes; of few images and of many."""
     model, _ = merged(MERGING["read"])
     cut(model, random_plan(find_prunable_layers(model), 2)[0])
     m, width = model.blocks[0].attn, model.embed_dim
-    tokens = torch.randn(2, 9, width, dtype=torch.float64)
-    sizes = torch.randint(1, 4, (2, 9, 1)).double()
+    tokens = torch.randn(images, 10, width, dtype=torch.float64)
+    sizes = torch.randint(1, 4, (images, 10, 1)).double()
     rows = (m.qkv.out_features - m.proj.in_features) // 2
-    q, k, _ = m.qkv(tokens).split((rows, rows, m.proj.in_features), dim=-1)
-    q, k = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in (q, k))
-    paid = (q @ k.mT * m.scale + sizes.log().mT[:, None]).softmax(-1)[:, :, 0].mean(1)[..., None] / sizes
-    expected = paid[:, 2:] / paid[:, 2:].mean(1, keepdim=True)
-    torch.testing.assert_close(class_attention(m, tokens, sizes, 2), expected)
+    parts = m.qkv(tokens).split((rows, rows, m.proj.in_features), dim=-1)
+    q, k, v = (part.unflatten(-1, (3, -1)).transpose(1, 2) for part in parts)
+    weights = (q @ k.mT * m.scale + sizes.log().mT[:, None]).softmax(-1)
+    output, looks = m(tokens, attn_mask=sizes.log().mT[:, None])
+    torch.testing.assert_close(looks, weights[:, :, 0])
+    torch.testing.assert_close(output, m.proj((weights @ v).transpose(1, 2).flatten(2)))
 
 
-@torch.no_grad()
-def test_class_attention_in_half_precision_is_a_number():
-    """A class token that looks at itself alone leaves nothing for patches in float16."""
-    model = build(merging()).half()
-    m = model.blocks[0].attn
-    x = torch.randn(2, 9, model.embed_dim).half()
-    x[:, 0] *= 60
-    m.qkv.weight[: 2 * model.embed_dim].mul_(30)
-    assert class_attention(m, x, torch.ones(2, 9, 1).half(), 1).isfinite().all()
+def test_a_class_token_that_looks_at_itself_alone_leaves_weights_by_size():
+    sizes, looks = torch.tensor([1, 2, 1, 3]).half()[None, :, None], torch.tensor([1, 0, 0, 0]).half()
+    weights = weigh(sizes, looks.expand(1, 3, 4), 1)
+    torch.testing.assert_close(weights[:, 1:] / weights[:, 1:2], sizes[:, 1:].float() / 2)
 
 
 @torch.no_grad()

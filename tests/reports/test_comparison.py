@@ -36,9 +36,11 @@ def halved(model):
 
 
 def outputs(model, images, name):
-    """(input, output) of one layer, float64."""
+    """(input, output) of one layer, float64; of what a matching gives, all."""
     seen = []
-    handle = model.get_submodule(name).register_forward_hook(lambda m, args, out: seen.append((args[0], out)))
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda m, args, out: seen.append((args[0], out[0] if type(out) is tuple else out))
+    )
     with torch.no_grad():
         model(images)
     handle.remove()

@@ -40,6 +40,14 @@ def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: in
     return torch.stack(tokens), torch.stack(counts)
 
 
+def slow_weights(sizes: Tensor, looks: Tensor, prefix: int) -> Tensor:
+    """Size times the root of .1 plus attention to each patch, [N], for the tokens of one image."""
+    paid = [float(looks[:, token].mean() / sizes[token]) for token in range(len(sizes))]
+    mean = sum(paid[prefix:]) / len(paid[prefix:])
+    roots = [(each / mean + 0.1) ** 0.5 for each in paid]
+    return sizes * torch.tensor(roots, dtype=torch.float64)
+
+
 @pytest.mark.parametrize(
     ("count", "total", "prefix"), [(1, 6, 1), (4, 17, 1), (8, 17, 1), (5, 24, 5), (3, 7, 0)]
 )
@@ -47,11 +55,15 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     chance = torch.Generator().manual_seed(count)
     x = torch.randn(3, total, 4, generator=chance, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, total, 1), generator=chance).double()
-    weights = weigh(sizes, torch.rand(3, total, 1, generator=chance, dtype=torch.float64))
-    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights[:, prefix:], count, prefix), prefix)
+    looks = torch.rand(3, 2, total, generator=chance, dtype=torch.float64)
+    weights = torch.stack([slow_weights(*one, prefix) for one in zip(sizes[..., 0], looks, strict=True)])
+    found = weigh(sizes, looks, prefix)
+    ratios = found / found[:, :1]
+    torch.testing.assert_close(ratios[..., 0], weights / weights[:, :1])
+    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, found, count, prefix), prefix)
     assert tokens.shape == (3, total - count, 4)
     for image in range(3):
-        expected, counts = slow_merge(x[image], sizes[image, :, 0], weights[image, :, 0], count, prefix)
+        expected, counts = slow_merge(x[image], sizes[image, :, 0], weights[image], count, prefix)
         torch.testing.assert_close(tokens[image], expected, rtol=0, atol=1e-12)
         torch.testing.assert_close(left[image, :, 0], counts, rtol=0, atol=0)
 
@@ -61,7 +73,7 @@ def test_sizes_and_norms_are_kept():
     sizes = torch.ones(2, 11, 1, dtype=torch.float64)
     for count in (3, 2, 1):
         total = (x.norm(dim=-1, keepdim=True) * sizes).sum(1)
-        x, sizes, _ = merge(SizedTokens(x, sizes), match(x, sizes[:, 1:], count, 1), 1)
+        x, sizes, _ = merge(SizedTokens(x, sizes), match(x, sizes, count, 1), 1)
         torch.testing.assert_close((x.norm(dim=-1, keepdim=True) * sizes).sum(1), total)
     assert (sizes.sum(1) == 11).all()
 
@@ -71,12 +83,12 @@ def test_what_the_class_token_looks_at_is_not_merged():
     x = torch.tensor(
         [[[0.0, 1.0], [1.0, 0.0], [1.0, 0.1], [-1.0, 0.0], [-1.0, 0.1]]]
     ).double()  # the first is the prefix
-    sizes = torch.ones(1, 4, 1).double()
+    sizes = torch.ones(1, 5, 1).double()
     for looked_at, stays in ((0, [3, 4]), (1, [1, 2])):
-        attention = torch.ones(1, 4, 1).double()
-        attention[0, 2 * looked_at : 2 * looked_at + 2] = 5
-        found = match(x, weigh(sizes, attention), 1, 1)
-        tokens = merge(SizedTokens(x, torch.ones(1, 5, 1).double()), found, 1).x
+        looks = torch.ones(1, 1, 5).double()
+        looks[0, 0, 2 * looked_at + 1 : 2 * looked_at + 3] = 5
+        found = match(x, weigh(sizes, looks, 1), 1, 1)
+        tokens = merge(SizedTokens(x, sizes), found, 1).x
         kept = [tuple(token) for token in tokens[0].tolist()]
         assert all(tuple(x[0, place].tolist()) not in kept for place in stays)
 
@@ -88,9 +100,9 @@ def test_half_precision_holds_weighted_sums(dtype: torch.dtype):
     x[:, :, 3] = 1500
     sizes = torch.ones(1, 197, 1, dtype=dtype)
     sizes[:, 5] = 20
-    attention = torch.ones(1, 196, 1, dtype=dtype)
-    attention[:, 4] = 100
-    weights = weigh(sizes[:, 1:], attention)
+    looks = torch.full((1, 3, 197), 0.01, dtype=dtype)
+    looks[..., 5] = 1
+    weights = weigh(sizes, looks, 1)
     tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
     assert tokens.dtype == left.dtype == dtype
     wide = [each.float() for each in (x, sizes)]
@@ -108,8 +120,8 @@ def test_tokens_are_copied_back_to_their_places(total: int, prefix: int):
     first = kinds[chosen]
     tokens = SizedTokens(first, torch.ones(2, total, 1).double(), torch.arange(total).expand(2, -1))
     for _ in range(4):
-        tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
-        tokens = merge(tokens, match(tokens.x, tokens.sizes[:, prefix:], 1, prefix), prefix)
+        tokens = merge(tokens, match(tokens.x, tokens.sizes, 1, prefix), prefix)
+        tokens = merge(tokens, match(tokens.x, tokens.sizes, 1, prefix), prefix)
         torch.testing.assert_close(tokens.copied(), first)
     assert tokens.places is not None
     for places, sizes in zip(tokens.places, tokens.sizes, strict=True):
