@@ -14,10 +14,10 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2910,
-    "checkpoint": 5439,
+    "adapters": 2915,
+    "checkpoint": 5443,
     "cli": 1322,
-    "commands": 3441,
+    "commands": 3475,
     "data": 1518,
     "exporting": 1428,
     "finetuning": 2180,
@@ -26,10 +26,10 @@ LINES = {
     "linalg": 896,
     "measuring": 860,
     "options": 1443,
-    "pruning": 4386,
+    "pruning": 4393,
     "report": 1008,
     "runtime": 1022,
-    "surgery": 2553,
+    "surgery": 2735,
     "top": 817,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

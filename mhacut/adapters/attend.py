@@ -86,6 +86,11 @@ def attend_and_look(
     return module.attn_drop(weights) @ v, weights[:, :, 0]
 
 
+def graph_is_recorded() -> bool:
+    """Whether an exporter, a compiler or the counter of FLOPs runs the model."""
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+
+
 FEW_LOGITS = 2**19
 """Number up to which the CPU computes logits, and their softmax, as fast as the fused kernel avoids them."""
 
@@ -97,7 +102,7 @@ def products_are_faster(q: Tensor, k: Tensor) -> bool:
     """
     if q.device.type != "cpu":
         return False
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if graph_is_recorded():
         return True
     return q.shape[:-1].numel() * k.shape[-2] <= FEW_LOGITS
 

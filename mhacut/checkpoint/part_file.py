@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.checkpoint.files import read_safetensors, safetensors_header
@@ -29,23 +29,28 @@ _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: what its file states."""
 
 
-def mark_pruned(part: Any, name: str, plan: Plan, **made: Any) -> None:
-    """Note at a submodule that it was pruned.
+def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tensor], **made: Any) -> None:
+    """Cut a submodule in place, give it tensors, and note at it that it was pruned.
 
     Args:
         part: the submodule.
         name: its name in the model.
         plan: the cut, with names of layers in the submodule.
+        tensors: its tensors after the cut.
         made: what else is known of it.
     """
-    library = type(part).__module__.partition(".")[0]
+    cls = type(part)  # one that merges tokens is of another class
+    cut(part, plan)
+    part.load_state_dict(tensors)
+    library = cls.__module__.partition(".")[0]
     vars(part)[_RECORD] = {
         "part": name,
-        "class": type(part).__name__,
+        "class": cls.__name__,
         "library": f"{library} {getattr(sys.modules.get(library), '__version__', '')}".rstrip(),
         "mhacut": __version__,
         **made,
         "plan": plan.to_json(),
+        **({"tokens": plan.tokens.to_json()} if plan.tokens else {}),
     }
 
 
@@ -76,7 +81,8 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
         raise UsageError(f"expected one pruned part, found {', '.join(map(shown, found)) or 'none'}")
     ((name, part),) = found.items()
     record: Mapping[str, Any] = vars(part)[_RECORD]
-    text = json.dumps({"format_version": 1, **record, "part": name or record["part"]})
+    version = 2 if "tokens" in record else 1  # versions of mhacut that know 1 alone merge none
+    text = json.dumps({"format_version": version, **record, "part": name or record["part"]})
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
 
     def write(path: Path) -> None:
@@ -102,9 +108,9 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """
     where, (tensors, metadata) = show(file), safetensors_header(Path(file))
     record = parse_json(metadata.get(PART_KEY, "{}"), f"{where}: metadata {PART_KEY!r}")
-    if record.get("format_version") != 1:
+    if record.get("format_version") not in (1, 2):
         raise CheckpointError(
-            f"{where}: expected a file of save_pruned, version 1; load_model opens slim files"
+            f"{where}: expected a file of save_pruned, version 1 or 2; load_model opens slim files"
         )
     cls, stated = str(record.get("class")), str(record.get("part"))
     alike = [name for name, module in model.named_modules() if type(module).__name__ == cls]
@@ -116,7 +122,7 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     check_dense(part, name)
     outline = copy.deepcopy(part).to("meta")
     try:
-        plan = Plan.from_json(record.get("plan"))
+        plan = Plan.from_json(record.get("plan"), record.get("tokens"))
         cut(outline, plan)
     except MhacutError as error:
         raise CheckpointError(f"{where}: is not of this {cls}: {error}") from None
@@ -129,6 +135,4 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
                 "build the model of the same configuration"
             )
     values = read_safetensors(Path(file), tensors)
-    cut(part, plan)
-    part.load_state_dict(values)
-    mark_pruned(part, name, plan)
+    cut_part(part, name, plan, values)

@@ -8,20 +8,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mhacut.budget import format_flops
-from mhacut.checkpoint.part_file import check_dense, mark_pruned
+from mhacut.checkpoint.part_file import check_dense, cut_part
 from mhacut.commands.prune import cut_model, recover_model
 from mhacut.commands.prune_targets import Flops
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
 from mhacut.options.option import lists_options
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.plan import Plan
+from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Constraints
 from mhacut.pruning.planner import Planner
@@ -34,7 +35,7 @@ from mhacut.surgery.features import Features
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.part import Part, Recorded, record, shown, vision_transformers
-from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import why_not_merged
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 """Batches that the model takes, or a function that runs one."""
@@ -59,8 +60,10 @@ class InPlaceResult:
 
     def __repr__(self) -> str:
         before, after = format_flops(self.flops_before), format_flops(self.flops_after)
+        merged = sum(self.plan.tokens.merged)
         return (
             f"{shown(self.part)}: {before} -> {after} FLOPs ({self.flops_after / self.flops_before:.1%}), "
+            f"{f'{merged} tokens merged and copied back, ' if merged else ''}"
             f"divergence of {', '.join(self.preserved)} {self.divergence:.2g}"
         )
 
@@ -73,6 +76,7 @@ def prune_(
     *,
     images: Batches,
     flops: str | float,
+    scope: Literal["auto", "attention+mlp"] = "auto",
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Any,
@@ -82,7 +86,8 @@ def prune_(
         mhacut.prune_(detector, "backbone", images=loader, flops="70%")
 
     Images run through the whole model, so that the submodule sees what it sees in use; what the model reads
-    of its outputs is found from one run. Class, names of tensors and forward stay; layers become narrower.
+    of its outputs is found from one run. Class, names of tensors and forward stay; layers become narrower,
+    and blocks of a plain ViT merge tokens, which are copied back to their patches in all that leaves it.
     Optimisers made before hold the old parameters.
 
     Args:
@@ -93,6 +98,7 @@ def prune_(
             out, until it raises ``StopIteration``.
         flops: ``70%`` of what the submodule takes for one image, or ``2.0G``; one FLOP is one
             multiply-accumulate.
+        scope: ``attention+mlp`` for channels alone; by default tokens are merged where they can be.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: options of the search; ``help()`` lists them below.
@@ -110,7 +116,7 @@ def prune_(
             wanted = EFFORTS[search.effort].calibration_images
             recorded = record(model, name, _runs(model, images), wanted)
             dense = copy.deepcopy(module).float().requires_grad_(False)
-        job, names = _job(dense, name, recorded, search, display)
+        job, names = _job(dense, name, recorded, search, scope, display)
         limit = Flops(SimpleNamespace(job=job), flops).limit  # type: ignore[arg-type]
         if limit is None:
             raise BudgetError(f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs")
@@ -120,11 +126,11 @@ def prune_(
         slim: Any = attempt.model.to(job.device)
         divergence = job.held_out(planner.calibration).divergence_of(slim)
     # Within the submodule, its layers are not called "module.blocks.0.attn".
-    plan = Plan(tuple(replace(unit, layer=unit.layer.partition(".")[2]) for unit in attempt.planned.plan))
-    cut(module, plan)
-    module.load_state_dict(slim.module.state_dict())
+    planned = attempt.planned.plan
+    units = tuple(replace(unit, layer=unit.layer.partition(".")[2]) for unit in planned)
+    plan = Plan(units, planned.tokens)
     before, after = job.table.dense, attempt.planned.flops
-    mark_pruned(module, name, plan, flops_before=before, flops_after=after)
+    cut_part(module, name, plan, slim.module.state_dict(), flops_before=before, flops_after=after)
     return InPlaceResult(name, plan, before, after, names, divergence)
 
 
@@ -152,7 +158,7 @@ def _part_of(model: nn.Module, part: str | None) -> str:
 
 
 def _job(
-    dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, reporter: Reporter
+    dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, scope: str, reporter: Reporter
 ) -> tuple[Job, tuple[str, ...]]:
     """Return the job of pruning ``dense`` alone, and the names of the outputs to preserve."""
     images, cls = recorded.images, type(dense).__name__
@@ -181,18 +187,46 @@ def _job(
     narrow = {type(model.get_submodule(key)).__name__ for key in called if layers[key].adapter.one_width}
     if narrow:
         reporter.log(f"{', '.join(sorted(narrow))} has one width of q, k and v: they are kept equal")
+    preserved = _preserved(dense, {each: maps[each] for each in kept}, prunable, model)
+    reason, fewest, size = _why_not_merged(model, options, scope, preserved), None, tuple(images.shape[1:])
+    if not reason:
+        try:
+            merging: Any = with_all_merged(model, size, copied=True)
+            with torch.no_grad():
+                alike = [each.shape for each in merging.maps(one)] == [maps[each].shape for each in kept]
+            if alike:
+                fewest = build_cost_table(merging, prunable, size)
+            else:
+                reason = "the model takes tokens from between its blocks"
+        except UnsupportedModelError as error:  # the model runs its blocks with a mask
+            reason = str(error)
+    merged = "channels and merged tokens, copied back to their patches"
+    reporter.log(f"scope: {f'channels alone: {reason}' if reason else merged}")
     job = Job(
         model=model,
         prunable=prunable,
         units=prunable.units(),
-        table=build_cost_table(model, prunable, tuple(images.shape[1:])),
+        table=build_cost_table(model, prunable, size),
         images=images,
         options=options,
         reporter=reporter,
-        preserved=_preserved(dense, {each: maps[each] for each in kept}, prunable, model),
+        fewest=fewest,
+        preserved=preserved,
+        copied=fewest is not None,
         constraints=Constraints(equal_qkv=bool(narrow)),
     )
     return job, tuple(kept)
+
+
+def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preserved: Preserved) -> str:
+    """Return the reason why channels alone are cut; empty if tokens are merged, too."""
+    if scope != "auto":
+        return option_name("scope", scope)
+    if options.allocation != "curves":
+        return option_name("allocation", options.allocation)
+    if preserved.measure == "features":
+        return "one vector is all that is preserved"
+    return why_not_merged(model, copied=True)
 
 
 def _preserved(

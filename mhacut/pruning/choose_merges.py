@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
-from typing import Any, cast
 
 import torch
 from torch import nn
@@ -38,7 +37,7 @@ from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_ta
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import recorded_calls
 from mhacut.surgery.read import read_of
-from mhacut.surgery.tokens import set_merged
+from mhacut.surgery.tokens import set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
 """Least and largest number of calibration images on which schedules are tried: a quarter of all between."""
@@ -126,12 +125,16 @@ class MergeSearch:
         """Return the cost table of the job's model with merges, nearly: counting it takes a second."""
         if schedule in self._tables:
             return self._tables[schedule]
-        job, total, model = self.job, self.tokens.total, cast(Any, self.job.model)
+        job, total, stack = self.job, self.tokens.total, stack_of(self.job.model)
+        assert stack is not None
         after = [total - merged for merged in accumulate(schedule)]
         before = [total, *after[:-1]]
         layers = []
         for cost in job.table.layers:
-            block, attends = int(cost.layer.name.split(".")[1]), cost.layer.adapter.family == "attention"
+            block, attends = stack.block_of(cost.layer.name), cost.layer.adapter.family == "attention"
+            if block is None:
+                layers.append(cost)
+                continue
             share = (before if attends else after)[block] / total
             # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
             pairs = total**2 if attends and block < self.last else 0
@@ -141,7 +144,7 @@ class MergeSearch:
                 flops[unit.kind] = round(((dense - squares) * share + squares * share**2) / unit.width)
             layers.append(LayerCost(cost.layer, (Polynomial(flops, {}),)))
         matched = [n - self.tokens.prefix for n, count in zip(before, schedule, strict=True) if count]
-        fixed = job.table.fixed + sum((n // 2) ** 2 for n in matched) * model.embed_dim
+        fixed = job.table.fixed + sum((n // 2) ** 2 for n in matched) * stack.width
         return CostTable(fixed, tuple(layers), job.table.dense)
 
     def choose(
@@ -230,10 +233,11 @@ class MergeSearch:
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     """Return the approximate FLOPs of each block as a function of its tokens; merges count by their time."""
-    by_layer, count = job.table.by_layer(), tokens.total
+    by_layer, count, stack = job.table.by_layer(), tokens.total, stack_of(job.model)
+    assert stack is not None
     costs = []
     for block in range(tokens.depth):
-        layers = [layer for layer in job.prunable.layers if layer.name.startswith(f"blocks.{block}.")]
+        layers = [layer for layer in job.prunable.layers if stack.block_of(layer.name) == block]
         attention = [layer for layer in layers if layer.adapter.family == "attention"]
         # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
         pair = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
@@ -263,9 +267,12 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
 
 
 @torch.no_grad()
-def tokens_of_model(model: Any, size: tuple[int, ...]) -> Tokens:
+def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
-    with recorded_calls(model, ["blocks.0"]) as calls:
+    stack = stack_of(model)
+    assert stack is not None
+    first = f"{stack.name}.0"
+    with recorded_calls(model, [first]) as calls:
         model(torch.zeros(1, *size, device=next(model.parameters()).device))
-    total = calls["blocks.0"][0].args[0].shape[1]
-    return Tokens(total, model.num_prefix_tokens, len(model.blocks))
+    total = calls[first][0].args[0].shape[1]
+    return Tokens(total, stack.prefix, len(stack.blocks))

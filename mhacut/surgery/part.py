@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import DataError, UnsupportedModelError
-from mhacut.surgery.hooks import registered
+
+_Note = Callable[[str, Any, Any], None]
 
 
 class Part(nn.Module):
@@ -23,6 +26,7 @@ class Part(nn.Module):
         """Take the submodule, its recorded call, and the names of the outputs to give."""
         super().__init__()
         self.module, self.call, self.place = module, recorded.call, recorded.place
+        self.method = recorded.method
         self.alike = recorded.alike
         self.read = [recorded.outputs[name] for name in outputs]
 
@@ -35,7 +39,8 @@ class Part(nn.Module):
                 leaves[number] = leaf.to(images.device).expand(rows)
         leaves[self.place] = images
         args, kwargs = tree_unflatten(leaves, structure)
-        outputs = _floats(self.module(*args, **kwargs))
+        run = self.module if self.method == "forward" else getattr(self.module, self.method)
+        outputs = _floats(run(*args, **kwargs))
         return [outputs[number] for number in self.read]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,6 +65,12 @@ class Recorded:
     """Number of others, in calls of other shapes."""
     outputs: Mapping[str, int]
     """Names and numbers of the outputs that the model reads."""
+    method: str
+    """Method that the model calls: ``forward``, or another of :data:`_METHODS`."""
+
+
+_METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
+"""Methods of a submodule that give its features; those after the first are timm's."""
 
 
 def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count: int) -> Recorded:
@@ -80,7 +91,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
     first: dict[Any, tuple[Any, int, tuple[int, ...]]] = {}
     outputs: dict[str, int] = {}
 
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def note(method: str, args: Any, kwargs: Any) -> None:
         leaves, structure = tree_flatten((args, kwargs))
         places = [number for number, leaf in enumerate(leaves) if _is_float(leaf) and leaf.ndim > 2]
         if not places:
@@ -96,40 +107,70 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
                     leaf = _one_of(leaf, name)
                 leaves[number] = leaf
         others = [leaf.tolist() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        key = str(structure), images.shape[1:], repr(others)
+        key = str(structure), images.shape[1:], repr(others), method
         first.setdefault(key, (tree_unflatten(leaves, structure), places[0], tuple(alike)))
         calls.setdefault(key, []).append(images.detach().float().cpu())
         found[key] += len(images)
 
-    with registered([part.register_forward_pre_hook(note, with_kwargs=True)]):
-        for run in runs:
-            try:
-                if outputs:
-                    with torch.no_grad():
-                        run()
-                else:
-                    outputs = _outputs_read(part, run)
-            except StopIteration:  # of a function that has no more batches
-                break
-            if not outputs or max(found.values()) >= count:
-                break
+    for run in runs:
+        try:
+            if outputs:
+                with torch.no_grad(), _watched(part, note, lambda output: output):
+                    run()
+            else:
+                outputs = _outputs_read(part, run, note)
+        except StopIteration:  # of a function that has no more batches
+            break
+        if not outputs or max(found.values()) >= count:
+            break
     if not outputs:
         raise DataError(
-            f"images: none came to {shown(name)}; does the model's forward run it, or else the function "
-            "that was given, and does its output matter?"
+            f"images: none came to {shown(name)}; the model, or else the function that was given, must call "
+            f"it, or its {', '.join(_METHODS[1:])}, rather than modules inside, and read what it gives"
         )
     key = found.most_common(1)[0][0]
-    return Recorded(*first[key], torch.cat(calls[key])[:count], found.total() - found[key], outputs)
+    left_out = found.total() - found[key]
+    return Recorded(*first[key], torch.cat(calls[key])[:count], left_out, outputs, key[-1])
 
 
-def _outputs_read(part: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
+@contextmanager
+def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iterator[None]:
+    """Note the calls that are made of a module and of its :data:`_METHODS`, and change what they give.
+
+    Calls that these make of one another are left alone.
+    """
+    replaced, running = dict(vars(part)), False
+
+    def watched(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        nonlocal running
+        if running:
+            return method(*args, **kwargs)
+        running = True
+        try:
+            note(name, args, kwargs)
+            return change(method(*args, **kwargs))
+        finally:
+            running = False
+
+    for name in _METHODS:
+        if hasattr(part, name):
+            vars(part)[name] = partial(watched, name, getattr(part, name))
+    try:
+        yield
+    finally:
+        for name in _METHODS:
+            vars(part).pop(name, None)
+        vars(part).update({name: replaced[name] for name in _METHODS if name in replaced})
+
+
+def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note) -> dict[str, int]:
     """Run a batch; return names and numbers of the outputs of ``part`` on which the result depends.
 
     Those of all its calls, or all outputs where the model runs without gradients.
     """
     leaves: list[tuple[str, int, Tensor]] = []
 
-    def cut_off(module: nn.Module, args: Any, output: Any) -> Any:
+    def cut_off(output: Any) -> Any:
         flat, structure = tree_flatten(output)
         names = iter(_names(output))
         fresh = [leaf.detach().requires_grad_() if _is_float(leaf) else leaf for leaf in flat]
@@ -137,7 +178,7 @@ def _outputs_read(part: nn.Module, run: Callable[[], Any]) -> dict[str, int]:
         leaves.extend((next(names), number, leaf) for number, leaf in enumerate(floats))
         return tree_unflatten(fresh, structure)
 
-    with registered([part.register_forward_hook(cut_off)]), torch.enable_grad():
+    with _watched(part, note, cut_off), torch.enable_grad():
         result = [leaf.sum() for leaf in _floats(run()) if leaf.requires_grad]
     tensors = [leaf for _, _, leaf in leaves]
     gradients: Any = tensors

@@ -21,6 +21,7 @@ fifths:
 from __future__ import annotations
 
 import copy
+import inspect
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -31,7 +32,9 @@ from timm.models import checkpoint_seq, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 
+from mhacut.adapters.attend import graph_is_recorded
 from mhacut.adapters.base import mixed
+from mhacut.adapters.huggingface import Linears
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import LOOK, READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
@@ -65,6 +68,10 @@ class SizedTokens(NamedTuple):
     places: Tensor | None = None
     """For each token that the image began with, the one that stands for it now, [B, all tokens]; None where
     nothing reads the features of patches."""
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return an entry; the first one copied back, since transformers takes it for the hidden state."""
+        return self.copied() if index == 0 else tuple(self)[index]
 
     def bias(self) -> Tensor:
         """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
@@ -238,6 +245,80 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         return left._replace(x=y) if self.gives_sizes else y
 
 
+class MergingLayer(Merging):
+    """Mixed into a layer of transformers, which may merge between attention and MLP; always copied back.
+
+    Its parts are found by the names that transformers gives them. The last layer gives a tensor.
+    """
+
+    def forward(
+        self, hidden_states: Tensor | SizedTokens, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor | SizedTokens:
+        """Map N tokens to N - merged."""
+        # In place of none, transformers makes a mask that masks nothing while a graph is recorded.
+        _check_no_mask(None if graph_is_recorded() else attention_mask, False)
+        tokens, bias = _sized(hidden_states, True)
+        y, *_ = _part(self, "attention")(_part(self, "norm1")(tokens.x), attention_mask=bias, **options)
+        left, matcher = tokens._replace(x=tokens.x + self._branch(1, y)), self.matcher
+        if matcher is not None:
+            left = merge(left, matcher(left.x, tokens.sizes, None), matcher.prefix)
+        y = self._branch(2, _part(self, "mlp")(_part(self, "norm2")(left.x)))
+        left = left._replace(x=left.x + y)
+        return left if self.gives_sizes else left.copied()
+
+    def _branch(self, number: int, y: Tensor) -> Tensor:
+        for name in (f"layer_scale{number}", "drop_path", "dropout"):
+            y = getattr(self, name, nn.Identity())(y)
+        return y
+
+
+_PARTS = {
+    "norm1": ("norm1", "layernorm_before", "layer_norm1"),
+    "attention": ("attention", "self_attn"),
+    "norm2": ("norm2", "layernorm_after", "layer_norm2"),
+    "mlp": ("mlp",),
+}
+"""Names of the parts of a layer in transformers."""
+_PREFIX = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+"""Names of parameters there that stand before the patches."""
+
+
+def _part(layer: Any, part: str) -> Any:
+    """Return a part of a layer, or None."""
+    return next((getattr(layer, name) for name in _PARTS[part] if hasattr(layer, name)), None)
+
+
+def _is_layer(layer: nn.Module) -> bool:
+    """Whether this looks like a layer of transformers in which every token sees all others."""
+    parts = [_part(layer, name) for name in _PARTS]
+    if None in parts or type(adapter_for(_part(layer, "attention"))) is not Linears:
+        return False
+    _, _, *others = inspect.signature(type(layer).forward).parameters.values()
+    # Layers of windows are given their resolution, those with rotary positions the angles.
+    return all(each.name == "attention_mask" or each.kind is each.VAR_KEYWORD for each in others)
+
+
+@torch.no_grad()
+def _computes_alike(layer: Any) -> bool:
+    """Whether a layer of transformers computes what :class:`MergingLayer` does without a merge."""
+    weight = next(layer.parameters())
+    if weight.is_meta or isinstance(layer, Merging):
+        return True
+    x = torch.linspace(0, 9, 4 * _width(layer)).sin().view(1, 4, -1).to(weight)
+    outputs = []
+    for merging in (False, True):
+        twin = copy.deepcopy(layer).eval()
+        if merging:
+            _set_merging(twin, None, True).gives_sizes = False
+        outputs.append(twin(x, None))
+    expected, found = outputs
+    return isinstance(expected, Tensor) and torch.allclose(found, expected, rtol=1e-2, atol=1e-2)
+
+
+def _width(layer: Any) -> int:
+    return int(_part(layer, "norm1").weight.numel())
+
+
 class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
     """A block whose first tokens alone are read, after blocks that merge."""
 
@@ -348,10 +429,51 @@ _UNMERGED = {merged: plain for plain, merged in (*_BLOCKS.items(), *_MODELS.item
 _ATTENTION = (Attention, READ[Attention], LOOK[Attention])
 
 
+class Stack(NamedTuple):
+    """The plain ViT in a model, whose tokens may be merged."""
+
+    name: str
+    """Name of the module that lists its blocks: ``blocks``, ``module.encoder.layer``."""
+    blocks: Any
+    vit: Any
+    """timm's model; None for layers of transformers."""
+    prefix: int
+    """Number of tokens before the patches."""
+    width: int
+    """Channels of a token."""
+
+    def block_of(self, layer: str) -> int | None:
+        """Return the number of the block that holds a layer of this name."""
+        inside, number = layer.startswith(f"{self.name}."), layer.removeprefix(f"{self.name}.")
+        return int(number.partition(".")[0]) if inside else None
+
+
+def stack_of(model: nn.Module) -> Stack | None:
+    """Return the first plain ViT in ``model``, which may be the model."""
+    for name, module in model.named_modules():
+        vit: Any = module
+        if type(vit) in _MODELS or isinstance(vit, MergedTokens):
+            return Stack(f"{name}.blocks".lstrip("."), vit.blocks, vit, vit.num_prefix_tokens, vit.embed_dim)
+        if isinstance(module, nn.ModuleList) and len(module) and all(map(_is_layer, module)):
+            width = _width(module[0])
+            first = [p for key, p in model.named_parameters() if key.rpartition(".")[2] in _PREFIX]
+            return Stack(name, module, None, sum(p.numel() for p in first) // width, width)
+    return None
+
+
 def why_not_merged(model: Any, copied: bool = False) -> str:
     """Return the reason why tokens of ``model`` cannot be merged (and copied back); empty if they can."""
-    if type(model) not in _MODELS and not isinstance(model, MergedTokens):
-        return f"{dense_class(model).__name__} is not a plain ViT, in which every block sees all tokens"
+    stack = stack_of(model)
+    if stack is None:
+        cls = dense_class(getattr(model, "module", model))
+        return f"{cls.__name__} is not a plain ViT, in which every block sees all tokens"
+    if stack.vit is None:
+        if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
+            return "which of its tokens are patches is not known; name the module that embeds them, too"
+        if not _computes_alike(stack.blocks[0]):
+            return f"layers of class {type(stack.blocks[0]).__name__} are no attention and MLP in a row"
+        return "" if copied and len(stack.blocks) > 1 else "it has no block before its last"
+    model = stack.vit
     pooled = model.global_pool in ("token", "avg") and getattr(model, "attn_pool", None) is None
     if not (copied or pooled):
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
@@ -368,22 +490,23 @@ def why_not_merged(model: Any, copied: bool = False) -> str:
 
 def merged_of(model: nn.Module) -> tuple[int, ...]:
     """Return the number of tokens that each block of ``model`` merges; empty if none does."""
-    blocks: Any = getattr(model, "blocks", ())
-    if not any(isinstance(block, Merging) for block in blocks):
+    stack = stack_of(model)
+    if stack is None or not any(isinstance(block, Merging) for block in stack.blocks):
         return ()
-    return tuple(_count(block) for block in blocks)
+    return tuple(_count(block) for block in stack.blocks)
 
 
 def copied_of(model: nn.Module) -> bool:
     """Whether ``model`` merges tokens and copies them back."""
-    return bool(merged_of(model)) and model.blocks[-1].copies  # type: ignore
+    stack = stack_of(model)
+    return stack is not None and getattr(stack.blocks[-1], "copies", False)
 
 
 def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> None:
     """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges.
 
     Args:
-        model: a plain ViT of timm, on any device; it may merge already, and be cut.
+        model: a plain ViT, or a model with one inside, on any device; it may merge already, and be cut.
         merged: one number per block.
         copied: whether tokens are copied back to their patches where features leave the model.
 
@@ -400,25 +523,39 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> Non
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
-    by_attention = (
-        model.global_pool == "token"
-        and not copied
-        and all(
-            isinstance(norm, nn.Identity)
-            for block in model.blocks
-            for norm in (block.attn.q_norm, block.attn.k_norm)
+    stack, by_attention = stack_of(model), False
+    assert stack is not None
+    vit, blocks = stack.vit, stack.blocks
+    if vit is not None:
+        by_attention = (
+            vit.global_pool == "token"
+            and not copied
+            and all(
+                isinstance(norm, nn.Identity)
+                for block in blocks
+                for norm in (block.attn.q_norm, block.attn.k_norm)
+            )
         )
-    )
-    # Blocks before the first merge keep timm's class: their tokens have no sizes.
+    # Blocks before the first merge keep their class: their tokens have no sizes.
     first = next(number for number, count in enumerate(merged) if count)
-    for block, count in [*zip(model.blocks, merged, strict=True)][first:]:
-        block.__class__ = _BLOCKS[type(block)]
-        block.matcher = Matcher(count, model.num_prefix_tokens) if count else None
+    for block, count in [*zip(blocks, merged, strict=True)][first:]:
+        _set_merging(block, Matcher(count, stack.prefix) if count else None, copied)
         if count and by_attention:
             _set_class(block.attn, LOOK[Attention])
-        block.gives_sizes, block.copies = True, copied
-    model.blocks[-1].gives_sizes = copied or model.global_pool == "avg"
-    model.__class__ = _MODELS[type(model)]
+    blocks[-1].gives_sizes = vit is not None and (copied or vit.global_pool == "avg")
+    if vit is not None:
+        vit.__class__ = _MODELS[type(vit)]
+
+
+def _set_merging(block: Any, matcher: Matcher | None, copied: bool) -> Any:
+    """Give a block the class that merges."""
+    plain = type(block)
+    if plain not in _BLOCKS:
+        _BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
+        _UNMERGED[_BLOCKS[plain]] = plain
+    block.__class__ = _BLOCKS[plain]
+    block.matcher, block.gives_sizes, block.copies = matcher, True, copied
+    return block
 
 
 def check_merges(model: Any, merged: tuple[int, ...]) -> None:
@@ -429,10 +566,13 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
     Raises:
         PlanError: it does not, or the number of blocks is another.
     """
-    if len(merged) != len(model.blocks):
-        raise PlanError(f"plan of tokens: the model has {len(model.blocks)} blocks, the plan {len(merged)}")
-    left, fixed = model.patch_embed.num_patches, getattr(model.patch_embed, "strict_img_size", True)
-    for number, (block, count) in enumerate(zip(model.blocks, merged, strict=True)):
+    _, blocks, vit, *_ = stack_of(model) or Stack("", (), None, 0, 0)
+    if len(merged) != len(blocks):
+        raise PlanError(f"plan of tokens: the model has {len(blocks)} blocks, the plan {len(merged)}")
+    if vit is None:
+        return
+    left, fixed = vit.patch_embed.num_patches, getattr(vit.patch_embed, "strict_img_size", True)
+    for number, (block, count) in enumerate(zip(blocks, merged, strict=True)):
         if fixed and count > left // 2:
             raise PlanError(
                 f"plan of tokens: block {number} merges at most {left // 2} of the {left} patches left, "
@@ -443,15 +583,16 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
         left -= count
 
 
-def _undo(model: Any) -> None:
-    for block in getattr(model, "blocks", ()):
+def _undo(model: nn.Module) -> None:
+    stack = stack_of(model)
+    for block in () if stack is None else stack.blocks:
         if type(block) in _UNMERGED:
             block.__class__ = _UNMERGED[type(block)]
             del block.matcher, block.gives_sizes, block.copies
-            if isinstance(block.attn, LOOK[Attention]):
+            if isinstance(getattr(block, "attn", None), LOOK[Attention]):
                 _set_class(block.attn, Attention)
-    if type(model) in _UNMERGED:
-        model.__class__ = _UNMERGED[type(model)]
+    if stack is not None and type(stack.vit) in _UNMERGED:
+        stack.vit.__class__ = _UNMERGED[type(stack.vit)]
 
 
 def _set_class(attention: nn.Module, cls: type[nn.Module]) -> None:

@@ -125,6 +125,61 @@ def test_a_submodule_of_tokens_and_a_timm_model(images):
     assert masks_of(model, images).shape == (24, 17, 3)
 
 
+class Reading(nn.Module):
+    """Reads the patches of a plain ViT by one of timm's methods."""
+
+    def __init__(self, method="forward", **options):
+        super().__init__()
+        args = {"depth": 3, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "img_size": 32}
+        self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, global_pool="", **args)
+        self.method, self.options = method, options
+
+    def forward(self, x):
+        features = getattr(self.vit, self.method)(x, **self.options)
+        return {"masks": features if isinstance(features, torch.Tensor) else torch.cat(list(features))}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "kept"),
+    [
+        ("forward", {}, ("output",)),
+        ("forward_features", {}, ("output",)),
+        (
+            "forward_intermediates",
+            {"indices": [0, 2], "intermediates_only": True},
+            ("output[0]", "output[1]"),
+        ),
+        ("get_intermediate_layers", {"n": 2, "norm": True}, ("output[0]", "output[1]")),
+    ],
+)
+def test_tokens_of_a_timm_model_are_merged_and_copied_back(method, options, kept, tmp_path):
+    model = build(lambda: Reading(method, **options))
+    images = torch.randn(12, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    dense = masks_of(model, images)
+    result = mhacut.prune_(model, images=images.split(6), effort="fast", flops="40%")
+    assert (result.part, result.preserved) == ("vit", kept)
+    assert sum(result.plan.tokens.merged) > 0
+    assert " tokens merged and copied back, divergence of output" in repr(result)
+    masks = masks_of(model, images)
+    assert masks.shape == dense.shape
+    assert 0 < relative(masks, dense) < 1
+    mhacut.save_pruned(model, tmp_path / "vit.safetensors")
+    fresh = build(lambda: Reading(method, **options))
+    mhacut.apply_pruned(fresh, tmp_path / "vit.safetensors")
+    assert torch.equal(masks_of(fresh, images), masks)
+    exported = torch.export.export(model, (images[:2],)).module()
+    assert relative(exported(images[:2])["masks"].detach(), masks_of(model, images[:2])) < 1e-5
+    model.train()(images)["masks"].sum().backward()
+    assert all(p.grad is not None for p in model.vit.blocks[0].parameters())
+
+
+def test_channels_alone_are_cut_where_that_is_asked_for():
+    model, images = build(Reading), torch.randn(4, 3, 32, 32)
+    result = mhacut.prune_(model, images=images, effort="fast", flops="40%", scope="attention+mlp")
+    assert not result.plan.tokens
+    assert type(model.vit) is timm.models.VisionTransformer
+
+
 def test_tokens_are_tuned_on_as_they_are(images):
     model = build(
         nn.Sequential, timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, num_classes=3)

@@ -16,6 +16,7 @@ from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
+from mhacut.surgery.tokens import set_merged
 
 SIZES = {
     "hidden_size": 32,
@@ -65,9 +66,7 @@ class First(nn.Module):
         return output if isinstance(output, torch.Tensor) else output[-1]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
-    cls, sizes = MODELS[request.param]
+def build(cls, sizes):
     torch.manual_seed(0)
     if isinstance(cls, str):
         transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
@@ -80,7 +79,12 @@ def model(request):
     with torch.no_grad():
         for parameter in built.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    return First(built).eval().requires_grad_(False)
+    return built.eval()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return First(build(*MODELS[request.param])).requires_grad_(False)
 
 
 def images_of(model, batch=2):
@@ -128,3 +132,39 @@ def test_a_pruned_model_exports_trains_and_opens_again(model, tmp_path):
     assert relative(exported(x[:2]).detach(), y[:2]) < 1e-5
     whole.train()(x).square().sum().backward()
     assert sum(parameter.grad is not None for parameter in whole.parameters()) > 10
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "prefix"),
+    [("Dinov2Model", 1), ("Dinov2WithRegistersModel", 5), ("ViTModel", 1), ("SiglipVisionModel", 0)],
+)
+def test_merging_layers_compute_what_timms_do(name, prefix, tmp_path):
+    model = build(name, {**SIZES, "layer_norm_eps": 1e-6})
+    model.save_pretrained(tmp_path)
+    vit, x = mhacut.load_model(tmp_path), images_of(First(model))
+    for each in (model, vit):
+        set_merged(each, (0, 3, 2), copied=True)
+    output = model(x, output_hidden_states=True)
+    assert relative(output.last_hidden_state, vit.forward_features(x)) < 1e-5
+    states = vit.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)
+    for found, expected in zip(output.hidden_states[1:], states, strict=True):
+        assert relative(found[:, prefix:], expected) < 1e-5
+    exported = torch.export.export(model, (x,)).module()
+    assert relative(exported(x).last_hidden_state, output.last_hidden_state) < 1e-5
+    model.gradient_checkpointing_enable()
+    model.train()(x).last_hidden_state.square().sum().backward()
+    assert all(p.grad is not None for name, p in model.named_parameters() if ".1." in name)
+
+
+def test_a_backbone_merges_tokens_and_opens_again(tmp_path):
+    sizes = {**SIZES, **STAGES, "image_size": 56}
+    model = First(build("Dinov2Backbone", sizes)).requires_grad_(False)
+    x = images_of(model, 8)
+    result = mhacut.prune_(model, "model", images=x, flops="40%", effort="fast")
+    assert sum(result.plan.tokens.merged)
+    assert "tokens merged and copied back, divergence of feature_maps" in repr(result)
+    mhacut.save_pruned(model, tmp_path / "part.safetensors")
+    fresh = First(build("Dinov2Backbone", sizes)).requires_grad_(False)
+    mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
+    assert relative(fresh(x), model(x)) < 1e-5
