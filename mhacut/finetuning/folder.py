@@ -44,12 +44,7 @@ _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 """Options that are paths, or begin with one of :data:`REMOTE`."""
 _FREE = frozenset(
     {
-        # where things lie; what they hold is compared
-        "checkpoint",
-        "teacher",
-        "data_dir",
-        "class_map",
-        "output",
+        *_PATHS,  # what they hold is compared
         # a finished run can be prolonged
         "epochs",
         "steps",
