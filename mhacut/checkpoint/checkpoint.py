@@ -93,7 +93,7 @@ class Checkpoint:
             dtypes: dtype to write each tensor in; that of the model where missing.
             sha256: digest of the weights; that of the model's tensors, when it is asked for, if None.
             notes: lines for the user.
-            cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`.
+            cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.preprocessing`.
         """
         tensors = infos(model.state_dict())
         if dtypes is not None:

@@ -35,7 +35,7 @@ class Identified:
     notes: tuple[str, ...]
     """Lines for the user: what was inferred, and from where."""
     cfg_origins: Mapping[str, str] = field(default_factory=dict)
-    """Origin of values in the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.provenance`; those
+    """Origin of values in the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.preprocessing`; those
     without one are timm's default."""
     conversion: Conversion | None = None
     """Conversion of the tensors of another library's file."""

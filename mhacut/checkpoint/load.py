@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.hub import HUB_PREFIXES, open_from_hub
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.module import with_args
-from mhacut.checkpoint.pretrained import TIMM_PREFIX, open_pretrained
+from mhacut.checkpoint.remote import HUB_PREFIXES, TIMM_PREFIX, open_from_hub, open_pretrained
 from mhacut.errors import CheckpointError
 from mhacut.options.base import CheckpointOptions
 from mhacut.runtime.device import default_torch

@@ -1,16 +1,51 @@
-"""Resolve the preprocessing of a checkpoint's images, and check that its model takes their size."""
+"""Preprocessing of a checkpoint: what it is, where it comes from, and whether another one fits better."""
 
 from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
+from mhacut.data.preprocessing import is_too_small_to_crop
 from mhacut.errors import UsageError, option_name
+from mhacut.limits import LICENSE
+from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
+from mhacut.runtime.files import REMOTE
 from mhacut.surgery.find import patch_embedding
 from mhacut.surgery.flops import weightless
+
+Origin = Literal[
+    "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
+]
+"""Origin of one value of a preprocessing; :data:`_TEXTS` says what each is."""
+_TEXTS: dict[Origin, str] = {
+    "file": "from the file",
+    "library": "default of the library that wrote the file",
+    "assumed": "from the file, which used timm's default for {architecture}",
+    "default": "timm's default for {architecture}; the file states none",
+    "tag": "timm's, for the tag in {model}",
+    "pretrained": "of timm's pretrained weights",
+    "module": "of the module",
+    "model": "the model's",
+    "size": "small images are not cropped",
+    "option": "{options}",
+}
+_UNSURE = ("assumed", "default", "module")
+"""Origins that may have nothing to do with the training of the weights."""
+_OPTIONS = {"input_size": "img_size"}
+"""Options whose names differ from those of the values."""
+_LICENSE_KEY = "license"
+_HISTORY_KEY = "preprocessing_from"
+"""Key of the origins in the entry of a command in a slim file's history."""
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
@@ -59,3 +94,157 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
             f"only ({why:.200}); leave it out, or try to build the model for that size: "
             f"{option_name('model_args', {'img_size': size[1]})}"
         ) from error
+
+
+# --- origins ---
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where each value of a preprocessing comes from."""
+
+    origins: Mapping[str, Origin]
+    """By the names of the fields of :class:`Preprocessing`."""
+    architecture: str
+    """timm's name of the model."""
+    hint: str | None = None
+    """Line that names a normalisation with which the model is clearly more accurate; None without one."""
+
+    @property
+    def normalisation_is_stated(self) -> bool:
+        """Whether the mean and the standard deviation are stated for these weights, or given."""
+        # One of the two given by hand: the user has looked at the normalisation.
+        origins = {self.origins["mean"], self.origins["std"]}
+        return "option" in origins or not origins.intersection(_UNSURE)
+
+    def describe(self, preprocessing: Preprocessing) -> str:
+        """Return one line in the words of the options, with the origins behind the values."""
+        _, height, width = preprocessing.input_size
+        parts = {
+            "input_size": f"{height}x{width}",
+            "crop_pct": f"crop {preprocessing.crop_pct:g} {preprocessing.crop_mode}",
+            "interpolation": preprocessing.interpolation,
+            "mean": f"mean {','.join(f'{n:.4g}' for n in preprocessing.mean)}",
+            "std": f"std {','.join(f'{n:.4g}' for n in preprocessing.std)}",
+        }
+        groups: dict[Origin, list[str]] = {}
+        for name in parts:
+            groups.setdefault(self.origins[name], []).append(name)
+        lines = []
+        for origin, names in groups.items():
+            options = ", ".join(option_name(_OPTIONS.get(name, name)) for name in names)
+            where = {"architecture": self.architecture, "model": option_name("model"), "options": options}
+            values = ", ".join(parts[name] for name in names)
+            lines.append(f"{values} ({_TEXTS[origin].format_map(where)})")
+        return "; ".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the items of a JSON document that states a preprocessing."""
+        return {"preprocessing_from": dict(self.origins), "preprocessing_hint": self.hint}
+
+    def to_history(self) -> dict[str, Any]:
+        """Return the item of a command's entry in the history of a slim file."""
+        return {_HISTORY_KEY: dict(self.origins)}
+
+
+def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the items that name what was cut: its file without the folders, which are nobody's business."""
+    source, digest = checkpoint.source, {"source_sha256": checkpoint.sha256}
+    if source.startswith(REMOTE):
+        return {"source": source, **digest}
+    return digest if checkpoint.header is None else {"source": Path(os.path.abspath(source)).name, **digest}
+
+
+def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the item of the first entry in the history of what is cut from ``checkpoint``."""
+    license_name = stated_license(checkpoint)
+    return {} if license_name is None else {_LICENSE_KEY: license_name}
+
+
+def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
+    """Return the origins of what :func:`resolve_preprocessing` gives.
+
+    Args:
+        checkpoint: dense or slim.
+        override: options of the command.
+    """
+    side = override.img_size
+    size = checkpoint.input_size if side is None else (0, side, side)
+    small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)
+    origins: dict[str, Origin] = {}
+    for name in Preprocessing.__dataclass_fields__:
+        if _OPTIONS.get(name, name) in override.given:
+            origins[name] = "option"
+        elif checkpoint.record is not None:
+            origins[name] = _of_slim(checkpoint.record, name)
+        elif name == "input_size":
+            origins[name] = "model"
+        else:
+            stated: Any = checkpoint.cfg_origins.get(name, "default")
+            origins[name] = "size" if name == "crop_pct" and small else stated
+    return Provenance(origins, checkpoint.identity.architecture)
+
+
+def _of_slim(record: SlimRecord, name: str) -> Origin:
+    """Return the origin of a value that a slim file states; its history may be anybody's."""
+    stated = [entry[_HISTORY_KEY] for entry in record.history if _HISTORY_KEY in entry]
+    last = stated[-1].get(name) if stated and isinstance(stated[-1], dict) else None
+    if last == "module":  # which says nothing about the training of its weights
+        return "module"
+    return "assumed" if last in ("assumed", "default") else "file"
+
+
+def stated_license(checkpoint: Checkpoint) -> str | None:
+    """Return the license that the weights' own file states, or that of the file they were cut from.
+
+    The license of timm's weights of the same architecture is not used. The file is untrusted, and the text
+    goes into YAML.
+    """
+    text: Any = None
+    if checkpoint.record is not None:
+        history = checkpoint.record.history
+        text = history[0].get(_LICENSE_KEY) if history else None
+    elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
+        text = checkpoint.identity.pretrained_cfg.get("license")
+    return text if isinstance(text, str) and LICENSE.fullmatch(text) else None
+
+
+def with_hint(
+    stated: Provenance,
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    batches: Batches,
+    device: torch.device,
+    *,
+    refuse: bool = True,
+) -> Provenance:
+    """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
+
+    Args:
+        stated: origins of ``preprocessing``; where they are stated, nothing is tried.
+        model: classifier; moved to ``device``, in eval mode.
+        preprocessing: preprocessing of ``batches``.
+        batches: batches of labelled images; few hundred are used.
+        device: device to compute on.
+        refuse: what is to be written would state a normalisation that is certainly wrong.
+
+    Raises:
+        UsageError: ``refuse``, and the difference is no chance.
+    """
+    if stated.normalisation_is_stated:
+        return stated
+    model.to(device)
+    better = better_normalisation(model, batches, preprocessing.mean, preprocessing.std, device)
+    if better is None:
+        return stated
+    (usual, top1), *others = better.found
+    flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
+    names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
+    hint = (
+        f"images seem to be normalised differently than in training: top-1 on {better.images} images is "
+        f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
+    )
+    if refuse and better.certain:
+        own = option_name("mean", preprocessing.mean)
+        raise UsageError(f"{hint}; give these two, or {own} to keep the mean and deviation as they are")
+    return replace(stated, hint=hint)

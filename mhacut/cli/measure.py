@@ -13,7 +13,7 @@ from mhacut.options.measure import BenchOptions, EvaluateOptions, ModelsOptions
 from mhacut.text import safe, table
 
 if TYPE_CHECKING:
-    from mhacut.checkpoint.provenance import Provenance
+    from mhacut.checkpoint.preprocessing import Provenance
     from mhacut.commands.bench import BenchedModel, BenchResult, Timing
     from mhacut.commands.evaluate import EvaluateResult
     from mhacut.commands.models import CatalogueEntry

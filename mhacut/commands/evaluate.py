@@ -12,8 +12,7 @@ from mhacut.budget import format_flops
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import copy_of_module
-from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
 from mhacut.data import EvaluationLoader, ImagesInMemory, Preprocessing, evaluation_loader
 from mhacut.data.in_memory import Expected, InMemoryBatches, check_one_source
 from mhacut.errors import MhacutError, UsageError, option_name

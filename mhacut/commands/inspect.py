@@ -13,8 +13,7 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import calibration_images
 from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare, read_dense
-from mhacut.inspection.layers import Inspection, LayerReport, inspect_model
-from mhacut.inspection.summary import summary
+from mhacut.inspection.layers import Inspection, LayerReport, inspect_model, summary
 from mhacut.options.base import DataOptions, PathLike
 from mhacut.options.inspect import InspectKeywords, InspectOptions
 from mhacut.options.option import takes_keywords

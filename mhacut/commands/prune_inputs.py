@@ -17,11 +17,11 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.module import rebuilt_module
-from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import (
+from mhacut.checkpoint.preprocessing import (
     Provenance,
     license_for_history,
     provenance,
+    resolve_preprocessing,
     source_for_history,
     with_hint,
 )

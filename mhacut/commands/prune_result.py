@@ -14,7 +14,7 @@ from torch import nn
 
 from mhacut.budget import format_amount, format_flops
 from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.provenance import Provenance
+from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Attempt, Params, Reached, Targets
 from mhacut.data import Preprocessing
 from mhacut.errors import BudgetError, option_name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mhacut.budget import format_flops
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.provenance import provenance, stated_license
+from mhacut.checkpoint.preprocessing import provenance, stated_license
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import Preprocessing
 from mhacut.limits import is_int, is_number

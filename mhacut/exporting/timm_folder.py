@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
-from mhacut.checkpoint.provenance import stated_license
+from mhacut.checkpoint.preprocessing import stated_license
 from mhacut.checkpoint.write import save_slim
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, OutputError, option_name

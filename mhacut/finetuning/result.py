@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mhacut.budget import format_flops
-from mhacut.checkpoint.provenance import Provenance
+from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.data import Preprocessing
 from mhacut.measuring.accuracy import Evaluation
 from mhacut.text import safe_table

@@ -13,8 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_checkpoint, read_model
-from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluation_loader, has_split
 from mhacut.errors import CheckpointError, UsageError, option_name

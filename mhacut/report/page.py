@@ -13,11 +13,10 @@ from typing import Any
 
 from mhacut._version import __version__
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.provenance import Provenance
+from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
-from mhacut.inspection.layers import inspect_model
-from mhacut.inspection.summary import summary
+from mhacut.inspection.layers import inspect_model, summary
 from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES

@@ -15,8 +15,7 @@ import mhacut
 from helpers.checkpoints import ARGS, NAME, refusal, tiny
 from mhacut.checkpoint.foreign.family import mlp_ratio
 from mhacut.checkpoint.load import open_checkpoint, read_model
-from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import provenance
+from mhacut.checkpoint.preprocessing import provenance, resolve_preprocessing
 from mhacut.errors import MhacutError
 from mhacut.options.base import PreprocessingOptions
 

@@ -11,7 +11,7 @@ import torch
 from checkpoints.test_original import beit
 from helpers.checkpoints import ARGS, IMAGES, NAME, logits_with, opened, refusal, tiny, under
 from mhacut.checkpoint.load import read_model
-from mhacut.checkpoint.provenance import provenance
+from mhacut.checkpoint.preprocessing import provenance
 from mhacut.errors import CheckpointError
 from mhacut.options.base import PreprocessingOptions
 

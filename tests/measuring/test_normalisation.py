@@ -17,8 +17,7 @@ from helpers.checkpoints import ARGS, tiny
 from helpers.cli import FAST, run, tree
 from helpers.data import write_split
 from mhacut.checkpoint.load import open_checkpoint
-from mhacut.checkpoint.preprocessing import resolve_preprocessing
-from mhacut.checkpoint.provenance import Provenance, provenance, with_hint
+from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
 from mhacut.data import Preprocessing
 from mhacut.measuring.normalisation import USUAL, Better, better_normalisation
 from mhacut.options.base import PreprocessingOptions
@@ -222,7 +221,7 @@ def photos(tmp_path):
 @pytest.fixture
 def always_better(monkeypatch):
     better = Better(((CLIP, 76.2), (IMAGENET, 76.0)), 50.65, 256, certain=False)
-    monkeypatch.setattr("mhacut.checkpoint.provenance.better_normalisation", lambda *_: better)
+    monkeypatch.setattr("mhacut.checkpoint.preprocessing.better_normalisation", lambda *_: better)
 
 
 def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):

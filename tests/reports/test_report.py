@@ -15,8 +15,7 @@ from mhacut.checkpoint.load import open_checkpoint
 from mhacut.commands.inspect import inspect
 from mhacut.errors import OutputError, UsageError
 from mhacut.inspection.compare import Comparison, LayerComparison
-from mhacut.inspection.layers import inspect_model
-from mhacut.inspection.summary import summary
+from mhacut.inspection.layers import inspect_model, summary
 from mhacut.measuring.accuracy import ModelFigures
 from mhacut.plan import Plan, UnitPlan
 from mhacut.report.charts import COLOURS, Bar, Cell, Line, heat_map, line_chart, waterfall
