@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from mhacut.cli.flags import command
 from mhacut.cli.measure import preprocessing_lines
 from mhacut.cli.running import Console
+from mhacut.finetuning.folder import LAST, check_folder_before_reading, completed
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.text import safe, safe_table
 
@@ -17,19 +17,7 @@ if TYPE_CHECKING:
     from mhacut.measuring.accuracy import Evaluation
 
 
-def _completed(values: Mapping[str, Any]) -> Mapping[str, Any]:
-    from mhacut.finetuning.folder import completed  # imports yaml, as below
-
-    return completed(values)
-
-
-def _check_folder(options: FinetuneOptions) -> None:
-    from mhacut.finetuning.folder import check_folder_before_reading
-
-    check_folder_before_reading(options)
-
-
-@command(FinetuneOptions, complete=_completed, check_outputs=_check_folder)
+@command(FinetuneOptions, complete=completed, check_outputs=check_folder_before_reading)
 def finetune(options: FinetuneOptions, console: Console) -> None:
     """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
 
@@ -50,8 +38,6 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     lines = [safe_table(result.rows()), ""]
     if result.improved is False:
-        from mhacut.finetuning.folder import LAST
-
         lines.append(
             "no epoch was better than the start, so the file holds the weights that training began with; the "
             f"weights of the last step are in {safe(result.folder / LAST)}"

@@ -20,8 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.limits import is_int
 from mhacut.options.finetune import FinetuneOptions
@@ -136,6 +134,8 @@ class RunFolder:
         for name in _PATHS:
             if values[name] is not None and not values[name].startswith(REMOTE):
                 values[name] = os.path.abspath(values[name])
+        import yaml
+
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
         write_file(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
