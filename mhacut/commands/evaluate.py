@@ -24,7 +24,7 @@ from mhacut.options.measure import EvaluateKeywords, EvaluateOptions
 from mhacut.options.option import takes_keywords
 from mhacut.report.choices import html_table
 from mhacut.runtime.device import default_torch, resolve_device, warn_of_slow_amp
-from mhacut.runtime.progress import Reporter, reporting
+from mhacut.runtime.progress import Reporter, Reporting, reporting
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters, measure_flops
 from mhacut.text import safe_table
@@ -68,12 +68,10 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
-class _Call(EvaluateKeywords):
+class _Call(Reporting, EvaluateKeywords):
     checkpoint: PathLike | nn.Module
     _: KW_ONLY
     images: ImagesInMemory | None = None
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @default_torch()

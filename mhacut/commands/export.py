@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from mhacut.options.export import ExportKeywords, ExportOptions
 from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import check_outputs, write_file
-from mhacut.runtime.progress import Reporter, reporting
+from mhacut.runtime.progress import Reporter, Reporting, reporting
 
 _BATCH_SIZES = (1, 2, 5)
 """Batch sizes at which a file for any batch size is compared."""
@@ -67,11 +67,8 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class _Call(ExportKeywords):
+class _Call(Reporting, ExportKeywords):
     checkpoint: PathLike
-    _: KW_ONLY
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @default_torch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from mhacut.checkpoint.load import load_model
@@ -19,15 +19,12 @@ from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.process import stop_request
-from mhacut.runtime.progress import Reporter, Silent, reporting
+from mhacut.runtime.progress import Reporter, Reporting, Silent, reporting
 
 
 @dataclass(frozen=True)
-class _Call(FinetuneKeywords):
+class _Call(Reporting, FinetuneKeywords):
     checkpoint: PathLike | None = None
-    _: KW_ONLY
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @default_torch()

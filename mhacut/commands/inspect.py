@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from mhacut.report.page import write_page
 from mhacut.report.sections import Contents
 from mhacut.runtime.device import default_torch, resolve_device
 from mhacut.runtime.files import check_outputs
-from mhacut.runtime.progress import Reporter, reporting
+from mhacut.runtime.progress import Reporter, Reporting, reporting
 from mhacut.surgery.find import find_prunable_layers
 
 _NAMED = 8
@@ -46,11 +46,8 @@ class InspectResult:
 
 
 @dataclass(frozen=True)
-class _Call(InspectKeywords):
+class _Call(Reporting, InspectKeywords):
     checkpoint: PathLike
-    _: KW_ONLY
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @default_torch()

@@ -35,7 +35,7 @@ from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
-from mhacut.runtime.progress import SILENT, Reporter, StageTimer, reporting
+from mhacut.runtime.progress import SILENT, Reporter, Reporting, StageTimer, reporting
 from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
@@ -50,25 +50,21 @@ _SECONDS = 3.0
 
 
 @dataclass(frozen=True)
-class _Call(PruneKeywords):
+class _Call(Reporting, PruneKeywords):
     checkpoint: PathLike | nn.Module
     _: KW_ONLY
     flops: str | float | None = None
     images: ImagesInMemory | None = None
     val_images: ImagesInMemory | None = None
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @dataclass(frozen=True)
-class _CallMany(PruneKeywords):
+class _CallMany(Reporting, PruneKeywords):
     checkpoint: PathLike | nn.Module
     _: KW_ONLY
     flops: Sequence[str | float]
     images: ImagesInMemory | None = None
     val_images: ImagesInMemory | None = None
-    progress: bool | None = None
-    reporter: Reporter | None = None
 
 
 @default_torch()

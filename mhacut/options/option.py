@@ -456,14 +456,15 @@ def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Calla
     Type checkers and editors see each keyword with its type; ``help()`` and notebooks also its default.
 
     Args:
-        call: subclass of the class of keywords, with the function's other parameters as fields.
+        call: dataclass of the class of keywords and of the function's other parameters.
     """
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
         written: Any = function
         returned = inspect.signature(function).return_annotation
         written.__signature__ = inspect.signature(call).replace(return_annotation=returned)
-        return lists_options(call.__base__)(function)  # type: ignore[attr-defined]
+        options = next(base for base in call.__bases__ if issubclass(base, Options))  # type: ignore[attr-defined]
+        return lists_options(options)(function)
 
     return decorate
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -153,6 +154,14 @@ class StageDisplay(Silent):
         """Take the bar off."""
         if self._say is None:  # some versions of rich end a disabled bar with an empty line
             self._progress.stop()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reporting:
+    """Keywords of each function that reports its progress, as :func:`reporting` takes them."""
+
+    progress: bool | None = None
+    reporter: Reporter | None = None
 
 
 @contextmanager
