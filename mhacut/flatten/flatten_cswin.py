@@ -323,10 +323,6 @@ class FlattenCswin(Pyramid):
     def finish(self, x: Tensor) -> Tensor:
         return self.norm(x)
 
-    def no_weight_decay(self) -> set[str]:
-        """Return no names: the authors decay everything that is not 1-D."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns of parameters by depth, for layer-wise learning rates."""
         return {

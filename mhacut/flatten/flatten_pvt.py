@@ -135,10 +135,6 @@ class FlattenPvt(Pyramid):
         x = self.run_blocks(blocks, self.pos_drop(embed(x) + position))
         return x.reshape(x.shape[0], *grid, x.shape[-1])
 
-    def no_weight_decay(self) -> set[str]:
-        """Return no names: the authors decay position embeddings too."""
-        return set()
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return patterns of parameters by depth, for layer-wise learning rates."""
         return {

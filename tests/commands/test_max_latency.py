@@ -260,7 +260,7 @@ def test_the_conditions_of_latency_are_printed(tiny_vit, tmp_path, clock):
     assert json.loads(run(*arguments, "--no-latency").stdout)["timing"] == {}
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_target_by_the_machine_s_own_clock_is_met_or_missed_cleanly(tiny_vit, tmp_path, monkeypatch):
     for package in ("onnxruntime", "onnxscript"):
         pytest.importorskip(package)

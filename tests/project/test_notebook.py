@@ -37,13 +37,13 @@ BRIEF_TIMES = "import mhacut.commands.prune as pruning; pruning._SECONDS = 0.1"
 """What the kernel runs first: notebooks show times, and nothing here depends on how steady they are."""
 
 
-LONGEST = "choose_a_budget"
+LONGEST = ("before_and_after", "choose_a_budget")
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(path, marks=pytest.mark.exhaustive if path.stem == LONGEST else pytest.mark.slow)
+        pytest.param(path, marks=pytest.mark.exhaustive if path.stem in LONGEST else pytest.mark.slow)
         for path in NOTEBOOKS
     ],
     ids=lambda path: path.stem,
