@@ -198,7 +198,23 @@ def inspect_model(
         if layer.adapter.family == "attention" and not shapes_only:
             findings = _findings(model.get_submodule(layer.name), layer, evidence and evidence[0])
         units = {u.kind: _unit_report(u, plans.get(u.key), findings.get(u.key, ())) for u in layer.units}
-        layers.append(_layer_report(model, layer, units, flops, parameters))
+        module, attends = model.get_submodule(layer.name), layer.adapter.family == "attention"
+        own_flops, own_parameters = flops.get(layer.name, 0), count_parameters(module)
+        layers.append(
+            LayerReport(
+                name=layer.name,
+                module=type(module).__name__,
+                family=layer.adapter.family,
+                heads=_heads(layer, module) if attends else None,
+                units=units,
+                not_prunable=dict(layer.not_prunable),
+                coupled_with=dict(layer.coupled_with),
+                flops=own_flops,
+                share=own_flops / flops[""],
+                parameters=own_parameters,
+                parameter_share=own_parameters / parameters,
+            )
+        )
         if progress is not None:
             progress(done, len(prunable.layers))
     judged_by = BY_WEIGHTS if evidence is None else evidence[1]
@@ -218,31 +234,6 @@ def inspect_model(
         slim=record is not None,
         tokens=tokens_of(model),
         judged_by=None if shapes_only else judged_by,
-    )
-
-
-def _layer_report(
-    model: nn.Module,
-    layer: Layer,
-    units: Mapping[UnitKind, UnitReport],
-    flops: Mapping[str, int],
-    parameters: int,
-) -> LayerReport:
-    """Report of one layer; ``flops`` by module and ``parameters`` are those of the whole model."""
-    module = model.get_submodule(layer.name)
-    own_flops, own_parameters = flops.get(layer.name, 0), count_parameters(module)
-    return LayerReport(
-        name=layer.name,
-        module=type(module).__name__,
-        family=layer.adapter.family,
-        heads=_heads(layer, module) if layer.adapter.family == "attention" else None,
-        units=units,
-        not_prunable=dict(layer.not_prunable),
-        coupled_with=dict(layer.coupled_with),
-        flops=own_flops,
-        share=own_flops / flops[""],
-        parameters=own_parameters,
-        parameter_share=own_parameters / parameters,
     )
 
 

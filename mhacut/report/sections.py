@@ -24,7 +24,7 @@ from mhacut.report.charts import (
     waterfall,
 )
 from mhacut.report.choices import Choice, choice_charts, choice_rows
-from mhacut.report.history import StoredCurve, StoredCurves
+from mhacut.report.history import StoredCurves
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
@@ -264,7 +264,14 @@ def _curves(contents: Contents) -> Section | None:
     for kind, name in _NAMES.items():
         curves = [curve for curve in sensitivity.curves if curve.kind == kind]
         # Curves stand in the model's order, so that a colour is a depth whatever the number of layers.
-        lines = [_curve_line(curve, number / max(len(curves) - 1, 1)) for number, curve in enumerate(curves)]
+        lines = []
+        for number, curve in enumerate(curves):
+            full = curve.points[-1][0]  # as shares, layers of different widths fit one axis
+            error = dict(curve.points).get(curve.chosen)
+            marked = None if error is None else (curve.chosen / full, error)
+            points = [(width / full, error) for width, error in curve.points]
+            colour = depth_colour(number / max(len(curves) - 1, 1))
+            lines.append(Line(curve.layer, points, colour, marked))
         title = f"{name}: error against width"
         # Errors of one unit span orders of magnitude; at full width they are 0, which has no place there.
         charts.append(line_chart(title, lines, "share of width", axis, logarithmic=True))
@@ -273,14 +280,6 @@ def _curves(contents: Contents) -> Section | None:
         text += f" Dots: widths that were chosen for a budget of {format_flops(sensitivity.budget)} FLOPs."
     legend = {DEPTHS[0]: "first layers", DEPTHS[2]: "middle", DEPTHS[4]: "last layers"}
     return Section("Sensitivity", text, legend, [chart for chart in charts if chart])
-
-
-def _curve_line(curve: StoredCurve, depth: float) -> Line:
-    full = curve.points[-1][0]  # as shares, layers of different widths fit one axis
-    error = dict(curve.points).get(curve.chosen)
-    marked = None if error is None else (curve.chosen / full, error)
-    points = [(width / full, error) for width, error in curve.points]
-    return Line(curve.layer, points, depth_colour(depth), marked)
 
 
 def _layers(layers: Sequence[LayerReport]) -> Section:
