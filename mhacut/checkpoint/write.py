@@ -16,7 +16,7 @@ from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import sha256_of
 from mhacut.checkpoint.header import FLOAT_DTYPES
-from mhacut.checkpoint.identity import LABELS, ModelIdentity
+from mhacut.checkpoint.identity import LABELS
 from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, OutputError
@@ -156,7 +156,16 @@ def save_model(
             f"{os.fspath(like)}: is no slim file; save a dense model with timm or safetensors"
         )
     classes = int(getattr(model, "num_classes", 0) or 0)
-    record = dataclasses.replace(record, identity=_with_classes(record.identity, classes))
+    identity = record.identity
+    # Of other classes, the names are not known.
+    dropped = LABELS if classes != identity.model_args.get("num_classes", classes) else frozenset()
+    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
+    identity = dataclasses.replace(
+        identity,
+        model_args={**identity.model_args, "num_classes": classes},
+        pretrained_cfg={**cfg, "num_classes": classes},
+    )
+    record = dataclasses.replace(record, identity=identity)
     skeleton = build_skeleton(record.identity, limit=header.tensors)
     cut(skeleton, record.plan)
     # What a later reader of the new file will build; the weights must fit it, not the module they come from.
@@ -195,17 +204,6 @@ def _pooling(model: nn.Module) -> dict[str, str]:
         for kind in ("global_pool", "pool_type")
         if isinstance(pooling := vars(module).get(kind), str)
     }
-
-
-def _with_classes(identity: ModelIdentity, classes: int) -> ModelIdentity:
-    """Return ``identity`` with that many classes; of other classes, the names are not known."""
-    dropped = LABELS if classes != identity.model_args.get("num_classes", classes) else frozenset()
-    cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
-    return dataclasses.replace(
-        identity,
-        model_args={**identity.model_args, "num_classes": classes},
-        pretrained_cfg={**cfg, "num_classes": classes},
-    )
 
 
 def _sort_metadata(path: Path) -> None:

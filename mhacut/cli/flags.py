@@ -74,7 +74,8 @@ def command(
             context: typer.Context, config: str | None, json: bool, quiet: bool, verbose: int, **flags: Any
         ) -> None:
             # Defaults are there for --help alone: what is not given may stand in the YAML file.
-            given = {name: value for name, value in flags.items() if _is_given(context, name)}
+            sources = {name: context.get_parameter_source(name) for name in flags}
+            given = {n: flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"}
             console = Console(body.__name__, quiet=quiet, verbose=verbose, as_json=json)
             with running(console, flag_writer(known), known):
                 made = options.of(**complete(_values(known, config, given)))
@@ -135,11 +136,6 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
         return f"{flag} {shlex.quote(_as_text(given))}"
 
     return write
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _values(options: Mapping[str, Option], config: str | None, given: Mapping[str, Any]) -> dict[str, Any]:

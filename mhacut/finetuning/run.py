@@ -138,7 +138,20 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     classes = classifier_size(loaded.model)
     preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    images = _training_images(options, preprocessing, classes)
+    has_teacher = options.teacher is not None
+    if classes < 2 and not has_teacher:
+        head = "no classifier" if classes == 0 else "a single output"
+        raise UsageError(
+            f"{options.checkpoint}: has {head}, so labels teach it nothing; give a {option_name('teacher')}"
+        )
+    images = training_images(
+        options,
+        preprocessing,
+        options,
+        num_classes=classes,
+        use_labels=options.labels and not (has_teacher and options.label_weight == 0),
+        need_labels=not has_teacher,
+    )
     parts = processes.size * options.grad_accum_steps
     few = options.steps is None and options.epochs * images.count < 64 * parts * _FEW_STEPS
     size = options.batch_size or (16 if few else 64)
@@ -197,23 +210,6 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         new_trainer=new_trainer,
         held_out=held_out,
         teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
-    )
-
-
-def _training_images(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> TrainingImages:
-    has_teacher = options.teacher is not None
-    if classes < 2 and not has_teacher:
-        head = "no classifier" if classes == 0 else "a single output"
-        raise UsageError(
-            f"{options.checkpoint}: has {head}, so labels teach it nothing; give a {option_name('teacher')}"
-        )
-    return training_images(
-        options,
-        preprocessing,
-        options,
-        num_classes=classes,
-        use_labels=options.labels and not (has_teacher and options.label_weight == 0),
-        need_labels=not has_teacher,
     )
 
 

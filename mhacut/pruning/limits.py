@@ -123,7 +123,13 @@ class Constraints:
             for key in _matching("exclude", pattern, pattern, choices):
                 left[key] = left[key][-1:]
         for text in self.min_width:
-            pattern, least = _parsed(text)
+            pattern, equals, number = text.rpartition("=")
+            if not equals or not pattern or not number.isdecimal() or int(number) < 1:
+                raise UsageError(
+                    f"{option_name('min_width', text)}: expected PATTERN=N, like blocks.0.*=32, with N at "
+                    "least 1"
+                )
+            least = int(number)
             for key in _matching("min_width", text, pattern, choices):
                 left[key] = tuple(width for width in left[key] if width >= least) or left[key][-1:]
         if self.equal_qkv:
@@ -161,15 +167,6 @@ def qk_and_v(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
     return [
         ((layer, "qk"), (layer, "v")) for layer, kind in choices if kind == "v" and (layer, "qk") in choices
     ]
-
-
-def _parsed(text: str) -> tuple[str, int]:
-    pattern, equals, number = text.rpartition("=")
-    if not equals or not pattern or not number.isdecimal() or int(number) < 1:
-        raise UsageError(
-            f"{option_name('min_width', text)}: expected PATTERN=N, like blocks.0.*=32, with N at least 1"
-        )
-    return pattern, int(number)
 
 
 def _matching(option: str, value: str, pattern: str, choices: Choices) -> list[UnitKey]:

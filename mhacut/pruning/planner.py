@@ -113,7 +113,10 @@ class Planner:
                 self.reporter.log(str(choice))
             else:
                 widths = job_widths(job, limits, curves)
-        ready = self._reconstructed(widths)
+        candidates = self.candidates
+        self.reporter.start("repairing")
+        plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in job.units))
+        ready = reconstruct(job, self.calibration, plan, candidates)
         costs: tuple[Constraint, ...] = ()
         if curves:
             costs = costs_of_constraints(job, limits, curves, widths, table)
@@ -165,9 +168,3 @@ class Planner:
         # One candidate a unit: curves of all would take twice the time, to decide no more than widths.
         most_promising = {key: of_unit[0] for key, of_unit in candidates.items()}
         return sensitivity_curves(self.job, self.calibration, most_promising)
-
-    def _reconstructed(self, widths: Mapping[UnitKey, int]) -> ReconstructedModel:
-        candidates = self.candidates
-        self.reporter.start("repairing")
-        plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in self.job.units))
-        return reconstruct(self.job, self.calibration, plan, candidates)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -388,7 +389,8 @@ def _train(
     trained = [parameter for parameter in block.parameters() if id(parameter) not in elsewhere]
     if not trained or not before > NEGLIGIBLE:
         return
-    order = _shuffled(len(fit), generator)
+    rounds = (torch.randperm(len(fit), generator=generator).tolist() for _ in repeat(None))
+    order = chain.from_iterable(rounds)
 
     def loss() -> Tensor:
         call = fit[next(order)]
@@ -411,9 +413,3 @@ def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> floa
     """Error of ``block``, mean over images."""
     total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
     return total / sum(len(call.aim) for call in calls)
-
-
-def _shuffled(count: int, generator: torch.Generator) -> Iterator[int]:
-    """Endless indices, in another order each round."""
-    while True:
-        yield from torch.randperm(count, generator=generator).tolist()
