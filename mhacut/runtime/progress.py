@@ -173,7 +173,10 @@ def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Repo
         progress: whether to show a bar, or lines where there is neither a terminal nor a notebook with
             ``ipywidgets``, which rich needs; None for a bar there only.
     """
-    bar = (sys.stderr is not None and sys.stderr.isatty()) or _notebook_has_widgets()
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    widgets = getattr(shell, "kernel", None) is not None and bool(importlib.util.find_spec("ipywidgets"))
+    bar = widgets or (sys.stderr is not None and sys.stderr.isatty())
     if reporter is not None or progress is False or not (bar or progress) or rank() > 0:
         yield reporter or SILENT
         return
@@ -182,9 +185,3 @@ def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Repo
         yield display
     finally:
         display.close()
-
-
-def _notebook_has_widgets() -> bool:
-    ipython = sys.modules.get("IPython")
-    shell = None if ipython is None else ipython.get_ipython()
-    return getattr(shell, "kernel", None) is not None and importlib.util.find_spec("ipywidgets") is not None
