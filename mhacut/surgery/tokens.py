@@ -143,9 +143,10 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     x, sizes, places = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
-        x = at_least_float32(x) * weights
-        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        sums = torch.cat((x, norms, weights, at_least_float32(sizes)), -1)  # what adds up
+        x = at_least_float32(x)
+        norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # as in match: graphs compute it once
+        # What adds up when tokens are merged.
+        sums = torch.cat((weights * x, weights * norms, weights, at_least_float32(sizes)), -1)
         a, b = _taken(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
         receives = F.embedding(receivers, torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).mT
         b = torch.baddbmm(b, receives, a[:, : merged.shape[1]])
