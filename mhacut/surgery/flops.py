@@ -20,7 +20,7 @@ from mhacut.errors import UnsupportedModelError
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
 abs abs_ add add_ addcmul amax cat ceil clamp clamp_min clone col2im constant_pad_nd copy_ cos cumsum div
-div_ dropout dropout_ embedding exp expand_as eye feature_dropout fill_ flip gelu gelu_ hardswish hardswish_
+div_ dropout dropout_ embedding exp expand_as feature_dropout fill_ flip gelu gelu_ hardswish hardswish_
 hardtanh im2col index_select linalg_vector_norm log lt mT masked_fill masked_fill_ max max_pool2d mean
 meshgrid min movedim mul mul_ ne neg new_ones new_zeros norm one_hot ones_like pad pixel_shuffle pow prod
 reciprocal relu relu_ repeat repeat_interleave reshape_as rms_norm rsqrt rsub scalar_tensor sigmoid sigmoid_

@@ -148,7 +148,8 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         # What adds up when tokens are merged.
         sums = torch.cat((weights * x, weights * norms, weights, at_least_float32(sizes)), -1)
         a, b = _taken(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
-        receives = F.embedding(receivers, torch.eye(b.shape[1], dtype=b.dtype, device=b.device)).mT
+        numbers = torch.arange(b.shape[1], device=b.device)[:, None]
+        receives = (receivers[:, None] == numbers).to(b.dtype)  # (B, |B|, r)
         b = torch.baddbmm(b, receives, a[:, : merged.shape[1]])
     # All alike, for few operations: tokens that received none are divided by what they were multiplied by.
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 
 import onnx
@@ -16,6 +17,7 @@ from helpers.plans import random_plan
 from mhacut.checkpoint.build import allocate
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.exporting import runtimes
+from mhacut.exporting.quantize import quantize
 from mhacut.plan import Plan, TokenPlan
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.surgery.channels import rotate
@@ -249,6 +251,13 @@ def test_under_autocast_the_same_tokens_merge():
     assert torch.equal(match.receivers, again.receivers)
 
 
+def matrices(content: bytes) -> int:
+    """Return how many float32 numbers the matrices of an ONNX file hold."""
+    constants = onnx.load_from_string(content).graph.initializer
+    floats = [one.dims for one in constants if one.data_type == onnx.TensorProto.FLOAT]
+    return sum(math.prod(dims) for dims in floats if len(dims) == 2)
+
+
 @pytest.mark.parametrize(
     "name", slow_but({"averaging", "copied back"}, ["read", "averaging", "copied back", "distilled"])
 )
@@ -261,6 +270,10 @@ def test_onnx_programs_compute_the_same_without_scatter(name):
     operators = {node.op_type for node in onnx.load_from_string(content).graph.node}
     assert "TopK" in operators
     assert not [name for name in operators if "Scatter" in name]
+    linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    assert matrices(content) == linear  # of which there are no copies
+    if name == "read":
+        assert matrices(quantize(content)) == 0
     session = onnxruntime.InferenceSession(content)
     for count in (1, 2, 5):
         (found,) = session.run(None, {"images": x[:count].numpy()})
