@@ -64,7 +64,7 @@ class Work:
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(calibration_images=128, heal_steps=0, tuning_steps=0),
     "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=150),
-    "best": Work(calibration_images=1024, heal_steps=150, tuning_steps=800),
+    "best": Work(calibration_images=1024, heal_steps=150, tuning_steps=1250),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
