@@ -17,6 +17,8 @@ from mhacut.runtime.process import worker_count
 
 _STEPS = 25
 """Largest number of steps that a learning rate is tried for."""
+_MOST = 1.05
+"""Largest share of the loss before that they may leave: the run mends more than that."""
 _BATCH = 64
 """Largest number of held-out images in one forward pass."""
 
@@ -35,9 +37,9 @@ def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
 
 
 def choose_rate(run: Run) -> float:
-    """Return the highest learning rate of which a few steps lower the loss on held-out images, or the lowest.
+    """Return the highest learning rate that hardly raises the held-out loss in a few steps, or the lowest.
 
-    Not the one that lowers it most: few steps favour low rates, and many need a higher one. The weights are
+    Not the one that leaves least: few steps favour low rates, and many need a higher one. The weights are
     left as they were. Every process must call this.
     """
     assert run.held_out is not None
@@ -58,7 +60,7 @@ def choose_rate(run: Run) -> float:
         run.trainer.disconnect()
         after = _held_out_loss(run)
         model.load_state_dict(start)
-        if after < before:
+        if after <= _MOST * before:
             break
     run.reporter.log(
         f"learning rate {rate:g}: {steps} steps take the loss on {run.held_out.count} held-out images from "
