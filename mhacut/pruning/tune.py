@@ -23,6 +23,9 @@ from mhacut.runtime.process import outlive_signals, start_reading
 RATE = 1.2e-4
 """Learning rate where the slim model diverges by 1 nat on held-out images; elsewhere it is in proportion
 (docs/explanation/choices.md)."""
+BOUNDS = (0.1, 1.0)
+"""Least and largest divergence in that proportion: of images that the dense model was trained on the slim one
+may get nearly all right; of features, which have no classes, tokens may diverge by many nats."""
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
 WARM_UP = 0.1
@@ -58,7 +61,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             return preserved.divergence(preserved.outputs(model, batch).float(), dense)
 
     weights = model.requires_grad_(True).parameters()
-    rate, warm_up = job.options.tuning_lr or RATE * distance, math.ceil(WARM_UP * steps)
+    rate = job.options.tuning_lr or RATE * min(max(distance, BOUNDS[0]), BOUNDS[1])
+    warm_up = math.ceil(WARM_UP * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
 
