@@ -273,7 +273,7 @@ def test_configurations(tmp_path, config, args, cfg):
     (tmp_path / "model.safetensors").write_bytes(save(SAFE))
     (tmp_path / "config.json").write_text(json.dumps(config))
     with refused_only_as(CheckpointError, "config.json"):
-        assert json.dumps(open_folder(tmp_path).config) == json.dumps(config)
+        assert json.dumps(open_folder(tmp_path)[1]) == json.dumps(config)
 
 
 MARKS = [
