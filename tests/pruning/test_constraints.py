@@ -171,6 +171,13 @@ def test_under_a_bound_on_the_loss_a_cost_is_that_at_the_same_flops(tiny_vit):
 
 
 def test_the_lowest_budget_is_that_under_the_constraints(tiny_vit, tmp_path):
-    with pytest.raises(mhacut.BudgetError, match=r"out of reach: the lowest is .*exclude='\*\.mlp'"):
-        prune(tiny_vit, tmp_path / "slim.safetensors", exclude=("*.mlp",), flops="40%")
+    def lowest(flops: str, **constraints) -> float:
+        with pytest.raises(mhacut.BudgetError, match="out of reach") as error:
+            prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops, **constraints)
+        assert all(f"{name}=" in str(error.value) for name in constraints)
+        return float(re.search(r"the lowest is \S+ \((\S+)% of", str(error.value)).group(1))
+
+    free, least = lowest("1%"), lowest("1%", exclude="*.mlp")
+    assert lowest(f"{(free + least) / 2}%", exclude="*.mlp") == least
     assert list(tmp_path.iterdir()) == []
+    prune(tiny_vit, tmp_path / "slim.safetensors", flops=f"{least}%", exclude="*.mlp")
