@@ -96,7 +96,7 @@ def read(setup: Setup) -> tuple[Checkpoint, Preprocessing]:
     from mhacut.checkpoint.preprocessing import resolve_preprocessing
     from mhacut.options.base import PreprocessingOptions
 
-    loaded = read_model(setup.checkpoint, model=setup.model, model_args=setup.arguments() or None)
+    loaded = read_model(setup.checkpoint, model=setup.model, model_args=setup.arguments())
     mean, std = (
         None if text is None else tuple(float(part) for part in text.split(","))
         for text in (setup.mean, setup.std)
