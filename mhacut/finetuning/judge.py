@@ -17,7 +17,7 @@ from mhacut.runtime.process import worker_count
 
 _STEPS = 25
 """Largest number of steps that a learning rate is tried for."""
-_MOST = 1.05
+_MOST = 1.2
 """Largest share of the loss before that they may leave: the run mends more than that."""
 _BATCH = 64
 """Largest number of held-out images in one forward pass."""
@@ -57,6 +57,7 @@ def choose_rate(run: Run) -> float:
         with closing(parts_of(run, run.images, run.batches, range(steps))) as parts:
             for step in range(steps):
                 run.trainer.step(step, islice(parts, tried.grad_accum_steps))
+                run.reporter.advance(step + 1, steps, f"{rate:g}")
         run.trainer.disconnect()
         after = _held_out_loss(run)
         model.load_state_dict(start)

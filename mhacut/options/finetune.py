@@ -57,14 +57,14 @@ class TrainingOptions(Options, panel="Training"):
     steps: int | None = option(None, at_least=1)
     """Optimiser steps in all, instead of epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Images per batch and process; by default 64, or 16 where 64 would make fewer than 1,000 steps."""
+    """Images per batch and process; by default 64, or 16 where epochs have fewer than 1,000 such steps."""
     grad_accum_steps: int = option(1, at_least=1)
     """Batches per optimiser step."""
     opt: str = "adamw"
     """Optimiser, by its name in timm."""
     lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
     """Highest learning rate; by default the first of 3e-4, 1e-4, 3e-5 and 1e-5 of which a trial of 25 steps
-    raises the loss on held-out training images by no more than a twentieth."""
+    raises the loss on held-out training images by no more than a fifth."""
     weight_decay: float = option(0.05, at_least=0)
     """Weight decay; not applied to biases, norms and the parameters that the model exempts."""
     sched: Schedule = "cosine"

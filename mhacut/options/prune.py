@@ -64,7 +64,7 @@ class Work:
 EFFORTS: Mapping[str, Work] = {
     "fast": Work(calibration_images=128, heal_steps=0, tuning_steps=0),
     "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=150),
-    "best": Work(calibration_images=1024, heal_steps=150, tuning_steps=1250),
+    "best": Work(calibration_images=1024, heal_steps=40, tuning_steps=1250),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
@@ -101,7 +101,7 @@ class SearchOptions(Options, panel="Research switches"):
     block; by default the effort decides."""
     tuning_steps: int | None = option(None, at_least=0)
     """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
-    without labels; by default the effort decides."""
+    without labels; by default the effort decides, and none where features are preserved."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
     """Learning rate of these steps; by default the divergence on held-out images decides."""
     token_weights: bool = True
