@@ -139,7 +139,7 @@ def stating(slim: Path, path: Path, change) -> Path:
 
 LIES = {
     "26 index": (lambda d: d["plan"][0]["kept"][0].append(10**6), "must lie in 0..15"),
-    "26 heads": (lambda d: d["model_args"].update(num_heads=10**9), "numbers may reach 1000000"),
+    "26 heads": (lambda d: d["model_args"].update(num_heads=10**9), "num_heads=1000000000"),
     "26 depth": (lambda d: d["model_args"].update(depth=10**6), "is far too large for the tensors"),
     "27 module": (lambda d: d.update(architecture="os.system"), "expected the name of a timm model"),
     "27 class": (lambda d: d["model_args"].update(norm_layer="os.system"), "norm_layer"),

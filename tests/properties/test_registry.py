@@ -12,6 +12,7 @@ from timm.models.mvitv2 import MultiScaleAttentionPoolFirst
 from helpers.models import build
 from mhacut.adapters.registry import ADAPTERS
 from mhacut.adapters.softmax import Softmax
+from mhacut.adapters.softmax_special import LOOK
 from properties.cases import BY_CLASS
 
 NOT_RUNNING = {MultiScaleAttentionPoolFirst}
@@ -19,9 +20,12 @@ NOT_RUNNING = {MultiScaleAttentionPoolFirst}
 
 
 def registered_classes() -> set[type]:
-    """Classes with an adapter, without those of slim layers, which cuts of the others make."""
+    """Classes with an adapter, without those of slim layers, which cuts of the others make.
+
+    Those of blocks that merge tokens have the tests of merging.
+    """
     found = {cls for adapter in ADAPTERS for cls in adapter.module_classes}
-    return {cls for cls in found - NOT_RUNNING if not cls.__name__.startswith("Slim")}
+    return {cls for cls in found - NOT_RUNNING - set(LOOK.values()) if not cls.__name__.startswith("Slim")}
 
 
 def test_every_registered_class_has_a_case():

@@ -345,7 +345,7 @@ def test_healing_helps_a_model_that_merges_tokens(copied):
 
 
 def test_the_effort_decides_unless_steps_are_given():
-    assert [SearchOptions(effort=effort).healed_steps for effort in EFFORTS] == [0, 40, 150]
+    assert [SearchOptions(effort=effort).healed_steps for effort in EFFORTS] == [0, 40, 40]
     assert SearchOptions(effort="best", heal_steps=3).healed_steps == 3
 
 
