@@ -140,14 +140,18 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
     """
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with registered(
-        model.get_submodule(name).register_forward_pre_hook(partial(_record, recorded), with_kwargs=True)
+        model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
         for name, recorded in calls.items()
     ):
         yield calls
 
 
-def _record(calls: list[Call], module: nn.Module, args: Any, kwargs: Any) -> None:
-    calls.append(Call(*tree_map(_shape_only, (args, kwargs))))
+def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
+    # A function, not a partial: copies of the model that count its FLOPs share it, with its list.
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        calls.append(Call(*tree_map(_shape_only, (args, kwargs))))
+
+    return hook
 
 
 def _shape_only(leaf: Any) -> Any:
