@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4391,
     "report": 1006,
     "runtime": 1028,
-    "surgery": 2737,
+    "surgery": 2743,
     "top": 817,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

@@ -84,6 +84,8 @@ class SizedTokens(NamedTuple):
 
 FLOOR = 0.1
 """Attention that is added to all tokens, so that none has weight 0; attention is 1 on average over tokens."""
+_LEAST = 1e-12
+"""Least norm to divide by: tokens may be zero, or cancel each other out."""
 
 
 def weigh(sizes: Tensor, looks: Tensor | None, prefix: int) -> Tensor:
@@ -117,7 +119,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
     """
     with full_precision(x):
         directions = at_least_float32(x)
-        directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
+        directions = directions / torch.linalg.vector_norm(directions, dim=-1, keepdim=True).clamp_min(_LEAST)
         a, b, light = directions[:, prefix + 1 :: 2], directions[:, prefix::2], weights.reciprocal()
         cost = (1 - torch.bmm(a, b.mT)) / (light[:, prefix + 1 :: 2] + light[:, prefix::2].mT)
     cost, nearest = cost.min(-1)  # (B, |A|)
@@ -154,7 +156,7 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     # All alike, for few operations: tokens that received none are divided by what they were multiplied by.
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
     x, norms, weights, left = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
-    x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True)))
+    x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_LEAST)))
     moved = None if places is None else _moved(places, matched, prefix)
     return SizedTokens(x.to(tokens.x.dtype), left.to(sizes.dtype), moved)
 
