@@ -1,10 +1,12 @@
-"""Write the pages of docs/reference/ that follow from the code: commands, Python names, architectures.
+"""Write what follows from the code and from measured rows: pages of docs/reference/, and tables of results.
 
-    python docs/generate.py               # commands and options, Python names
+    python docs/generate.py               # commands and options, Python names, tables of results
+    python docs/generate.py --check       # compare only
     mhacut models --json > models.json    # takes minutes
     python docs/generate.py models.json   # architectures too
 
-A test compares the pages with what this script writes.
+A table of results stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in any page, and holds the rows
+of ``examples/benchmarks/results/``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,10 @@ from mhacut.cli.app import COMMANDS, app
 from mhacut.cli.flags import PANELS, SHORT
 from mhacut.options.option import Option
 
-REFERENCE = Path(__file__).parent / "reference"
+DOCS = Path(__file__).parent
+REFERENCE = DOCS / "reference"
+EXAMPLES = DOCS.parent / "examples" / "benchmarks"
+RESULTS = EXAMPLES / "results"
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
 """What is set in code: commands, and names of flags."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
@@ -183,11 +188,150 @@ def _architecture_row(entry: Mapping[str, Any]) -> str:
     return f"| `{entry['architecture']}` | {attention} | {cut}{star} | {tags} |"
 
 
-if __name__ == "__main__":
-    for path, text in pages().items():
-        (REFERENCE / path).write_text(text)
-    for models in sys.argv[1:]:
+# --- Tables of results ---
+
+METHODS: Mapping[str, str] = {
+    "dense": "dense",
+    "mhacut-tokens-balanced": "mhacut",
+    "mhacut-tokens-best": "mhacut, `best`",
+    "tome": "ToMe, untrained",
+    "mhacut-unlabelled-auto-balanced": "mhacut, channels alone",
+    "mhacut-unlabelled-auto-best": "mhacut, channels alone, `best`",
+    "corp": "CORP",
+    "tp-taylor-uniform": "Torch-Pruning, Taylor",
+    "tome-tp": "Torch-Pruning to 90 %, then ToMe",
+}
+"""Names of the methods in tables, in their order; rows of others keep their title."""
+IN_README = ("mhacut-tokens-balanced", "tome", "mhacut-unlabelled-auto-balanced", "corp", "tp-taylor-uniform")
+_TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
+Row = Mapping[str, Any]
+
+
+def with_tables(text: str) -> str:
+    """Return a page with its tables of results as the rows of today make them."""
+    return _TABLE.sub(lambda found: found[1] + results_table(found[2]) + found[3], text)
+
+
+def results_table(name: str) -> str:
+    """Return a table, and below it what its rows have in common.
+
+    Args:
+        name: a file of results, or ``readme`` for the top-1 of wide430 by budget and method.
+    """
+    document = json.loads((RESULTS / f"{'wide430' if name == 'readme' else name}.json").read_text())
+    if name == "readme":
+        return _by_budget(document["rows"])
+    if isinstance(document, list):  # each row states its machine and seed
+        rows, columns = _in_place(document)
+        machine, seed = rows[0], rows[0]["seed"]
+    else:
+        rows, columns = _one_shot(document["rows"])
+        machine, seed = document["machine"], document["setup"]["seed"]
+    origins = [_origin(row) for row in rows]
+    common = [origins[0]] if len(set(origins)) == 1 else []
+    if not common:  # then each row says it
+        columns["made by"] = _origin
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
+    lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
+    versions = [f"{part} {machine[part]}" for part in ("torch", "timm")]
+    made = "; ".join([machine["cpu"], *versions, f"seed {seed}", *common])
+    return "\n".join([*lines, "", f"{made}. Rows: `results/{name}.json`."])
+
+
+def _one_shot(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
+    order = [*METHODS]
+    known = [row for row in rows if "out_of_reach" not in row]
+    known.sort(
+        key=lambda row: (-(row["keep"] or 101), order.index(row["method"]) if row["method"] in order else 99)
+    )
+    columns = {
+        "FLOPs": lambda row: f"{100 * row['ratio']:.1f} %",
+        "method": lambda row: METHODS.get(row["method"], row["title"]),
+        "top-1, %": lambda row: f"{row['top1']:.1f}" if "top1" in row else "-",
+        "same as dense, %": lambda row: f"{row['agreement']:.1f}" if "agreement" in row else "-",
+        "KL": lambda row: f"{row['kl']:.3f}" if "kl" in row else "-",
+        "time": lambda row: f"{row['latency_ratio']:.2f}" if "latency_ratio" in row else "-",
+        "ONNX, ms": lambda row: f"{row['onnx_ms']:.1f}" if "onnx_ms" in row else "-",
+        "fine-tuned, %": _finetuned,
+        "CPU s": lambda row: f"{row['cpu_s']:.0f}" if "cpu_s" in row else "-",
+    }
+    return known, {name: cell for name, cell in columns.items() if any(cell(row) != "-" for row in known)}
+
+
+def _finetuned(row: Row) -> str:
+    found = row.get("finetuned")
+    if found is None:
+        return "-"
+    spread = f" ± {found['spread']:.1f}" if len(found["seeds"]) > 1 else ""
+    return f"{found['top1']:.1f}{spread}"
+
+
+def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
+    columns = {
+        "FLOPs": lambda row: f"{row['flops']:.1f} %",
+        "model": lambda row: row["subject"],
+        "method": lambda row: row["method"],
+        "effort": lambda row: f"`{row['effort']}`" if "effort" in row else "-",
+        "correlation": lambda row: f"{row['correlation']:.3f}" if "correlation" in row else "-",
+        "map, MAE": lambda row: f"{row['mae']:.3f}" if "mae" in row else "-",
+        "error of features": lambda row: f"{row['error']:.3f}" if "error" in row else "-",
+        "time": lambda row: f"{row['time']:.2f}" if "time" in row else "-",
+    }
+    return list(rows), {name: cell for name, cell in columns.items() if any(cell(row) != "-" for row in rows)}
+
+
+def _origin(row: Row) -> str:
+    """Return the commit that made a row; rows from before commits were kept have a digest of the code."""
+    return f"commit {row['commit']}" if "commit" in row else f"code {row['code'][:8]}"
+
+
+def _by_budget(rows: Sequence[Row]) -> str:
+    found = {(row["keep"], row["method"]): f"{row['top1']:.1f}" for row in rows if "top1" in row}
+    keeps = sorted({keep for keep, method in found if method in IN_README}, reverse=True)
+    lines = [
+        f"| FLOPs | {' | '.join(METHODS[name] for name in IN_README)} |",
+        f"|{'---|' * (len(IN_README) + 1)}",
+    ]
+    for keep in keeps:
+        cells = [found.get((keep, name), "") for name in IN_README]
+        lines.append(f"| {keep:g} % | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def written() -> dict[Path, str]:
+    """Return all that this script writes without further input, by path."""
+    found = {REFERENCE / path: text for path, text in pages().items()}
+    for page in (DOCS.parent / "README.md", EXAMPLES / "README.md", *DOCS.rglob("*.md")):
+        text = page.read_text()
+        if _TABLE.search(text):
+            found[page] = with_tables(text)
+    return found
+
+
+def unknown_tables(page: Path) -> list[str]:
+    """Return the first lines of tables on a page that no rows make."""
+    return re.findall(r"^(\|.*)\n\|---", _TABLE.sub("", page.read_text()), re.MULTILINE)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write the pages, or with ``--check`` say which of them are not current."""
+    if arguments == ["--check"]:
+        stale = [
+            str(path.relative_to(DOCS.parent)) for path, text in written().items() if path.read_text() != text
+        ]
+        if stale:
+            sys.exit(f"not current: {', '.join(stale)}; run python docs/generate.py")
+        if alone := unknown_tables(DOCS / "explanation" / "benchmarks.md"):
+            sys.exit(f"docs/explanation/benchmarks.md: no rows make the table {alone[0]}")
+        return
+    for path, text in written().items():
+        path.write_text(text)
+    for models in arguments:
         from importlib.metadata import version
 
         page = architectures_page(json.loads(Path(models).read_text()), version("timm"))
         (REFERENCE / "architectures.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import METHODS, Method
-from process import Process
+from process import Process, commit
 from setups import Setup
 
 
@@ -101,6 +101,7 @@ def filled_row(
         "peak_mib": process.peak_mib,
         "checks": {**checks, **found["checks"]},
         "code": code_digest(),
+        "commit": commit(),
     }
 
 

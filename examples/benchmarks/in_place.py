@@ -29,7 +29,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from process import describe_machine
+from process import commit, describe_machine
 
 METHODS = ("mhacut", "mhacut-channels", "mhacut-pooled", "tp-taylor-uniform", "tp-taylor-global")
 SIZE = (3, 224, 224)
@@ -157,7 +157,8 @@ def rows(asked: argparse.Namespace) -> list[Row]:
         torch.set_num_threads(asked.threads)
         row = {**about, "method": method, "keep": keep}
         row |= {"flops": 100 * measure_flops(model.backbone, SIZE) / whole, "time": times.ratios[-1]}
-        row |= {**task.scores(model), "cpu_s": cpu, "wall_s": wall, **describe_machine(asked.threads)}
+        row |= {**task.scores(model), "cpu_s": cpu, "wall_s": wall, "commit": commit()}
+        row |= describe_machine(asked.threads)
         known.append(row)
         print(shown(row), flush=True)
         if asked.merge:

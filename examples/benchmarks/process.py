@@ -81,6 +81,17 @@ def run(command: Sequence[str], threads: int, limit_s: float | None = None) -> P
         return Process(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit, out.read())
 
 
+def commit() -> str:
+    """Return the commit of this clone, with a plus if code that makes rows was changed since."""
+
+    def git(*words: str) -> str:
+        found = subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    changed = git("status", "--porcelain", "--", "../../mhacut", "methods")
+    return git("rev-parse", "--short=8", "HEAD") + ("+" if changed else "")
+
+
 def describe_machine(threads: int) -> dict[str, str]:
     versions = {}
     for name in ("torch", "timm", "torch-pruning", "mhacut"):

@@ -38,6 +38,7 @@ from mhacut.commands.models import catalogue
 from test_layering import LAYERS
 
 LONGEST_README = 600
+LONGEST_BENCHMARKS = 1500
 GENERATED = {DOCS / "reference" / "commands" / f"{name}.md" for name in get_command(app).commands}
 RUN_BY_CI = {"main-job", "tests"}
 """Marks of the README's blocks that .ci/run runs."""
@@ -123,8 +124,18 @@ def test_pages_that_follow_from_the_code_are_current():
     generate = module(DOCS / "generate.py")
     pages = generate.pages()
     assert {DOCS / "reference" / path for path in pages} == {*GENERATED, DOCS / "reference" / "python.md"}
-    for path, text in pages.items():
-        assert (DOCS / "reference" / path).read_text() == text, "run python docs/generate.py"
+    for path, text in generate.written().items():
+        assert path.read_text() == text, "run python docs/generate.py"
+
+
+def test_the_benchmarks_page_is_short_and_its_tables_are_made_of_rows(tmp_path):
+    generate, page = module(DOCS / "generate.py"), DOCS / "explanation" / "benchmarks.md"
+    assert len(page.read_text().split()) <= LONGEST_BENCHMARKS
+    assert generate.unknown_tables(page) == []
+    (written := tmp_path / "page.md").write_text(page.read_text() + "\n| by hand | 90.0 |\n|---|---|\n")
+    assert generate.unknown_tables(written) == ["| by hand | 90.0 |"]
+    wrong = page.read_text().replace("| mhacut |", "| mhacut, better |", 1)
+    assert generate.with_tables(wrong) == page.read_text()
 
 
 def test_the_page_of_the_python_api_has_every_public_name():
