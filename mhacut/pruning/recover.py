@@ -20,7 +20,6 @@ from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.indicators import with_trained_scales
-from mhacut.pruning.preserve import ANSWERS
 from mhacut.pruning.resumable import ResumableModel
 from mhacut.pruning.tune import tuned
 from mhacut.runtime.device import ordered_attention
@@ -75,7 +74,7 @@ def recover(
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
     # Features of tokens got worse (docs/explanation/choices.md).
-    if calibration.preserved is not ANSWERS and options.tuning_steps is None:
+    if calibration.preserved.measure != "answers" and options.tuning_steps is None:
         tune_steps = 0
     if tune_steps and (distance := job.held_out(calibration).divergence_of(slim)) > NEGLIGIBLE_KL:
         reporter.start("tuning")
