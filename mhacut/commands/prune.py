@@ -361,6 +361,7 @@ def _write(
             dtypes=inputs.dtypes,
         )
         figures = [row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))]
+        figures.append(("file", format_amount(dense_size, "size"), format_amount(size, "size")))
         for one in reached:
             figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
         both = job.prunable, find_prunable_layers(slim)

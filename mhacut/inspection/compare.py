@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,8 @@ class LayerComparison:
     """The same with each layer in its own model, errors of earlier layers included."""
     agreement: float
     """Cosine of the two outputs of a token, each in its own model; mean over tokens."""
+    tokens: int = 0
+    """Tokens of an image that the layer of the slim model computes."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ class Comparison:
     images: int
     data: str
     """Description of the images."""
+    spent: Mapping[str, Mapping[LayerFamily | Literal["rest"], int]] = field(default_factory=dict)
+    """FLOPs by family of layers and of the rest: of the dense model, of the dense model with the slim one's
+    tokens, where these are fewer, and of the slim model."""
 
 
 @torch.no_grad()
@@ -176,6 +181,8 @@ def compare(
     if not math.isfinite(divergence):
         raise MhacutError(f"{asked}: one model's outputs are not finite numbers")
     flops = [_flops(model, images) for model in (dense, slim)]
+    fewer_tokens = {} if same_tokens is dense else {"fewer tokens": _flops(same_tokens, images)}
+    spent = {"dense": flops[0], **fewer_tokens, "fewer channels": flops[1]}
     slim_units = {unit.key: unit for unit in prunable[1].units()}
     layers = []
     for layer in prunable[0].layers:
@@ -190,6 +197,7 @@ def compare(
                 own_error=tally.own_error,
                 error=tally.error,
                 agreement=tally.agreement,
+                tokens=tally.tokens // len(images),
             )
         )
     return Comparison(
@@ -201,7 +209,17 @@ def compare(
         divergence=divergence / len(images),
         images=len(images),
         data=data,
+        spent={name: _by_family(found, prunable[0]) for name, found in spent.items()},
     )
+
+
+def _by_family(
+    flops: Mapping[str, int], prunable: PrunableLayers
+) -> dict[LayerFamily | Literal["rest"], int]:
+    found: dict[LayerFamily | Literal["rest"], int] = {"attention": 0, "mlp": 0}
+    for layer in prunable.layers:
+        found[layer.adapter.family] += flops.get(layer.name, 0)
+    return {**found, "rest": flops[""] - sum(found.values())}
 
 
 def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:

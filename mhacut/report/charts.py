@@ -1,8 +1,8 @@
-"""Charts as SVG, for pages and notebooks: heat maps, waterfalls and lines.
+"""Charts as SVG, for pages and notebooks: tables of shares, bars and lines.
 
 Each function returns a ``<figure>`` that needs no style sheet and no script. Text and grid have the colour of
 the page's text, and marks have colours of medium lightness, so that charts can be read on light and dark
-paper.
+paper. Charts are as wide as the screen of a phone.
 """
 
 from __future__ import annotations
@@ -26,28 +26,33 @@ DEPTHS = ("#795cb7", "#4e87d3", "#43a384", "#c48e25", "#d96e35")
 """Colours of lines, from the first layers of a model to the last."""
 _ROW = 18
 """Height in pixels, the unit of all coordinates, of a row of cells or of a bar."""
-_LABEL = 170
+_LABEL = 116
 """Width of the names at the left; a character takes about 6.5."""
-_NAME = 26
+_NAME = 17
 """Characters of a name that fit there."""
-_LEFT, _TOP, _WIDTH, _HEIGHT = 64, 10, 420, 220
+_ALL = 356
+"""Width of a chart."""
+_LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
 """The box in which lines are drawn."""
 _EQUAL = 1e-4
 """Relative difference of values that an axis does not tell apart: its numbers have seven characters."""
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One cell of a heat map."""
+class Share:
+    """A part of a whole, as a bar with a number."""
 
     value: float
+    """In 0..1."""
+    text: str
+    """Number beside the bar; four characters at most."""
     description: str
-    """Text that is shown where the mouse points at the cell."""
+    """Text that is shown where the mouse points at the bar."""
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One step of a waterfall."""
+    """A bar, or a piece of one; pieces of one bar have one label."""
 
     label: str
     start: float
@@ -55,7 +60,7 @@ class Bar:
     colour: str
     """A name of :data:`COLOURS`."""
     description: str
-    """Text beside the bar."""
+    """Text beside the bar, of its last piece."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Line:
     colour: str = DEPTHS[1]
     marked: tuple[float, float] | None = None
     """A point of the line that stands out."""
+    error: float = 0.0
+    """Standard error of the marked point, upwards and downwards."""
 
 
 def depth_colour(fraction: float) -> str:
@@ -74,49 +81,54 @@ def depth_colour(fraction: float) -> str:
     return DEPTHS[round(fraction * (len(DEPTHS) - 1))]
 
 
-def heat_map(title: str, rows: Sequence[tuple[str, Sequence[Cell | None]]], maximum: float) -> str:
-    """Draw cells shaded by their values, 0 palest.
+def share_table(
+    title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping[str, Share]]]
+) -> str:
+    """Draw a bar for each row and column, filled by its share of the whole.
 
     Args:
         title: heading of the chart.
-        rows: name and cells of each row, one cell per column; None leaves a gap.
-        maximum: value of the strongest shade.
+        columns: heading of each column, with its colour.
+        rows: name of each row, and its bars by column; a column may have none.
     """
-    columns = max((len(cells) for _, cells in rows), default=0)
-    # Wide enough to point at; a map of many heads grows wider rather than unreadable.
-    size = max(10, min(24, 360 // max(columns, 1)))
-    top = 20
-    figure, svg = _figure(title, _LABEL + columns * size + 4, top + len(rows) * _ROW + 4)
-    # Numbers of two digits are wider than a narrow cell: every fourth is enough to count by.
-    for column in range(0, columns, 1 if size > 16 else 4):
-        _text(svg, _LABEL + (column + 0.5) * size, 14, str(column), "middle")
-    for number, (name, cells) in enumerate(rows):
-        y = top + number * _ROW
-        _text(svg, _LABEL - 6, y + 13, _short(name), "end")
-        for column, cell in enumerate(cells):
-            if cell is not None:
-                # Never quite 0: a cell must be told from a gap.
-                shade = 0.04 + 0.96 * min(max(cell.value / maximum, 0.0), 1.0)
-                place = {"x": _LABEL + column * size, "y": y, "width": size - 1, "height": _ROW - 1}
-                look = {"fill": DEPTHS[-1], "fill-opacity": shade, "stroke": "currentColor"}
-                _shape(svg, "rect", {**place, **look, "stroke-opacity": 0.15}, cell.description)
+    top, size = 20, (_ALL - _LABEL) / max(len(columns), 1)
+    figure, svg = _figure(title, _ALL, top + len(rows) * _ROW + 4)
+    for number, (name, _) in enumerate(rows):
+        _text(svg, _LABEL - 6, top + number * _ROW + 13, _short(name), "end")
+    for column, (heading, colour) in enumerate(columns.items()):
+        x, width = _LABEL + column * size, size - 34  # a number of four characters stands behind
+        _text(svg, x, 13, heading, "start")
+        for number, (_, shares) in enumerate(rows):
+            if (share := shares.get(heading)) is not None:
+                y, filled = top + number * _ROW, width * min(max(share.value, 0.0), 1.0)
+                for part, opacity in ((width, 0.2), (filled, 1.0)):
+                    place = {"x": x, "y": y + 3, "width": part, "height": _ROW - 6}
+                    look = {"fill": colour, "fill-opacity": opacity}
+                    _shape(svg, "rect", {**place, **look}, share.description)
+                _text(svg, x + width + 3, y + 13, share.text, "start")
     return _written(figure)
 
 
-def waterfall(title: str, bars: Sequence[Bar]) -> str:
-    """Draw horizontal bars, one per row, usually each beginning where the previous one ends."""
-    width, right = 420, 90
+def bar_chart(title: str, bars: Sequence[Bar]) -> str:
+    """Draw horizontal bars, one per row; pieces with the label of the one before them stand in its row."""
+    width = _ALL - _LABEL - 76
     maximum = max((max(bar.start, bar.end) for bar in bars), default=1.0) or 1.0
-    figure, svg = _figure(title, _LABEL + width + right, 8 + len(bars) * _ROW)
-    for number, bar in enumerate(bars):
+    labels = [bar.label for bar in bars]
+    begins = [index for index, label in enumerate(labels) if index == 0 or label != labels[index - 1]]
+    figure, svg = _figure(title, _ALL, 8 + len(begins) * _ROW)
+    row = -1
+    for index, bar in enumerate(bars):
         low, high = sorted((bar.start / maximum, bar.end / maximum))
-        y = 4 + number * _ROW
+        if index in begins:
+            row += 1
+            _text(svg, _LABEL - 6, 4 + row * _ROW + 13, _short(bar.label), "end")
+        y = 4 + row * _ROW
         place = {"x": _LABEL + low * width, "y": y + 2, "height": _ROW - 4}
-        # At least a pixel wide: a layer that saves nothing still marks its place.
+        # At least a pixel wide: a layer that costs nothing still marks its place.
         look = {"width": max((high - low) * width, 1.0), "fill": COLOURS[bar.colour]}
-        _text(svg, _LABEL - 6, y + 13, _short(bar.label), "end")
         _shape(svg, "rect", {**place, **look}, f"{bar.label}: {bar.description}")
-        _text(svg, _LABEL + high * width + 5, y + 13, bar.description, "start")
+        if index + 1 == len(bars) or index + 1 in begins:
+            _text(svg, _LABEL + high * width + 5, y + 13, bar.description, "start")
     return _written(figure)
 
 
@@ -141,6 +153,9 @@ def line_chart(
     if not drawn:
         return ""
     xs, ys = zip(*(point for _, points in drawn for point in points), strict=True)
+    for line, _ in drawn:
+        if line.marked is not None and line.error:
+            ys += tuple(scaled(max(line.marked[1] + sign * line.error, 1e-9)) for sign in (-1, 1))
     x_ends, y_ends = _ends(min(xs), max(xs)), _ends(min(ys), max(ys))
     if logarithmic:  # whole powers of ten
         low = math.floor(min(ys))
@@ -150,7 +165,7 @@ def line_chart(
         along, above = (x - x_ends[0]) / (x_ends[1] - x_ends[0]), (y - y_ends[0]) / (y_ends[1] - y_ends[0])
         return _LEFT + along * _WIDTH, _TOP + (1 - above) * _HEIGHT  # SVG counts downwards
 
-    figure, svg = _figure(title, _LEFT + _WIDTH + 20, _TOP + _HEIGHT + 40)
+    figure, svg = _figure(title, _ALL, _TOP + _HEIGHT + 40)
     _axes(svg, (x_label, x_ends), (y_label, y_ends), logarithmic)
     for line, points in drawn:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
@@ -159,6 +174,11 @@ def line_chart(
         if line.marked is not None and (line.marked[1] > 0 or not logarithmic):
             x, y = place(line.marked[0], scaled(line.marked[1]))
             description = f"{line.label}: {line.marked[0]:.3g}, {line.marked[1]:.3g}"
+            if line.error:
+                description += f" ± {line.error:.2g}"
+                ends = [place(line.marked[0], line.marked[1] + sign * line.error)[1] for sign in (-1, 1)]
+                look = {"stroke": line.colour, "stroke-width": 1.5}
+                _shape(svg, "line", {"x1": x, "x2": x, "y1": ends[0], "y2": ends[1], **look})
             _shape(svg, "circle", {"cx": x, "cy": y, "r": 3.5, "fill": line.colour}, description)
     return _written(figure)
 
@@ -168,7 +188,7 @@ def _axes(
 ) -> None:
     """Draw the grid, and numbers and names of the axes, each given as its name and its ends."""
     (x_label, x_ends), (y_label, y_ends) = x_axis, y_axis
-    right, bottom, middle = _LEFT + _WIDTH, _TOP + _HEIGHT, _TOP + _HEIGHT / 2
+    right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
     for step in range(5):
         x, y = _LEFT + _WIDTH * step / 4, bottom - _HEIGHT * step / 4
         value = _between(y_ends, step / 4)
@@ -177,7 +197,7 @@ def _axes(
         _text(svg, _LEFT - 6, y + 4, f"{10**value:.1e}" if log else _number(value, y_ends), "end")
         _text(svg, x, bottom + 16, _number(_between(x_ends, step / 4), x_ends), "middle")
     _text(svg, _LEFT + _WIDTH / 2, bottom + 34, x_label, "middle")
-    _text(svg, 14, middle, y_label, "middle", transform=f"rotate(-90 14 {middle:.0f})")
+    _text(svg, 0, 12, y_label, "start")  # above the numbers: beside them, long ones reach into it
 
 
 def _figure(title: str, width: float, height: float) -> tuple[Element, Element]:
@@ -197,9 +217,9 @@ def _shape(svg: Element, name: str, attributes: Mapping[str, object], descriptio
     return shape
 
 
-def _text(svg: Element, x: float, y: float, text: str, anchor: str, **attributes: str) -> None:
+def _text(svg: Element, x: float, y: float, text: str, anchor: str) -> None:
     place = {"x": x, "y": y, "text-anchor": anchor, "fill": "currentColor"}
-    _shape(svg, "text", {**place, **attributes}).text = safe(text)
+    _shape(svg, "text", place).text = safe(text)
 
 
 def _written(figure: Element) -> str:

@@ -83,14 +83,19 @@ def choice_charts(choices: Sequence[Choice], *, flops_only: bool = False) -> lis
     charts = []
     for value, of_value in values.items():
         for cost, of_cost in list(costs.items())[: 1 if flops_only else None]:
-            known = [(one.name, of_cost(one), of_value(one)) for one in choices]
+            known = [(one, of_cost(one), of_value(one)) for one in choices]
             # By cost: budgets may be given in any order, and a line would turn back.
-            points = sorted((x, y, name) for name, x, y in known if x is not None and y is not None)
+            points = sorted(
+                (x, y, one.name, _error(one)) for one, x, y in known if x is not None and y is not None
+            )
             if len(points) < 2:
                 continue
-            line = Line("budgets", [(x, y) for x, y, _ in points])
+            line = Line("budgets", [(x, y) for x, y, *_ in points])
             # A line of a single point for each budget, so that pointing at it shows its name.
-            dots = [Line(name, [(x, y)], marked=(x, y)) for x, y, name in points]
+            dots = [
+                Line(name, [(x, y)], marked=(x, y), error=error if of_value is _top1 else 0.0)
+                for x, y, name, error in points
+            ]
             title = f"{value} against {cost.partition(',')[0]}"
             charts.append(line_chart(title, [line, *dots], cost, value, logarithmic=value == "divergence"))
     return [chart for chart in charts if chart]  # a logarithm has no place for 0
@@ -121,3 +126,8 @@ def html_lines(lines: Sequence[str]) -> str:
 
 def _top1(choice: Choice) -> float | None:
     return None if choice.figures.evaluation is None else choice.figures.evaluation.top1
+
+
+def _error(choice: Choice) -> float:
+    """Return the standard error of the top-1, in points."""
+    return 0.0 if choice.figures.evaluation is None else choice.figures.evaluation.standard_error

@@ -37,7 +37,10 @@ def step(entry: Mapping[str, Any]) -> str:
     before, after = (_flops(entry.get(name)) for name in ("flops_before", "flops_after"))
     figures = f"{before} -> {after} FLOPs ({_targets(entry)}){_preserving(entry.get('preserved'))}"
     figures += _fidelity(entry.get("fidelity"))
-    return f"{command} {figures}, seed {seed}, mhacut {version}, on {data}"
+    options = entry.get("options")
+    named = options if isinstance(options, Mapping) else {}
+    how = "".join(f"{name} {_text(named[name])}, " for name in ("scope", "effort") if name in named)
+    return f"{command} {figures}, {how}seed {seed}, mhacut {version}, on {data}"
 
 
 def _targets(entry: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import date
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.choices import Choice
 from mhacut.report.history import step, stored_curves
-from mhacut.report.sections import Contents, sections
+from mhacut.report.sections import Contents, headline, sections
 from mhacut.runtime.files import write_file
 from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
@@ -150,7 +151,9 @@ def page(contents: Contents) -> str:
             policy=policy,
             style=Markup(style),  # trusted: it must not be escaped
             inspection=contents.inspection,
-            summary=summary(contents.inspection),
+            summary=summary(contents.inspection) if contents.comparison is None else "",
+            numbers=headline(contents),
+            date=date.today().isoformat(),
             verdict=contents.verdict,
             version=__version__,
             sections=sections(contents),

@@ -16,17 +16,17 @@ from mhacut.report.charts import (
     COLOURS,
     DEPTHS,
     Bar,
-    Cell,
     Line,
+    Share,
+    bar_chart,
     depth_colour,
-    heat_map,
     line_chart,
-    waterfall,
+    share_table,
 )
 from mhacut.report.choices import Choice, choice_charts, choice_rows
 from mhacut.report.history import StoredCurves
 
-_NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP hidden"}
+_NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 _DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
     "answers": ("KL divergence, nats", "KL divergence from"),
@@ -80,16 +80,41 @@ class Section:
 
 def sections(contents: Contents) -> list[Section]:
     """Return the sections for which ``contents`` has something to show."""
+    layers = _layers(contents.layers) if contents.comparison is None else _compared(contents.comparison)
     made = (
         _choices(contents.choices),
-        _numbers(contents),
-        _heads(contents),
         _flops(contents),
-        _errors(contents.comparison),
+        _blocks(contents),
+        _numbers(contents),
+        layers,
         _curves(contents),
-        _layers(contents.layers),
     )
     return [section for section in made if section is not None]
+
+
+def headline(contents: Contents) -> list[tuple[str, str]]:
+    """Return what a run comes down to: a few numbers, each with what it is."""
+    comparison = contents.comparison
+    if comparison is None:
+        return []
+    found, (dense, slim) = [], comparison.flops
+    for name, before, after in contents.figures:
+        if name.startswith("top-1"):
+            found.append((f"{after} %", f"{name.replace(', %', '')}; dense {before} %"))
+        elif name.startswith("latency"):
+            times = float(before) / max(float(after), 1e-9)
+            found.append((f"{times:.2f}x", f"as fast: {before} to {after} ms ({name.partition('(')[2]}"))
+        elif name == "file":
+            found.append((after, f"file; dense {before}"))
+    if (
+        not any(name.startswith("top-1") for name, *_ in contents.figures)
+        and comparison.agreement is not None
+    ):
+        found.insert(0, (f"{100 * comparison.agreement:.1f} %", f"same answer as dense, {comparison.data}"))
+    found.append(
+        (f"{100 * slim / dense:.1f} %", f"of the FLOPs; {format_flops(dense)} to {format_flops(slim)}")
+    )
+    return found
 
 
 def _choices(choices: Sequence[Choice]) -> Section | None:
@@ -127,101 +152,68 @@ def _numbers(contents: Contents) -> Section:
     return Section("In numbers", table=Table(["", ""], rows))
 
 
-def _heads(contents: Contents) -> Section | None:
-    """Heat maps, layers by heads: width kept, and redundancy."""
-    attention = [layer for layer in contents.layers if layer.heads]
-    if not attention:
-        return None
-    charts = [
-        heat_map(f"{_NAMES[kind]}: share of width kept", _cells(attention, kind, _kept), 1.0)
-        for kind in _ATTENTION_KINDS
-    ]
-    for kind in _ATTENTION_KINDS if contents.inspection.judged_by is not None else ():
-        rows = _cells(attention, kind, _similarity)
-        # Not below 0.01: shades of noise would look like redundancy.
-        maximum = max([0.01, *(cell.value for _, cells in rows for cell in cells if cell is not None)])
-        title = f"{_NAMES[kind]}: redundancy (mean channel similarity), 0 to {maximum:.2f}"
-        charts.append(heat_map(title, rows, maximum))
-    text = (
-        "Rows are layers, columns are heads; the stronger the colour, the larger the value. "
-        "Point at a cell to see its numbers."
-    )
-    return Section("Heads", text, charts=charts)
-
-
-def _cells(
-    layers: Sequence[LayerReport],
-    kind: UnitKind,
-    cell: Callable[[LayerReport, UnitReport, int], Cell | None],
-) -> list[tuple[str, list[Cell | None]]]:
-    """Rows of a heat map; None where a layer has no such head, or nothing of that kind."""
-    rows = []
-    for layer in layers:
-        # Where channels of several heads are tied, the unit has fewer heads than the layer.
-        unit, cells = layer.units.get(kind), []
-        for head in range(layer.heads or 0):
-            cells.append(None if unit is None or head >= unit.head_count else cell(layer, unit, head))
-        rows.append((layer.name, cells))
-    return rows
-
-
-def _kept(layer: LayerReport, unit: UnitReport, head: int) -> Cell:
-    share = unit.now / unit.dense
-    return Cell(
-        share, f"{layer.name}, head {head}: {unit.now} of {unit.dense} channels ({100 * share:.0f} %)"
-    )
-
-
-def _similarity(layer: LayerReport, unit: UnitReport, head: int) -> Cell | None:
-    if head >= len(unit.heads):
-        return None
-    one = unit.heads[head]
-    return Cell(
-        one.similarity,
-        f"{layer.name}, head {head}: similarity {one.similarity:.3f}; {one.rank90} and {one.rank99} of "
-        f"{unit.now} principal channels hold 90 and 99 % of the energy",
-    )
-
-
 def _flops(contents: Contents) -> Section:
-    """FLOPs of each layer, or, compared with a dense model, those that each layer saves."""
-    meanings = {"attention": "attention", "mlp": "MLP", "total": "the whole model", "rest": "the rest"}
-    legend = {COLOURS[name]: meaning for name, meaning in meanings.items()}
-    if contents.comparison is not None:
-        del legend[COLOURS["rest"]]
-        return Section("FLOPs", legend=legend, charts=[_saved_flops(contents.comparison)])
-    return Section("FLOPs", legend=legend, charts=[_spent_flops(contents.inspection)])
-
-
-def _saved_flops(comparison: Comparison) -> str:
-    dense, slim = comparison.flops
-    bars = [Bar("dense", 0, dense, "total", format_flops(dense))]
-    left = dense  # each bar begins where the one above it ends
-    for layer in comparison.layers:
-        saved = layer.flops[0] - layer.flops[1]
-        bars.append(Bar(layer.name, left, left - saved, layer.family, f"-{format_flops(saved)}"))
-        left -= saved
-    bars.append(Bar("slim", 0, slim, "total", format_flops(slim)))
-    return waterfall("FLOPs that each layer saves", bars)
-
-
-def _spent_flops(inspection: Inspection) -> str:
-    layers = inspection.layers
-    so_far = inspection.flops - sum(layer.flops for layer in layers)
+    """FLOPs by kind of layer before and after, or without a dense model those of each layer."""
+    comparison, inspection = contents.comparison, contents.inspection
+    names = {"attention": "attention", "mlp": "MLP", "rest": "the rest"}
+    bars = []
+    if comparison is not None:
+        for step, spent in comparison.spent.items():
+            begin, whole = 0, sum(spent.values())
+            for family, count in spent.items():
+                bars.append(Bar(step, begin, begin + count, family, format_flops(whole)))
+                begin += count
+        legend = {COLOURS[name]: meaning for name, meaning in names.items()}
+        return Section("FLOPs", legend=legend, charts=[bar_chart("Where the FLOPs went, step by step", bars)])
+    so_far = inspection.flops - sum(layer.flops for layer in inspection.layers)
     # Patch embedding, norms, classifier: the bars of the layers begin where these end.
-    bars = [Bar("outside these layers", 0, so_far, "rest", format_flops(so_far))]
-    for layer in layers:
-        description = f"{format_flops(layer.flops)} ({100 * layer.share:.1f} %)"
+    bars.append(Bar("outside of these", 0, so_far, "rest", format_flops(so_far)))
+    for layer in inspection.layers:
+        description = f"{format_flops(layer.flops)} ({100 * layer.share:.0f} %)"
         bars.append(Bar(layer.name, so_far, so_far + layer.flops, layer.family, description))
         so_far += layer.flops
     bars.append(Bar("total", 0, so_far, "total", format_flops(so_far)))
-    return waterfall("FLOPs of each layer", bars)
+    legend = {COLOURS[name]: meaning for name, meaning in {**names, "total": "the whole model"}.items()}
+    return Section("FLOPs", legend=legend, charts=[bar_chart("FLOPs of each layer", bars)])
 
 
-def _errors(comparison: Comparison | None) -> Section | None:
-    """Error of each layer's output, compared with the dense model."""
-    if comparison is None:
+def _blocks(contents: Contents) -> Section | None:
+    """Tokens and widths that each block keeps; of a dense model, widths that hold nearly all energy."""
+    slim, comparison = contents.inspection.slim, contents.comparison
+    merges = any(contents.inspection.tokens.merged)
+    tokens = {layer.name: layer.tokens for layer in comparison.layers} if comparison and merges else {}
+    most = max(tokens.values(), default=0)
+    rows: dict[str, dict[str, Share]] = {}
+    for layer in contents.layers:
+        row = rows.setdefault(layer.name.rpartition(".")[0] or layer.name, {})
+        if layer.family == "attention" and most:
+            count = tokens.get(layer.name, most)
+            row["tokens"] = Share(count / most, str(count), f"{layer.name}: {count} of {most} tokens")
+        for kind, unit in layer.units.items():
+            part, whole = (unit.now, unit.dense) if slim else (_needed(unit), unit.now)
+            if part is not None and whole:
+                said = f"{layer.name}: {part} of {whole} channels"
+                row[_NAMES[kind]] = Share(part / whole, f"{part:.0f}", said)
+    colours = {
+        "tokens": DEPTHS[4],
+        **dict(zip(_NAMES.values(), (DEPTHS[1], DEPTHS[0], DEPTHS[2]), strict=True)),
+    }
+    columns = {name: colour for name, colour in colours.items() if any(name in row for row in rows.values())}
+    if not columns:
         return None
+    title = "Tokens and channels that each block keeps" if merges else "Channels that each block keeps"
+    text = "Channels are those of a head, or of an MLP. Point at a bar to see its numbers."
+    if not slim:
+        title = "Channels of a head that hold 99 % of the energy"
+    return Section("Blocks", text, charts=[share_table(title, columns, list(rows.items()))])
+
+
+def _needed(unit: UnitReport) -> float | None:
+    return sum(head.rank99 for head in unit.heads) / len(unit.heads) if unit.heads else None
+
+
+def _compared(comparison: Comparison) -> Section:
+    """Widths, FLOPs and errors of each layer, compared with the dense model."""
     layers = comparison.layers
     # What lies between the two is what errors of the layers before it do to this one.
     lines = [
@@ -233,7 +225,8 @@ def _errors(comparison: Comparison | None) -> Section | None:
     rows = [
         [
             layer.name,
-            ", ".join(f"{kind} {dense} to {slim}" for kind, (dense, slim) in layer.widths.items()),
+            str(layer.tokens),
+            ", ".join(f"{_NAMES[kind]} {dense} to {slim}" for kind, (dense, slim) in layer.widths.items()),
             *map(format_flops, layer.flops),
             f"{layer.own_error:.4f}",
             f"{layer.error:.4f}",
@@ -241,9 +234,9 @@ def _errors(comparison: Comparison | None) -> Section | None:
         ]
         for layer in layers
     ]
-    headings = ["layer", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
+    headings = ["layer", "tokens", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
     return Section(
-        "Compared with the dense model",
+        "Layers",
         "Error: relative error of the layer's output inside the pruned model. Own error: the same, but with "
         "the dense model's input. Agreement: mean cosine similarity of the two outputs of a token.",
         legend={line.colour: line.label for line in lines},

@@ -17,8 +17,8 @@ from mhacut.errors import OutputError, UsageError
 from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model, summary
 from mhacut.measuring.accuracy import ModelFigures
-from mhacut.plan import Plan, UnitPlan
-from mhacut.report.charts import COLOURS, Bar, Cell, Line, heat_map, line_chart, waterfall
+from mhacut.plan import Plan, TokenPlan, UnitPlan
+from mhacut.report.charts import COLOURS, Bar, Line, Share, bar_chart, line_chart, share_table
 from mhacut.report.choices import Choice, choice_charts
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.page import page
@@ -119,25 +119,19 @@ def test_every_layer_is_in_the_table(contents):
 def test_sections_appear_where_there_is_something(contents):
     read = Reader(page(contents))
     titles = [data for element, data in read.texts if element == "h2"]
-    assert titles == ["In numbers", "Heads", "FLOPs", "Sensitivity", "Layers", "History"]
+    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "Sensitivity", "History"]
     plain = dataclasses.replace(contents, sensitivity=StoredCurves(), figures=())
     titles = [data for element, data in Reader(page(plain)).texts if element == "h2"]
-    assert titles == ["In numbers", "Heads", "FLOPs", "Layers", "History"]
+    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "History"]
 
 
 def test_layers_have_the_colour_of_their_family(contents):
-    layers = [
-        LayerComparison("a", "attention", {"v": (8, 4), "hidden": (9, 3)}, (5, 3), 0.1, 0.2, 0.9),
-        LayerComparison("b", "mlp", {}, (5, 5), 0.1, 0.2, 0.9),
-    ]
-    comparison = Comparison("dense", (10, 8), (4, 3), tuple(layers), 1.0, 0.1, 8, "images")
-    for shown in (contents, dataclasses.replace(contents, comparison=comparison)):
-        (section,) = (one for one in sections(shown) if one.title == "FLOPs")
-        bars = ElementTree.fromstring(section.charts[0]).iter("rect")
-        colours = {bar.find("title").text.rpartition(": ")[0]: bar.get("fill") for bar in bars}
-        families = {safe(layer.name): layer.family for layer in (shown.comparison or shown).layers}
-        assert {*families.values()} == {"attention", "mlp"}
-        assert all(colours[name] == COLOURS[family] for name, family in families.items())
+    (section,) = (one for one in sections(contents) if one.title == "FLOPs")
+    bars = ElementTree.fromstring(section.charts[0]).iter("rect")
+    colours = {bar.find("title").text.rpartition(": ")[0]: bar.get("fill") for bar in bars}
+    families = {safe(layer.name): layer.family for layer in contents.inspection.layers}
+    assert {*families.values()} == {"attention", "mlp"}
+    assert all(colours[name] == COLOURS[family] for name, family in families.items())
 
 
 def test_budgets_that_lose_nothing_have_no_logarithm():
@@ -199,15 +193,15 @@ PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))
 
 def test_charts_bring_their_own_look():
     """Notebooks have no style sheet of ours, and text from files must not become markup there either."""
-    heat = heat_map("<b>", [("<i>\x1b[2J", [Cell(0.5, "<u>")])], 1.0)
-    bars = waterfall("bars", [Bar("one", 0.0, 1.0, "mlp", "<s>")])
+    shares = share_table("<b>", {"v": "#123456"}, [("<i>\x1b[2J", {"v": Share(0.5, "<u>", "<u>")})])
+    bars = bar_chart("bars", [Bar("one", 0.0, 1.0, "mlp", "<s>")])
     lines = line_chart("lines", [Line("a", [(0.0, 0.1), (4.0, 1000.0)], marked=(4.0, 1000.0))], "x", "y")
-    for chart in (heat, bars, lines):
+    for chart in (shares, bars, lines):
         root = ElementTree.fromstring(chart)
         assert not re.search(r"<[bius]>|class=|style=|\x1b", chart)
         drawn = [one for one in root.iter() if one.tag in ("rect", "polyline", "circle", "text")]
         assert all("fill" in one.attrib for one in drawn)
-    assert [one.get("cx") for one in root.iter("circle")] == ["484"]
+    assert [one.get("cx") for one in root.iter("circle")] == ["336"]
 
 
 def test_curves_come_back_from_a_history():
@@ -288,8 +282,8 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert result.report == page_file
     read = Reader(page_file.read_text(encoding="utf-8"))
     titles = [data for element, data in read.texts if element == "h2"]
-    parts = ["In numbers", "Heads", "FLOPs", "Compared with the dense model", "Sensitivity"]
-    assert titles == [*parts, "Layers", "History"]
+    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "Sensitivity", "History"]
+    assert f"{100 * result.slim.flops / result.dense.flops:.1f} %" in read.text("strong")
     assert str(tmp_path / "slim.safetensors") in read.text("h1")
     record = open_checkpoint(tmp_path / "slim.safetensors").record
     assert "report" not in record.history[-1]["options"]
@@ -316,16 +310,38 @@ def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
     assert (tmp_path / "there.html").read_text() == "mine"
 
 
-def test_cells_of_a_heat_map_are_heads(contents):
-    attention = [layer for layer in contents.layers if layer.heads]
-    tied = dataclasses.replace(attention[0].units["v"], head_count=1)
-    without_qk = dataclasses.replace(attention[0], units={"v": tied})
-    shown = dataclasses.replace(contents, layers=(*attention, without_qk))
-    (section,) = (section for section in sections(shown) if section.title == "Heads")
-    for kind, chart in zip(("qk", "v"), section.charts, strict=False):
-        cells = [cell.find("title").text for cell in ElementTree.fromstring(chart).iter("rect")]
-        assert len(cells) == 3 * len(attention) + (kind == "v")
-        for layer in attention:
-            unit = layer.units[kind]
-            widths = f"head 2: {unit.now} of {unit.dense} channels"
-            assert any(cell.startswith(safe(layer.name)) and widths in cell for cell in cells)
+def test_bars_of_a_block_are_its_tokens_and_widths(contents):
+    """A block's attention and MLP stand in one row; tokens only where some are merged."""
+    layers = contents.inspection.layers
+    compared = tuple(
+        LayerComparison(layer.name, layer.family, {}, (5, 3), 0.1, 0.2, 0.9, 10 - index)
+        for index, layer in enumerate(layers)
+    )
+    comparison = Comparison("dense", (10, 8), (4, 3), compared, 1.0, 0.1, 8, "images")
+    merging = dataclasses.replace(contents.inspection, tokens=TokenPlan(merged=(1, 0)))
+    for inspection, columns in ((contents.inspection, 3), (merging, 4)):
+        shown = dataclasses.replace(contents, inspection=inspection, layers=layers, comparison=comparison)
+        (section,) = (section for section in sections(shown) if section.title == "Blocks")
+        bars = [bar.find("title").text for bar in ElementTree.fromstring(section.charts[0]).iter("rect")]
+        assert len(bars) == 2 * columns * len(layers) // 2  # a bar lies on the whole
+        unit = layers[0].units["qk"]
+        assert f"{safe(layers[0].name)}: {unit.now} of {unit.dense} channels" in bars
+        assert any("10 of 10 tokens" in bar for bar in bars) == (columns == 4)
+
+
+def test_where_flops_went_is_one_bar_for_each_step(contents):
+    spent = {
+        "dense": {"attention": 4, "mlp": 5, "rest": 1},
+        "fewer tokens": {"attention": 3, "mlp": 3, "rest": 1},
+        "fewer channels": {"attention": 2, "mlp": 1, "rest": 1},
+    }
+    comparison = Comparison("dense", (10, 4), (4, 3), (), 1.0, 0.1, 8, "images", spent)
+    (section,) = (
+        one for one in sections(dataclasses.replace(contents, comparison=comparison)) if one.title == "FLOPs"
+    )
+    drawn = ElementTree.fromstring(section.charts[0])
+    assert [text.text for text in drawn.iter("text")] == [
+        *("dense", "10"), *("fewer tokens", "7"), *("fewer channels", "4")
+    ]  # fmt: skip
+    widths = [float(bar.get("width")) for bar in drawn.iter("rect")]
+    assert [round(10 * width / sum(widths[:3])) for width in widths] == [4, 5, 1, 3, 3, 1, 2, 1, 1]
