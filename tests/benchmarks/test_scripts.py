@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import subprocess
 import sys
@@ -130,3 +131,33 @@ def test_scratch_is_the_same_architecture_without_the_weights(tmp_path):
     for (name, one), other in zip(pruned.state_dict().items(), scratch.state_dict().values(), strict=True):
         assert one.shape == other.shape
         assert not torch.equal(one, other), name
+
+
+@pytest.mark.slow
+def test_everything_for_a_gpu_is_measured_on_the_cpu_with_tiny_sizes(tmp_path, monkeypatch, capsys):
+    from process import Process
+
+    gpu = script("gpu")
+
+    def run(command, threads, limit_s=None):
+        if "run_part" in command[2]:
+            gpu.run_part(command[-1])
+        return Process(wall_s=1.0, cpu_s=1.0, peak_mib=1.0, stdout="2.13 None\ncpu")
+
+    flags = ["--smoke", "--device", "cpu", "--threads", "1", "--output", str(tmp_path / "gpu.json")]
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "run", run)
+        parts = [part for part in gpu.PARTS if part != "compile"]  # which would take a minute
+        assert gpu.main([*flags, "--minutes", "60", "--parts", *parts]) == 0
+    document = json.loads((tmp_path / "gpu.json").read_text())
+    assert document["failed"] == {}
+    assert {name.split()[0] for name in document["rows"]} >= {"same", "eager", "finetune", "sums", "prune"}
+    for scope in ("attention+mlp", "attention+mlp+tokens"):
+        assert document["rows"][f"same {scope}"]["units of other channels"] == 0
+        assert document["rows"][f"same {scope}"]["logits of its plan, largest difference"] < 1e-5
+    assert document["rows"]["what stays on the CPU"]["stages"]["calibrating"]["CPU operators, s"] > 0
+    assert "finetune --amp, batch 4: images per s" in capsys.readouterr().out
+    kept = {"machine": gpu.machine("cpu", 1) | {"sizes": "smoke"}, "rows": {"kept": {"of before": 1.0}}}
+    (tmp_path / "gpu.json").write_text(json.dumps({**kept, "failed": {}}))
+    assert gpu.main([*flags, "--parts", "sums"]) == 0  # goes on with what is there
+    assert set(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == {"kept", "sums 64 x 16"}
