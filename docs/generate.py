@@ -235,6 +235,8 @@ def results_table(name: str) -> str:
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     versions = [f"{part} {machine[part]}" for part in ("torch", "timm")]
     made = "; ".join([machine["cpu"], *versions, f"seed {seed}", *common])
+    if tuned := next((row["finetuned"] for row in rows if "finetuned" in row), None):
+        made += f"; fine-tuned for {tuned['steps']} steps, {len(tuned['seeds'])} seed(s)"
     return "\n".join([*lines, "", f"{made}. Rows: `results/{name}.json`."])
 
 

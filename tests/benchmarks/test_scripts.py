@@ -161,3 +161,39 @@ def test_everything_for_a_gpu_is_measured_on_the_cpu_with_tiny_sizes(tmp_path, m
     (tmp_path / "gpu.json").write_text(json.dumps({**kept, "failed": {}}))
     assert gpu.main([*flags, "--parts", "sums"]) == 0  # goes on with what is there
     assert set(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == {"kept", "sums 64 x 16"}
+
+
+def test_runs_of_fine_tuning_become_figures_of_rows():
+    """Mean and spread over the seeds of the longest runs with a teacher; random weights have a row."""
+
+    def line(start, steps, seed, top1, teacher=True):
+        run = {
+            "method": "corp",
+            "keep": 50.0,
+            "start": start,
+            "teacher": teacher,
+            "steps": steps,
+            "seed": seed,
+        }
+        return {"run": run, "after": {"top1": top1}}
+
+    row = {"method": "corp", "title": "CORP", "keep": 50.0, "ratio": 0.5, "top1": 6.0}
+    lines = [{"machine": {}}, line("pruned", 100, 0, 9.0), line("pruned", 500, 0, 20.0)]
+    lines += [line("pruned", 500, 1, 24.0), line("pruned", 500, 1, 99.0, False), line("scratch", 500, 0, 3.0)]
+    rows = script("kept").with_runs([row], lines)
+    tuned, random = script("kept").with_runs(rows, lines)  # again: nothing is added twice
+    assert tuned["finetuned"] == {"top1": 22.0, "spread": math.sqrt(8), "seeds": [0, 1], "steps": 500}
+    assert (random["finetuned"]["top1"], random["ratio"], "top1" in random) == (3.0, 0.5, False)
+
+
+def test_the_figure_has_a_panel_of_times_where_rows_have_them():
+    figure = script("figure")
+    rows = [
+        {"method": "dense", "ratio": 1.0, "top1": 90.0, "onnx_ms": 14.0},
+        {"method": "tome", "ratio": 0.5, "top1": 80.0, "onnx_ms": 8.0},
+    ]
+    both = figure.figure({"rows": rows}, "light")
+    assert (both.count("<polyline"), both.count("<g ")) == (2, 2)
+    for row in rows:
+        del row["onnx_ms"]
+    assert figure.figure({"rows": rows}, "light").count("<g ") == 1
