@@ -3,6 +3,7 @@
     pip install 'mhacut[bench]'
     python examples/benchmarks/compare.py --checkpoint examples/digits/model --data-dir examples/digits/images
     python examples/benchmarks/compare.py --subject wide430 --root downloads
+    python examples/benchmarks/compare.py --subject imagenet --root DIR --checkpoint timm:NAME
 
 prints one table: a row per method and budget. Rules of the comparison:
 
@@ -19,7 +20,8 @@ prints one table: a row per method and budget. Rules of the comparison:
   the validation images.
 
 ``--merge FILE`` keeps the rows in a file as they come and reuses those it finds there, so that a table can be
-made in parts and a stopped run goes on.
+made in parts and a stopped run goes on. ``--subject imagenet`` does so by itself, and takes the budgets at
+which others published results without training (``published.py``), which it prints beside its own.
 
 This process imports the standard library only: on Linux a child starts with its parent's peak memory.
 """
@@ -40,15 +42,24 @@ from typing import Any
 from compare_table import Table, as_markdown, as_text, empty_row, filled_row
 from methods import METHODS, Method, chosen
 from process import FailedError, Process, TooFarError, describe_machine, run
+from published import as_markdown as published_markdown
+from published import as_rows, budgets, published
 from scores import HALVES, of_half
 from setups import Setup
-from subjects import add_flags, complete
+from subjects import IMAGENET, add_flags, complete
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = build_parser()
     asked = parser.parse_args(arguments)
     complete(parser, asked)
+    others = published(asked.checkpoint, asked.model) if asked.subject == IMAGENET else []
+    if asked.subject == IMAGENET:
+        name = os.path.basename(asked.checkpoint).removeprefix("timm:")
+        asked.merge = asked.merge or f"imagenet_{name}.json"
+        asked.keep = asked.keep or budgets(others)
+        asked.methods = asked.methods or ["mhacut-plain-balanced", "tome"]
+    asked.keep = asked.keep or [75.0, 50.0, 25.0]
     try:
         methods = chosen(asked.methods)
     except ValueError as error:
@@ -65,9 +76,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup = Setup.of(asked, calibration_images=asked.calibration_images, seed=asked.seed)
     machine = describe_machine(asked.threads)
     table = Table.open(asked.merge, machine, setup)
+    if others:
+        table.document["published"] = as_rows(others)
     with tempfile.TemporaryDirectory(prefix="compare-") as folder:
         comparison = Comparison(
-            setup, table, Path(folder), asked.threads, asked.keep_models, asked.share_calibration
+            setup,
+            table,
+            Path(folder),
+            asked.threads,
+            asked.keep_models,
+            asked.share_calibration,
+            asked.device,
         )
         failures = comparison.fill(methods, asked.keep, again=asked.again)
     print("\n".join(f"{name}: {value}" for name, value in {**machine, "seed": setup.seed}.items()))
@@ -77,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     rows = [of_half(row, asked.half) for row in table.rows]
     print(as_markdown(rows) if asked.markdown else as_text(rows))
+    if others:
+        print(f"\nof others, on 50,000 images, not measured here:\n\n{published_markdown(others)}")
     for failure in failures:
         print(f"failed: {failure}", file=sys.stderr)
     if asked.json:
@@ -91,7 +112,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_flags(parser)
     parser.add_argument(
-        "--keep", type=float, nargs="+", default=[75.0, 50.0, 25.0], metavar="PERCENT", help="of the FLOPs"
+        "--keep",
+        type=float,
+        nargs="+",
+        metavar="PERCENT",
+        help="of the FLOPs (default: 75 50 25; for imagenet those of published rows)",
     )
     parser.add_argument(
         "--methods",
@@ -103,6 +128,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibration-images", type=int, default=256, metavar="N", help="(default: 256)")
     parser.add_argument("--seed", type=int, default=42, help="of all random numbers (default: 42)")
     parser.add_argument("--threads", type=int, default=1, help="of every process (default: 1)")
+    parser.add_argument(
+        "--device", default="cpu", help="of mhacut and of scoring, such as cuda (default: cpu)"
+    )
     parser.add_argument("--merge", metavar="FILE", help="reuse the rows of this file, and add those made now")
     parser.add_argument("--again", action="store_true", help="make rows anew that --merge has")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
@@ -132,6 +160,8 @@ class Comparison:
     """Folder that keeps the slim models."""
     share_calibration: bool
     """Whether runs of mhacut that calibrate alike do it once."""
+    device: str = "cpu"
+    """Device of mhacut, and of scoring; the references prune on the CPU."""
 
     def fill(self, methods: Sequence[Method], keeps: Sequence[float], *, again: bool) -> list[str]:
         """Make the rows that are not there, method by method; what went wrong."""
@@ -143,12 +173,12 @@ class Comparison:
             return []
         if self.models is not None:
             os.makedirs(self.models, exist_ok=True)
-        setup = asdict(self.setup)
+        job = {"setup": asdict(self.setup), "device": self.device}
         reference = str(self.folder / "reference.safetensors")
-        dense = json.loads(self.part("reference", {"setup": setup, "file": reference}).stdout)
+        dense = json.loads(self.part("reference", {**job, "file": reference}).stdout)
         self.table.document["validation_images"] = dense["images"]
         if again or not self.table.has("dense", None):
-            reading = self.part("read", {"setup": setup})
+            reading = self.part("read", job)
             self.table.put(filled_row(None, None, dense, dense["flops"], reading, {}))
         failures: list[str] = []
         for method in methods:
@@ -164,9 +194,9 @@ class Comparison:
                     failures.append(f"{told}: {error}")
             if not cells:
                 continue
-            job = {"setup": setup, "reference": reference, "cells": cells}
             try:
-                scored = json.loads(self.part("score", job).stdout)
+                scoring = self.part("score", {**job, "reference": reference, "cells": cells})
+                scored = json.loads(scoring.stdout)
             except FailedError as error:
                 failures.append(f"{method.name}, scoring: {error}")
                 continue
@@ -187,7 +217,7 @@ class Comparison:
             process = self.part("prune", {"setup": asdict(self.setup), **cell})
             checks = json.loads(process.stdout)
         else:
-            process = self.mhacut(mhacut_command(self.setup, method, keep, file))
+            process = self.mhacut(mhacut_command(self.setup, method, keep, file, self.device))
             checks = {}
         took = {"wall_s": process.wall_s, "cpu_s": process.cpu_s, "peak_mib": process.peak_mib}
         return {**cell, "process": took, "checks": checks}
@@ -210,11 +240,11 @@ class Comparison:
         return run([sys.executable, script, part, str(file)], self.threads)
 
 
-def mhacut_command(setup: Setup, method: Method, keep: float, output: Path) -> list[str]:
+def mhacut_command(setup: Setup, method: Method, keep: float, output: Path, device: str = "cpu") -> list[str]:
     """The command as a user types it."""
     command = [sys.executable, "-m", "mhacut", "prune", setup.checkpoint, "--flops", f"{keep:g}%"]
     command += ["--output", str(output), "--overwrite", "--no-latency", "--eval-images", "0", "--json"]
-    command += ["--device", "cpu", *setup.flags(), *method.options["flags"]]
+    command += ["--device", device, *setup.flags(), *method.options["flags"]]
     return command if method.sees == "nothing" else [*command, "--data-dir", setup.data_dir]
 
 

@@ -85,16 +85,16 @@ def part_reference(job: Mapping[str, Any]) -> int:
     from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
-    dense = loaded.model.eval().requires_grad_(False)
+    dense, device = loaded.model.eval().requires_grad_(False).to(job["device"]), torch.device(job["device"])
     logits, truths = [], []
     with torch.inference_mode():
         for images, labels in evaluation_images(setup_of(job), preprocessing, dense.num_classes):
-            logits.append(dense(images))
+            logits.append(dense(images.to(device)).cpu())
             truths.append(labels)
     reference, truth = torch.cat(logits), torch.cat(truths)
     save_file({"logits": reference, "labels": truth}, job["file"])
     found = {
-        "flops": measure_flops(dense, preprocessing.input_size),
+        "flops": measure_flops(dense.cpu(), preprocessing.input_size),
         "images": len(truth),
         "best": "own",
         "scores": {"own": scores_of(reference, reference, truth)},
@@ -117,11 +117,11 @@ def part_score(job: Mapping[str, Any]) -> int:
     from mhacut.surgery.flops import measure_flops
 
     loaded, preprocessing = read(setup_of(job))
-    dense = loaded.model.eval().requires_grad_(False)
+    dense, device = loaded.model.eval().requires_grad_(False), torch.device(job["device"])
     reference = load_file(job["reference"])
     cells = [
         {
-            name: read_slim(dense, cell["file"], name).requires_grad_(False)
+            name: read_slim(dense, cell["file"], name).requires_grad_(False).to(device)
             for name in temperatures_of(cell["file"]) or ("own",)
         }
         for cell in job["cells"]
@@ -132,7 +132,7 @@ def part_score(job: Mapping[str, Any]) -> int:
         for images, _ in evaluation_images(setup_of(job), preprocessing, dense.num_classes):
             for models, collected in zip(cells, logits, strict=True):
                 for name, model in models.items():
-                    collected[name].append(model(images))
+                    collected[name].append(model(images.to(device)).cpu())
     found = []
     for cell, models, collected in zip(job["cells"], cells, logits, strict=True):
         scores = {
@@ -141,13 +141,13 @@ def part_score(job: Mapping[str, Any]) -> int:
         }
         best = best_of(scores)
         if len(scores) > 1:
-            write_slim(cell["file"], models[best], ("own",))
+            write_slim(cell["file"], models[best].cpu(), ("own",))
         size = preprocessing.input_size
-        images = fixed_images(LATENCY_BATCH, size)
-        runs = [run_of(model, images) for model in (dense, models[best])]
-        times = take_turns(runs, seconds=LATENCY_SECONDS, device=torch.device("cpu"))
+        images = fixed_images(LATENCY_BATCH, size).to(device)
+        runs = [run_of(model.to(device), images) for model in (dense, models[best])]
+        times = take_turns(runs, seconds=LATENCY_SECONDS, device=device)
         dense_ms, slim_ms = (1000 * statistics.median(own) for own in times)
-        flops = measure_flops(models[best], size)
+        flops = measure_flops(models[best].cpu(), size)
         about = {"flops": flops, "latency_ratio": slim_ms / dense_ms}
         found.append({**about, "best": best, "scores": scores, "checks": {}})
     print(json.dumps(found))

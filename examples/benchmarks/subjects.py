@@ -36,11 +36,17 @@ SUBJECTS = {
     "narrow10": Subject("vit_tiny_imagenet_narrow10.safetensors", "imagenet_narrow10", HALF, HALF),
     "tiny200": Subject("vit_tiny_tiny200.safetensors", "tiny200", HALF, HALF),
 }
+IMAGENET = "imagenet"
+"""ImageNet itself, in ``--root``, for any ``--checkpoint`` such as ``timm:deit_small_patch16_224``."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that name a model and its images; :func:`complete` reads them."""
-    parser.add_argument("--subject", choices=SUBJECTS, help="model and images, in place of the flags below")
+    parser.add_argument(
+        "--subject",
+        choices=(*SUBJECTS, IMAGENET),
+        help=f"model and images, in place of the flags below; {IMAGENET} needs a --checkpoint",
+    )
     parser.add_argument("--root", default=".", metavar="DIR", help="folder that has those of --subject")
     parser.add_argument("--checkpoint", help="the dense model: whatever `mhacut prune` reads")
     parser.add_argument("--model", help="timm architecture, for a file that does not say")
@@ -54,7 +60,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def complete(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None:
     """Fill in what ``--subject`` stands for; flags that were given win."""
-    if asked.subject is not None:
+    if asked.subject == IMAGENET:
+        asked.data_dir = asked.data_dir or asked.root
+    elif asked.subject is not None:
         subject = SUBJECTS[asked.subject]
         asked.checkpoint = asked.checkpoint or os.path.join(asked.root, subject.checkpoint)
         asked.data_dir = asked.data_dir or os.path.join(asked.root, subject.data_dir)

@@ -235,6 +235,34 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
     assert "mhacut, no data, auto, fast" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_imagenet_is_compared_at_the_budgets_of_published_rows(
+    compare, forked, few_digits, tmp_path, monkeypatch, capsys
+) -> None:
+    from published import Published, published
+
+    assert {row.method for row in published("timm:deit_small_patch16_224.fb_in1k", None)} >= {
+        "ToMe",
+        "CORP, q/k",
+    }
+    rows = [
+        Published("digits", "ToMe", 58.8, 79.35, 79.8, "a paper"),
+        Published("digits", "X", 60.2, 1, 2, "b"),
+    ]
+    monkeypatch.setattr(compare, "published", lambda checkpoint, model: rows)
+    monkeypatch.chdir(tmp_path)
+    forked(compare)
+    flags = f"--subject imagenet --root {few_digits} --checkpoint {DIGITS / 'model'} --calibration-images 16"
+    asked = [*flags.split(), "--methods", "mhacut-plain-fast", "--markdown"]
+    assert compare.main(asked) == 0
+    document = json.loads((tmp_path / "imagenet_model.json").read_text())
+    assert [row["keep"] for row in document["rows"]] == [None, 60, 59, 50]
+    assert [row["method"] for row in document["published"]] == ["ToMe", "X"]
+    assert "| ToMe | 58.8 % | 79.35 | -0.45 | a paper |" in capsys.readouterr().out
+    monkeypatch.setattr(compare, "run", None)
+    assert compare.main(asked) == 0  # with the rows that are there
+
+
 def test_mhacut_knows_the_flags_of_its_rows(methods) -> None:
     import typer
 

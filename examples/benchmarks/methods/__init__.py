@@ -45,7 +45,8 @@ def _mhacut() -> Iterable[Method]:
 
 def _mhacut_tokens() -> Iterable[Method]:
     """Rows of mhacut with tokens in the budget too, and with those kept that no output reads."""
-    rows = {
+    rows: dict[str, tuple[str, tuple[str, ...]]] = {
+        "plain": ("by default", ()),
         "tokens": ("tokens too", ("--scope", "attention+mlp+tokens")),
         "dead": ("dead tokens kept", ("--scope", "attention+mlp", "--keep-dead-tokens")),
         "tokens-dead": (
