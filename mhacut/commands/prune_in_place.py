@@ -34,7 +34,7 @@ from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.part import Part, Recorded, record, shown, vision_transformers
+from mhacut.surgery.part import Loss, Part, Recorded, record, shown, vision_transformers
 from mhacut.surgery.tokens import why_not_merged
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
@@ -56,7 +56,7 @@ class InPlaceResult:
     """Names of the outputs that were preserved."""
     divergence: float
     """Divergence of these from the dense ones on held-out images, see
-    :class:`mhacut.pruning.preserve.Preserved`."""
+    :class:`mhacut.pruning.preserve.Preserved`; of a loss, the squared error relative to its variance."""
 
     def __repr__(self) -> str:
         before, after = format_flops(self.flops_before), format_flops(self.flops_after)
@@ -77,6 +77,7 @@ def prune_(
     images: Batches,
     flops: str | float,
     scope: Literal["auto", "attention+mlp"] = "auto",
+    loss: Callable[[Any], Tensor] | None = None,
     progress: bool | None = None,
     reporter: Reporter | None = None,
     **options: Any,
@@ -99,6 +100,9 @@ def prune_(
         flops: ``70%`` of what the submodule takes for one image, or ``2.0G``; one FLOP is one
             multiply-accumulate.
         scope: ``attention+mlp`` for channels alone; by default tokens are merged where they can be.
+        loss: function of what ``model`` gives (or of what the function ``images`` returns) to what must stay
+            of it, a tensor [images, ...]: ``lambda out: out.logits``. What the submodule gives is then
+            preserved as far as this depends on it, to first order.
         progress: whether to show a bar; by default in notebooks and on terminals.
         reporter: receives progress and messages, in place of a bar.
         options: options of the search; ``help()`` lists them below.
@@ -114,7 +118,7 @@ def prune_(
         display.start("reading")
         with _in_eval_mode(model):
             wanted = EFFORTS[search.effort].calibration_images
-            recorded = record(model, name, _runs(model, images), wanted)
+            recorded = record(model, name, _runs(model, images), wanted, None if loss is None else Loss(loss))
             dense = copy.deepcopy(module).float().requires_grad_(False)
         job, names = _job(dense, name, recorded, search, scope, display)
         limit = Flops(SimpleNamespace(job=job), flops).limit  # type: ignore[arg-type]
@@ -187,7 +191,7 @@ def _job(
     narrow = {type(model.get_submodule(key)).__name__ for key in called if layers[key].adapter.one_width}
     if narrow:
         reporter.log(f"{', '.join(sorted(narrow))} has one width of q, k and v: they are kept equal")
-    preserved = _preserved(dense, {each: maps[each] for each in kept}, prunable, model)
+    preserved = _preserved(dense, {each: maps[each] for each in kept}, prunable, model, recorded.loss)
     reason, fewest, size = _why_not_merged(model, options, scope, preserved), None, tuple(images.shape[1:])
     if not reason:
         try:
@@ -215,7 +219,7 @@ def _job(
         copied=fewest is not None,
         constraints=Constraints(equal_qkv=bool(narrow)),
     )
-    return job, tuple(kept)
+    return job, tuple(kept) if recorded.loss is None else ("loss",)
 
 
 def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preserved: Preserved) -> str:
@@ -230,17 +234,23 @@ def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preser
 
 
 def _preserved(
-    dense: nn.Module, maps: Mapping[str, Tensor], prunable: PrunableLayers, model: nn.Module
+    dense: nn.Module,
+    maps: Mapping[str, Tensor],
+    prunable: PrunableLayers,
+    model: nn.Module,
+    loss: Loss | None,
 ) -> Preserved:
     """Return what to preserve: class probabilities, one vector, or the features of all tokens."""
-    if [each.ndim for each in maps.values()] == [2]:
+    if loss is None and [each.ndim for each in maps.values()] == [2]:
         answers = "logits" in maps or gives_probabilities(dense)
         return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
     units = prunable.units(("v", "hidden"))
     widths = {len(output_weights(model.get_submodule(unit.layer), unit)) for unit in units}
     last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
     dims = tuple(-1 if channels_last else 1 for channels_last in last)
-    return Preserved("outputs", "dense", Features("maps", channel_dims=dims))
+    # Errors of maps add up, of which the mean is taken.
+    metrics = [] if loss is None else [len(maps) * loss.metric(*each) for each in zip(maps, dims, strict=True)]
+    return Preserved("outputs", "dense", Features("maps", channel_dims=dims), metrics=tuple(metrics))
 
 
 def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:

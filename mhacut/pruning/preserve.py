@@ -31,6 +31,8 @@ SHRINKAGE = 0.5
 """Share of the diagonal in the shrunk covariance; it hardly matters (docs/explanation/choices.md)."""
 FLOOR = 1e-6
 """Least variance of a channel, relative to the mean of all."""
+KEPT = 0.1
+"""Share of the plain divergence in that of a loss, which is blind to what moves nothing to first order."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 Measure = Literal["answers", "features", "dense"]
@@ -53,11 +55,12 @@ class Whitening:
     """W, [C, C], with W W^T = S^-1: the inverse transposed Cholesky factor of S."""
 
     @classmethod
-    def of(cls, moments: Moments) -> Whitening:
+    def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
         """Return the whitening of features with these moments, in float32.
 
         Args:
             moments: of the features of all tokens, [C].
+            metric: M, [C, C], for a divergence d^T M d in place of 1/2 d^T S^-1 d, of which a share is left.
         """
         covariance = moments.covariance
         variance = covariance.diagonal()
@@ -69,6 +72,10 @@ class Whitening:
         factor = torch.linalg.cholesky(shrunk)
         eye = torch.eye(len(variance), dtype=factor.dtype, device=factor.device)
         inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+        if metric is not None:
+            whitened = 2 * factor.mT @ metric.to(factor) @ factor
+            whitened += KEPT * whitened.trace() / len(eye) * eye
+            inverse = torch.linalg.cholesky(whitened).mT @ inverse
         return cls(moments.mean.float(), inverse.mT.float())
 
     def __call__(self, features: Tensor) -> Tensor:
@@ -88,6 +95,8 @@ class Preserved:
     features: Features
     whitenings: tuple[Whitening, ...] = ()
     """Whitening of each map of tokens, once :meth:`fitted`."""
+    metrics: tuple[Tensor, ...] = ()
+    """Divergence of each map, as :meth:`Whitening.of` takes it; empty for the plain one."""
     variance: float = 1.0
     """Variance of the values of all outputs, the unit of squared errors of features, once :meth:`fitted`."""
     steps: int = 1
@@ -187,7 +196,8 @@ class Preserved:
             for index in range(len(sums) // 3)
         ]
         if self.dense:
-            return replace(self, whitenings=tuple(map(Whitening.of, fitted)))
+            metrics = self.metrics or [None] * len(fitted)
+            return replace(self, whitenings=tuple(map(Whitening.of, fitted, metrics)))
         (values,) = fitted
         if values.rows == 1:  # one value alone has no variance
             return self

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from mhacut.adapters.registry import adapter_for
-from mhacut.errors import DataError, UnsupportedModelError
+from mhacut.errors import DataError, UnsupportedModelError, UsageError
+
+_PROBES = 4
+"""Number of random projections of what a loss gives."""
+_DIFFERENTIATED = 64
+"""Number of images, at least, through which it is differentiated."""
 
 _Note = Callable[[str, Any, Any], None]
 
@@ -67,13 +72,65 @@ class Recorded:
     """Names and numbers of the outputs that the model reads."""
     method: str
     """Method that the model calls: ``forward``, or another of :data:`_METHODS`."""
+    loss: Loss | None = None
+    """What a loss reads of these outputs; None where there is no loss."""
+
+
+@dataclass
+class Loss:
+    """A function of the model's outputs, and how far what it gives moves with the outputs of a submodule.
+
+    For outputs f that move by d, what it gives moves by J d, to first order. E[g g^T] = J^T J for the gradient
+    g = J^T e of a random projection e, of unit variance; tokens are taken to move independently.
+    """
+
+    of: Callable[[Any], Tensor]
+    """Model's outputs -> what must stay of them, [B, ...]."""
+    squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    """Sum over images and tokens of g g^T, [C, C], by output and by the dimension of its channels."""
+    values: list[Tensor] = field(default_factory=list)
+    """What it gave, [B, ...] each."""
+    images: int = 0
+
+    def metric(self, name: str, channel_dim: int) -> Tensor:
+        """Return M, [C, C]: the mean over tokens of d^T M d is the squared error relative to the variance."""
+        values = torch.cat([each.flatten() for each in self.values])
+        scale = _PROBES * len(values) * values.var().clamp_min(1e-12)
+        return self.squares[name, channel_dim] / scale
+
+    def gradients(self, output: Any, named: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
+        """Differentiate what the loss gives for ``output``; return the gradients of the last projection.
+
+        Raises:
+            UsageError: it gives no tensor [B, ...] that depends on the submodule.
+        """
+        value, names, leaves = self.of(output), *zip(*named, strict=True)
+        if not _is_float(value) or not value.ndim or not value.requires_grad:
+            shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise UsageError(
+                f"loss: expected a tensor [images, ...] that depends on the pruned part, such as `out.logits`, "
+                f"found {shape}"
+            )
+        chance = torch.Generator().manual_seed(self.images)
+        self.values.append(value.detach().double())
+        self.images += len(value)
+        for _ in range(_PROBES):
+            noise = torch.randn(value.shape, generator=chance).to(value)
+            found = torch.autograd.grad(value, leaves, noise, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(names, found, strict=True):
+                for dim in () if gradient is None else (1, -1)[gradient.ndim != 4 :]:
+                    g = gradient.movedim(dim, -1).flatten(0, -2).double()
+                    self.squares[name, dim] = self.squares.get((name, dim), 0) + g.mT @ g
+        return list(found)
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
 """Methods of a submodule that give its features; those after the first are timm's."""
 
 
-def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count: int) -> Recorded:
+def record(
+    model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count: int, loss: Loss | None = None
+) -> Recorded:
     """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that.
 
     Args:
@@ -81,6 +138,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
         name: name of the submodule; empty for the model.
         runs: functions that each run one batch through the whole model, and return what it gives.
         count: number of images; fewer are taken if there are no more.
+        loss: receives gradients.
 
     Raises:
         DataError: the submodule is not called.
@@ -114,11 +172,11 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
 
     for run in runs:
         try:
-            if outputs:
+            if outputs and (loss is None or loss.images >= _DIFFERENTIATED):
                 with torch.no_grad(), _watched(part, note, lambda output: output):
                     run()
             else:
-                outputs = _outputs_read(part, run, note)
+                outputs |= _outputs_read(part, run, note, loss)
         except StopIteration:  # of a function that has no more batches
             break
         if not outputs or max(found.values()) >= count:
@@ -130,7 +188,7 @@ def record(model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count
         )
     key = found.most_common(1)[0][0]
     left_out = found.total() - found[key]
-    return Recorded(*first[key], torch.cat(calls[key])[:count], left_out, outputs, key[-1])
+    return Recorded(*first[key], torch.cat(calls[key])[:count], left_out, outputs, key[-1], loss)
 
 
 @contextmanager
@@ -163,8 +221,10 @@ def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iter
         vars(part).update({name: replaced[name] for name in _METHODS if name in replaced})
 
 
-def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note) -> dict[str, int]:
-    """Run a batch; return names and numbers of the outputs of ``part`` on which the result depends.
+def _outputs_read(
+    part: nn.Module, run: Callable[[], Any], note: _Note, loss: Loss | None
+) -> dict[str, int]:
+    """Run a batch; return names and numbers of the outputs of ``part`` on which the result, or loss, depends.
 
     Those of all its calls, or all outputs where the model runs without gradients.
     """
@@ -179,10 +239,13 @@ def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note) -> dict[
         return tree_unflatten(fresh, structure)
 
     with _watched(part, note, cut_off), torch.enable_grad():
-        result = [leaf.sum() for leaf in _floats(run()) if leaf.requires_grad]
+        output = run()
+        result = [leaf.sum() for leaf in _floats(output) if leaf.requires_grad]
     tensors = [leaf for _, _, leaf in leaves]
     gradients: Any = tensors
-    if result and tensors:
+    if loss is not None and tensors:
+        gradients = loss.gradients(output, ((name, leaf) for name, _, leaf in leaves))
+    elif result and tensors:
         gradients = torch.autograd.grad(torch.stack(result).sum(), tensors, allow_unused=True)
     return {
         name: number for (name, number, _), used in zip(leaves, gradients, strict=True) if used is not None

@@ -217,6 +217,23 @@ def test_a_classifier_keeps_its_answers(images):
         assert result.preserved == (kept,)
 
 
+@pytest.mark.parametrize(("cls", "size"), [(Segmenter, 16), (Reading, 32)])
+def test_a_loss_says_what_must_stay(cls, size):
+    model = build(cls)
+    images = torch.randn(96, 3, size, size, generator=torch.Generator().manual_seed(0))
+    dense = masks_of(model, images)[..., :1]
+    result = mhacut.prune_(model, images=images, loss=lambda out: out["masks"][..., :1], **QUICK)
+    assert result.preserved == ("loss",)
+    error = float((masks_of(model, images)[..., :1] - dense).square().mean() / dense.var())
+    assert 0.5 * error < result.divergence < 2 * error
+
+
+@pytest.mark.parametrize("loss", [lambda out: out["masks"].sum(), lambda out: 3, lambda out: out["masks"].detach()])
+def test_a_loss_that_gives_no_tensor_of_images_is_refused(loss, images):
+    with pytest.raises(UsageError, match=r"loss: expected a tensor \[images, ...\] that depends"):
+        mhacut.prune_(build(), images=images, loss=loss, **QUICK)
+
+
 def test_half_precision_stays(images):
     model = build().bfloat16()
     mhacut.prune_(model, images=images.bfloat16(), **QUICK)

@@ -22,7 +22,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.curves import sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.preserve import FLOOR, SHRINKAGE, Preserved, Whitening
+from mhacut.pruning.preserve import FLOOR, KEPT, SHRINKAGE, Preserved, Whitening
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
@@ -127,6 +127,16 @@ def test_whitened_features_of_any_scale_are_the_same():
     distance = (plain(a) - plain(b)).square().sum(-1)
     assert torch.allclose((scaled(a * scale) - scaled(b * scale)).square().sum(-1), distance, rtol=1e-3)
     assert torch.allclose(plain(rows).mean(0), torch.zeros(5).double(), atol=1e-5)
+
+
+def test_a_metric_takes_the_place_of_the_covariance():
+    rows = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
+    plain, half = Whitening.of(Moments.of(rows)).matrix, torch.randn(5, 1, dtype=torch.float64)
+    metric, precision = half @ half.mT, (plain @ plain.mT).double()
+    trace = torch.trace(metric @ precision.inverse())  # divergence of an error of this covariance
+    expected = metric + KEPT * trace / 5 * precision
+    found = Whitening.of(Moments.of(rows), metric).matrix.double()
+    assert torch.allclose(found @ found.mT / 2, expected, rtol=1e-4)
 
 
 @torch.no_grad()
