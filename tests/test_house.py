@@ -14,10 +14,10 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2915,
+    "adapters": 2950,
     "checkpoint": 5423,
     "cli": 1304,
-    "commands": 3459,
+    "commands": 3475,
     "data": 1518,
     "exporting": 1428,
     "finetuning": 2173,
@@ -26,10 +26,10 @@ LINES = {
     "linalg": 896,
     "measuring": 860,
     "options": 1444,
-    "pruning": 4390,
+    "pruning": 4400,
     "report": 1035,
     "runtime": 1028,
-    "surgery": 2743,
+    "surgery": 2806,
     "top": 817,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

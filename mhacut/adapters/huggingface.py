@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -28,6 +29,9 @@ from mhacut.plan import UnitKind
 
 _FORWARD = ["self", "hidden_states", "attention_mask"]
 """First parameters of forward, before ``position_embeddings`` and ``kwargs``."""
+_CLIP_FORWARD = [*_FORWARD, "causal_attention_mask", "output_attentions"]
+_DINOV2_FORWARD = ["self", "hidden_states", "head_mask"]
+"""Those of transformers 4."""
 _MLPS = {
     frozenset({"fc1", "fc2"}): (("fc1",), "fc2"),
     frozenset({"up_proj", "down_proj"}): (("up_proj",), "down_proj"),
@@ -89,7 +93,6 @@ class Linears(Softmax):
     finish: Hook = _without_weights
     mixins: tuple[type, ...] = (_Named,)
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: qk == v and not hasattr(m, KEPT)
-    attributes: Mapping[str, str] = field(default_factory=lambda: {"head_dim": "qk"})
     one_width = True
 
     def heads(self, module: Any) -> int:
@@ -103,6 +106,7 @@ class Linears(Softmax):
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         before = module.head_dim
         super().resize(module, widths)
+        module.head_dim = self.sizes(module)["q"][1]
         if hasattr(module, "scaling"):  # else scale, which timm's classes have too
             module.scaling *= (before / module.head_dim) ** 0.5
 
@@ -113,6 +117,32 @@ class RotaryLinears(Linears, Rope):
 
     logits: Hook = _rotated
     one_width = False
+
+
+@dataclass(eq=False)
+class Nested(Linears):
+    """The same in DINOv2 of transformers 4: one module has q, k and v, the next the output projection."""
+
+    written_by: Mapping[str, str] = field(
+        default_factory=lambda: {"attention.query": "q", "attention.key": "k", "attention.value": "v"}
+    )
+    read_by: str = "output.dense"
+    weigh: Hook = lambda m, *args: _attended(m.attention, *args)
+    finish: Hook = lambda m, y, *_: m.output.dense(y)
+
+    def heads(self, module: Any) -> int:
+        return super().heads(module.attention)
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        Softmax.resize(self, module, widths)
+        inner, (heads, width) = module.attention, self.sizes(module)["q"]
+        inner.scaling *= (inner.attention_head_size / width) ** 0.5
+        inner.attention_head_size, inner.all_head_size = width, heads * width
+
+
+def is_old() -> bool:
+    """Whether models come from transformers 4, in which other classes are made of other layers."""
+    return str(getattr(sys.modules.get("transformers"), "__version__", "")).startswith("4.")
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
@@ -131,6 +161,8 @@ def adapter_of(module: nn.Module) -> Adapter | None:
         if len(linears) == 4 and reader <= {"o_proj", "out_proj"} and isinstance(heads, int) and width:
             rows = {module.get_submodule(f"{letter}_proj").out_features for letter in "qkv"}
             return _attention(cls, *reader) if rows == {heads * width} else None
+        if "Dinov2" in cls.__name__ and hasattr(getattr(module, "attention", None), "all_head_size"):
+            return _nested(cls) if [*inspect.signature(cls.forward).parameters] == _DINOV2_FORWARD else None
     elif re.search("MLP|FFN|Mlp", cls.__name__):
         known = _MLPS.get(frozenset(linears))
         others = [part for part in module.children() if not isinstance(part, nn.Linear)]
@@ -142,12 +174,15 @@ def adapter_of(module: nn.Module) -> Adapter | None:
 @cache
 def _attention(cls: Any, reader: str) -> Adapter | None:
     parameters = [name for name in inspect.signature(cls.forward).parameters if name != "kwargs"]
-    if parameters == _FORWARD:
-        return Linears(cls, read_by=reader)
+    if parameters in (_FORWARD, _CLIP_FORWARD):
+        # CLIP and SigLIP of transformers 4 give heads the width of their input.
+        narrows = "embed_dim" not in cls.forward.__code__.co_varnames
+        return Linears(cls, read_by=reader, fits=Linears.fits if narrows else Softmax.fits)
     # Other classes may rotate neighbours, or all tokens.
     if parameters == [*_FORWARD, "position_embeddings"] and "DINOv3" in cls.__name__:
         return RotaryLinears(cls, read_by=reader)
     return None
 
 
+_nested = cache(Nested)
 _mlp = cache(Mlp)

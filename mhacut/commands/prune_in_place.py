@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from mhacut.adapters.huggingface import is_old
 from mhacut.budget import format_flops
 from mhacut.checkpoint.part_file import check_dense, cut_part
 from mhacut.commands.prune import cut_model, recover_model
@@ -151,7 +152,8 @@ def _part_of(model: nn.Module, part: str | None) -> str:
             names = ", ".join(map(shown, found))
             raise UsageError(f"{len(found)} vision transformers inside: {names}; name one")
         if not found:
-            raise UnsupportedModelError(f"no vision transformer inside {type(model).__name__} that is known")
+            cls, hint = type(model).__name__, _of_transformers_4()
+            raise UnsupportedModelError(f"no vision transformer inside {cls} that is known{hint}")
         return found[0]
     known = [name for name, _ in model.named_modules()]
     if part not in known:
@@ -159,6 +161,10 @@ def _part_of(model: nn.Module, part: str | None) -> str:
         hint = f"; the nearest: {', '.join(map(shown, near))}" if near else ""
         raise UsageError(f"{option_name('part', part)}: {type(model).__name__} has no such submodule{hint}")
     return part
+
+
+def _of_transformers_4() -> str:
+    return "; of transformers 4, DINOv2, DINOv3, CLIP and SigLIP alone are cut" if is_old() else ""
 
 
 def _job(
@@ -176,7 +182,7 @@ def _job(
     try:
         find_prunable_layers(dense)  # an error names its class
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{shown(name)}: {error}") from None
+        raise UnsupportedModelError(f"{shown(name)}: {error}{_of_transformers_4()}") from None
     prunable = find_prunable_layers(model)
     layers = {layer.name: layer for layer in prunable.layers}
     with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:
@@ -249,8 +255,8 @@ def _preserved(
     last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
     dims = tuple(-1 if channels_last else 1 for channels_last in last)
     # Errors of maps add up, of which the mean is taken.
-    metrics = [] if loss is None else [len(maps) * loss.metric(*each) for each in zip(maps, dims, strict=True)]
-    return Preserved("outputs", "dense", Features("maps", channel_dims=dims), metrics=tuple(metrics))
+    metrics = () if loss is None else tuple(len(maps) * one for one in map(loss.metric, maps, dims))
+    return Preserved("outputs", "dense", Features("maps", channel_dims=dims), metrics=metrics)
 
 
 def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:

@@ -80,8 +80,8 @@ class Recorded:
 class Loss:
     """A function of the model's outputs, and how far what it gives moves with the outputs of a submodule.
 
-    For outputs f that move by d, what it gives moves by J d, to first order. E[g g^T] = J^T J for the gradient
-    g = J^T e of a random projection e, of unit variance; tokens are taken to move independently.
+    For outputs f that move by d, what it gives moves by J d, to first order. E[g g^T] = J^T J for the
+    gradient g = J^T e of a random projection e, of unit variance; tokens are taken to move independently.
     """
 
     of: Callable[[Any], Tensor]
@@ -108,8 +108,8 @@ class Loss:
         if not _is_float(value) or not value.ndim or not value.requires_grad:
             shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
             raise UsageError(
-                f"loss: expected a tensor [images, ...] that depends on the pruned part, such as `out.logits`, "
-                f"found {shape}"
+                "loss: expected a tensor [images, ...] that depends on the pruned part, such as "
+                f"`out.logits`, found {shape}"
             )
         chance = torch.Generator().manual_seed(self.images)
         self.values.append(value.detach().double())
@@ -221,9 +221,7 @@ def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iter
         vars(part).update({name: replaced[name] for name in _METHODS if name in replaced})
 
 
-def _outputs_read(
-    part: nn.Module, run: Callable[[], Any], note: _Note, loss: Loss | None
-) -> dict[str, int]:
+def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note, loss: Loss | None) -> dict[str, int]:
     """Run a batch; return names and numbers of the outputs of ``part`` on which the result, or loss, depends.
 
     Those of all its calls, or all outputs where the model runs without gradients.

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from mhacut.adapters.attend import graph_is_recorded
 from mhacut.adapters.base import mixed
-from mhacut.adapters.huggingface import Linears
+from mhacut.adapters.huggingface import Linears, Nested, is_old
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import LOOK, READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
@@ -295,11 +295,11 @@ def _part(layer: Any, part: str) -> Any:
 def _is_layer(layer: nn.Module) -> bool:
     """Whether this looks like a layer of transformers in which every token sees all others."""
     parts = [_part(layer, name) for name in _PARTS]
-    if None in parts or type(adapter_for(_part(layer, "attention"))) is not Linears:
+    if None in parts or type(adapter_for(_part(layer, "attention"))) not in (Linears, Nested):
         return False
     _, _, *others = inspect.signature(type(layer).forward).parameters.values()
     # Layers of windows are given their resolution, those with rotary positions the angles.
-    return all(each.name == "attention_mask" or each.kind is each.VAR_KEYWORD for each in others)
+    return all("mask" in each.name or each.kind is each.VAR_KEYWORD for each in others)
 
 
 @torch.no_grad()
@@ -472,6 +472,8 @@ def why_not_merged(model: Any, copied: bool = False) -> str:
         cls = dense_class(getattr(model, "module", model))
         return f"{cls.__name__} is not a plain ViT, in which every block sees all tokens"
     if stack.vit is None:
+        if is_old():
+            return "that takes transformers 5"
         if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
             return "which of its tokens are patches is not known; name the module that embeds them, too"
         if not _computes_alike(stack.blocks[0]):
