@@ -73,7 +73,7 @@ class Recorded:
     method: str
     """Method that the model calls: ``forward``, or another of :data:`_METHODS`."""
     loss: Loss | None = None
-    """What a loss reads of these outputs; None where there is no loss."""
+    """Sensitivity of a loss to these outputs; None where there is no loss."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Loss:
     squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Sum over images and tokens of g g^T, [C, C], by output and by the dimension of its channels."""
     values: list[Tensor] = field(default_factory=list)
-    """What it gave, [B, ...] each."""
+    """Tensors that it gave, [B, ...] each."""
     images: int = 0
 
     def metric(self, name: str, channel_dim: int) -> Tensor:
