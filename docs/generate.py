@@ -230,7 +230,7 @@ def results_table(name: str) -> str:
     origins = [_origin(row) for row in rows]
     common = [origins[0]] if len(set(origins)) == 1 else []
     if not common:  # then each row says it
-        columns["made by"] = _origin
+        columns["commit"] = lambda row: _origin(row).removeprefix("commit ")
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(cell(row) for cell in columns.values())} |" for row in rows]
     versions = [f"{part} {machine[part]}" for part in ("torch", "timm")]
@@ -247,7 +247,7 @@ def _one_shot(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
         key=lambda row: (-(row["keep"] or 101), order.index(row["method"]) if row["method"] in order else 99)
     )
     columns = {
-        "FLOPs": lambda row: f"{100 * row['ratio']:.1f} %",
+        "FLOPs, %": lambda row: f"{100 * row['ratio']:.1f}",
         "method": lambda row: METHODS.get(row["method"], row["title"]),
         "top-1, %": lambda row: f"{row['top1']:.1f}" if "top1" in row else "-",
         "same as dense, %": lambda row: f"{row['agreement']:.1f}" if "agreement" in row else "-",
@@ -270,7 +270,7 @@ def _finetuned(row: Row) -> str:
 
 def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
     columns = {
-        "FLOPs": lambda row: f"{row['flops']:.1f} %",
+        "FLOPs, %": lambda row: f"{row['flops']:.1f}",
         "model": lambda row: row["subject"],
         "method": lambda row: row["method"],
         "effort": lambda row: f"`{row['effort']}`" if "effort" in row else "-",

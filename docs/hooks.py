@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.structure.files import File, Files
+if TYPE_CHECKING:
+    from mkdocs.structure.files import Files
 
+_LONGEST = 80
+"""Columns of a command on a page of the site."""
+_SHELL = re.compile(r"(```bash\n)(.*?)(?=```)", re.DOTALL)
+_VERSION = re.compile(r'__version__ = "(.+)"')
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")
 _EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def on_config(config: Any) -> Any:
+    """Show the version in the header, and link to the repository that ``MHACUT_REPOSITORY`` names."""
+    version = _VERSION.search((_EXAMPLES.parent / "mhacut" / "_version.py").read_text())
+    assert version is not None
+    config.site_name = f"mhacut {version[1]}"
+    if repository := os.environ.get("MHACUT_REPOSITORY", "").rstrip("/"):
+        config.repo_url, config.repo_name = f"{repository}/", repository.partition("://")[2]
+        config.nav.append({"Issues": f"{repository}/issues"})
+    return config
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -21,8 +38,25 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links to notebooks in examples/, which the repository shows, to the pages made of them."""
-    return re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.ipynb\)", r"](\1notebooks/\2.md)", markdown)
+    """Lead links to notebooks in examples/ to the pages made of them, and break long commands at options."""
+    markdown = re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.ipynb\)", r"](\1notebooks/\2.md)", markdown)
+    return _SHELL.sub(lambda found: found[1] + "\n".join(map(_broken, found[2].split("\n"))), markdown)
+
+
+def _broken(command: str) -> str:
+    """Return a line of a shell script as several, if it is long, each of which begins with an option."""
+    if len(command) <= _LONGEST or "#" in command:
+        return command
+    text = command.removesuffix("\\").strip()
+    indent = command[: command.index(text)]
+    first, *options = re.split(r" (?=--?[a-z])", text)
+    lines = [indent + first]
+    for option in options:
+        if len(lines[-1]) + len(option) + 3 > _LONGEST:
+            lines.append(f"{indent or '    '}{option}")
+        else:
+            lines[-1] += f" {option}"
+    return " \\\n".join(lines) + (" \\" if command.endswith("\\") else "")
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
@@ -30,6 +64,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
     mkdocs-jupyter would do it too, with 100 MB more to install and 600 KB more in each page.
     """
+    from mkdocs.structure.files import File
+
     for path in sorted(_EXAMPLES.glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = "\n\n".join(block for cell in cells for block in _blocks(cell))

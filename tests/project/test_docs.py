@@ -138,6 +138,18 @@ def test_the_benchmarks_page_is_short_and_its_tables_are_made_of_rows(tmp_path):
     assert generate.with_tables(wrong) == page.read_text()
 
 
+def test_long_commands_of_the_site_break_at_options():
+    """Shells read the same words."""
+    hooks = module(DOCS / "hooks.py")
+    for page in PAGES:
+        shown = hooks.on_page_markdown(page.read_text())
+        for before, after in zip(
+            hooks._SHELL.findall(page.read_text()), hooks._SHELL.findall(shown), strict=True
+        ):
+            assert [*commands(before[1])] == [*commands(after[1])]
+            assert all(len(line) <= 110 or "#" in line for line in after[1].splitlines())
+
+
 def test_the_page_of_the_python_api_has_every_public_name():
     names = [name for names in module(DOCS / "generate.py").NAMES.values() for name in names]
     assert sorted([*names, "__version__"]) == sorted(mhacut.__all__)
