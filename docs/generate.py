@@ -33,7 +33,7 @@ _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
 NAMES: Mapping[str, Sequence[str]] = {
     "Verbs": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
-    "Models": ("load_model", "save_model", "save_pruned", "apply_pruned"),
+    "Models": ("load_model", "save_model", "save_pruned", "apply_pruned", "load_pruned"),
     "Results": (
         *("PruneResult", "PruneResults", "InPlaceResult", "FinetuneResult"),
         *("EvaluateResult", "InspectResult", "BenchResult", "ExportResult"),

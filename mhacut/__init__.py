@@ -16,7 +16,7 @@ from mhacut._version import __version__
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.load import load_model
-    from mhacut.checkpoint.part_file import apply_pruned, save_pruned
+    from mhacut.checkpoint.part_file import apply_pruned, load_pruned, save_pruned
     from mhacut.checkpoint.write import save_model
     from mhacut.commands.bench import BenchResult, bench
     from mhacut.commands.evaluate import EvaluateResult, evaluate
@@ -67,6 +67,7 @@ __all__ = [
     "finetune",
     "inspect",
     "load_model",
+    "load_pruned",
     "prune",
     "prune_",
     "prune_many",
@@ -76,7 +77,7 @@ __all__ = [
 
 _NAMES = {
     "mhacut.checkpoint.load": ["load_model"],
-    "mhacut.checkpoint.part_file": ["apply_pruned", "save_pruned"],
+    "mhacut.checkpoint.part_file": ["apply_pruned", "load_pruned", "save_pruned"],
     "mhacut.checkpoint.write": ["save_model"],
     "mhacut.commands.bench": ["BenchResult", "bench"],
     "mhacut.commands.evaluate": ["EvaluateResult", "evaluate"],

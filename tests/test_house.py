@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2950,
-    "checkpoint": 5423,
+    "checkpoint": 5506,
     "cli": 1304,
     "commands": 3475,
     "data": 1518,
@@ -30,7 +30,7 @@ LINES = {
     "report": 1035,
     "runtime": 1028,
     "surgery": 2806,
-    "top": 817,
+    "top": 818,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,13 @@ from mhacut.checkpoint.record import PART_KEY
 from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
-from mhacut.runtime.files import show, write_file
+from mhacut.runtime.files import check_outputs, fill_folder, show, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.part import shown
 from mhacut.surgery.slice import cut
 
+PRUNED, REST, CARD = "pruned.safetensors", "rest.safetensors", "README.md"
+"""Files in a folder, beside config.json: the pruned part, the tensors around it, the model card."""
 _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: what its file states."""
 
@@ -69,12 +72,13 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
 
     Args:
         model: the model, or the part of it.
-        file: name of the file.
-        overwrite: replace an existing file.
+        file: name of the file. A model of transformers is written whole if this does not end in
+            ``.safetensors``, as a folder with its ``config.json``, for :func:`load_pruned`.
+        overwrite: replace existing files.
 
     Raises:
         UsageError: there is not one pruned part in ``model``.
-        OutputError: the file must not or cannot be written.
+        OutputError: a file must not or cannot be written.
     """
     found = _pruned_in(model)
     if len(found) != 1:
@@ -83,12 +87,91 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
     record: Mapping[str, Any] = vars(part)[_RECORD]
     version = 2 if "tokens" in record else 1  # versions of mhacut that know 1 alone merge none
     text = json.dumps({"format_version": version, **record, "part": name or record["part"]})
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in part.state_dict().items()}
 
     def write(path: Path) -> None:
-        save_tensors(tensors, path, {"format": "pt", PART_KEY: text})
+        save_tensors(_tensors(part), path, {"format": "pt", PART_KEY: text})
 
-    write_file(file, write, overwrite=overwrite, input_path=None)
+    def fill(folder: Path) -> None:
+        whole: Any = model
+        config = copy.deepcopy(whole.config)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(folder)
+        write(folder / PRUNED)
+        inside = f"{name}." if name else ""
+        rest = {key: tensor for key, tensor in _tensors(model).items() if not key.startswith(inside)}
+        if rest:
+            save_tensors(rest, folder / REST, {"format": "pt"})
+        (folder / CARD).write_text(_card(Path(file).name, type(model).__name__, name, record), "utf-8")
+
+    if Path(file).suffix == ".safetensors" or not hasattr(model, "save_pretrained"):
+        write_file(file, write, overwrite=overwrite, input_path=None)
+        return
+    paths = [Path(file) / each for each in ("config.json", PRUNED, REST, CARD)]
+    check_outputs(paths, overwrite=overwrite, input_paths=())
+    fill_folder(file, fill)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
+
+
+def _card(folder: str, cls: str, name: str, record: Mapping[str, Any]) -> str:
+    """Return the model card of a folder."""
+    pruned = f"{shown(name).capitalize()} ({record['class']}, {record['library']})"
+    share = f"{record['flops_after'] / record['flops_before']:.0%}"
+    return f"""---
+library_name: transformers
+tags: [mhacut, pruned]
+---
+
+# {cls}, pruned
+
+{pruned} was pruned by mhacut {record["mhacut"]} to {share} of its FLOPs.
+
+```python
+import mhacut
+
+model = mhacut.load_pruned("{folder}")
+```
+"""
+
+
+def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
+    """Return the model of transformers in a folder of :func:`save_pruned`, in eval mode.
+
+    Raises:
+        CheckpointError: the folder is none of these, or damaged.
+        MhacutError: transformers is not installed.
+    """
+    where = show(folder)
+    tensors, _ = safetensors_header(Path(folder) / PRUNED)
+    try:
+        transformers: Any = import_module("transformers")
+    except ImportError:
+        raise MhacutError(f"{where}: needs the package transformers; pip install 'mhacut[interop]'") from None
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        cls = getattr(transformers, config.architectures[0])
+        assert issubclass(cls, transformers.PreTrainedModel)
+        with torch.random.fork_rng(devices=[]):
+            model: Any = cls(config).eval()
+    except Exception as error:  # the library's own
+        raise CheckpointError(
+            f"{where}: config.json states no model of transformers: {error!s:.200}"
+        ) from None
+    model.to(next(each.dtype for each in tensors.values() if each.dtype.is_floating_point))
+    apply_pruned(model, Path(folder) / PRUNED)
+    ((name, _),) = _pruned_in(model).items()
+    inside = f"{name}." if name else ""
+    rest = {key for key in model.state_dict() if not key.startswith(inside)}
+    if rest:
+        header, _ = safetensors_header(Path(folder) / REST)
+        values = read_safetensors(Path(folder) / REST, header)
+        if header != infos({key: each for key, each in model.state_dict().items() if key in rest}):
+            raise CheckpointError(f"{where}: {REST} is not of the {cls.__name__} that config.json states")
+        model.load_state_dict(values, strict=False)
+    found: nn.Module = model
+    return found
 
 
 @torch.no_grad()

@@ -179,3 +179,60 @@ def test_a_backbone_merges_tokens_and_opens_again(tmp_path):
     fresh = First(build("Dinov2Backbone", sizes)).requires_grad_(False)
     mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
     assert relative(fresh(x), model(x)) < 1e-5
+
+
+@newest
+def test_a_depth_model_is_written_as_a_folder_that_opens_by_one_call(tmp_path):
+    stages = {"out_features": [f"stage{n}" for n in (1, 2, 3, 4)], "reshape_hidden_states": False}
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    backbone = transformers.Dinov2Config(**SIZES | {"num_hidden_layers": 4, "image_size": 56}, **stages)
+    config = transformers.DPTConfig(
+        backbone_config=backbone, neck_hidden_sizes=[8, 8, 16, 16], fusion_hidden_size=16, patch_size=7
+    )
+    torch.manual_seed(0)
+    model = transformers.DPTForDepthEstimation(config).eval().requires_grad_(False)
+    x = torch.randn(8, 3, 56, 56)
+    result = mhacut.prune_(model, images=x.split(4), flops="50%", effort="fast")
+    assert result.part == "backbone"
+    depth = model(x).predicted_depth
+    mhacut.save_pruned(model, tmp_path / "folder")
+    assert (tmp_path / "folder" / "config.json").is_file()
+    assert 'mhacut.load_pruned("folder")' in (tmp_path / "folder" / "README.md").read_text()
+    opened = mhacut.load_pruned(tmp_path / "folder")
+    assert relative(opened(x).predicted_depth, depth) < 1e-6
+    with pytest.raises(mhacut.OutputError, match="exists already"):
+        mhacut.save_pruned(model, tmp_path / "folder")
+    assert relative(torch.export.export(opened, (x,)).module()(x).predicted_depth.detach(), depth) < 1e-5
+
+
+@newest
+def test_the_image_tower_of_a_clip_is_pruned_and_texts_stay(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    text = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.CLIPConfig(text_config=text, vision_config=SIZES, projection_dim=16)
+    torch.manual_seed(0)
+    clip, x = transformers.CLIPModel(config).eval().requires_grad_(False), torch.randn(32, 3, 28, 28)
+    tokens = torch.randint(0, 99, (5, 7))
+
+    def answers():  # zero-shot, by cosine
+        out = clip(input_ids=tokens, pixel_values=x)
+        return out.logits_per_image, out.text_embeds
+
+    (dense, texts), batches = answers(), iter(x.split(16))
+    whole = [unit.keep_first(unit.width) for unit in find_prunable_layers(clip.vision_model).units()]
+    cut(clip.vision_model, Plan(tuple(whole)))
+    assert relative(answers()[0], dense) < 1e-5
+
+    def run():
+        return clip.get_image_features(next(batches)).pooler_output
+
+    def loss(features):
+        return nn.functional.normalize(features, dim=-1) @ texts.T * clip.logit_scale.exp()
+
+    result = mhacut.prune_(clip, "vision_model", images=run, flops="70%", effort="fast", loss=loss)
+    pruned, after = answers()
+    assert torch.equal(after, texts)
+    assert 0 < float((pruned - dense).square().mean() / dense.var()) < 4 * result.divergence
+    mhacut.save_pruned(clip, tmp_path / "clip")
+    clip = mhacut.load_pruned(tmp_path / "clip")
+    assert relative(answers()[0], pruned) < 1e-6
