@@ -14,7 +14,7 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2950,
+    "adapters": 2971,
     "checkpoint": 5506,
     "cli": 1304,
     "commands": 3475,

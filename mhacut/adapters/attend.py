@@ -23,8 +23,8 @@ def attend(
 ) -> Tensor:
     """Return the attention output, [B, H, N, d_v].
 
-    PyTorch's fused CPU kernel is fast for one width only, so there the smaller of d_qk and d_v is padded with
-    zeros, unless :func:`products_are_faster`.
+    PyTorch's fused CPU kernel is fast for one width only. With two, logits are computed, for a few images at
+    a time; where they would take too much memory, the smaller of d_qk and d_v is padded with zeros.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.
@@ -36,17 +36,36 @@ def attend(
         dropout_p: on the attention weights; 0 outside training.
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
-    # The fused CPU kernel takes one width only; zeros add nothing to the products.
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
-    if not fused or (unequal_on_cpu and products_are_faster(q, k)):
+    at_once = _images_at_once(q, k) if unequal_on_cpu else 0
+    if not fused or at_once >= len(q):
         return F.dropout(weights_of(q, k, scale, attn_mask), dropout_p) @ v
-    if unequal_on_cpu:
+    if at_once:
+        each = attn_mask is not None and attn_mask.dim() == q.dim() and len(attn_mask) == len(q)
+        parts = [x.split(at_once) for x in (q, k, v)]
+        masks = attn_mask.split(at_once) if attn_mask is not None and each else [attn_mask] * len(parts[0])
+        return torch.cat(
+            [
+                F.dropout(weights_of(q_, k_, scale, mask), dropout_p) @ v_
+                for q_, k_, v_, mask in zip(*parts, masks, strict=True)
+            ]
+        )
+    if unequal_on_cpu:  # zeros add nothing to the products
         if d_qk < d_v:
             q, k = (F.pad(x, (0, d_v - d_qk)) for x in (q, k))
         else:
             v = F.pad(v, (0, d_qk - d_v))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, dropout_p=dropout_p, scale=scale)
     return out[..., :d_v]
+
+
+def _images_at_once(q: Tensor, k: Tensor) -> int:
+    """Return the number of images whose logits to compute together; 0 to compute none."""
+    logits = q[0].shape[:-1].numel() * k.shape[-2]
+    keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
+    if graph_is_recorded() or (keeps_all and products_are_faster(q, k)):
+        return len(q)
+    return 0 if keeps_all or logits > _MOST_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
 
 
 def weights_of(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
@@ -93,6 +112,8 @@ def graph_is_recorded() -> bool:
 
 FEW_LOGITS = 2**19
 """Number up to which the CPU computes logits, and their softmax, as fast as the fused kernel avoids them."""
+_LOGITS_AT_ONCE, _MOST_LOGITS = 2**18, 2**22
+"""Number of logits that stay in the cache, and that of one image above which the fused kernel is faster."""
 
 
 def products_are_faster(q: Tensor, k: Tensor) -> bool:

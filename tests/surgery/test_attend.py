@@ -9,6 +9,8 @@ import pytest
 import torch
 from timm.layers import Attention
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhacut.adapters.attend import attend
 from mhacut.adapters.registry import ADAPTERS
@@ -49,6 +51,24 @@ def test_attend_equals_the_reference(widths, fused, masking):
         arguments = {"attn_mask": seen}
     found = attend(q, k, v, scale=0.3, fused=fused, **arguments)
     assert torch.allclose(found, reference(q, k, v, 0.3, additive), atol=1e-12)
+
+
+@pytest.mark.parametrize("widths", [(4, 6), (6, 4)], ids=str)
+@pytest.mark.parametrize("mask", [None, (1, 1), (3, 1), (3, 2)], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_two_widths_of_many_images_take_the_products_that_count(widths, mask, gradients):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 2, 300, width) for width in (widths[0], *widths)]
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
+    if mask is not None:
+        mask = torch.randn(*mask, 300, 300, generator=generator, dtype=torch.float64)
+    q.requires_grad_(gradients)
+    expected = attend(q, k, v, scale=0.3, fused=False, attn_mask=mask)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        found = attend(q, k, v, scale=0.3, fused=True, attn_mask=mask)
+    assert torch.allclose(found, expected, atol=1e-12)
+    if not gradients:
+        assert counter.get_total_flops() == 2 * 3 * 2 * 300 * 300 * sum(widths)
 
 
 class OneLayer(nn.Module):
