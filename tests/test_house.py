@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5506,
+    "checkpoint": 5510,
     "cli": 1304,
-    "commands": 3475,
+    "commands": 3482,
     "data": 1518,
     "exporting": 1428,
     "finetuning": 2173,
@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4400,
     "report": 1035,
     "runtime": 1028,
-    "surgery": 2806,
+    "surgery": 2809,
     "top": 818,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

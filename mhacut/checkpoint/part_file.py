@@ -57,10 +57,12 @@ def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tenso
     }
 
 
-def check_dense(part: nn.Module, name: str) -> None:
-    """Raise a :class:`UsageError` if a submodule, or anything in it, was pruned already."""
-    if _pruned_in(part):
-        raise UsageError(f"{shown(name)} was pruned already; load the dense model and prune that")
+def check_dense(model: nn.Module, name: str) -> None:
+    """Raise a :class:`UsageError` if a submodule, or anything in it or around it, was pruned already."""
+    for pruned in _pruned_in(model):
+        inner, outer = sorted((f".{pruned}" if pruned else "", f".{name}" if name else ""), key=len)[::-1]
+        if f"{inner}.".startswith(f"{outer}."):
+            raise UsageError(f"{shown(pruned)} was pruned already; load the dense model and prune that")
 
 
 def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
@@ -144,6 +146,8 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         MhacutError: transformers is not installed.
     """
     where = show(folder)
+    if not (Path(folder) / PRUNED).is_file():
+        raise CheckpointError(f"{where}: no folder of save_pruned; apply_pruned opens its files")
     tensors, _ = safetensors_header(Path(folder) / PRUNED)
     try:
         transformers: Any = import_module("transformers")
@@ -202,7 +206,7 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
         raise CheckpointError(f"{where}: holds a pruned {cls}; the {type(model).__name__} has {found}")
     name = stated if stated in alike else alike[0]
     part = model.get_submodule(name)
-    check_dense(part, name)
+    check_dense(model, name)
     outline = copy.deepcopy(part).to("meta")
     try:
         plan = Plan.from_json(record.get("plan"), record.get("tokens"))

@@ -114,7 +114,8 @@ def prune_(
     search = SearchOptions.of(**options)
     name = _part_of(model, part)
     module = model.get_submodule(name)
-    check_dense(module, name)
+    check_dense(model, name)
+    _check_kind(module, name)
     with reporting(reporter, progress) as display:
         display.start("reading")
         with _in_eval_mode(model):
@@ -163,6 +164,16 @@ def _part_of(model: nn.Module, part: str | None) -> str:
     return part
 
 
+def _check_kind(module: nn.Module, name: str) -> None:
+    """Raise an :class:`UnsupportedModelError` unless a submodule holds layers that can be cut."""
+    try:
+        layers = find_prunable_layers(module).layers
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{shown(name)}: {error}{_of_transformers_4()}") from None
+    if not layers[0].name:
+        raise UnsupportedModelError(f"{shown(name)} is a single layer; name the block or the model around it")
+
+
 def _of_transformers_4() -> str:
     return "; of transformers 4, DINOv2, DINOv3, CLIP and SigLIP alone are cut" if is_old() else ""
 
@@ -179,10 +190,6 @@ def _job(
     kept = [each for each in maps if name or each == "logits"]
     kept = kept or [each for each, value in maps.items() if value.ndim > 2] or list(maps)
     model = Part(dense, recorded, kept).eval()
-    try:
-        find_prunable_layers(dense)  # an error names its class
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{shown(name)}: {error}{_of_transformers_4()}") from None
     prunable = find_prunable_layers(model)
     layers = {layer.name: layer for layer in prunable.layers}
     with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:

@@ -153,7 +153,10 @@ def record(
         leaves, structure = tree_flatten((args, kwargs))
         places = [number for number, leaf in enumerate(leaves) if _is_float(leaf) and leaf.ndim > 2]
         if not places:
-            raise UnsupportedModelError(f"{shown(name)} is given no images or tokens; name one around it")
+            raise UnsupportedModelError(
+                f"{shown(name)} is given no images or tokens, float tensors [images, ...]; give those, or "
+                "name a module around it"
+            )
         images = leaves[places[0]]
         leaves[places[0]] = None
         alike: list[int] = []

@@ -80,6 +80,10 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
         mhacut.apply_pruned(fresh, file)
     with pytest.raises(UsageError, match="`backbone` was pruned already; load the dense model"):
         mhacut.prune_(model, images=images, **QUICK)
+    with pytest.raises(UsageError, match="`backbone` was pruned already"):
+        mhacut.prune_(model, "backbone.layer", images=images, **QUICK)
+    with pytest.raises(CheckpointError, match="no folder of save_pruned; apply_pruned opens"):
+        mhacut.load_pruned(file)
     other = build(TinyBackbone, 32, 4)
     with pytest.raises(CheckpointError, match=r"is not of this TinyBackbone: .* 4 heads"):
         mhacut.apply_pruned(other, file)
@@ -252,6 +256,7 @@ class Two(Segmenter):
     [
         (Segmenter, "backbon", UsageError, "part='backbon': Segmenter has no such submodule; .*`backbone`"),
         (Segmenter, "neck", UnsupportedModelError, "`neck`: Conv2d has no attention layer"),
+        (Segmenter, "backbone.layer.0.attention", UnsupportedModelError, "is a single layer; name the block"),
         (Two, None, UsageError, "2 vision transformers inside: `backbone`, `teacher`; name one"),
         (Two, "teacher", DataError, "images: none came to `teacher`"),
         (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "no vision transformer inside Conv2d"),
