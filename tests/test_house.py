@@ -27,7 +27,7 @@ LINES = {
     "measuring": 860,
     "options": 1444,
     "pruning": 4400,
-    "report": 1035,
+    "report": 1196,
     "runtime": 1028,
     "surgery": 2809,
     "top": 818,

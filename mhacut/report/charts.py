@@ -92,7 +92,7 @@ def share_table(
         rows: name of each row, and its bars by column; a column may have none.
     """
     top, size = 20, (_ALL - _LABEL) / max(len(columns), 1)
-    figure, svg = _figure(title, _ALL, top + len(rows) * _ROW + 4)
+    figure, svg = new_figure(title, _ALL, top + len(rows) * _ROW + 4)
     for number, (name, _) in enumerate(rows):
         _text(svg, _LABEL - 6, top + number * _ROW + 13, _short(name), "end")
     for column, (heading, colour) in enumerate(columns.items()):
@@ -106,7 +106,7 @@ def share_table(
                     look = {"fill": colour, "fill-opacity": opacity}
                     _shape(svg, "rect", {**place, **look}, share.description)
                 _text(svg, x + width + 3, y + 13, share.text, "start")
-    return _written(figure)
+    return figure_html(figure)
 
 
 def bar_chart(title: str, bars: Sequence[Bar]) -> str:
@@ -115,7 +115,7 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
     maximum = max((max(bar.start, bar.end) for bar in bars), default=1.0) or 1.0
     labels = [bar.label for bar in bars]
     begins = [index for index, label in enumerate(labels) if index == 0 or label != labels[index - 1]]
-    figure, svg = _figure(title, _ALL, 8 + len(begins) * _ROW)
+    figure, svg = new_figure(title, _ALL, 8 + len(begins) * _ROW)
     row = -1
     for index, bar in enumerate(bars):
         low, high = sorted((bar.start / maximum, bar.end / maximum))
@@ -129,7 +129,7 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
         _shape(svg, "rect", {**place, **look}, f"{bar.label}: {bar.description}")
         if index + 1 == len(bars) or index + 1 in begins:
             _text(svg, _LABEL + high * width + 5, y + 13, bar.description, "start")
-    return _written(figure)
+    return figure_html(figure)
 
 
 def line_chart(
@@ -165,7 +165,7 @@ def line_chart(
         along, above = (x - x_ends[0]) / (x_ends[1] - x_ends[0]), (y - y_ends[0]) / (y_ends[1] - y_ends[0])
         return _LEFT + along * _WIDTH, _TOP + (1 - above) * _HEIGHT  # SVG counts downwards
 
-    figure, svg = _figure(title, _ALL, _TOP + _HEIGHT + 40)
+    figure, svg = new_figure(title, _ALL, _TOP + _HEIGHT + 40)
     _axes(svg, (x_label, x_ends), (y_label, y_ends), logarithmic)
     for line, points in drawn:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in points))
@@ -180,7 +180,7 @@ def line_chart(
                 look = {"stroke": line.colour, "stroke-width": 1.5}
                 _shape(svg, "line", {"x1": x, "x2": x, "y1": ends[0], "y2": ends[1], **look})
             _shape(svg, "circle", {"cx": x, "cy": y, "r": 3.5, "fill": line.colour}, description)
-    return _written(figure)
+    return figure_html(figure)
 
 
 def _axes(
@@ -200,7 +200,7 @@ def _axes(
     _text(svg, 0, 12, y_label, "start")  # above the numbers: beside them, long ones reach into it
 
 
-def _figure(title: str, width: float, height: float) -> tuple[Element, Element]:
+def new_figure(title: str, width: float, height: float) -> tuple[Element, Element]:
     """Return a figure, and the SVG in it."""
     figure = Element("figure")
     SubElement(figure, "figcaption").text = safe(title)
@@ -222,7 +222,7 @@ def _text(svg: Element, x: float, y: float, text: str, anchor: str) -> None:
     _shape(svg, "text", place).text = safe(text)
 
 
-def _written(figure: Element) -> str:
+def figure_html(figure: Element) -> str:
     return ElementTree.tostring(figure, encoding="unicode")
 
 

@@ -24,11 +24,15 @@ from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.choices import Choice
+from mhacut.report.gallery import gallery
 from mhacut.report.history import step, stored_curves
 from mhacut.report.sections import Contents, headline, sections
 from mhacut.runtime.files import write_file
 from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
+
+PICTURES = 4
+"""Images in the report of a model that merges tokens."""
 
 
 def write_page(
@@ -97,12 +101,21 @@ def write_report(
     if fidelity is not None:
         figures_of = {name: getattr(fidelity, name) for name in ("agreement", "divergence", "images")}
         comparison = replace(comparison, data=fidelity.judged_on, **figures_of)
+    pictures: list[str] = []
+    if any(inspection.tokens.merged) and used.shape[1] == 3:
+        pictures = gallery(dense.model, pruned.model, used[:PICTURES], inspection.preprocessing)
     # A slim file states its preprocessing; only the run knows what that came from.
     inspection = replace(inspection, provenance=provenance)
     # Of this cut only: where it has no curves, those of an earlier cut would be shown.
     curves = stored_curves(pruned.record.history[-1:])
     contents = Contents(
-        inspection, inspection.layers, comparison, curves, tuple(figures), verdict=tuple(verdict)
+        inspection,
+        inspection.layers,
+        comparison,
+        curves,
+        tuple(figures),
+        pictures=tuple(pictures),
+        verdict=tuple(verdict),
     )
     return write_page(options.report, contents, options.overwrite, dense.path)
 

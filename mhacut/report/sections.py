@@ -51,6 +51,8 @@ class Contents:
     """Measurements of a run: name, value before, value after."""
     choices: tuple[Choice, ...] = ()
     """Models of a run with several budgets, the dense one first."""
+    pictures: tuple[str, ...] = ()
+    """Figures of images whose tokens are merged."""
     verdict: tuple[str, ...] = ()
     """Lines on what a run kept and won, and on what its user can do; the first may be a warning."""
 
@@ -85,6 +87,7 @@ def sections(contents: Contents) -> list[Section]:
         _choices(contents.choices),
         _flops(contents),
         _blocks(contents),
+        _pictures(contents.pictures),
         _numbers(contents),
         layers,
         _curves(contents),
@@ -206,6 +209,14 @@ def _blocks(contents: Contents) -> Section | None:
     if not slim:
         title = "Channels of a head that hold 99 % of the energy"
     return Section("Blocks", text, charts=[share_table(title, columns, list(rows.items()))])
+
+
+def _pictures(pictures: Sequence[str]) -> Section | None:
+    text = (
+        "Images that the model was calibrated on. Patches of one token, after the block that is named, have "
+        "their mean colour, wherever they lie. Above: answers of the dense and of the pruned model."
+    )
+    return Section("Merged tokens", text, charts=pictures) if pictures else None
 
 
 def _needed(unit: UnitReport) -> float | None:

@@ -157,11 +157,11 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
     x, norms, weights, left = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
     x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_LEAST)))
-    moved = None if places is None else _moved(places, matched, prefix)
+    moved = None if places is None else moved_places(places, matched, prefix)
     return SizedTokens(x.to(tokens.x.dtype), left.to(sizes.dtype), moved)
 
 
-def _moved(places: Tensor, matched: Match, prefix: int) -> Tensor:
+def moved_places(places: Tensor, matched: Match, prefix: int) -> Tensor:
     """Return where the tokens at ``places`` [B, all tokens] stand after a merge of ``matched``."""
     kept = matched.kept.shape[1]
     places_of_b = torch.arange(kept, kept + matched.weights[:, prefix::2].shape[1], device=places.device)

@@ -1,0 +1,137 @@
+"""Pictures of merged tokens: groups of patches that became one token, in their mean colour, outlined."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Sequence
+from xml.etree.ElementTree import SubElement
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from mhacut.data import Preprocessing
+from mhacut.report.charts import figure_html, new_figure
+from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.tokens import Match, Matcher, moved_places
+
+SIZE = 150
+"""Pixels of a picture's sides on the page."""
+_STAGES = (0.5, 1.0)
+"""Where among the blocks that merge an image is shown, from the first to the last."""
+
+
+@torch.no_grad()
+def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """Return the token that stands for each patch after each block that merges, by the name of its matcher.
+
+    Args:
+        model: a model that merges tokens, in eval mode.
+        images: images [B, C, H, W], normalised, on the model's device.
+
+    Returns:
+        Whole numbers [B, patches], equal where patches became one token.
+    """
+    matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
+    with captured_outputs(model, matchers) as found:
+        model(images)
+    groups: dict[str, Tensor] = {}
+    places: Tensor | None = None
+    for name, (matched,) in found.items():
+        assert isinstance(matched, Match)
+        prefix = matchers[name].prefix
+        if places is None:
+            places = torch.arange(matched.weights.shape[1], device=images.device).expand(len(images), -1)
+        places = moved_places(places, matched, prefix)
+        groups[name] = places[:, prefix:] - prefix
+    return groups
+
+
+def outlines(groups: Tensor) -> str:
+    """Return the borders between groups as an SVG path, in patches.
+
+    >>> outlines(torch.tensor([[0, 0], [0, 1]]))
+    'M1 1v1M1 1h1'
+
+    Args:
+        groups: number of the group of each patch, [rows, columns].
+    """
+    beside = (groups[:, 1:] != groups[:, :-1]).nonzero().tolist()
+    below = (groups[1:] != groups[:-1]).nonzero().tolist()
+    return "".join([f"M{x + 1} {y}v1" for y, x in beside] + [f"M{x} {y + 1}h1" for y, x in below])
+
+
+def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> str:
+    """Draw an image as it is, then with groups of patches in their mean colours, outlined, as a ``<figure>``.
+
+    Args:
+        title: heading.
+        image: [3, H, W], in 0..1.
+        stages: caption and groups [rows, columns] of each further picture.
+    """
+    pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=85)
+    link = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    name = f"image-{hashlib.sha256(buffer.getvalue()).hexdigest()[:12]}"
+    figure, svg = new_figure(title, SIZE * (1 + len(stages)) + 6 * len(stages), SIZE + 18)
+    for number, (caption, groups) in enumerate([("", None), *stages]):
+        x = number * (SIZE + 6)
+        if groups is None:
+            sides = {"width": f"{SIZE}", "height": f"{SIZE}"}
+            SubElement(svg, "image", {"id": name, "href": link, **sides})
+            continue
+        SubElement(svg, "use", {"href": f"#{name}", "x": f"{x}"})  # its bytes are written once
+        rows, columns = groups.shape
+        scale = f"translate({x} 0) scale({SIZE / columns:.4f} {SIZE / rows:.4f})"
+        shown = SubElement(svg, "g", {"transform": scale})
+        means = F.adaptive_avg_pool2d(image, (rows, columns)).clamp(0, 1)
+        for group in groups.unique().tolist():
+            patches = (groups == group).nonzero().tolist()
+            if len(patches) > 1:  # alone, a patch stays as it is
+                mean = (255 * means[:, groups == group].mean(1)).round().int().tolist()
+                path = "".join(f"M{x} {y}h1v1h-1z" for y, x in patches)
+                SubElement(shown, "path", {"d": path, "fill": "#{:02x}{:02x}{:02x}".format(*mean)})
+        look = {"fill": "none", "stroke": "#000", "stroke-width": "0.06", "stroke-opacity": "0.6"}
+        SubElement(shown, "path", {"d": outlines(groups), **look})
+        place = {"x": f"{x + SIZE / 2:g}", "y": f"{SIZE + 14}", "text-anchor": "middle"}
+        SubElement(svg, "text", {**place, "fill": "currentColor"}).text = caption
+    return figure_html(figure)
+
+
+@torch.no_grad()
+def gallery(
+    dense: nn.Module, slim: nn.Module, images: Tensor, preprocessing: Preprocessing, names: Sequence[str] = ()
+) -> list[str]:
+    """Draw what ``slim`` merges in each image, with the answers of both models, a figure for each.
+
+    Args:
+        dense: the dense model, in eval mode, on one device with ``slim``.
+        slim: a timm ViT that merges tokens, in eval mode.
+        images: images [B, 3, H, W], normalised.
+        preprocessing: their normalisation.
+        names: names of the classes; numbers without them.
+    """
+    images = images.to(next(slim.parameters()).device)
+    groups = merged_groups(slim, images)
+    rows, columns = slim.patch_embed.grid_size  # type: ignore[union-attr, misc]
+    blocks = [(name.split(".")[-2], found) for name, found in groups.items()]
+    steps = sorted({round(stage * (len(blocks) - 1)) for stage in _STAGES})
+    mean, std = (images.new_tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
+    answers = [[_answer(one, names) for one in model(images).float().softmax(-1)] for model in (dense, slim)]
+    figures = []
+    for index, (image, before, after) in enumerate(zip(images, *answers, strict=True)):
+        stages = []
+        for block, found in (blocks[step] for step in steps):
+            own = found[index].reshape(rows, columns)
+            stages.append((f"block {block}: {len(own.unique())} tokens", own))
+        said = f"dense: {before}; pruned: {after}" if slim.num_classes else ""
+        figures.append(picture(said, image * std + mean, stages))
+    return figures
+
+
+def _answer(probabilities: Tensor, names: Sequence[str]) -> str:
+    best = int(probabilities.argmax())
+    return f"{names[best] if names else f'class {best}'} {100 * float(probabilities[best]):.0f} %"
