@@ -308,7 +308,10 @@ class Softmax(Adapter):
         by_letter: dict[str, Tensor] = {}
         for name, conv, per_head, letters, sizes in m.written_by:
             x = query if "q" in letters else source
-            rows = m.get_submodule(name)(x) if name else fused_projection(m, x)
+            if "." in name:  # slower
+                rows = m.get_submodule(name)(x)
+            else:
+                rows = getattr(m, name)(x) if name else fused_projection(m, x)
             if self.spread is not None:
                 rows = self.spread(m, rows)
             if rows.dim() > 3:  # a map, channels first behind a convolution and last behind a linear layer
