@@ -26,7 +26,7 @@ LINES = {
     "linalg": 896,
     "measuring": 860,
     "options": 1444,
-    "pruning": 4400,
+    "pruning": 4402,
     "report": 1196,
     "runtime": 1028,
     "surgery": 2809,

@@ -57,7 +57,7 @@ class InPlaceResult:
     """Names of the outputs that were preserved."""
     divergence: float
     """Divergence of these from the dense ones on held-out images, see
-    :class:`mhacut.pruning.preserve.Preserved`; of a loss, the squared error relative to its variance."""
+    :class:`mhacut.pruning.preserve.Preserved`; of a loss, its estimated squared error over its variance."""
 
     def __repr__(self) -> str:
         before, after = format_flops(self.flops_before), format_flops(self.flops_after)
