@@ -14,7 +14,7 @@ import mhacut
 
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
-    "adapters": 2974,
+    "adapters": 2971,
     "checkpoint": 5510,
     "cli": 1304,
     "commands": 3482,

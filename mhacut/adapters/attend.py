@@ -37,10 +37,9 @@ def attend(
     """
     d_qk, d_v = q.shape[-1], v.shape[-1]
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
-    at_once = _images_at_once(q, k) if unequal_on_cpu else 0
-    if not fused or at_once >= len(q):
+    if not fused or (unequal_on_cpu and products_are_faster(q, k)):
         return F.dropout(weights_of(q, k, scale, attn_mask), dropout_p) @ v
-    if at_once:
+    if unequal_on_cpu and (at_once := _images_at_once(q, k)):
         each = attn_mask is not None and attn_mask.dim() == q.dim() and len(attn_mask) == len(q)
         parts = [x.split(at_once) for x in (q, k, v)]
         masks = attn_mask.split(at_once) if attn_mask is not None and each else [attn_mask] * len(parts[0])
@@ -63,8 +62,6 @@ def _images_at_once(q: Tensor, k: Tensor) -> int:
     """Return the number of images whose logits to compute together; 0 to compute none."""
     logits = q[0].shape[:-1].numel() * k.shape[-2]
     keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
-    if graph_is_recorded() or (keeps_all and products_are_faster(q, k)):
-        return len(q)
     return 0 if keeps_all or logits > _MOST_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
 
 
