@@ -189,6 +189,7 @@ def part_prune(job: Mapping[str, Any]) -> Part:
     def measured(model: str, effort: str) -> Row:
         cuda = job["device"].startswith("cuda")
         if cuda:
+            torch.zeros(1, device=job["device"])  # there is nothing to reset before the first tensor
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(job["device"])
         began = time.perf_counter()
