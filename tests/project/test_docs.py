@@ -47,6 +47,7 @@ FLAGS_OF_OTHERS = {
     "--model-kwargs",  # timm
     "--strict",  # mkdocs
     "--check",  # ruff format
+    "--data-binary",  # curl
 }  # fmt: skip
 QUICK = {
     "prune": {
