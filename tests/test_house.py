@@ -23,7 +23,7 @@ LINES = {
     "finetuning": 2173,
     "flatten": 1505,
     "inspection": 650,
-    "linalg": 896,
+    "linalg": 901,
     "measuring": 860,
     "options": 1444,
     "pruning": 4402,

@@ -11,6 +11,8 @@ EPSILON = 1e-6
 """Constant that linear attention adds to the sum of its weights."""
 _AT_ONCE = 192
 """Columns of a block of :func:`gram`."""
+_ROWS = 256
+"""Rows that are converted to float64 at once."""
 _SMALL, _LARGE = 1e-15, 1e15
 """Bounds of activations within which float32 can hold their squares and sums of 1e8 of these."""
 
@@ -41,13 +43,16 @@ class Moments:
             x = x.double()
         rows = x.shape[-2]
         weight: float | Tensor = rows
+        parts = x.split(_ROWS, -2)  # in float64, all of x would fit no cache
         if weights is None:
-            total, centre = x.double().sum(-2), x.mean(-2)
+            total, centre = torch.stack([part.double().sum(-2) for part in parts]).sum(0), x.mean(-2)
             x = x - centre.unsqueeze(-2)
         else:
-            total, weight = weights.double() @ x.double(), weights.double().sum()
+            shares = weights.double().split(_ROWS)
+            sums = [share @ part.double() for share, part in zip(shares, parts, strict=True)]
+            total, weight = torch.stack(sums).sum(0), weights.double().sum()
             centre = (total / weight).to(x)
-            x = (x - centre.unsqueeze(-2)) * weights.to(x).sqrt().unsqueeze(-1)
+            x = (x - centre.unsqueeze(-2)).mul_(weights.to(x).sqrt().unsqueeze(-1))
         middle = centre.double()
         rest = total - weight * middle  # 0 but for rounding
         # sum of (x + m)(x + m)^T = sum of x x^T + m total^T + rest m^T
