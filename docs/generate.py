@@ -276,6 +276,8 @@ def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
         "effort": lambda row: f"`{row['effort']}`" if "effort" in row else "-",
         "correlation": lambda row: f"{row['correlation']:.3f}" if "correlation" in row else "-",
         "map, MAE": lambda row: f"{row['mae']:.3f}" if "mae" in row else "-",
+        "patches, %": lambda row: f"{row['accuracy']:.1f}" if "accuracy" in row else "-",
+        "same as dense, %": lambda row: f"{row['agreement']:.1f}" if "agreement" in row else "-",
         "error of features": lambda row: f"{row['error']:.3f}" if "error" in row else "-",
         "time": lambda row: f"{row['time']:.2f}" if "time" in row else "-",
     }
