@@ -27,7 +27,7 @@ LINES = {
     "measuring": 860,
     "options": 1444,
     "pruning": 4402,
-    "report": 1196,
+    "report": 1200,
     "runtime": 1028,
     "surgery": 2809,
     "top": 818,

@@ -285,7 +285,7 @@ def summary(inspection: Inspection) -> str:
         kept = {kind: kept_share(inspection, kind) for kind in UNIT_KINDS}
         shares = [f"{100 * share:.0f} % of {kind}" for kind, share in kept.items() if share is not None]
         parts.append("kept " + ", ".join(shares))
-    parts += _tokens(inspection.tokens)
+    parts += about_tokens(inspection.tokens)
     useful = {kind: useful_share(inspection, kind) for kind in UNIT_KINDS}
     shares = [f"{100 * share:.0f} % of {kind}" for kind, share in useful.items() if share is not None]
     if shares:
@@ -294,7 +294,7 @@ def summary(inspection: Inspection) -> str:
     return "; ".join(parts)
 
 
-def _tokens(tokens: TokenPlan) -> list[str]:
+def about_tokens(tokens: TokenPlan) -> list[str]:
     """Describe the tokens that are merged or left out."""
     parts = []
     if tokens.merged:

@@ -17,7 +17,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
-from mhacut.inspection.layers import inspect_model, summary
+from mhacut.inspection.layers import about_tokens, inspect_model, summary
 from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
@@ -164,7 +164,11 @@ def page(contents: Contents) -> str:
             policy=policy,
             style=Markup(style),  # trusted: it must not be escaped
             inspection=contents.inspection,
-            summary=summary(contents.inspection) if contents.comparison is None else "",
+            summary=(
+                summary(contents.inspection)
+                if contents.comparison is None
+                else "; ".join(about_tokens(contents.inspection.tokens))
+            ),
             numbers=headline(contents),
             date=date.today().isoformat(),
             verdict=contents.verdict,
