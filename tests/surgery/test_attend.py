@@ -131,7 +131,7 @@ def test_programs_of_two_widths_take_any_number_of_images():
     cut(model, Plan((UnitPlan("attn", "qk", 8, ((0, 1, 2),) * 3),)))
     x = torch.randn(3, 5, 24)
     shapes = {"x": {0: torch.export.Dim("images", min=1, max=1000)}}
-    program = torch.export.export(model, (x[:2],), dynamic_shapes=shapes).module()
+    program = torch.export.export(model, (x[:2],), dynamic_shapes=shapes, strict=False).module()
     assert torch.allclose(program(x), model(x), atol=1e-6)
 
 
