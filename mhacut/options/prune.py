@@ -98,7 +98,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Refit by least squares the weights that read the output of a pruned layer."""
     heal_steps: int | None = option(None, at_least=0)
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
-    block; by default the effort decides, and none where merged tokens are copied back."""
+    block; by default the effort decides."""
     tuning_steps: int | None = option(None, at_least=0)
     """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
     without labels; by default the effort decides, and none where features are preserved."""

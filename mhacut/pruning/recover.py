@@ -73,11 +73,9 @@ def recover(
     if heal_steps:
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
-    # Features of tokens got worse by tuning, and by healing no better (docs/explanation/choices.md).
+    # Features of tokens got worse (docs/explanation/choices.md).
     if calibration.preserved.measure != "answers" and options.tuning_steps is None:
         tune_steps = 0
-    if merged and job.copied and options.heal_steps is None:
-        heal_steps = 0
     if tune_steps and (distance := job.held_out(calibration).divergence_of(slim)) > NEGLIGIBLE_KL:
         reporter.start("tuning")
         slim = _better(slim, tuned(slim, job, calibration, distance), job, calibration, "tuning")
