@@ -24,7 +24,7 @@ def attend(
     """Return the attention output, [B, H, N, d_v].
 
     PyTorch's fused CPU kernel is fast for one width only. With two, logits are computed, for a few images at
-    a time; where they would take too much memory, the smaller of d_qk and d_v is padded with zeros.
+    a time; of large images, and in training, the smaller of d_qk and d_v is padded with zeros instead.
 
     Args:
         q: [B, H, N, d_qk]; k likewise.

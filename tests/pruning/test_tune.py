@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 from multiprocessing.process import BaseProcess
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import mhacut
 from helpers.jobs import Recorder
+from mhacut.pruning import job
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 CRUDE = {
@@ -96,3 +98,17 @@ def test_tuning_preserves_features_of_all_tokens(tmp_path):
 def test_nothing_is_tuned_where_nothing_is_lost(tmp_path):
     _, lines = pruned(tmp_path / "slim.safetensors", flops="50%", repair=True)
     assert not lines
+
+
+def test_a_model_is_tuned_by_a_calibration_that_was_stored(monkeypatch):
+    """It measures answers by an equal object, not by the same one."""
+    calibrate = job.calibrate
+    monkeypatch.setattr(job, "calibrate", lambda *given, **how: copy.deepcopy(calibrate(*given, **how)))
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=9)
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    recorder, images = Recorder(), torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {**CRUDE, "calibration_images": 8, "dry_run": True, "scope": "attention+mlp", "flops": "30%"}
+    mhacut.prune(model, images=images, reporter=recorder, **{**options, "effort": "balanced"})
+    assert any(message.startswith("tuning all weights") for message in recorder.messages)
