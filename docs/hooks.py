@@ -18,6 +18,7 @@ _LONGEST = 80
 _SHELL = re.compile(r"(```bash\n)(.*?)(?=```)", re.DOTALL)
 _VERSION = re.compile(r'__version__ = "(.+)"')
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")
+_BADGE = re.compile(r"\[!\[(.+?)\]\(\S+\)\](\(\S+\))\n\n")
 _EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -68,7 +69,8 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
     for path in sorted(_EXAMPLES.glob("*.ipynb")):
         cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-        text = "\n\n".join(block for cell in cells for block in _blocks(cell))
+        shown = (cell for cell in cells if "colab" not in cell["metadata"].get("tags", ()))
+        text = "\n\n".join(block for cell in shown for block in _blocks(cell))
         files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
     return files
 
@@ -77,6 +79,7 @@ def _blocks(cell: dict[str, Any]) -> Iterator[str]:
     """Yield a cell of a notebook, and what it gave, as Markdown."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
+        source = _BADGE.sub(_link_of_badge, source)
         # Links lead from examples/ to docs/ there, and from docs/notebooks/ here.
         yield re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", source.replace("](../docs/", "](../"))
         return
@@ -88,6 +91,11 @@ def _blocks(cell: dict[str, Any]) -> Iterator[str]:
             yield _output("".join(output["data"]["text/html"]))
         else:
             yield _output(f"<pre>{escape(''.join(output['data']['text/plain']))}</pre>")
+
+
+def _link_of_badge(badge: re.Match[str]) -> str:
+    """Return a plain link, as the site loads no picture from elsewhere; nothing while the owner is unknown."""
+    return "" if "/OWNER/" in badge[2] else f"[{badge[1]}]{badge[2]}\n\n"
 
 
 def _output(html: str) -> str:

@@ -26,7 +26,7 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1444,
-    "pruning": 4402,
+    "pruning": 4400,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2809,

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
+
+import timm
+
 from mhacut.budget import format_flops
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.preprocessing import provenance, stated_license
@@ -10,9 +15,11 @@ from mhacut.data import Preprocessing
 from mhacut.limits import is_int, is_number
 from mhacut.options.base import PreprocessingOptions
 from mhacut.plan import Plan, TokenPlan
+from mhacut.runtime.files import REMOTE
 from mhacut.surgery.flops import count_parameters, measure_flops
 
 _MOST = 10**18
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
@@ -44,7 +51,7 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
     if record is not None:
         text = f"{architecture}, {_cut(record.plan)}." + _tokens(record.plan.tokens)
     lines = [
-        *_header(classes > 0, record is not None, license or stated_license(loaded)),
+        *_header(classes > 0, record, license or stated_license(loaded)),
         f"# Model card for {source.partition(':')[2]}",
         "",
         text,
@@ -81,15 +88,30 @@ def _tokens(tokens: TokenPlan) -> str:
     return text
 
 
-def _header(classifies: bool, cut: bool, license: str | None) -> list[str]:
+def _header(classifies: bool, record: SlimRecord | None, license: str | None) -> list[str]:
     task = "image-classification" if classifies else "image-feature-extraction"
     # timm opens a pruned model only after mhacut is imported; a dense one is timm's alone.
-    tags = [task, "timm", "mhacut"] if cut else [task, "timm"]
-    lines = ["---", "tags:", *(f"- {tag}" for tag in tags), f"pipeline_tag: {task}"]
-    lines.append(f"library_name: {'mhacut' if cut else 'timm'}")
-    if license is not None:
-        lines.append(f"license: {license}")
-    return [*lines, "---"]
+    library = "timm" if record is None else "mhacut"
+    lines = ["---", "tags:", *(f"- {tag}" for tag in dict.fromkeys((task, "timm", library)))]
+    stated = {
+        "pipeline_tag": task,
+        "library_name": library,
+        "base_model": _base_model(record),
+        "license": license,
+    }
+    return [*lines, *(f"{key}: {value}" for key, value in stated.items() if value is not None), "---"]
+
+
+def _base_model(record: SlimRecord | None) -> str | None:
+    """Return the hub's name of the model that was cut, if it came from there; any history may be forged."""
+    source = record.history[0].get("source") if record is not None and record.history else None
+    kind, _, name = str(source).partition(":")
+    if kind == "timm":
+        with suppress(RuntimeError):  # timm has no weights of this name any more
+            cfg = timm.get_pretrained_cfg(name)
+            name = "" if cfg is None else cfg.hf_hub_id or ""
+    name = name.partition("@")[0]  # a revision
+    return name if f"{kind}:" in REMOTE and _HUB_NAME.fullmatch(name) else None
 
 
 def _accuracy(record: SlimRecord | None) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -253,8 +254,17 @@ def test_the_card_states_accuracy_where_it_is_known(tiny_vit, tmp_path):
         assert ", dense " in card
 
 
-@pytest.mark.parametrize("entry", [{"accuracy": 3}, {"accuracy": {"top1_after": 1e9, "images": 5}}])
-def test_accuracy_and_license_of_any_history_are_no_claims(tiny_vit, tmp_path, entry):
+@pytest.mark.parametrize(
+    ("entry", "base"),
+    [
+        ({"accuracy": 3, "source": "hf-hub:some/vit@main"}, "some/vit"),
+        ({"accuracy": {"top1_after": 1e9, "images": 5}, "source": "hf-hub:a/b\nevil: 1"}, None),
+        ({"source": "timm:vit_tiny_patch16_224.augreg_in21k"}, "timm/vit_tiny_patch16_224.augreg_in21k"),
+        ({"source": "timm:vit_tiny_patch16_224.none"}, None),
+        ({"source": "a/b.safetensors"}, None),
+    ],
+)
+def test_a_card_states_of_any_history_what_makes_sense(tiny_vit, tmp_path, entry, base):
     path = tmp_path / "slim.safetensors"
     model, record = make_slim(tiny_vit.path, path, model=tiny_vit.architecture, model_args=tiny_vit.args)
     record = dataclasses.replace(record, history=({"license": "mit\nevil: 1", **entry},))
@@ -263,6 +273,7 @@ def test_accuracy_and_license_of_any_history_are_no_claims(tiny_vit, tmp_path, e
     card, _ = carded(path, tmp_path / "folder")
     assert "evil" not in card
     assert "Top-1" not in card
+    assert re.findall(r"^base_model: (.*)$", card, re.MULTILINE) == ([base] if base else [])
 
 
 def test_a_license_is_a_name_and_stands_in_a_card(tiny_vit):

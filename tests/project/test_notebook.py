@@ -15,7 +15,9 @@ LARGEST = 300_000
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_outputs_are_kept_and_small(path):
-    cells = [cell for cell in notebook_cells(path) if cell["cell_type"] == "code"]
+    first, *cells = notebook_cells(path)
+    assert f"/examples/{path.name})" in "".join(first["source"])  # the badge of Colab
+    cells = [cell for cell in cells if cell["cell_type"] == "code"]
     assert [cell["execution_count"] for cell in cells] == [*range(1, len(cells) + 1)]
     assert any(cell["outputs"] for cell in cells)
     assert path.stat().st_size < LARGEST
