@@ -94,7 +94,7 @@ def _blocks(cell: dict[str, Any]) -> Iterator[str]:
 
 
 def _link_of_badge(badge: re.Match[str]) -> str:
-    """Return a plain link, as the site loads no picture from elsewhere; nothing while the owner is unknown."""
+    """Return a plain link: the site loads no picture from elsewhere. Nothing while the owner is unknown."""
     return "" if "/OWNER/" in badge[2] else f"[{badge[1]}]{badge[2]}\n\n"
 
 

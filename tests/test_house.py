@@ -19,7 +19,7 @@ LINES = {
     "cli": 1304,
     "commands": 3482,
     "data": 1518,
-    "exporting": 1428,
+    "exporting": 1450,
     "finetuning": 2173,
     "flatten": 1505,
     "inspection": 650,

@@ -107,9 +107,7 @@ def test_a_folder_needs_timms_config(tmp_path, good):
 
 @pytest.mark.parametrize(
     ("file", "says"),
-    [
-        ("adapter_config.json", "holds an adapter of PEFT and no whole model; merge it into its model"),
-    ],
+    [("adapter_config.json", "holds an adapter of PEFT and no whole model; merge it into its model")],
 )
 def test_folders_without_weights_say_how_to_convert(tmp_path, file, says):
     (tmp_path / file).touch()

@@ -197,10 +197,7 @@ def test_the_classifier_can_be_left_out(folder):
             {"model_type": "segformer"},
             "model_type 'segformer' are not converted to timm; mhacut converts vit",
         ),
-        (
-            {"hidden_size": "24"},
-            "hidden_size: expected a whole number from 1, or two equal ones",
-        ),
+        ({"hidden_size": "24"}, "hidden_size: expected a whole number from 1, or two equal ones"),
         ({"hidden_size": 10**30}, "timm cannot build"),
         ({"num_hidden_layers": 60000}, "is far too large for the tensors"),
         ({"image_size": [32, 16]}, "image_size: expected a whole number from 1, or two equal"),

@@ -50,12 +50,7 @@ def test_preprocessing_is_timms_words_for_it(processor, expected):
 
 
 @pytest.mark.parametrize(
-    "processor",
-    [
-        {"image_mean": "0.5", "image_std": [1, 1, 1]},
-        {"size": -3},
-        {"do_rescale": "yes"},
-    ],
+    "processor", [{"image_mean": "0.5", "image_std": [1, 1, 1]}, {"size": -3}, {"do_rescale": "yes"}]
 )
 def test_preprocessing_is_not_trusted(processor):
     with pytest.raises(CheckpointError, match=r"^here: "):

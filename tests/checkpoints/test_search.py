@@ -174,8 +174,7 @@ def test_every_prunable_architecture_has_a_fingerprint():
 
 
 @pytest.mark.parametrize(
-    "name",
-    [VIT, "deit_tiny_distilled_patch16_224", "flatten_pvt_tiny", *SLOWLY_FINGERPRINTED],
+    "name", [VIT, "deit_tiny_distilled_patch16_224", "flatten_pvt_tiny", *SLOWLY_FINGERPRINTED]
 )
 def test_the_table_is_of_this_timm(name):
     table = read_table()

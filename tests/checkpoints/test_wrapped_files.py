@@ -9,17 +9,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from helpers.checkpoints import (
-    ARGS,
-    IMAGES,
-    NAME,
-    logits_with,
-    make_slim,
-    refusal,
-    save,
-    tiny,
-    under,
-)
+from helpers.checkpoints import ARGS, IMAGES, NAME, logits_with, make_slim, refusal, save, tiny, under
 from mhacut.checkpoint.build import without_values
 from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.wrapping import unwrap

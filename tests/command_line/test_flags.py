@@ -127,11 +127,7 @@ def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
     config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
     run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
     (options,) = captured
-    assert (options.latency, options.similarity, options.model_args) == (
-        False,
-        True,
-        {"depth": 2},
-    )
+    assert (options.latency, options.similarity, options.model_args) == (False, True, {"depth": 2})
 
 
 LEVELS = [f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(12)]

@@ -144,8 +144,7 @@ def test_the_command(slim_of):
 @pytest.mark.usefixtures("without_compiler")
 def test_what_cannot_be_compiled_is_one_sentence(slim_of):
     with pytest.raises(
-        MhacutError,
-        match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime",
+        MhacutError, match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime"
     ):
         mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
 

@@ -104,11 +104,7 @@ def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path
     assert rows[0][:3] == ["budget", "FLOPs", "of"]
     assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]
     assert f"overview {page}" in result.stdout
-    assert {path.name for path in tmp_path.glob("*.html")} == {
-        "all.html",
-        "all-75pct.html",
-        "all-50pct.html",
-    }
+    assert {path.name for path in tmp_path.glob("*.html")} == {"all.html", "all-75pct.html", "all-50pct.html"}
     text = page.read_text()
     for value in ("top-1, %", "divergence"):
         for cost in ("FLOPs", "parameters", "latency"):

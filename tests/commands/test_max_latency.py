@@ -284,8 +284,7 @@ def test_a_target_by_the_machine_s_own_clock_is_met_or_missed_cleanly(tiny_vit, 
 @pytest.mark.parametrize("options", [{"flops": "80%"}, {"max_latency": "90%"}])
 def test_what_cannot_be_compiled_is_one_sentence(tiny_vit, tmp_path, options):
     with pytest.raises(
-        MhacutError,
-        match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime",
+        MhacutError, match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime"
     ):
         prune_quickly(tiny_vit, tmp_path / "slim.safetensors", latency=True, runtime="compile", **options)
 

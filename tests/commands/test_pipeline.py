@@ -228,11 +228,6 @@ def test_two_processes_write_what_one_writes(tiny_vit, tmp_path, programs):
 def test_a_single_image_does_not_break_the_model(few_digits):
     # There is nothing to judge refits by, and fewer tokens than channels to fit them to.
     result = mhacut.prune(
-        DIGITS / "model",
-        flops="50%",
-        data_dir=few_digits,
-        calibration_images=1,
-        latency=False,
-        dry_run=True,
+        DIGITS / "model", flops="50%", data_dir=few_digits, calibration_images=1, latency=False, dry_run=True
     )
     assert result.slim.evaluation.top1 > 90

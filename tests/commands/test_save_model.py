@@ -104,8 +104,7 @@ def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "args"),
-    [("efficientvit_m0", {}), ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)})],
+    ("architecture", "args"), [("efficientvit_m0", {}), ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)})]
 )
 def test_pooling_may_be_a_module_or_the_head_s(architecture, args, tmp_path):
     torch.manual_seed(0)

@@ -191,8 +191,7 @@ def test_what_timm_has_can_be_asked_for(tune, options):
 @pytest.mark.usefixtures("without_compiler")
 def test_what_cannot_be_compiled_is_one_sentence(tune):
     with pytest.raises(
-        MhacutError,
-        match=r"^compile=True: torch.compile fails \(backend='fail' raised: Runtime",
+        MhacutError, match=r"^compile=True: torch.compile fails \(backend='fail' raised: Runtime"
     ):
         tune(compile=True)
 

@@ -41,8 +41,7 @@ class ModelFile:
 
 SLIM = {
     "vit": ModelCase(
-        "vit_tiny_patch16_224",
-        {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8},
+        "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
     ),
     "distilled": ModelCase("deit_tiny_distilled_patch16_224", {"depth": 2, "img_size": 32, "embed_dim": 96}),
     "swin": ModelCase(
@@ -54,8 +53,7 @@ SLIM = {
         {"img_size": 64, "embed_dims": (32,) * 4, "serial_depths": (2, 1, 1, 1), "parallel_depth": 1},
     ),
     "flatten": ModelCase(
-        "flatten_swin_tiny_224",
-        {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4},
+        "flatten_swin_tiny_224", {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 4}
     ),
 }
 """Models that the fixture ``slim_of`` cuts."""

@@ -19,8 +19,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
 VIT = ModelCase(
-    "vit_tiny_patch16_224",
-    {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8},
+    "vit_tiny_patch16_224", {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8}
 )
 SWIN = ModelCase(
     "swin_tiny_patch4_window7_224",
@@ -31,8 +30,7 @@ ROPE = ModelCase(
     {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 16, "patch_size": 8, "qkv_fused": False},
 )
 MERGING = ModelCase(
-    "vit_tiny_patch16_224",
-    {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8},
+    "vit_tiny_patch16_224", {"depth": 3, "embed_dim": 24, "num_heads": 3, "img_size": 32, "patch_size": 8}
 )
 CASES = {
     "class token": VIT,

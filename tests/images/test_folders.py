@@ -280,11 +280,7 @@ def test_a_class_map_gives_the_heads_order(root, tmp_path) -> None:
     chosen = calibrated(PLAIN, count=12, seed=0, data_dir=root, class_map=names, num_classes=4)
     assert {
         level // 20: label for level, label in zip(levels(chosen.images), chosen.labels.tolist(), strict=True)
-    } == {
-        0: 2,
-        1: 3,
-        2: 0,
-    }
+    } == {0: 2, 1: 3, 2: 0}
     names.write_text("\ufeffcat\nzebra\nant\nbee\n", encoding="utf-8")  # as editors on Windows write it
     again = calibrated(PLAIN, count=12, seed=0, data_dir=root, class_map=names, num_classes=4)
     assert torch.equal(again.labels, chosen.labels)

@@ -127,10 +127,7 @@ WRONG = [
     (torch.zeros(0, 3, 4, 4), "images: holds no images"),
     ([], "images: holds no images"),
     (NAN, "an image holds NaN or infinite values"),
-    (
-        (numbered(4), LABELS[:3]),
-        r"one whole number per image as labels, \[4\], found a tensor \[3\]",
-    ),
+    ((numbered(4), LABELS[:3]), r"one whole number per image as labels, \[4\], found a tensor \[3\]"),
     ((numbered(4), LABELS.float()), "found a tensor .4. of float32"),
     ((numbered(4), [0, 1, 2, 3]), "found list of 4"),
     ((numbered(4), LABELS + 3), "found label 6; the model's head has 5 classes"),

@@ -59,11 +59,7 @@ def test_the_output_weights_of_a_transposed_convolution_are_those_of_one_place(s
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        "vision_transformer.ParallelScalingBlock, biases",
-        "vision_transformer.DiffParallelScalingBlock",
-    ],
+    "name", ["vision_transformer.ParallelScalingBlock, biases", "vision_transformer.DiffParallelScalingBlock"]
 )
 @torch.no_grad()
 def test_the_output_weights_of_a_parallel_block_are_what_it_adds(name):

@@ -163,10 +163,7 @@ def test_q_k_and_v_are_as_wide_as_each_other_where_that_costs_next_to_nothing(ex
 
 def test_equal_widths_that_use_as_much_of_a_budget_are_taken_where_steps_fit_it_badly():
     choices = dict.fromkeys([("a", "qk"), ("a", "v")], (8, 16, 24))
-    curves = {
-        ("a", "qk"): {8: 2.0, 16: 1.0, 24: 0.0},
-        ("a", "v"): {8: 1.999, 16: 1.0, 24: 0.0},
-    }
+    curves = {("a", "qk"): {8: 2.0, 16: 1.0, 24: 0.0}, ("a", "v"): {8: 1.999, 16: 1.0, 24: 0.0}}
     # 24 and 8, or 16 and 16: both leave the same fifth of the budget.
     found = cheapest_widths(curves, choices, [Limit(lambda widths: sum(widths.values()), 39)])
     assert set(found.values()) == {16}

@@ -35,10 +35,7 @@ CHOICES = {
         (Constraints(min_width=("*.mlp=17", "*.v=99")), [(8, 16, 24), (24,), (24, 32), (16,)]),
         # Of the second block q/k cannot be cut: then v, which would be narrower, is not either.
         (Constraints(equal_qkv=True), [(8, 16, 24), (8, 16, 24), (8, 16, 24, 32), (16,)]),
-        (
-            Constraints(min_width=("*.qk=16",), equal_qkv=True),
-            [(16, 24), (16, 24), (8, 16, 24, 32), (16,)],
-        ),
+        (Constraints(min_width=("*.qk=16",), equal_qkv=True), [(16, 24), (16, 24), (8, 16, 24, 32), (16,)]),
         (Constraints(exclude=("*.qk",), equal_qkv=True), [(24,), (24,), (8, 16, 24, 32), (16,)]),
     ],
 )

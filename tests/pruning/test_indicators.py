@@ -120,12 +120,7 @@ def test_the_same_seed_gives_the_same_plan_and_another_may_not(bench):
 
 @pytest.mark.parametrize(
     "change",
-    [
-        {"similarity": False},
-        {"score_adjustment": False},
-        {"init": "uniform"},
-        {"reweight": False},
-    ],
+    [{"similarity": False}, {"score_adjustment": False}, {"init": "uniform"}, {"reweight": False}],
     ids=str,
 )
 def test_every_ingredient_can_be_switched_off_and_does_something(bench, change):

@@ -28,14 +28,7 @@ from mhacut.surgery.features import find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
-SMALL = {
-    "depth": 2,
-    "embed_dim": 24,
-    "num_heads": 3,
-    "img_size": 16,
-    "patch_size": 8,
-    "num_classes": 5,
-}
+SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 VIT = ModelCase("vit_tiny_patch16_224", {**SMALL, "num_classes": 0})
 SWIN_ARGS = {"window_size": 4, "depths": (1, 1)}
 SWIN = ModelCase("swin_tiny_patch4_window7_224", {"img_size": 32, **SWIN_ARGS, "num_classes": 0})

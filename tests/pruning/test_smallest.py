@@ -216,10 +216,7 @@ def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
 def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
     # Repaired, the smallest cut of this untrained model may lose less than float32 resolves.
     options = {"max_kl": 1e-30, "keep_dead_tokens": True, "repair": False}
-    with pytest.raises(
-        BudgetError,
-        match=r"max_kl=1e-30: not met by any model .*; the nearest, with .*KL",
-    ):
+    with pytest.raises(BudgetError, match=r"max_kl=1e-30: not met by any model .*; the nearest, with .*KL"):
         prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **options)
     assert list(tmp_path.iterdir()) == []
 

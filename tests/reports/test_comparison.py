@@ -114,10 +114,7 @@ def test_tokens_that_are_merged_are_compared_with_the_same_patches(dense_merges)
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (
-            {"depth": 1},
-            "compare='other': .*others .blocks.1.attn",
-        ),
+        ({"depth": 1}, "compare='other': .*others .blocks.1.attn"),
         ({"num_heads": 6}, "compare='other': .*heads, found others .blocks.0.attn"),
         ({"num_classes": 3}, "its output has 3 numbers per image, that of the checkpoint 7"),
     ],

@@ -13,10 +13,7 @@ from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import gathered
 
 
-@pytest.mark.parametrize(
-    ("capability", "warnings"),
-    [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)],
-)
+@pytest.mark.parametrize(("capability", "warnings"), [("AVX2", 1), ("AVX512", 0), ("DEFAULT", 0)])
 def test_bfloat16_is_slow_where_the_processor_has_none(monkeypatch, capability, warnings):
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     notes = []

@@ -97,13 +97,7 @@ def test_no_width_is_checked_at_one_of_those_that_were_counted(width):
 
 @pytest.mark.parametrize(
     "other",
-    [
-        {"img_size": 48},
-        {"num_heads": 6},
-        {"embed_dim": 96},
-        {"qk_norm": True},
-        {"mlp_layer": GluMlp},
-    ],
+    [{"img_size": 48}, {"num_heads": 6}, {"embed_dim": 96}, {"qk_norm": True}, {"mlp_layer": GluMlp}],
     ids=str,
 )
 def test_layers_that_differ_are_counted_each(other):

@@ -19,12 +19,7 @@ from mhacut.surgery.slice import cut
 from properties.cases import CASES
 
 
-@pytest.mark.parametrize(
-    ("architecture", "cls"),
-    [
-        ("bat_resnext26ts", "BilinearAttnTransform"),
-    ],
-)
+@pytest.mark.parametrize(("architecture", "cls"), [("bat_resnext26ts", "BilinearAttnTransform")])
 def test_attention_that_is_not_registered_is_refused_by_name(architecture, cls):
     with torch.device("meta"):
         model = timm.create_model(architecture)

@@ -79,11 +79,7 @@ def git_files() -> Iterator[str]:
 
 
 def try_package(
-    python: str,
-    package: Path,
-    sdist: Path | None,
-    tests: Sequence[str] | None,
-    work: Path,
+    python: str, package: Path, sdist: Path | None, tests: Sequence[str] | None, work: Path
 ) -> None:
     """Install ``package``, check it, run ``tests`` of ``sdist`` if that is given; print what was seen."""
     with tempfile.TemporaryDirectory(dir=work) as folder:

@@ -10,10 +10,7 @@ from mhacut.flatten.attention import FusedFocusedAttention, SeparateFocusedAtten
 from mhacut.flatten.flatten_cswin import CswinAttention
 
 CASES: dict[type[nn.Module], dict[str, ModelCase]] = {
-    SeparateFocusedAttention: {
-        "pvt": FLATTEN["flatten_pvt_tiny"],
-        "pvt v2": FLATTEN["flatten_pvt_v2_b0"],
-    },
+    SeparateFocusedAttention: {"pvt": FLATTEN["flatten_pvt_tiny"], "pvt v2": FLATTEN["flatten_pvt_v2_b0"]},
     FusedFocusedAttention: {"": FLATTEN["flatten_swin_tiny_224"], "deit": FLATTEN["flatten_deit_tiny"]},
     CswinAttention: {"": FLATTEN["flatten_cswin_tiny_224"]},
 }

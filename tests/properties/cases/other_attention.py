@@ -102,8 +102,7 @@ def lambdas(**args: Any) -> LayerCase:
 CASES: Cases = {
     coat.FactorAttnConvRelPosEnc: {
         "": ModelCase(
-            "coat_lite_tiny",
-            {"img_size": 64, "embed_dims": (16, 24, 32, 48), "serial_depths": (1, 1, 1, 2)},
+            "coat_lite_tiny", {"img_size": 64, "embed_dims": (16, 24, 32, 48), "serial_depths": (1, 1, 1, 2)}
         ),
         "parallel": ModelCase(
             "coat_tiny",
@@ -130,9 +129,7 @@ CASES: Cases = {
             **IN_DAVIT,
         ),
     },
-    davit.ChannelAttention: {
-        "": LayerCase(lambda: davit.ChannelAttention(12, 3, qkv_bias=True), **IN_DAVIT),
-    },
+    davit.ChannelAttention: {"": LayerCase(lambda: davit.ChannelAttention(12, 3, qkv_bias=True), **IN_DAVIT)},
     davit.ChannelAttentionV2: {
         "": LayerCase(lambda: davit.ChannelAttentionV2(12, 3), **IN_DAVIT),
         "scaled by width": LayerCase(
@@ -157,7 +154,7 @@ CASES: Cases = {
         "": LayerCase(
             lambda: efficientformer_v2.Attention2dDownsample(12, 4, 3, attn_ratio=2, resolution=4),
             tokens=False,
-        ),
+        )
     },
     volo.OutlookAttention: {
         "": LayerCase(lambda: ChannelsLast(volo.OutlookAttention(12, 3, qkv_bias=True)), tokens=False),
@@ -224,10 +221,7 @@ CASES: Cases = {
             "swiftformer_xs", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 24, 32)}, 64, flops="85%"
         ),
     },
-    BottleneckAttn: {
-        "": bottleneck(),
-        "biases": bottleneck(qkv_bias=True, scale_pos_embed=True, stride=2),
-    },
+    BottleneckAttn: {"": bottleneck(), "biases": bottleneck(qkv_bias=True, scale_pos_embed=True, stride=2)},
     HaloAttn: {
         "": halo(),
         "biases": halo(qkv_bias=True, scale_pos_embed=True),
@@ -254,7 +248,7 @@ CASES: Cases = {
             whole=parts.ALL_NORMALISED,
             flops="85%",
             adapt=parts.clip,
-        ),
+        )
     },
     SpatialTransformerBlock: {
         "": LayerCase(SpatialTransformerBlock, dim=1, side=7, tokens=False, whole=parts.SINGLE_CHANNEL),

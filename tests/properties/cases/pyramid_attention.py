@@ -51,12 +51,12 @@ CASES: Cases = {
     metaformer.Attention: {
         "": ModelCase(
             "small_caformer", {"depths": (1, 1, 1, 2), "dims": (16, 16, 32, 64)}, 64, revived=("hidden",)
-        ),
+        )
     },
     fastvit.Attention: {
         "": ModelCase(
             "fastvit_sa12", {"layers": (1, 1, 1, 1), "embed_dims": (16, 16, 16, 64)}, 64, flops="98%"
-        ),
+        )
     },
     volo.Attention: {
         "": ModelCase(
@@ -73,21 +73,21 @@ CASES: Cases = {
                 "stem_hidden_dim": 8,
             },
             flops="90%",
-        ),
+        )
     },
     visformer.Attention: {
         "": ModelCase(
             "visformer_tiny",
             {"img_size": 64, "depth": (0, 1, 1), "embed_dim": 48, "num_heads": 3},
             flops="95%",
-        ),
+        )
     },
     nest.Attention: {
         "": ModelCase(
             "small_nest",
             {"img_size": 32, "embed_dims": (16, 32, 48), "num_heads": (2, 4, 3), "depths": (1, 1, 1)},
             fast=True,
-        ),
+        )
     },
     davit.WindowAttention: {
         "": ModelCase(
@@ -100,7 +100,7 @@ CASES: Cases = {
                 "attn_types": ("spatial",),
             },
             32,
-        ),
+        )
     },
     twins.LocallyGroupedAttn: {
         "": ModelCase(
@@ -112,7 +112,7 @@ CASES: Cases = {
                 "num_heads": (1, 2, 4, 4),
                 "wss": (3, 3, 3, 2),
             },
-        ),
+        )
     },
     twins.GlobalSubSampleAttn: {
         "": LayerCase(lambda: twins.GlobalSubSampleAttn(12, 3), args=((4, 4),)),
@@ -145,7 +145,7 @@ CASES: Cases = {
                 "window_ratio": (32, 16),
                 "embed_dim": 16,
             },
-        ),
+        )
     },
     hiera.MaskUnitAttention: {
         "": ModelCase(
@@ -159,7 +159,7 @@ CASES: Cases = {
                 "mask_unit_attn": (True, True, False),
                 "mask_unit_size": (4, 4),
             },
-        ),
+        )
     },
     hieradet_sam2.MultiScaleAttention: {
         "": ModelCase(
@@ -173,14 +173,14 @@ CASES: Cases = {
                 "global_att_blocks": (4,),
             },
             64,
-        ),
+        )
     },
     swin_transformer.WindowAttention: {
         "": ModelCase(
             "swin_tiny_patch4_window7_224",
             {"img_size": 64, "depths": (1, 2, 1, 1), "embed_dim": 24, "window_size": 2},
             fast=True,
-        ),
+        )
     },
     swin_transformer_v2.WindowAttention: {
         "": ModelCase("swinv2_tiny_window8_256", {**SWIN_V2, "depths": (2, 1)}, fast=True),
@@ -189,7 +189,7 @@ CASES: Cases = {
         ),
     },
     swin_transformer_v2_cr.WindowMultiHeadAttention: {
-        "": ModelCase("swinv2_cr_tiny_224", {**SWIN_V2, "depths": (2, 1)}),
+        "": ModelCase("swinv2_cr_tiny_224", {**SWIN_V2, "depths": (2, 1)})
     },
     pvt_v2.Attention: {
         # Two of its stages reduce their keys by a convolution; with pooling, all.
@@ -205,9 +205,7 @@ CASES: Cases = {
         "": LayerCase(lambda: MultiQueryAttention2d(12, num_heads=3, use_bias=True), tokens=False),
         "model": ModelCase("small_multi_query", {}, 64),
     },
-    mvitv2.MultiScaleAttention: {
-        "": ModelCase("small_mvitv2", {"img_size": 64}, whole=parts.ALL_NORMALISED),
-    },
+    mvitv2.MultiScaleAttention: {"": ModelCase("small_mvitv2", {"img_size": 64}, whole=parts.ALL_NORMALISED)},
     maxxvit.Attention2d: {
         "": grid(maxxvit.Attention2d),
         "wider": grid(maxxvit.Attention2d, dim_out=16),
@@ -265,10 +263,7 @@ CASES: Cases = {
     efficientformer.Attention: {
         "": LayerCase(lambda: efficientformer.Attention(12, 4, 3, attn_ratio=2, resolution=4)),
         "model": ModelCase(
-            "efficientformer_l1",
-            {"embed_dims": (8, 8, 16, 24), "depths": (1, 1, 1, 2)},
-            224,
-            flops="85%",
+            "efficientformer_l1", {"embed_dims": (8, 8, 16, 24), "depths": (1, 1, 1, 2)}, 224, flops="85%"
         ),
     },
     tiny_vit.Attention: {

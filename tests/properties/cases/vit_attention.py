@@ -240,7 +240,7 @@ CASES: Cases = {
         "behind a vit": deep("vit_base_patch16_siglip_224", whole=parts.POOLING_MLP),
     },
     cait.TalkingHeadAttn: {
-        "": deep("cait_xxs24_224", embed_dim=48, num_heads=4, depth_token_only=0, global_pool="avg"),
+        "": deep("cait_xxs24_224", embed_dim=48, num_heads=4, depth_token_only=0, global_pool="avg")
     },
     cait.ClassAttn: {
         "": LayerCase(lambda: cait.ClassAttn(12, 3)),
@@ -281,7 +281,7 @@ CASES: Cases = {
         "": ModelCase(
             "convit_tiny",
             {"img_size": 32, "depth": 2, "embed_dim": 48, "num_heads": 4, "local_up_to_layer": 0},
-        ),
+        )
     },
     convit.GPSA: {
         "": LayerCase(lambda: convit.GPSA(12, 3, qkv_bias=True)),
