@@ -66,7 +66,8 @@ def short_stacks() -> None:
 def brief_times() -> Iterator[None]:
     """Let ``prune`` and the quantizer time models for a moment: no test here depends on how steady it is."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhacut.commands.prune._SECONDS", 0.1)
+        for module in ("prune", "prune_folder"):
+            patch.setattr(f"mhacut.commands.{module}.SECONDS", 0.1)
         patch.setattr("mhacut.exporting.quantize._SECONDS", 0.1)
         yield
 

@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5510,
-    "cli": 1304,
-    "commands": 3482,
+    "checkpoint": 5536,
+    "cli": 1305,
+    "commands": 3657,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,
@@ -25,7 +25,7 @@ LINES = {
     "inspection": 650,
     "linalg": 901,
     "measuring": 860,
-    "options": 1444,
+    "options": 1467,
     "pruning": 4400,
     "report": 1200,
     "runtime": 1028,

@@ -21,6 +21,8 @@ WEIGHT_FILES = (
     "model.pt",
 )
 """Names of files with weights, in the order in which they are sought."""
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+"""Names of the files that state transformers' preprocessing, in the order in which they are sought."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Names of the lists of the files that a model is spread over, in the order in which they are sought."""
 _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
@@ -63,7 +65,7 @@ def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, di
         fault = fault or "holds no weights, expected model.safetensors beside config.json"
         raise CheckpointError(f"{show(folder)}: {fault}")
     of_timm = config is None or "architecture" in config
-    return weights, config, None if of_timm else _preprocessor(folder)
+    return weights, config, None if of_timm else preprocessor_of(folder)
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
@@ -77,9 +79,9 @@ def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
     return config
 
 
-def _preprocessor(folder: Path) -> dict[str, Any] | None:
+def preprocessor_of(folder: Path) -> dict[str, Any] | None:
     """Return how images are preprocessed; models of text and images state it beside the same for text."""
-    plain, shared = folder / "preprocessor_config.json", folder / "processor_config.json"
+    plain, shared = (folder / name for name in PREPROCESSORS)
     if plain.is_file():
         return read_json(plain)
     images = read_json(shared).get("image_processor") if shared.is_file() else None

@@ -6,7 +6,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,9 +25,10 @@ from mhacut.runtime.files import check_outputs, fill_folder, show, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.part import shown
 from mhacut.surgery.slice import cut
+from mhacut.text import listed
 
-PRUNED, REST, CARD = "pruned.safetensors", "rest.safetensors", "README.md"
-"""Files in a folder, beside config.json: the pruned part, the tensors around it, the model card."""
+FILES = CONFIG, PRUNED, REST, CARD = "config.json", "pruned.safetensors", "rest.safetensors", "README.md"
+"""Files in a folder: the configuration, the pruned part, the tensors around it, the model card."""
 _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: what its file states."""
 
@@ -108,8 +109,7 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
     if Path(file).suffix == ".safetensors" or not hasattr(model, "save_pretrained"):
         write_file(file, write, overwrite=overwrite, input_path=None)
         return
-    paths = [Path(file) / each for each in ("config.json", PRUNED, REST, CARD)]
-    check_outputs(paths, overwrite=overwrite, input_paths=())
+    check_outputs([Path(file) / each for each in FILES], overwrite=overwrite, input_paths=())
     fill_folder(file, fill)
 
 
@@ -138,6 +138,42 @@ model = mhacut.load_pruned("{folder}")
 """
 
 
+def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> Any:
+    """Return what ``make`` makes of the class and the configuration that a folder's config.json states."""
+    where = show(folder)
+    try:
+        transformers: Any = import_module("transformers")
+    except ImportError:
+        raise MhacutError(f"{where}: needs the package transformers; pip install 'mhacut[interop]'") from None
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        cls = getattr(transformers, config.architectures[0])
+        assert issubclass(cls, transformers.PreTrainedModel)
+        return make(cls, config)
+    except Exception as error:  # the library's own
+        raise CheckpointError(f"{where}: holds no model that transformers open: {error!s:.200}") from None
+
+
+def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
+    """Return the model of transformers in a folder, float32, in eval mode, and the dtype of its file.
+
+    Raises:
+        CheckpointError: the folder holds no such model, or not all of it.
+        UsageError: it was pruned already.
+        MhacutError: transformers is not installed.
+    """
+    where, given = show(folder), {"local_files_only": True, "output_loading_info": True}
+    if (Path(folder) / PRUNED).is_file():
+        raise UsageError(f"{where}: was pruned already; give the folder of the dense model")
+    model, about = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **given))
+    if missing := sorted(about["missing_keys"]):
+        cls = type(model).__name__
+        raise CheckpointError(f"{where}: expected all tensors of a {cls}, not found: {listed(missing, 3)}")
+    dtype: torch.dtype = model.dtype
+    return model.float().eval().requires_grad_(False), dtype
+
+
 def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     """Return the model of transformers in a folder of :func:`save_pruned`, in eval mode.
 
@@ -149,20 +185,8 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     if not (Path(folder) / PRUNED).is_file():
         raise CheckpointError(f"{where}: no folder of save_pruned; apply_pruned opens its files")
     tensors, _ = safetensors_header(Path(folder) / PRUNED)
-    try:
-        transformers: Any = import_module("transformers")
-    except ImportError:
-        raise MhacutError(f"{where}: needs the package transformers; pip install 'mhacut[interop]'") from None
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        cls = getattr(transformers, config.architectures[0])
-        assert issubclass(cls, transformers.PreTrainedModel)
-        with torch.random.fork_rng(devices=[]):
-            model: Any = cls(config).eval()
-    except Exception as error:  # the library's own
-        raise CheckpointError(
-            f"{where}: config.json states no model of transformers: {error!s:.200}"
-        ) from None
+    with torch.random.fork_rng(devices=[]):
+        model: Any = _opened(folder, lambda cls, config: cls(config)).eval()
     model.to(next(each.dtype for each in tensors.values() if each.dtype.is_floating_point))
     apply_pruned(model, Path(folder) / PRUNED)
     ((name, _),) = _pruned_in(model).items()
@@ -172,7 +196,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         header, _ = safetensors_header(Path(folder) / REST)
         values = read_safetensors(Path(folder) / REST, header)
         if header != infos({key: each for key, each in model.state_dict().items() if key in rest}):
-            raise CheckpointError(f"{where}: {REST} is not of the {cls.__name__} that config.json states")
+            raise CheckpointError(f"{where}: {REST} is not of the model that config.json states")
         model.load_state_dict(values, strict=False)
     found: nn.Module = model
     return found

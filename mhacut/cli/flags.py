@@ -123,7 +123,7 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
 
     def write(name: str, *value: Any) -> str:
         pairs = name.endswith("model_args")  # of another command, perhaps
-        flag = "--" + (name.removesuffix("s") if pairs else name).replace("_", "-")
+        flag = "--" + (name.removesuffix("s") if pairs else name.rstrip("_")).replace("_", "-")
         if name in options and options[name].is_argument:
             return options[name].placeholder.removesuffix("...")
         if not value or value[0] is True or value[0] is None:

@@ -75,7 +75,8 @@ def _text(result: PruneResult) -> str:
         lines.append("dry run: no model was written")
     else:
         lines.append(f"saved {safe(result.output)}")
-        lines.append(f"loads with: mhacut.load_model({str(result.output)!r})")
+        load = "load_model" if result.output.suffix == ".safetensors" else "load_pruned"
+        lines.append(f"loads with: mhacut.{load}({str(result.output)!r})")
     if result.report is not None:
         lines.append(f"report {safe(result.report)}")
     lines.append(f"searched on {safe(result.data)}")

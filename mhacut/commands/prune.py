@@ -45,7 +45,7 @@ TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
 """Every kind of target, by the option of its name."""
 PROBED = 4
 """Number of images on which the cut and the written model are checked."""
-_SECONDS = 3.0
+SECONDS = 3.0
 """Time to measure latency in, after the warm-up."""
 
 
@@ -180,6 +180,10 @@ def run_prune(
     Returns:
         The results of each budget, in their order. What does not depend on budgets is done once.
     """
+    if options.as_ == "huggingface":
+        from mhacut.commands.prune_folder import prune_folder  # which imports this module
+
+        return (prune_folder(options, reporter, images, val_images),)
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.together():
@@ -297,7 +301,7 @@ def _write(
         times = timed.measured["dense"], timed.reached
     elif options.latency:
         timer.start("timing")
-        times = inputs.stopwatch.compare([slim], seconds=_SECONDS).wall
+        times = inputs.stopwatch.compare([slim], seconds=SECONDS).wall
     slim = slim.cpu()
 
     budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
@@ -339,10 +343,8 @@ def _write(
         device=str(job.device),
         latency_batch_size=options.latency_batch_size,
         timing={} if after.latency_ms is None else conditions,
-        seconds={},
         log=planned.log,
         curves=planned.curves,
-        report=None,
         fidelity=fidelity,
         preserved=held_out.preserved.to_json(),
         divergence_of=measure,

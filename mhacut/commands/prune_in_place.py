@@ -20,6 +20,7 @@ from mhacut.checkpoint.part_file import check_dense, cut_part
 from mhacut.commands.prune import cut_model, recover_model
 from mhacut.commands.prune_targets import Flops
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
+from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.option import lists_options
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.plan import Plan
@@ -27,7 +28,7 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Constraints
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.pruning.preserve import ANSWERS, Measure, Preserved
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.channels import output_weights
@@ -55,9 +56,16 @@ class InPlaceResult:
     flops_after: int
     preserved: tuple[str, ...]
     """Names of the outputs that were preserved."""
-    divergence: float
-    """Divergence of these from the dense ones on held-out images, see
-    :class:`mhacut.pruning.preserve.Preserved`; of a loss, its estimated squared error over its variance."""
+    fidelity: Fidelity
+    """Likeness of these to the dense ones on held-out images."""
+    divergence_of: Measure
+    """Kind of their divergence, see :class:`mhacut.pruning.preserve.Preserved`; of a loss, it is the
+    estimated squared error over its variance."""
+
+    @property
+    def divergence(self) -> float:
+        """Divergence of these from the dense ones on held-out images."""
+        return self.fidelity.divergence
 
     def __repr__(self) -> str:
         before, after = format_flops(self.flops_before), format_flops(self.flops_after)
@@ -130,14 +138,15 @@ def prune_(
         attempt = cut_model(planner.plan((limit,)), (limit,), 1, planner)
         recover_model(attempt, {}, planner)
         slim: Any = attempt.model.to(job.device)
-        divergence = job.held_out(planner.calibration).divergence_of(slim)
+        held = job.held_out(planner.calibration)
+        fidelity = Fidelity(*held.divergence_and_agreement(slim), len(held.images), "held-out images")
     # Within the submodule, its layers are not called "module.blocks.0.attn".
     planned = attempt.planned.plan
     units = tuple(replace(unit, layer=unit.layer.partition(".")[2]) for unit in planned)
     plan = Plan(units, planned.tokens)
     before, after = job.table.dense, attempt.planned.flops
     cut_part(module, name, plan, slim.module.state_dict(), flops_before=before, flops_after=after)
-    return InPlaceResult(name, plan, before, after, names, divergence)
+    return InPlaceResult(name, plan, before, after, names, fidelity, held.preserved.measure)
 
 
 def _part_of(model: nn.Module, part: str | None) -> str:

@@ -26,7 +26,8 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
     Raises:
         UsageError: several files are to have one name, or a budget cannot be understood.
     """
-    output, page = str(options.output or f"{stem}-{PLACE}.safetensors"), options.report
+    ending = ".safetensors" if options.as_ == "timm" else ""
+    output, page = str(options.output or f"{stem}-{PLACE}{ending}"), options.report
     if options.several and PLACE not in Path(output).name:
         raise UsageError(
             f"{option_name('output', output)}: expected {PLACE} in the name, as a placeholder for the budget "
@@ -54,6 +55,8 @@ def check_files(options: PruneOptions, stem: str | None = None, read: PathLike |
         UsageError: a budget cannot be understood, or several files are to have one name.
         OutputError: a file must not or cannot be written.
     """
+    if options.as_ == "huggingface":
+        return  # its folder is checked once torch is imported
     each = options_of_each(options, stem or stem_of(Path(options.checkpoint)))
     if stem is None and options.output is None and not os.path.isfile(options.checkpoint):
         each = ()  # default names of what is no file are not known yet

@@ -50,7 +50,7 @@ _DIVERGENCE: Mapping[Measure, str] = {
 }
 
 
-@dataclass
+@dataclass(kw_only=True)
 class PruneResult:
     """Result of :func:`prune`."""
 
@@ -73,7 +73,7 @@ class PruneResult:
     """Origin of each value in ``preprocessing``."""
     not_prunable: tuple[str, ...]
     """Lines that name layers or channels that were not cut, each with the reason."""
-    repairs: Mapping[UnitKey, UnitRepair]
+    repairs: Mapping[UnitKey, UnitRepair] = field(default_factory=dict)
     """Outcome of the repair of each unit; empty without repair."""
     device: str
     latency_batch_size: int
@@ -81,13 +81,13 @@ class PruneResult:
     timing: Mapping[str, Any]
     """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
     ``machine``; empty where no latency was measured."""
-    seconds: Mapping[str, float]
+    seconds: Mapping[str, float] = field(default_factory=dict)
     """Wall time of each stage, by its name. Stages that several budgets share are counted for the first."""
-    log: tuple[SearchStep, ...]
+    log: tuple[SearchStep, ...] = ()
     """Training steps of the indicators, if they were trained."""
-    curves: Mapping[UnitKey, Curve]
+    curves: Mapping[UnitKey, Curve] = field(default_factory=dict)
     """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
-    report: Path | None
+    report: Path | None = None
     """HTML page about the run; None if it was not asked for."""
     fidelity: Fidelity
     """Likeness of the slim model's outputs to those of the dense one: on validation images where there are

@@ -88,7 +88,7 @@ class Option:
     @property
     def flag(self) -> str:
         """Long flag. Each ``KEY=VALUE`` has one of its own: ``model_args`` is ``--model-arg``."""
-        name = self.name.removesuffix("s") if self.takes_pairs else self.name
+        name = self.name.removesuffix("s") if self.takes_pairs else self.name.rstrip("_")  # as_
         return "--" + name.replace("_", "-")
 
     @property

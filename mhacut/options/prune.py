@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -69,6 +70,9 @@ EFFORTS: Mapping[str, Work] = {
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
 """Options that state a budget, that bound a loss, and all targets and constraints but FLOPs."""
+_OTHERS = ("amp", "calibration", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
+OF_TIMM = {*OTHER_TARGETS, *PreprocessingOptions.options(), *ModelOptions.options(), "runtime", *_OTHERS}
+"""Options that are for models of timm alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +190,18 @@ class PruneKeywords(
     max_drop: float | None = option(None, at_least=0, at_most=100, metavar="POINTS")
     """Find the smallest model that loses at most this many points of top-1 accuracy on the labelled
     validation images."""
-    output: PathLike | None = option(None, endings=(".safetensors",), metavar="FILE")
-    """File to write; by default named after the checkpoint and the budget, in the working directory."""
+    as_: Literal["timm", "huggingface"] = "timm"
+    """Kind of model to prune a folder of transformers as, and to write: a slim file of timm's model, or a
+    folder of the same class (huggingface), which mhacut.load_pruned opens."""
+    output: PathLike | None = option(None, metavar="FILE")
+    """File, or folder, to write; by default named after checkpoint and budget, in the working directory."""
     scope: Scope = "auto"
     """Parts that may be pruned: channels of attention; also channels of MLPs; also tokens, which the
     blocks of a plain ViT then merge. auto takes all that the model, its outputs and the targets allow."""
     preserve: str | None = option(None, metavar="OUTPUTS")
     """Outputs to preserve: answers (the classifier's outputs), pooled (its inputs), tokens (the features of
     all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
-    By default answers, or tokens if there is no classifier."""
+    By default answers, or tokens if there is no classifier; no others as huggingface."""
     keep_dead_tokens: bool = False
     """Compute all tokens in the last block, not only the one the classifier reads, and merge none with
     scope auto; for patch features."""
@@ -263,7 +270,23 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             )
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
+        self._check_kind()
         self._check_allocation()
+
+    def _check_kind(self) -> None:
+        """Raise a :class:`UsageError` for options that do not go with the kind of model."""
+        timm = self.as_ == "timm"
+        fits = self.output is None or os.fspath(self.output).lower().endswith(".safetensors") == timm
+        require("output", self.output, fits, "a name that ends in .safetensors" if timm else "a folder")
+        if timm:
+            return
+        asked = option_name("as_", self.as_)
+        for name in self.changed():
+            if name in OF_TIMM or (name == "flops" and self.several):
+                raise UsageError(f"{option_name(name, getattr(self, name))} does not go with {asked}")
+        for name, values in (("preserve", (None, "answers", "tokens")), ("scope", ("auto", "attention+mlp"))):
+            value = getattr(self, name)
+            require(name, value, value in values, f"{values[-2]} or {values[-1]} with {asked}")
 
     def _check_allocation(self) -> None:
         """Raise a :class:`UsageError` unless the budget is divided in a way that knows the targets."""

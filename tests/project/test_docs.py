@@ -47,7 +47,7 @@ FLAGS_OF_OTHERS = {
     "--model-kwargs",  # timm
     "--strict",  # mkdocs
     "--check",  # ruff format
-    "--data-binary",  # curl
+    "--data-binary", "--local-dir",  # curl, hf
 }  # fmt: skip
 QUICK = {
     "prune": {

@@ -1,0 +1,161 @@
+"""``mhacut prune FOLDER --as huggingface``: a model of transformers is pruned as what it is."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mhacut.budget import Budget
+from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
+from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
+from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned
+from mhacut.checkpoint.preprocessing import Provenance
+from mhacut.commands.prune import PROBED, SECONDS
+from mhacut.commands.prune_in_place import prune_
+from mhacut.commands.prune_inputs import Answers, Validation, read_images
+from mhacut.commands.prune_names import options_of_each
+from mhacut.commands.prune_result import PruneResult
+from mhacut.data import ImagesInMemory, Preprocessing
+from mhacut.errors import CheckpointError, MhacutError, UnsupportedModelError, UsageError, option_name
+from mhacut.exporting.stopwatch import Stopwatch
+from mhacut.measuring.accuracy import ModelFigures
+from mhacut.options.base import TimingOptions
+from mhacut.options.prune import PruneOptions, SearchOptions
+from mhacut.pruning.check import same_outputs
+from mhacut.runtime.distributed import gathered
+from mhacut.runtime.files import check_outputs, show, stem_of
+from mhacut.runtime.progress import Reporter, StageTimer
+from mhacut.surgery.costs import count_bytes
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.flops import count_parameters, measure_flops
+
+
+class Whole(nn.Module):
+    """A model of transformers as a function of images [B, C, H, W] to its logits, or else its features."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
+        """Take the model, and the size of an image, [C, H, W], on which it is tried."""
+        super().__init__()
+        self.model = model
+        try:
+            logits = model(pixel_values=torch.zeros(1, *size)).get("logits")
+        except Exception as error:  # the model's own
+            raise UnsupportedModelError(
+                f"{type(model).__name__} does not run on images {list(size)} alone: {error!s:.200}; "
+                "mhacut.prune_, in Python, prunes any model"
+            ) from None
+        self.num_classes = logits.shape[1] if logits is not None and logits.ndim == 2 else 0
+
+    def forward(self, images: Tensor) -> Tensor:
+        output: Any = self.model(pixel_values=images)
+        first: Tensor = output["logits"] if "logits" in output else tree_leaves(output)[0]
+        return first
+
+
+def prune_folder(
+    options: PruneOptions,
+    reporter: Reporter,
+    images: ImagesInMemory | None = None,
+    val_images: ImagesInMemory | None = None,
+) -> PruneResult:
+    """Prune the model of transformers in a folder in place, by :func:`mhacut.prune_`; write a folder of it.
+
+    The budget is that of the vision transformer inside; figures are those of the whole model. Arguments are
+    those of :func:`mhacut.commands.prune.run_prune`.
+    """
+    timer, folder = StageTimer(reporter), Path(options.checkpoint)
+    timer.start("reading")
+    target = Path(options.output or str(options_of_each(options, stem_of(folder))[0].output))
+    beside = [folder / name for name in ("config.json", *PREPROCESSORS) if (folder / name).is_file()]
+    made = {target / each for each in (*FILES, *(file.name for file in beside))}
+    check_outputs(sorted(made), overwrite=options.overwrite, input_paths=(folder,))
+    model, dtype = load_dense(folder)
+    preprocessing, name = _preprocessing(folder, model), type(model).__name__
+    size = preprocessing.input_size
+    with gathered(options.device) as processes:
+        whole = Whole(model, size).to(processes.device)
+        answers = options.preserve == "answers" or (options.preserve is None and whole.num_classes > 1)
+        if answers and whole.num_classes < 2:
+            raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
+        timer.start("loading images")
+        judged = partial(Validation, model=whole, processes=processes, reporter=timer)
+        found, validation = read_images(options, preprocessing, images, val_images, judged, compares=answers)
+        timer.log(f"searching on {found.description}")
+        dense_answers, dense = validation.dense, copy.deepcopy(whole)
+        batches = [{"pixel_values": batch} for batch in found.images.split(options.batch_size)]
+        search: Any = options.only(SearchOptions).values() | {"scope": options.scope}
+        cut = prune_(
+            model, "" if answers else None, images=batches, flops=str(options.flops), reporter=timer, **search
+        )
+        model.to(dtype).float()  # what the file holds
+        slim_answers, fidelity = validation.answers_of(whole), cut.fidelity
+        if slim_answers is not None and cut.divergence_of == "answers":
+            fidelity = validation.fidelity(slim_answers)
+        stopwatch = Stopwatch(options.only(TimingOptions), dense, size, processes.device, timer)
+        times: Any = (None, None)
+        if options.latency:
+            timer.start("timing")
+            times = stopwatch.compare([whole], seconds=SECONDS).wall
+
+    def figures(whole: Whole, milliseconds: float | None, answers: Answers | None) -> ModelFigures:
+        stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
+        evaluation = None if answers is None else answers.evaluation
+        return ModelFigures(
+            measure_flops(whole, size), count_parameters(whole), milliseconds, evaluation, stored
+        )
+
+    result = PruneResult(
+        output=None if options.dry_run else target,
+        architecture=name,
+        plan=cut.plan,
+        budget=Budget.parse(str(options.flops)).amount(cut.flops_before),
+        dense=figures(dense, times[0], dense_answers),
+        slim=figures(whole, times[1], slim_answers),
+        data=found.description,
+        preprocessing=preprocessing,
+        provenance=Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name),
+        not_prunable=find_prunable_layers(dense).not_prunable,
+        device=str(processes.device),
+        latency_batch_size=options.latency_batch_size,
+        timing=stopwatch.conditions() if options.latency else {},
+        fidelity=fidelity,
+        preserved={"what": "answers" if answers else "tokens", "outputs": list(cut.preserved)},
+        divergence_of=cut.divergence_of,
+        _model=model.cpu(),
+        _write=lambda file, slim, overwrite: save_pruned(slim.to(dtype), file, overwrite=overwrite),
+    )
+    if not options.dry_run:
+        timer.start("writing")
+        save_pruned(model.to(dtype), target, overwrite=options.overwrite)
+        for file in beside:
+            shutil.copyfile(file, target / file.name)
+        first, *rows = ("| " + " | ".join(cells) + " |" for cells in result.rows())
+        with (target / CARD).open("a", encoding="utf-8") as card:
+            card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
+        opened = Whole(load_pruned(target).float(), size)
+        if not same_outputs(opened, whole.float(), found.images[:PROBED]):
+            raise MhacutError(f"{show(target)}: gives other outputs than in memory; please report the {name}")
+    result.seconds = timer.taken()
+    return result
+
+
+def _preprocessing(folder: Path, model: Any) -> Preprocessing:
+    """Return the preprocessing that a folder states; images have the size that it, or the model, states."""
+    stated = preprocessor_of(folder)
+    if stated is None:
+        raise CheckpointError(
+            f"{show(folder)}: expected preprocessor_config.json, which states how images become inputs; "
+            "write it: transformers.AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)"
+        )
+    config = Config(model.config.to_dict(), show(folder / "config.json"))
+    channels, processor = config.get("num_channels", 3), Config(stated, show(folder / PREPROCESSORS[0]))
+    side = image_side(processor) or config.get("image_size", 224)
+    return Preprocessing.resolve(transformers_cfg(processor, channels), (channels, side, side))

@@ -1,0 +1,102 @@
+"""``mhacut prune FOLDER --as huggingface``: folders of transformers stay what they are."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import mhacut
+from helpers.cli import refusal, run
+from helpers.data import write_split
+from helpers.models import relative
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 28,
+    "patch_size": 7,
+}
+QUICK = ("--as", "huggingface", "--flops", "70%", "--effort", "fast", "--json")
+
+
+def written(folder, name, dtype=torch.float32, processor=True, **sizes):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    model = cls(cls.config_class(**SIZES, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    model.to(dtype).save_pretrained(folder)
+    if processor:
+        transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
+    folder, out = written(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3), tmp_path / "out"
+    write_split(tmp_path / "images" / "val")
+    write_split(tmp_path / "images" / "train", per_class=8)
+    result = run("prune", folder, *QUICK, "-o", out, "--data-dir", tmp_path / "images")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout)
+    assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
+    assert found["preserved"] == {"what": "answers", "outputs": ["logits"]}
+    assert found["judged_images"] == "validation images"
+    assert 0 <= found["slim"]["top1"] <= 100
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    card = (out / "README.md").read_text()
+    assert 'mhacut.load_pruned("out")' in card
+    assert "| Dinov2ForImageClassification | dense | slim | ratio |\n|---|---|---|---|\n| top-1" in card
+    slim, x = mhacut.load_pruned(out), torch.randn(4, 3, 28, 28)
+    dense = type(slim).from_pretrained(folder)
+    assert 0 < relative(slim(x).logits.detach(), dense(x).logits.detach()) < 1
+    assert "exists already" in refusal(tmp_path, "prune", folder, *QUICK, "-o", out)
+    assert "was pruned already" in refusal(tmp_path, "prune", out, *QUICK, "-o", tmp_path / "again", code=2)
+    assert "is the input" in refusal(tmp_path, "prune", folder, *QUICK, "-o", folder, "--overwrite")
+
+
+def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
+    folder, out = written(tmp_path / "dense", "Dinov2Model", torch.float16), tmp_path / "out"
+    result = mhacut.prune(folder, as_="huggingface", flops="70%", effort="fast", output=out)
+    assert result.divergence_of == "dense"
+    assert {tensor.dtype for tensor in load_file(out / "pruned.safetensors").values()} == {torch.float16}
+    x = torch.randn(2, 3, 28, 28)
+    first, second = (
+        model(x).last_hidden_state.detach() for model in (mhacut.load_pruned(out).float(), result.model())
+    )
+    assert relative(first, second) < 1e-6
+    answers = refusal(tmp_path, "prune", folder, *QUICK, "--preserve", "answers", code=2)
+    assert "--preserve answers: Dinov2Model is no classifier" in answers
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--params", "60%"), "--params 60% does not go with --as huggingface"),
+        (("--flops", "50%"), "does not go with --as huggingface"),
+        (("--img-size", "28"), "--img-size 28 does not go with --as huggingface"),
+        (("--preserve", "pyramid"), "expected answers or tokens with --as huggingface"),
+        (("--scope", "attention"), "expected auto or attention+mlp with --as huggingface"),
+        (("-o", "a.safetensors"), "expected a folder"),
+    ],
+)
+def test_what_does_not_go_with_it_is_refused_by_name(flags, message, tmp_path):
+    assert message in refusal(tmp_path, "prune", tmp_path, *QUICK, *flags, code=2)
+
+
+def test_folders_that_are_not_whole_are_refused(tmp_path):
+    folder = written(tmp_path / "dense", "Dinov2Model", processor=False)
+    assert "expected preprocessor_config.json" in refusal(tmp_path, "prune", folder, *QUICK)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["Dinov2ForImageClassification"]})
+    )
+    assert "expected all tensors of a Dinov2ForImageClassification" in refusal(
+        tmp_path, "prune", folder, *QUICK
+    )
