@@ -85,59 +85,42 @@ def projected(output: Any) -> torch.Tensor:
 @dataclass(frozen=True)
 class Case:
     model: str
-    config: str
     options: dict[str, Any] = field(default_factory=dict)
     answer: Callable[[Any], torch.Tensor] = logits
     load: dict[str, Any] = field(default_factory=dict)
 
 
 CASES = {
-    "vit": Case("ViTForImageClassification", "ViTConfig", {**SMALL, "num_labels": 7}),
-    "vit-features": Case("ViTModel", "ViTConfig", {**SMALL, "qkv_bias": False}, class_token),
-    "vit-eps": Case(
-        "ViTModel", "ViTConfig", {**SMALL, "layer_norm_eps": 1e-5, "hidden_act": "relu"}, class_token
-    ),
-    "deit": Case("DeiTForImageClassification", "DeiTConfig", {**SMALL, "num_labels": 7}),
-    "deit-distilled": Case("DeiTForImageClassificationWithTeacher", "DeiTConfig", {**SMALL, "num_labels": 7}),
+    "vit": Case("ViTForImageClassification", {**SMALL, "num_labels": 7}),
+    "vit-features": Case("ViTModel", {**SMALL, "qkv_bias": False}, class_token),
+    "vit-eps": Case("ViTModel", {**SMALL, "layer_norm_eps": 1e-5, "hidden_act": "relu"}, class_token),
+    "deit": Case("DeiTForImageClassification", {**SMALL, "num_labels": 7}),
+    "deit-distilled": Case("DeiTForImageClassificationWithTeacher", {**SMALL, "num_labels": 7}),
     "beit": Case(
-        "BeitForImageClassification",
-        "BeitConfig",
-        {**SMALL, "num_labels": 7, "use_relative_position_bias": True},
+        "BeitForImageClassification", {**SMALL, "num_labels": 7, "use_relative_position_bias": True}
     ),
-    "dinov2": Case("Dinov2Model", "Dinov2Config", DINO, class_token),
-    "dinov2-gated": Case("Dinov2Model", "Dinov2Config", {**DINO, "use_swiglu_ffn": True}, class_token),
+    "dinov2": Case("Dinov2Model", DINO, class_token),
+    "dinov2-gated": Case("Dinov2Model", {**DINO, "use_swiglu_ffn": True}, class_token),
     "dinov2-headless": Case(
-        "Dinov2ForImageClassification",
-        "Dinov2Config",
-        {**DINO, "num_labels": 7},
-        class_token,
-        {"num_classes": 0},
+        "Dinov2ForImageClassification", {**DINO, "num_labels": 7}, class_token, {"num_classes": 0}
     ),
-    "dinov2-registers": Case("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", DINO, class_token),
-    "dinov3": Case("DINOv3ViTModel", "DINOv3ViTConfig", {**SMALL, "num_register_tokens": 4}, class_token),
+    "dinov2-registers": Case("Dinov2WithRegistersModel", DINO, class_token),
+    "dinov3": Case("DINOv3ViTModel", {**SMALL, "num_register_tokens": 4}, class_token),
     "dinov3-gated": Case(
-        "DINOv3ViTModel",
-        "DINOv3ViTConfig",
-        {**SMALL, "use_gated_mlp": True, "hidden_act": "silu"},
-        class_token,
+        "DINOv3ViTModel", {**SMALL, "use_gated_mlp": True, "hidden_act": "silu"}, class_token
     ),
-    "clip": Case("CLIPVisionModel", "CLIPVisionConfig", SMALL, pooled),
-    "clip-classifier": Case(
-        "CLIPForImageClassification", "CLIPConfig", {"vision_config": SMALL, "num_labels": 7}
-    ),
-    "siglip": Case("SiglipVisionModel", "SiglipVisionConfig", SMALL, pooled),
-    "siglip-classifier": Case(
-        "SiglipForImageClassification", "SiglipConfig", {"vision_config": SMALL, "num_labels": 7}
-    ),
-    "swin": Case("SwinForImageClassification", "SwinConfig", {**SWIN, "num_labels": 7}),
-    "swin-features": Case("SwinModel", "SwinConfig", {**SWIN, "window_size": 8, "qkv_bias": False}, pooled),
-    "swinv2": Case("Swinv2ForImageClassification", "Swinv2Config", {**SWIN, "num_labels": 7}),
+    "clip": Case("CLIPVisionModel", SMALL, pooled),
+    "clip-classifier": Case("CLIPForImageClassification", {"vision_config": SMALL, "num_labels": 7}),
+    "siglip": Case("SiglipVisionModel", SMALL, pooled),
+    "siglip-classifier": Case("SiglipForImageClassification", {"vision_config": SMALL, "num_labels": 7}),
+    "swin": Case("SwinForImageClassification", {**SWIN, "num_labels": 7}),
+    "swin-features": Case("SwinModel", {**SWIN, "window_size": 8, "qkv_bias": False}, pooled),
+    "swinv2": Case("Swinv2ForImageClassification", {**SWIN, "num_labels": 7}),
     "swinv2-pretrained-window": Case(
-        "Swinv2Model", "Swinv2Config", {**SWIN, "window_size": 8, "pretrained_window_sizes": [4, 4]}, pooled
+        "Swinv2Model", {**SWIN, "window_size": 8, "pretrained_window_sizes": [4, 4]}, pooled
     ),
     "pvt_v2": Case(
         "PvtV2ForImageClassification",
-        "PvtV2Config",
         {
             "image_size": 64,
             "depths": [1, 2, 1, 1],
@@ -154,8 +137,8 @@ def built(transformers, tmp_path_factory):
     """A folder that transformers wrote, and its model, each case once."""
 
     def build(case: Case):
-        config = getattr(transformers, case.config)(**case.options)
-        model = randomised(getattr(transformers, case.model)(config))
+        cls = getattr(transformers, case.model)
+        model = randomised(cls(cls.config_class(**case.options)))
         folder = tmp_path_factory.mktemp("folder")
         model.save_pretrained(folder)
         return folder, model
@@ -227,7 +210,7 @@ def test_a_model_of_two_towers_gives_its_image_tower(built):
         "pad_token_id": 0,
     }
     options = {"vision_config": SMALL, "text_config": {**SMALL, **tower}, "projection_dim": 12}
-    folder, original = built(Case("CLIPModel", "CLIPConfig", options))
+    folder, original = built(Case("CLIPModel", options))
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         expected = original.visual_projection(original.vision_model(pixel_values=images).pooler_output)
@@ -238,7 +221,7 @@ def test_a_model_of_two_towers_gives_its_image_tower(built):
 
 def test_patches_of_siglip_2_become_a_square_image(built):
     options = {name: value for name, value in SMALL.items() if name != "image_size"} | {"num_patches": 16}
-    folder, original = built(Case("Siglip2VisionModel", "Siglip2VisionConfig", options))
+    folder, original = built(Case("Siglip2VisionModel", options))
     images = torch.randn(2, 3, 32, 32)
     grid = images.reshape(2, 3, 4, 8, 4, 8).permute(0, 2, 4, 3, 5, 1).reshape(2, 16, 192)
     with torch.no_grad():
