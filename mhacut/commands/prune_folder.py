@@ -34,7 +34,7 @@ from mhacut.runtime.files import check_outputs, show, stem_of
 from mhacut.runtime.progress import Reporter, StageTimer
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import count_parameters, measure_flops
+from mhacut.surgery.flops import count_parameters
 
 
 class Whole(nn.Module):
@@ -68,7 +68,7 @@ def prune_folder(
 ) -> PruneResult:
     """Prune the model of transformers in a folder in place, by :func:`mhacut.prune_`; write a folder of it.
 
-    The budget is that of the vision transformer inside; figures are those of the whole model. Arguments are
+    FLOPs are those of the vision transformer inside, other figures those of the whole model. Arguments are
     those of :func:`mhacut.commands.prune.run_prune`.
     """
     timer, folder = StageTimer(reporter), Path(options.checkpoint)
@@ -105,24 +105,22 @@ def prune_folder(
             timer.start("timing")
             times = stopwatch.compare([whole], seconds=SECONDS).wall
 
-    def figures(whole: Whole, milliseconds: float | None, answers: Answers | None) -> ModelFigures:
+    def figures(whole: Whole, flops: int, time: float | None, answers: Answers | None) -> ModelFigures:
         stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
         evaluation = None if answers is None else answers.evaluation
-        return ModelFigures(
-            measure_flops(whole, size), count_parameters(whole), milliseconds, evaluation, stored
-        )
+        return ModelFigures(flops, count_parameters(whole), time, evaluation, stored)
 
     result = PruneResult(
         output=None if options.dry_run else target,
-        architecture=name,
+        architecture=f"{name}, FLOPs of {cut.part}" if cut.part else name,
         plan=cut.plan,
         budget=Budget.parse(str(options.flops)).amount(cut.flops_before),
-        dense=figures(dense, times[0], dense_answers),
-        slim=figures(whole, times[1], slim_answers),
+        dense=figures(dense, cut.flops_before, times[0], dense_answers),
+        slim=figures(whole, cut.flops_after, times[1], slim_answers),
         data=found.description,
         preprocessing=preprocessing,
         provenance=Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name),
-        not_prunable=find_prunable_layers(dense).not_prunable,
+        not_prunable=find_prunable_layers(dense.model.get_submodule(cut.part)).not_prunable,
         device=str(processes.device),
         latency_batch_size=options.latency_batch_size,
         timing=stopwatch.conditions() if options.latency else {},

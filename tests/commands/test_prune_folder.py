@@ -51,6 +51,11 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
     slim, x = mhacut.load_pruned(out), torch.randn(4, 3, 28, 28)
     dense = type(slim).from_pretrained(folder)
     assert 0 < relative(slim(x).logits.detach(), dense(x).logits.detach()) < 1
+    tokens = run("prune", folder, *QUICK, "-o", tmp_path / "tokens", "--preserve", "tokens")
+    found = json.loads(tokens.stdout)
+    assert found["architecture"] == "Dinov2ForImageClassification, FLOPs of dinov2"
+    assert found["preserved"] == {"what": "tokens", "outputs": ["last_hidden_state"]}
+    assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
     assert "exists already" in refusal(tmp_path, "prune", folder, *QUICK, "-o", out)
     assert "was pruned already" in refusal(tmp_path, "prune", out, *QUICK, "-o", tmp_path / "again", code=2)
     assert "is the input" in refusal(tmp_path, "prune", folder, *QUICK, "-o", folder, "--overwrite")
