@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2971,
     "checkpoint": 5536,
     "cli": 1305,
-    "commands": 3655,
+    "commands": 3654,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,

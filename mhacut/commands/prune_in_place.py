@@ -162,8 +162,7 @@ def _part_of(model: nn.Module, part: str | None) -> str:
             names = ", ".join(map(shown, found))
             raise UsageError(f"{len(found)} vision transformers inside: {names}; name one")
         if not found:
-            cls, hint = type(model).__name__, _of_transformers_4()
-            raise UnsupportedModelError(f"no vision transformer inside {cls} that is known{hint}")
+            _check_kind(model, "")  # names attention that is not known
         return found[0]
     known = [name for name, _ in model.named_modules()]
     if part not in known:

@@ -257,7 +257,7 @@ class Two(Segmenter):
         (Segmenter, "backbone.layer.0.attention", UnsupportedModelError, "is a single layer; name the block"),
         (Two, None, UsageError, "2 vision transformers inside: `backbone`, `teacher`; name one"),
         (Two, "teacher", DataError, "images: none came to `teacher`"),
-        (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "no vision transformer inside Conv2d"),
+        (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "the model: Conv2d has no attention layer"),
     ],
 )
 def test_what_cannot_be_pruned_is_said_in_one_sentence(model, part, error, message, images):
