@@ -17,17 +17,23 @@ from mhacut.errors import DataError
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import minimise
 from mhacut.pruning.job import Job
+from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.process import outlive_signals, start_reading
+from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.tokens import stack_of, tokens_in
 
 RATE = 1.2e-4
-"""Learning rate where the slim model diverges by 1 nat on held-out images; elsewhere it is in proportion
-(docs/explanation/choices.md)."""
-BOUNDS = (0.1, 1.0)
-"""Least and largest divergence in that proportion: of images that the dense model was trained on the slim one
-may get nearly all right; of features, which have no classes, tokens may diverge by many nats."""
+"""Learning rate where the slim model diverges by 1 nat or more on held-out images; below, it falls with the
+root (docs/explanation/choices.md)."""
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
+HINTS = 64.0
+"""Weight of the class tokens' error (docs/explanation/choices.md)."""
+FLOOR = 0.01
+"""Least variance of a channel of class tokens to divide by, relative to the mean of all channels."""
+FITTED_IMAGES = 64
+"""Most images that these variances are of."""
 WARM_UP = 0.1
 """Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
 
@@ -36,8 +42,10 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     """Return a copy of ``slim`` whose weights were trained to give the preserved outputs of the dense model.
 
     The loss is the divergence that the job preserves: for a classifier, the KL divergence of its answers,
-    without labels. Images are those to calibrate on that are not held out and all others of the same split,
-    cropped and mirrored at random; both models see the same.
+    without labels. For a plain ViT the error of the tokens after every block is added, of the class token
+    where it answers from one, each channel in units of its variance: such hints (FitNets, arXiv 1412.6550)
+    say more of an image than its answer. Images are those to calibrate on that are not held out and all
+    others of the same split, cropped and mirrored at random; both models see the same.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
@@ -52,19 +60,46 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     job.reporter.log(f"tuning all weights in {steps} steps of {size} of {len(images)} images")
     model = copy.deepcopy(slim)
     batches = _batches(images, steps, job)
+    blocks = _hinting(slim, preserved)
+
+    def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the preserved outputs, and the tokens that hint, [blocks, B, tokens, C]."""
+        with captured_outputs(each, blocks, lambda _, output: tokens_in(output)) as tokens:
+            outputs = preserved.outputs(each, batch).float()
+        hints = [last.float() if preserved.dense else last[:, :1].float() for (last,) in tokens.values()]
+        return outputs, torch.stack(hints or [outputs])
+
+    with torch.no_grad():
+        seen = job.images[calibration.held :][:FITTED_IMAGES].split(size)
+        known = torch.cat([run(job.model, each.to(device))[1] for each in seen], 1)
+    variance = known.flatten(1, -2).var(1, correction=0)[:, None, None]  # (blocks, 1, 1, C)
+    variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True))
 
     def loss() -> Tensor:
         batch = next(batches).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
             with torch.no_grad():
-                dense = preserved.outputs(job.model, batch).float()
-            return preserved.divergence(preserved.outputs(model, batch).float(), dense)
+                dense, aims = run(job.model, batch)
+            outputs, tokens = run(model, batch)
+            divergence = preserved.divergence(outputs, dense)
+        return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
     weights = model.requires_grad_(True).parameters()
-    rate = job.options.tuning_lr or RATE * min(max(distance, BOUNDS[0]), BOUNDS[1])
+    rate = job.options.tuning_lr or RATE * min(distance, 1.0) ** 0.5
     warm_up = math.ceil(WARM_UP * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
+
+
+def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
+    """Return the names of the blocks whose tokens hint; none unless ``model`` is a plain ViT.
+
+    For answers it must read them from its class token.
+    """
+    stack = stack_of(model)
+    if stack is None or not (preserved.dense or getattr(stack.vit, "global_pool", "") == "token"):
+        return []
+    return [f"{stack.name}.{number}" for number in range(len(stack.blocks))]
 
 
 def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Tensor]:

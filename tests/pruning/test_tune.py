@@ -53,7 +53,7 @@ def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     plain, nothing = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
     assert not nothing
     assert "45 steps of 16 of 284 images" in steps  # 300 less those held out of the 64
-    assert result.divergence < 0.6 * plain.divergence
+    assert result.divergence < 0.8 * plain.divergence
     before, after = map(float, re.search(r"held-out images (\S+) without, (\S+) with", line).groups())
     assert before == pytest.approx(plain.divergence, rel=0.05)
     assert after == pytest.approx(result.divergence, rel=0.05)
