@@ -30,6 +30,8 @@ EXAMPLES = DOCS.parent / "examples" / "benchmarks"
 RESULTS = EXAMPLES / "results"
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
 """What is set in code: commands, and names of flags."""
+_ANY_NUMBER = re.compile(r"(, )?(at least -\d{19}|at most (\d{20}|1e\+36))")
+"""Bounds of what Python, torch and files hold, which nobody meets."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
 NAMES: Mapping[str, Sequence[str]] = {
     "Verbs": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
@@ -102,6 +104,7 @@ def command_page(name: str) -> str:
     for panel in PANELS:
         own = [stated for stated in known.values() if stated.panel == panel]
         if own:
+            own.sort(key=lambda one: one.name != "flops")  # what most users look for
             body += [f"## {panel}", "\n".join(_table(own))]
     body.append(_COMMON)
     return _WRITTEN + "\n\n".join(body) + "\n"
@@ -139,8 +142,8 @@ def _facts(option: Option) -> Iterator[str]:
     """Yield sentences about choices, bounds and the default."""
     if option.choices:
         yield "One of " + ", ".join(f"`{choice}`" for choice in option.choices) + "."
-    if option.limits:
-        yield option.limits.capitalize() + "."
+    if limits := _ANY_NUMBER.sub("", option.limits):
+        yield limits.capitalize() + "."
     default = option.default
     if default is True:
         yield "Default: on."
