@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5536,
+    "checkpoint": 5542,
     "cli": 1305,
     "commands": 3654,
     "data": 1518,

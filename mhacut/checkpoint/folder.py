@@ -21,6 +21,8 @@ WEIGHT_FILES = (
     "model.pt",
 )
 """Names of files with weights, in the order in which they are sought."""
+PRUNED = "pruned.safetensors"
+"""Name of the pruned part of a model that was pruned in place, in its folder."""
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Names of the files that state transformers' preprocessing, in the order in which they are sought."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -62,6 +64,8 @@ def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, di
             models = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
             fault = "is a directory without a config.json"
             fault += f"; give one of the files that it holds: {listed(models, 3)}" if models else ""
+        if (folder / PRUNED).is_file():
+            fault = "holds a model that was pruned in place; open it in Python, by mhacut.load_pruned"
         fault = fault or "holds no weights, expected model.safetensors beside config.json"
         raise CheckpointError(f"{show(folder)}: {fault}")
     of_timm = config is None or "architecture" in config

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.checkpoint.files import read_safetensors, safetensors_header
+from mhacut.checkpoint.folder import PRUNED
 from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.record import PART_KEY
 from mhacut.checkpoint.untrusted_json import parse_json
@@ -27,7 +28,8 @@ from mhacut.surgery.part import shown
 from mhacut.surgery.slice import cut
 from mhacut.text import listed
 
-FILES = CONFIG, PRUNED, REST, CARD = "config.json", "pruned.safetensors", "rest.safetensors", "README.md"
+REST, CARD = "rest.safetensors", "README.md"
+FILES = "config.json", PRUNED, REST, CARD
 """Files in a folder: the configuration, the pruned part, the tensors around it, the model card."""
 _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: what its file states."""

@@ -57,6 +57,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
     assert found["preserved"] == {"what": "tokens", "outputs": ["last_hidden_state"]}
     assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
     assert "exists already" in refusal(tmp_path, "prune", folder, *QUICK, "-o", out)
+    assert "mhacut.load_pruned" in refusal(tmp_path, "inspect", out)
     assert "was pruned already" in refusal(tmp_path, "prune", out, *QUICK, "-o", tmp_path / "again", code=2)
     assert "is the input" in refusal(tmp_path, "prune", folder, *QUICK, "-o", folder, "--overwrite")
 
