@@ -35,7 +35,8 @@ def executed(path: Path) -> Any:
     """
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": path.parent}}
-    client = NotebookClient(notebook, timeout=300, record_timing=False, resources=where)
+    limits = {"startup_timeout": 300, "timeout": 300}  # seconds; on a busy machine it starts late
+    client = NotebookClient(notebook, record_timing=False, resources=where, **limits)
     client.execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":
