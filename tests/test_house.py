@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5542,
+    "checkpoint": 5539,
     "cli": 1305,
-    "commands": 3654,
+    "commands": 3652,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,

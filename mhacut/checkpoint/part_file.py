@@ -161,17 +161,14 @@ def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
     """Return the model of transformers in a folder, float32, in eval mode, and the dtype of its file.
 
     Raises:
-        CheckpointError: the folder holds no such model, or not all of it.
-        UsageError: it was pruned already.
-        MhacutError: transformers is not installed.
+        MhacutError: there is none, or not all of it; it was pruned already; transformers is not installed.
     """
     where, given = show(folder), {"local_files_only": True, "output_loading_info": True}
     if (Path(folder) / PRUNED).is_file():
         raise UsageError(f"{where}: was pruned already; give the folder of the dense model")
     model, about = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **given))
     if missing := sorted(about["missing_keys"]):
-        cls = type(model).__name__
-        raise CheckpointError(f"{where}: expected all tensors of a {cls}, not found: {listed(missing, 3)}")
+        raise CheckpointError(f"{where}: tensors of {type(model).__name__} are missing: {listed(missing, 3)}")
     dtype: torch.dtype = model.dtype
     return model.float().eval().requires_grad_(False), dtype
 

@@ -56,7 +56,7 @@ class Whole(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         output: Any = self.model(pixel_values=images)
-        first: Tensor = output["logits"] if "logits" in output else tree_leaves(output)[0]
+        first: Tensor = output.get("logits", tree_leaves(output)[0])
         return first
 
 
@@ -105,10 +105,9 @@ def prune_folder(
             timer.start("timing")
             times = stopwatch.compare([whole], seconds=SECONDS).wall
 
-    def figures(whole: Whole, flops: int, time: float | None, answers: Answers | None) -> ModelFigures:
+    def figures(whole: Whole, flops: int, ms: float | None, answers: Answers | None) -> ModelFigures:
         stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
-        evaluation = None if answers is None else answers.evaluation
-        return ModelFigures(flops, count_parameters(whole), time, evaluation, stored)
+        return ModelFigures(flops, count_parameters(whole), ms, getattr(answers, "evaluation", None), stored)
 
     result = PruneResult(
         output=None if options.dry_run else target,

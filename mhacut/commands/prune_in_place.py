@@ -59,12 +59,11 @@ class InPlaceResult:
     fidelity: Fidelity
     """Likeness of these to the dense ones on held-out images."""
     divergence_of: Measure
-    """Kind of their divergence, see :class:`mhacut.pruning.preserve.Preserved`; of a loss, it is the
-    estimated squared error over its variance."""
+    """Kind of their divergence, see :class:`mhacut.pruning.preserve.Preserved`."""
 
     @property
     def divergence(self) -> float:
-        """Divergence of these from the dense ones on held-out images."""
+        """Divergence from the dense ones; of a loss, its estimated squared error over its variance."""
         return self.fidelity.divergence
 
     def __repr__(self) -> str:
