@@ -36,6 +36,8 @@ MOST_BYTES = 5 * 2**29
 """Bounds the memory of the images and of the activations that both models keep for them."""
 NEGLIGIBLE_KL = 0.05
 """Divergence on held-out images below which tuning would gain nothing worth its time."""
+NOTHING_LOST = 1e-3
+"""Divergence from the dense answers below which healing would not, either."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
@@ -70,11 +72,13 @@ def recover(
         slim = _better(slim, scaled, job, calibration, "training channel scales")
     if merged:
         set_merged(slim, merged, job.copied)
-    if heal_steps:
+    answers = calibration.preserved.measure == "answers"
+    chosen = options.heal_steps is not None or not answers
+    if heal_steps and (chosen or job.held_out(calibration).divergence_of(slim) > NOTHING_LOST):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
     # Features of tokens got worse (docs/explanation/choices.md).
-    if calibration.preserved.measure != "answers" and options.tuning_steps is None:
+    if not answers and options.tuning_steps is None:
         tune_steps = 0
     if tune_steps and (distance := job.held_out(calibration).divergence_of(slim)) > NEGLIGIBLE_KL:
         reporter.start("tuning")
