@@ -26,7 +26,7 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1467,
-    "pruning": 4439,
+    "pruning": 4435,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2809,

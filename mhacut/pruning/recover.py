@@ -34,7 +34,7 @@ BATCH = 8
 """Most images per step: many steps of few images learn more in the same time."""
 MOST_BYTES = 5 * 2**29
 """Bounds the memory of the images and of the activations that both models keep for them."""
-NEGLIGIBLE_KL = 0.05
+NEGLIGIBLE_KL = 0.01
 """Divergence on held-out images below which tuning would gain nothing worth its time."""
 NOTHING_LOST = 1e-3
 """Divergence from the dense answers below which healing would not, either."""

@@ -42,10 +42,10 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     """Return a copy of ``slim`` whose weights were trained to give the preserved outputs of the dense model.
 
     The loss is the divergence that the job preserves: for a classifier, the KL divergence of its answers,
-    without labels. For a plain ViT the error of the tokens after every block is added, of the class token
-    where it answers from one, each channel in units of its variance: such hints (FitNets, arXiv 1412.6550)
-    say more of an image than its answer. Images are those to calibrate on that are not held out and all
-    others of the same split, cropped and mirrored at random; both models see the same.
+    without labels. Where a plain ViT answers from its class token, the error of that token after every block
+    is added, each channel in units of its variance: such hints (FitNets, arXiv 1412.6550) say more of an
+    image than its answer. Images are those to calibrate on that are not held out and all others of the same
+    split, cropped and mirrored at random; both models see the same.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
@@ -63,16 +63,15 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the preserved outputs, and the tokens that hint, [blocks, B, tokens, C]."""
-        with captured_outputs(each, blocks, lambda _, output: tokens_in(output)) as tokens:
+        """Return the preserved outputs, and the class token after every block, [blocks, B, C]."""
+        with captured_outputs(each, blocks, lambda _, output: tokens_in(output)[:, 0]) as hints:
             outputs = preserved.outputs(each, batch).float()
-        hints = [last.float() if preserved.dense else last[:, :1].float() for (last,) in tokens.values()]
-        return outputs, torch.stack(hints or [outputs])
+        return outputs, torch.stack([last.float() for (last,) in hints.values()] or [outputs])
 
     with torch.no_grad():
         seen = job.images[calibration.held :][:FITTED_IMAGES].split(size)
         known = torch.cat([run(job.model, each.to(device))[1] for each in seen], 1)
-    variance = known.flatten(1, -2).var(1, correction=0)[:, None, None]  # (blocks, 1, 1, C)
+    variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
     variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True))
 
     def loss() -> Tensor:
@@ -92,12 +91,9 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
-    """Return the names of the blocks whose tokens hint; none unless ``model`` is a plain ViT.
-
-    For answers it must read them from its class token.
-    """
+    """Return the names of the blocks of a plain ViT that answers from its class token, else none."""
     stack = stack_of(model)
-    if stack is None or not (preserved.dense or getattr(stack.vit, "global_pool", "") == "token"):
+    if stack is None or preserved.measure != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []
     return [f"{stack.name}.{number}" for number in range(len(stack.blocks))]
 

@@ -11,11 +11,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import mhacut
 from helpers.jobs import Recorder
-from mhacut.pruning import job
+from mhacut.pruning import job, tune
+from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.tokens import tokens_in
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 CRUDE = {
@@ -64,18 +67,36 @@ def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
     assert digest(again.output) == digest(tuned[0].output)
 
 
-@pytest.mark.parametrize("given", [lambda images: images, lambda images: DataLoader(list(images), 5, True)])
-def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
-    monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))
+def tiny(**options):
+    """Tune a ViT of random weights, and return the messages."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=9)
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)
     recorder, images = Recorder(), torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    options = {**CRUDE, "calibration_images": 8, "workers": None, "dry_run": True, "scope": "attention+mlp"}
-    options |= {"flops": "30%", "tuning_steps": 1}
-    mhacut.prune(model, images=given(images), reporter=recorder, **options)
-    assert "tuning all weights in 1 steps of 16 of 18 images" in recorder.messages
+    options = {"calibration_images": 8, "dry_run": True, "scope": "attention+mlp", "flops": "30%"} | options
+    given = options.pop("given", lambda images: images)(images)
+    mhacut.prune(model, images=given, reporter=recorder, **{**CRUDE, **options})
+    return recorder.messages
+
+
+@pytest.mark.parametrize("given", [lambda images: images, lambda images: DataLoader(list(images), 5, True)])
+def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
+    monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))
+    messages = tiny(given=given, workers=None, tuning_steps=1)
+    assert "tuning all weights in 1 steps of 16 of 18 images" in messages
+
+
+def test_class_tokens_of_every_block_come_nearer_to_the_dense_ones(tuned, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "HINTS", 0.0)
+    plain, _ = pruned(tmp_path / "plain.safetensors", tuning_steps=45)
+    images, tokens = torch.rand(32, 3, 32, 32, generator=torch.Generator().manual_seed(0)), []
+    for model in (mhacut.load_model(DIGITS / "model"), tuned[0].model(), plain.model()):
+        with captured_outputs(model, ["blocks.1"]) as outputs, torch.no_grad():
+            model.eval()(images)
+        tokens.append(tokens_in(outputs["blocks.1"][0])[:, 0])
+    dense, hinted, plain = tokens
+    assert F.mse_loss(hinted, dense) < 0.95 * F.mse_loss(plain, dense)
 
 
 def test_tuning_that_harms_is_left_out(tmp_path):
@@ -104,11 +125,5 @@ def test_a_model_is_tuned_by_a_calibration_that_was_stored(monkeypatch):
     """It measures answers by an equal object, not by the same one."""
     calibrate = job.calibrate
     monkeypatch.setattr(job, "calibrate", lambda *given, **how: copy.deepcopy(calibrate(*given, **how)))
-    torch.manual_seed(0)
-    model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=9)
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn_like(parameter)
-    recorder, images = Recorder(), torch.randn(20, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    options = {**CRUDE, "calibration_images": 8, "dry_run": True, "scope": "attention+mlp", "flops": "30%"}
-    mhacut.prune(model, images=images, reporter=recorder, **{**options, "effort": "balanced"})
-    assert any(message.startswith("tuning all weights") for message in recorder.messages)
+    messages = tiny(effort="balanced")
+    assert any(message.startswith("tuning all weights") for message in messages)
