@@ -31,6 +31,7 @@ from mhacut.options.prune import PruneOptions, SearchOptions
 from mhacut.pruning.check import same_outputs
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import check_outputs, show, stem_of
+from mhacut.runtime.process import world_size
 from mhacut.runtime.progress import Reporter, StageTimer
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.find import find_prunable_layers
@@ -71,12 +72,17 @@ def prune_folder(
     FLOPs are those of the vision transformer inside, other figures those of the whole model. Arguments are
     those of :func:`mhacut.commands.prune.run_prune`.
     """
+    asked = option_name("as_", "huggingface")
+    if not options.checkpoint:
+        raise UsageError(f"{asked}: expected a folder of transformers, found a module; see mhacut.prune_")
+    if world_size() > 1:
+        raise UsageError(f"{asked}: expected one process, found {world_size()} of torchrun")
     timer, folder = StageTimer(reporter), Path(options.checkpoint)
     timer.start("reading")
     target = Path(options.output or str(options_of_each(options, stem_of(folder))[0].output))
     beside = [folder / name for name in ("config.json", *PREPROCESSORS) if (folder / name).is_file()]
     made = {target / each for each in (*FILES, *(file.name for file in beside))}
-    check_outputs(sorted(made), overwrite=options.overwrite, input_paths=(folder,))
+    check_outputs(() if options.dry_run else sorted(made), overwrite=options.overwrite, input_paths=(folder,))
     model, dtype = load_dense(folder)
     preprocessing, name = _preprocessing(folder, model), type(model).__name__
     size = preprocessing.input_size

@@ -80,9 +80,11 @@ def recover(
     # Features of tokens got worse (docs/explanation/choices.md).
     if not answers and options.tuning_steps is None:
         tune_steps = 0
-    if tune_steps and (distance := job.held_out(calibration).divergence_of(slim)) > NEGLIGIBLE_KL:
-        reporter.start("tuning")
-        slim = _better(slim, tuned(slim, job, calibration, distance), job, calibration, "tuning")
+    if tune_steps:
+        distance = job.held_out(calibration).divergence_of(slim)
+        if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:
+            reporter.start("tuning")
+            slim = _better(slim, tuned(slim, job, calibration, distance), job, calibration, "tuning")
     return slim.cpu()
 
 

@@ -17,7 +17,7 @@ from mhacut.errors import DataError
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import minimise
 from mhacut.pruning.job import Job
-from mhacut.pruning.preserve import Preserved
+from mhacut.pruning.preserve import FITTED_IMAGES, Preserved
 from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.process import outlive_signals, start_reading
 from mhacut.surgery.hooks import captured_outputs
@@ -25,15 +25,16 @@ from mhacut.surgery.tokens import stack_of, tokens_in
 
 RATE = 1.2e-4
 """Learning rate where the slim model diverges by 1 nat or more on held-out images; below, it falls with the
-root (docs/explanation/choices.md)."""
+root, and in proportion without hints (docs/explanation/choices.md)."""
+LEAST = 0.1
+"""Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
+nearly all right."""
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
 HINTS = 64.0
 """Weight of the class tokens' error (docs/explanation/choices.md)."""
 FLOOR = 0.01
 """Least variance of a channel of class tokens to divide by, relative to the mean of all channels."""
-FITTED_IMAGES = 64
-"""Most images that these variances are of."""
 WARM_UP = 0.1
 """Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
 
@@ -68,11 +69,12 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             outputs = preserved.outputs(each, batch).float()
         return outputs, torch.stack([last.float() for (last,) in hints.values()] or [outputs])
 
-    with torch.no_grad():
-        seen = job.images[calibration.held :][:FITTED_IMAGES].split(size)
-        known = torch.cat([run(job.model, each.to(device))[1] for each in seen], 1)
-    variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
-    variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True))
+    if blocks:
+        with torch.no_grad():
+            seen = job.images[calibration.held :][:FITTED_IMAGES].split(size)
+            known = torch.cat([run(job.model, each.to(device))[1] for each in seen], 1)
+        variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
+        variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
     def loss() -> Tensor:
         batch = next(batches).to(device)
@@ -84,14 +86,15 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
     weights = model.requires_grad_(True).parameters()
-    rate = job.options.tuning_lr or RATE * min(distance, 1.0) ** 0.5
+    lost = min(distance, 1.0)
+    rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
     warm_up = math.ceil(WARM_UP * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
-    """Return the names of the blocks of a plain ViT that answers from its class token, else none."""
+    """Return the names of the blocks of timm's plain ViT where it answers from its class token."""
     stack = stack_of(model)
     if stack is None or preserved.measure != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -36,18 +35,3 @@ def test_a_lone_rank_is_ignored(slim, tmp_path):
     missing = tmp_path / "nowhere.pth"
     assert "no such file" in run("inspect", missing, env={"LOCAL_RANK": "1"}).stderr
     assert run("inspect", slim, env={"RANK": "1", "WORLD_SIZE": "2"}).stdout == ""
-
-
-@pytest.mark.parametrize(
-    ("variables", "told"), [({}, "RANK expected, but not set"), ({"RANK": "0"}, "MASTER_ADDR expected")]
-)
-def test_half_of_what_torchrun_sets_is_told_in_one_line(slim, tmp_path, variables, told):
-    unset = dict.fromkeys(["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
-    env = {**unset, "WORLD_SIZE": "2", **variables}
-    out = tmp_path / "out.safetensors"
-    result = run("prune", slim, "--flops", "95%", "--device", "cpu", "-o", out, env=env)
-    assert result.exit_code == 2
-    (line,) = result.stderr.splitlines()
-    assert told in line
-    assert line.endswith("; torchrun sets it, without torchrun unset WORLD_SIZE")
-    assert not os.path.exists(out)
