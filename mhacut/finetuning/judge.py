@@ -50,14 +50,14 @@ def choose_rate(run: Run) -> float:
     steps = max(1, (run.images.count - run.held_out.count) // run.images_per_step)
     steps = min(_STEPS, run.total_steps, steps)
     before = after = _held_out_loss(run)
-    for rate in RATES:
+    for number, rate in enumerate(RATES):
         tried = replace(run.options, lr=rate, warmup_epochs=None, model_ema=False, compile=False)
         run.trainer = run.new_trainer(tried, total_steps=steps)
         run.trainer.connect()
         with closing(parts_of(run, run.images, run.batches, range(steps))) as parts:
             for step in range(steps):
                 run.trainer.step(step, islice(parts, tried.grad_accum_steps))
-                run.reporter.advance(step + 1, steps, f"{rate:g}")
+                run.reporter.advance(number * steps + step + 1, len(RATES) * steps, f"at {rate:g}")
         run.trainer.disconnect()
         after = _held_out_loss(run)
         model.load_state_dict(start)
