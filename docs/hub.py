@@ -56,7 +56,7 @@ def fetch(path: str) -> str:
         with urllib.request.urlopen(f"{ENDPOINT}/{path}", timeout=30) as answer:
             return str(answer.read().decode(errors="replace"))
     except urllib.error.HTTPError as error:
-        if error.code == 404:
+        if error.code in (401, 403, 404):  # gated models show their cards to few
             return ""
         raise
 
