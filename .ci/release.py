@@ -8,7 +8,6 @@ Every fault is listed, not the first alone. Nothing is built until there is none
 
 from __future__ import annotations
 
-import argparse
 import re
 import subprocess
 import sys
@@ -23,11 +22,8 @@ PLACEHOLDERS = ("/OWNER/", "//127.0.0.1:8000")
 
 def main() -> None:
     """Check, build, and print how to upload; exit with 1 if something is not ready."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--index-url", help="package index; pip's without it")
-    index = parser.parse_args().index_url or index_of_pip()
     version = first(r'__version__ = "(.+)"', "mhacut/_version.py")
-    faults = [*versions(version), *worktree(), *on_index(index, version), *links()]
+    faults = [*versions(version), *worktree(), *on_index(version), *links()]
     if faults:
         sys.exit("not ready:\n" + "\n".join(f"- {fault}" for fault in faults))
     dist = ROOT / "dist" / version
@@ -62,20 +58,12 @@ def worktree() -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}: names github.com/OWNER/mhacut, not the repository"
 
 
-def on_index(index: str, version: str) -> Iterator[str]:
-    """Yield whether the name is somebody else's on the package index, or the version is there already."""
-    address = f"{index.rstrip('/')}/mhacut/"
-    try:
-        page = fetch(address)
-    except OSError as error:
-        if getattr(error, "code", None) != 404:  # 404: the name is free
-            yield f"{address}: {error}"
-        return
-    there = set(re.findall(r"mhacut-(\d[\w.!+]*?)(?:-py3|\.tar\.gz)", page))
-    if version in there:
-        yield f"{address}: has {version} already, and an index takes no file twice"
-    if strange := ", ".join(sorted(there - set(released()))):
-        yield f"{address}: has {strange}, which CHANGELOG.md has not: somebody else's name?"
+def on_index(version: str) -> Iterator[str]:
+    """Yield whether the version is on the package index already, as pip sees it."""
+    asked = [sys.executable, "-m", "pip", "index", "versions", "mhacut"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False).stdout  # nothing: a free name
+    if version in re.findall(r"[^\s,]+", found.partition("Available versions:")[2].partition("\n")[0]):
+        yield f"package index: has {version} already, and takes no file twice"
 
 
 def links() -> Iterator[str]:
@@ -96,14 +84,6 @@ def fetch(address: str, most: int | None = None) -> str:
     request = urllib.request.Request(address, headers={"User-Agent": "Mozilla/5.0 (mhacut release check)"})
     with urllib.request.urlopen(request, timeout=30) as answer:
         return str(answer.read(most).decode(errors="replace"))
-
-
-def index_of_pip() -> str:
-    """Return the package index that pip is configured to use: its help names it."""
-    shown = [sys.executable, "-m", "pip", "download", "--help"]
-    text = subprocess.run(shown, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Base URL of the Python Package Index\s+\(default\s+(\S+)\)", text)
-    return found[1] if found else ""
 
 
 def released() -> list[str]:

@@ -26,9 +26,9 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1467,
-    "pruning": 4440,
+    "pruning": 4441,
     "report": 1200,
-    "runtime": 1025,
+    "runtime": 1028,
     "surgery": 2809,
     "top": 818,
 }

@@ -64,10 +64,11 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the preserved outputs, and the class token after every block, [blocks, B, C]."""
+        """Return the preserved outputs, and the class token after every block that hints, [blocks, B, C]."""
         with captured_outputs(each, blocks, lambda _, output: tokens_in(output)[:, 0]) as hints:
             outputs = preserved.outputs(each, batch).float()
-        return outputs, torch.stack([last.float() for (last,) in hints.values()] or [outputs])
+        tokens = [token.float() for (token,) in hints.values()]
+        return outputs, torch.stack(tokens) if tokens else outputs.new_zeros(0)
 
     if blocks:
         with torch.no_grad():

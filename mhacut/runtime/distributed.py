@@ -146,7 +146,10 @@ def gathered(device: str) -> Iterator[Processes]:
     if dist.is_initialized():  # by whoever calls mhacut as a library
         yield Processes(dist.get_rank(), size, chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    except ValueError as error:  # a variable of torchrun is missing or wrong
+        raise UsageError(f"{error}; torchrun sets it, without torchrun unset WORLD_SIZE") from None
     yield Processes(dist.get_rank(), size, chosen)
     # Not after a failure: NCCL waits until the others destroy it too, who wait for this process in an
     # exchange. It would never end, and torchrun not notice that it failed.

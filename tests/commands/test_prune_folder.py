@@ -12,6 +12,7 @@ import mhacut
 from helpers.cli import refusal, run
 from helpers.data import write_split
 from helpers.models import relative
+from mhacut.errors import UsageError
 
 SIZES = {
     "hidden_size": 32,
@@ -57,6 +58,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
     assert found["preserved"] == {"what": "tokens", "outputs": ["last_hidden_state"]}
     assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
     assert "exists already" in refusal(tmp_path, "prune", folder, *QUICK, "-o", out)
+    assert run("prune", folder, *QUICK, "-o", out, "--dry-run").exit_code == 0
     assert "mhacut.load_pruned" in refusal(tmp_path, "inspect", out)
     assert "was pruned already" in refusal(tmp_path, "prune", out, *QUICK, "-o", tmp_path / "again", code=2)
     assert "is the input" in refusal(tmp_path, "prune", folder, *QUICK, "-o", folder, "--overwrite")
@@ -94,3 +96,12 @@ def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
 )
 def test_what_does_not_go_with_it_is_refused_by_name(flags, message, tmp_path):
     assert message in refusal(tmp_path, "prune", tmp_path, *QUICK, *flags, code=2)
+
+
+def test_a_module_and_torchrun_are_refused(monkeypatch):
+    given = {"as_": "huggingface", "flops": "50%", "output": "out"}
+    with pytest.raises(UsageError, match="found a module"):
+        mhacut.prune(torch.nn.Linear(2, 2), **given)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="expected one process, found 2"):
+        mhacut.prune("dense", **given)

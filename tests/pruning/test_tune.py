@@ -117,8 +117,9 @@ def test_tuning_preserves_features_of_all_tokens(tmp_path):
 
 
 def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
-    _, lines = pruned(tmp_path / "slim.safetensors", flops="50%", repair=True, heal_steps=None)
-    assert not lines
+    given = {"flops": "50%", "repair": True, "heal_steps": None}
+    assert not pruned(tmp_path / "slim.safetensors", **given)[1]
+    assert pruned(tmp_path / "asked.safetensors", **given, tuning_steps=1)[1]
 
 
 def test_a_model_is_tuned_by_a_calibration_that_was_stored(monkeypatch):

