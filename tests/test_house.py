@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2971,
     "checkpoint": 5539,
     "cli": 1305,
-    "commands": 3658,
+    "commands": 3676,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,

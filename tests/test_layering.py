@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import mhacut
@@ -29,15 +30,19 @@ def package_of(path: Path) -> str:
     return path.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
-def imported_packages(path: Path) -> set[str]:
+def imported(path: Path) -> set[str]:
     names: list[str] = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: imports are absolute"
-            names += [f"{node.module}.{alias.name}" for alias in node.names]
+            names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
-    return {name.split(".")[1] for name in names if name.startswith("mhacut.")}
+    return {name.removeprefix("mhacut.") for name in names if name.startswith("mhacut.")}
+
+
+def imported_packages(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
 
 
 def modules() -> list[Path]:
@@ -52,6 +57,11 @@ def test_imports_point_down():
         if LAYER_OF[other] <= LAYER_OF[package_of(path)]
     ]
     assert not upward
+
+
+def test_no_modules_import_each_other():
+    names = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in modules()}
+    TopologicalSorter({name: imported(path) - {name} for name, path in names.items()}).prepare()
 
 
 def test_the_mathematics_needs_torch_only():

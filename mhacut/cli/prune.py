@@ -18,8 +18,8 @@ from mhacut.options.prune import PruneOptions
 from mhacut.text import safe, safe_table
 
 if TYPE_CHECKING:
+    from mhacut.commands.prune_attempt import Reached
     from mhacut.commands.prune_result import PruneResult
-    from mhacut.commands.prune_targets import Reached
     from mhacut.measuring.accuracy import ModelFigures
     from mhacut.pruning.preserve import Measure
 

@@ -16,37 +16,33 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
+from mhacut.commands.prune_attempt import PROBED, SECONDS, Attempt, Reached, cut_model, recover_model
 from mhacut.commands.prune_calibration import calibrated
+from mhacut.commands.prune_folder import prune_folder
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import PruneResult, PruneResults, advice, choices_of
-from mhacut.commands.prune_targets import Attempt, Flops, MaxDrop, MaxKL, Params, Reached, Size, Targets
+from mhacut.commands.prune_targets import Flops, MaxDrop, MaxKL, Params, Size, Targets
 from mhacut.data import ImagesInMemory
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import BUDGETS, PruneKeywords, PruneOptions
-from mhacut.pruning.check import check_exact, check_flops, masked_outputs, same_outputs
+from mhacut.pruning.check import same_outputs
 from mhacut.pruning.limits import Limits
-from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.recover import recover
+from mhacut.pruning.planner import Planner
 from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
 from mhacut.runtime.progress import SILENT, Reporter, Reporting, StageTimer, reporting
-from mhacut.surgery.costs import Dtypes, count_bytes, round_to_stored
+from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
-from mhacut.surgery.slice import cut
 
 TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
 """Every kind of target, by the option of its name."""
-PROBED = 4
-"""Number of images on which the cut and the written model are checked."""
-SECONDS = 3.0
-"""Time to measure latency in, after the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -181,8 +177,6 @@ def run_prune(
         The results of each budget, in their order. What does not depend on budgets is done once.
     """
     if options.as_ == "huggingface":
-        from mhacut.commands.prune_folder import prune_folder  # which imports this module
-
         return (prune_folder(options, reporter, images, val_images),)
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
@@ -242,36 +236,6 @@ def _meet(targets: Targets, planner: Planner) -> Attempt:
     if not targets.bounds_loss:
         recover_model(best, targets.inputs.dtypes, planner)
     return best
-
-
-def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
-    """Cut the model of ``planned`` in place: a copy would take as much memory as the dense model."""
-    planner.reporter.start("cutting")
-    ready, job = planned.ready, planner.job
-    model = ready.model.cpu()
-    masked = masked_outputs(job, ready, job.images[:PROBED])
-    cut(model, ready.plan, ready.channel_scales, job.prunable)
-    return Attempt(number, limits, planned.without_model(), model, masked)
-
-
-def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
-    """Check the cut model, and recover it; its tensors are then those that the file holds.
-
-    Raises:
-        MhacutError: the cut is not as planned.
-    """
-    job, planned = planner.job, attempt.planned
-    # Masked and sliced are compared before training, which changes what the slim model computes.
-    most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
-    check_flops(attempt.model, job, planned, most)  # 5. check
-    check_exact(attempt.model, attempt.masked, job.images[:PROBED])
-    layers = find_prunable_layers(attempt.model)
-    known = {layer.name for layer in job.prunable.layers}
-    others = [layer.name for layer in layers.layers if layer.name not in known]
-    learning = layers.without(others, "does not run for what is preserved")
-    slim = recover(attempt.model, learning, job, planner.calibration, planned.merged)  # 6. recover
-    round_to_stored(slim, dtypes)
-    attempt.model = slim
 
 
 def _write(

@@ -17,7 +17,7 @@ from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
 from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
 from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned
 from mhacut.checkpoint.preprocessing import Provenance
-from mhacut.commands.prune import PROBED, SECONDS
+from mhacut.commands.prune_attempt import PROBED, SECONDS
 from mhacut.commands.prune_in_place import prune_
 from mhacut.commands.prune_inputs import Answers, Validation, read_images
 from mhacut.commands.prune_names import options_of_each

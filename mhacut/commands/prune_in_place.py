@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 from mhacut.adapters.huggingface import is_old
 from mhacut.budget import format_flops
 from mhacut.checkpoint.part_file import check_dense, cut_part
-from mhacut.commands.prune import cut_model, recover_model
+from mhacut.commands.prune_attempt import cut_model, recover_model
 from mhacut.commands.prune_targets import Flops
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity

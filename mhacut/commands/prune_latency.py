@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from mhacut.adapters.base import Layer
-from mhacut.commands.prune_targets import Amount, Attempt, Cost, Reached
+from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_targets import Amount, Cost
 from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.latency import fixed_images
 from mhacut.measuring.predicted_time import LayerTimes, Point, TimeCurve, TimeTable, points_to_measure

@@ -15,7 +15,8 @@ from torch import nn
 from mhacut.budget import format_amount, format_flops
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.preprocessing import Provenance
-from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Attempt, Params, Reached, Targets
+from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Params, Targets
 from mhacut.data import Preprocessing
 from mhacut.errors import BudgetError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures

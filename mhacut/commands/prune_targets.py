@@ -12,20 +12,18 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
-
-from torch import Tensor, nn
 
 from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
-from mhacut.commands.prune_inputs import Answers, PruneInputs
+from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
-from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.planner import Planner
 from mhacut.pruning.smallest import Search, Trial, smallest_within
 from mhacut.surgery.costs import count_bytes, storage_cost
 from mhacut.surgery.find import classifier_size
@@ -42,66 +40,6 @@ _USED = 0.93
 _SPARE, _SPARE_OF_TIME = 600, 500
 """Bytes reserved in a file's header for results known at the end: accuracy and targets, and conditions of a
 measured time."""
-
-
-@dataclass(frozen=True)
-class Reached:
-    """One target, and the amount that the slim model reached."""
-
-    name: str
-    """Name of the option."""
-    asked: str
-    """Text as the user wrote it."""
-    most: float
-    """Largest amount allowed: FLOPs, parameters, bytes, milliseconds, nats, or points."""
-    reached: float
-    standard_error: float | None = None
-    """Standard error of ``reached``, where it is estimated on images."""
-    measured: Mapping[str, Any] = field(default_factory=dict)
-    """For a time: the conditions under which ``reached`` was measured, and the prediction."""
-    texts: tuple[str, str] = ("", "")
-    """``most`` and ``reached`` for readers, with units."""
-
-    @property
-    def ratio(self) -> float:
-        """Amount relative to the largest allowed; the target is met at 1 or less."""
-        if self.reached <= 0:
-            return 0.0
-        return self.reached / self.most if self.most else math.inf
-
-    def to_json(self) -> dict[str, Any]:
-        error = {} if self.standard_error is None else {"standard_error": self.standard_error}
-        return {
-            "target": self.name,
-            "asked": self.asked,
-            "most": self.most,
-            "reached": self.reached,
-            **error,
-            **self.measured,
-        }
-
-
-@dataclass
-class Attempt:
-    """A plan, and the model that was cut by it."""
-
-    number: int
-    """Number of plans for the file, this one included."""
-    limits: Limits
-    """Limits that the plan keeps."""
-    planned: Planned
-    model: nn.Module
-    """The cut model; it merges tokens, and is healed, once it is recovered."""
-    masked: Tensor
-    """Outputs of the masked model of the dense shape, for the first images."""
-    reached: tuple[Reached, ...] = ()
-    answers: Answers | None = None
-    """Answers to the validation images, where accuracy is a target."""
-
-    @property
-    def ratio(self) -> float:
-        """Largest ratio of all targets; all are met at 1 or less."""
-        return max(one.ratio for one in self.reached)
 
 
 class Target(ABC):

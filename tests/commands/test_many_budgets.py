@@ -25,11 +25,7 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
         output=tmp_path / "many-{}.safetensors",
         **options,
     )
-    assert [result.output.name for result in results] == [
-        "many-80pct.safetensors",
-        "many-60pct.safetensors",
-        "many-900K.safetensors",
-    ]
+    assert [result.output.stem for result in results] == ["many-80pct", "many-60pct", "many-900K"]
     for budget, result in zip(budgets, results, strict=True):
         alone = prune_quickly(
             tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True, **options
@@ -46,14 +42,9 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     result = run("prune", *tiny_vit.flags, *arguments, "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert [one["output"] for one in document["results"]] == [
-        "tiny-80pct.safetensors",
-        "tiny-60pct.safetensors",
-    ]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "tiny-60pct.safetensors",
-        "tiny-80pct.safetensors",
-    ]
+    outputs = [one["output"] for one in document["results"]]
+    assert outputs == ["tiny-80pct.safetensors", "tiny-60pct.safetensors"]
+    assert {path.name for path in tmp_path.iterdir()} == set(outputs)
     result = run("prune", *tiny_vit.flags, *arguments, "-o", "one.safetensors")
     assert result.exit_code == 2
     assert "--output one.safetensors: expected {} in the name" in result.stderr

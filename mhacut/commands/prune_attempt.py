@@ -1,0 +1,114 @@
+"""A plan that is tried: its model is cut, recovered, and measured against the targets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from mhacut.commands.prune_inputs import Answers
+from mhacut.pruning.check import check_exact, check_flops, masked_outputs
+from mhacut.pruning.limits import Limits
+from mhacut.pruning.planner import Planned, Planner
+from mhacut.pruning.recover import recover
+from mhacut.surgery.costs import Dtypes, round_to_stored
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
+
+PROBED = 4
+"""Number of images on which the cut and the written model are checked."""
+SECONDS = 3.0
+"""Time to measure latency in, after the warm-up."""
+
+
+@dataclass(frozen=True)
+class Reached:
+    """One target, and the amount that the slim model reached."""
+
+    name: str
+    """Name of the option."""
+    asked: str
+    """Text as the user wrote it."""
+    most: float
+    """Largest amount allowed: FLOPs, parameters, bytes, milliseconds, nats, or points."""
+    reached: float
+    standard_error: float | None = None
+    """Standard error of ``reached``, where it is estimated on images."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """For a time: the conditions under which ``reached`` was measured, and the prediction."""
+    texts: tuple[str, str] = ("", "")
+    """``most`` and ``reached`` for readers, with units."""
+
+    @property
+    def ratio(self) -> float:
+        """Amount relative to the largest allowed; the target is met at 1 or less."""
+        if self.reached <= 0:
+            return 0.0
+        return self.reached / self.most if self.most else math.inf
+
+    def to_json(self) -> dict[str, Any]:
+        error = {} if self.standard_error is None else {"standard_error": self.standard_error}
+        return {
+            "target": self.name,
+            "asked": self.asked,
+            "most": self.most,
+            "reached": self.reached,
+            **error,
+            **self.measured,
+        }
+
+
+@dataclass
+class Attempt:
+    """A plan, and the model that was cut by it."""
+
+    number: int
+    """Number of plans for the file, this one included."""
+    limits: Limits
+    """Limits that the plan keeps."""
+    planned: Planned
+    model: nn.Module
+    """The cut model; it merges tokens, and is healed, once it is recovered."""
+    masked: Tensor
+    """Outputs of the masked model of the dense shape, for the first images."""
+    reached: tuple[Reached, ...] = ()
+    answers: Answers | None = None
+    """Answers to the validation images, where accuracy is a target."""
+
+    @property
+    def ratio(self) -> float:
+        """Largest ratio of all targets; all are met at 1 or less."""
+        return max(one.ratio for one in self.reached)
+
+
+def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
+    """Cut the model of ``planned`` in place: a copy would take as much memory as the dense model."""
+    planner.reporter.start("cutting")
+    ready, job = planned.ready, planner.job
+    model = ready.model.cpu()
+    masked = masked_outputs(job, ready, job.images[:PROBED])
+    cut(model, ready.plan, ready.channel_scales, job.prunable)
+    return Attempt(number, limits, planned.without_model(), model, masked)
+
+
+def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
+    """Check the cut model, and recover it; its tensors are then those that the file holds.
+
+    Raises:
+        MhacutError: the cut is not as planned.
+    """
+    job, planned = planner.job, attempt.planned
+    # Masked and sliced are compared before training, which changes what the slim model computes.
+    most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
+    check_flops(attempt.model, job, planned, most)  # 5. check
+    check_exact(attempt.model, attempt.masked, job.images[:PROBED])
+    layers = find_prunable_layers(attempt.model)
+    known = {layer.name for layer in job.prunable.layers}
+    others = [layer.name for layer in layers.layers if layer.name not in known]
+    learning = layers.without(others, "does not run for what is preserved")
+    slim = recover(attempt.model, learning, job, planner.calibration, planned.merged)  # 6. recover
+    round_to_stored(slim, dtypes)
+    attempt.model = slim
