@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5539,
+    "checkpoint": 5559,
     "cli": 1305,
-    "commands": 3676,
+    "commands": 3680,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,
@@ -25,7 +25,7 @@ LINES = {
     "inspection": 650,
     "linalg": 901,
     "measuring": 860,
-    "options": 1467,
+    "options": 1469,
     "pruning": 4441,
     "report": 1200,
     "runtime": 1028,

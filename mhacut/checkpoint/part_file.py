@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.checkpoint.files import read_safetensors, safetensors_header
-from mhacut.checkpoint.folder import PRUNED
+from mhacut.checkpoint.folder import PREPROCESSORS, PRUNED
 from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.record import PART_KEY
 from mhacut.checkpoint.untrusted_json import parse_json
@@ -78,13 +79,25 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
     Args:
         model: the model, or the part of it.
         file: name of the file. A model of transformers is written whole if this does not end in
-            ``.safetensors``, as a folder with its ``config.json``, for :func:`load_pruned`.
+            ``.safetensors``, as a folder with its ``config.json``, for :func:`load_pruned`; with its
+            ``preprocessor_config.json``, too, if it was read from a folder that has one.
         overwrite: replace existing files.
 
     Raises:
         UsageError: there is not one pruned part in ``model``.
         OutputError: a file must not or cannot be written.
     """
+    write_pruned(model, file, overwrite=overwrite, finish=lambda folder: None)
+
+
+def write_pruned(
+    model: nn.Module,
+    file: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    finish: Callable[[Path], object],
+) -> None:
+    """Do as :func:`save_pruned`; ``finish`` completes and checks a folder, before its files appear."""
     found = _pruned_in(model)
     if len(found) != 1:
         raise UsageError(f"expected one pruned part, found {', '.join(map(shown, found)) or 'none'}")
@@ -106,12 +119,18 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
         rest = {key: tensor for key, tensor in _tensors(model).items() if not key.startswith(inside)}
         if rest:
             save_tensors(rest, folder / REST, {"format": "pt"})
+        for each in beside:
+            shutil.copyfile(each, folder / each.name)
         (folder / CARD).write_text(_card(Path(file).name, type(model).__name__, name, record), "utf-8")
+        finish(folder)
 
     if Path(file).suffix == ".safetensors" or not hasattr(model, "save_pretrained"):
         write_file(file, write, overwrite=overwrite, input_path=None)
         return
-    check_outputs([Path(file) / each for each in FILES], overwrite=overwrite, input_paths=())
+    source = getattr(model, "name_or_path", "")
+    beside = [Path(source, each) for each in PREPROCESSORS if source and Path(source, each).is_file()]
+    written = [Path(file) / each for each in (*FILES, *(each.name for each in beside))]
+    check_outputs(written, overwrite=overwrite, input_paths=())
     fill_folder(file, fill)
 
 
@@ -245,4 +264,5 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
                 "build the model of the same configuration"
             )
     values = read_safetensors(Path(file), tensors)
-    cut_part(part, name, plan, values)
+    flops = {key: record.get(key) for key in ("flops_before", "flops_after")}
+    cut_part(part, name, plan, values, **flops)

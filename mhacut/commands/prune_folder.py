@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from mhacut.budget import Budget
 from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
 from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
-from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned
+from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned, write_pruned
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.commands.prune_attempt import PROBED, SECONDS
 from mhacut.commands.prune_in_place import prune_
@@ -79,10 +79,9 @@ def prune_folder(
         raise UsageError(f"{asked}: expected one process, found {world_size()} of torchrun")
     timer, folder = StageTimer(reporter), Path(options.checkpoint)
     timer.start("reading")
-    target = Path(options.output or str(options_of_each(options, stem_of(folder))[0].output))
-    beside = [folder / name for name in ("config.json", *PREPROCESSORS) if (folder / name).is_file()]
-    made = {target / each for each in (*FILES, *(file.name for file in beside))}
-    check_outputs(() if options.dry_run else sorted(made), overwrite=options.overwrite, input_paths=(folder,))
+    target = Path(str(options_of_each(options, stem_of(folder))[0].output))
+    made = () if options.dry_run else [target / each for each in (*FILES, *PREPROCESSORS)]
+    check_outputs(made, overwrite=options.overwrite, input_paths=(folder,))
     model, dtype = load_dense(folder)
     preprocessing, name = _preprocessing(folder, model), type(model).__name__
     size = preprocessing.input_size
@@ -135,17 +134,22 @@ def prune_folder(
         _model=model.cpu(),
         _write=lambda file, slim, overwrite: save_pruned(slim.to(dtype), file, overwrite=overwrite),
     )
+
+    def finish(written: Path) -> None:
+        shutil.copyfile(folder / "config.json", written / "config.json")
+        first, *rows = ("| " + " | ".join(cells) + " |" for cells in result.rows())
+        with (written / CARD).open("a", encoding="utf-8") as card:
+            card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
+        opened = Whole(load_pruned(written).float(), size)
+        if not same_outputs(opened, whole.float(), found.images[:PROBED]):
+            raise MhacutError(
+                f"{show(target)}: would give other outputs than the model in memory; nothing was written. "
+                f"Please report the {name}"
+            )
+
     if not options.dry_run:
         timer.start("writing")
-        save_pruned(model.to(dtype), target, overwrite=options.overwrite)
-        for file in beside:
-            shutil.copyfile(file, target / file.name)
-        first, *rows = ("| " + " | ".join(cells) + " |" for cells in result.rows())
-        with (target / CARD).open("a", encoding="utf-8") as card:
-            card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
-        opened = Whole(load_pruned(target).float(), size)
-        if not same_outputs(opened, whole.float(), found.images[:PROBED]):
-            raise MhacutError(f"{show(target)}: gives other outputs than in memory; please report the {name}")
+        write_pruned(model.to(dtype), target, overwrite=options.overwrite, finish=finish)
     result.seconds = timer.taken()
     return result
 

@@ -282,8 +282,10 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             return
         asked = option_name("as_", self.as_)
         for name in self.changed():
-            if name in OF_TIMM or (name == "flops" and self.several):
+            if name in OF_TIMM:
                 raise UsageError(f"{option_name(name, getattr(self, name))} does not go with {asked}")
+        if self.several:
+            raise UsageError(f"{option_name('flops', self.several)}: expected one budget with {asked}")
         for name, values in (("preserve", (None, "answers", "tokens")), ("scope", ("auto", "attention+mlp"))):
             value = getattr(self, name)
             require(name, value, value in values, f"{values[-2]} or {values[-1]} with {asked}")

@@ -33,7 +33,7 @@ def written(folder, name, dtype=torch.float32, **sizes):
     return folder
 
 
-def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
+def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     folder, out = written(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3), tmp_path / "out"
     write_split(tmp_path / "images" / "val")
     write_split(tmp_path / "images" / "train", per_class=8)
@@ -50,10 +50,17 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path):
     assert 'mhacut.load_pruned("out")' in card
     assert "| Dinov2ForImageClassification | dense | slim | ratio |\n|---|---|---|---|\n| top-1" in card
     slim, x = mhacut.load_pruned(out), torch.randn(4, 3, 28, 28)
+    mhacut.save_pruned(slim, tmp_path / "tuned")
+    assert {file.name for file in (tmp_path / "tuned").iterdir()} == {file.name for file in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr("mhacut.commands.prune_folder.same_outputs", lambda *_: False)
+        message = refusal(tmp_path, "prune", folder, *QUICK, "-o", out, "--overwrite", "--seed", "1")
+        assert "nothing was written" in message
     dense = type(slim).from_pretrained(folder)
     assert 0 < relative(slim(x).logits.detach(), dense(x).logits.detach()) < 1
-    tokens = run("prune", folder, *QUICK, "-o", tmp_path / "tokens", "--preserve", "tokens")
+    tokens = run("prune", folder, *QUICK, "-o", tmp_path / "tokens-{}", "--preserve", "tokens")
     found = json.loads(tokens.stdout)
+    assert found["output"] == str(tmp_path / "tokens-70pct")
     assert found["architecture"] == "Dinov2ForImageClassification, FLOPs of dinov2"
     assert found["preserved"] == {"what": "tokens", "outputs": ["last_hidden_state"]}
     assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
@@ -87,7 +94,7 @@ def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
     ("flags", "message"),
     [
         (("--params", "60%"), "--params 60% does not go with --as huggingface"),
-        (("--flops", "50%"), "does not go with --as huggingface"),
+        (("--flops", "50%", "-o", "out-{}"), "expected one budget with --as huggingface"),
         (("--img-size", "28"), "--img-size 28 does not go with --as huggingface"),
         (("--preserve", "pyramid"), "expected answers or tokens with --as huggingface"),
         (("--scope", "attention"), "expected auto or attention+mlp with --as huggingface"),
