@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import chain, repeat
 from typing import Any
 
@@ -15,14 +17,15 @@ from torch.utils._pytree import tree_map
 
 from mhacut.adapters.base import Layer
 from mhacut.pruning.calibrate import Calibration
-from mhacut.pruning.distill import minimise
+from mhacut.pruning.distill import Distillation, minimise
 from mhacut.pruning.fisher import SHRINKAGE, FisherInformation
 from mhacut.pruning.job import Job
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.resumable import ResumableModel
-from mhacut.pruning.tune import tuned
+from mhacut.pruning.tune import augmented, tuned
 from mhacut.runtime.device import ordered_attention
+from mhacut.runtime.progress import Reporter
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
@@ -35,9 +38,11 @@ BATCH = 8
 MOST_BYTES = 5 * 2**29
 """Bounds the memory of the images and of the activations that both models keep for them."""
 NEGLIGIBLE_KL = 0.01
-"""Divergence on held-out images below which tuning would gain nothing worth its time."""
+"""Divergence on crops of held-out images below which tuning would gain nothing worth its time."""
 NOTHING_LOST = 1e-3
-"""Divergence from the dense answers below which healing would not, either."""
+"""Divergence on held-out images as they are below which healing would not, either."""
+JUDGED = 256
+"""Least number of crops of held-out images that judge a step (docs/explanation/choices.md)."""
 NEGLIGIBLE = 1e-6
 """Error, relative to the variance of the dense block's output, below which a block is not trained."""
 
@@ -65,38 +70,54 @@ def recover(
         reporter.log("nothing was trained: with a single image, none is left to check the result on")
         scale_steps = heal_steps = tune_steps = 0
     slim = slim.to(job.device)
+    unseen = cache(partial(_unseen, job, calibration))
     if scale_steps:
         reporter.start("reweighting")
         learning, lr = job.training(calibration), options.gain_lr
         scaled = with_trained_scales(slim, prunable, learning, steps=scale_steps, lr=lr, reporter=reporter)
-        slim = _better(slim, scaled, job, calibration, "training channel scales")
+        slim = _better(slim, scaled, unseen(), reporter, "training channel scales")
     if merged:
         set_merged(slim, merged, job.copied)
     answers = calibration.preserved.measure == "answers"
-    chosen = options.heal_steps is not None or not answers
-    if heal_steps and (chosen or job.held_out(calibration).divergence_of(slim) > NOTHING_LOST):
+    lost = (
+        job.held_out(calibration).divergence_of(slim) if answers and (heal_steps or tune_steps) else math.inf
+    )
+    if heal_steps and (options.heal_steps is not None or lost > NOTHING_LOST):
         reporter.start("healing")
-        slim = _better(slim, healed(slim, prunable, job, calibration), job, calibration, "healing")
-    # Features of tokens got worse (docs/explanation/choices.md).
-    if not answers and options.tuning_steps is None:
-        tune_steps = 0
-    if tune_steps:
-        distance = job.held_out(calibration).divergence_of(slim)
+        slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
+    # Tuned features of tokens got worse (docs/explanation/choices.md).
+    if tune_steps and (options.tuning_steps is not None or (answers and lost > NOTHING_LOST)):
+        distance = unseen().divergence_of(slim)
         if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:
             reporter.start("tuning")
-            slim = _better(slim, tuned(slim, job, calibration, distance), job, calibration, "tuning")
+            slim = _better(slim, tuned(slim, job, calibration, distance), unseen(), reporter, "tuning")
     return slim.cpu()
 
 
-def _better(slim: nn.Module, changed: nn.Module, job: Job, calibration: Calibration, name: str) -> nn.Module:
-    """Return ``changed`` if it diverges less from the dense model on held-out images, else ``slim``.
+@torch.no_grad()
+def _unseen(job: Job, calibration: Calibration) -> Distillation:
+    """Return what judges each step: held-out images; of a classifier, random crops of them, :data:`JUDGED`.
 
-    These images also chose the ridges of the repair, which favours ``slim``.
+    Often the dense model was trained on these images, and of them as they are it knows more than of others.
+    They also chose the ridges of the repair, which favours the model before a step.
     """
-    unseen = job.held_out(calibration)
+    unseen, size = job.held_out(calibration), job.options.batch_size
+    if calibration.preserved.measure != "answers" or job.images.ndim != 4:
+        return unseen
+    times = math.ceil(JUDGED / len(unseen.images))
+    crops = augmented(unseen.images.repeat(times, 1, 1, 1), torch.Generator().manual_seed(job.options.seed))
+    batches = (batch.to(job.device) for batch in crops.split(size))
+    teacher = torch.cat([calibration.preserved.outputs(job.model, batch).float().cpu() for batch in batches])
+    return Distillation(crops, teacher, None, job.options, preserved=calibration.preserved)
+
+
+def _better(
+    slim: nn.Module, changed: nn.Module, unseen: Distillation, reporter: Reporter, name: str
+) -> nn.Module:
+    """Return ``changed`` if it diverges less from the dense model on ``unseen`` images, else ``slim``."""
     before, after = unseen.divergence_of(slim), unseen.divergence_of(changed)
     helps = after < before  # not where training diverged, to no number
-    job.reporter.log(
+    reporter.log(
         f"{name}{'' if helps else ' was left out'}: divergence on held-out images "
         f"{before:.2g} without, {after:.2g} with"
     )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -58,7 +59,6 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     size = job.options.batch_size
     rounds = math.ceil(ROUNDS * len(images) / size)
     steps = job.options.tuning_steps or min(job.options.tuned_steps, rounds)
-    job.reporter.log(f"tuning all weights in {steps} steps of {size} of {len(images)} images")
     model = copy.deepcopy(slim)
     batches = _batches(images, steps, job)
     blocks = _hinting(slim, preserved)
@@ -77,6 +77,11 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
+    minutes = steps * _seconds_per_step(run, job, slim) / 60
+    job.reporter.log(
+        f"tuning all weights in {steps} steps of {size} of {len(images)} images, about {minutes:.1f} minutes"
+    )
+
     def loss() -> Tensor:
         batch = next(batches).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
@@ -92,6 +97,19 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     warm_up = math.ceil(WARM_UP * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def _seconds_per_step(
+    run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]], job: Job, slim: nn.Module
+) -> float:
+    """Return about how long a step takes: a backward pass counts as two forward."""
+    batch, ticks = job.images[: job.options.batch_size].to(job.device), [time.perf_counter()]
+    for model in (job.model, slim):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp):
+            float(run(model, batch)[0].sum())  # waits for the device
+        ticks.append(time.perf_counter())
+    return (ticks[1] - ticks[0]) + 3 * (ticks[2] - ticks[1])
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
@@ -119,10 +137,10 @@ def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Te
         if not len(batch):
             raise DataError(f"no image of a batch can be read; first {bad[0].file}: {bad[0].reason}")
         # Of tokens, the inputs of a part of a model, there are no crops.
-        yield _augmented(batch.float(), generator) if batch.ndim == 4 else batch
+        yield augmented(batch.float(), generator) if batch.ndim == 4 else batch
 
 
-def _augmented(images: Tensor, generator: torch.Generator) -> Tensor:
+def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random part of each image, half to all of its area, at the same size; half of them mirrored.
 
     Without crops a few hundred images are learnt by heart (docs/explanation/choices.md).
