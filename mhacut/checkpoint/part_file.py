@@ -66,7 +66,7 @@ def check_dense(model: nn.Module, name: str) -> None:
     for pruned in _pruned_in(model):
         inner, outer = sorted((f".{pruned}" if pruned else "", f".{name}" if name else ""), key=len)[::-1]
         if f"{inner}.".startswith(f"{outer}."):
-            raise UsageError(f"{shown(pruned)} was pruned already; load the dense model and prune that")
+            raise UsageError(f"{shown(pruned)} was pruned already; take the dense model, built anew")
 
 
 def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
@@ -100,7 +100,8 @@ def write_pruned(
     """Do as :func:`save_pruned`; ``finish`` completes and checks a folder, before its files appear."""
     found = _pruned_in(model)
     if len(found) != 1:
-        raise UsageError(f"expected one pruned part, found {', '.join(map(shown, found)) or 'none'}")
+        names = ", ".join(map(shown, found)) or "none: prune_ makes one"
+        raise UsageError(f"expected one pruned part, found {names}")
     ((name, part),) = found.items()
     record: Mapping[str, Any] = vars(part)[_RECORD]
     version = 2 if "tokens" in record else 1  # versions of mhacut that know 1 alone merge none
@@ -124,9 +125,13 @@ def write_pruned(
         (folder / CARD).write_text(_card(Path(file).name, type(model).__name__, name, record), "utf-8")
         finish(folder)
 
-    if Path(file).suffix == ".safetensors" or not hasattr(model, "save_pretrained"):
+    if Path(file).suffix == ".safetensors":
         write_file(file, write, overwrite=overwrite, input_path=None)
         return
+    if not hasattr(model, "save_pretrained"):
+        raise UsageError(
+            f"{show(file)}: expected a name that ends in .safetensors; folders are for transformers"
+        )
     source = getattr(model, "name_or_path", "")
     beside = [Path(source, each) for each in PREPROCESSORS if source and Path(source, each).is_file()]
     written = [Path(file) / each for each in (*FILES, *(each.name for each in beside))]
@@ -200,6 +205,8 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         MhacutError: transformers is not installed.
     """
     where = show(folder)
+    if not Path(folder).exists():
+        raise CheckpointError(f"{where}: not found")
     if not (Path(folder) / PRUNED).is_file():
         raise CheckpointError(f"{where}: no folder of save_pruned; apply_pruned opens its files")
     tensors, _ = safetensors_header(Path(folder) / PRUNED)

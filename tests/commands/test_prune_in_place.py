@@ -78,7 +78,7 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
     assert alone.layer[0].mlp.fc1.out_features == model.backbone.layer[0].mlp.fc1.out_features
     with pytest.raises(UsageError, match="`backbone` was pruned already"):
         mhacut.apply_pruned(fresh, file)
-    with pytest.raises(UsageError, match="`backbone` was pruned already; load the dense model"):
+    with pytest.raises(UsageError, match="`backbone` was pruned already; take the dense model"):
         mhacut.prune_(model, images=images, **QUICK)
     with pytest.raises(UsageError, match="`backbone` was pruned already"):
         mhacut.prune_(model, "backbone.layer", images=images, **QUICK)
@@ -90,8 +90,12 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
     assert other.layer[0].attention.head_dim == 8  # as it was
     with pytest.raises(CheckpointError, match="holds a pruned TinyBackbone; the Linear has none"):
         mhacut.apply_pruned(nn.Linear(2, 2), file)
-    with pytest.raises(UsageError, match="expected one pruned part, found none"):
+    with pytest.raises(CheckpointError, match="not found"):
+        mhacut.load_pruned(tmp_path / "other")
+    with pytest.raises(UsageError, match="expected one pruned part, found none: prune_ makes one"):
         mhacut.save_pruned(before, file)
+    with pytest.raises(UsageError, match="expected a name that ends in .safetensors"):
+        mhacut.save_pruned(model, tmp_path / "folder")
     with pytest.raises(CheckpointError, match="apply_pruned"):
         mhacut.load_model(file)
 

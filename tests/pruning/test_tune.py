@@ -58,8 +58,7 @@ def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     assert "45 steps of 16 of 284 images" in steps  # 300 less those held out of the 64
     assert result.divergence < 0.8 * plain.divergence
     before, after = map(float, re.search(r"held-out images (\S+) without, (\S+) with", line).groups())
-    assert before == pytest.approx(plain.divergence, rel=0.05)
-    assert after == pytest.approx(result.divergence, rel=0.05)
+    assert before > max(after, 1.1 * plain.divergence)  # on crops, of which the model knows less
 
 
 def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
