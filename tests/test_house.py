@@ -15,9 +15,9 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5559,
+    "checkpoint": 5566,
     "cli": 1305,
-    "commands": 3680,
+    "commands": 3681,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,
@@ -25,8 +25,8 @@ LINES = {
     "inspection": 650,
     "linalg": 901,
     "measuring": 860,
-    "options": 1469,
-    "pruning": 4441,
+    "options": 1470,
+    "pruning": 4480,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2809,
