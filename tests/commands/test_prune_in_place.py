@@ -94,7 +94,7 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
         mhacut.load_pruned(tmp_path / "other")
     with pytest.raises(UsageError, match="expected one pruned part, found none: prune_ makes one"):
         mhacut.save_pruned(before, file)
-    with pytest.raises(UsageError, match="expected a name that ends in .safetensors"):
+    with pytest.raises(UsageError, match="expected a name that ends in"):
         mhacut.save_pruned(model, tmp_path / "folder")
     with pytest.raises(CheckpointError, match="apply_pruned"):
         mhacut.load_model(file)
