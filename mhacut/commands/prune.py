@@ -126,9 +126,9 @@ def prune_many(
 ) -> PruneResults:
     """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
 
-    The files are those that :func:`prune` would write. Calibration and curves are shared; planning, repair,
-    healing and measuring are repeated for each budget. The result is a tuple, which notebooks show as a table
-    and charts.
+    The files are those that :func:`prune` would write. Calibration, curves and what tuning asks of the dense
+    model are shared; all else is repeated for each budget. The result is a tuple, which notebooks show as a
+    table and charts.
 
     Args:
         checkpoint: as :func:`prune` takes it.
@@ -184,7 +184,7 @@ def run_prune(
             inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
             _ = inputs.validation.dense
-        job = inputs.job
+        job = replace(inputs.job, taught=[] if others or options.bounds_loss else None)
         calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
         models: list[nn.Module] = []
 

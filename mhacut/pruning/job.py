@@ -61,6 +61,8 @@ class Job:
     """Images besides ``images`` to tune on, [C, H, W] each, read when they are needed; None for none."""
     workers: int = 0
     """Number of processes that read them; 0 for images in memory."""
+    taught: list[tuple[Tensor, Tensor]] | None = None
+    """Outputs of the dense model for the first batches of tuning, which budgets share; None for one."""
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -36,6 +36,8 @@ HINTS = 64.0
 """Weight of the class tokens' error (docs/explanation/choices.md)."""
 FLOOR = 0.01
 """Least variance of a channel of class tokens to divide by, relative to the mean of all channels."""
+KEPT_BYTES = 2**28
+"""Most memory for outputs of the dense model, where several models are tuned to them."""
 WARM_UP = 0.1
 """Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
 
@@ -60,7 +62,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     rounds = math.ceil(ROUNDS * len(images) / size)
     steps = job.options.tuning_steps or min(job.options.tuned_steps, rounds)
     model = copy.deepcopy(slim)
-    batches = _batches(images, steps, job)
+    batches = enumerate(_batches(images, steps, job))
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -82,11 +84,21 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         f"tuning all weights in {steps} steps of {size} of {len(images)} images, about {minutes:.1f} minutes"
     )
 
+    def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        kept = [] if job.taught is None else job.taught
+        if number < len(kept):
+            return kept[number]
+        with torch.no_grad():
+            given = run(job.model, batch)
+        if (number + 1) * sum(each.nbytes for each in given) <= KEPT_BYTES:
+            kept.append(given)
+        return given
+
     def loss() -> Tensor:
-        batch = next(batches).to(device)
+        number, batch = next(batches)
+        batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
-            with torch.no_grad():
-                dense, aims = run(job.model, batch)
+            dense, aims = dense_of(batch, number)
             outputs, tokens = run(model, batch)
             divergence = preserved.divergence(outputs, dense)
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence

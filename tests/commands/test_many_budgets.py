@@ -15,17 +15,10 @@ from mhacut.errors import UsageError
 
 @pytest.mark.slow
 def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
-    options = {**BALANCED, "heal_steps": 2}
-    budgets = ("80%", "60%", "900K")
-    results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=budgets,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **options,
-    )
-    assert [result.output.stem for result in results] == ["many-80pct", "many-60pct", "many-900K"]
+    options, budgets = {**BALANCED, "heal_steps": 2, "tuning_steps": 2}, ("80%", "60%", "900K")
+    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, **options}
+    results = mhacut.prune_many(tiny_vit.path, flops=budgets, output=tmp_path / "m-{}.safetensors", **asked)
+    assert [result.output.stem for result in results] == ["m-80pct", "m-60pct", "m-900K"]
     for budget, result in zip(budgets, results, strict=True):
         alone = prune_quickly(
             tiny_vit, tmp_path / "alone.safetensors", flops=budget, overwrite=True, **options
@@ -51,14 +44,9 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
 
 
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
-    (result,) = results = mhacut.prune_many(
-        tiny_vit.path,
-        flops=["80%"],
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        output=tmp_path / "many-{}.safetensors",
-        **QUICK,
-    )
+    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, **QUICK}
+    out = tmp_path / "many-{}.safetensors"
+    (result,) = results = mhacut.prune_many(tiny_vit.path, flops=["80%"], output=out, **asked)
     assert result.output == tmp_path / "many-80pct.safetensors"
     assert "<th>80%</th>" in results._repr_html_()
     assert [line.split()[0] for line in repr(results).splitlines()[1:3]] == ["dense", "80%"]

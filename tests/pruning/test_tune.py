@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import re
+from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,7 +16,9 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 import mhacut
-from helpers.jobs import Recorder
+from helpers.healing import VIT, Bench
+from helpers.jobs import Recorder, job_of
+from mhacut.options.prune import SearchOptions
 from mhacut.pruning import job, tune
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import tokens_in
@@ -119,6 +122,15 @@ def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
     given = {"flops": "50%", "repair": True, "heal_steps": None}
     assert not pruned(tmp_path / "slim.safetensors", **given)[1]
     assert pruned(tmp_path / "asked.safetensors", **given, tuning_steps=1)[1]
+
+
+def test_models_share_what_the_dense_model_gives():
+    bench, options = Bench(VIT, dtype=torch.float32), SearchOptions(tuning_steps=3, batch_size=5)
+    shared = replace(job_of(bench.dense, bench.images, options=options), taught=[])
+    first, again = (tune.tuned(bench.slim, shared, bench.calibration, 1.0).head.weight for _ in range(2))
+    assert torch.equal(first, again)
+    shared.taught[:] = [(-outputs, tokens) for outputs, tokens in shared.taught]
+    assert not torch.equal(first, tune.tuned(bench.slim, shared, bench.calibration, 1.0).head.weight)
 
 
 def test_a_model_is_tuned_by_a_calibration_that_was_stored(monkeypatch):
