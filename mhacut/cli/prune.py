@@ -35,7 +35,7 @@ _UNITS: Mapping[Measure, str] = {
 def prune(options: PruneOptions, console: Console) -> None:
     """Cut CHECKPOINT down to a budget and write a slim safetensors file.
 
-    Works without data; with --data-dir it calibrates on your images, and labels tell the accuracy.
+    Works without data; with --data-dir it calibrates on your images; labels serve to measure accuracy.
     One FLOP is one multiply-accumulate, attention included.
     Several GPUs share the calibration: torchrun --nproc-per-node N -m mhacut prune ...
 
