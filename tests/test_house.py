@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5566,
+    "checkpoint": 5567,
     "cli": 1305,
     "commands": 3681,
     "data": 1518,
@@ -26,7 +26,7 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1470,
-    "pruning": 4494,
+    "pruning": 4505,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2809,

@@ -63,7 +63,7 @@ def time_rows(rows: Iterable[Row], asked: argparse.Namespace) -> None:
         if row["method"] != "dense" and not file.exists():
             continue
         model = dense if row["method"] == "dense" else read_slim(dense, str(file), "own")
-        runs.append(run_of(onnx_runner(onnx_content(model, size), 1), fixed_images(1, size)))
+        runs.append(run_of(onnx_runner(onnx_content(model, size, 1), 1), fixed_images(1, size)))
         timed.append(row)
     times = take_turns(runs, seconds=asked.seconds, device=torch.device("cpu"), clock=time.process_time)
     for row, own in zip(timed, times, strict=True):

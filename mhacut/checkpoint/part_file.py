@@ -84,7 +84,8 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
         overwrite: replace existing files.
 
     Raises:
-        UsageError: there is not one pruned part in ``model``.
+        UsageError: there is not one pruned part in ``model``, or it is not of transformers and ``file`` does
+            not end in ``.safetensors``.
         OutputError: a file must not or cannot be written.
     """
     write_pruned(model, file, overwrite=overwrite, finish=lambda folder: None)

@@ -73,7 +73,7 @@ class InPlaceResult:
             f"{shown(self.part)}: {before} -> {after} FLOPs ({self.flops_after / self.flops_before:.1%}), "
             f"{f'{merged} tokens merged and copied back, ' if merged else ''}"
             f"divergence of {', '.join(self.preserved)} {self.divergence:.2g}"
-            f"{' nats per token' if self.divergence_of == 'dense' else ''}"
+            f"{' nats per token' if self.divergence_of == 'dense' and self.preserved != ('loss',) else ''}"
         )
 
 

@@ -108,7 +108,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
     without labels; by default the effort decides, and none where features are preserved."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Learning rate of these steps; by default the divergence on held-out images decides."""
+    """Learning rate of these steps; by default the divergence on crops of held-out images decides."""
     token_weights: bool = True
     """Weight each token by its influence on the model's output; off: all tokens count alike."""
     reweight: bool = True

@@ -78,10 +78,10 @@ def recover(
         slim = _better(slim, scaled, unseen(), reporter, "training channel scales")
     if merged:
         set_merged(slim, merged, job.copied)
+    if not (heal_steps or tune_steps):
+        return slim.cpu()
     answers = calibration.preserved.measure == "answers"
-    lost = (
-        job.held_out(calibration).divergence_of(slim) if answers and (heal_steps or tune_steps) else math.inf
-    )
+    lost = job.held_out(calibration).divergence_of(slim) if answers else math.inf
     if heal_steps and (options.heal_steps is not None or lost > NOTHING_LOST):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
@@ -90,7 +90,8 @@ def recover(
         distance = unseen().divergence_of(slim)
         if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:
             reporter.start("tuning")
-            slim = _better(slim, tuned(slim, job, calibration, distance), unseen(), reporter, "tuning")
+            changed = tuned(slim, job, calibration, distance)
+            slim = _better(slim, changed, unseen(), reporter, "tuning", distance)
     return slim.cpu()
 
 
@@ -104,18 +105,28 @@ def _unseen(job: Job, calibration: Calibration) -> Distillation:
     unseen, size = job.held_out(calibration), job.options.batch_size
     if calibration.preserved.measure != "answers" or job.images.ndim != 4:
         return unseen
-    times = math.ceil(JUDGED / len(unseen.images))
-    crops = augmented(unseen.images.repeat(times, 1, 1, 1), torch.Generator().manual_seed(job.options.seed))
-    batches = (batch.to(job.device) for batch in crops.split(size))
-    teacher = torch.cat([calibration.preserved.outputs(job.model, batch).float().cpu() for batch in batches])
-    return Distillation(crops, teacher, None, job.options, preserved=calibration.preserved)
+    crops = unseen.images.repeat(math.ceil(JUDGED / len(unseen.images)), 1, 1, 1)
+    generator, teacher = torch.Generator().manual_seed(job.options.seed), []
+    for batch in crops.split(size):  # all at once would take the memory several times
+        batch.copy_(augmented(batch, generator))
+        teacher.append(calibration.preserved.outputs(job.model, batch.to(job.device)).float().cpu())
+    return Distillation(crops, torch.cat(teacher), None, job.options, preserved=calibration.preserved)
 
 
 def _better(
-    slim: nn.Module, changed: nn.Module, unseen: Distillation, reporter: Reporter, name: str
+    slim: nn.Module,
+    changed: nn.Module,
+    unseen: Distillation,
+    reporter: Reporter,
+    name: str,
+    before: float | None = None,
 ) -> nn.Module:
-    """Return ``changed`` if it diverges less from the dense model on ``unseen`` images, else ``slim``."""
-    before, after = unseen.divergence_of(slim), unseen.divergence_of(changed)
+    """Return ``changed`` if it diverges less from the dense model on ``unseen`` images, else ``slim``.
+
+    ``before`` is the divergence of ``slim``, where it is known.
+    """
+    before = unseen.divergence_of(slim) if before is None else before
+    after = unseen.divergence_of(changed)
     helps = after < before  # not where training diverged, to no number
     reporter.log(
         f"{name}{'' if helps else ' was left out'}: divergence on held-out images "

@@ -25,8 +25,8 @@ from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import stack_of, tokens_in
 
 RATE = 1.2e-4
-"""Learning rate where the slim model diverges by 1 nat or more on held-out images; below, it falls with the
-root, and in proportion without hints (docs/explanation/choices.md)."""
+"""Learning rate where the slim model diverges by 1 nat or more on crops of held-out images; below, it falls
+with the root, and in proportion without hints (docs/explanation/choices.md)."""
 LEAST = 0.1
 """Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
 nearly all right."""
@@ -55,7 +55,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
         job: what is pruned; its options have the number of steps.
         calibration: calibration of the job's model: held-out images, and the measure of the divergence.
-        distance: divergence of ``slim`` on held-out images.
+        distance: divergence of ``slim`` on crops of held-out images.
     """
     images, preserved, device = _images(job, calibration), calibration.preserved, job.device
     size = job.options.batch_size
@@ -90,7 +90,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             return kept[number]
         with torch.no_grad():
             given = run(job.model, batch)
-        if (number + 1) * sum(each.nbytes for each in given) <= KEPT_BYTES:
+        if number == len(kept) and (number + 1) * sum(each.nbytes for each in given) <= KEPT_BYTES:
             kept.append(given)
         return given
 
@@ -118,7 +118,7 @@ def _seconds_per_step(
     """Return about how long a step takes: a backward pass counts as two forward."""
     batch, ticks = job.images[: job.options.batch_size].to(job.device), [time.perf_counter()]
     for model in (job.model, slim):
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp):
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
             float(run(model, batch)[0].sum())  # waits for the device
         ticks.append(time.perf_counter())
     return (ticks[1] - ticks[0]) + 3 * (ticks[2] - ticks[1])
