@@ -30,6 +30,11 @@ with the root, and in proportion without hints (docs/explanation/choices.md)."""
 LEAST = 0.1
 """Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
 nearly all right."""
+DENSE_RATE = 5e-6
+"""Learning rate for features of every token: a DINOv2-S bears no more (docs/explanation/choices.md)."""
+DENSE_STEPS = 0.4
+"""Steps for them, relative to those for answers: healing took that time."""
+DENSE_WARM_UP = 0.3
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
 HINTS = 64.0
@@ -51,6 +56,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     image than its answer. Images are those to calibrate on that are not held out and all others of the same
     split, cropped and mirrored at random; both models see the same.
 
+    Of features of every token, blocks alone are trained: what embeds patches is too sensitive.
+
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
         job: what is pruned; its options have the number of steps.
@@ -59,9 +66,9 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     """
     images, preserved, device = _images(job, calibration), calibration.preserved, job.device
     size = job.options.batch_size
-    rounds = math.ceil(ROUNDS * len(images) / size)
-    steps = job.options.tuning_steps or min(job.options.tuned_steps, rounds)
-    model = copy.deepcopy(slim)
+    rounds, usual = math.ceil(ROUNDS * len(images) / size), job.options.tuned_steps
+    steps = job.options.tuning_steps or min(math.ceil(usual * (DENSE_STEPS if preserved.dense else 1)), rounds)
+    model = copy.deepcopy(slim).requires_grad_(False)
     batches = enumerate(_batches(images, steps, job))
     blocks = _hinting(slim, preserved)
 
@@ -103,10 +110,13 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             divergence = preserved.divergence(outputs, dense)
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
-    weights = model.requires_grad_(True).parameters()
+    stack = stack_of(model) if preserved.dense else None
+    trained: nn.Module = model if stack is None else stack.blocks
+    weights = trained.requires_grad_(True).parameters()
     lost = min(distance, 1.0)
-    rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
-    warm_up = math.ceil(WARM_UP * steps)
+    usual_rate = DENSE_RATE if preserved.dense else RATE * (lost**0.5 if blocks else max(lost, LEAST))
+    rate = job.options.tuning_lr or usual_rate
+    warm_up = math.ceil((DENSE_WARM_UP if preserved.dense else WARM_UP) * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
 

@@ -109,13 +109,9 @@ def test_tuning_that_harms_is_left_out(tmp_path):
 
 
 def test_tuning_preserves_features_of_all_tokens(tmp_path):
-    plain, tuned = (
-        pruned(tmp_path / f"{steps}.safetensors", tuning_steps=steps, preserve="tokens", flops="50%")[0]
-        for steps in (0, 30)
-    )
+    given = {"preserve": "tokens", "flops": "50%"}
+    plain, tuned = (pruned(tmp_path / f"{steps}.st", tuning_steps=steps, **given)[0] for steps in (0, None))
     assert tuned.divergence < 0.9 * plain.divergence
-    # Those of a real backbone got worse.
-    assert not pruned(tmp_path / "default.safetensors", preserve="tokens", flops="50%")[1]
 
 
 def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
