@@ -110,7 +110,7 @@ def test_tuning_that_harms_is_left_out(tmp_path):
 
 def test_tuning_preserves_features_of_all_tokens(tmp_path):
     given = {"preserve": "tokens", "flops": "50%"}
-    plain, tuned = (pruned(tmp_path / f"{steps}.st", tuning_steps=steps, **given)[0] for steps in (0, None))
+    plain, tuned = (pruned(tmp_path / f"{steps}.safetensors", tuning_steps=steps, **given)[0] for steps in (0, None))
     assert tuned.divergence < 0.9 * plain.divergence
 
 
