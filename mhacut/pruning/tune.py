@@ -30,10 +30,12 @@ with the root, and in proportion without hints (docs/explanation/choices.md)."""
 LEAST = 0.1
 """Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
 nearly all right."""
-DENSE_RATE = 5e-6
+DENSE_RATE = 2.5e-6
 """Learning rate for features of every token: a DINOv2-S bears no more (docs/explanation/choices.md)."""
-DENSE_STEPS = 0.4
-"""Steps for them, relative to those for answers: healing took that time."""
+DENSE_STEPS = 0.8
+"""Steps for them, relative to those for answers."""
+DENSE_BATCH = 8
+"""Most images per step for them: many steps learn more than many images in the same time."""
 DENSE_WARM_UP = 0.3
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
@@ -56,7 +58,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     image than its answer. Images are those to calibrate on that are not held out and all others of the same
     split, cropped and mirrored at random; both models see the same.
 
-    Of features of every token, blocks alone are trained: what embeds patches is too sensitive.
+    For features of every token, the blocks of a plain ViT alone are trained, slowly.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
@@ -65,11 +67,12 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         distance: divergence of ``slim`` on crops of held-out images.
     """
     images, preserved, device = _images(job, calibration), calibration.preserved, job.device
-    size = job.options.batch_size
-    rounds, usual = math.ceil(ROUNDS * len(images) / size), job.options.tuned_steps
-    steps = job.options.tuning_steps or min(math.ceil(usual * (DENSE_STEPS if preserved.dense else 1)), rounds)
+    size, usual, dense_tokens = job.options.batch_size, job.options.tuned_steps, preserved.dense
+    if dense_tokens:
+        size, usual = min(size, DENSE_BATCH), math.ceil(DENSE_STEPS * usual)
+    steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
     model = copy.deepcopy(slim).requires_grad_(False)
-    batches = enumerate(_batches(images, steps, job))
+    batches = enumerate(_batches(images, steps, size, job))
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
-    minutes = steps * _seconds_per_step(run, job, slim) / 60
+    minutes = steps * _seconds_per_step(run, job, slim, size) / 60
     job.reporter.log(
         f"tuning all weights in {steps} steps of {size} of {len(images)} images, about {minutes:.1f} minutes"
     )
@@ -110,23 +113,23 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             divergence = preserved.divergence(outputs, dense)
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
-    stack = stack_of(model) if preserved.dense else None
+    stack = stack_of(model) if dense_tokens else None
     trained: nn.Module = model if stack is None else stack.blocks
     weights = trained.requires_grad_(True).parameters()
     lost = min(distance, 1.0)
-    usual_rate = DENSE_RATE if preserved.dense else RATE * (lost**0.5 if blocks else max(lost, LEAST))
+    usual_rate = DENSE_RATE if dense_tokens else RATE * (lost**0.5 if blocks else max(lost, LEAST))
     rate = job.options.tuning_lr or usual_rate
-    warm_up = math.ceil((DENSE_WARM_UP if preserved.dense else WARM_UP) * steps)
+    warm_up = math.ceil((DENSE_WARM_UP if dense_tokens else WARM_UP) * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
 
 
 @torch.no_grad()
 def _seconds_per_step(
-    run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]], job: Job, slim: nn.Module
+    run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]], job: Job, slim: nn.Module, size: int
 ) -> float:
     """Return about how long a step takes: a backward pass counts as two forward."""
-    batch, ticks = job.images[: job.options.batch_size].to(job.device), [time.perf_counter()]
+    batch, ticks = job.images[:size].to(job.device), [time.perf_counter()]
     for model in (job.model, slim):
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
             float(run(model, batch)[0].sum())  # waits for the device
@@ -142,9 +145,9 @@ def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
     return [f"{stack.name}.{number}" for number in range(len(stack.blocks))]
 
 
-def _batches(images: ConcatDataset[Sample], count: int, job: Job) -> Iterator[Tensor]:
-    """Yield ``count`` augmented batches [B, C, H, W], in an order drawn anew each round."""
-    size, generator = job.options.batch_size, torch.Generator().manual_seed(job.options.seed)
+def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> Iterator[Tensor]:
+    """Yield ``count`` augmented batches [size, C, H, W], in an order drawn anew each round."""
+    generator = torch.Generator().manual_seed(job.options.seed)
     order = torch.empty(0, dtype=torch.long)
     while len(order) < count * size:
         order = torch.cat([order, torch.randperm(len(images), generator=generator)])
