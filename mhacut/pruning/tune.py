@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -30,8 +31,10 @@ with the root, and in proportion without hints (docs/explanation/choices.md)."""
 LEAST = 0.1
 """Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
 nearly all right."""
-DENSE_RATE = 2.5e-6
-"""Learning rate for features of every token: a DINOv2-S bears no more (docs/explanation/choices.md)."""
+DENSE_RATE = 2.0
+"""Learning rate for features of every token, relative to :func:`_best_step` (docs/explanation/choices.md)."""
+TRIED_STEP = 1e-6
+"""Size of the step that measures it."""
 DENSE_STEPS = 0.8
 """Steps for them, relative to those for answers."""
 DENSE_BATCH = 8
@@ -72,7 +75,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         size, usual = min(size, DENSE_BATCH), math.ceil(DENSE_STEPS * usual)
     steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
     model = copy.deepcopy(slim).requires_grad_(False)
-    batches = enumerate(_batches(images, steps, size, job))
+    batches: Iterator[tuple[int, Tensor]] = enumerate(_batches(images, steps, size, job))
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +107,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             kept.append(given)
         return given
 
-    def loss() -> Tensor:
-        number, batch = next(batches)
+    def loss(number: int, batch: Tensor) -> Tensor:
         batch = batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
             dense, aims = dense_of(batch, number)
@@ -115,13 +117,35 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
     stack = stack_of(model) if dense_tokens else None
     trained: nn.Module = model if stack is None else stack.blocks
-    weights = trained.requires_grad_(True).parameters()
+    weights = [*trained.requires_grad_(True).parameters()]
     lost = min(distance, 1.0)
-    usual_rate = DENSE_RATE if dense_tokens else RATE * (lost**0.5 if blocks else max(lost, LEAST))
-    rate = job.options.tuning_lr or usual_rate
+    rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
+    if dense_tokens and job.options.tuning_lr is None:
+        first = next(batches)
+        rate = min(rate, DENSE_RATE * _best_step(lambda: loss(*first), weights))
+        batches = chain([first], batches)
+    job.reporter.log(f"rate {rate:.3g}")
     warm_up = math.ceil((DENSE_WARM_UP if dense_tokens else WARM_UP) * steps)
-    minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
+    minimise(
+        lambda: loss(*next(batches)), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter
+    )
     return model.requires_grad_(False)
+
+
+def _best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
+    """Return the size of the step by the gradient's signs, such as Adam's first, that lowers ``loss`` most.
+
+    A parabola goes through the loss, its slope there, and the loss after a small step.
+    """
+    value = loss()
+    gradients = torch.autograd.grad(value, weights, allow_unused=True)
+    signs = [torch.zeros_like(w) if g is None else g.sign() for w, g in zip(weights, gradients, strict=True)]
+    slope = sum(float(g.abs().sum()) for g in gradients if g is not None)
+    with torch.no_grad():
+        torch._foreach_sub_(weights, signs, alpha=TRIED_STEP)
+        rise = float(loss() - value) + TRIED_STEP * slope
+        torch._foreach_add_(weights, signs, alpha=TRIED_STEP)
+    return TRIED_STEP**2 * slope / (2 * rise) if rise > 0 else TRIED_STEP
 
 
 @torch.no_grad()
