@@ -31,10 +31,8 @@ with the root, and in proportion without hints (docs/explanation/choices.md)."""
 LEAST = 0.1
 """Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
 nearly all right."""
-DENSE_RATE = 2.0
-"""Learning rate for features of every token, relative to :func:`_best_step` (docs/explanation/choices.md)."""
-TRIED_STEP = 1e-6
-"""Size of the step that measures it."""
+TRIED_STEP = 2e-6
+"""Size of the step that finds the learning rate for features of every token (docs/explanation/choices.md)."""
 DENSE_STEPS = 0.8
 """Steps for them, relative to those for answers."""
 DENSE_BATCH = 8
@@ -122,9 +120,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
     if dense_tokens and job.options.tuning_lr is None:
         first = next(batches)
-        rate = min(rate, DENSE_RATE * _best_step(lambda: loss(*first), weights))
+        rate = min(rate, _best_step(lambda: loss(*first), weights))
         batches = chain([first], batches)
-    job.reporter.log(f"rate {rate:.3g}")
     warm_up = math.ceil((DENSE_WARM_UP if dense_tokens else WARM_UP) * steps)
     minimise(
         lambda: loss(*next(batches)), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter
@@ -138,13 +135,17 @@ def _best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
     A parabola goes through the loss, its slope there, and the loss after a small step.
     """
     value = loss()
-    gradients = torch.autograd.grad(value, weights, allow_unused=True)
-    signs = [torch.zeros_like(w) if g is None else g.sign() for w, g in zip(weights, gradients, strict=True)]
-    slope = sum(float(g.abs().sum()) for g in gradients if g is not None)
-    with torch.no_grad():
-        torch._foreach_sub_(weights, signs, alpha=TRIED_STEP)
-        rise = float(loss() - value) + TRIED_STEP * slope
-        torch._foreach_add_(weights, signs, alpha=TRIED_STEP)
+    gradients = torch.autograd.grad(value, weights, materialize_grads=True)
+
+    @torch.no_grad()
+    def move(step: float) -> None:
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.add_(gradient.sign(), alpha=step)
+
+    slope = sum(float(gradient.abs().sum()) for gradient in gradients)
+    move(-TRIED_STEP)
+    rise = float(loss().detach() - value.detach()) + TRIED_STEP * slope
+    move(TRIED_STEP)
     return TRIED_STEP**2 * slope / (2 * rise) if rise > 0 else TRIED_STEP
 
 
