@@ -26,7 +26,7 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1470,
-    "pruning": 4544,
+    "pruning": 4547,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2809,

@@ -82,11 +82,13 @@ def recover(
         return slim.cpu()
     answers = calibration.preserved.measure == "answers"
     lost = job.held_out(calibration).divergence_of(slim) if answers else math.inf
-    # Where merged tokens are copied back, tuning gains more in the same time.
-    if heal_steps and (options.heal_steps is not None or (lost > NOTHING_LOST and not job.copied)):
+    # Healing gains little where merged tokens are copied back, tuning more (docs/explanation/choices.md).
+    copied = calibration.preserved.dense and copied_of(slim)
+    heals = lost > NOTHING_LOST and not (copied and tune_steps)
+    if heal_steps and (options.heal_steps is not None or heals):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
-    tunes = (answers or job.copied) and lost > NOTHING_LOST
+    tunes = (answers or copied) and lost > NOTHING_LOST
     if tune_steps and (options.tuning_steps is not None or tunes):
         distance = unseen().divergence_of(slim)
         if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:

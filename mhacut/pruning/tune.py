@@ -34,10 +34,9 @@ nearly all right."""
 TRIED_STEP = 2e-6
 """Size of the step that finds the learning rate for features of every token (docs/explanation/choices.md)."""
 DENSE_STEPS = 0.8
-"""Steps for them, relative to those for answers."""
+"""Usual steps for them, relative to those for answers."""
 DENSE_BATCH = 8
 """Most images per step for them: many steps learn more than many images in the same time."""
-DENSE_WARM_UP = 0.3
 ROUNDS = 10
 """Most times that each image is seen, unless a number of steps was asked for."""
 HINTS = 64.0
@@ -46,7 +45,7 @@ FLOOR = 0.01
 """Least variance of a channel of class tokens to divide by, relative to the mean of all channels."""
 KEPT_BYTES = 2**28
 """Most memory for outputs of the dense model, where several models are tuned to them."""
-WARM_UP = 0.1
+WARM_UP, DENSE_WARM_UP = 0.1, 0.3
 """Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
 
 
@@ -72,7 +71,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     if dense_tokens:
         size, usual = min(size, DENSE_BATCH), math.ceil(DENSE_STEPS * usual)
     steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
-    model = copy.deepcopy(slim).requires_grad_(False)
+    model = copy.deepcopy(slim)
     batches: Iterator[tuple[int, Tensor]] = enumerate(_batches(images, steps, size, job))
     blocks = _hinting(slim, preserved)
 
@@ -92,7 +91,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
     minutes = steps * _seconds_per_step(run, job, slim, size) / 60
     job.reporter.log(
-        f"tuning all weights in {steps} steps of {size} of {len(images)} images, about {minutes:.1f} minutes"
+        f"tuning {'blocks' if dense_tokens else 'all weights'} in {steps} steps of {size} of {len(images)} "
+        f"images, about {minutes:.1f} minutes"
     )
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -105,9 +105,9 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             kept.append(given)
         return given
 
-    def loss(number: int, batch: Tensor) -> Tensor:
+    def loss(number: int, batch: Tensor, amp: bool = job.amp) -> Tensor:
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp), ordered_attention(device):
             dense, aims = dense_of(batch, number)
             outputs, tokens = run(model, batch)
             divergence = preserved.divergence(outputs, dense)
@@ -120,7 +120,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
     if dense_tokens and job.options.tuning_lr is None:
         first = next(batches)
-        rate = min(rate, _best_step(lambda: loss(*first), weights))
+        rate = min(rate, best_step(lambda: loss(*first, amp=False), weights))
         batches = chain([first], batches)
     warm_up = math.ceil((DENSE_WARM_UP if dense_tokens else WARM_UP) * steps)
     minimise(
@@ -129,23 +129,24 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     return model.requires_grad_(False)
 
 
-def _best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
-    """Return the size of the step by the gradient's signs, such as Adam's first, that lowers ``loss`` most.
+@torch.enable_grad()
+def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
+    """Return the size of the step by the gradient's signs, as Adam's first is, that lowers ``loss`` most.
 
     A parabola goes through the loss, its slope there, and the loss after a small step.
     """
     value = loss()
     gradients = torch.autograd.grad(value, weights, materialize_grads=True)
 
-    @torch.no_grad()
     def move(step: float) -> None:
         for weight, gradient in zip(weights, gradients, strict=True):
             weight.add_(gradient.sign(), alpha=step)
 
-    slope = sum(float(gradient.abs().sum()) for gradient in gradients)
-    move(-TRIED_STEP)
-    rise = float(loss().detach() - value.detach()) + TRIED_STEP * slope
-    move(TRIED_STEP)
+    with torch.no_grad():
+        slope = sum(float(gradient.abs().sum()) for gradient in gradients)
+        move(-TRIED_STEP)
+        rise = float(loss() - value) + TRIED_STEP * slope
+        move(TRIED_STEP)
     return TRIED_STEP**2 * slope / (2 * rise) if rise > 0 else TRIED_STEP
 
 

@@ -108,10 +108,25 @@ def test_tuning_that_harms_is_left_out(tmp_path):
     assert same.divergence == plain.divergence
 
 
-def test_tuning_preserves_features_of_all_tokens(tmp_path):
-    given = {"preserve": "tokens", "flops": "50%"}
-    plain, tuned = (pruned(tmp_path / f"{steps}.safetensors", tuning_steps=steps, **given)[0] for steps in (0, None))
+def test_features_of_all_tokens_are_tuned_and_not_healed(tmp_path):
+    given = {"preserve": "tokens", "flops": "50%", "tuning_lr": None}
+    plain, _ = pruned(tmp_path / "plain.safetensors", **given, tuning_steps=0)
+    tuned, said = pruned(tmp_path / "tuned.safetensors", **given, heal_steps=None)
     assert tuned.divergence < 0.9 * plain.divergence
+    assert not any(line.startswith("healing") for line in said)
+
+
+def test_the_best_step_is_where_a_parabola_is_lowest():
+    weight = torch.tensor([3.0, -2.0], dtype=torch.float64, requires_grad=True)
+    given, curvature = weight.detach().clone(), torch.tensor([1.0, 4.0], dtype=torch.float64)
+
+    def loss(x):
+        return (curvature * x**2).sum()
+
+    found = tune.best_step(lambda: loss(weight), [weight])
+    torch.testing.assert_close(weight.detach(), given)
+    losses = [loss(given - step * given.sign()) for step in (0.99 * found, found, 1.01 * found)]
+    assert losses[1] == min(losses)
 
 
 def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
