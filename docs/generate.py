@@ -203,6 +203,8 @@ METHODS: Mapping[str, str] = {
     "corp": "CORP",
     "tp-taylor-uniform": "Torch-Pruning, Taylor",
     "tome-tp": "Torch-Pruning to 90 %, then ToMe",
+    "mhacut-tokens-balanced, random": "random weights, mhacut's shape",
+    "tp-taylor-uniform, random": "random weights, Torch-Pruning's",
 }
 """Names of the methods in tables, in their order; rows of others keep their title."""
 IN_README = ("mhacut-tokens-balanced", "tome", "mhacut-unlabelled-auto-balanced", "corp", "tp-taylor-uniform")

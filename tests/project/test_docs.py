@@ -131,7 +131,7 @@ def test_pages_that_follow_from_the_code_are_current():
 
 def test_the_benchmarks_page_is_short_and_its_tables_are_made_of_rows(tmp_path):
     generate, page = module(DOCS / "generate.py"), DOCS / "explanation" / "benchmarks.md"
-    assert len(page.read_text().split()) <= LONGEST_BENCHMARKS
+    assert len(page.read_text().replace("|", " ").split()) <= LONGEST_BENCHMARKS
     assert generate.unknown_tables(page) == []
     (written := tmp_path / "page.md").write_text(page.read_text() + "\n| by hand | 90.0 |\n|---|---|\n")
     assert generate.unknown_tables(written) == ["| by hand | 90.0 |"]
