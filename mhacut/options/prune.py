@@ -106,9 +106,9 @@ class SearchOptions(Options, panel="Research switches"):
     block; by default the effort decides."""
     tuning_steps: int | None = option(None, at_least=0)
     """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
-    without labels; by default the effort decides; no features but those of all tokens, if merged."""
+    without labels; by default the effort decides. Features are tuned only if tokens merge."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Learning rate; by default the divergence on crops of held-out images decides, or a trial for tokens."""
+    """Learning rate; by default found on crops of held-out images, for features by a trial step."""
     token_weights: bool = True
     """Weight each token by its influence on the model's output; off: all tokens count alike."""
     reweight: bool = True
