@@ -21,8 +21,10 @@ UnitKey = tuple[str, UnitKind]
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
 _TOKEN_KEYS = {"read", "merged", "rule", "copied"}
-MERGE_RULE = "weights"
-"""Name of the rule by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state it."""
+MERGE_RULE, COPY_RULE = "weights", "checkerboard"
+"""Names of the rules by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state them:
+without copies and with them. Files from before merge by the first in both cases."""
+Copied = bool | Literal["rows"]
 # Plans come from files: what is looked up in a model is a name of a module, nothing else.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -126,8 +128,9 @@ class TokenPlan:
     """Number of leading tokens that the last block computes, those that the head reads; None for all."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block merges into others; empty where no block merges any."""
-    copied: bool = False
-    """Whether features have a token for every patch: that of its group, copied back to its place."""
+    copied: Copied = False
+    """Whether features have a token for every patch: that of its group, copied back to its place; ``"rows"``
+    where patches merge by the first rule."""
 
     def __post_init__(self) -> None:
         if self.read is not None and self.read < 1:
@@ -151,7 +154,8 @@ class TokenPlan:
         {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
         """
         read = {} if self.read is None else {"read": self.read}
-        merged = {"merged": list(self.merged), "rule": MERGE_RULE} if self.merged else {}
+        rule = COPY_RULE if self.copied is True else MERGE_RULE
+        merged = {"merged": list(self.merged), "rule": rule} if self.merged else {}
         return {**read, **merged, **({"copied": True} if self.copied else {})}
 
     @classmethod
@@ -172,13 +176,14 @@ class TokenPlan:
         if not isinstance(copied, bool):
             raise PlanError("plan of tokens: copied is true or false")
         # Merged by another rule, the same numbers would give other logits, without an error.
-        if any(merged) and document.get("rule") != MERGE_RULE:
+        rule = document.get("rule")
+        if any(merged) and rule != MERGE_RULE and not (copied and rule == COPY_RULE):
             raise PlanError(
-                f"plan of tokens: this version merges by the rule {MERGE_RULE!r}, found "
-                f"{document.get('rule')!r}; open the file with the version of mhacut that wrote it, or prune "
-                "the dense model again"
+                f"plan of tokens: this version merges by the rule {MERGE_RULE!r}, found {rule!r}; open the "
+                "file with the version of mhacut that wrote it, or prune the dense model again"
             )
-        return cls(cast("int | None", read), tuple(merged), copied)
+        in_rows = copied and rule == MERGE_RULE
+        return cls(cast("int | None", read), tuple(merged), "rows" if in_rows else copied)
 
 
 @dataclass(frozen=True)

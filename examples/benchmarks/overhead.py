@@ -3,9 +3,10 @@
     python examples/benchmarks/overhead.py --threads 2
 
 prunes timm's DeiT-T, -S and -B at 224 pixels, or any other models (``--models flatten_swin_tiny_224 --flops
-3.2G``), weights random, on synthetic images, each run in a process of its own, and prints a row per run. The
-weights do not matter for the time. CPU seconds are of the whole process; "of that, start" is one that reads
-the model and asks only for ``inspect``.
+3.2G``), weights random, each run in a process of its own, and prints a row per run: channels alone on
+synthetic images, or as the plain command does on those of ``--data-dir``. The weights do not matter for the
+time, but that random ones lose too little to be healed or tuned. CPU seconds are of the whole process; "of
+that, start" is one that reads the model and asks only for ``inspect``.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ STAGES = (
     "calibrating",
     "ranking channels",
     "measuring sensitivity curves",
+    "choosing merges",
     "repairing",
     "healing",
 )
@@ -50,6 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="names of timm's")
     parser.add_argument("--depths", nargs="+", type=int, default=[None], help="blocks, not the model's own")
     parser.add_argument("--images", nargs="*", type=int, default=[64, 256], help="to calibrate on")
+    parser.add_argument("--data-dir", help="folder of images; labels are not read")
     parser.add_argument("--effort", default="balanced", help="of the rows by --images")
     parser.add_argument("--efforts", nargs="+", default=[], help="rows with the images of an effort")
     parser.add_argument("--flops", default="50%")
@@ -103,8 +106,6 @@ def measure(
         *mhacut,
         "prune",
         *opened,
-        "--scope",
-        "attention+mlp",
         "--flops",
         asked.flops,
         "--effort",
@@ -112,6 +113,8 @@ def measure(
         "--seed",
         str(asked.seed),
     ]
+    synthetic = ["--scope", "attention+mlp"]
+    command += ["--data-dir", asked.data_dir, "--no-labels"] if asked.data_dir else synthetic
     command += [] if images is None else ["--calibration-images", str(images)]
     command += ["--output", str(weights.parent / "slim.safetensors"), "--overwrite"]
     process = told(model, [*command, "--no-latency", "--device", asked.device, "--json"], asked.threads)

@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from mhacut.plan import UnitKey
+from mhacut.plan import Copied, UnitKey
 from mhacut.pruning.allocate import NEAR, job_widths, total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve, divergence_by_cut
@@ -251,7 +251,7 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     return costs
 
 
-def with_all_merged(model: nn.Module, size: tuple[int, ...], copied: bool = False) -> nn.Module:
+def with_all_merged(model: nn.Module, size: tuple[int, ...], copied: Copied = False) -> nn.Module:
     """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can.
 
     They are copied back to their patches if ``copied``.

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from mhacut.measuring.predicted_time import TimeCurve, TimeTable
-from mhacut.plan import Plan, TokenPlan, UnitKey
+from mhacut.plan import Copied, Plan, TokenPlan, UnitKey
 from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
@@ -39,7 +39,7 @@ class Planned:
     """FLOPs of the model with the merges of the plan."""
     merged: Schedule = ()
     """Number of tokens that each block merges, once channels are cut; empty if none does."""
-    copied: bool = False
+    copied: Copied = False
     """Whether these are copied back to their patches."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, with what each is expected to cost; empty unless curves chose the widths."""

@@ -16,12 +16,16 @@ fifths:
   many patches, or get much attention, change little. (The weight is the size alone if no class token is read,
   or q and k have norms.)
 - Averages keep the mean norm of what is averaged, as in "Token Fusion" (arXiv 2312.01026).
+
+Where tokens are copied back to their patches, the first merge takes black squares of a checkerboard into
+white ones: all four neighbours of a patch may receive it, not two.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
+import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -38,7 +42,7 @@ from mhacut.adapters.huggingface import Linears, Nested, is_old
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import LOOK, READ
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
-from mhacut.plan import TokenPlan
+from mhacut.plan import Copied, TokenPlan
 from mhacut.surgery.read import FEW_TOKENS, READ_BLOCKS, ReadFirst, dense_class, read_of, set_read
 
 
@@ -226,7 +230,7 @@ class Merging:
     """None where the block merges nothing."""
     gives_sizes: bool
     """Whether what follows needs the sizes."""
-    copies: bool
+    copies: Copied
     """Whether tokens are copied back to the places of their patches where features leave the model."""
 
 
@@ -238,7 +242,7 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
     ) -> Tensor | SizedTokens:
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
-        tokens, bias = _sized(x, self.copies)
+        tokens, bias = _sized(x, self)
         y, looks = self.attn(self.norm1(tokens.x), attn_mask=bias), None
         if isinstance(y, tuple):
             y, looks = y
@@ -261,7 +265,7 @@ class MergingLayer(Merging):
         """Map N tokens to N - merged."""
         # In place of none, transformers makes a mask that masks nothing while a graph is recorded.
         _check_no_mask(None if graph_is_recorded() else attention_mask, False)
-        tokens, bias = _sized(hidden_states, True)
+        tokens, bias = _sized(hidden_states, self)
         y, *_ = _part(self, "attention")(_part(self, "norm1")(tokens.x), attention_mask=bias, **options)
         left, matcher = tokens._replace(x=tokens.x + self._branch(1, y)), self.matcher
         if matcher is not None:
@@ -335,12 +339,36 @@ class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: 
         return super().forward(tokens.x, attn_mask=bias)
 
 
-def _sized(x: Tensor | SizedTokens, copies: bool = False) -> tuple[SizedTokens, Tensor | None]:
+def _sized(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
     """Return tokens with their sizes, and the bias from these; None if each token stands for one patch."""
-    if isinstance(x, Tensor):
-        places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2]) if copies else None
-        return SizedTokens(x, x.new_ones(*x.shape[:2], 1), places), None
-    return x, x.bias()
+    if not isinstance(x, Tensor):
+        return x, x.bias()
+    places = None
+    if block is not None and block.copies:
+        places = torch.arange(x.shape[1], device=x.device)
+        if block.copies is True and block.matcher is not None:
+            places = checkered(places, block.matcher.prefix)
+            x = x[:, places]
+        places = places.expand(x.shape[:2])
+    return SizedTokens(x, x.new_ones(*x.shape[:2], 1), places), None
+
+
+def checkered(places: Tensor, prefix: int) -> Tensor:
+    """Return an order of a square image's tokens in which every second patch is black on a checkerboard.
+
+    It is its own inverse: in every second row, neighbours change places. Rows of an odd number alternate as
+    they are; of how many an image that is no square has is not known, and its order stays.
+
+    Args:
+        places: 0 to N - 1, [N].
+        prefix: number of first tokens that are no patches.
+    """
+    count = len(places) - prefix
+    side = math.isqrt(count)
+    if side % 2 or side**2 != count:
+        return places
+    patch = places[prefix:] - prefix
+    return torch.cat((places[:prefix], places[prefix:] + patch // side % 2 * (1 - patch % 2 * 2)))
 
 
 def tokens_in(output: Any) -> Any:
@@ -465,7 +493,7 @@ def stack_of(model: nn.Module) -> Stack | None:
     return None
 
 
-def why_not_merged(model: Any, copied: bool = False) -> str:
+def why_not_merged(model: Any, copied: Copied = False) -> str:
     """Return the reason why tokens of ``model`` cannot be merged (and copied back); empty if they can."""
     stack = stack_of(model)
     if stack is None:
@@ -502,13 +530,14 @@ def merged_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(_count(block) for block in stack.blocks)
 
 
-def copied_of(model: nn.Module) -> bool:
-    """Whether ``model`` merges tokens and copies them back."""
+def copied_of(model: nn.Module) -> Copied:
+    """Whether ``model`` merges tokens and copies them back, and by which rule."""
     stack = stack_of(model)
-    return stack is not None and getattr(stack.blocks[-1], "copies", False)
+    copied: Copied = stack is not None and getattr(stack.blocks[-1], "copies", False)
+    return copied
 
 
-def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> None:
+def set_merged(model: Any, merged: tuple[int, ...], copied: Copied = False) -> None:
     """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges.
 
     Args:
@@ -553,7 +582,7 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: bool = False) -> Non
         vit.__class__ = _MODELS[type(vit)]
 
 
-def _set_merging(block: Any, matcher: Matcher | None, copied: bool) -> Any:
+def _set_merging(block: Any, matcher: Matcher | None, copied: Copied) -> Any:
     """Give a block the class that merges."""
     plain = type(block)
     if plain not in _BLOCKS:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.tokens import SizedTokens, match, merge, weigh
+from mhacut.surgery.tokens import SizedTokens, checkered, match, merge, weigh
 
 
 def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -126,3 +126,13 @@ def test_tokens_are_copied_back_to_their_places(total: int, prefix: int):
     assert tokens.places is not None
     for places, sizes in zip(tokens.places, tokens.sizes, strict=True):
         assert torch.equal(places.bincount().double(), sizes[:, 0])
+
+
+@pytest.mark.parametrize(("side", "prefix"), [(4, 0), (5, 1), (16, 5)])
+def test_neighbours_in_an_image_are_in_different_sets(side: int, prefix: int):
+    order = checkered(torch.arange(prefix + side**2), prefix)
+    assert order[order].tolist() == list(range(prefix + side**2))  # so that it says where patches stand
+    assert order[:prefix].tolist() == list(range(prefix))
+    sets = ((order[prefix:] - prefix) % 2).view(side, side)
+    assert (sets[1:] != sets[:-1]).all()
+    assert (sets[:, 1:] != sets[:, :-1]).all()

@@ -115,10 +115,14 @@ def test_a_later_plan_states_all_tokens_that_are_left_out_or_merged():
 
 
 def test_plans_of_tokens_go_through_json():
-    for plan in (TokenPlan(), TokenPlan(read=2), TokenPlan(merged=(0, 3)), TokenPlan(1, (4,))):
+    copied = TokenPlan(merged=(0, 3), copied=True)
+    for plan in (TokenPlan(), TokenPlan(read=2), TokenPlan(merged=(0, 3)), TokenPlan(1, (4,)), copied):
         assert TokenPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert bool(plan) == (plan != TokenPlan(merged=(0, 0)))
     assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(read=1)
+    before = {"merged": [0, 3], "rule": "weights", "copied": True}  # in files from before the checkerboard
+    assert TokenPlan.from_json(before) == TokenPlan(merged=(0, 3), copied="rows")
+    assert TokenPlan.from_json(before).to_json() == before
 
 
 @pytest.mark.parametrize(
@@ -135,6 +139,7 @@ def test_plans_of_tokens_go_through_json():
         {"merged": [1.5]},
         {"merged": [0, 8]},
         {"merged": [0, 8], "rule": "another"},
+        {"merged": [0, 8], "rule": "checkerboard"},
     ],
     ids=repr,
 )
