@@ -80,7 +80,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Amount of work: for a DeiT-S on two cores, fast takes 45 s; balanced 70 s, or 8 minutes where much is
+    """Amount of work: for a DeiT-S on two cores, fast takes 70 s; balanced 100 s, or 8 minutes where much is
     lost; best still longer if there are thousands of images."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Images per batch."""
