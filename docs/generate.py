@@ -202,6 +202,7 @@ METHODS: Mapping[str, str] = {
     "mhacut-unlabelled-auto-best": "mhacut, channels alone, `best`",
     "corp": "CORP",
     "tp-taylor-uniform": "Torch-Pruning, Taylor",
+    "mhacut-pooled": "mhacut, `--preserve pooled`",
     "tome-tp": "Torch-Pruning to 90 %, then ToMe",
     "mhacut-tokens-balanced, random": "random weights, mhacut's shape",
     "tp-taylor-uniform, random": "random weights, Torch-Pruning's",
@@ -277,14 +278,14 @@ def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
     columns = {
         "FLOPs, %": lambda row: f"{row['flops']:.1f}",
         "model": lambda row: row["subject"],
-        "method": lambda row: row["method"],
-        "effort": lambda row: f"`{row['effort']}`" if "effort" in row else "-",
+        "method": lambda row: METHODS.get(row["method"], row["method"]),
         "correlation": lambda row: f"{row['correlation']:.3f}" if "correlation" in row else "-",
         "map, MAE": lambda row: f"{row['mae']:.3f}" if "mae" in row else "-",
         "patches, %": lambda row: f"{row['accuracy']:.1f}" if "accuracy" in row else "-",
         "same as dense, %": lambda row: f"{row['agreement']:.1f}" if "agreement" in row else "-",
         "error of features": lambda row: f"{row['error']:.3f}" if "error" in row else "-",
         "time": lambda row: f"{row['time']:.2f}" if "time" in row else "-",
+        "CPU s": lambda row: f"{row['cpu_s']:.0f}" if row["method"] != "dense" else "-",
     }
     return list(rows), {name: cell for name, cell in columns.items() if any(cell(row) != "-" for row in rows)}
 
