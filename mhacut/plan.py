@@ -25,6 +25,7 @@ MERGE_RULE, COPY_RULE = "weights", "checkerboard"
 """Names of the rules by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state them:
 without copies and with them. Files from before merge by the first in both cases."""
 Copied = bool | Literal["rows"]
+"""Whether merged tokens are copied back to their patches; ``"rows"`` where they merged by the first rule."""
 # Plans come from files: what is looked up in a model is a name of a module, nothing else.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -129,8 +130,7 @@ class TokenPlan:
     merged: tuple[int, ...] = ()
     """Number of tokens that each block merges into others; empty where no block merges any."""
     copied: Copied = False
-    """Whether features have a token for every patch: that of its group, copied back to its place; ``"rows"``
-    where patches merge by the first rule."""
+    """Whether features have a token for every patch: that of its group, copied back to its place."""
 
     def __post_init__(self) -> None:
         if self.read is not None and self.read < 1:
@@ -176,11 +176,11 @@ class TokenPlan:
         if not isinstance(copied, bool):
             raise PlanError("plan of tokens: copied is true or false")
         # Merged by another rule, the same numbers would give other logits, without an error.
-        rule = document.get("rule")
-        if any(merged) and rule != MERGE_RULE and not (copied and rule == COPY_RULE):
+        rule, known = document.get("rule"), COPY_RULE if copied else MERGE_RULE
+        if any(merged) and rule not in (known, MERGE_RULE):
             raise PlanError(
-                f"plan of tokens: this version merges by the rule {MERGE_RULE!r}, found {rule!r}; open the "
-                "file with the version of mhacut that wrote it, or prune the dense model again"
+                f"plan of tokens: this version merges by the rule {known!r}, found {rule!r}; open the file "
+                "with the version of mhacut that wrote it, or prune the dense model again"
             )
         in_rows = copied and rule == MERGE_RULE
         return cls(cast("int | None", read), tuple(merged), "rows" if in_rows else copied)

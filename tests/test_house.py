@@ -26,11 +26,11 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1470,
-    "pruning": 4547,
+    "pruning": 4560,
     "report": 1200,
     "runtime": 1028,
-    "surgery": 2809,
-    "top": 818,
+    "surgery": 2841,
+    "top": 823,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

@@ -5,7 +5,7 @@
 prunes timm's DeiT-T, -S and -B at 224 pixels, or any other models (``--models flatten_swin_tiny_224 --flops
 3.2G``), weights random, each run in a process of its own, and prints a row per run: channels alone on
 synthetic images, or as the plain command does on those of ``--data-dir``. The weights do not matter for the
-time, but that random ones lose too little to be healed or tuned. CPU seconds are of the whole process; "of
+time, but random ones lose too little to be healed or tuned. CPU seconds are of the whole process; "of
 that, start" is one that reads the model and asks only for ``inspect``.
 """
 
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for effort, images in candidates:
                 name = f"{model} {effort} {images or ''} {asked.flops} {asked.threads} {asked.seed}"
                 name += "" if depth is None else f" {depth} blocks"
+                name += f" {asked.data_dir}" if asked.data_dir else ""
                 name += "" if asked.device == "cpu" else f" {device}"
                 wanted.append(name)
                 if name in rows:

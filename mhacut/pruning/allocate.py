@@ -73,11 +73,11 @@ def costs_of_constraints(
         widths: widths that were chosen under all constraints.
         table: FLOPs of the model with the merges that were chosen.
     """
-    expected = divergence_by_cut(total_error(curves, widths))
+    expected = divergence_by_cut(total_error(curves, widths), job.dense)
     costs = []
     for name, value, others in job.constraints.without_each():
         freer = job_widths(replace(job, constraints=others), limits, curves, table, close_gap=False)
-        saved = expected - divergence_by_cut(total_error(curves, freer))
+        saved = expected - divergence_by_cut(total_error(curves, freer), job.dense)
         costs.append(Constraint(name, value, max(saved, 0.0)))
     return tuple(costs)
 

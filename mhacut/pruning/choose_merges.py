@@ -46,9 +46,6 @@ OVERHEAD = 0.07
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
 """Worth of all FLOPs of the model, in terms of the law: merges of a model whose outputs hardly depend on its
 tokens are worth their FLOPs at the lowest prices."""
-DENSE_CUT = 3.5
-"""Divergence of the features of every token where channels are cut, relative to the sum of curves: squared
-errors of features add up (docs/explanation/choices.md)."""
 _DENSE_SCALE = 100
 """Divergences of dense features relative to those of answers: nats add up over a token's channels."""
 
@@ -165,8 +162,7 @@ class MergeSearch:
         job, schedules = self.job, self.schedules
 
         def choice_of(schedule: Schedule, table: CostTable, widths: Mapping[UnitKey, int]) -> MergeChoice:
-            error = total_error(curves, widths)
-            predicted = DENSE_CUT * error if job.copied else divergence_by_cut(error)
+            predicted = divergence_by_cut(total_error(curves, widths), job.dense)
             if schedule:
                 predicted += self.law.divergence(schedule, self.tokens)
             return MergeChoice(schedule, table, widths, predicted)

@@ -41,6 +41,8 @@ REPLAYED = 16
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
 an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
+DENSE_FACTOR = 3.5
+"""The same for features of every token, whose squared errors add up (docs/explanation/choices.md)."""
 
 
 @torch.no_grad()
@@ -163,9 +165,13 @@ def _curves_by_runs(
     return curves
 
 
-def divergence_by_cut(error: float) -> float:
-    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``."""
-    return float(CHANNEL_FACTOR * max(error, 0.0) ** CHANNEL_POWER)  # rounding may leave less than nothing
+def divergence_by_cut(error: float, dense: bool) -> float:
+    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``.
+
+    ``dense`` says whether it is that of the features of every token.
+    """
+    error = max(error, 0.0)  # rounding may leave less than nothing
+    return float(DENSE_FACTOR * error if dense else CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
 def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:

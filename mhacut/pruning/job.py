@@ -89,6 +89,11 @@ class Job:
         return {key: widths[0] for key, widths in self.allowed.items()}
 
     @property
+    def dense(self) -> bool:
+        """Whether features of every token are preserved."""
+        return self.preserved is not None and self.preserved.dense
+
+    @property
     def merges_tokens(self) -> bool:
         """Whether the budget is shared by channels and tokens."""
         return self.fewest is not None

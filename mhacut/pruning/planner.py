@@ -127,7 +127,7 @@ class Planner:
         if self.job.merges_tokens:
             return self._merge_search.choose(limits, self.curves, close_gap=False).predicted
         widths = job_widths(self.job, limits, self.curves, close_gap=False)
-        return divergence_by_cut(total_error(self.curves, widths))
+        return divergence_by_cut(total_error(self.curves, widths), self.job.dense)
 
     def _by_indicators(self, limits: Limits) -> Planned:
         self.reporter.start("searching")

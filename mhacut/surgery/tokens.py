@@ -17,8 +17,8 @@ fifths:
   or q and k have norms.)
 - Averages keep the mean norm of what is averaged, as in "Token Fusion" (arXiv 2312.01026).
 
-Where tokens are copied back to their patches, the first merge takes black squares of a checkerboard into
-white ones: all four neighbours of a patch may receive it, not two.
+Where tokens of square images are copied back to their patches, the first merge takes black squares of a
+checkerboard into white ones: all four neighbours of a patch may receive it, not two.
 """
 
 from __future__ import annotations
@@ -340,7 +340,10 @@ class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: 
 
 
 def _sized(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
-    """Return tokens with their sizes, and the bias from these; None if each token stands for one patch."""
+    """Return tokens with their sizes, and the bias from these; None if each token stands for one patch.
+
+    The first block that merges gets a tensor; where it copies, it brings patches into the order for its sets.
+    """
     if not isinstance(x, Tensor):
         return x, x.bias()
     places = None
@@ -348,7 +351,7 @@ def _sized(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[Sized
         places = torch.arange(x.shape[1], device=x.device)
         if block.copies is True and block.matcher is not None:
             places = checkered(places, block.matcher.prefix)
-            x = x[:, places]
+            x = x.index_select(1, places)  # one operation in ONNX
         places = places.expand(x.shape[:2])
     return SizedTokens(x, x.new_ones(*x.shape[:2], 1), places), None
 
@@ -356,8 +359,8 @@ def _sized(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[Sized
 def checkered(places: Tensor, prefix: int) -> Tensor:
     """Return an order of a square image's tokens in which every second patch is black on a checkerboard.
 
-    It is its own inverse: in every second row, neighbours change places. Rows of an odd number alternate as
-    they are; of how many an image that is no square has is not known, and its order stays.
+    It is its own inverse: in every second row, neighbours change places. Rows of odd length alternate
+    already. Images that are not square have an unknown width, and keep their order.
 
     Args:
         places: 0 to N - 1, [N].

@@ -44,8 +44,9 @@ MERGING = {
     "copied back": (merging(), TokenPlan(None, (0, 8, 4), copied=True)),
     "copied back, registers": (
         merging(reg_tokens=2, global_pool="", num_classes=0),
-        TokenPlan(None, (4, 0, 6), copied="rows"),
+        TokenPlan(None, (4, 0, 6), copied=True),
     ),
+    "copied back, of before": (merging(), TokenPlan(None, (0, 8, 4), copied="rows")),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""

@@ -136,3 +136,5 @@ def test_neighbours_in_an_image_are_in_different_sets(side: int, prefix: int):
     sets = ((order[prefix:] - prefix) % 2).view(side, side)
     assert (sets[1:] != sets[:-1]).all()
     assert (sets[:, 1:] != sets[:, :-1]).all()
+    stays = torch.arange(prefix + 8)  # of 2 x 4 patches
+    assert torch.equal(checkered(stays, prefix), stays)
