@@ -33,7 +33,7 @@ LEAST = 0.1
 nearly all right."""
 TRIED_STEP = 2e-6
 """Size of the step that finds the learning rate for features of every token (docs/explanation/choices.md)."""
-DENSE_STEPS = 0.8
+DENSE_STEPS = 0.45
 """Usual steps for them, relative to those for answers."""
 DENSE_BATCH = 8
 """Most images per step for them: many steps learn more than many images in the same time."""
