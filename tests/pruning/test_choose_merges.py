@@ -13,6 +13,7 @@ from helpers.models import ModelCase, build, image
 from mhacut.errors import UnsupportedModelError
 from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
+from mhacut.pruning.curves import CHANNEL_POWER, divergence_by_cut
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
@@ -140,6 +141,11 @@ def test_dense_features_have_merges_up_to_the_most(model):
     job = replace(job_of(model, image(VIT, batch=2), counted=True), copied=True)
     merged = [sum(each) for each in MergeSearch(job, None, replace(TYPICAL, level=4.9)).schedules]
     assert merged[-2] > 0.7 * merged[-1]
+
+
+def test_errors_of_dense_features_add_up_and_those_of_answers_grow_faster():
+    for dense, grows in ((True, 2.0), (False, 2.0**CHANNEL_POWER)):
+        assert divergence_by_cut(0.2, dense) == pytest.approx(grows * divergence_by_cut(0.1, dense))
 
 
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):
