@@ -94,7 +94,8 @@ class MergeSearch:
     @torch.no_grad()
     def _fitted_law(self, calibration: Calibration) -> MergeLaw:
         least, most = TRIED_IMAGES
-        count = min(max(len(self.job.images) // 4, least), most)
+        # The features of every token say more of a schedule than one answer.
+        count = least if self.job.copied else min(max(len(self.job.images) // 4, least), most)
         tried = self.job.distillation(calibration).part(0, count)
         model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
         for done, schedule in enumerate(trials, 1):

@@ -77,25 +77,27 @@ class Distillation:
         # Rounding makes the divergence of equal outputs less than 0.
         return max(total, 0.0) / count, same / count if answers else None
 
-    def masked_loss(
-        self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
-    ) -> Tensor:
-        """Return the loss of ``model`` on the next batch, its channels scaled; only scales get gradients.
+    def loss(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Return the loss of ``model`` on the next batch, with ``tensors`` in place of its own.
 
         The divergence, plus the cross-entropy with labels where there are any.
         """
-        device = next(model.parameters()).device
-        chosen = next(self._batches)
-        # Detached, weights get no gradients, which would take as much memory again.
-        frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        device, chosen = next(model.parameters()).device, next(self._batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), ordered_attention(device):
-            tensors = {**frozen, **masked_tensors(model, prunable, channel_scales)}
             outputs = self.preserved.outputs(model, self.images[chosen].to(device), tensors).float()
         loss = self.preserved.divergence(outputs, self.teacher[chosen].to(device))
         weight = self.options.label_weight
         if self.labels is not None and weight > 0:
             loss = loss + weight * F.cross_entropy(outputs, self.labels[chosen].to(device))
         return loss
+
+    def masked_loss(
+        self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
+    ) -> Tensor:
+        """Return the :meth:`loss` of ``model``, its channels scaled; only scales get gradients."""
+        # Detached, weights get no gradients, which would take as much memory again.
+        frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        return self.loss(model, {**frozen, **masked_tensors(model, prunable, channel_scales)})
 
 
 @torch.enable_grad()

@@ -6,12 +6,14 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import chain
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from mhacut.data.reading import Sample, collate
@@ -58,7 +60,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     image than its answer. Images are those to calibrate on that are not held out and all others of the same
     split, cropped and mirrored at random; both models see the same.
 
-    For features of every token, the blocks of a plain ViT alone are trained, slowly.
+    To features of every token, the blocks of a plain ViT alone are tuned, slowly.
 
     Args:
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
@@ -66,10 +68,10 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         calibration: calibration of the job's model: held-out images, and the measure of the divergence.
         distance: divergence of ``slim`` on crops of held-out images.
     """
+    if calibration.preserved.dense:
+        return _tuned_to_features(slim, job, calibration, distance)
     images, preserved, device = _images(job, calibration), calibration.preserved, job.device
-    size, usual, dense_tokens = job.options.batch_size, job.options.tuned_steps, preserved.dense
-    if dense_tokens:
-        size, usual = min(size, DENSE_BATCH), math.ceil(DENSE_STEPS * usual)
+    size, usual = job.options.batch_size, job.options.tuned_steps
     steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
     model = copy.deepcopy(slim)
     batches: Iterator[tuple[int, Tensor]] = enumerate(_batches(images, steps, size, job))
@@ -89,11 +91,9 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
-    minutes = steps * _seconds_per_step(run, job, slim, size) / 60
-    job.reporter.log(
-        f"tuning {'blocks' if dense_tokens else 'all weights'} in {steps} steps of {size} of {len(images)} "
-        f"images, about {minutes:.1f} minutes"
-    )
+    shown = job.images[:size].to(device)
+    dense_s, slim_s = (_seconds(partial(run, each, shown), job) for each in (job.model, slim))
+    _tell(job, "all weights", steps, size, len(images), dense_s + 3 * slim_s)
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
         kept = [] if job.taught is None else job.taught
@@ -105,27 +105,46 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
             kept.append(given)
         return given
 
-    def loss(number: int, batch: Tensor, amp: bool = job.amp) -> Tensor:
+    def loss() -> Tensor:
+        number, batch = next(batches)
         batch = batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp), ordered_attention(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.amp), ordered_attention(device):
             dense, aims = dense_of(batch, number)
             outputs, tokens = run(model, batch)
             divergence = preserved.divergence(outputs, dense)
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
-    stack = stack_of(model) if dense_tokens else None
-    trained: nn.Module = model if stack is None else stack.blocks
-    weights = [*trained.requires_grad_(True).parameters()]
     lost = min(distance, 1.0)
     rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
-    if dense_tokens and job.options.tuning_lr is None:
-        first = next(batches)
-        rate = min(rate, best_step(lambda: loss(*first, amp=False), weights))
-        batches = chain([first], batches)
-    warm_up = math.ceil((DENSE_WARM_UP if dense_tokens else WARM_UP) * steps)
-    minimise(
-        lambda: loss(*next(batches)), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter
-    )
+    weights, warm_up = model.requires_grad_(True).parameters(), math.ceil(WARM_UP * steps)
+    minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
+    return model.requires_grad_(False)
+
+
+def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:
+    """Do as :func:`tuned` with features of every token.
+
+    Images are those to calibrate on, as they are: the dense model's features of them are known, and each says
+    so much that a few hundred are not learnt by heart (docs/explanation/choices.md).
+    """
+    options = job.options
+    size = min(options.batch_size, DENSE_BATCH)
+    job = replace(job, options=replace(options, batch_size=size))
+    learning = job.training(calibration)
+    count = len(learning.images)
+    usual = math.ceil(DENSE_STEPS * options.tuned_steps)
+    steps = options.tuning_steps or min(usual, math.ceil(ROUNDS * count / size))
+    _tell(job, "blocks", steps, size, count, 3 * _seconds(lambda: learning.loss(slim), job))
+    model = copy.deepcopy(slim)
+    stack = stack_of(model)
+    trained: nn.Module = model if stack is None else stack.blocks
+    weights = [*trained.requires_grad_(True).parameters()]
+    rate = options.tuning_lr
+    if rate is None:
+        few = replace(job, amp=False).training(calibration).part(0, size)
+        rate = min(RATE * max(min(distance, 1.0), LEAST), best_step(lambda: few.loss(model), weights))
+    warm_up, reporter = math.ceil(DENSE_WARM_UP * steps), job.reporter
+    minimise(lambda: learning.loss(model), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=reporter)
     return model.requires_grad_(False)
 
 
@@ -151,16 +170,17 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _seconds_per_step(
-    run: Callable[[nn.Module, Tensor], tuple[Tensor, Tensor]], job: Job, slim: nn.Module, size: int
-) -> float:
-    """Return about how long a step takes: a backward pass counts as two forward."""
-    batch, ticks = job.images[:size].to(job.device), [time.perf_counter()]
-    for model in (job.model, slim):
-        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
-            float(run(model, batch)[0].sum())  # waits for the device
-        ticks.append(time.perf_counter())
-    return (ticks[1] - ticks[0]) + 3 * (ticks[2] - ticks[1])
+def _seconds(run: Callable[[], Any], job: Job) -> float:
+    """Return about how long ``run`` takes; with a backward pass, three times as long."""
+    start = time.perf_counter()
+    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
+        float(tree_leaves(run())[0].sum())  # waits for the device
+    return time.perf_counter() - start
+
+
+def _tell(job: Job, what: str, steps: int, size: int, images: int, seconds: float) -> None:
+    minutes = f"about {steps * seconds / 60:.1f} minutes"
+    job.reporter.log(f"tuning {what} in {steps} steps of {size} of {images} images, {minutes}")
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:

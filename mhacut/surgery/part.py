@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -128,8 +128,18 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "get_interme
 """Methods of a submodule that give its features; those after the first are timm's."""
 
 
+class _Seen(BaseException):
+    """Ends a run of the whole model. Not an Exception, which the model might catch."""
+
+
 def record(
-    model: nn.Module, name: str, runs: Iterable[Callable[[], Any]], count: int, loss: Loss | None = None
+    model: nn.Module,
+    name: str,
+    runs: Iterable[Callable[[], Any]],
+    count: int,
+    loss: Loss | None = None,
+    *,
+    stops: bool = False,
 ) -> Recorded:
     """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that.
 
@@ -139,6 +149,8 @@ def record(
         runs: functions that each run one batch through the whole model, and return what it gives.
         count: number of images; fewer are taken if there are no more.
         loss: receives gradients.
+        stops: whether a run may end at the submodule, once it is known what is read of it: what comes after
+            takes time for nothing. Runs do if those before called the submodule once each.
 
     Raises:
         DataError: the submodule is not called.
@@ -172,11 +184,15 @@ def record(
         first.setdefault(key, (tree_unflatten(leaves, structure), places[0], tuple(alike)))
         calls.setdefault(key, []).append(images.detach().float().cpu())
         found[key] += len(images)
+        if ends:
+            raise _Seen
 
-    for run in runs:
+    ends = False  # runs, at the submodule
+    for ran, run in enumerate(runs):
         try:
             if outputs and (loss is None or loss.images >= _DIFFERENTIATED):
-                with torch.no_grad(), _watched(part, note, lambda output: output):
+                ends = stops and sum(map(len, calls.values())) == ran
+                with torch.no_grad(), suppress(_Seen), _watched(part, note, lambda output: output):
                     run()
             else:
                 outputs |= _outputs_read(part, run, note, loss)

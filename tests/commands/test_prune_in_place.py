@@ -115,6 +115,17 @@ def test_batches_come_in_all_forms(images):
     assert plans.count(plans[0]) == 4
 
 
+@pytest.mark.parametrize(("calls", "runs"), [(1, 1), (2, 3)])
+def test_runs_end_at_a_submodule_that_is_called_once(calls, runs, images):
+    """With 8 of 24 images a batch, what follows the submodule runs once unless it is called again."""
+    model, read = build(), []
+    model.head.register_forward_hook(lambda *_: read.append(1))
+    whole = model.forward
+    model.forward = lambda batch: [whole(batch)["masks"] for _ in range(calls)]
+    mhacut.prune_(model, "backbone", images=images.split(8), **QUICK)
+    assert len(read) == calls * runs
+
+
 def test_a_submodule_of_tokens_and_a_timm_model(images):
     class Around(nn.Module):
         def __init__(self):
