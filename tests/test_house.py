@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2971,
     "checkpoint": 5567,
     "cli": 1305,
-    "commands": 3681,
+    "commands": 3684,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,
@@ -26,10 +26,10 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1470,
-    "pruning": 4560,
+    "pruning": 4578,
     "report": 1200,
     "runtime": 1028,
-    "surgery": 2841,
+    "surgery": 2857,
     "top": 823,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

@@ -91,9 +91,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
-    shown = job.images[:size].to(device)
-    dense_s, slim_s = (_seconds(partial(run, each, shown), job) for each in (job.model, slim))
-    _tell(job, "all weights", steps, size, len(images), dense_s + 3 * slim_s)
+    both = (partial(run, each, job.images[:size].to(device)) for each in (job.model, slim))
+    _log_time(job, "all weights", steps, size, len(images), *both)
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
         kept = [] if job.taught is None else job.taught
@@ -127,14 +126,12 @@ def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, dist
     Images are those to calibrate on, as they are: the dense model's features of them are known, and each says
     so much that a few hundred are not learnt by heart (docs/explanation/choices.md).
     """
-    options = job.options
-    size = min(options.batch_size, DENSE_BATCH)
+    options, size = job.options, min(job.options.batch_size, DENSE_BATCH)
     job = replace(job, options=replace(options, batch_size=size))
-    learning = job.training(calibration)
+    learning, usual = job.training(calibration), math.ceil(DENSE_STEPS * options.tuned_steps)
     count = len(learning.images)
-    usual = math.ceil(DENSE_STEPS * options.tuned_steps)
     steps = options.tuning_steps or min(usual, math.ceil(ROUNDS * count / size))
-    _tell(job, "blocks", steps, size, count, 3 * _seconds(lambda: learning.loss(slim), job))
+    _log_time(job, "blocks", steps, size, count, lambda: learning.loss(slim))
     model = copy.deepcopy(slim)
     stack = stack_of(model)
     trained: nn.Module = model if stack is None else stack.blocks
@@ -170,17 +167,17 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _seconds(run: Callable[[], Any], job: Job) -> float:
-    """Return about how long ``run`` takes; with a backward pass, three times as long."""
-    start = time.perf_counter()
-    with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
-        float(tree_leaves(run())[0].sum())  # waits for the device
-    return time.perf_counter() - start
-
-
-def _tell(job: Job, what: str, steps: int, size: int, images: int, seconds: float) -> None:
-    minutes = f"about {steps * seconds / 60:.1f} minutes"
-    job.reporter.log(f"tuning {what} in {steps} steps of {size} of {images} images, {minutes}")
+def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Callable[[], Any]) -> None:
+    """Log how long tuning takes: a step makes ``runs``, and the last one backwards, which counts twice."""
+    ticks = [time.perf_counter()]
+    for run in runs:
+        with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
+            float(tree_leaves(run())[0].sum())  # waits for the device
+        ticks.append(time.perf_counter())
+    minutes = steps * (ticks[-1] - ticks[0] + 2 * (ticks[-1] - ticks[-2])) / 60
+    job.reporter.log(
+        f"tuning {what} in {steps} steps of {size} of {images} images, about {minutes:.1f} minutes"
+    )
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
