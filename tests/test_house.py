@@ -17,7 +17,7 @@ LINES = {
     "adapters": 2971,
     "checkpoint": 5567,
     "cli": 1305,
-    "commands": 3684,
+    "commands": 3682,
     "data": 1518,
     "exporting": 1450,
     "finetuning": 2173,
@@ -25,11 +25,11 @@ LINES = {
     "inspection": 650,
     "linalg": 901,
     "measuring": 860,
-    "options": 1470,
-    "pruning": 4578,
+    "options": 1471,
+    "pruning": 4579,
     "report": 1200,
     "runtime": 1028,
-    "surgery": 2857,
+    "surgery": 2870,
     "top": 823,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

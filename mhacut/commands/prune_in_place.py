@@ -127,11 +127,9 @@ def prune_(
     with reporting(reporter, progress) as display:
         display.start("reading")
         with _in_eval_mode(model):
-            wanted = EFFORTS[search.effort].calibration_images
-            recorded = record(
-                *(model, name, _runs(model, images), wanted, None if loss is None else Loss(loss)),
-                stops=not callable(images),  # a function may go on after its forward pass
-            )
+            wanted, given = EFFORTS[search.effort].calibration_images, None if loss is None else Loss(loss)
+            stops = not callable(images)  # a function may go on after its forward pass
+            recorded = record(model, name, _runs(model, images), wanted, given, stops=stops)
             dense = copy.deepcopy(module).float().requires_grad_(False)
         job, names = _job(dense, name, recorded, search, scope, display)
         limit = Flops(SimpleNamespace(job=job), flops).limit  # type: ignore[arg-type]

@@ -105,8 +105,9 @@ class SearchOptions(Options, panel="Research switches"):
     """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
     block; by default the effort decides."""
     tuning_steps: int | None = option(None, at_least=0)
-    """Training steps of all weights at once, to give the dense model's outputs for all images of the split,
-    without labels; by default the effort decides. Features are tuned only if tokens merge."""
+    """Training steps of all weights at once, to give the dense model's answers for all images of the split,
+    without labels; by default the effort decides. Features are tuned only if tokens merge, on the images to
+    calibrate on."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
     """Learning rate; by default found on crops of held-out images, for features by a trial step."""
     token_weights: bool = True

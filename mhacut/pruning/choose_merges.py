@@ -40,7 +40,8 @@ from mhacut.surgery.read import read_of
 from mhacut.surgery.tokens import set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
-"""Least and largest number of calibration images on which schedules are tried: a quarter of all between."""
+"""Least and largest number of calibration images on which schedules are tried: a quarter of all between, and
+the least for features of every token, which say more of a schedule than one answer."""
 OVERHEAD = 0.07
 """Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
@@ -94,8 +95,7 @@ class MergeSearch:
     @torch.no_grad()
     def _fitted_law(self, calibration: Calibration) -> MergeLaw:
         least, most = TRIED_IMAGES
-        # The features of every token say more of a schedule than one answer.
-        count = least if self.job.copied else min(max(len(self.job.images) // 4, least), most)
+        count = least if self.job.dense else min(max(len(self.job.images) // 4, least), most)
         tried = self.job.distillation(calibration).part(0, count)
         model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
         for done, schedule in enumerate(trials, 1):
@@ -108,7 +108,7 @@ class MergeSearch:
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merges to as many as can be."""
         costs = block_costs(self.job, self.tokens)
-        scale = _DENSE_SCALE if self.job.copied else 1
+        scale = _DENSE_SCALE if self.job.dense else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
         cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]

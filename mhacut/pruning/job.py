@@ -58,11 +58,11 @@ class Job:
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
     more: Dataset[Sample] | None = None
-    """Images besides ``images`` to tune on, [C, H, W] each, read when they are needed; None for none."""
+    """Images besides ``images`` to tune answers on, [C, H, W] each, read when needed; None for none."""
     workers: int = 0
     """Number of processes that read them; 0 for images in memory."""
     taught: list[tuple[Tensor, Tensor]] | None = None
-    """Outputs of the dense model for the first batches of tuning, which budgets share; None for one."""
+    """Answers of the dense model for the first batches of tuning, which budgets share; None for one."""
 
     @property
     def input_size(self) -> tuple[int, ...]:

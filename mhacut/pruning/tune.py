@@ -1,4 +1,4 @@
-"""Tuning: all weights of a slim model are trained together to give the dense model's outputs."""
+"""Tuning: weights of all blocks of a slim model are trained together to give the dense model's outputs."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from mhacut.data.reading import Sample, collate
@@ -66,7 +64,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
         job: what is pruned; its options have the number of steps.
         calibration: calibration of the job's model: held-out images, and the measure of the divergence.
-        distance: divergence of ``slim`` on crops of held-out images.
+        distance: divergence of ``slim`` on held-out images, of answers on crops of them.
     """
     if calibration.preserved.dense:
         return _tuned_to_features(slim, job, calibration, distance)
@@ -74,7 +72,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     size, usual = job.options.batch_size, job.options.tuned_steps
     steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
     model = copy.deepcopy(slim)
-    batches: Iterator[tuple[int, Tensor]] = enumerate(_batches(images, steps, size, job))
+    batches = enumerate(_batches(images, steps, size, job))
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +89,8 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
-    both = (partial(run, each, job.images[:size].to(device)) for each in (job.model, slim))
+    shown = job.images[:size].to(device)
+    both = (lambda: run(job.model, shown)[0]), (lambda: run(slim, shown)[0])
     _log_time(job, "all weights", steps, size, len(images), *both)
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -126,19 +125,21 @@ def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, dist
     Images are those to calibrate on, as they are: the dense model's features of them are known, and each says
     so much that a few hundred are not learnt by heart (docs/explanation/choices.md).
     """
-    options, size = job.options, min(job.options.batch_size, DENSE_BATCH)
-    job = replace(job, options=replace(options, batch_size=size))
-    learning, usual = job.training(calibration), math.ceil(DENSE_STEPS * options.tuned_steps)
-    count = len(learning.images)
+    options, count = job.options, len(job.images) - calibration.held
+    size = min(options.batch_size, DENSE_BATCH, count)
+    learning = replace(job, options=replace(options, batch_size=size)).training(calibration)
+    usual = math.ceil(DENSE_STEPS * options.tuned_steps)
     steps = options.tuning_steps or min(usual, math.ceil(ROUNDS * count / size))
-    _log_time(job, "blocks", steps, size, count, lambda: learning.loss(slim))
     model = copy.deepcopy(slim)
     stack = stack_of(model)
     trained: nn.Module = model if stack is None else stack.blocks
+    what = "all weights" if stack is None else "blocks"
+    _log_time(job, what, steps, size, count, lambda: learning.loss(slim))
     weights = [*trained.requires_grad_(True).parameters()]
     rate = options.tuning_lr
     if rate is None:
-        few = replace(job, amp=False).training(calibration).part(0, size)
+        few = learning.part(0, size)
+        few.amp = False
         rate = min(RATE * max(min(distance, 1.0), LEAST), best_step(lambda: few.loss(model), weights))
     warm_up, reporter = math.ceil(DENSE_WARM_UP * steps), job.reporter
     minimise(lambda: learning.loss(model), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=reporter)
@@ -167,12 +168,12 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Callable[[], Any]) -> None:
+def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Callable[[], Tensor]) -> None:
     """Log how long tuning takes: a step makes ``runs``, and the last one backwards, which counts twice."""
     ticks = [time.perf_counter()]
     for run in runs:
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
-            float(tree_leaves(run())[0].sum())  # waits for the device
+            float(run().sum())  # waits for the device
         ticks.append(time.perf_counter())
     minutes = steps * (ticks[-1] - ticks[0] + 2 * (ticks[-1] - ticks[-2])) / 60
     job.reporter.log(
@@ -211,7 +212,7 @@ def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
     """Return a random part of each image, half to all of its area, at the same size; half of them mirrored.
 
-    Without crops a few hundred images are learnt by heart (docs/explanation/choices.md).
+    Without crops the answers of a few hundred images are learnt by heart (docs/explanation/choices.md).
     """
     count = len(images)
     side = torch.rand(count, generator=generator).mul(0.5).add(0.5).sqrt()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -132,6 +132,19 @@ class _Seen(BaseException):
     """Ends a run of the whole model. Not an Exception, which the model might catch."""
 
 
+@contextmanager
+def _until_seen(model: nn.Module) -> Iterator[None]:
+    """End a run at :class:`_Seen`; undo what transformers 4 puts in place of ``forward`` meanwhile."""
+    before = [(module, vars(module).get("forward")) for module in model.modules()]
+    try:
+        yield
+    except _Seen:
+        for module, forward in before:
+            vars(module).pop("forward", None)
+            if forward is not None:
+                vars(module)["forward"] = forward
+
+
 def record(
     model: nn.Module,
     name: str,
@@ -150,7 +163,7 @@ def record(
         count: number of images; fewer are taken if there are no more.
         loss: receives gradients.
         stops: whether a run may end at the submodule, once it is known what is read of it: what comes after
-            takes time for nothing. Runs do if those before called the submodule once each.
+            takes time for nothing. It does if those before called the submodule as often as there were runs.
 
     Raises:
         DataError: the submodule is not called.
@@ -187,12 +200,12 @@ def record(
         if ends:
             raise _Seen
 
-    ends = False  # runs, at the submodule
+    ends = False  # the run, at the submodule
     for ran, run in enumerate(runs):
         try:
             if outputs and (loss is None or loss.images >= _DIFFERENTIATED):
                 ends = stops and sum(map(len, calls.values())) == ran
-                with torch.no_grad(), suppress(_Seen), _watched(part, note, lambda output: output):
+                with torch.no_grad(), _until_seen(model), _watched(part, note, lambda output: output):
                     run()
             else:
                 outputs |= _outputs_read(part, run, note, loss)

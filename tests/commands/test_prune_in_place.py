@@ -126,6 +126,23 @@ def test_runs_end_at_a_submodule_that_is_called_once(calls, runs, images):
     assert len(read) == calls * runs
 
 
+def test_runs_that_end_early_leave_no_forward_replaced(images):
+    """transformers 4 collects hidden states by functions in place of ``forward``, without ``finally``."""
+    model = build()
+    layer, whole = model.backbone.layer[0], model.forward
+
+    def forward(batch):
+        own = layer.forward
+        layer.forward = lambda *args, **named: own(*args, **named)
+        output = whole(batch)
+        del layer.forward
+        return output
+
+    model.forward = forward
+    mhacut.prune_(model, "backbone", images=images.split(8), **QUICK)
+    assert "forward" not in vars(layer)
+
+
 def test_a_submodule_of_tokens_and_a_timm_model(images):
     class Around(nn.Module):
         def __init__(self):
