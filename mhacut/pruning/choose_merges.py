@@ -108,7 +108,7 @@ class MergeSearch:
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merges to as many as can be."""
         costs = block_costs(self.job, self.tokens)
-        scale = _DENSE_SCALE if self.job.dense else 1
+        scale = _DENSE_SCALE if self.job.copied else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
         cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
