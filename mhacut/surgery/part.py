@@ -162,8 +162,8 @@ def record(
         runs: functions that each run one batch through the whole model, and return what it gives.
         count: number of images; fewer are taken if there are no more.
         loss: receives gradients.
-        stops: whether a run may end at the submodule, once it is known what is read of it: what comes after
-            takes time for nothing. It does if those before called the submodule as often as there were runs.
+        stops: whether runs may end at the submodule, once it is known what is read of it. They do if each
+            run before called it once.
 
     Raises:
         DataError: the submodule is not called.
