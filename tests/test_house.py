@@ -19,7 +19,7 @@ LINES = {
     "cli": 1305,
     "commands": 3682,
     "data": 1518,
-    "exporting": 1450,
+    "exporting": 1461,
     "finetuning": 2173,
     "flatten": 1505,
     "inspection": 650,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import io
 import logging
@@ -292,8 +293,18 @@ def write_ir(
 
 
 def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: int) -> Runner:
-    """Return a runner of ``model`` in OpenVINO on the CPU in float32, for any batch size."""
-    return _openvino_runner(_openvino_model(onnx_content(model, size)), threads)
+    """Return a runner of ``model`` in OpenVINO on the CPU in float32, compiled for each batch size it meets.
+
+    OpenVINO advises to fix shapes: a ViT-Ti that merges tokens takes an eighth less time for one image.
+    """
+    converted = _openvino_model(onnx_content(model, size))
+
+    @functools.cache
+    def for_batch(count: int) -> Runner:
+        converted.reshape([count, *size])
+        return _openvino_runner(converted, threads)
+
+    return lambda images: for_batch(len(images))(images)
 
 
 def openvino_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:

@@ -11,9 +11,10 @@ from torch import nn
 
 import mhacut
 from helpers.cli import run
+from mhacut.checkpoint.load import load_model
 from mhacut.commands import export as exporting
 from mhacut.errors import MhacutError, OutputError, UsageError
-from mhacut.exporting.runtimes import onnx_program, openvino_program, part_content
+from mhacut.exporting.runtimes import onnx_program, openvino_program, openvino_runner, part_content
 
 installed = pytest.mark.skipif(
     importlib.util.find_spec("openvino") is None, reason="openvino, an extra, is not installed"
@@ -94,6 +95,15 @@ def test_it_is_timed(slim_of):
     result = mhacut.bench(slim_of("vit"), runtime="openvino", threads=1, batch_sizes=(2,), seconds=0.01)
     assert (result.runtime, result.device) == ("openvino", "cpu")
     assert result.models[0].timings[0].median_ms > 0
+
+
+@installed
+def test_it_is_compiled_for_each_batch(slim_of):
+    model = load_model(slim_of("vit"))
+    runner = openvino_runner(model, (3, 32, 32), threads=1)
+    for count in (2, 1, 2):
+        images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        assert torch.allclose(runner(images), model(images), atol=1e-5)
 
 
 @installed
