@@ -98,12 +98,22 @@ def test_it_is_timed(slim_of):
 
 
 @installed
-def test_it_is_compiled_for_each_batch(slim_of):
+def test_it_is_compiled_for_the_batch(slim_of, monkeypatch):
+    import openvino
+
+    compiled, compile_model = [], openvino.compile_model
+
+    def recording(model, *settings):
+        compiled.append(model.input(0).shape[0])
+        return compile_model(model, *settings)
+
+    monkeypatch.setattr(openvino, "compile_model", recording)
     model = load_model(slim_of("vit"))
     runner = openvino_runner(model, (3, 32, 32), threads=1)
-    for count in (2, 1, 2):
+    for count in (2, 1, 1):
         images = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
         assert torch.allclose(runner(images), model(images), atol=1e-5)
+    assert compiled == [2, 1]
 
 
 @installed
