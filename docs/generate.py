@@ -242,7 +242,7 @@ def results_table(name: str) -> str:
     versions = [f"{part} {machine[part]}" for part in ("torch", "timm")]
     made = "; ".join([machine["cpu"], *versions, f"seed {seed}", *common])
     if tuned := next((row["finetuned"] for row in rows if "finetuned" in row), None):
-        made += f"; fine-tuned for {tuned['steps']} steps, {len(tuned['seeds'])} seed(s)"
+        made += f"; fine-tuned for {tuned['steps']} steps, up to {len(tuned['seeds'])} seeds"
     return "\n".join([*lines, "", f"{made}. Rows: `results/{name}.json`."])
 
 
