@@ -455,10 +455,11 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         if unused := [name for name in names if name not in called]:
             prunable = prunable.without(unused, f"does not run for {preserved}")
 
+    dense_flops = measure_flops(dense, size)
+
     def table(counted: nn.Module) -> CostTable:
         """Count ``counted``, which is ``dense`` with fewer tokens; the dense FLOPs are those of ``dense``."""
-        costs = build_cost_table(counted, prunable, size)
-        return costs if counted is dense else replace(costs, dense=measure_flops(dense, size))
+        return replace(build_cost_table(counted, prunable, size), dense=dense_flops)
 
     kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
     units = prunable.units(kinds)

@@ -181,8 +181,8 @@ class MergeSearch:
             widths = job_widths(job, limits, curves, table, close_gap=False)
             return choice_of(schedules[index], table, widths)
 
-        def worth(index: int, counted: bool = False) -> float:
-            at_index = choice(index, counted)
+        def worth(index: int) -> float:
+            at_index = choice(index)
             return math.inf if at_index is None else at_index.predicted
 
         # Too few merges cost channels, too many cost tokens: there is one valley, whose left side may be
@@ -196,7 +196,8 @@ class MergeSearch:
                 high = right - 1
         # No merges are no part of the valley where merging takes time that its FLOPs do not show.
         near = range(low, min(high + 2, len(schedules)))
-        best = min({0, *near, len(schedules) - 1}, key=lambda index: worth(index, close_gap))
+        ranked = sorted({0, *near, len(schedules) - 1}, key=worth)
+        best = next((index for index in ranked if choice(index, close_gap) is not None), ranked[0])
         chosen = choice(best, close_gap)
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
             schedule = min((schedules[0], schedules[-1]), key=lambda one: excess(self.table(one)))
