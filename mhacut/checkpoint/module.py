@@ -65,12 +65,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     check_finite(source, model)
     identity = identity_of(model, architecture, checked_model_args(hints.model_args))
     return Checkpoint.of_model(
-        model,
-        identity,
-        source=source,
-        stem=architecture,
-        dtypes=_dtypes(module),
-        cfg_origin="module",
+        model, identity, source=source, stem=architecture, dtypes=_dtypes(module), cfg_origin="module"
     )
 
 

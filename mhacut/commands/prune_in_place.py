@@ -22,7 +22,7 @@ from mhacut.commands.prune_targets import Flops
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.option import lists_options
-from mhacut.options.prune import EFFORTS, SearchOptions
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
@@ -127,7 +127,7 @@ def prune_(
     with reporting(reporter, progress) as display:
         display.start("reading")
         with _in_eval_mode(model):
-            wanted, given = EFFORTS[search.effort].calibration_images, None if loss is None else Loss(loss)
+            wanted, given = search.work.calibration_images, None if loss is None else Loss(loss)
             stops = not callable(images)  # a function may go on after its forward pass
             recorded = record(model, name, _runs(model, images), wanted, given, stops=stops)
             dense = copy.deepcopy(module).float().requires_grad_(False)

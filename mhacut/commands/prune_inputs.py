@@ -117,11 +117,7 @@ class Validation:
         self.reporter.start("evaluating")
         answers: list[tuple[Tensor, Tensor]] = []
         evaluation = evaluate(
-            model,
-            self.batches,
-            device=self.processes.device,
-            progress=self.reporter.advance,
-            answers=answers,
+            model, self.batches, device=self.processes.device, progress=self.reporter.advance, answers=answers
         )
         logits, labels = map(torch.cat, zip(*answers, strict=True))
         named = None if self.no_accuracy else replace(evaluation, sample=self.sample)

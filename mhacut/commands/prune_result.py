@@ -22,7 +22,7 @@ from mhacut.errors import BudgetError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.options.base import IN_MEMORY, PathLike
-from mhacut.options.prune import BOUNDS, EFFORTS
+from mhacut.options.prune import BOUNDS
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Constraint
@@ -290,7 +290,7 @@ def _ways_to_lose_less(
             yield f"mhacut.finetune({str(result.output)!r}, {', '.join(given)}) recovers some of it"
     if options.effort != "best" and by_curves:
         yield f"{option_name('effort', 'best')} takes longer and loses less"
-    images, wanted = len(inputs.images.images), EFFORTS[options.effort].calibration_images
+    images, wanted = len(inputs.images.images), options.work.calibration_images
     if inputs.images.synthetic:
         yield f"{option_name('data_dir')}: images of your own, in place of synthetic ones"
     elif images < wanted:

@@ -157,11 +157,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     size = options.batch_size or (16 if few else 64)
     options = replace(options, batch_size=size)
     labelled = partial(
-        evaluation_loader,
-        preprocessing,
-        options,
-        num_classes=classes,
-        batch_size=max(size, 64),
+        evaluation_loader, preprocessing, options, num_classes=classes, batch_size=max(size, 64)
     )
     validation = _validation_images(options, labelled, classes, processes, reporter)
     spare = min(_MOST_HELD_OUT, images.count // 10, images.count - size * parts)

@@ -59,13 +59,17 @@ class Work:
     calibration_images: int
     heal_steps: int
     tuning_steps: int
+    replayed_images: int = 16
+    """Images on which layers are run again for their curves."""
+    mlp_rows: int = 1
+    """One in so many tokens counts for the moments of MLPs."""
 
 
-# docs/guides/prune.md has the accuracy, time and memory of each.
+# docs/guides/prune.md has the accuracy, time and memory of each, docs/explanation/choices.md the reasons.
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(calibration_images=128, heal_steps=0, tuning_steps=0),
-    "balanced": Work(calibration_images=256, heal_steps=40, tuning_steps=150),
-    "best": Work(calibration_images=1024, heal_steps=40, tuning_steps=1250),
+    "fast": Work(128, 0, 0, replayed_images=8, mlp_rows=2),
+    "balanced": Work(256, 40, 150),
+    "best": Work(1024, 40, 1250),
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
@@ -80,7 +84,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Amount of work: for a DeiT-S on two cores, fast takes 70 s; balanced 100 s, or 8 minutes where much is
+    """Amount of work: for a DeiT-S on two cores, fast takes 55 s; balanced 90 s, or 8 minutes where much is
     lost; best still longer if there are thousands of images."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Images per batch."""
@@ -157,14 +161,19 @@ class SearchOptions(Options, panel="Research switches"):
         return 0 if self.repair else UNREPAIRED_GAIN_STEPS
 
     @property
+    def work(self) -> Work:
+        """Amount of work that the effort stands for."""
+        return EFFORTS[self.effort]
+
+    @property
     def healed_steps(self) -> int:
         """Steps that train each block by itself."""
-        return EFFORTS[self.effort].heal_steps if self.heal_steps is None else self.heal_steps
+        return self.work.heal_steps if self.heal_steps is None else self.heal_steps
 
     @property
     def tuned_steps(self) -> int:
         """Steps that train all weights at once."""
-        return EFFORTS[self.effort].tuning_steps if self.tuning_steps is None else self.tuning_steps
+        return self.work.tuning_steps if self.tuning_steps is None else self.tuning_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -332,6 +341,4 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     @property
     def images_wanted(self) -> int:
         """``calibration_images``, or the number that the effort stands for."""
-        if self.calibration_images is not None:
-            return self.calibration_images
-        return EFFORTS[self.effort].calibration_images
+        return self.calibration_images or self.work.calibration_images

@@ -36,8 +36,6 @@ Curve = Mapping[int, float]
 """Estimated KL divergence in nats at each width; 0 at the dense width."""
 MOST_WIDTHS = 8
 """Widths at which an error is measured; between them the logarithm of the error is interpolated."""
-REPLAYED = 16
-"""Calibration images on which layers are run again (docs/explanation/choices.md)."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
 an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
@@ -154,7 +152,8 @@ def _curves_by_runs(
             module = job.model.get_submodule(layer.name)
             hooks.append(module.register_forward_hook(replay(layer, units), with_kwargs=True))
     with registered(hooks):
-        for images in job.images[:REPLAYED].split(WITHOUT_GRADIENTS * job.options.batch_size):
+        replayed = job.images[: job.options.work.replayed_images]
+        for images in replayed.split(WITHOUT_GRADIENTS * job.options.batch_size):
             count = len(images)
             if hooks:
                 job.model(images.to(job.device))

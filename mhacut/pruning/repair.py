@@ -73,12 +73,7 @@ def reconstruct(
     model, prunable, options = copy.deepcopy(job.model), job.prunable, job.options
     if options.repair:
         repairs = repair(
-            model,
-            prunable,
-            plan,
-            calibration.moments,
-            candidates=candidates,
-            progress=job.reporter.advance,
+            model, prunable, plan, calibration.moments, candidates=candidates, progress=job.reporter.advance
         )
         units = tuple(repairs[unit.key].plan if unit.key in repairs else unit for unit in plan)
         plan = Plan(units, tokens_of(model))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build, image
 from mhacut.linalg.reconstruction import RIDGES
-from mhacut.options.prune import SearchOptions
+from mhacut.options.prune import SearchOptions, Work
 from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
@@ -37,7 +37,7 @@ IMAGES = 120  # so many that no unit has few rows for its channels
 
 
 def curves_on_all_images(job, calibration, candidates):
-    with patch.object(module_under_test, "REPLAYED", len(job.images)):
+    with patch.object(SearchOptions, "work", Work(0, 0, 0, replayed_images=len(job.images))):
         return sensitivity_curves(job, calibration, candidates)
 
 
