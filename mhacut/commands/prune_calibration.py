@@ -129,7 +129,6 @@ def conditions(job: Job) -> dict[str, str]:
         "number of images": str(len(job.images)),
         "images": _digest({"": job.images}),
         "batch_size": str(job.options.batch_size),
-        "rows of MLPs": f"1 in {job.options.work.mlp_rows}",
         "Fisher information": f"{fisher.images} images, seed {fisher.seed}" if fisher.images else "none",
         "token_weights": "on" if fisher.images and fisher.token_importance else "off",
         "preserved outputs": json.dumps(preserved.to_json()),

@@ -56,7 +56,7 @@ from mhacut.runtime.device import software_versions, warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.process import worker_count
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.costs import CostTable, Dtypes, build_cost_table
+from mhacut.surgery.costs import Dtypes, build_cost_table
 from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
 from mhacut.surgery.find import classifier_size, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops
@@ -451,12 +451,13 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         if unused := [name for name in names if name not in called]:
             prunable = prunable.without(unused, f"does not run for {preserved}")
 
-    dense_flops = measure_flops(dense, size)
-
-    def table(counted: nn.Module) -> CostTable:
-        """Count ``counted``, which is ``dense`` with fewer tokens; the dense FLOPs are those of ``dense``."""
-        return replace(build_cost_table(counted, prunable, size), dense=dense_flops)
-
+    unmerged = with_tokens(model, replace(tokens, merged=merged, copied=copied))
+    table, fewest = build_cost_table(unmerged, prunable, size), None
+    if unmerged is not dense:
+        table = replace(table, dense=measure_flops(dense, size))
+    if merges:
+        most_merged = build_cost_table(with_all_merged(model, size, copied), prunable, size)
+        fewest = replace(most_merged, dense=table.dense)
     kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
     units = prunable.units(kinds)
     # Kernels of GPUs work on tiles of 16; narrow layers would be left with few widths to choose from.
@@ -466,13 +467,13 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         model=model,
         prunable=prunable,
         units=units,
-        table=table(with_tokens(model, replace(tokens, merged=merged, copied=copied))),
+        table=table,
         images=torch.empty(0, *size),
         options=options,
         round_to=options.round_to or (_GPU_MULTIPLE if on_gpu and wide else MULTIPLE),
         amp=options.amp,
         reporter=reporter,
-        fewest=table(with_all_merged(model, size, copied)) if merges else None,
+        fewest=fewest,
         preserved=preserved,
         merged=merged,
         copied=copied,

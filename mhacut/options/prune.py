@@ -61,13 +61,11 @@ class Work:
     tuning_steps: int
     replayed_images: int = 16
     """Images on which layers are run again for their curves."""
-    mlp_rows: int = 1
-    """One in so many tokens counts for the moments of MLPs."""
 
 
 # docs/guides/prune.md has the accuracy, time and memory of each, docs/explanation/choices.md the reasons.
 EFFORTS: Mapping[str, Work] = {
-    "fast": Work(128, 0, 0, replayed_images=8, mlp_rows=2),
+    "fast": Work(128, 0, 0, replayed_images=8),
     "balanced": Work(256, 40, 150),
     "best": Work(1024, 40, 1250),
 }
@@ -84,7 +82,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Amount of work: for a DeiT-S on two cores, fast takes 55 s; balanced 90 s, or 8 minutes where much is
+    """Amount of work: for a DeiT-S on two cores, fast takes 60 s; balanced 90 s, or 8 minutes where much is
     lost; best still longer if there are thousands of images."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Images per batch."""

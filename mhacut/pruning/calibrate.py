@@ -59,7 +59,6 @@ def calibrate(
     *,
     batch_size: int,
     fisher: FisherOptions | None = None,
-    mlp_rows: int = 1,
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
@@ -74,7 +73,6 @@ def calibrate(
         batch_size: images at a time.
         fisher: how to estimate the Fisher information, and what outputs to gather; None: no estimate, and the
             model's own outputs.
-        mlp_rows: one in so many tokens counts for the moments of MLPs, where an image has many.
         reporter: advances with the images, those to differentiate counted twice.
         processes: processes that share the images; None for this one alone.
 
@@ -101,9 +99,7 @@ def calibrate(
     preserved = preserved.thinned(model, images[:1].to(device), count)
     spill = spill_for(prunable, device, processes)
     gathered = {
-        unit.key: UnitSums(
-            unit, information, output_gram_of(model, layer) if unit.linear else None, spill, mlp_rows
-        )
+        unit.key: UnitSums(unit, information, output_gram_of(model, layer) if unit.linear else None, spill)
         for layer in prunable.layers
         for unit in layer.units
     }

@@ -2,7 +2,7 @@
 
 For a growing number of merges, each with the best schedule for its FLOPs, channels get the rest of the
 budget; the schedule with the least predicted divergence is taken. Merges make channels cheaper too, so the
-cost table is counted again for every schedule that is tried.
+cost table is estimated for every schedule that is tried, and counted for the one taken.
 """
 
 from __future__ import annotations
@@ -197,15 +197,14 @@ class MergeSearch:
         # No merges are no part of the valley where merging takes time that its FLOPs do not show.
         near = range(low, min(high + 2, len(schedules)))
         ranked = sorted({0, *near, len(schedules) - 1}, key=worth)
-        best = next((index for index in ranked if choice(index, close_gap) is not None), ranked[0])
-        chosen = choice(best, close_gap)
+        chosen = next(filter(None, (choice(index, close_gap) for index in ranked)), None)
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
             schedule = min((schedules[0], schedules[-1]), key=lambda one: excess(self.table(one)))
             return choice_of(schedule, self.table(schedule), job.least_widths)
         if not close_gap:
             return chosen
         widths = job_widths(job, limits, curves, chosen.table)
-        schedule = self._filling(best, widths, limits)
+        schedule = self._filling(schedules.index(chosen.merged), widths, limits)
         return choice_of(schedule, self.table(schedule), widths)
 
     def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:

@@ -129,7 +129,6 @@ class Job:
             self.images,
             batch_size=self.options.batch_size,
             fisher=self.fisher_options,
-            mlp_rows=self.options.work.mlp_rows,
             reporter=self.reporter,
             processes=processes,
         )

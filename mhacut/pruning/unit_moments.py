@@ -26,8 +26,6 @@ from mhacut.surgery.find import PrunableLayers
 
 MOST_BYTES = 2**30
 """Size above which moments on the CPU are kept in a temporary file."""
-MANY_ROWS = 128
-"""Rows of an image of which a part will do."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,6 @@ class UnitSums:
         fisher: FisherInformation,
         output_gram: Tensor | None = None,
         spill: Spill | None = None,
-        mlp_rows: int = 1,
     ) -> None:
         """Start from nothing.
 
@@ -94,10 +91,8 @@ class UnitSums:
             fisher: weights of their tokens.
             output_gram: [H, d_v, d_v], needed for linear attention only.
             spill: where second moments lie; None for memory.
-            mlp_rows: one in so many rows of hidden channels counts, where an image has many.
         """
         self.unit, self.fisher, self.output_gram, self.spill = unit, fisher, output_gram, spill
-        self.every = mlp_rows if unit.kind == "hidden" else 1
         self.sums: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
 
@@ -122,13 +117,7 @@ class UnitSums:
         if hook == "value":  # before attention; similarity alone needs it
             self._add_gram(hook, channels.flatten(0, -3).transpose(0, 1))  # (H, B * N, d)
         else:
-            rows = channels.flatten(-2).flatten(0, -2)
-            if self.every > 1 and len(rows) >= MANY_ROWS * images:
-                # By chance, since strides meet patterns; the same in every process.
-                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).to(rows.device)
-                chosen = order[: len(rows) // self.every]
-                rows, weights = rows[chosen], None if weights is None else weights[chosen]
-            self._add_moments(hook, Moments.of(rows, weights), held)
+            self._add_moments(hook, Moments.of(channels.flatten(-2).flatten(0, -2), weights), held)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
         """Add features or values, (B, H, N, d), once query, key and value of a batch are there."""

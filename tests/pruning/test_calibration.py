@@ -56,22 +56,6 @@ def moments(x):
     return Moments(x.shape[-2], x.sum(-2), x.mT @ x)
 
 
-@pytest.mark.parametrize(("size", "part"), [(8, 1), (24, 2)])
-def test_half_of_many_tokens_will_do_for_moments_of_an_mlp(size, part):
-    """Of 145 tokens; of the 17 of a small image, all count."""
-    it = Calibrated(ModelCase(TINY.architecture, {**SMALL, "img_size": size * 2, "patch_size": 4}), images=40)
-    every, some = it.found.moments, it.run(mlp_rows=2).moments
-    tokens = (size // 2) ** 2 + 1
-    for key, whole in every.items():
-        (found, *_), (expected, *_) = some[key].fit, whole.fit
-        if key[1] != "hidden" or part == 1:
-            same(found, expected, bound=0)
-            continue
-        assert expected.rows == 30 * tokens
-        assert found.rows == pytest.approx(15 * tokens, abs=8)
-        assert relative(found.covariance, expected.covariance) < 0.1
-
-
 def test_moments_are_those_of_what_hooks_see():
     it = Calibrated()
     block, seen = it.model.blocks[1], {}
