@@ -26,7 +26,7 @@ LINES = {
     "linalg": 901,
     "measuring": 860,
     "options": 1476,
-    "pruning": 4573,
+    "pruning": 4576,
     "report": 1200,
     "runtime": 1028,
     "surgery": 2870,

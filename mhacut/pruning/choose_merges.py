@@ -130,6 +130,7 @@ class MergeSearch:
         assert stack is not None
         after = [total - merged for merged in accumulate(schedule)]
         before = [total, *after[:-1]]
+        after[self.last :] = [total] * (len(after) - self.last)  # it computes as many for any schedule
         layers = []
         for cost in job.table.layers:
             block, attends = stack.block_of(cost.layer.name), cost.layer.adapter.family == "attention"
@@ -144,9 +145,11 @@ class MergeSearch:
                 dense, squares = cost.at({}) - cost.at({unit.key: 0}), unit.heads * unit.width * pairs
                 flops[unit.kind] = round(((dense - squares) * share + squares * share**2) / unit.width)
             layers.append(LayerCost(cost.layer, (Polynomial(flops, {}),)))
-        matched = [n - self.tokens.prefix for n, count in zip(before, schedule, strict=True) if count]
-        fixed = job.table.fixed + sum((n // 2) ** 2 for n in matched) * stack.width
-        return CostTable(fixed, tuple(layers), job.table.dense)
+        halves = [(n - self.tokens.prefix) // 2 for n in before]
+        # Both products of a merge, less the two norms of a block, which count 5 FLOPs per value.
+        merging = sum(half * (half + count) for half, count in zip(halves, schedule, strict=True) if count)
+        normed = sum(5 * (2 * total - n - left) for n, left in zip(before, after, strict=True))
+        return CostTable(job.table.fixed + (merging - normed) * stack.width, tuple(layers), job.table.dense)
 
     def choose(
         self, limits: Limits, curves: Mapping[UnitKey, Curve], *, close_gap: bool = True

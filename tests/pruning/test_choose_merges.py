@@ -148,6 +148,20 @@ def test_errors_of_dense_features_add_up_and_those_of_answers_grow_faster():
         assert divergence_by_cut(0.2, dense) == pytest.approx(grows * divergence_by_cut(0.1, dense))
 
 
+@pytest.mark.parametrize(("share", "level"), [(0.65, 1), (0.65, 0.01), (0.5, 3)])
+def test_flops_of_schedules_that_are_ranked_are_nearly_those_counted(model, share, level):
+    job = job_of(model, image(VIT, batch=2), counted=True)
+    search = MergeSearch(job, None, replace(TYPICAL, level=level * TYPICAL.level))
+    curves = {
+        unit.key: {width: (1 - width / unit.width) ** 2 for width in job.choices[unit.key]}
+        for unit in job.units
+    }
+    ranked = search.choose(flops_limit(job, share), curves, close_gap=False)
+    counted = search.table(ranked.merged)
+    assert any(ranked.merged)
+    assert ranked.table.flops({}) == pytest.approx(counted.flops({}), rel=3e-3)
+
+
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):
     job = job_of(model, image(VIT, batch=2), counted=True)
     search = MergeSearch(job, None, TYPICAL)
