@@ -16,8 +16,8 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
     "checkpoint": 5562,
-    "cli": 1305,
-    "commands": 3680,
+    "cli": 1308,
+    "commands": 3689,
     "data": 1518,
     "exporting": 1461,
     "finetuning": 2169,
@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4576,
     "report": 1200,
     "runtime": 1028,
-    "surgery": 2870,
+    "surgery": 2880,
     "top": 823,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

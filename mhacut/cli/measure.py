@@ -82,24 +82,25 @@ def bench(options: BenchOptions, console: Console) -> None:
 
 def _benched(result: BenchResult) -> str:
     costs = [["", "FLOPs", "parameters", "file, MB"]]
-    times = [["", "batch", "ms", "+-", "images/s", "ratio", "saved", "peak MiB"]]
+    times = [["", "batch", "ms", "+-", "images/s", "ratio", "saved", "executed", "peak MiB"]]
     for number, model in enumerate(result.models, start=1):
         size = "" if model.file_bytes is None else f"{model.file_bytes / 1e6:.1f}"
         costs.append([_name(number, model), format_flops(model.flops), format_flops(model.parameters), size])
     for index in range(len(result.models[0].timings)):
         for number, model in enumerate(result.models, start=1):
             times.append([f"[{number}]", *_cells(model.timings[index])])
-    if not any(row[-1] for row in times[1:]):
-        times = [row[:-1] for row in times]
+    told = any(row[-2] for row in times[1:])
+    filled = [column for column in zip(*times, strict=True) if any(column[1:])]
     return "\n".join(
         [
             table(costs),
             "",
-            table(times),
+            table(list(zip(*filled, strict=True))),
             "",
             f"{result.runtime}, {result.dtype} on {safe(result.device)}, {result.threads} thread(s)",
             "ratio: median time relative to [1] in the same round; saved: share of the saved FLOPs that "
             "became saved time",
+            *["executed: multiply-accumulates that run, padding included, relative to [1]"] * told,
         ]
     )
 
@@ -110,6 +111,7 @@ def _name(number: int, model: BenchedModel) -> str:
 
 def _cells(timing: Timing) -> list[str]:
     saved = "" if timing.saving_realised is None else f"{100 * timing.saving_realised:.0f}%"
+    executed = "" if timing.executed is None else f"{100 * timing.executed:.1f}%"
     peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"
     rate = 1000 * timing.batch_size / timing.median_ms
     ratio = f"{100 * timing.ratio:.1f}%"
@@ -120,6 +122,7 @@ def _cells(timing: Timing) -> list[str]:
         f"{rate:.1f}",
         ratio,
         saved,
+        executed,
         peak,
     ]
 

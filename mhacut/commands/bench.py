@@ -30,7 +30,7 @@ from mhacut.options.option import lists_options
 from mhacut.runtime.device import default_torch, many_compiled, refusing_compile
 from mhacut.runtime.files import REMOTE
 from mhacut.runtime.progress import Reporter, reporting
-from mhacut.surgery.flops import count_parameters, measure_flops
+from mhacut.surgery.flops import count_parameters, executed_flops, measure_flops
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -52,6 +52,8 @@ class Timing:
     saving_realised: float | None
     """Fraction of time saved relative to the first checkpoint, divided by the fraction of FLOPs saved; None
     if no FLOPs were saved."""
+    executed: float | None
+    """Multiply-accumulates that run, relative to the first checkpoint's; in eager PyTorch on CPUs only."""
     peak_mib: float | None
     """Peak memory on a GPU of its weights, its images and what a run takes; None on the CPU."""
     runs: int
@@ -150,7 +152,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
         timings = []
         reporter.start("timing")
         for batch_size in options.batch_sizes:
-            timings.append(_timings(entries, batch_size, options.seconds, device))
+            timings.append(_timings(entries, batch_size, options.seconds, conditions))
             reporter.advance(len(timings), len(options.batch_sizes), f"batch {batch_size}")
     models = tuple(
         BenchedModel(
@@ -192,22 +194,26 @@ def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[
 
 
 def _timings(
-    entries: Sequence[_Entry], batch_size: int, seconds: float, device: torch.device
+    entries: Sequence[_Entry], batch_size: int, seconds: float, conditions: Conditions
 ) -> list[Timing]:
     """Time all checkpoints at one batch size."""
+    device = conditions.device
     images = [fixed_images(batch_size, entry.size).to(device) for entry in entries]
     runs = [run_of(entry.program, x) for entry, x in zip(entries, images, strict=True)]
     with refusing_compile(option_name("runtime", "compile")):
         times = take_turns(runs, seconds=seconds, device=device)
+    counts = conditions.runtime == "eager" and device.type == "cpu"
+    executed = [executed_flops(run) for run in runs] if counts else []
     return [
         timing_of(
             batch_size,
             per_run,
             times[0],
             saved_flops=0 if entry.int8 else 1 - entry.flops / entries[0].flops,  # INT8 saves time otherwise
+            executed=executed[index] / executed[0] if counts else None,
             peak_mib=_peak_mib(entry, run, batch_size, device) if device.type == "cuda" else None,
         )
-        for entry, run, per_run in zip(entries, runs, times, strict=True)
+        for index, (entry, run, per_run) in enumerate(zip(entries, runs, times, strict=True))
     ]
 
 
@@ -217,6 +223,7 @@ def timing_of(
     first: Sequence[float],
     *,
     saved_flops: float,
+    executed: float | None = None,
     peak_mib: float | None,
 ) -> Timing:
     """Summarise the runs of one checkpoint.
@@ -226,6 +233,7 @@ def timing_of(
         times: seconds of each run.
         first: seconds of the first checkpoint's runs in the same rounds.
         saved_flops: fraction of the first checkpoint's FLOPs that this one saves.
+        executed: multiply-accumulates that run, relative to those of the first checkpoint.
         peak_mib: peak memory.
     """
     low, _, high = statistics.quantiles(times, n=4)
@@ -236,6 +244,7 @@ def timing_of(
         spread_ms=1000 * (high - low) / 2,
         ratio=ratio,
         saving_realised=(1 - ratio) / saved_flops if saved_flops > 0 else None,
+        executed=executed,
         peak_mib=peak_mib,
         runs=len(times),
     )

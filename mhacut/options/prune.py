@@ -82,8 +82,8 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Amount of work: for a DeiT-S on two cores, fast takes 60 s; balanced 90 s, or 8 minutes where much is
-    lost; best still longer if there are thousands of images."""
+    """Amount of work: for a DeiT-S on two cores, fast takes a minute; balanced 90 s, or 8 minutes where much
+    is lost; best still longer if there are thousands of images."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Images per batch."""
     seed: int = seed_option()

@@ -130,7 +130,7 @@ class MergeSearch:
         assert stack is not None
         after = [total - merged for merged in accumulate(schedule)]
         before = [total, *after[:-1]]
-        after[self.last :] = [total] * (len(after) - self.last)  # it computes as many for any schedule
+        after[self.last :] = [total] * (len(after) - self.last)  # a block of the tokens read stays
         layers = []
         for cost in job.table.layers:
             block, attends = stack.block_of(cost.layer.name), cost.layer.adapter.family == "attention"

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from mhacut.errors import UnsupportedModelError
 
@@ -44,6 +47,13 @@ _PER_ELEMENT = {
 def measure_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     """Count the FLOPs of one image through ``model``; see :func:`measure_flops_by_module`."""
     return measure_flops_by_module(model, input_size)[""]
+
+
+def executed_flops(run: Callable[[], object]) -> int:
+    """Count the multiply-accumulates of matrix products in ``run()``, zeros that pad attention included."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return int(counter.get_total_flops()) // 2
 
 
 def measure_flops_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:

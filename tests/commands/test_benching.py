@@ -19,6 +19,7 @@ from mhacut.commands import bench as benching
 from mhacut.commands.bench import timing_of
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.measuring.latency import take_turns
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
@@ -61,6 +62,29 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
     asked = {"model": case.architecture, "model_args": {"num_classes": 5}}
     first, second = mhacut.bench(dense, slim, **QUICK, threads=1, **asked).models
     assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
+
+
+@pytest.mark.parametrize(("side", "logits_at"), [(320, 4), (576, 8)])
+def test_what_runs_is_told_with_zeros_that_pad_the_attention_of_large_images(tmp_path, side, logits_at):
+    """Of 3 heads of 24 channels in all: q and k keep 4 of 8 channels, v all of them."""
+    case = ModelCase("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": side})
+    model = build(case)
+    dense = save_dense(model, tmp_path / "dense.safetensors")
+    units = find_prunable_layers(model).units()
+    plan = Plan(tuple(unit.keep_first(4 if unit.kind == "qk" else unit.width) for unit in units))
+    slim = cut_into_file(model, plan, tmp_path / "slim.safetensors", case)
+    asked = {"model": case.architecture, "model_args": {"num_heads": 3, "num_classes": 5}}
+    first, second = mhacut.bench(dense, slim, batch_sizes=(1,), seconds=0.01, **asked).models
+
+    def products(written: int, multiplied: int) -> int:
+        patches = (side // 16) ** 2
+        n = patches + 1
+        linear = patches * 768 * 24 + n * 24 * (3 * (2 * written + 8) + 24 + 2 * 96) + 24 * 5
+        return linear + 3 * n * n * (multiplied + 8)
+
+    assert first.timings[0].executed == 1
+    expected = products(4, logits_at) / products(8, 8)
+    assert second.timings[0].executed == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
