@@ -66,9 +66,6 @@ class Budget:
         6000000
         >>> Budget.parse("12ms", "max_latency").amount(dense=20_000_000)
         12000000
-
-        Raises:
-            UsageError: anything else.
         """
         text = str(text)
         match = _BUDGET.fullmatch(text)

@@ -62,10 +62,6 @@ def option_name(name: str, *value: object) -> str:
 
     >>> option_name("round_to"), option_name("round_to", 8), option_name("labels", False)
     ('round_to', 'round_to=8', 'labels=False')
-
-    Args:
-        name: name of the option, as in Python.
-        value: its value; at most one.
     """
     return _write(name, *value)
 

@@ -160,11 +160,7 @@ class TokenPlan:
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
-        """Return the plan that :meth:`to_json` wrote; the document may come from an untrusted file.
-
-        Raises:
-            PlanError: anything that is not exactly such a document.
-        """
+        """Return the plan that :meth:`to_json` wrote; the document may come from an untrusted file."""
         if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
             raise PlanError(f"a plan of tokens has at most the keys {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])

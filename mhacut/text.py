@@ -62,10 +62,6 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
            dense   slim
     FLOPs  4.61G  2.00G
-
-    Args:
-        rows: cells, the same number in each; a first row of headings is a row like any other.
-        left: so many columns are aligned left, the others right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

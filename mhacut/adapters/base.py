@@ -353,16 +353,7 @@ class Projection:
         hooks: Mapping[str, ActivationHook],
         **further: Any,
     ) -> Unit:
-        """Return the unit of channels that this projection reads.
-
-        Args:
-            layer: name of the layer.
-            kind: ``v`` or ``hidden``.
-            size: heads, and channels of each.
-            written: all other axes of the channels.
-            hooks: hooks of the unit, except for the one on what is read.
-            further: fields of :class:`~mhacut.adapters.base.Unit`.
-        """
+        """Return the unit of channels that this projection reads."""
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),

@@ -22,16 +22,7 @@ _FILL = "init_non_persistent_buffers"
 
 
 def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | None = None) -> nn.Module:
-    """Build the dense model on the meta device: shapes, no memory. The global seed is left alone.
-
-    Args:
-        identity: what to build.
-        limit: tensors of the file that states the identity, of which a model has at least one per block. None
-            for a model that the user named.
-
-    Raises:
-        CheckpointError: timm cannot build it, or it has more blocks than the file has tensors.
-    """
+    """Build the dense model on the meta device: shapes, no memory. The global seed is left alone."""
     import timm
 
     args = identity.model_args

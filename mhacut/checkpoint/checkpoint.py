@@ -53,15 +53,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], hints: ModelHints | None = None) -> Checkpoint:
-        """Read the header of a file, and the record of a slim one.
-
-        Args:
-            source: a safetensors or torch file, or a folder of timm or another library.
-            hints: what the user says about the model in the file.
-
-        Raises:
-            CheckpointError: not a readable checkpoint, or what it states makes no sense.
-        """
+        """Read the header of a file, and the record of a slim one."""
         hints = hints or ModelHints()
         header = read_file_header(source, hints.part)
         of_folder = header.config is not None or bool(header.shards)
@@ -82,19 +74,7 @@ class Checkpoint:
         notes: Sequence[str] = (),
         cfg_origin: str = "default",
     ) -> Checkpoint:
-        """Return the checkpoint of a timm model in memory.
-
-        Args:
-            model: the model, in eval mode, float32; already cut if ``record`` is given.
-            identity: identity of the dense model.
-            source: name for readers.
-            stem: beginning of default output names.
-            record: record of a slim model.
-            dtypes: dtype to write each tensor in; that of the model where missing.
-            sha256: digest of the weights; that of the model's tensors, when it is asked for, if None.
-            notes: lines for the user.
-            cfg_origin: origin of the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.preprocessing`.
-        """
+        """Return the checkpoint of a timm model in memory."""
         tensors = infos(model.state_dict())
         if dtypes is not None:
             tensors = {

@@ -46,15 +46,7 @@ _OTHERS = (
 
 
 def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
-    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a folder.
-
-    Args:
-        source: path of the file or folder.
-        part: entry of a training checkpoint, or module in it, that is the model.
-
-    Raises:
-        CheckpointError: it is not a readable checkpoint; the message says what it looks like instead.
-    """
+    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a folder."""
     path = Path(source)
     if not path.is_dir():
         return _named(_file_header(path, part))
@@ -103,11 +95,7 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the tensors that ``header`` announced: on the CPU, in the file's dtypes, by their names there.
-
-    Raises:
-        CheckpointError: the file cannot be read, or is no longer what the header announced.
-    """
+    """Read the tensors that ``header`` announced: on the CPU, in the file's dtypes, by their names there."""
     names = header.naming.names
     tensors: dict[str, Tensor] = {}
     stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
@@ -131,11 +119,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Read the tensors of these names, on the CPU, in the file's dtypes; they are views of the mapped file.
-
-    Raises:
-        CheckpointError: the file cannot be read, or lacks one of them.
-    """
+    """Memory-map the named tensors on the CPU, in the file's dtypes."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
@@ -147,9 +131,6 @@ def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
     """Return the tensors and the metadata that a safetensors file announces.
 
     The library checks that header and tensors cover the file without holes and overlaps.
-
-    Raises:
-        CheckpointError: the file is cut off or damaged, or announces dtypes that are not supported.
     """
     regular_size(path)  # to open a pipe would block
     try:

@@ -39,16 +39,7 @@ MERGE_FIRST = (
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
-    """Find what is read of a folder.
-
-    Returns:
-        The file with the weights, or the files they are spread over; the content of ``config.json`` or
-        ``open_clip_config.json``, and that of transformers' ``preprocessor_config.json``: untrusted, None
-        where there is none.
-
-    Raises:
-        CheckpointError: there are no weights, or not all shards, or one whole file without a configuration.
-    """
+    """Find what is read of a folder."""
     one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, one)
     if config is None and one is not None:
@@ -112,9 +103,6 @@ def shard_names(index: Path) -> list[str]:
     """Return the names of the shards that an index lists, in order.
 
     The index is untrusted: a name that leads to another folder is refused.
-
-    Raises:
-        CheckpointError: the index cannot be read, or lists no files, or such names.
     """
     files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []

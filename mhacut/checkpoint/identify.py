@@ -31,17 +31,7 @@ from mhacut.surgery.slice import cut
 
 
 def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> Identified:
-    """Build the model that a slim file states, cut it by the plan and compare it with the file's tensors.
-
-    Args:
-        header: header of the file; bounds the size of what is built.
-        record: what the file states.
-        hints: what the user says, which may not contradict it.
-
-    Raises:
-        CheckpointError: the hints contradict the file, or timm cannot build the stated model, or it is far
-            larger than the file, or its tensors are not those of the file.
-    """
+    """Build the model that a slim file states, cut it by the plan and compare it with the file's tensors."""
     where = show(header.path)
     identity = record.identity
     try:
@@ -83,9 +73,6 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
 
     ``num_classes`` is inferred from the classifier's shape and ``img_size`` from a square ``pos_embed`` where
     nobody states them; the notes say so. 0 classes leave the file's classifier out.
-
-    Raises:
-        CheckpointError: no model, or more than one, fits the file.
     """
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:

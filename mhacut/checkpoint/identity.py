@@ -74,11 +74,7 @@ class ModelHints:
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Return arguments of ``timm.create_model`` that describe a model: JSON values, tuples as lists.
-
-    Raises:
-        CheckpointError: an argument loads or places something, or is no JSON value of sane size.
-    """
+    """Return arguments of ``timm.create_model`` that describe a model: JSON values, tuples as lists."""
     if not isinstance(args, Mapping):
         raise CheckpointError(f"model_args: expected an object, found {type(args).__name__}")
     for name in args:
@@ -96,11 +92,7 @@ def checked_model_args(args: object) -> dict[str, Any]:
 
 
 def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
-    """Return the keys of timm's pretrained_cfg that are kept, as JSON values; sources of weights are dropped.
-
-    Raises:
-        CheckpointError: a value is no JSON value of sane size.
-    """
+    """Return timm's pretrained_cfg as JSON values, without the sources of weights."""
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {type(cfg).__name__}")
     # Where weights come from is left out: nothing that a file states may make timm fetch others.

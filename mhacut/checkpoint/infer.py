@@ -46,20 +46,7 @@ class Identified:
 def infer_from_shapes(
     name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], tensors: Tensors, *, bounded: bool = False
 ) -> Identified:
-    """Build model ``name`` with the arguments that the shapes of its tensors show.
-
-    Args:
-        name: architecture in timm.
-        args: arguments of ``timm.create_model``. ``num_classes`` and ``img_size`` are inferred where missing;
-            unless ``bounded``, so are those of :func:`visible_args`. 0 classes leave the classifier out.
-        cfg: timm's pretrained_cfg of the weights.
-        tensors: tensors of the file.
-        bounded: the file itself states the model and its arguments, so that its tensors bound the model's
-            size, see :func:`build_skeleton`.
-
-    Raises:
-        CheckpointError: timm cannot build it.
-    """
+    """Build model ``name`` with the arguments that the shapes of its tensors show."""
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)

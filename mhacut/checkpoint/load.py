@@ -19,17 +19,7 @@ from mhacut.runtime.progress import Reporter
 
 
 def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint; of a file, only the header is read at first.
-
-    Args:
-        source: a safetensors or torch file, a folder, ``hf-hub:OWNER/NAME`` for a folder of the hub, or
-            ``timm:NAME`` for timm's pretrained weights, which are read at once. Content decides the format,
-            not the suffix.
-        hints: fields of :class:`ModelHints`; slim files and ``timm:NAME`` have no ``part``.
-
-    Raises:
-        CheckpointError: the file cannot be read or trusted; nothing was run from it.
-    """
+    """Open a checkpoint; of a file, only the header is read at first."""
     given = ModelHints(**hints)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, given)
@@ -40,26 +30,14 @@ def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
 
 
 def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`.
-
-    Raises:
-        CheckpointError: the file cannot be read, recognised or trusted; nothing was run from it.
-    """
+    """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`."""
     checkpoint = open_checkpoint(source, **hints)
     _ = checkpoint.model
     return checkpoint
 
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
-    """Whether a checkpoint states its own architecture: ``timm:NAME``, a slim file or a folder.
-
-    Args:
-        source: whatever :func:`open_checkpoint` opens.
-        part: as there.
-
-    Raises:
-        CheckpointError: it is not a readable checkpoint.
-    """
+    """Whether a checkpoint states its own architecture: ``timm:NAME``, a slim file or a folder."""
     if isinstance(source, str) and source.startswith(REMOTE):
         return True
     opened = Checkpoint.open(source, ModelHints(part=part))
@@ -72,16 +50,7 @@ def open_from_options(
     *,
     weights: bool = True,
 ) -> Checkpoint:
-    """Open the checkpoint that a command is given, and log what was inferred about it.
-
-    Args:
-        options: options of the command.
-        reporter: log of the command.
-        weights: read the weights at once.
-
-    Raises:
-        CheckpointError: as :func:`read_model`.
-    """
+    """Open the checkpoint that a command is given, and log what was inferred about it."""
     hints = {name: getattr(options, name) for name in ("model", "model_args", "num_classes", "part")}
     checkpoint = open_checkpoint(options.checkpoint, **hints)
     if weights:

@@ -33,13 +33,6 @@ def check_tensors(
 
     The message has counts and the first few names of tensors that are missing, unexpected, or of another
     shape or kind of dtype.
-
-    Args:
-        where: the file, for the message.
-        tensors: tensors of the file, under the names they have in the model.
-        expected: the model, on any device.
-        identity: identity of the dense model, for the message.
-        stated: the file says itself which model it is, so that other arguments cannot help.
     """
     wanted: dict[str, Tensor] = expected.state_dict()
     shared = [name for name in wanted if name in tensors]

@@ -46,17 +46,7 @@ def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
 
 
 def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return the checkpoint of a copy of a timm module, which may be slim, to run it.
-
-    Args:
-        module: on any device, in any mode and dtype; not modified.
-        hints: architecture of a module that does not state it, image size of one that keeps none, and number
-            of classes that it must have.
-
-    Raises:
-        CheckpointError: it is not a timm module, has another number of classes, or holds NaN or infinite
-            values.
-    """
+    """Return the checkpoint of a copy of a timm module, which may be slim, to run it."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, _ = _stated(module, hints)
     source = f"{architecture} in memory"
@@ -75,13 +65,6 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     What is written of it can then be opened from these. ``num_classes`` and ``img_size`` are read off the
     module; other arguments that differ from the architecture's defaults have to be given, unless
     ``load_model`` made the module.
-
-    Args:
-        module: on any device, in any mode and dtype; not modified.
-        hints: its architecture where it does not state it, and the arguments that it was built with.
-
-    Raises:
-        CheckpointError: it is not a timm module, or another model than the one built again.
     """
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)

@@ -37,15 +37,7 @@ _RECORD = "mhacut_pruned"
 
 
 def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tensor], **made: Any) -> None:
-    """Cut a submodule in place, give it tensors, and note at it that it was pruned.
-
-    Args:
-        part: the submodule.
-        name: its name in the model.
-        plan: the cut, with names of layers in the submodule.
-        tensors: its tensors after the cut.
-        made: what else is known of it.
-    """
+    """Cut a submodule in place, give it tensors, and note at it that it was pruned."""
     cls = type(part)  # one that merges tokens is of another class
     cut(part, plan)
     part.load_state_dict(tensors)
@@ -183,11 +175,7 @@ def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> 
 
 
 def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
-    """Return the model of transformers in a folder, float32, in eval mode, and the dtype of its file.
-
-    Raises:
-        MhacutError: there is none, or not all of it; it was pruned already; transformers is not installed.
-    """
+    """Return the model of transformers in a folder, float32, in eval mode, and the dtype of its file."""
     where, given = show(folder), {"local_files_only": True, "output_loading_info": True}
     if (Path(folder) / PRUNED).is_file():
         raise UsageError(f"{where}: was pruned already; give the folder of the dense model")

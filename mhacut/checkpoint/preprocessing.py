@@ -53,10 +53,6 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
 
     Images of a slim file have the size it was cut for, which the option ``img_size`` may have set, not the
     size that its model has by default.
-
-    Raises:
-        UsageError: an override makes no sense, or is an image size the model does not take.
-        DataError: what the file states makes no sense.
     """
     identity = checkpoint.identity
     built_for = checkpoint.input_size
@@ -162,12 +158,7 @@ def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
-    """Return the origins of what :func:`resolve_preprocessing` gives.
-
-    Args:
-        checkpoint: dense or slim.
-        override: options of the command.
-    """
+    """Return the origins of what :func:`resolve_preprocessing` gives."""
     side = override.img_size
     size = checkpoint.input_size if side is None else (0, side, side)
     small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)
@@ -218,19 +209,7 @@ def with_hint(
     *,
     refuse: bool = True,
 ) -> Provenance:
-    """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched.
-
-    Args:
-        stated: origins of ``preprocessing``; where they are stated, nothing is tried.
-        model: classifier; moved to ``device``, in eval mode.
-        preprocessing: preprocessing of ``batches``.
-        batches: batches of labelled images; few hundred are used.
-        device: device to compute on.
-        refuse: what is to be written would state a normalisation that is certainly wrong.
-
-    Raises:
-        UsageError: ``refuse``, and the difference is no chance.
-    """
+    """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched."""
     if stated.normalisation_is_stated:
         return stated
     model.to(device)

@@ -68,11 +68,7 @@ class SlimRecord:
 
     @classmethod
     def from_json(cls, text: str) -> SlimRecord:
-        """Return the record that :meth:`to_json` wrote; the text may come from anyone.
-
-        Raises:
-            CheckpointError: it is too long, not such a document, or of a later format.
-        """
+        """Return the record that :meth:`to_json` wrote; the text may come from anyone."""
         where = f"metadata {METADATA_KEY!r}"
         document = parse_json(text, where)
         version = document.get("format_version")

@@ -26,15 +26,7 @@ _OTHER_CONFIGS = ("open_clip_config.json", "preprocessor_config.json", "processo
 
 
 def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
-    """Return the checkpoint of timm's pretrained weights.
-
-    Args:
-        source: ``timm:NAME``, with or without a tag.
-        hints: further arguments of the model, and the number of classes, which has to be that of the weights.
-
-    Raises:
-        CheckpointError: timm has no such model or weights, or they are neither in its cache nor online.
-    """
+    """Return the checkpoint of timm's pretrained weights."""
     if hints.model is not None:
         raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
     name = source.removeprefix(TIMM_PREFIX)
@@ -138,15 +130,7 @@ def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str
 
 
 def open_from_hub(source: str, hints: ModelHints) -> Checkpoint:
-    """Open a folder of the hub as one on disk: of timm, transformers or open_clip.
-
-    Args:
-        source: ``hf-hub:OWNER/NAME``, maybe with ``@REVISION``.
-        hints: what the user says about the model.
-
-    Raises:
-        CheckpointError: there is no such folder, or it is neither in the cache nor online, or cannot be read.
-    """
+    """Open a folder of the hub as one on disk: of timm, transformers or open_clip."""
     repository = source.partition(":")[2]
     opened = Checkpoint.open(_fetch(source, repository), hints)
     opened.source, opened.stem = source, repository.partition("@")[0].rpartition("/")[2]
@@ -167,11 +151,7 @@ def hub_answers() -> bool:
 
 
 def _fetch(source: str, repository: str) -> Path:
-    """Return the folder of the cache, once it holds a configuration and weights.
-
-    Raises:
-        CheckpointError: it cannot; there is no such repository, or it may not be read.
-    """
+    """Return the folder of the cache, once it holds a configuration and weights."""
     from huggingface_hub.errors import EntryNotFoundError
     from timm.models import _hub
 

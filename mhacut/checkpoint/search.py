@@ -48,14 +48,6 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
     Several that compute the same count as one; a note names those that were trained on other images.
-
-    Args:
-        header: header of the file.
-        args: arguments of ``timm.create_model`` that the user gave.
-        normalised: whether it is known how images are normalised, so that no note about it is needed.
-
-    Raises:
-        CheckpointError: no model has them, or several that compute different things.
     """
     shapes, table = header.shapes, read_table()
     built = _build(header, args, table.exactly(shapes))

@@ -68,16 +68,7 @@ def cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
 
 
 def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) -> None:
-    """Give a dense model the preprocessing that commands work out for it, so that timm works out the same.
-
-    Args:
-        model: the model, changed in place.
-        identity: its identity.
-        where: the file, for messages.
-
-    Raises:
-        CheckpointError: its pretrained_cfg makes no sense.
-    """
+    """Give a dense model the preprocessing that commands work out for it, so that timm works out the same."""
     cfg = identity.pretrained_cfg
     try:
         resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg, identity.model_args))

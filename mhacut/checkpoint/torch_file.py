@@ -69,15 +69,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 
 def read_torch(path: Path, device: str = "cpu") -> Any:
-    """Load what ``torch.save`` wrote; no code in the file is run.
-
-    Args:
-        path: the file.
-        device: where tensors go; ``meta`` reads their shapes alone.
-
-    Raises:
-        CheckpointError: it is damaged, of another kind, or holds objects that only running code would make.
-    """
+    """Load what ``torch.save`` wrote; no code in the file is run."""
     try:
         # An open file, since torch would go by the suffix of a path.
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -96,11 +88,7 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
 
 
 def read_whole(path: Path, device: str = "cpu") -> Any:
-    """Load a file of mhacut's own as :func:`read_torch` does, once its checksums were compared.
-
-    Raises:
-        CheckpointError: as there; or a byte of it has changed.
-    """
+    """Load a file of mhacut's own as :func:`read_torch` does, once its checksums were compared."""
     regular_size(path)  # to open a pipe would block
     try:
         with zipfile.ZipFile(path) as archive:
@@ -116,13 +104,6 @@ def torch_header(path: Path, asked: str | None = None) -> FileHeader:
     """Return the header of a torch file, from its pickle alone: storages go to the meta device unread.
 
     Tensors have their names in the file.
-
-    Args:
-        path: the file.
-        asked: part of the checkpoint that the user wants, an entry or a module in it.
-
-    Raises:
-        CheckpointError: as :func:`read_torch`; or it holds no state dict of dense float tensors.
     """
     where = show(path)
     checkpoint = read_torch(path, "meta")
@@ -149,16 +130,7 @@ def torch_header(path: Path, asked: str | None = None) -> FileHeader:
 
 
 def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors of these names, as far as there are any, on the CPU, in the file's dtypes.
-
-    Args:
-        path: the file.
-        asked: part of the checkpoint, as for :func:`torch_header`.
-        names: names in the file.
-
-    Raises:
-        CheckpointError: the file cannot be read.
-    """
+    """Read the tensors of these names, as far as there are any, on the CPU, in the file's dtypes."""
     _, state_dict = pick_part(show(path), read_torch(path), asked)
     return {name: tensor for name, tensor in state_dict.items() if name in names}
 

@@ -11,11 +11,7 @@ from mhacut.runtime.files import regular_size, show
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a configuration file.
-
-    Raises:
-        CheckpointError: it cannot be read, or is something else.
-    """
+    """Return the JSON object in a configuration file."""
     regular_size(path)  # to open a pipe would block
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
@@ -25,15 +21,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in ``text``.
-
-    Args:
-        text: the document.
-        where: where it stands, for messages.
-
-    Raises:
-        CheckpointError: it is no such document.
-    """
+    """Return the JSON object in ``text``."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also of integers of thousands of digits
@@ -44,11 +32,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def plain_json(value: object) -> Any:
-    """Return ``value`` as JSON gives it back, tuples as lists.
-
-    Raises:
-        CheckpointError: it holds anything that JSON has not, NaN and infinity included.
-    """
+    """Return ``value`` as JSON gives it back, tuples as lists."""
     # There and back, so that what is compared with a file later is what the file will hold.
     try:
         return json.loads(json.dumps(value, allow_nan=False))

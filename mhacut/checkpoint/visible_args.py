@@ -45,11 +45,6 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
 
     Classes and image size aside, which need the model that these arguments build. No shape shows the number
     of heads, so a width is inferred only where that is given.
-
-    Args:
-        model: built with ``given``, on any device.
-        shapes: shape of each tensor of the file, by the model's names.
-        given: arguments that are not to be inferred.
     """
     expected = shapes_of(model)
     if is_foreign(expected, shapes):

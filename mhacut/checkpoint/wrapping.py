@@ -88,12 +88,7 @@ class Naming:
     """Module that it lay beside."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
-        """Return the line for the user; None for a plain state dict.
-
-        Args:
-            part: entry of the checkpoint that holds the tensors.
-            other_parts: entries with other weights of the network.
-        """
+        """Return the line for the user; None for a plain state dict."""
         others = (*other_parts, *self.others)
         said = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
         if self.prefixes:
@@ -115,20 +110,7 @@ def unwrap(
     parts: Iterable[str] = (),
     layers_only: bool = False,
 ) -> Naming:
-    """Return which of a file's tensors are the model's, and their names in it.
-
-    Args:
-        where: the file, for messages.
-        shapes: shape of each tensor, by its name in the file.
-        part: module that the user takes for the model.
-        parts: what else the user could have named, for messages.
-        layers_only: take off the wrappers of data parallel and compiled modules, and the number of a
-            classifier that is alone in a sequence, and nothing else.
-
-    Raises:
-        CheckpointError: there is no such part, or a network among tensors that may belong to it, or two
-            tensors with one name.
-    """
+    """Return which of a file's tensors are the model's, and their names in it."""
     names, prefixes = _without_wrappers(where, shapes)
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
     left_out: dict[str, int] = {}
@@ -177,12 +159,6 @@ def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] 
     """Whether ``other`` is an average of a network, and not another network that it learns from.
 
     A teacher is one where it has a projection head, or no classifier, as in DINO.
-
-    Args:
-        network: shapes of the tensors of a network, in whatever wrappers.
-        other: those of what may be its average.
-        word: name of ``other``.
-        around: names of all tensors around the two.
     """
     ours, theirs = _plain(network), _plain(other)
     classified = any(CLASSIFIERS.fullmatch(name) or _LAYER.fullmatch(name) for name in theirs)
@@ -236,15 +212,6 @@ def _network(
     """Return the module that holds the whole model, and the linear layer that is its classifier, if any.
 
     Of a network and its average, the average is taken. The module is None where names are the model's own.
-
-    Args:
-        where: the file, for messages.
-        groups: names of each module's tensors, without those that only training needs.
-        names: names of all tensors.
-        shapes: shape of each tensor, by its name in the file.
-
-    Raises:
-        CheckpointError: it is a whole network, but there are tensors beside it that may belong to it.
     """
     modules = {word: group for word, group in groups.items() if "" not in group.values()}
     trained = next((word for word in _TRAINED if word in modules), None)
@@ -326,16 +293,7 @@ def _is_for_training(word: str, group: _Group) -> bool:
 def pick_part(
     where: str, checkpoint: object, asked: str | None = None
 ) -> tuple[str | None, Mapping[Any, Any]]:
-    """Return the name of the entry of a checkpoint that is its state dict, and that state dict.
-
-    Args:
-        where: the file, for messages.
-        checkpoint: content of the file.
-        asked: entry that the user wants; if there is none of this name, it is a module of the state dict.
-
-    Raises:
-        CheckpointError: there is no state dict.
-    """
+    """Return the name of the entry of a checkpoint that is its state dict, and that state dict."""
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
     path: list[str] = []

@@ -38,20 +38,7 @@ def write_slim(
     input_path: str | os.PathLike[str] | None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``model`` and its record to ``path`` as one safetensors file, which appears whole or not at all.
-
-    Args:
-        path: the file; its directory is created.
-        model: the slim model.
-        record: the record to write with it.
-        dtypes: dtype to write each tensor in, by name; others keep theirs.
-        overwrite: replace an existing file (what a link points to, if it is a link).
-        input_path: the checkpoint it was made from, never replaced.
-        check: takes the name of the complete file before it appears; nothing does if it raises.
-
-    Raises:
-        OutputError: the file must not or cannot be written; what was there before is untouched.
-    """
+    """Write ``model`` and its record to one safetensors file. The write is atomic."""
     check_output(path, overwrite=overwrite, input_path=input_path)
 
     def write(temporary: Path) -> None:
@@ -63,18 +50,7 @@ def write_slim(
 
 
 def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write the slim file of ``model`` under this very name, for callers that rename it when it is complete.
-
-    Args:
-        path: the file.
-        model: the slim model.
-        record: the record to write with it.
-        dtypes: dtype to write each tensor in, by name; others keep theirs.
-
-    Raises:
-        OutputError: a tensor does not fit its dtype, or is not finite.
-        OSError: the file cannot be written.
-    """
+    """Write the slim file of ``model`` to exactly this path. The caller renames the complete file."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         # Counters and index tables keep their dtype.
@@ -91,13 +67,7 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
 
 
 def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Return the bytes of the slim file of ``model``, or a few more, before it is written.
-
-    Args:
-        model: the slim model.
-        record: the record to write with it.
-        dtypes: dtype to write each tensor in, by name; others keep theirs.
-    """
+    """Return the bytes of the slim file of ``model``, or a few more, before it is written."""
     tensors = count_bytes(model, dtypes)
     described = {
         name: {

@@ -60,12 +60,6 @@ def command(
     """Make a command of a function of (options, console); its flags are the fields of ``options``.
 
     A value is the flag's, else the ``--config`` file's, else the default in ``options``.
-
-    Args:
-        options: class of what the function takes.
-        complete: given the values, returns those to use.
-        check_outputs: given the options, raises an error if a file must not or cannot be written,
-            before torch is imported.
     """
     known = options.options()
 
@@ -105,11 +99,7 @@ def command(
 
 
 def check_paths(options: Options) -> None:
-    """Raise the error that the command itself would give, seconds later, if a path cannot be read.
-
-    Raises:
-        CheckpointError, DataError: nothing is there, or something else.
-    """
+    """Raise the error that the command itself would give, seconds later, if a path cannot be read."""
     for name, one in options.options().items():
         value = getattr(options, name)
         if value is not None and one.reads is not None:

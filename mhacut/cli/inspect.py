@@ -43,12 +43,7 @@ def inspect(options: InspectOptions, console: Console) -> None:
 
 
 def _text(result: InspectResult, *, heads: bool) -> str:
-    """Return the whole report.
-
-    Args:
-        result: result of the inspection.
-        heads: show heads one by one, with the channels that they kept.
-    """
+    """Return the whole report."""
     inspection = result.inspection
     parts = ["\n".join(_filled(safe(result.verdict), ""))]
     attention = [layer for layer in result.chosen if layer.heads is not None]

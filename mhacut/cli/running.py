@@ -46,12 +46,6 @@ class Console:
     """Shows one command to one user; a :class:`mhacut.runtime.progress.Reporter`.
 
     Of several processes, all but the first print errors only.
-
-    Args:
-        command: name of the command.
-        quiet: show nothing but the result and errors.
-        verbose: 0, 1 or 2.
-        as_json: the result is one JSON object.
     """
 
     def __init__(

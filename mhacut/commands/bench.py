@@ -226,16 +226,7 @@ def timing_of(
     executed: float | None = None,
     peak_mib: float | None,
 ) -> Timing:
-    """Summarise the runs of one checkpoint.
-
-    Args:
-        batch_size: images of a batch.
-        times: seconds of each run.
-        first: seconds of the first checkpoint's runs in the same rounds.
-        saved_flops: fraction of the first checkpoint's FLOPs that this one saves.
-        executed: multiply-accumulates that run, relative to those of the first checkpoint.
-        peak_mib: peak memory.
-    """
+    """Summarise the runs of one checkpoint."""
     low, _, high = statistics.quantiles(times, n=4)
     ratio = statistics.median(one / other for one, other in zip(times, first, strict=True))
     return Timing(

@@ -204,9 +204,6 @@ def _differences(
         size: size of the images, [C, H, W].
         options: options of the command.
         bound: largest difference allowed.
-
-    Raises:
-        MhacutError: a difference is larger than rounding explains, or is not finite.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}

@@ -38,12 +38,7 @@ class CatalogueEntry:
 def catalogue(
     pattern: str = "*", progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[CatalogueEntry, ...]:
-    """List what can be cut in each architecture whose name matches ``pattern``, in timm's order.
-
-    Args:
-        pattern: pattern of names, as for ``timm.list_models``.
-        progress: called with (done, in all, architecture).
-    """
+    """List what can be cut in each architecture whose name matches ``pattern``, in timm's order."""
     names = architectures(pattern)
     entries = []
     for done, (name, tags) in enumerate(names.items()):

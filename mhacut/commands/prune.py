@@ -171,11 +171,7 @@ def run_prune(
     images: ImagesInMemory | None = None,
     val_images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
-    """Run ``mhacut prune``, on a copy of ``module`` if there is no checkpoint.
-
-    Returns:
-        The results of each budget, in their order. What does not depend on budgets is done once.
-    """
+    """Run ``mhacut prune``, on a copy of ``module`` if there is no checkpoint."""
     if options.as_ == "huggingface":
         return (prune_folder(options, reporter, images, val_images),)
     with gathered(options.device) as processes:
@@ -209,11 +205,7 @@ def run_prune(
 
 
 def _meet(targets: Targets, planner: Planner) -> Attempt:
-    """Plan, cut, recover and measure until all targets are met, and used up as far as they can be.
-
-    Raises:
-        BudgetError: no model that was tried meets them.
-    """
+    """Plan, cut, recover and measure until all targets are met, and used up as far as they can be."""
     limits: Limits | None = targets.first(planner)
     attempt: Attempt | None = None
     best: Attempt | None = None
@@ -241,11 +233,7 @@ def _meet(targets: Targets, planner: Planner) -> Attempt:
 def _write(
     targets: Targets, attempt: Attempt, planner: Planner, timer: StageTimer
 ) -> tuple[PruneResult, nn.Module]:
-    """Measure the model, write its file and, where that is asked for, the page about it.
-
-    Returns:
-        The result, and the model in the file, or after a dry run in memory.
-    """
+    """Measure the model, write its file and, where that is asked for, the page about it."""
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
     dense, slim = loaded.model, slim.to(job.device)
@@ -342,12 +330,7 @@ def _write(
 
 @torch.no_grad()
 def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file if the model in it is that in memory; return the former.
-
-    Raises:
-        OutputError: the file cannot be written.
-        MhacutError: the model in it gives other outputs.
-    """
+    """Write the slim file if the model in it is that in memory; return the former."""
     target, reloaded = inputs.target, list[nn.Module]()
 
     def check(file: Path) -> None:

@@ -95,11 +95,7 @@ def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -
 
 
 def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
-    """Check the cut model, and recover it; its tensors are then those that the file holds.
-
-    Raises:
-        MhacutError: the cut is not as planned.
-    """
+    """Check the cut model, and recover it; its tensors are then those that the file holds."""
     job, planned = planner.job, attempt.planned
     # Masked and sliced are compared before training, which changes what the slim model computes.
     most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)

@@ -30,16 +30,7 @@ from mhacut.text import safe
 
 
 def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibration:
-    """Return the job's calibration: read from a file if it exists, otherwise computed and saved in that file.
-
-    Args:
-        job: job to calibrate.
-        file: file to read or write; None to keep nothing.
-        processes: processes that share the images.
-
-    Raises:
-        DataError: the file was made under other conditions, or is not a calibration.
-    """
+    """Return the job's calibration, read from its file or computed and saved there."""
     if file is None:
         return job.calibrate(processes)
     path = Path(file)
@@ -62,11 +53,7 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
 
 
 def write_calibration(path: Path, calibration: Calibration, job: Job) -> None:
-    """Write the calibration of ``job``, whole or not at all.
-
-    Raises:
-        OutputError: the file is there already, or cannot be written.
-    """
+    """Write the calibration of ``job``, whole or not at all."""
     content = {
         "conditions": conditions(job),
         "held": calibration.held,
@@ -89,12 +76,7 @@ def write_calibration(path: Path, calibration: Calibration, job: Job) -> None:
 
 
 def read_calibration(path: Path, job: Job) -> Calibration:
-    """Read the calibration of ``job`` back, to the bit.
-
-    Raises:
-        DataError: it was made under other conditions (the message names what differs), or is not a
-            calibration.
-    """
+    """Read the calibration of ``job`` back, to the bit."""
     other = f"Name another file by {option_name('calibration')} to calibrate again, or remove this one"
     try:
         stored, wanted = read_whole(path, str(job.device)), conditions(job)

@@ -151,12 +151,7 @@ def prune_(
 
 
 def _part_of(model: nn.Module, part: str | None) -> str:
-    """Return the name of the submodule to prune.
-
-    Raises:
-        UsageError: there is none of this name, or none is named and there are several to choose from.
-        UnsupportedModelError: none is named, and there is none.
-    """
+    """Return the name of the submodule to prune."""
     if part is None:
         found = vision_transformers(model)
         if len(found) > 1:

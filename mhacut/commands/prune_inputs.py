@@ -171,17 +171,7 @@ class PruneInputs:
         fidelity: Fidelity | None = None,
         targets: Sequence[Mapping[str, Any]] = (),
     ) -> SlimRecord:
-        """Return what the slim file states about itself.
-
-        Args:
-            plan: plan of the cut.
-            curves: sensitivity curves of the search, where there are any.
-            flops: FLOPs of the slim model.
-            budget: budget of FLOPs, if there is one.
-            evaluation: accuracy of the slim model, where it was measured.
-            fidelity: likeness of its outputs to those of the dense model, once it is measured.
-            targets: targets besides a budget of FLOPs, and what was reached.
-        """
+        """Return what the slim file states about itself."""
         options, loaded, preserved = self.options, self.loaded, self.job.preserved
         changed = options.changed()
         stated = {
@@ -230,22 +220,7 @@ def read_inputs(
     given: ImagesInMemory | None = None,
     val_given: ImagesInMemory | None = None,
 ) -> tuple[PruneInputs, ...]:
-    """Read the checkpoint and the images; measure the dense model.
-
-    Returns:
-        The inputs of each file to write; they differ in their options only.
-
-    Args:
-        options: options of the command.
-        processes: processes that run it.
-        reporter: receives messages and progress.
-        module: dense model to prune a copy of, in place of a checkpoint.
-        given: images in memory, in place of those that the options name.
-        val_given: images in memory to judge the result on, in place of the validation split.
-
-    Raises:
-        MhacutError: and its kinds: an option, the checkpoint, the images or the output file do not fit.
-    """
+    """Read the checkpoint and the images; measure the dense model."""
     check_one_source(given, options)
     check_files(options)  # the command line did; Python did not
     reporter.start("reading")
@@ -318,16 +293,7 @@ def read_images(
     *,
     compares: bool,
 ) -> tuple[CalibrationImages, Validation]:
-    """Return images to search on, and images to judge the result on.
-
-    Args:
-        options: options of the command.
-        preprocessing: preprocessing of the model.
-        given: images to search on, in memory.
-        val_given: images to judge the result on, in memory.
-        judged: makes the images to judge on, with the dense model.
-        compares: whether images without labels can judge the result too, because answers are preserved.
-    """
+    """Return images to search on, and images to judge the result on."""
     classes, batch_size, seed = classifier_size(judged.keywords["model"]), options.batch_size, options.seed
     use_labels, count = options.labels and classes > 1, options.eval_images if classes > 1 else 0
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
@@ -484,12 +450,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
 def _preserved(
     options: PruneOptions, dense: nn.Module, size: tuple[int, int, int], reporter: Reporter
 ) -> Preserved:
-    """Return the outputs to preserve: those of ``--preserve``, else answers, else features of all tokens.
-
-    Raises:
-        UsageError: a layer that the model does not have.
-        UnsupportedModelError: the model does not have these outputs.
-    """
+    """Return the outputs to preserve: those of ``--preserve``, else answers, else features of all tokens."""
     asked, classes, image = options.preserve, classifier_size(dense), torch.zeros(1, *size)
     if asked == "pooled":
         return Preserved("pooled", "features", Features("pooled" if classes else "output"))

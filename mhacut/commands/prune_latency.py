@@ -105,12 +105,7 @@ class Latency(Amount):
 
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
-    """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not.
-
-    Args:
-        job: job whose tokens may be merged.
-        stopwatch: stopwatch of the command.
-    """
+    """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not."""
     assert job.fewest is not None
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths

@@ -17,15 +17,7 @@ PLACE = "{}"
 
 
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
-    """Return the options with which each file would be written alone, its name among them.
-
-    Args:
-        options: options of the command, with one budget or several.
-        stem: beginning of default names.
-
-    Raises:
-        UsageError: several files are to have one name, or a budget cannot be understood.
-    """
+    """Return the options with which each file would be written alone, its name among them."""
     ending = ".safetensors" if options.as_ == "timm" else ""
     output, page = str(options.output or f"{stem}-{PLACE}{ending}"), options.report
     if options.several and PLACE not in Path(output).name:
@@ -44,17 +36,7 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
 
 
 def check_files(options: PruneOptions, stem: str | None = None, read: PathLike | None = None) -> None:
-    """Check the files that the command writes, as far as their names are known before the checkpoint is read.
-
-    Args:
-        options: options of the command; they name the page about several files.
-        stem: beginning of default names; None before the checkpoint is read.
-        read: file that the checkpoint was found in; None before it is read.
-
-    Raises:
-        UsageError: a budget cannot be understood, or several files are to have one name.
-        OutputError: a file must not or cannot be written.
-    """
+    """Check the output paths that are known before the checkpoint is read."""
     if options.as_ == "huggingface":
         return  # its folder is checked once torch is imported
     each = options_of_each(options, stem or stem_of(Path(options.checkpoint)))

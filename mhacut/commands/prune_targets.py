@@ -62,11 +62,7 @@ class Target(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Find out what the option allows, before the calibration.
-
-        Raises:
-            BudgetError: it is out of reach; the message names the least amount within reach.
-        """
+        """Find out what the option allows, before the calibration."""
 
     def allowed_by(self) -> str:
         """Return the options that decide how low a budget may be, for errors."""
@@ -94,11 +90,7 @@ class Targets:
     """All targets of one file."""
 
     def __init__(self, inputs: PruneInputs, kinds: Sequence[type[Target]]) -> None:
-        """Take the targets that the options name.
-
-        Raises:
-            BudgetError: one is out of reach, or the model meets all of them as it is.
-        """
+        """Take the targets that the options name."""
         asked = [(kind, getattr(inputs.options, kind.name)) for kind in kinds]
         self.all = [kind(inputs, value) for kind, value in asked if value is not None]
         self.inputs = inputs

@@ -83,14 +83,6 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
 
     ``data_dir`` itself serves only for ``train`` and ``val``, which are the defaults: any other split was
     asked for by name, and must not be replaced by other images.
-
-    Args:
-        data_dir: folder with splits, or with images.
-        split: name of the split.
-        option: name of the option that chooses the split, for messages.
-
-    Raises:
-        DataError: no such directory, a root of other splits, or no such split.
     """
     root = Path(data_dir)
     check_data_dir(root)
@@ -137,11 +129,7 @@ def _images(start: Path) -> Iterator[Path]:
 
 
 def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
-    """Return class names with their index; the file has one name a line, in the order of the model's head.
-
-    Raises:
-        DataError: unreadable, or not as many names as the head has classes.
-    """
+    """Return class names with their index; the file has one name a line, in the order of the model's head."""
     path = Path(file)
     check_class_map(path)
     try:
@@ -163,19 +151,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
 def label_images(
     folder: Folder, data: LabelledImages, num_classes: int | None, hint: str, *, other: str | None
 ) -> list[int]:
-    """Return the class index of every image.
-
-    Args:
-        folder: images with their class folders, one split of ``data``.
-        data: options that name them, and may name the classes in the order of the model's head.
-        num_classes: number of classes of the model's head, to check the folders against.
-        hint: advice that ends the message where labels are wrong.
-        other: another split, whose class folders are compared where they give the labels; None for none.
-
-    Raises:
-        DataError: images outside class folders, an empty class folder, or classes that the head or the other
-            split lacks.
-    """
+    """Return the class index of every image."""
     class_map = data.class_map
     if "" in folder.names:
         stray = folder.images[folder.names.index("")]

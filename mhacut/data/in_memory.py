@@ -41,15 +41,7 @@ class Expected:
     """Number of classes; None for a model without classifier, of which no label is read."""
 
     def check(self, batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
-        """Return the images [B, C, H, W] and the labels [B], if any, of one batch.
-
-        Args:
-            batch: images, or a pair of images and labels.
-            where: name of the batch in messages.
-
-        Raises:
-            DataError: it is something else.
-        """
+        """Return the images [B, C, H, W] and the labels [B], if any, of one batch."""
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor):
@@ -101,13 +93,7 @@ class InMemoryBatches:
     """
 
     def __init__(self, given: ImagesInMemory, expected: Expected, batch_size: int) -> None:
-        """Take images and labels.
-
-        Args:
-            given: images with labels.
-            expected: images that the model takes.
-            batch_size: number of images at a time, where they do not come in batches.
-        """
+        """Take images and labels."""
         self._given, self._expected, self._batch_size = given, expected, batch_size
 
     def __len__(self) -> int:
@@ -153,20 +139,6 @@ def split_in_memory(
     Both are random choices with equally many of each class, drawn with ``seed``. No image is in both; if
     there are too few, a quarter of them is used to measure. Batches are read only until there are enough
     images; of a ``DataLoader`` of a whole dataset, images from all over it are drawn with ``seed``.
-
-    Args:
-        given: images, with or without labels.
-        expected: images that the model takes.
-        count: number of images to calibrate on, or all there are if fewer.
-        measured: largest number of images to measure accuracy on; 0 for none.
-        seed: seed of the choice.
-        batch_size: number of images at a time when accuracy is measured.
-
-    Returns:
-        The second is None without labels, without a classifier, or if there are too few images.
-
-    Raises:
-        DataError: there are no images, or they do not fit the model.
     """
     source, unread = _spread(given, count + measured, seed)
     images, labels, more = _collected(source, expected, count, measured)

@@ -37,14 +37,7 @@ class NamedImages(Dataset[Sample]):
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """Take a dataset.
-
-        Args:
-            name: name of the dataset, for messages.
-            opened: dataset of timm's or torchvision's.
-            preprocessing: preprocessing of the model.
-            transform: transform in place of the one for evaluation.
-        """
+        """Take a dataset."""
         self.name, self.opened = name, opened
         self._channels = preprocessing.input_size[0]
         self.transform = transform or preprocessing.transform()
@@ -86,19 +79,7 @@ def open_named(
     seed: int | None = None,
     check_classes: bool,
 ) -> Any:
-    """Open the dataset that timm knows by the name ``data.dataset``.
-
-    Args:
-        data: options with the name of the dataset, where it keeps its files, and names of the classes.
-        split: name of the split.
-        num_classes: number of classes of the model's head.
-        seed: seed of the order in which a stream is shuffled; None leaves the order.
-        check_classes: whether to refuse a dataset with other classes than ``num_classes``.
-
-    Raises:
-        DataError: an extra is missing, it cannot be opened, or its classes are not the head's.
-        UsageError: timm knows no such name, or ``data.class_map`` cannot be used with it.
-    """
+    """Open the dataset that timm knows by the name ``data.dataset``."""
     name = str(data.dataset)
     kind, asked = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
@@ -128,12 +109,7 @@ def open_named(
 
 
 def _kind(name: str) -> str:
-    """Return the prefix of a dataset's name.
-
-    Raises:
-        UsageError: no such prefix.
-        DataError: the package that it needs is missing.
-    """
+    """Return the prefix of a dataset's name."""
     asked = option_name("dataset", name)
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
@@ -160,11 +136,7 @@ def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def targets_of(name: str, opened: Any) -> list[object]:
-    """Return a label per image where labels are known without reading images; else 0 for all.
-
-    Raises:
-        DataError: the labels of the dataset ``name`` cannot be read.
-    """
+    """Return a label per image where labels are known without reading images; else 0 for all."""
     reader: Any = getattr(opened, "reader", None)
     # Asking for each label by index would decode each image.
     if hasattr(reader, "iter_targets"):

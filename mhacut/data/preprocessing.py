@@ -96,10 +96,6 @@ class Preprocessing:
             pretrained_cfg: timm's ``pretrained_cfg``, or the result of :meth:`to_json`.
             model_input_size: [C, H, W] that the model was built for; None if unknown.
             overrides: explicit values, which win.
-
-        Raises:
-            UsageError: the explicit values make no sense.
-            DataError: the record does not.
         """
         overrides = overrides or PreprocessingOptions()
         explicit = {
@@ -151,11 +147,7 @@ class Preprocessing:
             )
 
     def transform(self) -> Transform:
-        """Return timm's evaluation transform: picture to normalised [C, H, W] float32.
-
-        Raises:
-            DataError: the model's images have neither one nor three channels, so no picture is one of them.
-        """
+        """Return timm's evaluation transform: picture to normalised [C, H, W] float32."""
         self.check_channels()
         made: Transform = create_transform(
             input_size=self.input_size,

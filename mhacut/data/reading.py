@@ -24,12 +24,7 @@ _SIXTEEN_BITS = ("PNG", "PPM")
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
-    """Return the decoded picture as RGB or grey.
-
-    Raises:
-        Exception: whatever Pillow raises for files that are damaged, or no images.
-        ValueError: the range of the pixels is unknown.
-    """
+    """Return the decoded picture as RGB or grey."""
     with Image.open(file) as opened:
         opened.load()
         picture: Image.Image = opened
@@ -70,15 +65,7 @@ class ImageFiles(Dataset[Sample]):
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """List images to read.
-
-        Args:
-            root: folder they are in.
-            images: paths relative to ``root``.
-            labels: label of each image.
-            preprocessing: preprocessing of the model.
-            transform: transform in place of the one for evaluation.
-        """
+        """List images to read."""
         self.root, self.images, self.labels = root, images, labels
         self._channels = preprocessing.input_size[0]
         self.transform = transform or preprocessing.transform()

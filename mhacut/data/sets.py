@@ -66,20 +66,7 @@ def open_split(
     seed: int | None = None,
     transform: Transform | None = None,
 ) -> Split:
-    """List the images of a split.
-
-    Args:
-        data: options that name a folder or a dataset, and the split.
-        option: name of the option that chooses the split.
-        preprocessing: preprocessing of the model.
-        num_classes: number of classes of the model's head, to check the data against.
-        use_labels: whether to read labels; False ignores labels, and needs no class folders.
-        seed: seed of the order in which a stream is shuffled; None leaves the order.
-        transform: transform in place of the one for evaluation.
-
-    Raises:
-        DataError: images or labels that are missing, or do not fit the model.
-    """
+    """List the images of a split."""
     split = getattr(data, option)
     if data.dataset is not None:
         name, where = str(data.dataset), f"of {data.dataset} {split}"
@@ -153,19 +140,6 @@ def calibration_images(
     They are a random choice with equally many of each class, drawn with ``seed``: it depends on the names of
     the files, not on the order in which a file system lists them. If ``data`` names no images, they are
     :func:`synthetic_images`.
-
-    Args:
-        preprocessing: preprocessing of the model.
-        data: options that name a folder or a dataset, whose ``train_split`` is read. The folder holds splits
-            (``train/``, ``val/``), one folder per class, or unlabelled images.
-        count: number of images.
-        seed: seed of the choice, or of the synthesis.
-        num_classes: number of classes of the model's head, to check the data against.
-        use_labels: whether to read labels; False ignores labels, and needs no class folders.
-
-    Raises:
-        DataError: images or labels that are missing, unreadable, or do not fit the model.
-        UsageError: ``count`` below 1.
     """
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
@@ -203,9 +177,6 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, S
     """Return the first ``count`` readable images in :func:`balanced_order`, and those behind them, unread.
 
     Between them are the labels of the former, and a description.
-
-    Raises:
-        DataError: fewer than half of the images that are needed are readable.
     """
     assert split.images is not None
     good: list[Sample] = []
@@ -327,23 +298,7 @@ def evaluation_loader(
     part: tuple[int, int] = (0, 1),
     use_labels: bool = True,
 ) -> EvaluationLoader:
-    """Return the labelled images of ``data.val_split``, to measure accuracy on.
-
-    Args:
-        preprocessing: preprocessing of the model.
-        data: options that name a folder of splits, one split with a folder per class, or a named dataset.
-        num_classes: number of classes of the model's head, to check the data against.
-        batch_size: number of images at a time.
-        limit: largest number of images, the same choice every time, even over the classes; None for all.
-        part: pair (i, n) for the i-th of n parts of the images, counted from 0, nearly equal in size.
-        use_labels: whether to read labels; False ignores labels, and needs no class folders.
-
-    Raises:
-        WithoutLabels: a folder of images without class folders.
-        DataError: images or labels that are missing or do not fit the model. Unreadable images raise the same
-            error at the end of a pass.
-        UsageError: ``data`` names no images.
-    """
+    """Return the labelled images of ``data.val_split``, to measure accuracy on."""
     if data.dataset is None and data.data_dir is None:
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"

@@ -23,14 +23,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
-    """Return the model card, Markdown with a YAML header.
-
-    Args:
-        source: name by which timm opens the folder, ``local-dir:NAME`` or ``hf-hub:OWNER/NAME``.
-        loaded: the checkpoint, dense or slim.
-        preprocessing: preprocessing of its images.
-        license: license of the weights; None for what their file states, which may be none.
-    """
+    """Return the model card, Markdown with a YAML header."""
     record, architecture = loaded.record, loaded.identity.architecture
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
     title = "Architecture" if record is None else "Dense architecture"

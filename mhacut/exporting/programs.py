@@ -40,12 +40,7 @@ class Conditions:
 
 
 def timing_device(runtime: Runtime, device: str) -> torch.device:
-    """Return the device on which ``runtime`` computes.
-
-    Raises:
-        MhacutError: a package is missing (the message names what to install), or the device is.
-        UsageError: the runtime is measured on the CPU only.
-    """
+    """Return the device on which ``runtime`` computes."""
     if runtime not in ("onnx", "openvino"):
         return resolve_device(device)
     asked = option_name("runtime", runtime)
@@ -76,12 +71,6 @@ def int8_program(
     """Return ``model`` with its linear layers in INT8, as ``mhacut export --int8`` quantizes without images.
 
     Layers whose inputs have outliers for images of noise stay float32.
-
-    Returns:
-        The function of images in ONNX Runtime, and the size of its file in bytes.
-
-    Raises:
-        MhacutError: the model has no linear layer that can be quantized.
     """
     content = onnx_content(model, size)
     fragile = layers_with_outliers(content, [fixed_images(4, size)])
@@ -92,14 +81,7 @@ def int8_program(
 def part_run(
     part: nn.Module, inputs: tuple[Tensor, ...], conditions: Conditions, *, int8: bool = False
 ) -> Callable[[], object]:
-    """Return a function that runs a part of a model once, on ``inputs`` on the CPU, in float32.
-
-    Args:
-        part: module that takes the inputs, in eval mode.
-        inputs: tensors on the CPU; the program takes inputs of these shapes only.
-        conditions: conditions to run under.
-        int8: quantize its linear layers, if it has any; in ONNX Runtime only.
-    """
+    """Return a function that runs a part of a model once, on ``inputs`` on the CPU, in float32."""
     if conditions.runtime in ("onnx", "openvino"):
         content = part_content(part, inputs)
         if conditions.runtime == "openvino":

@@ -108,10 +108,6 @@ def quantize(
             any, ranges are dynamic.
         reduce_range: round weights to 7 bits, for CPUs without VNNI, where products of 8 bits overflow.
         exclude: names of nodes that stay float32.
-
-    Raises:
-        NothingToQuantizeError: nothing in the file can be quantized.
-        MhacutError: the quantizer fails.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
@@ -204,21 +200,7 @@ def quantize_and_compare(
     options: ExportOptions,
     log: Callable[[str], None],
 ) -> tuple[bytes, Runner, Quantization]:
-    """Quantize an ONNX file, except for layers with outliers, and compare the result with float32.
-
-    Args:
-        content: the float32 ONNX file.
-        model: the model that it was made from.
-        preprocessing: preprocessing of the images.
-        options: options of the command.
-        log: receives a message if the result is far from float32.
-
-    Returns:
-        The INT8 file, a runner of it, and what was measured.
-
-    Raises:
-        MhacutError: nothing in the file can be quantized, or there are too few images.
-    """
+    """Quantize an ONNX file, except for layers with outliers, and compare the result with float32."""
     searched, held_out, description = _images(preprocessing, options)
     threads = options.threads or torch.get_num_threads()
     fragile = layers_with_outliers(content, searched[:_OUTLIER_BATCHES])

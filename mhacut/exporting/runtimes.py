@@ -43,12 +43,7 @@ Runner = Callable[[Tensor], Tensor]
 
 
 def require_packages(option: str, runtime: str) -> None:
-    """Raise a :class:`MhacutError` that says what to install for ``option``, unless it is installed.
-
-    Args:
-        option: option as the user wrote it.
-        runtime: ``onnx`` or ``openvino``; others need no packages.
-    """
+    """Raise a :class:`MhacutError` that says what to install for ``option``, unless it is installed."""
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
     missing = [name for name in needed.get(runtime, ()) if not importlib.util.find_spec(name)]
     if missing:
@@ -77,12 +72,7 @@ def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
 
 @contextmanager
 def refusing(what: str, advice: str) -> Iterator[None]:
-    """Raise a :class:`MhacutError` where translators and runtimes fail, in whatever way, on a model.
-
-    Args:
-        what: beginning of the message.
-        advice: end of the message.
-    """
+    """Raise a :class:`MhacutError` where translators and runtimes fail, in whatever way, on a model."""
     try:
         yield
     except Exception as error:
@@ -134,9 +124,6 @@ def onnx_file(
         size: size of the images, [C, H, W].
         about: JSON that describes the model.
         options: options of the command.
-
-    Raises:
-        MhacutError: the model cannot be exported.
     """
     asked, advice = option_name("format", "onnx"), f"try {option_name('format', 'pt2')}"
     # An opset that was asked for is the likelier cause.
@@ -270,10 +257,6 @@ def write_ir(
         options: options of the command; with ``dtype`` float16 only the storage of the weights is float16.
         input_path: the checkpoint, which is never replaced.
         compare: called with a runner of the files; raises if its outputs differ from the model's.
-
-    Raises:
-        MhacutError: OpenVINO cannot convert the model.
-        OutputError: the files must not or cannot be written.
     """
     import openvino
 

@@ -60,9 +60,6 @@ class Stopwatch:
             size: [C, H, W] of an image.
             device: device to measure on, unless the runtime computes on the CPU.
             reporter: receives messages.
-
-        Raises:
-            MhacutError: the runtime is not installed.
         """
         self.timing, self.size, self.dense, self.reporter = timing, size, dense, reporter
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
@@ -80,15 +77,7 @@ class Stopwatch:
         precision: float | None = None,
         dense: bool = True,
     ) -> Comparison:
-        """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first.
-
-        Args:
-            models: not changed.
-            parts: functions that :meth:`ready` returned.
-            seconds: seconds of measuring, for all of them together.
-            precision: relative standard error of the ratios until which it goes on, up to five times as long.
-            dense: off, the dense model is left out.
-        """
+        """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first."""
         with (
             using_threads(self.timing.threads) as threads,
             many_compiled(),
@@ -113,12 +102,6 @@ class Stopwatch:
 
         If no such process gives a result (it knows no models that this one has registered), or compiles
         first, they are timed in this process.
-
-        Args:
-            model: a cut model.
-            records: records by which the ``dense`` and the ``slim`` model are opened.
-            seconds: seconds of measuring, for both together.
-            precision: relative standard error of the ratio until which it goes on, up to five times as long.
         """
         result = None
         if self.timing.runtime == "eager":  # other runtimes keep their memory: both ways agree

@@ -31,13 +31,7 @@ FILES = (WEIGHTS, CONFIG, CARD)
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
-    """Raise an :class:`OutputError` if the folder must not be written to.
-
-    Args:
-        target: the folder.
-        overwrite: whether files in it may be replaced.
-        input_path: the checkpoint, which is never replaced.
-    """
+    """Raise an :class:`OutputError` if the folder must not be written to."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
     real = Path(os.path.realpath(target))  # a link may name a folder that is yet to be made
@@ -56,18 +50,7 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write a folder that timm opens: a new one whole or not at all, an old one file by file.
-
-    Args:
-        target: the folder; in an existing one, only files of the same names are replaced.
-        loaded: the checkpoint, dense or slim.
-        preprocessing: preprocessing of its images.
-        options: options of the command; ``dtype``, ``license``, ``overwrite`` and ``push_to_hub`` are used.
-        compare: called with a runner of the model as timm opens it; raises if its outputs differ.
-
-    Raises:
-        OutputError: it must not or cannot be written.
-    """
+    """Write a folder that timm opens: a new one whole or not at all, an old one file by file."""
     target = Path(os.path.realpath(target))
     model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
@@ -147,18 +130,7 @@ def check_hub(options: ExportOptions) -> None:
 
 
 def push_folder(folder: Path, options: ExportOptions) -> str:
-    """Create the repository if there is none, and commit the files of :func:`write_folder` to it.
-
-    Args:
-        folder: folder to push; other files in it are not pushed.
-        options: options of the command; ``push_to_hub`` and ``private`` are used.
-
-    Returns:
-        The address of the commit.
-
-    Raises:
-        MhacutError: the hub refuses, or cannot be reached; the folder stays.
-    """
+    """Create the repository if there is none, and commit the files of :func:`write_folder` to it."""
     from huggingface_hub import create_repo, upload_folder
 
     repository = str(options.push_to_hub)

@@ -19,18 +19,7 @@ NAME = "mhacut_slim"
 
 @register_model
 def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a slim model, as named in the folders that ``mhacut export --format timm`` writes.
-
-    Args:
-        pretrained: load the weights of the folder it came from.
-        kwargs: ``base_architecture``, timm's name of the dense model; ``plan``, the channels that stay, as
-            :meth:`mhacut.plan.Plan.to_json` gives them; ``tokens``, where the plan has any, as
-            :meth:`mhacut.plan.TokenPlan.to_json` gives them; the rest as for that architecture.
-
-    Raises:
-        CheckpointError: ``base_architecture`` or ``plan`` is missing, or timm has no such architecture.
-        PlanError: the plan does not fit the architecture.
-    """
+    """Build a slim model, as named in the folders that ``mhacut export --format timm`` writes."""
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
     from mhacut.plan import Plan
@@ -66,12 +55,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
-    """Return the extractor of timm's ``features_only``, which calls the model's ``forward_intermediates``.
-
-    Args:
-        model: slim model.
-        out_indices: levels to take; None for all of a pyramid, or the last three of a model without one.
-    """
+    """Return the extractor of timm's ``features_only``, which calls the model's ``forward_intermediates``."""
     from mhacut.surgery.tokens import tokens_of
 
     levels = [level["reduction"] for level in model.feature_info]

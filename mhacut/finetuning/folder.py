@@ -90,14 +90,7 @@ class RunFolder:
             )
 
     def lock(self) -> int | None:
-        """Make the directory if there is none, and lock it, so that no other process writes a run there.
-
-        Returns:
-            The lock, for :func:`mhacut.runtime.files.unlock`; None where there are no locks.
-
-        Raises:
-            OutputError: another process has it, or it cannot be made.
-        """
+        """Make the directory if there is none, and lock it, so that no other process writes a run there."""
         with self._writing():
             self.path.mkdir(parents=True, exist_ok=True)
             try:
@@ -113,9 +106,6 @@ class RunFolder:
 
         They take the place of a still older run's. A run that saved no step is removed instead: it holds
         nothing but its start, and the run in ``old`` is worth more. Other files stay where they are.
-
-        Raises:
-            OutputError: they cannot be moved.
         """
         held, old = self._held(), RunFolder(self.path / _OLD)
         with self._writing():
@@ -159,11 +149,7 @@ class RunFolder:
             write_file(self.file(STATE), content, overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return the state that :meth:`write_state` wrote; None before the first. No code in the file is run.
-
-        Raises:
-            CheckpointError: the file is damaged, removed, not a run's, or of another version.
-        """
+        """Return the state that :meth:`write_state` wrote, or None. Reading runs no code of the file."""
         from mhacut.checkpoint.torch_file import read_whole
 
         path = self.file(STATE)
@@ -217,11 +203,7 @@ def check_folder_before_reading(options: FinetuneOptions) -> None:
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values``, completed by the options of the run that ``resume`` names, if it names one.
-
-    Raises:
-        UsageError: there is no such run, or a value contradicts the options that it began with.
-    """
+    """Return ``values``, completed by the options of the run that ``resume`` names, if it names one."""
     given = dict(values)
     folder = given.get("resume")
     if folder is None:

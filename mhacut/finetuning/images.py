@@ -84,20 +84,7 @@ def training_images(
     use_labels: bool,
     need_labels: bool,
 ) -> TrainingImages:
-    """Return the images of the training split, listed and checked, none of them opened.
-
-    Args:
-        data: options that name them.
-        preprocessing: preprocessing of the model.
-        augmentation: options of the augmentation.
-        num_classes: number of classes of the model's head; labels count from two on.
-        use_labels: False to leave labels out.
-        need_labels: refuse a folder of images without class folders.
-
-    Raises:
-        DataError: images or labels are missing, or do not fit the model.
-        UsageError: ``data`` names no images.
-    """
+    """Return the images of the training split, listed and checked, none of them opened."""
     transform = training_transform(preprocessing, augmentation)
     use_labels = use_labels and num_classes > 1
     if data.dataset is None and data.data_dir is None:
@@ -135,9 +122,6 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
     """Return timm's training transform: picture to augmented, normalised [C, H, W] float32.
 
     Without augmentation, it is the transform of the evaluation.
-
-    Raises:
-        UsageError: timm does not know a name in ``options``.
     """
     plain = preprocessing.transform()
     if not options.aug:
@@ -212,17 +196,7 @@ class StepBatches:
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
-        """Prepare the order.
-
-        Args:
-            count: number of images in all.
-            batch_size: number of images of a part.
-            parts: number of parts of a global batch: processes times accumulated batches.
-            seed: seed of the order.
-
-        Raises:
-            DataError: there are fewer images than in a global batch.
-        """
+        """Prepare the order."""
         self.count, self.batch_size, self.parts, self.seed = count, batch_size, parts, seed
         self.steps_per_epoch = count // (batch_size * parts)
         if self.steps_per_epoch == 0:
@@ -269,20 +243,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1.
-
-    Args:
-        images: images to train on.
-        batches: images of each step.
-        start: first step, from 0.
-        stop: step behind the last.
-        mine: numbers of the parts that this process trains on, from 0.
-        workers: number of processes that load images.
-        pin_memory: as in ``DataLoader``.
-
-    Raises:
-        DataError: too many images in a row cannot be read, or a label is not a class of the model's head.
-    """
+    """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1."""
     loader: DataLoader[Drawn] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),

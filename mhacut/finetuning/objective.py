@@ -92,15 +92,7 @@ class Teacher:
         matched: bool,
         sha256: str | None = None,
     ) -> None:
-        """Freeze ``model``.
-
-        Args:
-            model: the teacher, on the device.
-            stated: preprocessing that the teacher was trained with.
-            student: preprocessing of the images that it will be given.
-            matched: whether the outputs of its blocks are needed too.
-            sha256: digest of its file.
-        """
+        """Freeze ``model``."""
         self.sha256 = sha256
         self.model = model.eval().requires_grad_(False)
         # Images of the student are x = (pixel - m) / s, those of the teacher (pixel - M) / S
@@ -135,12 +127,6 @@ class Objective:
 
         With a teacher, the loss is temperature^2 times the divergence of the outputs (Hinton et al.,
         arXiv 1503.02531), plus the weighted cross-entropy and the weighted error of the blocks.
-
-        Args:
-            options: options of the run, which state the weights.
-            classes: number of classes; with fewer than two, outputs are compared by their squared error.
-            teacher: the teacher; None for labels alone.
-            student: the student's blocks, to match with the teacher's; None to leave them out.
         """
         self.teacher, self.student = teacher, student
         self.label_weight = 1.0 if teacher is None else options.label_weight
@@ -225,11 +211,7 @@ class Mixing:
 
 
 def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Reporter) -> FinetuneOptions:
-    """Return options whose teacher is the model that a slim file was cut from, where its file is at hand.
-
-    Raises:
-        UsageError: there is no teacher, and an option needs one.
-    """
+    """Return options whose teacher is the model that a slim file was cut from, where its file is at hand."""
     if options.teacher is None and options.resume is None and options.find_teacher:
         history = () if slim.record is None else slim.record.history
         first = history[0] if history else {}
@@ -262,19 +244,7 @@ def make_objective(
     preprocessing: Preprocessing,
     reporter: Reporter,
 ) -> Objective:
-    """Open the teacher, if there is one, and return the loss of the run.
-
-    Args:
-        options: options of the run.
-        slim: the slim file.
-        student: its model, on the device that trains it.
-        preprocessing: preprocessing of its images.
-        reporter: receives a message where the teacher is not the slim file's dense model.
-
-    Raises:
-        CheckpointError: the teacher cannot be read, has another number of classes, or cannot take the images.
-        UsageError: features are to be matched, and the blocks of the two do not match.
-    """
+    """Open the teacher, if there is one, and return the loss of the run."""
     blocks = Blocks(student) if options.feature_weight > 0 else None
     teacher = None
     if options.teacher is not None:

@@ -118,11 +118,7 @@ class Run:
 
 
 def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:
-    """Read the slim file, the teacher and the lists of images, and check that they fit together.
-
-    Raises:
-        MhacutError: an option, a file or the images do not fit; one of its kinds, in :mod:`mhacut.errors`.
-    """
+    """Read the slim file, the teacher and the lists of images, and check that they fit together."""
     if options.amp and options.amp_dtype == "bfloat16":
         warn_of_slow_amp(processes.device, reporter.log)
     reporter.start("reading")

@@ -32,10 +32,6 @@ def start(run: Run) -> None:
     """Make the directory of a new run and measure the slim file, or restore the state saved there.
 
     Every process must call this.
-
-    Raises:
-        OutputError: the directory holds a run, another process writes one there, or it cannot be written.
-        CheckpointError: the saved state is damaged, gone or another run's, or the run now has other inputs.
     """
     resuming, state = run.options.resume is not None, None
     with run.processes.together():
@@ -133,16 +129,7 @@ def _log_restored(run: Run) -> None:
 
 
 def save(run: Run, evaluation: Evaluation | None = None) -> None:
-    """Write the last weights, and the state that the run can be resumed from; every process must call this.
-
-    Args:
-        run: the run.
-        evaluation: accuracy of its weights, where it was just measured.
-
-    Raises:
-        DataError: too many images cannot be read.
-        OutputError: a file cannot be written; the files of the previous save stay as they are.
-    """
+    """Write the last weights and the state for resuming. Every process must call this method."""
     parts = run.processes.gather(list(run.progress.unreadable))
     unreadable = list(dict.fromkeys(name for part in parts for name in part))
     run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
@@ -165,14 +152,6 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
     """Write the run's weights, or their moving average if there is one, to a slim file.
 
     Only the first process writes.
-
-    Args:
-        run: the run.
-        name: name of the file in the run's directory.
-        evaluation: accuracy of the weights; None if it was not measured.
-
-    Raises:
-        OutputError: the file cannot be written.
     """
     if not run.processes.first:
         return

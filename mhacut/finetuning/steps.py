@@ -26,17 +26,7 @@ _NAMED = 10
 
 
 def train(run: Run) -> float:
-    """Take all steps that are left; every process must call this.
-
-    Returns:
-        Images per second, over all processes, without measuring and saving.
-
-    Raises:
-        Interrupted: a signal asked to stop; everything is saved.
-        MhacutError: the loss is not finite.
-        DataError: too many images cannot be read.
-        OutputError: a file cannot be written.
-    """
+    """Take all steps that are left; every process must call this."""
     loader = parts_of(run, run.images, run.batches, range(run.progress.step, run.total_steps))
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.

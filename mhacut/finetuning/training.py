@@ -43,22 +43,7 @@ class Trainer:
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:
-        """Make optimiser and schedule for ``model``.
-
-        Args:
-            model: model to train, float32, on the device.
-            objective: the loss.
-            mixing: mixup and cutmix.
-            options: options of the run.
-            processes: processes that share the work.
-            labelled: whether images have labels.
-            total_steps: number of steps of the schedule.
-            steps_per_epoch: number of steps per epoch, in which ``options`` count.
-
-        Raises:
-            UsageError: timm has no such optimiser, warm-up takes all steps, or the model lacks something
-                that ``options`` ask for.
-        """
+        """Make optimiser and schedule for ``model``."""
         self.model, self.objective, self.mixing = model, objective, mixing
         self.options, self.processes, self.labelled = options, processes, labelled
         self.device = processes.device
@@ -106,15 +91,7 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Take one step on this process's part of its images.
-
-        Args:
-            number: number of the step, from 0.
-            batches: batches of the step, ``grad_accum_steps`` of them.
-
-        Returns:
-            Sum of the losses of this process's images, and their number.
-        """
+        """Take one step on this process's part of its images."""
         options = self.options
         self.schedule.step_update(number - self._first)
         self.model.train()
@@ -177,11 +154,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of :meth:`state_dict` of a run with the same options.
-
-        Raises:
-            Exception: it does not fit; torch and each optimiser raise different errors.
-        """
+        """Load the result of :meth:`state_dict` of a run with the same options."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.model.load_state_dict(state["model"])
@@ -193,9 +166,6 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
     """Give ``model`` stochastic depth that grows linearly from 0 to ``rate`` over its blocks.
 
     Source: Huang et al., ECCV 2016, arXiv 1603.09382.
-
-    Raises:
-        UsageError: no block of the model has a place for it.
     """
     # A block is a module with places for it: some have one, after attention or the MLP, most have one each.
     blocks = []

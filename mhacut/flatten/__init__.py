@@ -28,17 +28,7 @@ def checkpoint_filter(
 
 
 def img_size_of(architecture: str, shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Image size of a checkpoint, where it is not the default of ``architecture``.
-
-    Args:
-        architecture: timm's name of the model.
-        shapes: shape of each tensor of the checkpoint.
-        patch_size: side in pixels of a token of stage 1.
-
-    Returns:
-        Side in pixels; None for models that are no FLatten pyramid, and where the checkpoint shows no other
-        size.
-    """
+    """Image size of a checkpoint, where it is not the default of ``architecture``."""
     pyramids = [family for family in FAMILIES if family is not flatten_deit]
     config = next((f.default_cfgs[architecture] for f in pyramids if architecture in f.default_cfgs), None)
     size = encoded_img_size(shapes, patch_size)

@@ -92,13 +92,7 @@ def _factor(gate: Tensor, power: int) -> Tensor:
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend without softmax over non-negative features, keys times values first: [B, h, N, d_v].
-
-    Args:
-        q: [B, h, N, d_qk], result of :func:`focus`.
-        k: [B, h, M, d_qk], likewise.
-        v: [B, h, M, d_v].
-    """
+    """Attend without softmax over non-negative features, keys times values first: [B, h, N, d_v]."""
     # Means over keys, above and below: only the epsilon then depends on the number of tokens.
     normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
     # 1 / N in two halves, as in the official code.
@@ -133,20 +127,6 @@ class FocusedLinearAttention(nn.Module):
     """Attention of all families; a subclass names its projections and runs them around :meth:`attend`.
 
     Parameters have the official names and order.
-
-    Args:
-        dim: channels of q, k and v, of all heads together.
-        num_heads: number of heads.
-        grid_size: height and width of the map, in tokens.
-        qkv_bias: whether q, k and v have biases.
-        proj_drop: dropout after the output projection.
-        focusing_factor: power p.
-        kernel_size: size of the depthwise convolution.
-        device: as in torch.
-        dtype: as in torch.
-
-    Raises:
-        ValueError: the heads do not divide the channels.
     """
 
     projections: Mapping[str, int]
@@ -200,11 +180,6 @@ class FocusedLinearAttention(nn.Module):
         """Return the sum of linear attention and depthwise convolution, heads merged, [B, N, C_v].
 
         Computed in at least float32, whatever the inputs and autocast are; the result has the dtype of ``v``.
-
-        Args:
-            q: [B, N, C_qk], projected.
-            k: [B, N, C_qk], projected, without positional encoding.
-            v: [B, N, C_v].
         """
         precise = torch.promote_types(v.dtype, torch.float32)
         with _no_autocast(v.device.type):

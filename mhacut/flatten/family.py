@@ -51,13 +51,7 @@ def configs(variants: Mapping[str, Any], **values: Any) -> Any:
 def register(
     model_class: type[nn.Module], variants: Mapping[str, Mapping[str, Any]], **feature_cfg: Any
 ) -> None:
-    """Register a family with timm, a function in its module for each model.
-
-    Args:
-        model_class: class of the models; its module has ``default_cfgs`` and ``checkpoint_filter_fn``.
-        variants: arguments of each model, by its name.
-        feature_cfg: how timm makes feature extractors of the models.
-    """
+    """Register a family with timm, a function in its module for each model."""
     # timm finds a model's default_cfgs in the module of its function, and lists models by that module.
     module: Any = sys.modules[model_class.__module__]
 
@@ -122,15 +116,7 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
 
 def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Image size for which the positional encodings of a pyramid's checkpoint were trained.
-
-    Args:
-        shapes: shape of each tensor, by official names or timm's.
-        patch_size: side in pixels of a token of stage 1, whose attention always is linear.
-
-    Returns:
-        Side in pixels of a square image; None without such encodings, or where no square image fits them.
-    """
+    """Image size for which the positional encodings of a pyramid's checkpoint were trained."""
     tokens = [
         shape[1]
         for name, shape in shapes.items()

@@ -50,17 +50,7 @@ class FocusedLepeAttention(FocusedLinearAttention):
 
 
 class StripeAttention(nn.Module):
-    """Softmax attention within stripes of the map, plus LePE within each stripe.
-
-    Args:
-        dim: channels of q, k and v in this branch: all or half of the block's.
-        num_heads: heads of this branch.
-        grid_size: height and width of the map.
-        stripe: height and width of a stripe; stripes tile the map.
-        attn_drop: dropout of the attention weights.
-        device: as in torch.
-        dtype: as in torch.
-    """
+    """Softmax attention within stripes of the map, plus LePE within each stripe."""
 
     def __init__(
         self,
@@ -146,19 +136,7 @@ class CswinAttention(nn.Module):
 def stripe_branches(
     dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
 ) -> list[Branch]:
-    """Make the branches of a softmax block: one of vertical and one of horizontal stripes, or a single one.
-
-    Args:
-        dim: channels of the block.
-        num_heads: heads of the block.
-        grid: height and width of the map.
-        split_size: width of the stripes, in tokens; None, or the side of a square map, for one branch over
-            the whole map.
-        kwargs: those of :class:`StripeAttention`.
-
-    Raises:
-        UsageError: the stripes do not tile the map.
-    """
+    """Make the branches of a softmax block: vertical and horizontal stripes, or one full window."""
     height, width = grid
     # As in the official code: stripes as large as the map are one branch, with all channels.
     if split_size is None or grid == (split_size, split_size):
@@ -223,31 +201,7 @@ class MergeBlock(nn.Module):
 
 
 class FlattenCswin(Pyramid):
-    """CSWin with focused linear attention in the stages that ``attn_type`` marks L.
-
-    Args:
-        img_size: height and width of the images; their map in stage 3 must divide into stripes.
-        embed_dim: channels of stage 1; each further stage has twice as many.
-        depths: blocks per stage.
-        num_heads: heads per stage.
-        split_size: width of the stripes of softmax stages, in tokens. Where that is the whole map, and in
-            the last stage, a block has one branch over the whole map instead of two.
-        attn_type: a letter per stage, L for focused linear attention, S for softmax in stripes.
-        mlp_ratio: ratio of hidden to outer channels of the MLPs.
-        qkv_bias: whether q, k and v have biases.
-        focusing_factor: power p of focused linear attention.
-        kernel_size: size of its depthwise convolution.
-        proj_drop_rate: dropout after the projection and in the MLP.
-        attn_drop_rate: dropout of softmax attention weights.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-            The authors train with 0.2 (tiny), 0.4 (small), 0.5 (base) or 0.7 (base, 384).
-        device: as in torch.
-        dtype: as in torch.
-        kwargs: further arguments of :class:`Pyramid`.
-
-    Raises:
-        UsageError: ``attn_type`` does not fit ``depths``, or stripes do not tile a map.
-    """
+    """CSWin with focused linear attention in the stages that ``attn_type`` marks L."""
 
     def __init__(
         self,

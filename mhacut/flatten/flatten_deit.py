@@ -20,18 +20,7 @@ from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenDeit(VisionTransformer):  # type: ignore[misc]
-    """timm's ViT without a class token, with :class:`FusedFocusedAttention` in every block.
-
-    Args:
-        qkv_bias: whether q, k and v have biases.
-        proj_drop_rate: dropout after the projection and in the MLP.
-        focusing_factor: power p of focused linear attention.
-        kernel_size: size of its depthwise convolution.
-        kwargs: further arguments of timm's ViT.
-
-    Raises:
-        UsageError: an argument asks for other tokens than those of a map, or for maps of varying size.
-    """
+    """timm's ViT without a class token, with :class:`FusedFocusedAttention` in every block."""
 
     def __init__(
         self,

@@ -29,25 +29,7 @@ _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class FlattenPvt(Pyramid):
-    """Four stages of patch embedding, position embedding and blocks; 3136, 784, 196, 49 tokens at 224.
-
-    Args:
-        img_size: height and width of the images. Unless they are multiples of 32, border pixels are not used.
-        depths: blocks per stage.
-        embed_dims: channels per stage.
-        num_heads: heads per stage.
-        mlp_ratios: ratio of hidden to outer channels of the MLPs, per stage.
-        qkv_bias: whether q, k and v have biases.
-        focusing_factor: power p of focused linear attention.
-        kernel_size: size of its depthwise convolution.
-        pos_drop_rate: dropout after the position embedding.
-        proj_drop_rate: dropout after the projection and in the MLP.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-            The authors train with 0.1 (tiny, small) or 0.3 (medium, large).
-        device: as in torch.
-        dtype: as in torch.
-        kwargs: further arguments of :class:`Pyramid`.
-    """
+    """Four stages of patch embedding, position embedding and blocks; 3136, 784, 196, 49 tokens at 224."""
 
     def __init__(
         self,

@@ -16,17 +16,7 @@ from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
-    """PVTv2 whose attention is :class:`SeparateFocusedAttention` without spatial reduction.
-
-    Args:
-        img_size: height and width of the images; the positional encodings of the keys fix it.
-        focusing_factor: power p of focused linear attention.
-        kernel_size: size of its depthwise convolution.
-        kwargs: further arguments of timm's PVTv2, except those of its own attention.
-
-    Raises:
-        UsageError: an argument of PVTv2's own attention is given.
-    """
+    """PVTv2 whose attention is :class:`SeparateFocusedAttention` without spatial reduction."""
 
     def __init__(
         self,

@@ -35,25 +35,7 @@ class FocusedSwinBlock(FocusedBlock):
 
 
 class FlattenSwin(SwinTransformer):  # type: ignore[misc]
-    """Swin with :class:`FusedFocusedAttention` in the stages that ``attn_type`` marks L.
-
-    Args:
-        img_size: height and width of the images.
-        attn_type: a letter per stage, L for focused linear attention, S for softmax in windows.
-        window_size: side of the windows of softmax stages, in tokens.
-        depths: blocks per stage.
-        num_heads: heads per stage.
-        qkv_bias: whether q, k and v have biases.
-        proj_drop_rate: dropout after the projection and in the MLP.
-        drop_path_rate: stochastic depth of the last block; grows linearly from 0.
-            The authors train with 0.2 (tiny), 0.3 (small) or 0.5 (base).
-        focusing_factor: power p of focused linear attention.
-        kernel_size: size of its depthwise convolution.
-        kwargs: further arguments of timm's Swin.
-
-    Raises:
-        UsageError: ``attn_type`` does not fit ``depths``, or images of varying size are asked for.
-    """
+    """Swin with :class:`FusedFocusedAttention` in the stages that ``attn_type`` marks L."""
 
     def __init__(
         self,

@@ -15,14 +15,6 @@ class Pyramid(nn.Module):
     """Model of stages, each with a smaller map, [B, H, W, C]; ``head`` reads the mean over the last map.
 
     A family implements :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it has a final norm.
-
-    Args:
-        dims: channels of each stage; the first has a quarter of the images' height and width, each further
-            one half of those before.
-        in_chans: channels of the images.
-        num_classes: number of classes; 0 for a model without a classifier.
-        global_pool: ``avg``, or ``""`` for none.
-        drop_rate: dropout before the classifier.
     """
 
     head: nn.Module
@@ -95,20 +87,9 @@ class Pyramid(nn.Module):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Return the maps after some stages, [B, C, H, W], as timm's models do.
 
-        Args:
-            x: images.
-            indices: number of last stages, or a list of stages; None for all.
-            norm: apply the final norm to the last map.
-            stop_early: do not run stages beyond the last one asked for.
-            output_fmt: NCHW, nothing else.
-            intermediates_only: leave the final features out.
-
         Returns:
             The maps, or, unless ``intermediates_only``, the features of the last stage that was run,
             [B, H, W, C], and the maps.
-
-        Raises:
-            ValueError: another ``output_fmt``.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: only NCHW is supported")
@@ -127,11 +108,7 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in ``indices``, as timm's models do for ``features_only``.
-
-        Returns:
-            The indices, none of them negative.
-        """
+        """Drop the stages after the last one in ``indices``, as timm's models do for ``features_only``."""
         wanted, last = feature_take_indices(self.num_stages, indices)
         shortened = last < self.num_stages - 1
         for index in range(last + 1, self.num_stages):

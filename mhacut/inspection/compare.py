@@ -33,17 +33,6 @@ def read_dense(
     """Read the checkpoint of ``--compare``.
 
     A file that does not state its architecture is taken to have that of ``opened``.
-
-    Args:
-        source: a checkpoint, or ``timm:NAME``.
-        opened: the checkpoint that is inspected.
-        reporter: receives a message where the history of ``opened`` names another file.
-        part: entry of a training checkpoint, or module in it, that is the model; slim files have none.
-
-    Raises:
-        UsageError: the two have different architectures or input sizes, or ``source`` is slim and ``opened``
-            dense.
-        CheckpointError: it cannot be read.
     """
     identity = opened.identity
     stated: dict[str, Any] = {}
@@ -137,19 +126,6 @@ def compare(
     """Run both models on ``images`` [n, C, H, W] and compare every layer.
 
     The outputs of all layers for one batch are held in memory.
-
-    Args:
-        dense: dense model in eval mode, float32. Its layers get the tokens that those of ``slim`` get.
-        slim: pruned model in eval mode, float32, on the same device.
-        images: images, normalised.
-        source: name of ``dense``, for readers.
-        data: description of the images, for readers.
-        batch_size: images at a time.
-        prunable: prunable layers of both models; found if None.
-        progress: called with (images done, images in all).
-
-    Raises:
-        MhacutError: the two have different layers, heads or classes, or their outputs are not finite.
     """
     asked = option_name("compare", source)
     advice = "give the dense model that the checkpoint was made from"

@@ -169,21 +169,7 @@ def inspect_model(
     prunable: PrunableLayers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Describe ``opened``.
-
-    Args:
-        opened: a checkpoint; its weights are read if they were not read yet.
-        shapes_only: read no weights; only the widths of heads are then known.
-        evidence: activations to judge heads by, and a description of the images; None to judge by the weights
-            alone.
-        preprocessing: overrides what the checkpoint states; FLOPs are counted at its image size.
-        prunable: prunable layers of the model; found if None.
-        progress: called with (layers done, layers in all).
-
-    Raises:
-        UnsupportedModelError: the model has no attention that can be cut, or an unknown class of attention.
-        CheckpointError: weights cannot be read.
-    """
+    """Describe ``opened``."""
     model, record = opened.skeleton, opened.record
     prunable = prunable or find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())

@@ -263,14 +263,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
-    """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``.
-
-    Args:
-        price: price of each channel; infinite where it may not go, as those of a head that has none too many.
-        owner: head of each channel.
-        excess: channels that each head has too many; no more of it are returned. Not all of it is 0.
-        count: number of channels.
-    """
+    """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``."""
     if count == 1:
         chosen = [int(price.argmin())]
         excess[owner[chosen[0]]] -= 1

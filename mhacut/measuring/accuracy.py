@@ -77,10 +77,6 @@ def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> flo
 
     >>> round(standard_error_of_drop([True] * 100, [True] * 99 + [False]), 3)
     1.0
-
-    Args:
-        before: whether each image's label is the top-1 class of the first model.
-        after: the same for the second model, in the same order.
     """
     # Paired: the variance of the difference of the two answers to one image, each -1, 0 or 1.
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
@@ -200,13 +196,7 @@ class Agreement:
 
 
 def agreement(expected: Tensor, found: Tensor, *, classes: bool) -> Agreement:
-    """Return how far ``found`` agrees with ``expected``, both [B, outputs], or [B, ...] without classes.
-
-    Args:
-        expected: outputs of the model.
-        found: outputs of the program, for the same images.
-        classes: whether outputs are logits of classes.
-    """
+    """Return how far ``found`` agrees with ``expected``, both [B, outputs], or [B, ...] without classes."""
     p, q = expected.double().flatten(1), found.double().flatten(1)
     cosine = float(F.cosine_similarity(p, q).mean())
     if not classes:

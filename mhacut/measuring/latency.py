@@ -29,11 +29,7 @@ Run = Callable[[], object]
 
 
 def latency_label(conditions: Mapping[str, Any]) -> str:
-    """Return the name of a latency in tables.
-
-    Args:
-        conditions: ``runtime``, ``int8``, ``batch_size`` and ``device`` that it was measured with.
-    """
+    """Return the name of a latency in tables."""
     runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
     parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
     return f"latency, ms ({', '.join([*parts, conditions['device']])})"
@@ -68,12 +64,6 @@ def take_turns(
 
     They take turns, and every other round runs backwards, so that a machine that slows down or warms up
     slows all of them down. Compare only times of one call of this function.
-
-    Args:
-        runs: functions to time.
-        seconds: seconds for everything, after the warm-up; at least five rounds are run whatever they take.
-        device: device they compute on; it is waited for before the clock is read.
-        clock: clock that measures a call, in seconds; ``time.process_time`` for CPU time.
     """
     return [[own for (own,) in times] for times in _turns(runs, seconds, device, (clock,))]
 
@@ -111,14 +101,6 @@ def compare_runs(
     """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
 
     For one thread on a CPU, ratios compare process time, which excludes other programs.
-
-    Args:
-        runs: functions to time; the others are compared with the first.
-        seconds: seconds for everything, after the warm-up, of each try, by the clock that is compared.
-        device: device they compute on.
-        threads: number of threads that compute.
-        precision: repeat, at most five times in all, until the relative standard error of every ratio is
-            below it; then the rounds of all tries count, for the drift too. None to take the steadiest try.
     """
     # Windows counts the time of a process in ticks of 16 ms, which is too coarse.
     by_process = device.type == "cpu" and threads == 1 and sys.platform != "win32"

@@ -72,16 +72,6 @@ def better_normalisation(
     A quarter of the images finds those that may be better; only then, the others compare them with the
     model's own. So if the normalisation is right, the cost is about that of one pass over :data:`SAMPLE`
     images.
-
-    Args:
-        model: classifier in eval mode, on ``device``.
-        batches: images normalised by ``mean`` and ``std``.
-        mean: mean per channel, for pixels in 0..1.
-        std: standard deviation per channel.
-        device: device to compute on.
-
-    Returns:
-        None if none is clearly better, or images have other than three channels.
     """
     if len(mean) != 3:
         return None

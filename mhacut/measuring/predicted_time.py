@@ -172,21 +172,13 @@ class TimeTable:
         return saved
 
     def with_anchors(self, models: Sequence[tuple[Mapping[Any, int], float]]) -> TimeTable:
-        """Return the table that goes through cut models that were timed.
-
-        Args:
-            models: widths of each, and its time relative to the dense model's.
-        """
+        """Return the table that goes through cut models that were timed."""
         anchors = [(self.saved_by_layers(widths), max(self.uncut - share, 0.0)) for widths, share in models]
         return replace(self, anchors=tuple(anchor for anchor in anchors if anchor[0] > 0))
 
 
 def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """Return the widths of a layer at which its time is measured, all channels first.
-
-    Args:
-        choices: allowed widths by kind, ascending, the dense one last.
-    """
+    """Return the widths of a layer at which its time is measured, all channels first."""
     dense = {kind: widths[-1] for kind, widths in choices.items()}
     points = [dense]
     paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
@@ -238,13 +230,7 @@ class TimeCurve:
     def through(
         cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
     ) -> TimeCurve:
-        """Return the curve through models; one that is faster than another of fewer FLOPs replaces it.
-
-        Args:
-            cut: FLOPs and relative time of models that merge no tokens, the dense model among them.
-            merged: FLOPs and relative time of models that merge tokens.
-            dense: nanoseconds per batch of the dense model.
-        """
+        """Return the curve through models; one that is faster than another of fewer FLOPs replaces it."""
         return cls(_fastest(cut), _fastest(merged), dense)
 
     def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:

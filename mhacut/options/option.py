@@ -147,9 +147,6 @@ class Option:
 
         Text is read as a flag's: ``"0.5,0.4"`` are two numbers, ``"img_size=32"`` is a mapping. Numbers of
         NumPy become Python's, which JSON can hold.
-
-        Raises:
-            UsageError: it is none of the option's values; the message names the option.
         """
         value = _plain(value)
         if value is None and type(None) in get_args(self.type):
@@ -228,10 +225,6 @@ def option(default: T, **facts: Any) -> T:
     >>> CutOptions(round_to=0)
     Traceback (most recent call last):
     mhacut.errors.UsageError: round_to=0: expected at least 1
-
-    Args:
-        default: value of the option if it is not given; ``MISSING`` if it must be.
-        facts: fields of :class:`Option`.
     """
     made: Any = field(default=default, metadata=facts)
     return made  # type: ignore[no-any-return]
@@ -242,10 +235,6 @@ class Options:
 
     A subclass is a frozen dataclass with a docstring, the help, under each field. Commands inherit options
     that they share. Types and bounds are checked when an object is made.
-
-    Args:
-        panel: heading of the class's options in ``--help``.
-        needs: values of other options that they need, where they state none themselves.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -413,17 +402,7 @@ def key_value(name: str, text: str) -> tuple[str, Any]:
 
 
 def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
-    """Read the options in a YAML file, converted to their types.
-
-    Args:
-        path: path of a mapping from option names, as in Python or as the flags are spelled, to values.
-        options: every option by its name.
-        where: name of the file in messages.
-
-    Raises:
-        OSError: the file cannot be read.
-        UsageError: it holds something that is no option or of another type.
-    """
+    """Read the options in a YAML file, converted to their types."""
     import yaml
 
     try:
@@ -454,9 +433,6 @@ def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Calla
     """Give a function of ``**options`` the signature of the dataclass ``call``, and its docstring their help.
 
     Type checkers and editors see each keyword with its type; ``help()`` and notebooks also its default.
-
-    Args:
-        call: dataclass of the class of keywords and of the function's other parameters.
     """
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:

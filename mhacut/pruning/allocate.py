@@ -48,15 +48,7 @@ MOST_CANDIDATES = 20_000
 def job_widths(
     job: Job, limits: Limits, curves: Curves, table: CostTable | None = None, *, close_gap: bool = True
 ) -> dict[UnitKey, int]:
-    """Return the widths of least total error within limits and the job's constraints.
-
-    Args:
-        job: what is pruned.
-        limits: limits that the plan must keep.
-        curves: curves of the job's units.
-        table: FLOPs of the model with merges; None for the job's own.
-        close_gap: whether to close the last gap to the limits, which takes seconds.
-    """
+    """Return the widths of least total error within limits and the job's constraints."""
     equal, within = job.constraints.equal_qkv, job.limits_on_widths(limits, table)
     return cheapest_widths(curves, job.allowed, within, close_gap=close_gap, equal=equal)
 
@@ -64,15 +56,7 @@ def job_widths(
 def costs_of_constraints(
     job: Job, limits: Limits, curves: Curves, widths: Widths, table: CostTable
 ) -> tuple[Constraint, ...]:
-    """Return the job's constraints, each with the divergence that would be saved without it.
-
-    Args:
-        job: what is pruned.
-        limits: limits that the plan keeps.
-        curves: curves of the job's units.
-        widths: widths that were chosen under all constraints.
-        table: FLOPs of the model with the merges that were chosen.
-    """
+    """Return the job's constraints, each with the divergence that would be saved without it."""
     expected = divergence_by_cut(total_error(curves, widths), job.dense)
     costs = []
     for name, value, others in job.constraints.without_each():
@@ -95,13 +79,6 @@ def cheapest_widths(
 
     A limit on time counts what unequal widths cost, so that there the least error alone decides. Layers whose
     q/k and v have other choices are never tied.
-
-    Args:
-        curves: error of every unit at each of its choices.
-        choices: allowed widths per unit, ascending, the dense one last.
-        limits: reachable with the least widths.
-        close_gap: whether to close the last gap to the limits, which takes seconds.
-        equal: whether q/k must be as wide as v, whatever that costs; their choices must then be the same.
     """
     pairs = {qk: v for qk, v in qk_and_v(choices) if choices[qk] == choices[v]}
     tied = _solve(curves, choices, limits, close_gap, pairs)
@@ -264,13 +241,6 @@ def fill_budget(
     First one threshold for all units, as low as the limits allow; then, since widths move in steps, the best
     step that still fits, again and again until none does; then, if more than 1 % of each limit is left,
     several steps at once that close the gap.
-
-    Args:
-        ranked: scores of each unit's channels, best first.
-        choices: allowed widths per unit, ascending.
-        limits: reachable with the least widths.
-        price: cost per channel of each unit, where scores are values per cost; None where they are values.
-        close_gap: whether to close the last gap, which takes seconds.
     """
 
     def widths_at(threshold: float) -> dict[UnitKey, int]:
@@ -340,13 +310,6 @@ def _closer(
     This is the knapsack's dynamic programme, unit by unit, whose states are the costs gained; of more than
     :data:`MOST_CANDIDATES` states only those that lose least go on, which keeps it to seconds but no longer
     exact. Costs of units are assumed not to depend on each other, so the caller must count the outcome.
-
-    Args:
-        widths: widths to start from; within all limits.
-        values: values of each unit's channels, best first.
-        choices: allowed widths per unit, ascending.
-        tightest: the limit to use up.
-        limits: all of them.
     """
     cost, budget = tightest.cost, tightest.most
     have = cost(widths)

@@ -65,19 +65,6 @@ def calibrate(
     """Run ``images`` [n, C, H, W] through ``model`` and gather a :class:`Calibration`.
 
     Several processes share the batches; each returns what one alone would, up to the rounding of sums.
-
-    Args:
-        model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
-        prunable: its prunable layers.
-        images: normalised; all of them in every process.
-        batch_size: images at a time.
-        fisher: how to estimate the Fisher information, and what outputs to gather; None: no estimate, and the
-            model's own outputs.
-        reporter: advances with the images, those to differentiate counted twice.
-        processes: processes that share the images; None for this one alone.
-
-    Raises:
-        MhacutError: an output, or a gradient, is not finite.
     """
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device

@@ -23,17 +23,7 @@ REPEATABILITY = 1e-5
 
 
 def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
-    """Count the FLOPs of the cut model for one image anew, merges included, and compare them with the plan's.
-
-    Args:
-        slim: the cut model.
-        job: what is pruned.
-        planned: the plan.
-        most: budget of FLOPs.
-
-    Raises:
-        MhacutError: they are not those of the cost table, or above the budget.
-    """
+    """Count the FLOPs of the cut model for one image, merges included, and compare them with the plan's."""
     if planned.merged:
         slim = copy.deepcopy(slim)
         set_merged(slim, planned.merged, planned.copied)
@@ -68,9 +58,6 @@ def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
         slim: the cut model, on the CPU.
         masked: :func:`masked_outputs` of the model that was cut, for the same images.
         images: [B, C, H, W].
-
-    Raises:
-        MhacutError: it does not.
     """
     difference = relative_difference(slim(images), masked)
     if not difference <= EXACTNESS:

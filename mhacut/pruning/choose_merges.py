@@ -78,13 +78,7 @@ class MergeSearch:
     """Search for merges of one model, for any budget; the model is tried and counted once."""
 
     def __init__(self, job: Job, calibration: Calibration, law: MergeLaw | None = None) -> None:
-        """Try a few schedules on calibration images.
-
-        Args:
-            job: what is pruned; its model merges no tokens, and can.
-            calibration: calibration of its model.
-            law: law of its model; None to fit it to schedules that are tried.
-        """
+        """Try a few schedules on calibration images."""
         self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
         self.last = merging_blocks(job.model, self.tokens)
         self.law = law or self._fitted_law(calibration)
@@ -157,11 +151,6 @@ class MergeSearch:
         """Return the merges and widths of least predicted divergence within reachable limits.
 
         The schedules of least cost are searched, from few merges to many.
-
-        Args:
-            limits: limits that the plan must keep.
-            curves: curves of the job's units.
-            close_gap: whether to close the last gap to the limits, which takes seconds.
         """
         job, schedules = self.job, self.schedules
 

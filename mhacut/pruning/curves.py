@@ -47,13 +47,7 @@ DENSE_FACTOR = 3.5
 def sensitivity_curves(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate]
 ) -> dict[UnitKey, Curve]:
-    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.choices`.
-
-    Args:
-        job: what is pruned.
-        calibration: calibration of its model, with Fisher information.
-        candidates: how each unit would be cut.
-    """
+    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.choices`."""
     curves: dict[UnitKey, Curve] = {}
     counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:

@@ -113,14 +113,6 @@ def minimise(
     """Minimise ``loss`` over ``parameters`` in place, by Adam, until it is no longer finite.
 
     Callers compare the result on held-out images, and so leave out what diverged.
-
-    Args:
-        loss: returns the loss of the next batch, a scalar.
-        parameters: leaves that require gradients.
-        steps: number of steps; the learning rate falls to 0 over them along a cosine.
-        lr: largest learning rate, that of the first step unless there is a warm-up.
-        warm_up: number of steps over which the rate rises to it.
-        reporter: advances after every step that was taken.
     """
     optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
 

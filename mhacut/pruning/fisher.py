@@ -68,12 +68,6 @@ class FisherInformation:
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
         """Return the importance of every row of an activation.
 
-        Args:
-            layer: whose output the rows become: one row per token of it, or several that follow each other,
-                such as both halves of a rotary head.
-            shape: shape of the activation without its channels, images first.
-            images: number of images in it.
-
         Returns:
             [all rows], float64; None where rows have one weight, or are laid out unlike the layer's output.
         """
@@ -115,9 +109,6 @@ def measure_fisher(
         options: all but the number of images; what is preserved must be stated, and fitted.
         counter: counts images.
         processes: take turns batch by batch, and add up their sums.
-
-    Raises:
-        MhacutError: outputs or gradients are not finite.
     """
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved

@@ -25,12 +25,7 @@ class Limit:
     """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
 
     def with_merges_fixed(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
-        """Return the limit on the widths of a model whose merges are fixed; a time becomes one on FLOPs.
-
-        Args:
-            flops: FLOPs of that model at given widths.
-            merges: whether it merges tokens.
-        """
+        """Return the limit on the widths of a model whose merges are fixed; a time becomes one on FLOPs."""
         if self.resource == "flops":
             return replace(self, cost=flops)
         if self.curve is None:
@@ -114,9 +109,6 @@ class Constraints:
 
         With equal q/k and v widths, if one of the two must keep all channels, so must the other; the larger
         of two least widths holds for both; and if only one of the two can be cut, neither is.
-
-        Raises:
-            UsageError: a pattern matches nothing, a least width is malformed, or q/k and v cannot be equal.
         """
         left = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:

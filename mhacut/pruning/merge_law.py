@@ -56,14 +56,7 @@ class MergeLaw:
     coupling: float
 
     def terms(self, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
-        """Return ``c ** (1 / g)`` of one block, as ``before`` and ``after`` broadcast.
-
-        Args:
-            block: its number.
-            before: tokens that enter it, a number or many.
-            after: tokens that leave it.
-            tokens: tokens of the model.
-        """
+        """Return ``c ** (1 / g)`` of one block, as ``before`` and ``after`` broadcast."""
         return _terms(torch.tensor(astuple(self), dtype=torch.float64), block, before, after, tokens)
 
     def divergence(self, schedule: Schedule, tokens: Tokens) -> float:
@@ -72,13 +65,7 @@ class MergeLaw:
 
     @classmethod
     def fit(cls, schedules: Sequence[Schedule], measured: Sequence[float], tokens: Tokens) -> MergeLaw:
-        """Return the law nearest to the logarithms of ``measured`` divergences, and to :data:`TYPICAL`.
-
-        Args:
-            schedules: what was tried; each merges something. Empty where tokens are too few for any.
-            measured: their divergences from the model without merges, in nats.
-            tokens: tokens of the model.
-        """
+        """Return the law nearest to the logarithms of ``measured`` divergences, and to :data:`TYPICAL`."""
         if not schedules:
             return TYPICAL
         typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
@@ -136,12 +123,7 @@ def largest_merge(count: int, prefix: int) -> int:
 
 
 def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
-    """Schedules to measure: early and late, in many small merges and in few large ones.
-
-    Args:
-        tokens: tokens of the model.
-        last: number of blocks that may merge; later blocks merge nothing.
-    """
+    """Schedules to measure: early and late, in many small merges and in few large ones."""
     place = [block / max(last - 1, 1) for block in range(last)]
     shapes = {
         0.04: ([1.0] * last, [2 * x for x in place]),
@@ -195,13 +177,6 @@ def cheapest_schedules(
     """Return the schedules of least ``sum of terms + price * FLOPs``, without repetition, one per price.
 
     Found exactly, by dynamic programming over the number of tokens left, in steps of 1/100 of all.
-
-    Args:
-        law: law of the model.
-        tokens: tokens of the model.
-        costs: costs of each block.
-        last: number of blocks that may merge.
-        prices: worth of a FLOP, in the law's terms.
     """
     # States of the dynamic programme are the numbers of tokens left; the price of FLOPs stands for a budget.
     step = max(1, round(tokens.total / _STATES))

@@ -66,13 +66,7 @@ class Planned:
         return int(self.table.flops(self.plan.widths()))
 
     def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
-        """Return ``limit``, which this was planned with, corrected by what the cut model has of it.
-
-        Args:
-            limit: of the plan.
-            asked: before any correction.
-            found: amount of the cut model.
-        """
+        """Return ``limit``, which this was planned with, corrected by what the cut model has of it."""
         if limit.curve is None:
             return replace(limit, most=asked.most + self.cost(limit) - found)
         return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))

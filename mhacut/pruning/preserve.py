@@ -120,11 +120,6 @@ class Preserved:
     ) -> Tensor:
         """Run ``model`` on ``images`` [B, C, H, W].
 
-        Args:
-            model: eval mode; not modified.
-            images: on its device.
-            tensors: substitutes for tensors of the model, by name.
-
         Returns:
             Logits or pooled features, [B, ...]; or dense features, [B, all channels of all tokens], float32
             or wider, whitened and scaled so that half the squared distance of two is their divergence.

@@ -50,16 +50,7 @@ NEGLIGIBLE = 1e-6
 def recover(
     slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration, merged: Schedule = ()
 ) -> nn.Module:
-    """Return ``slim`` after the steps that the job's options ask for, as far as they help on held-out images.
-
-    Args:
-        slim: cut from the job's model, eval mode, float32, on the CPU; so is the result.
-        prunable: its prunable layers.
-        job: what is pruned.
-        calibration: calibration of the job's model.
-        merged: number of tokens that each block is to merge; empty to leave the model as it is. Channel
-            scales are trained without merges, healing with them.
-    """
+    """Return ``slim`` after the recovery steps that lower its loss on held-out images."""
     options, reporter = job.options, job.reporter
     scale_steps, heal_steps, tune_steps = (
         options.trained_gain_steps,
@@ -169,15 +160,6 @@ def healed(
 
     A block keeps its weights if training does not help on held-out images. Weights that another module uses
     too are not trained, nor are those outside the blocks.
-
-    Args:
-        slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
-        prunable: prunable layers of ``slim``.
-        job: what is pruned.
-        calibration: calibration of the job's model: number of held-out images, importance of tokens.
-        lr: learning rate of the first step of each block.
-        batch: most images per step.
-        most_bytes: bounds the memory of images and activations; fewer images are used if need be.
     """
     model: Any = copy.deepcopy(slim)
     teacher = job.model
@@ -298,11 +280,7 @@ def _block_around(name: str, layers: Sequence[Layer]) -> str:
 def _comparable(
     slim: nn.Module, dense: nn.Module, blocks: Iterable[Block], image: Tensor
 ) -> tuple[list[Block], int]:
-    """Find the blocks that both models run once per pass and that give one tensor of the same shape.
-
-    Returns:
-        The blocks, in the order in which ``slim`` runs them, and the bytes that wait for one image.
-    """
+    """Find the blocks that both models run once per pass and that give one tensor of the same shape."""
     named = {block.name: block for block in blocks}
     in_slim, in_dense = (_outputs(model, named, image) for model in (slim, dense))
     comparable, sizes = [], []
@@ -413,18 +391,7 @@ def _train(
     generator: torch.Generator,
     lr: float,
 ) -> None:
-    """Train one block of ``model`` in place on calls to ``fit``; put it back if ``unseen`` ones do not agree.
-
-    Args:
-        model: the slim model.
-        name: name of the block.
-        unseen: calls on held-out images.
-        fit: calls to train on.
-        error: error to minimise.
-        job: number of steps, and whether to use autocast.
-        generator: generator of the order of the batches.
-        lr: learning rate of the first step.
-    """
+    """Train one block of ``model`` in place. Restore it if the held-out error grows."""
     block = model.get_submodule(name)
     before, stored = _mean_error(block, unseen, error), copy.deepcopy(block.state_dict())
     # Parameters that no module outside of the block uses.

@@ -129,15 +129,6 @@ def repair(
 
     Every layer is refitted on the dense model's activations. Refits on those of the cut model would leave
     healing less to learn (docs/explanation/choices.md).
-
-    Args:
-        model: the dense model, eval mode, float32.
-        prunable: its prunable layers.
-        plan: units that keep everything are skipped.
-        moments: moments of every unit of the plan, on images to fit and on held-out images.
-        candidates: candidates of each unit, of which the one with the least error on held-out images fills
-            the plan's width; None keeps the plan's channels.
-        progress: called at each unit with (its number, units in all).
     """
     report: dict[UnitKey, UnitRepair] = {}
     for number, unit_plan in enumerate(plan, 1):

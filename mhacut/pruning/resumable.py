@@ -100,24 +100,13 @@ class ResumableModel:
 
     @torch.no_grad()
     def run_through(self, name: str) -> list[Any]:
-        """Run every batch on through the next call of this module; return its output for each.
-
-        Raises:
-            ValueError: a batch does not reach the module any more.
-        """
+        """Run every batch on through the next call of this module; return its output for each."""
         self._until, self._before = self.model.get_submodule(name), None
         return [self._run(stack, name) for stack in self._stacks]
 
     @torch.no_grad()
     def run_up_to(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run every batch on to the next call of this module, which is made in the next run.
-
-        Returns:
-            Arguments of the call, by position and by name, of each batch.
-
-        Raises:
-            ValueError: a batch does not reach the module any more.
-        """
+        """Run every batch on to the next call of this module, which is made in the next run."""
         self._until, self._before = None, self.model.get_submodule(name)
         return [self._run(stack, name) for stack in self._stacks]
 

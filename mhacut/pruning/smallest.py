@@ -42,11 +42,6 @@ def smallest_within(budgets: range, expected: Callable[[int], float], goal: floa
     it is the one at which the logarithm of the loss, interpolated linearly between the two nearest trials,
     meets it. A bracket that hardly shrinks is halved. When passing and failing budgets are at most a step
     apart, smaller models are tried until :data:`_MISSES` in a row miss.
-
-    Args:
-        budgets: from the lowest to the highest; its step is the difference that is worth a trial.
-        expected: loss that is expected at a budget, up to a factor; falls as budgets grow.
-        goal: expected loss at which to begin.
     """
     low, high, step = budgets.start, budgets.stop - 1, budgets.step
     failing, passing = low - step, high + step
@@ -79,13 +74,7 @@ def smallest_within(budgets: range, expected: Callable[[int], float], goal: floa
 
 
 def _below(best: int, failed: Sequence[tuple[int, Trial]], budgets: range) -> Search:
-    """Walk down from the least cost so far.
-
-    Args:
-        best: least cost of a model within the bound.
-        failed: budgets that missed the bound, and their trials, which stand for budgets near them.
-        budgets: budgets to look at.
-    """
+    """Walk down from the least cost so far."""
     stride = max(budgets.step, (budgets.stop - 1) // _STRIDES)
     budget, missed = best, 0
     while missed < _MISSES and budget > budgets.start:

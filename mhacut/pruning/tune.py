@@ -59,12 +59,6 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     split, cropped and mirrored at random; both models see the same.
 
     To features of every token, the blocks of a plain ViT alone are tuned, slowly.
-
-    Args:
-        slim: cut from the job's model, eval mode, float32, on the job's device; not modified.
-        job: what is pruned; its options have the number of steps.
-        calibration: calibration of the job's model: held-out images, and the measure of the divergence.
-        distance: divergence of ``slim`` on held-out images, of answers on crops of them.
     """
     if calibration.preserved.dense:
         return _tuned_to_features(slim, job, calibration, distance)

@@ -84,14 +84,7 @@ class UnitSums:
         output_gram: Tensor | None = None,
         spill: Spill | None = None,
     ) -> None:
-        """Start from nothing.
-
-        Args:
-            unit: unit whose channels are seen.
-            fisher: weights of their tokens.
-            output_gram: [H, d_v, d_v], needed for linear attention only.
-            spill: where second moments lie; None for memory.
-        """
+        """Start from nothing."""
         self.unit, self.fisher, self.output_gram, self.spill = unit, fisher, output_gram, spill
         self.sums: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
@@ -239,10 +232,6 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] |
 
     Every head is assumed to attend to its own tokens, so that v channels of different heads are unrelated.
     What follows the projections (ReLUs, powers, norms, convolutions) is left out.
-
-    Args:
-        module: layer of the unit.
-        unit: qk or v of that layer.
 
     Returns:
         The moments, and the mean similarity of each channel to the others of its head, [H, d], in [0, 1];

@@ -84,13 +84,7 @@ def depth_colour(fraction: float) -> str:
 def share_table(
     title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping[str, Share]]]
 ) -> str:
-    """Draw a bar for each row and column, filled by its share of the whole.
-
-    Args:
-        title: heading of the chart.
-        columns: heading of each column, with its colour.
-        rows: name of each row, and its bars by column; a column may have none.
-    """
+    """Draw a bar for each row and column, filled by its share of the whole."""
     top, size = 20, (_ALL - _LABEL) / max(len(columns), 1)
     figure, svg = new_figure(title, _ALL, top + len(rows) * _ROW + 4)
     for number, (name, _) in enumerate(rows):
@@ -135,18 +129,7 @@ def bar_chart(title: str, bars: Sequence[Bar]) -> str:
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw lines over a common pair of axes.
-
-    Args:
-        title: heading of the chart.
-        lines: lines to draw; those without points are left out.
-        x_label: name of the horizontal axis.
-        y_label: name of the vertical axis.
-        logarithmic: make the vertical axis logarithmic; points at or below 0 then have no place.
-
-    Returns:
-        The figure; empty if there is nothing to draw.
-    """
+    """Draw lines over a common pair of axes."""
     scaled = math.log10 if logarithmic else float
     drawn = [(line, [(x, scaled(y)) for x, y in line.points if y > 0 or not logarithmic]) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]

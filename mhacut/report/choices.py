@@ -42,12 +42,7 @@ class Choice:
 
 
 def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
-    """Return a table of ``choices``, its headings first; columns that nothing fills are left out.
-
-    Args:
-        choices: models to compare, the dense one first.
-        divergence: heading of the column of divergences.
-    """
+    """Return a table of ``choices``, its headings first; columns that nothing fills are left out."""
     dense = choices[0].figures
     columns: dict[str, Callable[[Choice], str | None]] = {
         "budget": lambda one: one.name,
@@ -106,10 +101,6 @@ def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
 
     >>> html_table([["<vit>", "dense"], ["FLOPs", "1.26G"]])
     '<table><tr><th>&lt;vit&gt;</th><th>dense</th></tr><tr><th>FLOPs</th><td>1.26G</td></tr></table>'
-
-    Args:
-        rows: cells as text, which is escaped.
-        notes: lines below the table, which are escaped too.
     """
     lines = []
     for number, row in enumerate(rows):

@@ -110,10 +110,6 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
     """Return the curves of a search as JSON: a few points each, with four digits.
 
     Curves with a value that is not finite are left out.
-
-    Args:
-        curves: divergence by width, for each unit.
-        plan: plan with the widths that were chosen.
     """
     chosen = plan.widths()
     documents = []

@@ -38,17 +38,7 @@ PICTURES = 4
 def write_page(
     path: PathLike, contents: Contents, overwrite: bool, input_path: str | os.PathLike[str] | None
 ) -> Path:
-    """Write :func:`page` to ``path``, whole or not at all.
-
-    Args:
-        path: the file; its directory is created.
-        contents: what to show.
-        overwrite: replace an existing file.
-        input_path: the checkpoint, never replaced.
-
-    Raises:
-        OutputError: the file must not or cannot be written.
-    """
+    """Write :func:`page` to ``path``, whole or not at all."""
     write_file(path, page(contents).encode(), overwrite=overwrite, input_path=input_path)
     return Path(path)
 
@@ -64,22 +54,7 @@ def write_report(
     provenance: Provenance,
     verdict: Sequence[str],
 ) -> Path:
-    """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page.
-
-    Args:
-        options: options of the command; ``report`` is the page.
-        dense: the checkpoint that was read, its model in eval mode, without gradients.
-        pruned: the pruned model with its record, on the same device.
-        layers: prunable layers of the dense and of the pruned model.
-        images: images of the search; the first of them are used.
-        figures: measurements: name, value before, value after.
-        fidelity: likeness of the answers that the run measured, which replaces that on images of the search.
-        provenance: origins of the run's preprocessing.
-        verdict: lines for the top of the page.
-
-    Raises:
-        OutputError: the page cannot be written.
-    """
+    """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page."""
     assert options.report is not None
     assert pruned.record is not None
     batch_size = options.batch_size
@@ -128,19 +103,7 @@ def write_overview(
     provenance: Provenance,
     warnings: Sequence[str],
 ) -> Path:
-    """Write the page about a run with several budgets.
-
-    Args:
-        options: options of the command; ``report`` is the page.
-        dense: the checkpoint that was read.
-        prunable: its prunable layers.
-        choices: the dense model, then the model of each budget.
-        provenance: origins of the run's preprocessing.
-        warnings: lines for the top of the page.
-
-    Raises:
-        OutputError: the page cannot be written.
-    """
+    """Write the page about a run with several budgets."""
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)

@@ -20,12 +20,7 @@ _MOST_COMPILED = 1000
 
 
 def resolve_device(name: str) -> torch.device:
-    """Return the device of this name; ``auto`` is CUDA if there is a GPU, otherwise the CPU.
-
-    Raises:
-        UsageError: not a device.
-        MhacutError: CUDA was asked for but is not available.
-    """
+    """Return the device of this name; ``auto`` is CUDA if there is a GPU, otherwise the CPU."""
     asked = option_name("device", name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -118,11 +113,7 @@ def many_compiled() -> Iterator[None]:
 
 @contextmanager
 def refusing_compile(option: str) -> Iterator[None]:
-    """A block in which compiled models run: where they cannot be compiled, a :class:`MhacutError` is raised.
-
-    Args:
-        option: option that asked for torch.compile, for the message.
-    """
+    """Context for compiled models. A failed compilation raises a :class:`MhacutError`."""
     try:
         yield
     except Exception as error:

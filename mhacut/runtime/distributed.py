@@ -55,15 +55,7 @@ class Processes:
         return sums
 
     def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Sums over all processes of tensors by name; every process must ask at the same point.
-
-        Args:
-            tensors: tensors of this process, which may lack some that others have; may be summed in place.
-
-        Returns:
-            Every name that any process has, in the same order everywhere; tensors are where they were, and
-            on :attr:`device` if this process had none.
-        """
+        """Sums over all processes of tensors by name; every process must ask at the same point."""
         if self.size == 1:
             return dict(tensors)
         # all_reduce needs the same tensors everywhere: a process without images of a layer sends zeros.
@@ -79,11 +71,7 @@ class Processes:
         return sums
 
     def from_first(self, work: Callable[[], T]) -> T:
-        """Do ``work`` in the first process only; return its result, of which the others get a copy.
-
-        Raises:
-            FailedElsewhere: it failed there, where its own error is raised.
-        """
+        """Do ``work`` in the first process only; return its result, of which the others get a copy."""
         held: list[Any] = [None]
         with self.together():
             if self.first:
@@ -98,10 +86,6 @@ class Processes:
         """Context in which a failure in one process ends the block in all, so that none waits for it.
 
         Inside it, processes must not exchange data. Every process must enter it at the same point.
-
-        Raises:
-            FailedElsewhere: the block failed in another process, or in the same way in one with a lower
-                number.
         """
         if self.size == 1:
             yield
@@ -123,9 +107,6 @@ def gathered(device: str) -> Iterator[Processes]:
     """Connect the processes that torchrun started, or this one alone, until the block ends.
 
     NCCL connects GPUs, gloo CPUs.
-
-    Raises:
-        UsageError: ``device`` names one GPU for several processes, or torchrun's variables are wrong.
     """
     size = world_size()
     if size == 1:

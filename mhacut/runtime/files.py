@@ -62,11 +62,7 @@ def check_checkpoint(path: AnyPath) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block.
-
-    Raises:
-        CheckpointError: it is no regular file, empty, or may not be read.
-    """
+    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block."""
     if not os.path.exists(path):
         hint = "; it is a link to a missing file" if path.is_symlink() else ""
         raise CheckpointError(f"no such file: {show(path)}{hint}")
@@ -101,11 +97,6 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
     """Raise an :class:`OutputError` if ``path`` must not or cannot be written.
 
     Commands call it before they begin to work.
-
-    Args:
-        path: the file to be written.
-        overwrite: whether an existing file may be replaced.
-        input_path: the checkpoint it is made from (a file or a timm folder), which is never replaced.
     """
     target = Path(path)
     if input_path is not None and _is_part_of(target, Path(input_path)):
@@ -140,13 +131,7 @@ def _is_part_of(target: Path, source: Path) -> bool:
 def check_outputs(
     paths: Iterable[AnyPath | None], *, overwrite: bool, input_paths: Iterable[AnyPath | None]
 ) -> None:
-    """Call :func:`check_output` for each of ``paths``, which must be different files; None is no file.
-
-    Args:
-        paths: files to be written.
-        overwrite: whether existing files may be replaced.
-        input_paths: files and folders that are read, which are never replaced.
-    """
+    """Call :func:`check_output` for each of ``paths``, which must be different files; None is no file."""
     sources: list[AnyPath | None] = [source for source in input_paths if source is not None]
     seen: dict[str, AnyPath] = {}
     for path in paths:
@@ -171,15 +156,6 @@ def write_file(
 
     The content goes to a file in a temporary folder beside it, which is then renamed. The file's mode
     follows the umask.
-
-    Args:
-        path: the file; its directory is created.
-        content: the bytes, or a function that writes (and may check) the file whose name it is given.
-        overwrite: replace an existing file (the file that a link points to, if it is a link).
-        input_path: the checkpoint the content is made from, which is never replaced.
-
-    Raises:
-        OutputError: the file must not or cannot be written; an existing file is untouched.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
     target = Path(os.path.realpath(path))
@@ -203,13 +179,6 @@ def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
     """Make the files of the folder ``path`` appear, each of them complete and flushed to disk.
 
     None appears before all are complete. Files of the same names are replaced; others stay.
-
-    Args:
-        path: the folder; its directory is created.
-        fill: writes (and may check) the files in the folder whose name it is given.
-
-    Raises:
-        OutputError: it cannot be written.
     """
     target = Path(path)
     try:
@@ -266,13 +235,6 @@ def lock_directory(path: Path) -> int | None:
     """Lock a directory without waiting; return the descriptor for :func:`unlock`, on Windows None.
 
     The lock ends with the process and those that it forked.
-
-    Args:
-        path: path of the directory.
-
-    Raises:
-        BlockingIOError: another process has locked it.
-        OSError: there is no such directory, or it cannot be opened.
     """
     if sys.platform == "win32":
         return None

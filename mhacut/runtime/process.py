@@ -47,16 +47,7 @@ def local_rank() -> int:
 
 
 def in_new_process(module: str, function: str, job: object) -> Any:
-    """Call a function in a new process; it reads ``job`` as JSON from stdin and prints a line of JSON.
-
-    Args:
-        module: module of mhacut.
-        function: name of a function in it, which takes no arguments.
-        job: anything that JSON can hold.
-
-    Returns:
-        What the last line says; None if no process can be started, or it ends without one.
-    """
+    """Call a function in a new process; it reads ``job`` as JSON from stdin and prints a line of JSON."""
     # The search path is the caller's: `-c` alone would put the working directory first.
     code = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import {function} as run; run()"
     command = [sys.executable, "-c", code, *sys.path]
@@ -122,9 +113,6 @@ def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
     """Iterate over ``loader``, whose processes outlive signals from the moment they start.
 
     Until a process calls its ``worker_init_fn``, :func:`outlive_signals`, a signal would end it, and the run.
-
-    Args:
-        loader: loader of images, with any number of processes.
     """
     method = multiprocessing.get_start_method() if loader.num_workers else None
     # A fork server would hand the mask to all processes that it ever starts; Windows has no masks.
@@ -146,9 +134,6 @@ def outlive_signals(worker: int) -> None:
 
     Ctrl-C, and many schedulers, signal all processes of a group: the main one still needs images for what it
     finishes first. When that ends, torch ends the others.
-
-    Args:
-        worker: number of the process.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

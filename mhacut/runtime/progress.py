@@ -98,12 +98,7 @@ class Counter:
 
 
 class StageDisplay(Silent):
-    """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then.
-
-    Args:
-        say: function that takes each line; None for rich's bar, on a terminal or in a notebook.
-        every: seconds between two lines; by default :data:`SECONDS_BETWEEN_LINES`.
-    """
+    """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then."""
 
     def __init__(self, say: Callable[[str], None] | None = None, every: float | None = None) -> None:
         from rich import progress  # takes as long to import as a short command
@@ -166,13 +161,7 @@ class Reporting:
 
 @contextmanager
 def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Reporter]:
-    """Give the reporter of a call from Python: ``reporter``, else a bar, else a silent one.
-
-    Args:
-        reporter: reporter of the caller, which shows everything itself.
-        progress: whether to show a bar, or lines where there is neither a terminal nor a notebook with
-            ``ipywidgets``, which rich needs; None for a bar there only.
-    """
+    """Give the reporter of a call from Python: ``reporter``, else a bar, else a silent one."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     widgets = getattr(shell, "kernel", None) is not None and bool(importlib.util.find_spec("ipywidgets"))

@@ -31,11 +31,7 @@ class Spill:
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Return a copy of ``tensor`` in a file; the tensor itself if it is small, or the disk has no space.
-
-        Args:
-            tensor: tensor on the CPU.
-        """
+        """Return a copy of ``tensor`` in a file, or the tensor if it is small or the disk is full."""
         # Every mapping takes whole pages, and there is a limit on their number.
         if tensor.nbytes < LEAST_BYTES or not hasattr(os, "posix_fallocate"):
             return tensor
@@ -64,11 +60,7 @@ def return_freed() -> None:
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_file`.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_file`."""
     try:
         save_file(_apart(tensors), path, dict(metadata))
     except SafetensorError as error:

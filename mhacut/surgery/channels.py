@@ -67,10 +67,6 @@ def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
     It maps errors of the unit's channels to errors of the layer's output. Where a channel is read at several
     places (by a convolution, or for several queries) it is [places * out, heads * width], place by place:
     squared errors sum to that of one place of the output if errors at the places are independent.
-
-    Args:
-        module: the layer.
-        unit: one of its units, with an output projection.
     """
     assert unit.output_projection is not None
     columns = output_weights(module, unit).detach().double()

@@ -102,9 +102,6 @@ def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tup
         model: in eval mode.
         prunable: prunable layers of ``model``.
         input_size: [C, H, W].
-
-    Raises:
-        UnsupportedModelError: an operator cannot be counted, or the FLOPs are no such polynomial.
     """
     with recorded_calls(model, [layer.name for layer in prunable.layers]) as calls:
         dense = measure_flops(model, input_size)
@@ -165,17 +162,7 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Interpolate counts, without squares of widths if possible, and check the result at other widths.
-
-    Args:
-        name: name of the layer, for errors.
-        uncut: its widths as it stands.
-        count: cost at the widths it is called with; kinds not named are at ``uncut``.
-        counted: what is counted, for errors.
-
-    Raises:
-        UnsupportedModelError: the counts are no polynomial of degree 2 with whole coefficients.
-    """
+    """Interpolate counts, without squares of widths if possible, and check the result at other widths."""
     chance = random.Random(0)
     # Below half the widths, where squares that were left out all add to the count.
     other: dict[UnitKind, int] = {
@@ -248,13 +235,7 @@ def round_to_stored(model: nn.Module, dtypes: Dtypes) -> None:
 
 
 def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
-    """Return the bytes of the tensors of ``module`` in a file, without the file's header.
-
-    Args:
-        module: a model, or a part of one.
-        dtypes: dtypes of the model's tensors in the file.
-        prefix: prefix of the names of the part's tensors in the model, with its dot.
-    """
+    """Return the bytes of the tensors of ``module`` in a file, without the file's header."""
     return sum(
         tensor.numel() * stored_dtype(prefix + name, tensor, dtypes).itemsize
         for name, tensor in module.state_dict().items()
@@ -269,15 +250,7 @@ def storage_cost(
     *,
     copies: bool,
 ) -> Callable[[Mapping[UnitKey, int]], int]:
-    """Return a function of widths that gives the number of parameters, or the bytes of all tensors in a file.
-
-    Args:
-        model: model to prune.
-        prunable: prunable layers of ``model``.
-        least: least width of every unit that may be cut.
-        dtypes: dtypes of tensors in the file; None to count parameters.
-        copies: whether each head gets a copy of the tensors that heads share.
-    """
+    """Return a function from widths to the number of parameters or file bytes."""
 
     def amount(module: nn.Module, prefix: str = "") -> int:
         return count_parameters(module) if dtypes is None else count_bytes(module, dtypes, prefix)

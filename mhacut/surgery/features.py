@@ -140,9 +140,6 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
         model: eval mode.
         prunable: its prunable layers.
         image: [1, C, H, W], to try it on.
-
-    Raises:
-        UnsupportedModelError: ``forward_features`` gives no such map.
     """
     if not hasattr(model, "forward_features"):
         raise UnsupportedModelError("it has no forward_features, which would give its tokens")
@@ -155,11 +152,7 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
 
 @torch.no_grad()
 def find_pyramid(model: Any, image: Tensor) -> Features:
-    """Return the levels that timm's ``features_only`` gives by default. Arguments as :func:`find_token_map`.
-
-    Raises:
-        UnsupportedModelError: timm has no ``features_only`` for such a model.
-    """
+    """Return the levels of timm's ``features_only``. Arguments as in :func:`find_token_map`."""
     info = [each["reduction"] for each in getattr(model, "feature_info", ()) if "reduction" in each]
     if not info or not hasattr(model, "forward_intermediates"):
         raise UnsupportedModelError(
@@ -177,12 +170,7 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
 
 @torch.no_grad()
 def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the outputs of the modules of these names. Other arguments as :func:`find_token_map`.
-
-    Raises:
-        UsageError: there is no such module, or a cut would change the shape of its output.
-        UnsupportedModelError: it gives no map of tokens.
-    """
+    """Return the outputs of the modules of these names. Other arguments as :func:`find_token_map`."""
     known = dict(model.named_modules())
     for name in names:
         if name not in known or not name:
@@ -210,11 +198,7 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
 
 
 def _check_map(output: object, name: str, image: Tensor) -> None:
-    """Check that ``found``, which ``name`` gives for ``image``, is a map of tokens.
-
-    Raises:
-        UnsupportedModelError: it is none.
-    """
+    """Check that ``found``, which ``name`` gives for ``image``, is a map of tokens."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         shown = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(

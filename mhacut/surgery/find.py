@@ -25,14 +25,7 @@ from mhacut.plan import UNIT_KINDS, Plan, UnitKey, UnitKind
 def model_input_size(
     model: nn.Module, pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None = None
 ) -> tuple[int, int, int]:
-    """Return [C, H, W] that ``model`` is built for, from the model, its arguments or timm's record.
-
-    Args:
-        model: a timm model.
-        pretrained_cfg: timm's record of it.
-        model_args: arguments it was made with. Some models, Twins and LeViT among them, take an ``img_size``
-            that they do not keep.
-    """
+    """Return [C, H, W] that ``model`` is built for, from the model, its arguments or timm's record."""
     channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
     size = getattr(patch_embedding(model), "img_size", None)
     if size is None and model_args is not None:
@@ -83,11 +76,7 @@ class PrunableLayers:
         return PrunableLayers(layers, (*self.skipped, *(f"{name}: {reason}" for name in names)))
 
     def unit(self, key: UnitKey) -> Unit:
-        """Return the unit named ``key``.
-
-        Raises:
-            PlanError: the model has none.
-        """
+        """Return the unit named ``key``."""
         for unit in self.units():
             if unit.key == key:
                 return unit
@@ -110,12 +99,7 @@ class PrunableLayers:
 
 
 def find_prunable_layers(model: nn.Module) -> PrunableLayers:
-    """Return the layers of ``model`` that can be cut, as their adapters describe them.
-
-    Raises:
-        UnsupportedModelError: the model has no attention, attention of a class that is not registered, or a
-            layer under two names.
-    """
+    """Return the layers of ``model`` that can be cut, as their adapters describe them."""
     walk = _Walk()
     walk.visit("", model)
     if walk.unknown:
@@ -178,11 +162,7 @@ class _Walk:
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
-    """Check that every unit of ``plan`` is a unit of the model, of the same size.
-
-    Raises:
-        PlanError: one is not.
-    """
+    """Check that every unit of ``plan`` is a unit of the model, of the same size."""
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
         if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):

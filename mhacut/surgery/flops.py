@@ -62,9 +62,6 @@ def measure_flops_by_module(model: nn.Module, input_size: tuple[int, ...]) -> di
     Args:
         model: in eval mode, on any device.
         input_size: [C, H, W], or of tokens [N, C].
-
-    Raises:
-        UnsupportedModelError: an operator neither counted nor known to be negligible.
     """
     parameter = next(model.parameters())
     image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)

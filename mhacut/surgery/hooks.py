@@ -27,16 +27,7 @@ Capture = Callable[[Unit, str, Tensor], None]
 def captured_outputs(
     model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
 ) -> Iterator[Mapping[str, list[Any]]]:
-    """Capture the outputs of the named modules while ``model`` runs in the block.
-
-    Args:
-        model: model that has the modules.
-        names: names of the modules; "" is the model itself.
-        take: (arguments by position, output) -> what to keep of a call.
-
-    Yields:
-        What was kept of each call by name, names in the order of their first calls.
-    """
+    """Capture the outputs of the named modules while ``model`` runs in the block."""
     captured: dict[str, list[Any]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -133,11 +124,7 @@ class Call:
 
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
-    """Record the calls of the named modules while ``model`` runs in the block.
-
-    Yields:
-        The calls by name, which fill up as the model runs.
-    """
+    """Record the calls of the named modules while ``model`` runs in the block."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with registered(
         model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
@@ -214,13 +201,7 @@ def cost_key(module: nn.Module) -> tuple[Any, ...]:
 
 
 def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int]) -> nn.Module:
-    """Return a copy of a layer with the first channels of each head, as many as ``widths`` says by kind.
-
-    Args:
-        module: the layer, on any device, meta included.
-        layer: its description.
-        widths: channels per head of all its units.
-    """
+    """Return a copy of a layer with the first channels of each head, as many as ``widths`` says by kind."""
     plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
     slim = copy.deepcopy(module)
     slice_layer(slim, layer, plans)

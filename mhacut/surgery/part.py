@@ -99,11 +99,7 @@ class Loss:
         return self.squares[name, channel_dim] / scale
 
     def gradients(self, output: Any, named: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Differentiate what the loss gives for ``output``; return the gradients of the last projection.
-
-        Raises:
-            UsageError: it gives no tensor [B, ...] that depends on the submodule.
-        """
+        """Differentiate what the loss gives for ``output``; return the gradients of the last projection."""
         value, names, leaves = self.of(output), *zip(*named, strict=True)
         if not _is_float(value) or not value.ndim or not value.requires_grad:
             shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -154,21 +150,7 @@ def record(
     *,
     stops: bool = False,
 ) -> Recorded:
-    """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that.
-
-    Args:
-        model: eval mode.
-        name: name of the submodule; empty for the model.
-        runs: functions that each run one batch through the whole model, and return what it gives.
-        count: number of images; fewer are taken if there are no more.
-        loss: receives gradients.
-        stops: whether runs may end at the submodule, once it is known what is read of it. They do if each
-            run before called it once.
-
-    Raises:
-        DataError: the submodule is not called.
-        UnsupportedModelError: something besides one tensor differs from image to image.
-    """
+    """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that."""
     part, found = model.get_submodule(name), Counter[Any]()
     calls: dict[Any, list[Tensor]] = {}
     first: dict[Any, tuple[Any, int, tuple[int, ...]]] = {}

@@ -64,22 +64,14 @@ class FewTokens:
     def forward_intermediates(
         self: Any, x: Tensor, indices: int | list[int] | None = None, *args: Any, **options: Any
     ) -> Any:
-        """Return what timm's model does, for blocks that compute all tokens.
-
-        Raises:
-            UnsupportedModelError: others are asked for.
-        """
+        """Return what timm's model does, for blocks that compute all tokens."""
         self.check_features(indices)
         return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
 
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, *args: Any, **options: Any
     ) -> None:
-        """Replace the classifier, as timm's model does, by one that reads the same tokens.
-
-        Raises:
-            UnsupportedModelError: ``global_pool`` needs tokens that are not there.
-        """
+        """Replace the classifier, as timm's model does, by one that reads the same tokens."""
         if global_pool not in (None, self.global_pool):
             raise UnsupportedModelError(
                 f"global_pool={global_pool!r}: this model computes only the tokens that global_pool="
@@ -89,11 +81,7 @@ class FewTokens:
         super().reset_classifier(num_classes, global_pool, *args, **options)  # type: ignore[misc]
 
     def check_features(self: Any, indices: int | list[int] | None) -> None:
-        """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens.
-
-        Raises:
-            UnsupportedModelError: one does not.
-        """
+        """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens."""
         taken, _ = feature_take_indices(len(self.blocks), indices)
         short = [index for index in taken if isinstance(self.blocks[index], ReadFirst)]
         if short:
@@ -144,11 +132,7 @@ def read_of(model: nn.Module) -> int | None:
 
 
 def tokens_read(model: nn.Module) -> int:
-    """Return the number of first tokens of the last block that the head of ``model`` reads.
-
-    Raises:
-        UnsupportedModelError: it reads others too, or this is not known for the model.
-    """
+    """Return the number of first tokens of the last block that the head of ``model`` reads."""
     if type(model) not in FEW_TOKENS and not isinstance(model, FewTokens):
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
     head: Any = model
@@ -173,12 +157,7 @@ def _dense_class(attention: nn.Module) -> Any:
 
 
 def set_read(model: Any, read: int) -> None:
-    """Change ``model`` in place so that its last block computes its first ``read`` tokens only.
-
-    Raises:
-        PlanError: the head reads other tokens.
-        UnsupportedModelError: not known of this model.
-    """
+    """Change ``model`` in place so that its last block computes its first ``read`` tokens only."""
     expected = tokens_read(model)
     if read != expected:
         raise PlanError(f"plan of tokens: the head reads {expected} tokens, the plan is for {read}")

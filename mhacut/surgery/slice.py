@@ -40,17 +40,6 @@ def cut(
     """Cut ``model`` in place to ``plan``; it then computes what the masked model of the same scales does.
 
     Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
-
-    Args:
-        model: the plan's dense model, with or without its plan of tokens applied.
-        plan: units not named are not cut.
-        channel_scales: [heads, dense_width] per unit, multiplied into the contribution of the kept channels
-            (the logits, for qk); missing means 1. At 1 the softmax temperature is the dense model's.
-        prunable: prunable layers of ``model``; found if None.
-
-    Raises:
-        PlanError: the plan is not for this model.
-        UnsupportedModelError: the plan leaves out tokens that the model needs.
     """
     if plan.tokens and tokens_of(model) != plan.tokens:
         apply_tokens(model, plan.tokens)
@@ -70,13 +59,7 @@ def cut(
 
 @torch.no_grad()
 def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Slice the tensors of one layer in place; the numbers in them stay.
-
-    Args:
-        module: the layer, on any device, meta included.
-        layer: its description.
-        unit_plans: units not named stay whole.
-    """
+    """Slice the tensors of one layer in place; the numbers in them stay."""
     for unit in layer.units:
         if unit.kind in unit_plans:
             layer.adapter.record_kept(module, unit, torch.tensor(unit_plans[unit.kind].kept))

@@ -136,16 +136,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
-    """Average merged tokens, and their norms, into those that receive them, by the weights of the match.
-
-    Args:
-        tokens: N tokens.
-        matched: which tokens are merged into which.
-        prefix: number of first tokens, which stay.
-
-    Returns:
-        The N - r tokens that are left: prefix, rest of A, B.
-    """
+    """Average merged tokens, and their norms, into those that receive them, by the weights of the match."""
     x, sizes, places = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
@@ -411,11 +402,7 @@ class MergedTokens:
         return mean
 
     def forward_intermediates(self: Any, *args: Any, **options: Any) -> Any:
-        """Return what timm's model does, each patch with the token that stands for it.
-
-        Raises:
-            UnsupportedModelError: see :meth:`check_features`.
-        """
+        """Return what timm's model does, each patch with the token that stands for it."""
         self.check_features(None)
         twin = copy.copy(self)
         stream: list[Any] = []
@@ -424,11 +411,7 @@ class MergedTokens:
         return super(MergedTokens, twin).forward_intermediates(*args, **options)  # type: ignore[misc]
 
     def check_features(self: Any, indices: object) -> None:
-        """Refuse features of patches, unless tokens are copied back to these.
-
-        Raises:
-            UnsupportedModelError: blocks give fewer tokens than there are patches.
-        """
+        """Refuse features of patches, unless tokens are copied back to these."""
         if self.blocks[-1].copies:
             return
         raise UnsupportedModelError(
@@ -541,17 +524,7 @@ def copied_of(model: nn.Module) -> Copied:
 
 
 def set_merged(model: Any, merged: tuple[int, ...], copied: Copied = False) -> None:
-    """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges.
-
-    Args:
-        model: a plain ViT, or a model with one inside, on any device; it may merge already, and be cut.
-        merged: one number per block.
-        copied: whether tokens are copied back to their patches where features leave the model.
-
-    Raises:
-        UnsupportedModelError: tokens of the model cannot be merged.
-        PlanError: the numbers are not for this model.
-    """
+    """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges."""
     if (merged, copied) == (merged_of(model), copied_of(model)):
         return
     _undo(model)
@@ -600,9 +573,6 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
     """Check that each block has the tokens that it is to merge.
 
     How many a model has that takes images of any size depends on the image: its blocks merge at most half.
-
-    Raises:
-        PlanError: it does not, or the number of blocks is another.
     """
     _, blocks, vit, *_ = stack_of(model) or Stack("", (), None, 0, 0)
     if len(merged) != len(blocks):
@@ -665,16 +635,7 @@ def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
 
 @torch.no_grad()
 def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
-    """Change ``model`` in place so that it leaves out what ``tokens`` states, unless it does already.
-
-    Args:
-        model: a timm model, on any device, meta included; its layers may be cut.
-        tokens: the plan.
-
-    Raises:
-        PlanError: the plan is not for this model.
-        UnsupportedModelError: the model cannot do without tokens.
-    """
+    """Change ``model`` in place so that it leaves out what ``tokens`` states, unless it does already."""
     applied = tokens_of(model)
     if tokens == applied:
         return

@@ -121,15 +121,7 @@ _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
 
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
-    """Return the pretrained_cfg of a ``preprocessor_config.json``: mean, std, interpolation, crop.
-
-    Args:
-        processor: the file.
-        channels: number of channels of the images.
-
-    Raises:
-        CheckpointError: a value is of another type or out of bounds.
-    """
+    """Return the pretrained_cfg of a ``preprocessor_config.json``: mean, std, interpolation, crop."""
     scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
     rescales = processor.get("do_rescale", True)
     if rescales:

@@ -108,15 +108,7 @@ class Family:
         return any(all(map(has, sign)) for sign in self.signs) and not any(map(has, self.unlike))
 
     def convert(self, tensors: Mapping[str, Tensor], *, headless: bool = False) -> dict[str, Tensor]:
-        """Return the tensors under timm's names, in their dtypes; works on the meta device too.
-
-        Args:
-            tensors: tensors of the file, by their names there.
-            headless: leave out a classifier for which timm has no place.
-
-        Raises:
-            CheckpointError: a name is not in the table, or parts are missing or do not fit together.
-        """
+        """Return the tensors under timm's names, in their dtypes; works on the meta device too."""
         converted: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
@@ -150,11 +142,7 @@ class Family:
         return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
-        """Return timm's names of a tensor or of its parts, none if it is left out, None if it is unknown.
-
-        Raises:
-            CheckpointError: it is a classifier for which timm has no place.
-        """
+        """Return timm's names of a tensor or of its parts, none if it is left out, None if it is unknown."""
         base = self._without_prefix(name)
         for pattern, reason in self._refused:
             if pattern.fullmatch(base):
@@ -211,11 +199,7 @@ def _filled(target: str, numbers: Sequence[str]) -> str:
 
 
 def read_families(functions: Mapping[str, Mapping[str, Any]]) -> tuple[Family, ...]:
-    """Read the tables of all families, in order.
-
-    Args:
-        functions: fields of families that a text cannot hold, by title.
-    """
+    """Read the tables of all families, in order."""
     sections: dict[str, dict[str, Any]] = {}
     current: dict[str, Any] = {}
     for line in TABLE.read_text(encoding="ascii").splitlines():
@@ -265,12 +249,7 @@ def vit_size(args: Mapping[str, Any]) -> str | None:
 
 
 def vit_name(args: Mapping[str, Any], suffix: str = "") -> str:
-    """Return the name of timm's ViT of this size; that of ViT-B/16 if timm has none.
-
-    Args:
-        args: arguments of the ViT.
-        suffix: part of the name behind the patch, ``_clip``.
-    """
+    """Return the name of timm's ViT of this size; that of ViT-B/16 if timm has none."""
     stem = "vit_{size}_patch{patch_size}{suffix}_"
     patterns = (stem + "{img_size}", stem + "224", "vit_base_patch16{suffix}_224")
     return timm_name(patterns, args, size=vit_size(args), suffix=suffix)

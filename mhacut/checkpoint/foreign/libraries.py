@@ -74,11 +74,7 @@ def _build_open_clip(config: Config, shapes: Shapes) -> Built:
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip.
-
-    Raises:
-        CheckpointError: a value is of another type or out of bounds, or timm has no such ``resize_mode``.
-    """
+    """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip."""
     cfg: dict[str, Any] = {"crop_pct": 1.0}
     cfg |= {name: stated.numbers(name, 3) for name in ("mean", "std") if name in stated}
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}

@@ -48,16 +48,7 @@ class Conversion:
 
 
 def recognise(header: FileHeader, *, headless: bool = False, model: str | None = None) -> Conversion | None:
-    """Return the conversion of another library's file; None if it is not recognised as one.
-
-    Args:
-        header: header of a dense file, and of its folder's configuration.
-        headless: leave the classifier out.
-        model: name in timm that the user gave.
-
-    Raises:
-        CheckpointError: it is such a file, and cannot be converted; the message says why.
-    """
+    """Return the conversion of another library's file; None if it is not recognised as one."""
     config, family = _stated(header)
     if config is None and header.config is None:
         family = _family_by_names(header.tensors, model or "")

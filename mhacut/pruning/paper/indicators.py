@@ -105,15 +105,6 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
     The gradients of the task and of the budget are each brought to unit scale before they are added, so that
     the search does not depend on the magnitude of the loss. The target sinks from the dense model's FLOPs to
     the budget over the first part of the search, and the final plan is filled up to the budget.
-
-    Args:
-        job: what is pruned; its model is not modified.
-        limits: limit on FLOPs, the only one that indicators are trained for.
-        calibration: calibration of that model.
-        distillation: images to train on.
-
-    Raises:
-        MhacutError: the loss is not finite.
     """
     options, budget = job.options, limits[0].most
     states = [_UnitState(unit, job, calibration) for unit in job.units]
@@ -286,14 +277,6 @@ def with_trained_scales(
     Source: the "reweight module to compensate for information loss" of the paper's abstract. Place and form
     are ours: scales of v and hidden channels go into the columns that read the channel, those of qk channels
     into the rows of W_q.
-
-    Args:
-        slim: cut, eval mode, float32; not modified.
-        prunable: prunable layers of ``slim``.
-        distillation: images to train on.
-        steps: optimiser steps.
-        lr: learning rate of the first step.
-        reporter: advances after every step.
     """
     device = next(slim.parameters()).device
     scales = {
