@@ -14,7 +14,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PAGES = (README, *sorted(page for page in DOCS.rglob("*.md") if page.parent.name != "changes"))
+PAGES = (README, *sorted(DOCS.rglob("*.md")))
 NOTEBOOKS = tuple(sorted((ROOT / "examples").glob("*.ipynb")))
 _BLOCK = re.compile(
     r"^(?:[ \t]*<!-- (?P<mark>[^\n]*) -->\n)?"
