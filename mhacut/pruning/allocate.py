@@ -1,13 +1,11 @@
-"""Allocation: the widths that budgets buy, given every unit's error as a function of its width. Ours.
+"""Choice of widths under budgets, given the error of each unit as a function of its width.
 
-Errors of units are assumed to add up, and costs to be linear in each unit's width. Then the best widths for
-one budget are those at one common price of error per cost (the Lagrangian relaxation of the knapsack; exact
-on the convex hulls of the curves). Single steps spend the rest of the budget.
+The method assumes that errors of units add up and that costs are linear in each width. For 1 budget, the best
+widths are found at a common price of error per cost (Lagrangian relaxation of the knapsack problem, exact on
+the convex hulls of the error curves). Single steps then spend the rest of the budget.
 
-Each of several budgets has a multiplier. A budget that does not bind has the multiplier 0: if the best widths
-for some of the budgets meet all of them, they are the best for all. Otherwise the ratios of the multipliers
-are searched on a grid, and their level by bisection, as for one budget. Of the widths that meet all budgets,
-those with the least error are taken, and the exact final step counts every cost.
+For several budgets, each budget has a multiplier. If the best widths for one budget keep all budgets, they
+are optimal. Otherwise a grid search finds the ratios of the multipliers, and bisection finds their level.
 """
 
 from __future__ import annotations
@@ -27,28 +25,26 @@ Widths = Mapping[UnitKey, int]
 Curves = Mapping[UnitKey, Curve]
 
 TIE = 0.01
-"""Largest relative increase of the predicted error that is accepted for equal q/k and v widths where time is
-no limit: layers where they differ run slower. Set by hand; curves are not known to a percent."""
+"""Prefer equal q/k and v widths if they raise the predicted error by at most this fraction: attention with
+equal widths runs faster. Set by hand."""
 _PARTS = 12
-"""Number of parts into which the widths of q/k, and of v, are divided to try unequal ones in a layer."""
+"""Number of coarse steps in the search for unequal q/k and v widths of a layer."""
 _LESS = 0.03
-"""Part of a limit that is taken away to find what it is worth."""
+"""Relative reduction of a limit in the numerical derivative of the error with respect to the limit."""
 _RATIOS = {2: 16, 3: 8, 4: 6, 5: 4}
-"""Parts into which several multipliers are divided, by their number: 17, 45, 84 or 70 combinations,
-each of which takes as long as one budget."""
+"""Resolution of the grid of multiplier ratios, by number of limits: 17, 45, 84 or 70 grid points."""
 NEAR = 0.99
-"""Fraction of the budget above which the budget counts as used up."""
+"""Fraction of a budget above which the budget counts as used up."""
 REACH = 6
-"""Number of width steps to either side of a width that are tried: to close the last gap, and around tied
-widths of queries and values."""
+"""Number of width steps in both directions that a local search tries."""
 MOST_CANDIDATES = 20_000
-"""Largest number of combinations of widths that closing the last gap keeps in view."""
+"""Maximum number of states of the knapsack search that spends the rest of a budget."""
 
 
 def job_widths(
     job: Job, limits: Limits, curves: Curves, table: CostTable | None = None, *, close_gap: bool = True
 ) -> dict[UnitKey, int]:
-    """Return the widths of least total error within limits and the job's constraints."""
+    """Return the widths of least total error within the limits and the constraints of the job."""
     equal, within = job.constraints.equal_qkv, job.limits_on_widths(limits, table)
     return cheapest_widths(curves, job.allowed, within, close_gap=close_gap, equal=equal)
 
@@ -56,7 +52,7 @@ def job_widths(
 def costs_of_constraints(
     job: Job, limits: Limits, curves: Curves, widths: Widths, table: CostTable
 ) -> tuple[Constraint, ...]:
-    """Return the job's constraints, each with the divergence that would be saved without it."""
+    """Estimate for each constraint how much divergence its removal would save."""
     expected = divergence_by_cut(total_error(curves, widths), job.dense)
     costs = []
     for name, value, others in job.constraints.without_each():
@@ -67,7 +63,7 @@ def costs_of_constraints(
 
 
 def uniform_widths(choices: Choices, limits: Limits) -> dict[UnitKey, int]:
-    """Return widths that are the same fraction of every unit, as nearly as the allowed widths permit."""
+    """Return widths that are about the same fraction of the dense width in all units."""
     ranked = {key: [1 - index / widths[-1] for index in range(widths[-1])] for key, widths in choices.items()}
     return fill_budget(ranked, choices, limits)
 
@@ -75,11 +71,11 @@ def uniform_widths(choices: Choices, limits: Limits) -> dict[UnitKey, int]:
 def cheapest_widths(
     curves: Curves, choices: Choices, limits: Limits, *, close_gap: bool = True, equal: bool = False
 ) -> dict[UnitKey, int]:
-    """Return the widths of least total error within ``limits``, with q/k as wide as v if that costs little.
+    """Return the widths of least total error within ``limits``.
 
-    A limit on time counts what unequal widths cost, so that there the least error alone decides. Layers whose
-    q/k and v have other choices are never tied.
+    q/k and v of a layer get equal widths if the extra error is small. ``equal`` forces equal widths.
     """
+    # Only units with the same choices can be tied.
     pairs = {qk: v for qk, v in qk_and_v(choices) if choices[qk] == choices[v]}
     tied = _solve(curves, choices, limits, close_gap, pairs)
     if equal or not pairs:
@@ -96,7 +92,6 @@ def cheapest_widths(
 
 
 def total_error(curves: Curves, widths: Widths) -> float:
-    """Return the sum of the curves at ``widths``."""
     return sum(curve[widths[key]] for key, curve in curves.items())
 
 
@@ -107,7 +102,7 @@ def _solve(
     close_gap: bool,
     pairs: Mapping[UnitKey, UnitKey] | None = None,
 ) -> dict[UnitKey, int]:
-    """Solve with a multiplier for each of ``limits``, and with each of ``pairs``, q/k and v, as one unit."""
+    """Return the best widths within ``limits``; each of ``pairs`` (q/k and v) is treated as one unit."""
     if pairs:
         tied = pairs
 
@@ -154,12 +149,9 @@ def _solve(
 
 
 def _prices(choices: Choices, limit: Limit) -> dict[UnitKey, float]:
-    """Return the cost per channel of every unit, the mean of two: all others full, and all others bare.
-
-    Costs of a layer are bilinear in its widths, for which the mean of both ends is the mean of all. And a
-    time has a part for unequal widths of q/k and v, which one end gains and the other loses: in the mean
-    nothing is left of it, as it belongs to no channel.
-    """
+    """Return the cost per channel of each unit: mean of 2 cases, all others dense and all others least."""
+    # The cost of a layer is bilinear in its widths, so the mean of both extremes equals the mean over all.
+    # The time penalty of unequal q/k and v widths cancels in this mean.
     most = {key: widths[-1] for key, widths in choices.items()}
     least = {key: widths[0] for key, widths in choices.items()}
     full, bare = limit.cost(most), limit.cost(least)
@@ -173,11 +165,8 @@ def _prices(choices: Choices, limit: Limit) -> dict[UnitKey, float]:
 def _worth_tying(
     curves: Curves, choices: Choices, limits: Limits, pairs: Mapping[UnitKey, UnitKey], tied: Widths
 ) -> dict[UnitKey, UnitKey]:
-    """Return those of ``pairs`` that should stay tied: equal widths save more cost than unequal ones error.
-
-    Costs are converted into errors at the price that the limits have around ``tied``: what a little less of
-    each would add to the error.
-    """
+    """Return the pairs for which equal widths save more cost than they add error."""
+    # Costs are converted to errors by the derivative of the error with respect to each limit.
     error, prices = total_error(curves, tied), []
     for limit in limits:
         less = replace(limit, most=int((1 - _LESS) * limit.most))
@@ -206,17 +195,15 @@ def _worth_tying(
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
-    """Return the error that each channel saves per cost, first channel first, on the hull of ``curve``.
-
-    On the lower convex hull no channel is worth more than one before it, so that a threshold cuts once. It is
-    infinite for the channels below the least width.
-    """
+    """Return the error saved per cost by each channel, in order, on the convex hull of ``curve``."""
+    # On the lower convex hull the worth never rises, so a threshold cuts only once.
     hull: list[int] = []
     for width in choices:
         # A width above the line between its neighbours is never bought: going on to the next is better.
         while len(hull) >= 2 and _slope(curve, hull[-2], hull[-1]) <= _slope(curve, hull[-1], width):
             hull.pop()
         hull.append(width)
+    # Channels below the least width are always kept.
     worth = [float("inf")] * choices[0]
     for narrow, wide in pairwise(hull):
         worth += [_slope(curve, narrow, wide) / max(price, 1e-30)] * (wide - narrow)
@@ -224,7 +211,7 @@ def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
 
 
 def _slope(curve: Curve, narrow: int, wide: int) -> float:
-    """Return the error saved per channel from ``narrow`` to ``wide``."""
+    """Return the error saved per channel between 2 widths."""
     return (curve[narrow] - curve[wide]) / (wide - narrow)
 
 
@@ -236,11 +223,10 @@ def fill_budget(
     *,
     close_gap: bool = True,
 ) -> dict[UnitKey, int]:
-    """Return widths within ``limits`` for channels ranked by one score across all units.
+    """Return widths within ``limits``, given a score for each channel, comparable between units.
 
-    First one threshold for all units, as low as the limits allow; then, since widths move in steps, the best
-    step that still fits, again and again until none does; then, if more than 1 % of each limit is left,
-    several steps at once that close the gap.
+    A common threshold gives the first widths. Single width steps then use up the budget. If more than 1 % is
+    left, several steps at once close the gap.
     """
 
     def widths_at(threshold: float) -> dict[UnitKey, int]:
@@ -281,7 +267,7 @@ def fill_budget(
 def _next_step(
     key: UnitKey, width: int, ranked: Mapping[UnitKey, Sequence[float]], choices: Choices
 ) -> tuple[float, UnitKey, int] | None:
-    """Return mean score of the channels gained, unit, and next wider width; None at the dense width."""
+    """Return (mean score of the added channels, unit, next width); None at the dense width."""
     wider = next((choice for choice in choices[key] if choice > width), None)
     if wider is None:
         return None
@@ -290,7 +276,7 @@ def _next_step(
 
 
 class _Changes(NamedTuple):
-    """A chain of changed widths, the last change first, each of another unit."""
+    """Linked list of width changes, the latest first, at most 1 for each unit."""
 
     key: UnitKey
     width: int
@@ -304,12 +290,11 @@ def _closer(
     tightest: Limit,
     limits: Limits,
 ) -> dict[UnitKey, int]:
-    """Return widths a few steps from ``widths`` that use up more of a limit: a knapsack over all units.
+    """Return widths near ``widths`` that use more of a limit.
 
-    Steps of different prices leave gaps that no single step fills, above all in models with few small layers.
-    This is the knapsack's dynamic programme, unit by unit, whose states are the costs gained; of more than
-    :data:`MOST_CANDIDATES` states only those that lose least go on, which keeps it to seconds but no longer
-    exact. Costs of units are assumed not to depend on each other, so the caller must count the outcome.
+    Dynamic programming over the units. Its states are the added costs, limited to the best
+    :data:`MOST_CANDIDATES`. The search treats the costs of units as independent, so the caller must check the
+    exact cost.
     """
     cost, budget = tightest.cost, tightest.most
     have = cost(widths)

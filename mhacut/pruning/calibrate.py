@@ -1,9 +1,4 @@
-"""Calibration: one streaming pass of images through the dense model, which gathers what later stages need.
-
-It gathers the moments of every unit's channels, separately for images to fit and for held-out images; the
-Fisher information of every layer's output (:mod:`mhacut.pruning.fisher`), which also weights tokens in the
-moments; and the model's outputs. Only the outputs take more memory for more images.
-"""
+"""Calibration: statistics of the dense model from one pass over the calibration images."""
 
 from __future__ import annotations
 
@@ -25,30 +20,30 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 
 WITHOUT_GRADIENTS = 2
-"""Images at once, per image of a batch, where no gradients are computed: each takes less memory."""
+"""Factor on the batch size for passes without gradients, which need less memory per image."""
 HELD_OUT = 0.25
-"""Fraction of the images that is held out, to measure the error of what was fitted to the others."""
+"""Fraction of the calibration images that is held out to measure errors of fits."""
 
 
 def held_out_count(images: int) -> int:
-    """Number of held-out images among ``images``; 0 if there is a single image."""
+    """Return the number of held-out images; 0 for a single image."""
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Statistics from one pass over the calibration images."""
+    """Statistics from one pass over the calibration images. Held-out images are the first ``held``."""
 
     held: int
-    """Number of held-out images, the first ones; 0 with a single image, which then serves for both."""
+    """Number of held-out images. With a single image it is 0, and this image is used for fitting and
+    measuring."""
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
     fisher: FisherInformation
-    """Fisher information of each layer's output; empty when not asked for."""
+    """Fisher information of each layer's output; empty if it was not requested."""
     teacher: Tensor
-    """Preserved outputs of the dense model, [images, classes] or as :meth:`Preserved.outputs` gives them."""
+    """Preserved outputs of the dense model, [images, ...], as returned by :meth:`Preserved.outputs`."""
     preserved: Preserved = ANSWERS
-    """Description of these outputs."""
 
 
 @torch.no_grad()
@@ -62,9 +57,9 @@ def calibrate(
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` and gather a :class:`Calibration`.
+    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics.
 
-    Several processes share the batches; each returns what one alone would, up to the rounding of sums.
+    Several processes share the batches. Each process returns the full result.
     """
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Candidates for the cut of a unit: the basis, and the order in which channels are removed. Ours."""
+"""Candidate cuts of a unit: a basis and an order in which channels are removed."""
 
 from __future__ import annotations
 
@@ -23,30 +23,27 @@ from mhacut.pruning.unit_moments import UnitMoments, block_diagonal
 from mhacut.surgery.channels import effective_output_weights
 
 FEW_ROWS = 2
-"""Rows of images to fit, per channel, below which errors are measured on held-out images: as many channels as
-there are rows fit those rows exactly. Class attention and pooling heads have one row per image;
-docs/explanation/choices.md has what that costs."""
+"""Measure errors on held-out images if there are fewer rows per channel than this, since fits to few rows
+overfit. Class attention and pooling heads have 1 row per image (docs/explanation/choices.md)."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One basis for a unit, and the order in which its channels are removed."""
+    """A basis for a unit, and the order in which channels are removed in this basis."""
 
     unit: Unit
     rotation: Tensor | None
-    """Matrix for :func:`mhacut.surgery.channels.rotate`, [H, d, d]; None for the unit's own channels."""
+    """Matrix for :func:`mhacut.surgery.channels.rotate`, [H, d, d]; None for the original channels."""
     ranking: Ranking
-    """Order of importance of the channels, after the rotation if there is one."""
+    """Importance of the channels after the rotation."""
     unshared: bool = False
-    """Whether each head gets its own copy of the tensors that heads share, see
-    :attr:`mhacut.plan.UnitPlan.unshared`."""
+    """Whether each head gets its own copy of tensors that heads share."""
 
     @property
     def basis(self) -> Basis:
         return "channel" if self.rotation is None else "principal"
 
     def plan(self, width: int) -> UnitPlan:
-        """Return the cut to ``width`` channels per head."""
         unit = self.unit
         if width == unit.width:
             return unit.keep_first(width)
@@ -63,17 +60,7 @@ def find_candidates(
     options: SearchOptions,
     fisher: Tensor | None = None,
 ) -> tuple[Candidate, ...]:
-    """Return the candidates for ``unit`` that ``options`` allow, the most promising first.
-
-    Args:
-        module: layer of the unit.
-        unit: to be cut.
-        moments: moments of its channels.
-        smallest: least width that will be asked for; the candidates are not defined below it.
-        options: ``basis``, ``positions`` (with ``auto``, the best of all choices is taken) and ``repair``
-            (without it, channels are ranked by the error of plain removal) are used.
-        fisher: Fisher information of the layer's output, [out, out], to price the removal of channels.
-    """
+    """Return the allowed candidates for widths of at least ``smallest``, the most promising first."""
     candidates, refit = [], options.repair
     if unit.mixing == "rotate" and options.basis != "channel":
         rotation = _pca_rotation(module, unit, moments, refit)
@@ -98,7 +85,7 @@ def find_candidates(
 
 
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:
-    """Whether a fit to these images would overfit."""
+    """Return whether a fit to these images would overfit."""
     return moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
 
 
@@ -134,10 +121,7 @@ def _ranking(
 
 
 def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
-    """Second moments of what each channel adds to the logits or to the output, [H, d, H, d].
-
-    q and k are assumed to be independent; in the logits, channels of different heads do not add up.
-    """
+    """Return second moments of each channel's contribution to the logits or the output, [H, d, H, d]."""
     first = moments.every[0].energy
     if unit.kind == "qk" or unit.linear:
         # With q and k independent, E[(q_i k_i)(q_j k_j)] = E[q_i q_j] E[k_i k_j].
@@ -150,5 +134,5 @@ def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tenso
 
 
 def _second(unit: Unit, moments: Moments, refit: bool) -> Tensor:
-    """Second moment of the channels, centred where the refit leaves their mean to a bias or batch norm."""
+    """Return the second moment of the channels, centred if a bias or batch norm can absorb their mean."""
     return moments.covariance if unit.constants_pass and refit else moments.energy

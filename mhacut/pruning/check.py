@@ -1,4 +1,4 @@
-"""Checks of a cut: masked equals sliced, FLOPs are as promised, the file equals the model in memory."""
+"""Checks of a pruned model: equality with the masked dense model, FLOPs, and the written file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.tokens import set_merged
 
 EXACTNESS = 1e-3
-"""Largest relative difference of masked and sliced outputs that rounding explains. It grows with depth:
-1e-6 to 1e-4 were measured (docs/explanation/choices.md)."""
+"""Maximum relative difference of masked and sliced outputs. Rounding causes 1e-6 to 1e-4, growing with depth
+(docs/explanation/choices.md)."""
 REPEATABILITY = 1e-5
-"""Largest relative difference of the outputs of one model, loaded twice."""
+"""Maximum relative difference of the outputs of a model that was loaded twice."""
 
 
 def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
-    """Count the FLOPs of the cut model for one image, merges included, and compare them with the plan's."""
+    """Check that the FLOPs of the pruned model equal the planned FLOPs."""
     if planned.merged:
         slim = copy.deepcopy(slim)
         set_merged(slim, planned.merged, planned.copied)
@@ -40,25 +40,13 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
 
 @torch.no_grad()
 def masked_outputs(job: Job, ready: ReconstructedModel, images: Tensor) -> Tensor:
-    """Return what the model of the dense shape, with removed channels masked, computes for ``images``.
-
-    Args:
-        job: what is pruned.
-        ready: the model that will be cut, on the CPU.
-        images: [B, C, H, W].
-    """
+    """Return the outputs of the dense-shaped model with removed channels masked; ``ready`` is on the CPU."""
     return run_with(ready.model, masked_tensors(ready.model, job.prunable, ready.channel_scales), images)
 
 
 @torch.no_grad()
 def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
-    """Check that the cut model computes what the masked model of the dense shape computes.
-
-    Args:
-        slim: the cut model, on the CPU.
-        masked: :func:`masked_outputs` of the model that was cut, for the same images.
-        images: [B, C, H, W].
-    """
+    """Check that the pruned model gives the same outputs as the masked model."""
     difference = relative_difference(slim(images), masked)
     if not difference <= EXACTNESS:
         raise MhacutError(
@@ -70,14 +58,10 @@ def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
 
 @torch.no_grad()
 def same_outputs(model: nn.Module, expected: nn.Module, images: Tensor) -> bool:
-    """Whether two copies of a model give the same outputs for ``images`` [B, C, H, W], but for rounding.
-
-    The last bits may differ even if all tensors are equal: BLAS sums in a different order if a buffer is
-    aligned differently.
-    """
+    """Return whether 2 copies of a model give the same outputs for ``images`` up to rounding."""
     return relative_difference(model(images), expected(images)) <= REPEATABILITY
 
 
 def relative_difference(output: Tensor, expected: Tensor) -> float:
-    """Return the largest absolute difference relative to the largest expected value."""
+    """Return the maximum absolute difference, relative to the maximum expected value."""
     return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -1,8 +1,8 @@
-"""Division of one budget between tokens and channels. Ours.
+"""Division of a budget between token merging and channel pruning.
 
-For a growing number of merges, each with the best schedule for its FLOPs, channels get the rest of the
-budget; the schedule with the least predicted divergence is taken. Merges make channels cheaper too, so the
-cost table is estimated for every schedule that is tried, and counted for the one taken.
+The search tries a growing number of merges. Each has the best merging schedule for its FLOPs, and the
+channels get the rest of the budget. The result is the combination of least predicted divergence. Costs are
+estimated during the search and counted exactly for the result.
 """
 
 from __future__ import annotations
@@ -40,15 +40,16 @@ from mhacut.surgery.read import read_of
 from mhacut.surgery.tokens import set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
-"""Least and largest number of calibration images on which schedules are tried: a quarter of all between, and
-the least for features of every token, which say more of a schedule than one answer."""
+"""Minimum and maximum number of images for trials of schedules; between them, 1/4 of the calibration images.
+Dense features use the minimum: 1 image gives many tokens."""
 OVERHEAD = 0.07
-"""Time of matching and averaging relative to that of the block, for a ViT-Ti at 197 tokens on a CPU."""
+"""Time of token matching and averaging relative to the time of its block, measured for a ViT-Ti (197 tokens,
+CPU)."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
-"""Worth of all FLOPs of the model, in terms of the law: merges of a model whose outputs hardly depend on its
-tokens are worth their FLOPs at the lowest prices."""
+"""Trade-offs between FLOPs and divergence to search, in units of the law. The lowest are for models whose
+outputs hardly depend on their tokens."""
 _DENSE_SCALE = 100
-"""Divergences of dense features relative to those of answers: nats add up over a token's channels."""
+"""Factor from divergences of logits to those of dense features, whose channels each add nats."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,15 @@ class MergeChoice:
     """Merges and widths that share a budget."""
 
     merged: Schedule
-    """Number of tokens that each block merges; empty if none does."""
+    """Number of tokens that each block merges; empty without merging."""
     table: CostTable
     """FLOPs of the model with these merges."""
     widths: Mapping[UnitKey, int]
     predicted: float
-    """Divergence in nats that merges and cut are expected to cause together."""
+    """Predicted divergence of the merged and pruned model, in nats."""
 
     def __str__(self) -> str:
-        """Return one line for the log."""
+        """Return a line for the log."""
         if not self.merged:
             return "no tokens are merged: channels alone are expected to cost less"
         counts = ", ".join(str(count) for count in self.merged)
@@ -75,10 +76,10 @@ class MergeChoice:
 
 
 class MergeSearch:
-    """Search for merges of one model, for any budget; the model is tried and counted once."""
+    """Search for merging schedules of one model, reusable for all budgets."""
 
     def __init__(self, job: Job, calibration: Calibration, law: MergeLaw | None = None) -> None:
-        """Try a few schedules on calibration images."""
+        """Measure a few schedules on calibration images and fit the law."""
         self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
         self.last = merging_blocks(job.model, self.tokens)
         self.law = law or self._fitted_law(calibration)
@@ -100,7 +101,7 @@ class MergeSearch:
 
     @cached_property
     def schedules(self) -> list[Schedule]:
-        """Schedules of least cost, from no merges to as many as can be."""
+        """Schedules of least cost, from no merging to maximum merging."""
         costs = block_costs(self.job, self.tokens)
         scale = _DENSE_SCALE if self.job.copied else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
@@ -108,7 +109,6 @@ class MergeSearch:
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
 
     def table(self, schedule: Schedule) -> CostTable:
-        """Return the cost table of the job's model with merges."""
         if schedule not in self._tables:
             model = copy.deepcopy(self.job.model)
             set_merged(model, schedule, self.job.copied)
@@ -117,7 +117,7 @@ class MergeSearch:
         return self._tables[schedule]
 
     def _estimate(self, schedule: Schedule) -> CostTable:
-        """Return the cost table of the job's model with merges, nearly: counting it takes a second."""
+        """Estimate the cost table with merges, since the exact count takes 1 second."""
         if schedule in self._tables:
             return self._tables[schedule]
         job, total, stack = self.job, self.tokens.total, stack_of(self.job.model)
@@ -148,10 +148,7 @@ class MergeSearch:
     def choose(
         self, limits: Limits, curves: Mapping[UnitKey, Curve], *, close_gap: bool = True
     ) -> MergeChoice:
-        """Return the merges and widths of least predicted divergence within reachable limits.
-
-        The schedules of least cost are searched, from few merges to many.
-        """
+        """Return the merges and widths of least predicted divergence within reachable limits."""
         job, schedules = self.job, self.schedules
 
         def choice_of(schedule: Schedule, table: CostTable, widths: Mapping[UnitKey, int]) -> MergeChoice:
@@ -161,7 +158,7 @@ class MergeSearch:
             return MergeChoice(schedule, table, widths, predicted)
 
         def excess(table: CostTable) -> int:
-            """Return by how much the narrowest layers miss the limits; 0 or less if they keep them."""
+            """Return how far the narrowest layers exceed the limits; at most 0 if they fit."""
             within = job.limits_on_widths(limits, table)
             return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
 
@@ -200,11 +197,7 @@ class MergeSearch:
         return choice_of(schedule, self.table(schedule), widths)
 
     def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:
-        """Return schedule ``index``, or one of fewer merges where it leaves FLOPs at ``widths`` unused.
-
-        Schedules of least cost lie some FLOPs apart. Where no channel is worth cutting, all that lies between
-        one that is within the limits and the one before it would be left.
-        """
+        """Return schedule ``index``, or a schedule with fewer merges if FLOPs would stay unused."""
 
         def within(schedule: Schedule) -> Limits:
             flops, merges = self.table(schedule).flops, bool(schedule)
@@ -225,7 +218,7 @@ class MergeSearch:
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
-    """Return the approximate FLOPs of each block as a function of its tokens; merges count by their time."""
+    """Return the approximate FLOPs of each block by its tokens; merges count by their time."""
     by_layer, count, stack = job.table.by_layer(), tokens.total, stack_of(job.model)
     assert stack is not None
     costs = []
@@ -245,23 +238,20 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
 
 
 def with_all_merged(model: nn.Module, size: tuple[int, ...], copied: Copied = False) -> nn.Module:
-    """Return a copy of a plain ViT that merges every token of images of ``size`` [C, H, W] that it can.
-
-    They are copied back to their patches if ``copied``.
-    """
+    """Return a copy of a plain ViT with maximum merging; ``copied`` restores tokens at the output."""
     tokens, merging = tokens_of_model(model, size), copy.deepcopy(model)
     set_merged(merging, most_merged(tokens, merging_blocks(model, tokens)), copied)
     return merging
 
 
 def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
-    """Return the number of blocks that may merge; the last may not if it computes only the tokens read."""
+    """Return the number of blocks that may merge."""
+    # A last block that computes only the tokens the classifier reads cannot merge.
     return tokens.depth - (read_of(model) is not None)
 
 
 @torch.no_grad()
 def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
-    """Return the tokens of a plain ViT for images of ``size`` [C, H, W], which it need not be built for."""
     stack = stack_of(model)
     assert stack is not None
     first = f"{stack.name}.0"

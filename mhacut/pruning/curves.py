@@ -1,11 +1,11 @@
-"""Sensitivity curves: how much the model's output changes when one unit alone is cut to each width. Ours.
+"""Sensitivity curves: effect on the model's output when a single unit is cut to each width.
 
-An error e of a layer's output changes the model's output by a KL divergence of about 1/2 tr(F E[e e^T]), with
-F the layer's Fisher information (:class:`mhacut.pruning.fisher.FisherInformation`). For v and hidden channels
-E[e e^T] follows from the calibration's moments. The effect of a cut of the logits passes through a softmax,
-and v channels may feed other channels, so in these cases the layer is run again at every width. The true
-divergence is larger, because errors of an image's tokens add up, but by nearly the same factor in all units,
-so units compare correctly (:func:`divergence_by_cut` for their sum).
+An error e of a layer's output raises the KL divergence of the model's output by about 1/2 tr(F E[e e^T]),
+where F is the layer's Fisher information. For v and hidden channels, E[e e^T] follows from the moments. For
+q/k channels, and for v channels that feed other channels, the layer runs at each width.
+
+The true divergence is larger, because errors of tokens add up. The factor is nearly the same for all units
+(:func:`divergence_by_cut`).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.hooks import captured_outputs, registered
 
 Curve = Mapping[int, float]
-"""Estimated KL divergence in nats at each width; 0 at the dense width."""
+"""Estimated KL divergence in nats by width; 0 at the dense width."""
 MOST_WIDTHS = 8
-"""Widths at which an error is measured; between them the logarithm of the error is interpolated."""
+"""Maximum number of widths that are measured. Other widths are interpolated in the logarithm of the error."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
-"""Divergence of a model whose channels were cut and healed, as a function of the sum of its curves: that of
-an ImageNet ViT-Ti. Errors of layers and tokens reinforce each other, which curves leave out."""
+"""Divergence of a pruned and healed ImageNet ViT-Ti relative to the sum of its curves, which leave out
+interactions between layers and tokens."""
 DENSE_FACTOR = 3.5
-"""The same for features of every token, whose squared errors add up (docs/explanation/choices.md)."""
+"""The same factor for dense features (docs/explanation/choices.md)."""
 
 
 @torch.no_grad()
 def sensitivity_curves(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate]
 ) -> dict[UnitKey, Curve]:
-    """Return the curve of every unit in ``candidates``, at the widths of :attr:`Job.choices`."""
+    """Return the curve of each unit in ``candidates`` at all widths of :attr:`Job.choices`."""
     curves: dict[UnitKey, Curve] = {}
     counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:
@@ -63,7 +63,7 @@ def sensitivity_curves(
 
 
 def _is_run(unit: Unit) -> bool:
-    """Whether the curve of ``unit`` requires runs of its layer."""
+    """Return whether the curve of ``unit`` needs runs of its layer."""
     return unit.kind == "qk" or unit.feeds
 
 
@@ -75,7 +75,7 @@ def _output_curve(
     choices: Sequence[int],
     refit: bool,
 ) -> Curve:
-    """Return the curve of v or hidden channels, from their moments."""
+    """Return the curve of v or hidden channels from their moments."""
     unit, ranking, constant = candidate.unit, candidate.ranking, candidate.unit.constants_pass and refit
     few = refit and few_rows(unit, moments)
     if unit.heads == 1 and isinstance(ranking, Removal) and not few:
@@ -102,7 +102,7 @@ def _output_curve(
 def _curves_by_runs(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate], counter: Counter
 ) -> dict[UnitKey, Curve]:
-    """Return the curves of units whose layers must run: each runs again, cut, in the dense model."""
+    """Return curves of units by running each layer at several widths inside the dense model."""
     errors: dict[UnitKey, dict[int, float | Tensor]] = {}  # by width, over all rows
     rows: dict[UnitKey, int] = {}
     count = 0  # images that run at once
@@ -115,7 +115,7 @@ def _curves_by_runs(
                 return  # a copy made below, which took the hook along
 
             def result(of: nn.Module) -> Tensor:
-                """Run ``of`` in place of the layer; return what its output projections give."""
+                """Return the output projections' results for the pruned layer ``of``."""
                 with captured_outputs(of, [layer.result]) as outputs:  # the module's own, by an empty name
                     of(*args, **kwargs)
                 given: Tensor = outputs[layer.result][-1].movedim(layer.channel_dim, -1)
@@ -159,16 +159,13 @@ def _curves_by_runs(
 
 
 def divergence_by_cut(error: float, dense: bool) -> float:
-    """Return the expected divergence in nats of a cut and healed model whose curves sum to ``error``.
-
-    ``dense`` says whether it is that of the features of every token.
-    """
+    """Return the expected divergence in nats of a pruned and healed model whose curves sum to ``error``."""
     error = max(error, 0.0)  # rounding may leave less than nothing
     return float(DENSE_FACTOR * error if dense else CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
 def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:
-    """Return at most ``most`` of ``choices``, ascending, ends included, spread logarithmically."""
+    """Return at most ``most`` of ``choices``, spread logarithmically, including both ends."""
     if len(choices) <= most:
         return list(choices)
     low, high = math.log(choices[0]), math.log(choices[-1])
@@ -177,7 +174,7 @@ def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]
 
 
 def _interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve:
-    """Errors at all ``choices``, never rising with the width."""
+    """Return errors at all ``choices``, made monotonic in the width."""
     known = sorted(sampled)
     tiny = 1e-30
     curve: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Distillation: the dense model as teacher, and the divergence of another model from it."""
+"""Distillation from the dense model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import masked_tensors
 
 ADAM_BETAS = (0.9, 0.99)
-"""There are few steps, so Adam's memory of the gradients' size is shorter than its default."""
+"""Shorter averages than Adam's defaults, because training has few steps."""
 
 
 class Distillation:
-    """Images with the teacher's outputs for them: a stream of shuffled batches, and losses on them."""
+    """Images and the dense model's outputs for them, as an endless stream of shuffled batches with a loss."""
 
     def __init__(
         self,
@@ -35,23 +35,14 @@ class Distillation:
         preserved: Preserved = ANSWERS,
         amp: bool = False,
     ) -> None:
-        """Begin with the first batch.
-
-        Args:
-            images: [n, C, H, W], normalised.
-            teacher: the dense model's preserved outputs for them, [n, ...].
-            labels: [n], or None to do without a cross-entropy.
-            options: ``batch_size``, ``seed`` (of the order of images) and ``label_weight`` are used.
-            preserved: what these outputs are.
-            amp: whether to compute losses under bfloat16 autocast.
-        """
+        """Take images [n, C, H, W], teacher outputs [n, ...] and class labels [n] or None."""
         self.images, self.teacher, self.labels = images, teacher, labels
         self.options, self.amp = options, amp
         self.preserved = preserved
         self._batches = _batches(len(images), options.batch_size, options.seed)
 
     def part(self, start: int, stop: int | None) -> Distillation:
-        """Return the same on the images from ``start`` to ``stop``, beginning with the first batch."""
+        """Return a copy on images ``start`` to ``stop``, restarted at the first batch."""
         part = copy.copy(self)
         part.images, part.teacher = self.images[start:stop], self.teacher[start:stop]
         part.labels = None if self.labels is None else self.labels[start:stop]
@@ -60,12 +51,12 @@ class Distillation:
 
     @torch.no_grad()
     def divergence_of(self, model: nn.Module) -> float:
-        """Return the divergence of ``model``, in eval mode, from the teacher, mean over all images."""
+        """Return the mean divergence of ``model`` (eval mode) from the teacher over all images."""
         return self.divergence_and_agreement(model)[0]
 
     @torch.no_grad()
     def divergence_and_agreement(self, model: nn.Module) -> tuple[float, float | None]:
-        """Return the same, and the share of images with the teacher's top-1 class; None for features."""
+        """Return the mean divergence and, for logits, the share of images with the teacher's top-1 class."""
         device, size = next(model.parameters()).device, self.options.batch_size
         total = same = 0.0
         for start in range(0, len(self.images), size):
@@ -78,10 +69,7 @@ class Distillation:
         return max(total, 0.0) / count, same / count if answers else None
 
     def loss(self, model: nn.Module, tensors: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return the loss of ``model`` on the next batch, with ``tensors`` in place of its own.
-
-        The divergence, plus the cross-entropy with labels where there are any.
-        """
+        """Return the loss of ``model`` on the next batch, with ``tensors`` in place of its parameters."""
         device, chosen = next(model.parameters()).device, next(self._batches)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.amp), ordered_attention(device):
             outputs = self.preserved.outputs(model, self.images[chosen].to(device), tensors).float()
@@ -94,7 +82,7 @@ class Distillation:
     def masked_loss(
         self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
     ) -> Tensor:
-        """Return the :meth:`loss` of ``model``, its channels scaled; only scales get gradients."""
+        """Return the :meth:`loss` of ``model`` with scaled channels; only the scales get gradients."""
         # Detached, weights get no gradients, which would take as much memory again.
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return self.loss(model, {**frozen, **masked_tensors(model, prunable, channel_scales)})
@@ -110,10 +98,7 @@ def minimise(
     warm_up: int = 0,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Minimise ``loss`` over ``parameters`` in place, by Adam, until it is no longer finite.
-
-    Callers compare the result on held-out images, and so leave out what diverged.
-    """
+    """Minimise ``loss`` over ``parameters`` by Adam with warm-up and cosine decay, until it is not finite."""
     optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
 
     def factor(step: int) -> float:
@@ -132,7 +117,7 @@ def minimise(
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Endless shuffled batches of indices, every image once per round."""
+    """Yield shuffled batches of indices forever; each index occurs once per round."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     while True:

@@ -1,9 +1,4 @@
-"""Fisher information: how strongly the model's output reacts to errors of each layer's output.
-
-An error of a layer's output moves the model's output more in some directions than in others, and at some
-tokens more than at others: with a class token, errors of the last block's other tokens do not reach the
-output. Ours.
-"""
+"""Fisher information: sensitivity of the model's output to errors of each layer's output."""
 
 from __future__ import annotations
 
@@ -26,51 +21,44 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import registered
 
 SHRINKAGE = 0.5
-"""Share of the token importance that is uniform. Estimates from few images are noisy, and at deep cuts errors
-are not the small ones that gradients describe, so importance is shrunk towards uniform. As good as its
-neighbours on two models; docs/explanation/choices.md has the measurements, also of FISHER_IMAGES."""
+"""Weight of uniform importance in the token importance. Estimates from few images are noisy, and deep cuts
+cause errors too large for gradients (docs/explanation/choices.md)."""
 
 FISHER_IMAGES = 48
-"""Most images that are differentiated. More would take longer and change little."""
+"""Maximum number of images for the Fisher information. More images take longer and change little."""
 
 MOST_BYTES = 2**31
-"""Bounds the memory that a backward pass needs from the forward pass: a larger batch is run in parts."""
+"""Maximum memory for activations kept for a backward pass. Larger batches are split."""
 
 Grid = tuple[int, ...]
-"""Shape of a layer's output for one image, without its channels: (1, 65), (windows, tokens), ..."""
+"""Shape of a layer's output for 1 image without channels, such as (1, 65) or (windows, tokens)."""
 
 
 @dataclass(frozen=True)
 class FisherOptions:
-    """Options of the estimate of the Fisher information."""
-
     images: int
-    """Images to differentiate, of those to fit. Each takes about three times as long as another image."""
+    """Number of images to differentiate. Such an image takes about 3 times as long as others."""
     seed: int = 0
     """Seed of the random projections of the outputs."""
     token_importance: bool = True
-    """Whether to weight tokens by their importance; off, all tokens have the same weight."""
+    """Whether to weight tokens by importance; otherwise all tokens count equally."""
     preserved: Preserved | None = None
-    """Outputs that the information refers to; None for the model's own."""
+    """Outputs whose Fisher information is estimated; None for the model's own."""
 
 
 @dataclass(frozen=True)
 class FisherInformation:
-    """Estimates by :func:`measure_fisher`; empty where nothing was differentiated."""
+    """Fisher information of all layers; empty if it was not estimated."""
 
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
-    """F of each layer, [out, out]: an error e of the layer's output moves the model's output by a KL
-    divergence of about 1/2 tr(F E[e e^T]), with E over tokens and images."""
+    """Fisher matrix F of each layer, [out, out]. An output error e causes a KL divergence of about 1/2 tr(F
+    E[e e^T])."""
     importance: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
-    """Importance of each token, flat, [tokens], per layer and grid: proportional to its squared gradient, but
-    for :data:`SHRINKAGE`. Of mean 1 over all tokens of a layer, which may run on several grids."""
+    """Importance of each token [tokens], by layer and grid. It is the squared gradient, shrunk by
+    :data:`SHRINKAGE`, with mean 1."""
 
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
-        """Return the importance of every row of an activation.
-
-        Returns:
-            [all rows], float64; None where rows have one weight, or are laid out unlike the layer's output.
-        """
+        """Return the importance of each row of an activation, float64 [rows]; None for equal weights."""
         if shape[0] % images:
             return None
         laid_out = _grid(shape, images)
@@ -81,7 +69,7 @@ class FisherInformation:
 
 
 def _grid(shape: Sequence[int], images: int) -> Grid:
-    """Shape for one image. Windows of an image follow one another in the first dimension."""
+    """Return the grid of an activation. Windows of an image are consecutive in dimension 0."""
     return (shape[0] // images, *shape[1:])
 
 
@@ -96,20 +84,8 @@ def measure_fisher(
     counter: Counter,
     processes: Processes,
 ) -> FisherInformation:
-    """Estimate the Fisher information of all layers in one forward and backward pass over ``images``.
-
-    Each batch is differentiated from one random projection of its outputs. It runs in parts where
-    :data:`MOST_BYTES` does not allow all its images at once, which changes nothing but the rounding.
-
-    Args:
-        model: dense, eval mode, float32, without gradients; images are moved to its device batch by batch.
-        prunable: its prunable layers.
-        images: [n, C, H, W], normalised.
-        batch_size: images at a time.
-        options: all but the number of images; what is preserved must be stated, and fitted.
-        counter: counts images.
-        processes: take turns batch by batch, and add up their sums.
-    """
+    """Estimate the Fisher information of all layers in one forward and backward pass over ``images``."""
+    # One random projection of the outputs per image gives an unbiased estimate from a single backward pass.
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved
     assert preserved is not None
@@ -135,7 +111,7 @@ def measure_fisher(
 
 
 def check_outputs(outputs: Tensor) -> None:
-    """Raise a :class:`MhacutError` if the ``outputs`` for calibration images are not finite."""
+    """Raise a :class:`MhacutError` if calibration outputs are not finite."""
     if not _finite(outputs):
         raise _not_finite("outputs")
 
@@ -153,16 +129,16 @@ def _not_finite(what: str) -> MhacutError:
 
 
 class _Gradients:
-    """Sums over tokens and images of what follows from gradients, float64, on the model's device."""
+    """Sums of gradient products over tokens and images, float64, on the model's device."""
 
     def __init__(self) -> None:
         self.images = 0
-        """Number of images that run."""
+        """Number of images in the running batch."""
         self.sums: dict[str, Tensor] = {}
-        """``matrix LAYER``, [out, out], and the squares of each grid's tokens, ``squares 1x65 LAYER``."""
+        """``matrix LAYER`` [out, out], and ``squares GRID LAYER`` for squared gradients of tokens."""
 
     def captured(self, model: nn.Module, layers: tuple[Layer, ...]) -> AbstractContextManager[None]:
-        """Add the gradients of the outputs of ``layers`` while entered."""
+        """Return a context that adds the gradients of the outputs of ``layers``."""
 
         def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
             def hook(module: nn.Module, args: object, output: Tensor) -> None:
@@ -189,7 +165,7 @@ class _Gradients:
         )
 
     def _add(self, layer: str, gradient: Tensor) -> None:
-        """Add the gradient of the images that run, [images, ..., out]."""
+        """Add an output gradient [images, ..., out]."""
         rows = gradient.flatten(0, -2)  # (images * tokens, out)
         self.sums[f"matrix {layer}"] += gram(rows).double()
         if gradient.shape[0] % self.images:
@@ -200,7 +176,6 @@ class _Gradients:
 
 
 def _information(sums: Mapping[str, Tensor], images: int) -> FisherInformation:
-    """Return the estimate from the ``sums`` of all ``images``."""
     matrices: dict[str, Tensor] = {}
     squares: dict[str, dict[Grid, Tensor]] = {}
     for name, total in sums.items():
@@ -221,7 +196,7 @@ def _information(sums: Mapping[str, Tensor], images: int) -> FisherInformation:
 
 
 def _kept_of(model: nn.Module, image: Tensor, preserved: Preserved) -> tuple[int, torch.Size]:
-    """Return the bytes that a backward pass needs of the pass of ``image``, and the shape of its output."""
+    """Return the bytes that a backward pass needs for ``image``, and the shape of its output."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
 

@@ -1,9 +1,9 @@
-"""Cost of merging tokens: a law fitted to a few measured schedules, and the schedules of least cost. Ours.
+"""A law for the divergence caused by token merging, and schedules of least divergence.
 
-A schedule is the number of tokens that each block merges. Errors of merges do not add up like those of
-channels: tokens that an early block merges need not be merged later, and merging is costlier when few tokens
-are left. The law has five parameters for this. On a ViT-Ti, 28 schedules with KL divergences from .0006 to .6
-deviate from it by a factor of 1.23 (standard deviation).
+A schedule is the number of tokens that each block merges. Errors of merges do not add up: early merges
+replace later ones, and merges cost more when few tokens are left. The law models this with 5 parameters,
+fitted to a few measured schedules. On a ViT-Ti it deviates from 28 measured schedules (KL .0006 to .6) by a
+factor of 1.23 (standard deviation).
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ Schedule = tuple[int, ...]
 """Number of tokens that each block merges."""
 
 _DEVIATIONS = (2.0, 0.4, 0.2, 0.5, 0.2)
-"""How far the law of another model is expected to lie from :data:`TYPICAL`, number by number."""
+"""Prior standard deviation of each parameter from :data:`TYPICAL`."""
 _NOISE = 0.2
-"""Standard deviation of the logarithm of a measured divergence about the law."""
+"""Standard deviation of the logarithm of a measured divergence."""
 _LEAST = 1e-6
-"""Divergence in nats below which a measurement says nothing."""
+"""Divergences below this number of nats are rounded up to it."""
 _STATES = 100
-"""Number of token counts that the search tells apart."""
+"""Number of token counts in the dynamic programme."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Tokens of a model."""
+    """Token counts of a model."""
 
     total: int
-    """Number at the first block."""
+    """Number of tokens in the first block."""
     prefix: int
-    """Number of those that are never merged: class token, registers."""
+    """Number of tokens that are never merged (class token, registers)."""
     depth: int
     """Number of blocks."""
 
 
 @dataclass(frozen=True)
 class MergeLaw:
-    """Divergence of a model with merged tokens from the one without, as a function of the schedule.
+    """Divergence of a model with merged tokens, as a function of the schedule.
 
     ``sum(c_i ** (1 / g)) ** g`` with ``c_i = exp(level - decay * sqrt(i / depth)) * f_i ** power * (N / n_i)
-    ** crowding`` and ``g = coupling``: block i merges the fraction f_i of its tokens and leaves n_i of N.
-    The numbers but ``level`` and ``crowding`` are stored as logarithms.
+    ** crowding`` and ``g = coupling``. Block i merges the fraction f_i of its tokens and leaves n_i of N
+    tokens. ``decay``, ``power`` and ``coupling`` are stored as logarithms.
     """
 
     level: float
@@ -56,16 +56,16 @@ class MergeLaw:
     coupling: float
 
     def terms(self, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
-        """Return ``c ** (1 / g)`` of one block, as ``before`` and ``after`` broadcast."""
+        """Return ``c ** (1 / g)`` of a block; token counts ``before`` and ``after`` broadcast."""
         return _terms(torch.tensor(astuple(self), dtype=torch.float64), block, before, after, tokens)
 
     def divergence(self, schedule: Schedule, tokens: Tokens) -> float:
-        """Divergence in nats that the law predicts for ``schedule``."""
+        """Return the predicted divergence in nats."""
         return float(_divergences(torch.tensor(astuple(self), dtype=torch.float64), [schedule], tokens)[0])
 
     @classmethod
     def fit(cls, schedules: Sequence[Schedule], measured: Sequence[float], tokens: Tokens) -> MergeLaw:
-        """Return the law nearest to the logarithms of ``measured`` divergences, and to :data:`TYPICAL`."""
+        """Fit the law to ``measured`` divergences in nats, with a prior about :data:`TYPICAL`."""
         if not schedules:
             return TYPICAL
         typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
@@ -88,8 +88,7 @@ class MergeLaw:
 
 
 TYPICAL = MergeLaw(level=1.4, decay=math.log(8.7), power=0.54, crowding=1.6, coupling=0.16)
-"""The law of an ImageNet ViT-Ti at 197 tokens: start of the fit, which stays near it if there are few
-measurements."""
+"""Law of an ImageNet ViT-Ti with 197 tokens: start and prior mean of the fit."""
 
 
 def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
@@ -107,7 +106,7 @@ def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: T
 
 
 def _divergences(numbers: Tensor, schedules: Sequence[Schedule], tokens: Tokens) -> Tensor:
-    """Divergence of each schedule, [schedules]; differentiable in ``numbers``."""
+    """Return the divergence of each schedule, [schedules], differentiable in ``numbers``."""
     merged = torch.tensor(schedules, dtype=torch.float64)
     after = tokens.total - merged.cumsum(1)
     before = after + merged
@@ -118,12 +117,12 @@ def _divergences(numbers: Tensor, schedules: Sequence[Schedule], tokens: Tokens)
 
 
 def largest_merge(count: int, prefix: int) -> int:
-    """Largest number of the ``count`` tokens that a block can merge: half of the unprotected ones."""
+    """Return the maximum number of tokens that a block can merge: half of the unprotected tokens."""
     return max(count - prefix, 0) // 2
 
 
 def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
-    """Schedules to measure: early and late, in many small merges and in few large ones."""
+    """Return schedules to measure: early and late merges, many small and few large merges."""
     place = [block / max(last - 1, 1) for block in range(last)]
     shapes = {
         0.04: ([1.0] * last, [2 * x for x in place]),
@@ -140,19 +139,19 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
 
 
 def most_merged(tokens: Tokens, last: int) -> Schedule:
-    """Schedule that merges all that can be merged in the first ``last`` blocks."""
+    """Return the schedule that merges as much as possible in the first ``last`` blocks."""
     return _schedule([1.0] * last, tokens)
 
 
 def between(few: Schedule, many: Schedule, part: float, tokens: Tokens) -> Schedule:
-    """Schedule with ``part`` of the merges of ``few``, and the rest of those of ``many``."""
+    """Return a mixture of 2 schedules with weight ``part`` on ``few``."""
     both = zip(few or [0] * tokens.depth, many, strict=True)
     mixed = _schedule([(part * a + (1 - part) * b) / tokens.total for a, b in both], tokens)
     return mixed if any(mixed) else ()
 
 
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
-    """Schedule that merges each fraction of all tokens, as far as there are enough left."""
+    """Return the schedule that merges the given fractions of all tokens, limited by the tokens left."""
     count, merged = tokens.total, []
     for fraction in fractions:
         merged.append(min(round(fraction * tokens.total), largest_merge(count, tokens.prefix)))
@@ -162,21 +161,21 @@ def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """FLOPs of a block, n tokens before its merge and m behind: ``token * n + pair * n * n + mlp * m``."""
+    """FLOPs of a block with n tokens before and m after merging: ``token * n + pair * n * n + mlp * m``."""
 
     token: float
     pair: float
     mlp: float
     merge: float = 0.0
-    """FLOPs that take as long as a merge, of however many tokens."""
+    """FLOPs equivalent to the time of a merge, for any number of merged tokens."""
 
 
 def cheapest_schedules(
     law: MergeLaw, tokens: Tokens, costs: Sequence[BlockCost], last: int, prices: Sequence[float]
 ) -> list[Schedule]:
-    """Return the schedules of least ``sum of terms + price * FLOPs``, without repetition, one per price.
+    """Return the distinct schedules that minimise ``sum of terms + price * FLOPs`` for the ``prices``.
 
-    Found exactly, by dynamic programming over the number of tokens left, in steps of 1/100 of all.
+    Exact by dynamic programming over the number of tokens left, in steps of 1/100.
     """
     # States of the dynamic programme are the numbers of tokens left; the price of FLOPs stands for a budget.
     step = max(1, round(tokens.total / _STATES))
