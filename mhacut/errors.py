@@ -46,7 +46,7 @@ class Interrupted(MhacutError):
     """A run that was asked to stop and saved everything: the command line exits 130."""
 
 
-class FailedElsewhere(MhacutError):
+class PeerFailed(MhacutError):
     """The end of this process because another process of the run failed, which reports the reason."""
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mhacut.cli.running import Console, running
-from mhacut.errors import FailedElsewhere, MhacutError, UsageError
+from mhacut.errors import MhacutError, PeerFailed, UsageError
 from mhacut.options.option import Option, Options, read_config
 from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, check_data_dir
 from mhacut.runtime.process import local_rank
@@ -79,7 +79,7 @@ def command(
                         check_outputs(made)
                 except MhacutError as error:
                     if local_rank() > 0:  # the first process on this machine says the same
-                        raise FailedElsewhere from error
+                        raise PeerFailed from error
                     raise
                 console.start("starting")  # bodies import torch and timm, which takes seconds
                 body(made, console)

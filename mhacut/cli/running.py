@@ -19,11 +19,11 @@ import typer
 
 from mhacut._version import __version__
 from mhacut.errors import (
-    FailedElsewhere,
     Interrupted,
     MhacutError,
     OptionWriter,
     OutputError,
+    PeerFailed,
     UsageError,
     option_name,
     options_written_by,
@@ -162,7 +162,7 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
             code = INTERRUPTED
             if console.rank == 0:  # all processes stop for the same reason
                 console.error(str(error) or "interrupted; nothing was left half written")
-        except FailedElsewhere:
+        except PeerFailed:
             code = FAILED  # the process that knows why says so
             time.sleep(_SECONDS_TO_SAY_WHY)
         except Exception as error:

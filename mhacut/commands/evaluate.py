@@ -68,14 +68,14 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
-class _Call(Reporting, EvaluateKeywords):
+class _EvaluateCall(Reporting, EvaluateKeywords):
     checkpoint: PathLike | nn.Module
     _: KW_ONLY
     images: ImagesInMemory | None = None
 
 
 @default_torch()
-@takes_keywords(_Call)
+@takes_keywords(_EvaluateCall)
 def evaluate(
     checkpoint: PathLike | nn.Module,
     *,

@@ -67,12 +67,12 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class _Call(Reporting, ExportKeywords):
+class _ExportCall(Reporting, ExportKeywords):
     checkpoint: PathLike
 
 
 @default_torch()
-@takes_keywords(_Call)
+@takes_keywords(_ExportCall)
 def export(
     checkpoint: PathLike,
     *,

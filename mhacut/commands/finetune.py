@@ -63,7 +63,7 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
     check_logs(options.logs)
     with gathered(options.device) as processes:
         check_precision(options, processes.device)
-        with processes.together():
+        with processes.fail_together():
             if processes.first:
                 check_folder_before_reading(options)  # the command line did; Python did not
             run = read_run(options, processes, reporter if processes.first else Silent())
@@ -91,7 +91,7 @@ def _finetune(run: Run) -> FinetuneResult:
     if run.validation is not None:
         run.reporter.start("evaluating")
         # The file, not the model in memory: it may be an earlier epoch's, and in half precision.
-        with run.processes.together():
+        with run.processes.fail_together():
             written = load_model(output)
         after = run.measure(written)
     return FinetuneResult(

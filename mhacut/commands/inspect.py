@@ -46,12 +46,12 @@ class InspectResult:
 
 
 @dataclass(frozen=True)
-class _Call(Reporting, InspectKeywords):
+class _InspectCall(Reporting, InspectKeywords):
     checkpoint: PathLike
 
 
 @default_torch()
-@takes_keywords(_Call)
+@takes_keywords(_InspectCall)
 def inspect(
     checkpoint: PathLike,
     *,

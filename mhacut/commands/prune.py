@@ -176,7 +176,7 @@ def run_prune(
         return (prune_folder(options, reporter, images, val_images),)
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
-        with processes.together():
+        with processes.fail_together():
             inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
             _ = inputs.validation.dense

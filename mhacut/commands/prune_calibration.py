@@ -36,7 +36,7 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
     path = Path(file)
     # All look before the first writes; where disks are not shared, it may not be there for all.
     everywhere = all(processes.gather(os.path.exists(path)))
-    with processes.together():
+    with processes.fail_together():
         stored = read_calibration(path, job) if everywhere else None
     if stored is not None:
         preserved = job.preserved or Preserved.outputs_of(job.model)  # fitted anew: the file does not hold it
@@ -45,7 +45,7 @@ def calibrated(job: Job, file: PathLike | None, processes: Processes) -> Calibra
         job.reporter.log(f"calibration read from {path}")
         return replace(stored, preserved=thinned)
     calibration = job.calibrate(processes)
-    with processes.together():
+    with processes.fail_together():
         if processes.first and not os.path.exists(path):
             write_calibration(path, calibration, job)
             job.reporter.log(f"calibration saved in {path}")

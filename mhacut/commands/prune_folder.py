@@ -38,7 +38,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 
 
-class Whole(nn.Module):
+class ImageClassifier(nn.Module):
     """A model of transformers as a function of images [B, C, H, W] to its logits, or else its features."""
 
     @torch.no_grad()
@@ -86,7 +86,7 @@ def prune_folder(
     preprocessing, name = _preprocessing(folder, model), type(model).__name__
     size = preprocessing.input_size
     with gathered(options.device) as processes:
-        whole = Whole(model, size).to(processes.device)
+        whole = ImageClassifier(model, size).to(processes.device)
         answers = options.preserve == "answers" or (options.preserve is None and whole.num_classes > 1)
         if answers and whole.num_classes < 2:
             raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
@@ -110,7 +110,9 @@ def prune_folder(
             timer.start("timing")
             times = stopwatch.compare([whole], seconds=SECONDS).wall
 
-    def figures(whole: Whole, flops: int, ms: float | None, answers: Answers | None) -> ModelFigures:
+    def figures(
+        whole: ImageClassifier, flops: int, ms: float | None, answers: Answers | None
+    ) -> ModelFigures:
         stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
         return ModelFigures(flops, count_parameters(whole), ms, getattr(answers, "evaluation", None), stored)
 
@@ -140,7 +142,7 @@ def prune_folder(
         first, *rows = ("| " + " | ".join(cells) + " |" for cells in result.rows())
         with (written / CARD).open("a", encoding="utf-8") as card:
             card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
-        opened = Whole(load_pruned(written).float(), size)
+        opened = ImageClassifier(load_pruned(written).float(), size)
         if not same_outputs(opened, whole.float(), found.images[:PROBED]):
             raise MhacutError(
                 f"{show(target)}: would give other outputs than the model in memory; nothing was written. "

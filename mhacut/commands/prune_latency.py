@@ -46,10 +46,10 @@ class Latency(Amount):
 
     def prepare(self) -> None:
         self.stopwatch, job = self.inputs.stopwatch, self.job
-        if self.stopwatch.times is None:  # several files share them
+        if self.stopwatch.latency_model is None:  # several files share them
             job.reporter.start("timing layers")
-            self.stopwatch.times = (curve_of if job.merges_tokens else table_of)(job, self.stopwatch)
-        self.times = self.stopwatch.times
+            self.stopwatch.latency_model = (curve_of if job.merges_tokens else table_of)(job, self.stopwatch)
+        self.times = self.stopwatch.latency_model
         self._scale = 0
         """Nanoseconds of the dense model, by which ratios become times, once a cut model is measured."""
         super().prepare()
@@ -139,7 +139,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     layers: dict[Any, _LayerCall] = {}
     for call in calls:
         layers.setdefault(call.key, call)
-    parts = {key: stopwatch.ready(layer.replay({})) for key, layer in layers.items()}
+    parts = {key: stopwatch.as_run(layer.replay({})) for key, layer in layers.items()}
     comparison = stopwatch.compare(models, list(parts.values()), seconds=_MODEL_SECONDS)
     all_channels, *ratios = comparison.ratios[shorter:]  # the dense model's own ratio is 1
     shares = dict(zip(parts, ratios[len(plans) :], strict=True))
@@ -147,7 +147,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     for done, (key, layer) in enumerate(layers.items(), 1):
         points = points_to_measure(layer.choices)
         # Ratios to the layer with all channels, whose share of the model was measured above.
-        runs = [parts[key], *(stopwatch.ready(layer.replay(widths)) for widths in points[1:])]
+        runs = [parts[key], *(stopwatch.as_run(layer.replay(widths)) for widths in points[1:])]
         relative = stopwatch.compare((), runs, seconds=_LAYER_SECONDS * len(points), dense=False).ratios
         first, *others = (
             Point(*each) for each in zip(points, (shares[key] * r for r in relative), strict=True)

@@ -29,7 +29,7 @@ from mhacut.data.reading import (
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime.process import outlive_signals, start_reading, worker_count
+from mhacut.runtime.process import ignore_signals, start_reading, worker_count
 from mhacut.text import listed
 
 
@@ -248,7 +248,7 @@ class EvaluationLoader:
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=outlive_signals,
+            worker_init_fn=ignore_signals,
         )
 
     def __len__(self) -> int:

@@ -63,7 +63,7 @@ class Stopwatch:
         """
         self.timing, self.size, self.dense, self.reporter = timing, size, dense, reporter
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
-        self.times: TimeTable | TimeCurve | None = None
+        self.latency_model: TimeTable | TimeCurve | None = None
         """Times by which plans are made, once they are measured for a budget of time."""
         self._dense_run: Run | None = None
         self._logged_busy = False
@@ -128,7 +128,7 @@ class Stopwatch:
         self._log_busy(comparison)
         return comparison
 
-    def ready(self, part: Replay) -> Run:
+    def as_run(self, part: Replay) -> Run:
         """Return a function that runs a part of a model, which is moved to the device, once."""
         with using_threads(self.timing.threads) as threads:
             conditions = Conditions(self.timing.runtime, self.device, threads)

@@ -95,7 +95,7 @@ class Run:
         that it compares with what ``prune`` and ``evaluate`` report.
         """
         assert self.validation is not None
-        with self.processes.together():
+        with self.processes.fail_together():
             part = evaluate(model, self.validation, device=self.processes.device, progress=self._measured)
         if self.processes.size == 1:
             return part

@@ -34,7 +34,7 @@ def start(run: Run) -> None:
     Every process must call this.
     """
     resuming, state = run.options.resume is not None, None
-    with run.processes.together():
+    with run.processes.fail_together():
         if run.processes.first:
             run.lock = run.folder.lock()
             if not resuming:
@@ -56,14 +56,14 @@ def start(run: Run) -> None:
     if run.options.lr is None:
         run.options = replace(run.options, lr=choose_rate(run))
         run.trainer = run.new_trainer(run.options, total_steps=run.total_steps)
-        with run.processes.together():
+        with run.processes.fail_together():
             if run.processes.first:
                 run.folder.write_arguments(run.options)
     # The weights that were read are a candidate too, so that the best file is never worse than they are.
     run.progress.start, run.progress.before = measured_score(run)
     run.progress.best = run.progress.start
     if run.progress.best is not None:
-        with run.processes.together():
+        with run.processes.fail_together():
             write_weights(run, BEST, run.progress.before)
 
 
@@ -133,7 +133,7 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
     parts = run.processes.gather(list(run.progress.unreadable))
     unreadable = list(dict.fromkeys(name for part in parts for name in part))
     run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
-    with run.processes.together():
+    with run.processes.fail_together():
         if len(unreadable) > _MOST_UNREADABLE * run.images.count:
             raise DataError(
                 f"{len(unreadable)} of {run.images.count} images cannot be read, first {unreadable[0]}; "

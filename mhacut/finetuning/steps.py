@@ -94,7 +94,9 @@ def _check_finite(run: Run, loss: float) -> None:
         advice += f", or go without {option_name('amp')}"
     saved = run.progress.saved
     state = "no step was saved yet" if saved is None else f"{run.folder.path} has what step {saved} saved"
-    with run.processes.together():  # the loss is the sum over all: each process is here, and one reports it
+    with (
+        run.processes.fail_together()
+    ):  # the loss is the sum over all: each process is here, and one reports it
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {state}. {advice}"
         )
@@ -127,7 +129,7 @@ def _end_epoch(run: Run, logs: Logs) -> None:
     run.reporter.log(f"epoch {row.epoch + 1}: loss {row.train_loss:.4f}{measured}")
     if score is not None and (progress.best is None or score > progress.best):
         progress.best = score
-        with run.processes.together():
+        with run.processes.fail_together():
             write_weights(run, BEST, evaluation)
     save(run, evaluation)
     logs.write(progress.summary()[-1])

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mhacut.errors import FailedElsewhere, UsageError, option_name
+from mhacut.errors import PeerFailed, UsageError, option_name
 from mhacut.runtime.device import resolve_device
 from mhacut.runtime.process import local_rank, world_size
 
@@ -73,7 +73,7 @@ class Processes:
     def from_first(self, work: Callable[[], T]) -> T:
         """Do ``work`` in the first process only; return its result, of which the others get a copy."""
         held: list[Any] = [None]
-        with self.together():
+        with self.fail_together():
             if self.first:
                 held[0] = work()
         if self.size > 1:
@@ -82,7 +82,7 @@ class Processes:
         return result
 
     @contextmanager
-    def together(self) -> Iterator[None]:
+    def fail_together(self) -> Iterator[None]:
         """Context in which a failure in one process ends the block in all, so that none waits for it.
 
         Inside it, processes must not exchange data. Every process must enter it at the same point.
@@ -99,7 +99,7 @@ class Processes:
         if failed is not None and failures[self.rank] not in failures[: self.rank]:
             raise failed
         if any(text is not None for text in failures):
-            raise FailedElsewhere("another process failed; see its message")
+            raise PeerFailed("another process failed; see its message")
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def stop_request() -> Iterator[StopRequest]:
 def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
     """Iterate over ``loader``, whose processes outlive signals from the moment they start.
 
-    Until a process calls its ``worker_init_fn``, :func:`outlive_signals`, a signal would end it, and the run.
+    Until a process calls its ``worker_init_fn``, :func:`ignore_signals`, a signal would end it, and the run.
     """
     method = multiprocessing.get_start_method() if loader.num_workers else None
     # A fork server would hand the mask to all processes that it ever starts; Windows has no masks.
@@ -129,7 +129,7 @@ def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlive_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """Make a process that reads images ignore signals; a ``worker_init_fn`` for ``DataLoader``.
 
     Ctrl-C, and many schedulers, signal all processes of a group: the main one still needs images for what it
