@@ -17,7 +17,7 @@ from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_fi
 from mhacut.checkpoint.header import FileHeader, infos
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
-from mhacut.checkpoint.infer import Identified, to_model_names
+from mhacut.checkpoint.infer import ResolvedModel, to_model_names
 from mhacut.checkpoint.record import METADATA_KEY, PART_KEY, SlimRecord
 from mhacut.checkpoint.timm_cfg import set_recorded_preprocessing, set_resolved_preprocessing
 from mhacut.errors import CheckpointError
@@ -48,7 +48,7 @@ class Checkpoint:
     """Statements of the user about the model in the file."""
     has_weights: bool = False
     """Whether the weights of the model have been read."""
-    _identified: Identified | None = None
+    _resolved: ResolvedModel | None = None
     _sha256: str | None = None
 
     @classmethod
@@ -81,8 +81,8 @@ class Checkpoint:
                 name: replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in tensors.items()
             }
         origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
-        identified = Identified(identity, model, tensors, tuple(notes), origins)
-        return cls(source, stem, record, has_weights=True, _identified=identified, _sha256=sha256)
+        resolved = ResolvedModel(identity, model, tensors, tuple(notes), origins)
+        return cls(source, stem, record, has_weights=True, _resolved=resolved, _sha256=sha256)
 
     @property
     def path(self) -> Path | None:
@@ -92,7 +92,7 @@ class Checkpoint:
     @property
     def identity(self) -> ModelIdentity:
         """Identity of the dense model."""
-        return self._identify().identity
+        return self._resolve().identity
 
     @property
     def input_size(self) -> tuple[int, int, int]:
@@ -102,23 +102,23 @@ class Checkpoint:
 
     @property
     def cfg_origins(self) -> Mapping[str, str]:
-        """Origin of each value in the identity's pretrained_cfg, as in :class:`Identified`."""
-        return self._identify().cfg_origins
+        """Origin of each value in the identity's pretrained_cfg, as in :class:`ResolvedModel`."""
+        return self._resolve().cfg_origins
 
     @property
     def skeleton(self) -> nn.Module:
         """The model, cut if it is slim; on the meta device (without memory) until the weights are read."""
-        return self._identify().skeleton
+        return self._resolve().skeleton
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Dtype of each tensor of the model in the file, in which another file is to be written."""
-        return {name: info.dtype for name, info in self._identify().tensors.items()}
+        return {name: info.dtype for name, info in self._resolve().tensors.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
         """Lines for the user: what was inferred, which part of a file was used."""
-        notes, header = list(self._identify().notes), self.header
+        notes, header = list(self._resolve().notes), self.header
         if header is None:
             return tuple(notes)
         naming = header.naming.note(header.part, header.other_parts)
@@ -149,24 +149,24 @@ class Checkpoint:
     def read_tensors(self) -> dict[str, Tensor]:
         """Read the file's tensors, under the names they have in the model and in the file's dtypes."""
         assert self.header is not None
-        identified, tensors = self._identify(), read_tensors(self.header)
+        resolved, tensors = self._resolve(), read_tensors(self.header)
         # Another library's tensors are renamed, split and joined; a slim file has the model's names.
-        if identified.conversion is not None:
-            tensors = identified.conversion.apply(tensors)
+        if resolved.conversion is not None:
+            tensors = resolved.conversion.apply(tensors)
         if self.record is not None:
             return tensors
-        named = to_model_names(tensors, identified.skeleton)
-        return {name: tensor for name, tensor in named.items() if name in identified.tensors}  # no classifier
+        named = to_model_names(tensors, resolved.skeleton)
+        return {name: tensor for name, tensor in named.items() if name in resolved.tensors}  # no classifier
 
-    def _identify(self) -> Identified:
-        if self._identified is None:
+    def _resolve(self) -> ResolvedModel:
+        if self._resolved is None:
             assert self.header is not None
-            self._identified = (
+            self._resolved = (
                 identify_dense(self.header, self.hints)
                 if self.record is None
                 else identify_slim(self.header, self.record, self.hints)
             )
-        return self._identified
+        return self._resolved
 
     def _read_weights(self) -> None:
         """Fill the skeleton. Its shapes are known to fit; only now is memory taken."""

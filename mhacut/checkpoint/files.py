@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import safe_open
 from torch import Tensor
 
-from mhacut.checkpoint.folder import MERGE_FIRST, open_folder
+from mhacut.checkpoint.folder import MERGE_ADAPTER_ADVICE, open_folder
 from mhacut.checkpoint.header import DTYPES, FileHeader, Format, TensorInfo, infos
 from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
@@ -60,7 +60,7 @@ def _file_header(path: Path, part: str | None = None) -> FileHeader:
     regular_size(path)  # refuses what is no file, before a pipe would block
     if _sniff(path) == "safetensors":
         tensors, metadata = safetensors_header(path)
-        return FileHeader(path, "safetensors", tensors, metadata, asked=part)
+        return FileHeader(path, "safetensors", tensors, metadata, requested_part=part)
     return torch_header(path, part)
 
 
@@ -72,13 +72,17 @@ def _named(header: FileHeader) -> FileHeader:
     if METADATA_KEY in header.metadata:
         return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
     of_timm = header.config is None or "architecture" in header.config
-    asked = None if header.asked in (header.part or "").split(".") else header.asked
+    requested_part = (
+        None if header.requested_part in (header.part or "").split(".") else header.requested_part
+    )
     parts = () if header.part is None else (header.part, *header.other_parts)
-    naming = unwrap(show(header.path), header.shapes, part=asked, parts=parts, layers_only=not of_timm)
+    naming = unwrap(
+        show(header.path), header.shapes, part=requested_part, parts=parts, layers_only=not of_timm
+    )
     adapter = next((file for file, name in naming.names.items() if _OF_ADAPTER.search(name)), None)
     if adapter is not None:
         raise CheckpointError(
-            f"{show(header.path)}: {adapter!r:.150} is a tensor of an adapter; {MERGE_FIRST}"
+            f"{show(header.path)}: {adapter!r:.150} is a tensor of an adapter; {MERGE_ADAPTER_ADVICE}"
         )
     tensors = {name: header.tensors[file] for file, name in naming.names.items()}
     return dataclasses.replace(header, tensors=tensors, naming=naming)
@@ -91,7 +95,7 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
     for header in headers:
         tensors |= header.tensors
     shards = {header.path: header.tensors for header in headers}
-    return FileHeader(paths[0], headers[0].format, tensors, shards=shards, asked=part)
+    return FileHeader(paths[0], headers[0].format, tensors, shards=shards, requested_part=part)
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
@@ -104,7 +108,9 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
         if header.format == "safetensors":
             tensors |= read_safetensors(path, wanted)
         else:
-            tensors |= torch_tensors(path, None if header.shards else header.asked, frozenset(wanted))
+            tensors |= torch_tensors(
+                path, None if header.shards else header.requested_part, frozenset(wanted)
+            )
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:

@@ -48,12 +48,12 @@ class Table:
     groups: Mapping[str, Mapping[str, tuple[str, ...]]]
     """Names of architectures, by :attr:`Fingerprint.any_size`, then by :attr:`Fingerprint.exact`."""
 
-    def exactly(self, shapes: Shapes) -> tuple[str, ...]:
+    def exact_matches(self, shapes: Shapes) -> tuple[str, ...]:
         """Names of the architectures that have these tensors, classes and image size aside."""
         digests = fingerprint(shapes)
         return self.groups.get(digests.any_size, {}).get(digests.exact, ())
 
-    def of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
+    def matches_of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
         """Names of those that may have them with other arguments."""
         group = self.groups.get(fingerprint(shapes).any_size, {})
         return tuple(name for names in group.values() for name in names)

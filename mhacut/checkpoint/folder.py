@@ -31,7 +31,7 @@ _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 """Endings of other files that may be meant."""
 _NO_MODEL = re.compile(r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)|.*-of-")
 """Names of the files beside a model's, and of parts of one."""
-MERGE_FIRST = (
+MERGE_ADAPTER_ADVICE = (
     "merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
     'torch.save(merged.state_dict(), "weights.pth")'
 )
@@ -48,7 +48,7 @@ def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, di
     weights = [one] if one is not None else _shards(folder)
     if not weights:
         adapter = (folder / "adapter_config.json").is_file()
-        fault = f"holds an adapter of PEFT and no whole model; {MERGE_FIRST}" if adapter else ""
+        fault = f"holds an adapter of PEFT and no whole model; {MERGE_ADAPTER_ADVICE}" if adapter else ""
         if not fault and config is None:
             # A run of finetune leaves files of other names.
             named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())

@@ -66,7 +66,7 @@ class FileHeader:
     """Entry of a training checkpoint that holds the tensors (``model_ema``)."""
     other_parts: tuple[str, ...] = ()
     """Entries that hold other weights of the network, for the option ``part``."""
-    asked: str | None = None
+    requested_part: str | None = None
     """Part that the user asked for: such an entry, or a module in it."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Entries of a training checkpoint that may state its model, untrusted values of any type; see

@@ -13,13 +13,13 @@ from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.foreign.recognise import Conversion, recognise
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import (
-    OF_WEIGHTS,
+    WEIGHTS_CFG_KEYS,
     ModelHints,
     ModelIdentity,
     checked_model_args,
     checked_pretrained_cfg,
 )
-from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
+from mhacut.checkpoint.infer import ResolvedModel, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.search import search
@@ -30,7 +30,7 @@ from mhacut.runtime.files import show
 from mhacut.surgery.slice import cut
 
 
-def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> Identified:
+def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> ResolvedModel:
     """Build the model that a slim file states, cut it by the plan and compare it with the file's tensors."""
     where = show(header.path)
     identity = record.identity
@@ -44,7 +44,7 @@ def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> 
         raise CheckpointError(text if text.startswith(where) else f"{where}: metadata: {text}") from error
     check_tensors(where, header.tensors, skeleton, identity, stated=True)
     notes = (f"architecture {identity.architecture}, from the file's metadata",)
-    return Identified(identity, skeleton, header.tensors, notes)
+    return ResolvedModel(identity, skeleton, header.tensors, notes)
 
 
 def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn.Module) -> None:
@@ -66,7 +66,7 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
         )
 
 
-def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
+def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
     """Build the model of a dense file: from its ``config.json``, else as named, else from names and shapes.
 
     Files of other libraries are converted to timm's names first.
@@ -86,22 +86,22 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> Identified:
     else:
         model = _from_file(header, args, hints)
     check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
-    if naming.classifier is not None and model.identity.model_args["num_classes"]:
+    if naming.head is not None and model.identity.model_args["num_classes"]:
         pool = getattr(model.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
-        text = f"{naming.classifier}. beside {naming.trunk}. was read as the classifier{features}"
-        model = _with_notes(model, f"{text}; {option_name('part', naming.trunk)} leaves it out")
+        text = f"{naming.head}. beside {naming.backbone}. was read as the classifier{features}"
+        model = _with_notes(model, f"{text}; {option_name('part', naming.backbone)} leaves it out")
     if foreign is None and position_shapes(model.tensors) != position_shapes(header.tensors):
         note = "position embeddings were for another image size; they were resized to the model's"
         model = _with_notes(model, note)
     return model
 
 
-def _with_notes(model: Identified, *last: str, first: str | None = None) -> Identified:
+def _with_notes(model: ResolvedModel, *last: str, first: str | None = None) -> ResolvedModel:
     return replace(model, notes=(*([] if first is None else [first]), *model.notes, *last))
 
 
-def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> Identified:
+def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> ResolvedModel:
     """Build the model that timm's ``config.json``, new or old style, states."""
     config = header.config or {}
     where = show(header.path.parent / "config.json")
@@ -139,10 +139,10 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
 
 def _from_conversion(
     header: FileHeader, foreign: Conversion, args: Mapping[str, Any], hints: ModelHints
-) -> Identified:
+) -> ResolvedModel:
     """Build the timm model that another library's file is converted to."""
-    built = foreign.built
-    if built is None:
+    spec = foreign.spec
+    if spec is None:
         renamed = replace(header, tensors=foreign.tensors, config=None)
         try:
             model = _from_file(renamed, args, hints, foreign.cfg)
@@ -150,14 +150,14 @@ def _from_conversion(
             folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
             raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
     else:
-        name = built.architecture
+        name = spec.architecture
         if hints.model not in (None, name):
             raise CheckpointError(
                 f"{show(header.path.parent)}: its configuration describes {name}, but {option_name('model')} "
                 f"says {hints.model}; leave it out, or give the weights file {header.path.name} itself"
             )
         cfg = completed_cfg(name, checked_pretrained_cfg(foreign.cfg))
-        model = infer_from_shapes(name, {**built.args, **args}, cfg, foreign.tensors, bounded=True)
+        model = infer_from_shapes(name, {**spec.args, **args}, cfg, foreign.tensors, bounded=True)
         origins = dict.fromkeys(foreign.cfg, "file")
         model = replace(_without_claims(model, foreign.cfg), cfg_origins=origins)
         model = _with_notes(model, first=f"architecture {name}, from its configuration")
@@ -167,7 +167,7 @@ def _from_conversion(
 
 def _from_file(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
-) -> Identified:
+) -> ResolvedModel:
     """Build the model of a bare file: from what the user or its training script says, or the shapes show.
 
     ``cfg`` is what its library implies of its pretrained_cfg.
@@ -177,7 +177,7 @@ def _from_file(
         return _from_names(header, args, hints, cfg)
     named, tag = split_tag(hints.model or "")
     stated = split_tag(training.model or "")[0]
-    model: Identified | None = None
+    model: ResolvedModel | None = None
     notes: tuple[str, ...] = ()
     # What the user says counts; a tag stands for weights of timm, of which a script knows nothing.
     if stated and not tag and named in ("", stated):
@@ -199,7 +199,7 @@ def _from_file(
 
 def _from_training(
     header: FileHeader, args: Mapping[str, Any], training: Training, *, given: bool
-) -> Identified:
+) -> ResolvedModel:
     """Build the model that the training script names, with its arguments as far as they fit the tensors."""
     name, tag = split_tag(training.model or "")
     cfg = cfg_of_tag(name, tag)
@@ -226,7 +226,7 @@ def _from_training(
 
 def _from_names(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
-) -> Identified:
+) -> ResolvedModel:
     """Build the model of a file that states none: as named, else from names and shapes.
 
     ``cfg`` is what is known of its pretrained_cfg.
@@ -254,19 +254,19 @@ def _from_names(
     return _with_notes(model, first=f"architecture {name}, from names and shapes{heads}")
 
 
-def _without_claims(model: Identified, stated: Iterable[str] = ()) -> Identified:
+def _without_claims(model: ResolvedModel, stated: Iterable[str] = ()) -> ResolvedModel:
     """Drop from timm's default for an architecture what describes timm's weights: license, tag, labels.
 
     What is ``stated`` for these weights stays.
     """
-    dropped = OF_WEIGHTS - set(stated)
+    dropped = WEIGHTS_CFG_KEYS - set(stated)
     cfg = {name: value for name, value in model.identity.pretrained_cfg.items() if name not in dropped}
     return replace(model, identity=replace(model.identity, pretrained_cfg=cfg))
 
 
 def _with_preprocessing(
-    model: Identified, stated: Mapping[str, Any], *, of_library: bool = False
-) -> Identified:
+    model: ResolvedModel, stated: Mapping[str, Any], *, of_library: bool = False
+) -> ResolvedModel:
     """Override the preprocessing of the architecture with what a script states, or its library implies."""
     cfg = for_size(model.identity.pretrained_cfg, stated.get("input_size"))
     identity = replace(model.identity, pretrained_cfg={**cfg, **stated})

@@ -32,11 +32,11 @@ _CFG_KEYS = _CFG_SIZES | frozenset((
 ))
 # fmt: on
 """Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
-PROVENANCE = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
+PROVENANCE_CFG_KEYS = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
 """Keys of a pretrained_cfg that hold for the original weights only, not for weights derived from them."""
-LABELS = frozenset({"label_names", "label_descriptions"})
+LABEL_CFG_KEYS = frozenset({"label_names", "label_descriptions"})
 """Keys of a pretrained_cfg that name the classes."""
-OF_WEIGHTS = PROVENANCE | LABELS
+WEIGHTS_CFG_KEYS = PROVENANCE_CFG_KEYS | LABEL_CFG_KEYS
 """Keys of a pretrained_cfg that timm's default for an architecture cannot know about another file."""
 
 

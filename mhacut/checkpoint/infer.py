@@ -15,7 +15,7 @@ from mhacut.checkpoint.fingerprints import POSITIONS
 from mhacut.checkpoint.foreign.recognise import Conversion
 from mhacut.checkpoint.header import TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
-from mhacut.checkpoint.visible_args import Shown, visible_args, visible_classes, visible_img_size
+from mhacut.checkpoint.visible_args import InferredArg, visible_args, visible_classes, visible_img_size
 from mhacut.errors import CheckpointError
 from mhacut.flatten import checkpoint_filter, img_size_of
 
@@ -23,7 +23,7 @@ Tensors = Mapping[str, TensorInfo]
 
 
 @dataclass(frozen=True)
-class Identified:
+class ResolvedModel:
     """The model of a checkpoint, without its weights."""
 
     identity: ModelIdentity
@@ -45,44 +45,46 @@ class Identified:
 
 def infer_from_shapes(
     name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], tensors: Tensors, *, bounded: bool = False
-) -> Identified:
+) -> ResolvedModel:
     """Build model ``name`` with the arguments that the shapes of its tensors show."""
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
     headless = args.get("num_classes") == 0
-    shown: list[Shown] = []
+    inferred: list[InferredArg] = []
     if "img_size" not in args:
         # Before anything is built: not every argument goes with every size.
         patch_size = args.get("patch_size", 4)
         size = img_size_of(name, shapes, patch_size if isinstance(patch_size, int) else 4)
         if size is not None:
-            shown.append(Shown("img_size", size, "the shape of positional_encoding"))
+            inferred.append(InferredArg("img_size", size, "the shape of positional_encoding"))
             args["img_size"] = size
     if bounded:
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     else:
         model, further = _with_visible_args(ModelIdentity(name, args, dict(cfg)), tensors)
         args |= {one.name: one.value for one in further}
-        shown += further
+        inferred += further
     # The shapes of the file decide, whatever size the configuration was written for.
     last = [] if "num_classes" in args else [visible_classes(model, _shapes_for(model, tensors))]
     size_shown = None if "img_size" in args else visible_img_size(model, shapes)
     last += [] if size_shown is None else [size_shown]
     args |= {one.name: one.value for one in last}
-    # Built again only where it differs: a model takes a tenth of a second.
+    # TimmSpec again only where it differs: a model takes a tenth of a second.
     if any(one.value != getattr(model, one.name, None) for one in last):
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
-    shown += last
+    inferred += last
     infos = infos_by_model_names(tensors, model)
-    notes = [*map(str, shown)]
+    notes = [*map(str, inferred)]
     if headless:
         infos, left_out = _without_classifier(infos, model)
         notes += left_out
     identity = identity_of(model, name, args)
     if cfg and "crop_pct" not in cfg:
         identity.pretrained_cfg.pop("crop_pct", None)  # timm fills in one that is of no model
-    return Identified(identity, model, infos, tuple(notes), inferred=frozenset(one.name for one in shown))
+    return ResolvedModel(
+        identity, model, infos, tuple(notes), inferred=frozenset(one.name for one in inferred)
+    )
 
 
 def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -97,7 +99,9 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
     return kept, [f"its classifier of {classes} classes is left out"] if classes else []
 
 
-def _with_visible_args(identity: ModelIdentity, tensors: Tensors) -> tuple[nn.Module, tuple[Shown, ...]]:
+def _with_visible_args(
+    identity: ModelIdentity, tensors: Tensors
+) -> tuple[nn.Module, tuple[InferredArg, ...]]:
     """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
     given = args = identity.model_args
     try:
@@ -108,12 +112,12 @@ def _with_visible_args(identity: ModelIdentity, tensors: Tensors) -> tuple[nn.Mo
         if args == given:
             raise
         model = build_skeleton(dataclasses.replace(identity, model_args=args))
-    shown = visible_args(model, _shapes_for(model, tensors), given)
-    further = {**given, **{one.name: one.value for one in shown}}
+    inferred = visible_args(model, _shapes_for(model, tensors), given)
+    further = {**given, **{one.name: one.value for one in inferred}}
     if further == args:
         return model, ()
     try:
-        return build_skeleton(dataclasses.replace(identity, model_args=further)), shown
+        return build_skeleton(dataclasses.replace(identity, model_args=further)), inferred
     except CheckpointError:
         if args != given:
             raise

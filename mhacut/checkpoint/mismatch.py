@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.record import SAVE_SLIM
+from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
 from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name, listed
@@ -54,7 +54,9 @@ def check_tensors(
     if not missing and not unexpected and not other:
         return
     file_shapes = {name: info.shape for name, info in tensors.items()}
-    fitting = () if stated else read_table().exactly(file_shapes)  # other architectures with these tensors
+    fitting = (
+        () if stated else read_table().exact_matches(file_shapes)
+    )  # other architectures with these tensors
     models = "" if identity.architecture in fitting or not fitting else listed(fitting, _MAX_NAMES)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
     if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
@@ -81,7 +83,7 @@ def check_tensors(
     else:
         lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
         if is_cut(file_shapes):
-            lines.append(f"  it seems to be a slim model's state dict; {SAVE_SLIM}")
+            lines.append(f"  it seems to be a slim model's state dict; {SAVE_SLIM_ADVICE}")
     lines += [f"  its names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 

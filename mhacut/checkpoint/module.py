@@ -13,7 +13,7 @@ from mhacut.checkpoint.build import allocate, build_skeleton, known_model, unkno
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite
 from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.identity import (
-    PROVENANCE,
+    PROVENANCE_CFG_KEYS,
     ModelHints,
     ModelIdentity,
     checked_model_args,
@@ -76,8 +76,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     if "img_size" not in args and size != _image_size(build_skeleton(ModelIdentity(architecture, args, cfg))):
         args["img_size"] = size
     tensors = infos(module.state_dict())
-    identified = infer_from_shapes(architecture, args, cfg, tensors)
-    model, identity = identified.skeleton, identified.identity
+    resolved = infer_from_shapes(architecture, args, cfg, tensors)
+    model, identity = resolved.skeleton, resolved.identity
     try:
         check_tensors(source, tensors, model, identity)
     except CheckpointError as error:
@@ -108,7 +108,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         source=source,
         stem=architecture,
         dtypes=_dtypes(module),
-        notes=(f"architecture {architecture}, of the module", *identified.notes),
+        notes=(f"architecture {architecture}, of the module", *resolved.notes),
         cfg_origin="module",
     )
 
@@ -133,7 +133,7 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     if not known_model(architecture):
         raise CheckpointError(unknown_model(architecture))
     # Nobody knows whether these weights still are timm's.
-    known = {name: value for name, value in stated.items() if name not in PROVENANCE}
+    known = {name: value for name, value in stated.items() if name not in PROVENANCE_CFG_KEYS}
     return architecture, checked_pretrained_cfg(known)
 
 

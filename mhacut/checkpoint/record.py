@@ -19,7 +19,7 @@ METADATA_KEY = "mhacut"
 """Key of the document in the ``__metadata__`` of the safetensors file."""
 PART_KEY = "mhacut_part"
 """Key of the record of a pruned part, in the metadata of its file (:mod:`mhacut.checkpoint.part_file`)."""
-SAVE_SLIM = (
+SAVE_SLIM_ADVICE = (
     "save the slim module itself: mhacut.save_model(model, FILE, like=SLIM_FILE) adds the plan of its cut"
 )
 """Advice for weights of a slim module alone, which do not show how it was cut."""

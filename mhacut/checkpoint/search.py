@@ -13,16 +13,16 @@ from torch import nn
 from mhacut.checkpoint.build import known_model, shapes_of
 from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FileHeader
-from mhacut.checkpoint.infer import Identified, infer_from_shapes, position_shapes
+from mhacut.checkpoint.infer import ResolvedModel, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
-from mhacut.checkpoint.record import SAVE_SLIM
+from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
 from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.find import model_input_size
 from mhacut.text import listed
 
-_MOST_NAMED = 4
+_MAX_NAMES = 4
 """Architectures in a message."""
 _NOT_COMPUTED = frozenset(
     (
@@ -44,16 +44,16 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
 """FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
 
 
-def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> Identified:
+def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> ResolvedModel:
     """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
 
     Several that compute the same count as one; a note names those that were trained on other images.
     """
     shapes, table = header.shapes, read_table()
-    built = _build(header, args, table.exactly(shapes))
+    built = _build(header, args, table.exact_matches(shapes))
     fits = _nearest(built, header)
     if not fits:
-        names = [name for name in table.of_any_size(shapes) if not name.startswith("test_")]
+        names = [name for name in table.matches_of_any_size(shapes) if not name.startswith("test_")]
         built += _build(header, args, names)
         fits = _nearest(built, header)
     fits = fits or _nearest(_build(header, args, _of_flatten(header.shapes)), header)
@@ -79,7 +79,7 @@ def _of_flatten(names: Collection[str]) -> Iterator[str]:
             yield from timm.list_models(module=module)
 
 
-def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[Identified]:
+def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[ResolvedModel]:
     """Build those of the architectures that this timm has and that take these arguments, to fit the file."""
     built = []
     # The table may be of another timm than the one that is installed.
@@ -91,7 +91,7 @@ def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) ->
     return built
 
 
-def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified]:
+def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[ResolvedModel]:
     """Return those of the fitting models for which the fewest arguments were inferred."""
     positions = position_shapes(header.tensors)
     fits = [
@@ -105,7 +105,7 @@ def _nearest(built: Iterable[Identified], header: FileHeader) -> list[Identified
     return [fit for fit in fits if _distance(fit) == least]
 
 
-def _distance(fit: Identified) -> tuple[int, int, int]:
+def _distance(fit: ResolvedModel) -> tuple[int, int, int]:
     """Number of arguments that were inferred: first those of the structure, then sizes, then the images'."""
     sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
@@ -156,42 +156,44 @@ def _text(value: Any) -> str:
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
 
 
-def _alternatives(chosen: Identified, others: Sequence[Identified]) -> list[str]:
+def _alternatives(chosen: ResolvedModel, others: Sequence[ResolvedModel]) -> list[str]:
     """Return a note that names models that compute the same on images of another size or normalisation."""
     names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
     if not names:
         return []
     flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
     return [
-        f"the layers also fit {listed(names, _MOST_NAMED)}, trained on other images; to choose, give {flags}"
+        f"the layers also fit {listed(names, _MAX_NAMES)}, trained on other images; to choose, give {flags}"
     ]
 
 
-def _images(fit: Identified) -> list[Any]:
+def _images(fit: ResolvedModel) -> list[Any]:
     identity = fit.identity
     size = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
     return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
 
 
-def _several_fit(where: str, chosen: Identified, others: Sequence[tuple[Identified, tuple[str, ...]]]) -> str:
+def _several_fit(
+    where: str, chosen: ResolvedModel, others: Sequence[tuple[ResolvedModel, tuple[str, ...]]]
+) -> str:
     """Return the message for models that compute different things, with what they differ in."""
     differing: dict[str, list[str]] = {}
     for other, settings in others:
         text = "; ".join(settings[:3]) or "the same"
         differing.setdefault(text, []).append(other.identity.architecture)
-    lines = [f"  {listed(names, _MOST_NAMED)}: {text}" for text, names in differing.items()]
+    lines = [f"  {listed(names, _MAX_NAMES)}: {text}" for text, names in differing.items()]
     first = (
         f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
         f"{option_name('model', 'NAME')}:"
     )
-    return "\n".join([first, f"  {chosen.identity.architecture}", *lines[:_MOST_NAMED]])
+    return "\n".join([first, f"  {chosen.identity.architecture}", *lines[:_MAX_NAMES]])
 
 
-def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
+def _nothing_fits(header: FileHeader, built: Sequence[ResolvedModel]) -> str:
     """Return the message for a file that no model fits, with the nearest one and how it differs."""
     where = show(header.path)
     if is_cut(header.shapes):
-        return f"{where}: seems to be a slim model's state dict; {SAVE_SLIM}"
+        return f"{where}: seems to be a slim model's state dict; {SAVE_SLIM_ADVICE}"
     text = (
         f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
         f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "
@@ -208,7 +210,7 @@ def _nothing_fits(header: FileHeader, built: Sequence[Identified]) -> str:
     return text
 
 
-def _tensors_in_common(one: Identified) -> int:
+def _tensors_in_common(one: ResolvedModel) -> int:
     """Number of tensors of the file that the model has, by name and shape."""
     expected = shapes_of(one.skeleton)
     return sum(expected.get(name) == info.shape for name, info in one.tensors.items())

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.header import DTYPES, FileHeader, TensorInfo
-from mhacut.checkpoint.record import SAVE_SLIM
+from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
 from mhacut.checkpoint.training import statements
 from mhacut.checkpoint.wrapping import other_parts, pick_part
 from mhacut.errors import CheckpointError
@@ -32,7 +32,7 @@ _MAX_PICKLE_BYTES = 8 * 2**20
 """Largest pickle in a zip archive. That of a training state of 10,000 tensors has 2 MB."""
 _LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
 """Bytes of the number that a file of torch before 1.6 begins with."""
-_SAVE_ALONE = "save the state dict alone: torch.save(model.state_dict(), ...)"
+_STATE_DICT_ADVICE = "save the state dict alone: torch.save(model.state_dict(), ...)"
 
 
 class SkippedValue:
@@ -100,7 +100,7 @@ def read_whole(path: Path, device: str = "cpu") -> Any:
     return read_torch(path, device)
 
 
-def torch_header(path: Path, asked: str | None = None) -> FileHeader:
+def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
     """Return the header of a torch file, from its pickle alone: storages go to the meta device unread.
 
     Tensors have their names in the file.
@@ -109,7 +109,7 @@ def torch_header(path: Path, asked: str | None = None) -> FileHeader:
     checkpoint = read_torch(path, "meta")
     # On the meta device a tensor has a shape and no memory, whatever the file claims.
     try:
-        part, state_dict = pick_part(where, checkpoint, asked)
+        part, state_dict = pick_part(where, checkpoint, requested_part)
         tensors = {name: _info(where, name, tensor) for name, tensor in state_dict.items()}
         header = FileHeader(
             path,
@@ -117,7 +117,7 @@ def torch_header(path: Path, asked: str | None = None) -> FileHeader:
             tensors,
             part=part,
             other_parts=other_parts(checkpoint, part),
-            asked=asked,
+            requested_part=requested_part,
             training=statements(checkpoint) if isinstance(checkpoint, dict) else {},
         )
     except CheckpointError:
@@ -129,9 +129,9 @@ def torch_header(path: Path, asked: str | None = None) -> FileHeader:
     return header
 
 
-def torch_tensors(path: Path, asked: str | None, names: Collection[str]) -> dict[str, Tensor]:
+def torch_tensors(path: Path, requested_part: str | None, names: Collection[str]) -> dict[str, Tensor]:
     """Read the tensors of these names, as far as there are any, on the CPU, in the file's dtypes."""
-    _, state_dict = pick_part(show(path), read_torch(path), asked)
+    _, state_dict = pick_part(show(path), read_torch(path), requested_part)
     return {name: tensor for name, tensor in state_dict.items() if name in names}
 
 
@@ -141,7 +141,7 @@ def _info(where: str, name: object, tensor: object) -> TensorInfo:
         raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
-            f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; {_SAVE_ALONE}"
+            f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; {_STATE_DICT_ADVICE}"
         )
     if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
@@ -170,7 +170,7 @@ def _check_archive(path: Path) -> None:
         elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
             fault = "compressed torch files are not supported (torch writes none); save it by torch.save"
         elif pickles[0].file_size > _MAX_PICKLE_BYTES:
-            fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_SAVE_ALONE}"
+            fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_STATE_DICT_ADVICE}"
         else:
             return
     raise CheckpointError(f"{show(path)}: {fault}")
@@ -197,7 +197,7 @@ def _blocked(path: Path, reason: str) -> str:
         load = 'pickle.load(open(FILE, "rb"), encoding="latin1")'  # not written by torch
     named = re.search(r"GLOBAL ([\w.]+)", reason)
     if named and named[1].startswith("mhacut."):
-        return f"contains a whole slim module; nothing was run. Do not pickle it, but {SAVE_SLIM}"
+        return f"contains a whole slim module; nothing was run. Do not pickle it, but {SAVE_SLIM_ADVICE}"
     what = f"objects that are no weights, first {named[1]:.100}" if named else "a pickle of another protocol"
     return (
         f"contains {what}; nothing was run. If you trust its source, convert it where it can do no harm: "

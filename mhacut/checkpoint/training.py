@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhacut.checkpoint.build import known_model
-from mhacut.checkpoint.foreign.config import OF_IMAGENET
+from mhacut.checkpoint.foreign.config import IMAGENET_CFG
 from mhacut.checkpoint.identity import checked_model_args
 from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.data import Preprocessing
@@ -86,7 +86,7 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     if further is not None:
         args = {**further, **args}
         # 224 of 256 pixels, in the evaluation of these scripts.
-        implied = {**OF_IMAGENET, **({"crop_pct": 0.875} if side in (None, 224) else {})}
+        implied = {**IMAGENET_CFG, **({"crop_pct": 0.875} if side in (None, 224) else {})}
     return Training(model, origin, args, side, cfg, implied) if model or cfg else None
 
 

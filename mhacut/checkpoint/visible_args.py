@@ -29,7 +29,7 @@ _SWITCHES: dict[str, tuple[str, Any, Any]] = {
 
 
 @dataclass(frozen=True)
-class Shown:
+class InferredArg:
     """Value of one argument, and what in the file shows it."""
 
     name: str
@@ -40,7 +40,7 @@ class Shown:
         return f"{self.name} {self.value}, from {self.origin}"
 
 
-def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[Shown, ...]:
+def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[InferredArg, ...]:
     """Return the arguments in which the file differs from ``model``, as far as its shapes show them.
 
     Classes and image size aside, which need the model that these arguments build. No shape shows the number
@@ -87,7 +87,7 @@ def _parameters(kind: type) -> set[str]:
     return {name for init in inits for name in inspect.signature(init).parameters}
 
 
-def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
+def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     first = model.pretrained_cfg.get("first_conv") or "patch_embed.proj"
     name = f"{first if isinstance(first, str) else first[0]}.weight"
     ours, theirs = expected.get(name, ()), file.get(name, ())
@@ -95,15 +95,15 @@ def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
         return
     # Behind another convolution, these are not the channels of images.
     if theirs[1] != ours[1] == getattr(model, "in_chans", 3):
-        yield Shown("in_chans", theirs[1], f"the shape of {name}")
+        yield InferredArg("in_chans", theirs[1], f"the shape of {name}")
     if name == "patch_embed.proj.weight" and theirs[2:] != ours[2:] and theirs[2] == theirs[3]:
-        yield Shown("patch_size", theirs[2], f"the shape of {name}")
+        yield InferredArg("patch_size", theirs[2], f"the shape of {name}")
 
 
-def _depth(expected: Shapes, file: Shapes) -> Iterator[Shown]:
+def _depth(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, file))
     if ours and theirs and ours != theirs:
-        yield Shown("depth", theirs, "the numbers of its blocks")
+        yield InferredArg("depth", theirs, "the numbers of its blocks")
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
@@ -112,17 +112,17 @@ def _count(pattern: str, names: Iterable[str]) -> int:
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
 
-def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]) -> Iterator[Shown]:
+def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]) -> Iterator[InferredArg]:
     width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (file, expected))
     if width not in (0, ours) and "num_heads" in given:
-        yield Shown("embed_dim", width, "the shape of patch_embed.proj.weight")
+        yield InferredArg("embed_dim", width, "the shape of patch_embed.proj.weight")
     layer = "blocks.0.mlp.fc1.weight"
     (hidden, width), (our_hidden, ours) = (
         shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (file, expected)
     )
     plain = ours and type(model.blocks[0].mlp).__name__ == "Mlp"
     if plain and hidden and width and hidden * ours != our_hidden * width:
-        yield Shown("mlp_ratio", mlp_ratio(hidden, width), f"the shape of {layer}")
+        yield InferredArg("mlp_ratio", mlp_ratio(hidden, width), f"the shape of {layer}")
 
 
 def _size(shapes: Shapes, name: str) -> int:
@@ -130,48 +130,48 @@ def _size(shapes: Shapes, name: str) -> int:
     return next(iter(shapes.get(name, ())), 0)
 
 
-def _switched(expected: Shapes, file: Shapes) -> Iterator[Shown]:
+def _switched(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     for tensor, (argument, with_it, without) in _SWITCHES.items():
         if (tensor in file) != (tensor in expected):
             is_there = tensor in file
             origin = tensor if is_there else f"the lack of {tensor}"
-            yield Shown(argument, with_it if is_there else without, origin)
+            yield InferredArg(argument, with_it if is_there else without, origin)
 
 
-def _tokens(expected: Shapes, file: Shapes) -> Iterator[Shown]:
+def _tokens(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, file))
     if theirs != ours:
         for name in ("reg_tokens", "num_reg_tokens"):  # of ViT, and of EVA
-            yield Shown(name, theirs, "the shape of reg_token")
+            yield InferredArg(name, theirs, "the shape of reg_token")
 
 
-def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[Shown]:
+def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     def differs(name: str) -> bool:
         return (name in file) != (name in expected)
 
     pool = getattr(model, "global_pool", None)
     averaged, normed = "fc_norm.weight" in file, "norm.weight" in file
     if differs("attn_pool.latent") and "attn_pool.latent" in file:
-        yield Shown("global_pool", "map", "attn_pool")
+        yield InferredArg("global_pool", "map", "attn_pool")
     elif averaged and not normed and differs("norm.weight"):
-        yield Shown("global_pool", "avg", "fc_norm")
+        yield InferredArg("global_pool", "avg", "fc_norm")
     elif normed and not averaged and differs("fc_norm.weight") and "cls_token" in file:
-        yield Shown("global_pool", "token", "norm, in place of fc_norm")
+        yield InferredArg("global_pool", "token", "norm, in place of fc_norm")
     elif pool == "token" and "cls_token" not in file and differs("cls_token"):
-        yield Shown("global_pool", "avg", "the lack of a cls_token")
+        yield InferredArg("global_pool", "avg", "the lack of a cls_token")
 
 
-def visible_classes(model: Any, shapes: Shapes) -> Shown:
+def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
     """Return the number of classes of a file with ``model``'s names, 0 without a classifier."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
         classes = _size(shapes, f"{name}.weight")
         if classes:
-            return Shown("num_classes", classes, f"the shape of {name}.weight")
-    return Shown("num_classes", 0, "the file, which has no classifier")
+            return InferredArg("num_classes", classes, f"the shape of {name}.weight")
+    return InferredArg("num_classes", 0, "the file, which has no classifier")
 
 
-def visible_img_size(model: Any, shapes: Shapes) -> Shown | None:
+def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
     """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
     file, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
     patch_embed = getattr(model, "patch_embed", None)
@@ -187,7 +187,9 @@ def visible_img_size(model: Any, shapes: Shapes) -> Shown | None:
         return None  # patches of another size: the grid would be misread
     # Class and register tokens may have a position of their own.
     side = _side(file[1] - (expected.shape[1] - patches))
-    return None if side is None else Shown("img_size", side * int(patch_size[0]), "the shape of pos_embed")
+    return (
+        None if side is None else InferredArg("img_size", side * int(patch_size[0]), "the shape of pos_embed")
+    )
 
 
 def _side(patches: int) -> int | None:

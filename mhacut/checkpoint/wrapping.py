@@ -82,10 +82,10 @@ class Naming:
     """Number of tensors of each module that is not part of the model."""
     others: tuple[str, ...] = ()
     """Other networks, which the option ``part`` would select."""
-    classifier: str | None = None
-    """Linear layer beside the network that became its ``head``."""
-    trunk: str | None = None
-    """Module that it lay beside."""
+    head: str | None = None
+    """Module next to the backbone whose linear layer became ``head``."""
+    backbone: str | None = None
+    """Module that became the model, if ``head`` lies next to it."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
         """Return the line for the user; None for a plain state dict."""
@@ -115,9 +115,9 @@ def unwrap(
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
     left_out: dict[str, int] = {}
     others: list[str] = []
-    head: dict[str, str] = {}
-    layer: str | None = None
-    trunk: str | None = None
+    head_names: dict[str, str] = {}
+    head: str | None = None
+    backbone: str | None = None
     while not layers_only:
         groups = _grouped(names)
         for word in [word for word in groups if word != part and _is_for_training(word, groups[word])]:
@@ -132,10 +132,10 @@ def unwrap(
         network = groups.pop(chosen)
         if classifier is not None:
             # One beside the network, and one beside what holds it: no name says which of them is used.
-            if layer is not None:
-                raise CheckpointError(_may_belong(where, trunk or "", head))
-            layer, trunk = classifier, chosen
-            head = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
+            if head is not None:
+                raise CheckpointError(_may_belong(where, backbone or "", head_names))
+            head, backbone = classifier, chosen
+            head_names = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
         part = None if asked else part
         for word, group in groups.items():
             _leave_out(left_out, word, group)
@@ -148,11 +148,11 @@ def unwrap(
         asked_for = option_name("part", part)
         raise CheckpointError(f"{where}: {asked_for}: there is no such part; it has {listed}")
     # A network with a classifier of its own may give the other one its logits, or not use its own.
-    if head and any(map(CLASSIFIERS.fullmatch, names.values())):
-        raise CheckpointError(_may_belong(where, trunk or "", head))
+    if head_names and any(map(CLASSIFIERS.fullmatch, names.values())):
+        raise CheckpointError(_may_belong(where, backbone or "", head_names))
     _check_unique(where, names, prefixes)
-    plain = _without_sequence({**names, **head}, shapes)
-    return Naming(plain, tuple(prefixes), dict(sorted(left_out.items())), tuple(others), layer, trunk)
+    plain = _without_sequence({**names, **head_names}, shapes)
+    return Naming(plain, tuple(prefixes), dict(sorted(left_out.items())), tuple(others), head, backbone)
 
 
 def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] = ()) -> bool:

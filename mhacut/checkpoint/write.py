@@ -16,7 +16,7 @@ from mhacut.checkpoint.build import build_skeleton, shapes_of
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.files import sha256_of
 from mhacut.checkpoint.header import FLOAT_DTYPES
-from mhacut.checkpoint.identity import LABELS
+from mhacut.checkpoint.identity import LABEL_CFG_KEYS
 from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, OutputError
@@ -128,7 +128,7 @@ def save_model(
     classes = int(getattr(model, "num_classes", 0) or 0)
     identity = record.identity
     # Of other classes, the names are not known.
-    dropped = LABELS if classes != identity.model_args.get("num_classes", classes) else frozenset()
+    dropped = LABEL_CFG_KEYS if classes != identity.model_args.get("num_classes", classes) else frozenset()
     cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
     identity = dataclasses.replace(
         identity,

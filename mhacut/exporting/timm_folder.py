@@ -13,7 +13,7 @@ import torch
 from timm.models import save_for_hf
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.identity import OF_WEIGHTS, PROVENANCE
+from mhacut.checkpoint.identity import PROVENANCE_CFG_KEYS, WEIGHTS_CFG_KEYS
 from mhacut.checkpoint.preprocessing import stated_license
 from mhacut.checkpoint.write import save_slim
 from mhacut.data import Preprocessing
@@ -83,10 +83,10 @@ def write_folder(
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
     """Build the model by timm's factory, which keeps the arguments that timm's writer needs."""
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
-    for name in OF_WEIGHTS:
+    for name in WEIGHTS_CFG_KEYS:
         # timm fills in labels, license and origin of its own weights of the architecture: not of these. Those
         # of slim weights are never those of the dense ones.
-        if name not in identity.pretrained_cfg or (name in PROVENANCE and loaded.record is not None):
+        if name not in identity.pretrained_cfg or (name in PROVENANCE_CFG_KEYS and loaded.record is not None):
             given.pop(name, None)
     given["license"] = license
     arguments = dict(identity.model_args)

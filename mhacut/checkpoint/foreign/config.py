@@ -111,7 +111,7 @@ def _expectation(value: Any, default: Any) -> tuple[str, bool]:
     return f"a whole number from {least}, or two equal ones", is_int(value) and value >= least
 
 
-OF_IMAGENET: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
+IMAGENET_CFG: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Filters of Pillow by number."""
 _MAX_LABEL = 200

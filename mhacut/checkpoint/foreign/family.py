@@ -51,7 +51,7 @@ _MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
-class Built:
+class TimmSpec:
     """The timm model that a file is converted to."""
 
     architecture: str
@@ -91,7 +91,7 @@ class Family:
     """Function that adapts the dict of renamed tensors, in place: what no table of names can say."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in ``config.json``."""
-    build: Callable[[Config, Shapes], Built] | None = None
+    build: Callable[[Config, Shapes], TimmSpec] | None = None
     """Function from the configuration and the renamed shapes to timm's model."""
     named: str = ""
     """Beginning of the names in timm of its models, if other models of timm have the same names and

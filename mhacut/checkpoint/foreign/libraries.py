@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from mhacut.checkpoint.build import known_model, unknown_model
-from mhacut.checkpoint.foreign.config import OF_IMAGENET, Config
+from mhacut.checkpoint.foreign.config import IMAGENET_CFG, Config
 from mhacut.checkpoint.foreign.family import (
-    Built,
     Shapes,
+    TimmSpec,
     mlp_ratio,
     move,
     vit_name,
@@ -46,7 +46,7 @@ def _finish_open_clip(tensors: dict[str, Tensor]) -> None:
     finish_clip(tensors)
 
 
-def _build_open_clip(config: Config, shapes: Shapes) -> Built:
+def _build_open_clip(config: Config, shapes: Shapes) -> TimmSpec:
     tower = config.part("vision_cfg")
     if isinstance(tower.raw("layers"), list):
         raise CheckpointError(f"{tower.where}: layers: ResNets of CLIP have no attention that mhacut cuts")
@@ -70,7 +70,7 @@ def _build_open_clip(config: Config, shapes: Shapes) -> Built:
     }
     if "ls_init_value" in tower:
         args["init_values"] = tower.get("ls_init_value", 0.0)
-    return Built(vit_name(args, "_clip_quickgelu" if quick else "_clip"), args)
+    return TimmSpec(vit_name(args, "_clip_quickgelu" if quick else "_clip"), args)
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
@@ -101,20 +101,20 @@ def _named(config: Config, key: str) -> str:
     return architecture
 
 
-def _build_trunk(config: Config, shapes: Shapes) -> Built:
+def _build_trunk(config: Config, shapes: Shapes) -> TimmSpec:
     tower = config.part("vision_cfg")
     architecture, pool = _named(tower, "timm_model_name"), tower.get("timm_pool", "avg")
     if pool not in _POOLS:
         raise tower.fault("timm_pool", f"one of {', '.join(filter(None, _POOLS))}, which timm has")
     # The name states the image size, or the shape of the position embedding shows it.
-    return Built(architecture, {"num_classes": 0, **({"global_pool": pool} if pool else {})})
+    return TimmSpec(architecture, {"num_classes": 0, **({"global_pool": pool} if pool else {})})
 
 
-def _build_wrapped(config: Config, shapes: Shapes) -> Built:
+def _build_wrapped(config: Config, shapes: Shapes) -> TimmSpec:
     architecture = _named(config, "architecture")
     args = checked_model_args(config.raw("model_args") or {})
     args.pop("num_classes", None)  # the classifier's shape shows it
-    return Built(architecture, args, cfg=checked_pretrained_cfg(config.raw("pretrained_cfg") or {}))
+    return TimmSpec(architecture, args, cfg=checked_pretrained_cfg(config.raw("pretrained_cfg") or {}))
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
@@ -143,13 +143,13 @@ def _finish_eva02(tensors: dict[str, Tensor]) -> None:
 
 
 FUNCTIONS: dict[str, dict[str, Any]] = {
-    "ViT of torchvision": {"cfg": OF_IMAGENET},
-    "Swin of torchvision": {"finish": _finish_swin, "cfg": OF_IMAGENET},
+    "ViT of torchvision": {"cfg": IMAGENET_CFG},
+    "Swin of torchvision": {"finish": _finish_swin, "cfg": IMAGENET_CFG},
     "image tower of CLIP of open_clip": {"build": _build_open_clip, "finish": _finish_open_clip},
     "image tower of timm in open_clip": {"build": _build_trunk},
     "model of timm in transformers": {"build": _build_wrapped},
     "DINOv2 of its authors": {"finish": _finish_dinov2},
-    "ViT of MAE, iBOT and their like": {"cfg": OF_IMAGENET},
+    "ViT of MAE, iBOT and their like": {"cfg": IMAGENET_CFG},
     "EVA-02 of its authors": {"finish": _finish_eva02},
     "Swin of its authors": {"finish": _finish_swin_of_authors},
 }

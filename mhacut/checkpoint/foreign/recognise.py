@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mhacut.checkpoint.foreign import libraries, transformers
 from mhacut.checkpoint.foreign.config import Config, image_side, label_names, transformers_cfg
-from mhacut.checkpoint.foreign.family import Built, Family, Shapes, read_families
+from mhacut.checkpoint.foreign.family import Family, Shapes, TimmSpec, read_families
 from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.errors import CheckpointError, option_name
@@ -35,7 +35,7 @@ class Conversion:
     """Whether the classifier is left out, as the user asked."""
     tensors: Mapping[str, TensorInfo]
     """Tensors of the file under timm's names."""
-    built: Built | None
+    spec: TimmSpec | None
     """The timm model that a configuration states; None without one."""
     cfg: Mapping[str, Any]
     """Preprocessing and class names, as timm's pretrained_cfg has them."""
@@ -110,7 +110,7 @@ def _is_wrapped(tensors: Mapping[str, object]) -> bool:
 
 
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
-    if header.naming.classifier is not None:
+    if header.naming.head is not None:
         family = _with_linear_head(family)
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
@@ -122,14 +122,14 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     renamed = family.convert(on_meta, headless=headless)
     tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
     shapes = {name: info.shape for name, info in tensors.items()}
-    built: Built | None = None
+    spec: TimmSpec | None = None
     cfg: dict[str, Any] = dict(family.cfg)
     notes: list[str] = []
     if config is not None:
         assert family.build is not None
         towers = (name for name in ("model_cfg", "vision_config") if name in config)
-        built = family.build(next((config.part(name) for name in towers), config), shapes)
-        cfg, notes = _cfg(processor, config, built, shapes)
+        spec = family.build(next((config.part(name) for name in towers), config), shapes)
+        cfg, notes = _cfg(processor, config, spec, shapes)
         eps = config.get("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
             notes.append(
@@ -138,7 +138,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     left_out = family.described_as_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
-    return Conversion(family, headless, tensors, built, cfg, tuple(notes))
+    return Conversion(family, headless, tensors, spec, cfg, tuple(notes))
 
 
 def _with_linear_head(family: Family) -> Family:
@@ -155,23 +155,23 @@ def _with_linear_head(family: Family) -> Family:
 
 
 def _cfg(
-    processor: Config | None, config: Config, built: Built, shapes: Shapes
+    processor: Config | None, config: Config, spec: TimmSpec, shapes: Shapes
 ) -> tuple[dict[str, Any], list[str]]:
     """Return the pretrained_cfg that the folder states, and notes for the user about it."""
-    channels = int(built.args.get("in_chans", 3))
-    side = built.side or built.args.get("img_size")
+    channels = int(spec.args.get("in_chans", 3))
+    side = spec.side or spec.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
     classes = next((shapes[name][0] for name in _CLASSIFIERS if shapes.get(name)), 0)
     names = label_names(config, classes)
     if names is not None:
         cfg["label_names"] = names
-    cfg |= built.cfg
+    cfg |= spec.cfg
     if "preprocess_cfg" in config:
         return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, []
-    if built.cfg:
+    if spec.cfg:
         return cfg, []
     if processor is None:
-        return cfg, [f"no preprocessor_config.json: images are normalised as for timm's {built.architecture}"]
+        return cfg, [f"no preprocessor_config.json: images are normalised as for timm's {spec.architecture}"]
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
     if stated is None or side is None or stated == side:

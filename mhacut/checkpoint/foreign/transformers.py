@@ -11,8 +11,8 @@ from torch import Tensor
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.checkpoint.foreign.family import (
     ACTIVATIONS,
-    Built,
     Shapes,
+    TimmSpec,
     mlp_ratio,
     move,
     timm_name,
@@ -48,7 +48,7 @@ def _finish_vit(tensors: dict[str, Tensor]) -> None:
         move(tensors, "dist_token", "reg_token")
 
 
-def _build_vit(config: Config, shapes: Shapes) -> Built:
+def _build_vit(config: Config, shapes: Shapes) -> TimmSpec:
     args = {**_vit_args(config), "qkv_bias": config.get("qkv_bias", True)}
     name = vit_name(args)
     if config.get("layer_norm_eps", 1e-12) > 5e-6:  # the ViTs of timm whose norms add 1e-5 are those of CLIP
@@ -57,13 +57,13 @@ def _build_vit(config: Config, shapes: Shapes) -> Built:
     # Two classifiers, whose logits timm averages too.
     if "dist_token" in shapes:
         config.require_eps(1e-6, 1e-12)
-        return Built("deit_base_distilled_patch16_224", args)
+        return TimmSpec("deit_base_distilled_patch16_224", args)
     if "reg_token" in shapes:
         args["reg_tokens"] = 1
-    return Built(name, args)
+    return TimmSpec(name, args)
 
 
-def _build_beit(config: Config, shapes: Shapes) -> Built:
+def _build_beit(config: Config, shapes: Shapes) -> TimmSpec:
     config.require({"hidden_act": "gelu"}, "timm's BEiT has GELU")
     config.require_eps(1e-6, 1e-12)
     args = {
@@ -77,7 +77,7 @@ def _build_beit(config: Config, shapes: Shapes) -> Built:
         "use_fc_norm": "fc_norm.weight" in shapes,
     }
     patterns = ("beit_{size}_patch{patch_size}_{img_size}", "beit_base_patch16_224")
-    return Built(timm_name(patterns, args, size=vit_size(args)), args)
+    return TimmSpec(timm_name(patterns, args, size=vit_size(args)), args)
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
@@ -89,7 +89,7 @@ def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
         tensors["pos_embed"] = torch.cat([positions[:, :1], none, positions[:, 1:]], dim=1)
 
 
-def _build_dinov2(config: Config, shapes: Shapes) -> Built:
+def _build_dinov2(config: Config, shapes: Shapes) -> TimmSpec:
     config.require_eps(1e-6, 1e-6)
     args = _vit_args(config, patch=16 if config.raw("model_type") == "dinov2_with_registers" else 14)
     width = args["embed_dim"]
@@ -110,7 +110,7 @@ def _build_dinov2(config: Config, shapes: Shapes) -> Built:
         args["mlp_ratio"], size = mlp_ratio(2 * gated, width), "giant"
         args.pop("act_layer", None)  # always SiLU
     ending = f"patch14_{'reg4_' if registers else ''}dinov2"
-    return Built(timm_name(("vit_{size}_" + ending, f"vit_base_{ending}"), args, size=size), args)
+    return TimmSpec(timm_name(("vit_{size}_" + ending, f"vit_base_{ending}"), args, size=size), args)
 
 
 def _finish_dinov3(tensors: dict[str, Tensor]) -> None:
@@ -122,7 +122,7 @@ def _finish_dinov3(tensors: dict[str, Tensor]) -> None:
         del tensors["reg_token"]
 
 
-def _build_dinov3(config: Config, shapes: Shapes) -> Built:
+def _build_dinov3(config: Config, shapes: Shapes) -> TimmSpec:
     config.require_eps(1e-5, 1e-5)
     gated, bias = config.get("use_gated_mlp", False), config.get("query_bias", True)
     config.require({"hidden_act": "silu" if gated else "gelu"}, "timm's DINOv3 has GELU, or SiLU gates")
@@ -146,7 +146,7 @@ def _build_dinov3(config: Config, shapes: Shapes) -> Built:
     if gated:
         args["swiglu_align_to"] = 1  # timm then keeps gate and value in separate matrices, as the file does
     patterns = ("vit_{size}_patch16_dinov3" + ("_qkvb" if bias else ""), "vit_base_patch16_dinov3")
-    return Built(timm_name(patterns, args, size=vit_size(args) or "base"), args)
+    return TimmSpec(timm_name(patterns, args, size=vit_size(args) or "base"), args)
 
 
 def finish_clip(tensors: dict[str, Tensor]) -> None:
@@ -167,7 +167,7 @@ def _finish_clip(tensors: dict[str, Tensor]) -> None:
     finish_clip(tensors)
 
 
-def _build_clip(config: Config, shapes: Shapes) -> Built:
+def _build_clip(config: Config, shapes: Shapes) -> TimmSpec:
     config.require_eps(1e-5, 1e-5)
     args = _vit_args(config, "quick_gelu", patch=32)
     # The classifier reads the mean of the patches, as the last block leaves them.
@@ -175,7 +175,7 @@ def _build_clip(config: Config, shapes: Shapes) -> Built:
         args |= {"global_pool": "avg", "final_norm": False}
     suffix = "_clip_quickgelu" if args.get("act_layer") == "quick_gelu" else "_clip"
     args.setdefault("act_layer", "gelu")
-    return Built(vit_name(args, suffix), args)
+    return TimmSpec(vit_name(args, suffix), args)
 
 
 def _finish_siglip(tensors: dict[str, Tensor]) -> None:
@@ -191,7 +191,7 @@ def _finish_siglip(tensors: dict[str, Tensor]) -> None:
         tensors["patch_embed.proj.weight"] = square.permute(0, 3, 1, 2).contiguous()
 
 
-def _build_siglip(config: Config, shapes: Shapes) -> Built:
+def _build_siglip(config: Config, shapes: Shapes) -> TimmSpec:
     config.require_eps(1e-6, 1e-6)
     args = _vit_args(config, "gelu_pytorch_tanh")
     if len(shapes.get("pos_embed", ())) == 3 and "image_size" not in config:
@@ -206,7 +206,7 @@ def _build_siglip(config: Config, shapes: Shapes) -> Built:
     args.setdefault("act_layer", "gelu")
     pool = "map" if "attn_pool.latent" in shapes else "avg"
     args |= {"class_token": False, "global_pool": pool, "fc_norm": False}
-    return Built(vit_name(args, "_siglip"), args)
+    return TimmSpec(vit_name(args, "_siglip"), args)
 
 
 _MAX_STAGES = 8
@@ -249,13 +249,13 @@ def _swin_size(args: dict[str, Any]) -> str:
     return _SWIN_SIZES.get((args["embed_dim"], args["depths"][2] if len(args["depths"]) > 2 else 0), "tiny")
 
 
-def _build_swin(config: Config, shapes: Shapes) -> Built:
+def _build_swin(config: Config, shapes: Shapes) -> TimmSpec:
     args = _swin_args(config)
     patterns = ("swin_{size}_patch4_window{window_size}_{img_size}", "swin_tiny_patch4_window7_224")
-    return Built(timm_name(patterns, args, size=_swin_size(args)), args)
+    return TimmSpec(timm_name(patterns, args, size=_swin_size(args)), args)
 
 
-def _build_swinv2(config: Config, shapes: Shapes) -> Built:
+def _build_swinv2(config: Config, shapes: Shapes) -> TimmSpec:
     args = _swin_args(config)
     stages = len(args["depths"])
     windows = config.get("pretrained_window_sizes", [0] * stages)
@@ -263,7 +263,7 @@ def _build_swinv2(config: Config, shapes: Shapes) -> Built:
         raise config.fault("pretrained_window_sizes", f"one number for each of {stages} stages")
     args["pretrained_window_sizes"] = windows[:stages]
     patterns = ("swinv2_{size}_window{window_size}_{img_size}", "swinv2_tiny_window8_256")
-    return Built(timm_name(patterns, args, size=_swin_size(args)), args)
+    return TimmSpec(timm_name(patterns, args, size=_swin_size(args)), args)
 
 
 _PVT_SIZES = {
@@ -277,7 +277,7 @@ _PVT_SIZES = {
 """Ends of timm's names, by the width of the first stage and the depths of the second and third."""
 
 
-def _build_pvt(config: Config, shapes: Shapes) -> Built:
+def _build_pvt(config: Config, shapes: Shapes) -> TimmSpec:
     config.require_eps(1e-6, 1e-6)
     strides = {"patch_sizes": [7, 3, 3, 3], "strides": [4, 2, 2, 2], "num_encoder_blocks": 4}
     fixed = {**strides, "hidden_act": "gelu", "linear_attention": False}
@@ -296,7 +296,7 @@ def _build_pvt(config: Config, shapes: Shapes) -> Built:
             raise CheckpointError(f"{config.where}: expected four stages, found {name} {value}")
     size = _PVT_SIZES.get((args["embed_dims"][0], args["depths"][1], args["depths"][2]), "b0")
     args |= config.read({"in_chans": ("num_channels", 3), "qkv_bias": ("qkv_bias", True)})
-    return Built(f"pvt_v2_{size}", args, side=config.get("image_size", 224))
+    return TimmSpec(f"pvt_v2_{size}", args, side=config.get("image_size", 224))
 
 
 FUNCTIONS: dict[str, dict[str, Any]] = {
