@@ -12,6 +12,7 @@ import typer
 from mhacut._version import __version__
 from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
+from mhacut.cli.flags import Command
 from mhacut.cli.inspect import inspect
 from mhacut.cli.measure import bench, evaluate, models
 from mhacut.cli.prune import prune
@@ -27,8 +28,16 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # tracebacks are shown by mhacut.cli.running
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _command_class(name: str) -> type[Command]:
+    return type("Command", (Command,), {"options": COMMANDS[name].options()})
+
+
 for command in _ALL:
-    app.command(command.__name__, help=(command.__doc__ or "").replace("[", r"\["))(command)  # no markup
+    # Square brackets are no markup of rich here.
+    text = (command.__doc__ or "").replace("[", r"\[")
+    app.command(command.__name__, help=text, cls=_command_class(command.__name__))(command)
 
 
 def _show_version(asked: bool) -> None:
@@ -48,8 +57,8 @@ def root(
         ),
     ] = False,
 ) -> None:
-    """Cut channels out of the attention and the MLPs of trained vision transformers.
+    """Make trained vision transformers smaller and faster.
 
-    FLOPs are multiply-accumulates, attention included. Results go to stdout, everything else to stderr.
-    Exit codes: 0 done, 1 failed, 2 usage, 130 interrupted.
+    FLOPs are multiply-accumulates, attention included. Results go to stdout, messages to stderr.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
     """

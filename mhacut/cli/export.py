@@ -15,15 +15,18 @@ if TYPE_CHECKING:
     from mhacut.exporting.quantize import Quantization
 
 
-@command(ExportOptions)
+_USUAL = ("format", "output", "overwrite", "int8", "dtype", "fixed_batch", "data_dir", "push_to_hub", "model")
+
+
+@command(ExportOptions, usual=_USUAL)
 def export(options: ExportOptions, console: Console) -> None:
     """Export CHECKPOINT to ONNX, pt2, OpenVINO IR, or a folder for timm.
 
-    ONNX, pt2 and OpenVINO IR files run without mhacut and timm. The exported model is run and compared with
-    CHECKPOINT; if they differ, it is discarded. Its metadata states how to preprocess images. ONNX needs pip
-    install 'mhacut[onnx]', OpenVINO 'mhacut[openvino]'.
+    ONNX, pt2 and OpenVINO files run without mhacut and timm. Their outputs are compared with CHECKPOINT's;
+    a file that differs is deleted. The metadata describes the preprocessing. ONNX requires
+    pip install 'mhacut[onnx]', OpenVINO requires 'mhacut[openvino]'.
 
-    Example: mhacut export vit-2.0G.safetensors --format onnx
+    Example: mhacut export vit-50pct.safetensors --format onnx
     """
     from mhacut.commands.export import run_export
 

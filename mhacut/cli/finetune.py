@@ -17,17 +17,23 @@ if TYPE_CHECKING:
     from mhacut.measuring.accuracy import Evaluation
 
 
-@command(FinetuneOptions, complete=completed, check_outputs=check_folder_before_reading)
+_USUAL = ("data_dir", "output", "teacher", "labels", "epochs", "steps", "lr", "batch_size", "resume", "amp")
+
+
+@command(
+    FinetuneOptions,
+    usual=(*_USUAL, "device", "overwrite"),
+    complete=completed,
+    check_outputs=check_folder_before_reading,
+)
 def finetune(options: FinetuneOptions, console: Console) -> None:
-    """Fine-tune SLIM to recover what pruning lost, and write a better slim file.
+    """Fine-tune SLIM to recover accuracy, and write a better slim file.
 
-    Learns from the dense model, where its file lies beside SLIM or --teacher names it, from labels, or from
-    both; with a teacher, images need no labels. DIR holds best.safetensors, which is never worse than SLIM on
-    the images that it was judged on, last.safetensors, summary.csv, args.yaml and state.pt to --resume from.
-    Flags have the names and meanings of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut
-    finetune ... (with several machines, all must have access to DIR)
+    The training targets are the dense model's outputs, labels, or both. The folder of the run gets
+    best.safetensors, last.safetensors, summary.csv, args.yaml and state.pt (for --resume).
+    Flags have the names of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut finetune ...
 
-    Example: mhacut finetune vit-2.0G.safetensors --data-dir images/ -o run
+    Example: mhacut finetune vit-50pct.safetensors --data-dir images/ -o run
     """
     from mhacut.commands.finetune import run_finetune
 

@@ -24,14 +24,15 @@ _WIDTH = 80
 
 @command(
     InspectOptions,
+    usual=("layer", "heads", "sort", "compare", "data_dir", "html", "overwrite", "model", "device"),
     check_outputs=lambda given: check_outputs(
         (given.html,), overwrite=given.overwrite, input_paths=given.files_read()
     ),
 )
 def inspect(options: InspectOptions, console: Console) -> None:
-    """Show the layers of CHECKPOINT, dense or slim: what each costs, and how redundant its heads are.
+    """Show the cost of each layer of CHECKPOINT, dense or slim, and how redundant its heads are.
 
-    Widths are channels per head. Heads are assessed from the weights alone, or on images with --data-dir.
+    Widths are channels per head. The redundancy comes from the weights, or from images with --data-dir.
 
     Example: mhacut inspect vit.safetensors --layer 'blocks.1*.attn'
     """

@@ -20,11 +20,14 @@ if TYPE_CHECKING:
     from mhacut.data import Preprocessing
 
 
-@command(EvaluateOptions)
+@command(
+    EvaluateOptions,
+    usual=("data_dir", "dataset", "class_map", "val_split", "batch_size", "model", "num_classes", "device"),
+)
 def evaluate(options: EvaluateOptions, console: Console) -> None:
     """Measure the accuracy of CHECKPOINT, dense or slim, on labelled images.
 
-    Images are preprocessed as the checkpoint states; flags override this.
+    The checkpoint's own preprocessing is used. Flags override it.
 
     Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
     """
@@ -69,8 +72,8 @@ def _document(measured: EvaluateResult) -> dict[str, Any]:
 def bench(options: BenchOptions, console: Console) -> None:
     """Compare the speed of checkpoints, dense or slim.
 
-    The checkpoints take turns, so that other load on the machine slows all of them alike. Trust ratios more
-    than milliseconds. On a GPU, memory is the peak of a model's weights, its images and what a run takes.
+    The checkpoints are timed in turns, so that other load on the machine slows all of them equally. Trust the
+    ratios more than the milliseconds. Memory on a GPU is the peak of weights, images and activations.
 
     Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
     """
@@ -129,9 +132,9 @@ def _cells(timing: Timing) -> list[str]:
 
 @command(ModelsOptions)
 def models(options: ModelsOptions, console: Console) -> None:
-    """Show which channels of which timm models can be pruned; FLatten Transformers are included.
+    """List the timm models and FLatten Transformers that can be pruned, with their prunable channels.
 
-    Each model is built without weights and examined. Models without attention are counted, not listed.
+    Each model is built without weights. Models without attention are counted and not listed.
 
     Example: mhacut models 'swin*'
     """

@@ -31,15 +31,16 @@ _UNITS: Mapping[Measure, str] = {
 }
 
 
-@command(PruneOptions, check_outputs=check_files)
+_USUAL = ("flops", "params", "max_latency", "max_drop", "data_dir", "output", "effort", "scope", "preserve")
+
+
+@command(PruneOptions, usual=(*_USUAL, "model", "device", "overwrite"), check_outputs=check_files)
 def prune(options: PruneOptions, console: Console) -> None:
-    """Cut CHECKPOINT down to a budget and write a slim safetensors file.
+    """Prune CHECKPOINT to a budget and write a smaller safetensors file.
 
-    Works without data; with --data-dir it calibrates on your images; labels serve to measure accuracy.
-    One FLOP is one multiply-accumulate, attention included.
-    Several GPUs share the calibration: torchrun --nproc-per-node N -m mhacut prune ...
+    Images in --data-dir make the result more accurate; labels only measure accuracy.
 
-    Example: mhacut prune vit.safetensors --flops 2.0G --data-dir images/
+    Example: mhacut prune vit.safetensors --flops 50% --data-dir images/
     """
     from mhacut.commands.prune import run_prune
     from mhacut.commands.prune_result import PruneResults, choices_of

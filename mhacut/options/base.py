@@ -36,11 +36,11 @@ class ArchitectureOptions(Options, panel="Model"):
     """Architecture of checkpoints that do not state it, and the part of them that holds the model."""
 
     model: str | None = None
-    """timm architecture, if the file does not state it."""
+    """timm architecture, for a file that does not name its own."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of that architecture, such as img_size=32 or depth=6."""
+    """Arguments of the architecture, such as img_size=32 or depth=6."""
     part: str | None = None
-    """Part of a training checkpoint that holds the model: state_dict, student, backbone, ..."""
+    """Entry of a training checkpoint that holds the model: state_dict, student, backbone, ..."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ModelOptions(ArchitectureOptions, panel="Model"):
     """Facts about one model that its file does not state."""
 
     num_classes: int | None = option(None, at_least=0)
-    """Refuse a dense model whose classifier has not N classes; 0 leaves the classifier out."""
+    """Expected number of classes; any other number is an error. 0 drops the classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class CheckpointOptions(ModelOptions, panel="Arguments"):
     """Checkpoint, and facts that its file does not state."""
 
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
-    """A .safetensors or .pth file, dense or slim, a timm folder, timm:NAME, or hf-hub:OWNER/NAME."""
+    """Dense or slim .safetensors or .pth file, folder of timm or transformers, timm:NAME, or
+    hf-hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class DeviceOptions(Options, panel="Computing"):
     """Device that computes."""
 
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """Device: auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         if self.device is not None:  # torch.device("cpu") is a name, too, and torch is not imported here
@@ -77,9 +78,10 @@ class ImageSource(Options, panel="Data"):
     """Source of images."""
 
     data_dir: PathLike | None = option(None, metavar="DIR", reads="data_dir")
-    """Folder with train/ and val/, a folder of class folders or, where no labels are needed, of images."""
+    """Folder with train/ and val/, or with one folder per class. A flat folder of images is enough if no
+    labels are needed."""
     dataset: str | None = None
-    """Dataset by its name in timm: hfds/NAME, wds/NAME, tfds/NAME, torch/NAME."""
+    """Dataset with a name of timm: hfds/NAME, wds/NAME, tfds/NAME or torch/NAME."""
 
     @property
     def has_images(self) -> bool:
@@ -92,11 +94,11 @@ class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     """Source of images to measure accuracy on."""
 
     class_map: PathLike | None = option(None, metavar="FILE", reads="class_map")
-    """Text file with the class names in the order of the model's head."""
+    """Text file with one class name per line, in the order of the model's head."""
     val_split: str = "val"
-    """Split to measure accuracy on."""
+    """Split for measuring accuracy."""
     workers: int | None = option(None, at_least=0, at_most=MAX_PARALLEL)
-    """Processes that load images; by default 2, or 1 where there is only one CPU."""
+    """Number of processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +106,7 @@ class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
     """Source of images to measure accuracy on, and of those to calibrate or train on."""
 
     train_split: str = "train"
-    """Split to calibrate or train on."""
+    """Split for calibration or training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,15 +114,15 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
     """Overrides of the checkpoint's own preprocessing; None keeps the checkpoint's value."""
 
     mean: tuple[float, ...] | None = None
-    """Mean per channel, for pixels in 0..1; by default the model's own."""
+    """Mean per channel, for pixels in 0..1. Default: the model's own."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel; by default the model's own."""
+    """Standard deviation per channel. Default: the model's own."""
     crop_pct: float | None = None
-    """Share of the image that the centre crop keeps."""
+    """Fraction of the image side that the centre crop keeps."""
     interpolation: str | None = None
-    """Interpolation on resizing: bicubic, bilinear, ..."""
+    """Interpolation for resizing: bicubic, bilinear, ..."""
     img_size: int | None = None
-    """Height and width in pixels."""
+    """Image height and width in pixels."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -133,17 +135,17 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
 class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_latency": GIVEN}):
     """Conditions under which ``mhacut prune`` measures latency."""
 
-    latency: bool = option(True, needs={})
-    """Measure latency before and after."""
+    latency: bool = option(True, needs={}, off="Measure no latency.")
+    """Measure the latency of the dense and the pruned model."""
     latency_batch_size: int = option(8, at_least=1)
-    """Images per batch when latency is measured."""
+    """Batch size for measuring latency."""
     runtime: Runtime = "eager"
-    """Runtime to measure latency in: PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO;
-    the last two run on the CPU."""
+    """Runtime for measuring latency: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO. ONNX Runtime and
+    OpenVINO use the CPU."""
     int8: bool = False
-    """Measure latency in INT8, before and after, with the dynamic quantization of ONNX Runtime."""
+    """Measure latency in INT8, with dynamic quantization in ONNX Runtime."""
     threads: int | None = threads_option()
-    """CPU threads when latency is measured; by default torch's own choice."""
+    """Number of CPU threads for measuring latency. Default: torch's choice."""
 
     @property
     def on_cpu(self) -> bool:

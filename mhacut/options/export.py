@@ -28,10 +28,10 @@ class QuantizationImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     """Images to compare INT8 with float32 on; without any, the two are compared on noise."""
 
     train_split: str = "train"
-    """Split to take images from."""
+    """Split for choosing the images."""
     calibration_images: int = option(256, at_least=8)
-    """Number of images to look for outliers and find static ranges on; a quarter of them is held out for the
-    comparison with float32."""
+    """Number of images for finding outliers and static ranges. A quarter is held out for the comparison with
+    float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,13 @@ class QuantizationOptions(Options, panel="Quantization"):
     """Quantization of an ONNX file."""
 
     int8: bool = False
-    """Quantize the weights of linear layers to INT8, and compare speed, size and outputs with float32."""
+    """Quantize the weights of linear layers to INT8. Speed, size and outputs are compared with float32."""
     quantization: QuantizationMethod = "dynamic"
-    """Ranges of activations: found as the file runs (dynamic), or fixed on images (static), as NPUs need."""
+    """Ranges of activations: dynamic computes them at run time, static fixes them on images (for NPUs)."""
     reduce_range: bool = False
-    """Quantize weights to 7 bits; with 8 bits, sums overflow on x86 CPUs without VNNI."""
+    """Quantize weights to 7 bits: x86 CPUs without VNNI overflow with 8 bits."""
     threads: int | None = threads_option()
-    """CPU threads to time INT8 with; by default torch's own choice."""
+    """Number of CPU threads for timing INT8. Default: torch's choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,25 +53,23 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
     """Keywords of :func:`mhacut.export`."""
 
     format: ExportFormat = "onnx"
-    """ONNX for ONNX Runtime and others, pt2 for torch.export.load, OpenVINO IR (.xml and .bin), or a folder
-    for timm and the hub."""
+    """onnx, pt2 (torch.export), openvino (.xml and .bin), or timm (a folder for timm and the Hugging Face
+    hub)."""
     output: PathLike | None = None
-    """File or folder to write; by default named after the checkpoint and the format, in the working
-    directory."""
+    """File or folder to write. Default: named after checkpoint and format."""
     overwrite: bool = False
-    """Replace an existing file; the checkpoint is never replaced."""
+    """Replace an existing output file."""
     dtype: ExportDtype = "float32"
-    """Precision of the weights; images and logits are always float32."""
+    """Dtype of the weights. Images and logits are float32."""
     fixed_batch: int | None = option(None, at_least=1)
-    """Images per batch; by default any number."""
+    """Fixed number of images per batch. Default: any number."""
     license: str | None = None
-    """License to state in the model card, by its name on the hub (apache-2.0, mit, ...); by default the one
-    that the checkpoint states, if any."""
+    """License in the model card, with its name on the hub: apache-2.0, mit, ... Default: the license in the
+    checkpoint."""
     push_to_hub: str | None = option(None, metavar="OWNER/NAME")
-    """Push the folder to this repository on the Hugging Face hub; the repository is created if it does not
-    exist."""
+    """Push the folder to this Hugging Face repository, which is created if needed."""
     private: bool = option(False, needs={"push_to_hub": GIVEN})
-    """If the repository is created, make it private."""
+    """Make a newly created repository private."""
     opset: int = option(18, at_least=18, needs={"format": "onnx"})
     """ONNX opset."""
 

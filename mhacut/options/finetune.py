@@ -30,22 +30,22 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     """Teacher that the model learns from besides labels."""
 
     teacher: PathLike | None = option(None, metavar="CHECKPOINT", reads="checkpoint")
-    """Checkpoint of the dense model, or of any model with the same classes, to learn from; labels are then
-    optional. By default the dense model, where it lies beside SLIM or in the working directory."""
-    find_teacher: bool = option(True, needs={})
-    """Look for the dense model; off: learn from labels alone."""
+    """Model to learn from, with the same classes; labels are then optional. Default: the dense model, if its
+    file lies beside SLIM or in the working directory."""
+    find_teacher: bool = option(True, needs={}, off="Learn from labels only: look for no teacher.")
+    """Look for the dense model's file and use it as the teacher."""
     label_weight: float = option(1.0, at_least=0)
     """Weight of the cross-entropy with labels relative to the distillation loss."""
     teacher_model: str | None = None
-    """timm architecture of the teacher, if its file does not state it; by default that of the dense model."""
+    """timm architecture of the teacher. Default: the dense model's."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of that architecture."""
+    """Arguments of the teacher's architecture, such as depth=6."""
     teacher_part: str | None = None
-    """Part of a training checkpoint that holds the teacher: state_dict, student, backbone, ..."""
+    """Entry of a training checkpoint that holds the teacher: state_dict, student, backbone, ..."""
     kd_temperature: float = option(1.0, above=0)
-    """Temperature that divides the logits of both models before they are compared."""
+    """Distillation temperature: divides the logits of both models."""
     feature_weight: float = option(0.0, at_least=0)
-    """Weight of the squared error between the blocks' outputs, relative to their variance."""
+    """Weight of the squared error between block outputs, relative to their variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,34 +53,33 @@ class TrainingOptions(Options, panel="Training"):
     """Training of the weights."""
 
     epochs: int = option(10, at_least=1)
-    """Passes over the training images."""
+    """Number of passes over the training images."""
     steps: int | None = option(None, at_least=1)
-    """Optimiser steps in all, instead of epochs."""
+    """Total number of optimiser steps. Replaces --epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Images per batch and process; by default 64, or 16 where epochs have fewer than 1,000 such steps."""
+    """Images per batch and process. Default: 64, or 16 if an epoch has fewer than 1,000 steps of 64."""
     grad_accum_steps: int = option(1, at_least=1)
     """Batches per optimiser step."""
     opt: str = "adamw"
-    """Optimiser, by its name in timm."""
+    """Optimiser, with its name in timm."""
     lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Highest learning rate; by default the first of 3e-4, 1e-4, 3e-5 and 1e-5 of which a trial of 25 steps
-    raises the loss on held-out training images by no more than a fifth."""
+    """Peak learning rate. Default: found by short trials on held-out training images."""
     weight_decay: float = option(0.05, at_least=0)
-    """Weight decay; not applied to biases, norms and the parameters that the model exempts."""
+    """Weight decay. Biases, norms and parameters that the model exempts have none."""
     sched: Schedule = "cosine"
     """Learning rate schedule."""
     warmup_epochs: float | None = option(None, at_least=0)
-    """Epochs of warmup, in which the learning rate rises; by default a tenth of the run."""
+    """Epochs of warmup. Default: a tenth of the run."""
     clip_grad: float | None = option(1.0, at_least=0)
-    """Largest norm of the gradient; 0 for no limit."""
+    """Maximum gradient norm; 0 for no limit."""
     model_ema: bool = False
     """Evaluate and save a moving average of the weights."""
     momentum: float = option(0.9, at_least=0)
-    """Momentum, for optimisers that have it."""
+    """Momentum of the optimiser."""
     layer_decay: float | None = option(None, above=0, at_most=1)
-    """Factor by which the learning rate falls from each layer to the one before it."""
+    """Factor between the learning rates of neighbouring layers, from the last layer to the first."""
     drop_path: float = option(0.0, at_least=0, below=1)
-    """Stochastic depth rate of the last block; earlier blocks have lower rates."""
+    """Stochastic depth rate of the last block. Rates fall to 0 at the first block."""
     warmup_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
     """Learning rate at the start of the warmup."""
     min_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
@@ -88,13 +87,15 @@ class TrainingOptions(Options, panel="Training"):
     decay_epochs: float = option(30.0, above=0, needs={"sched": "step"})
     """Epochs between decays of the step schedule."""
     decay_rate: float = option(0.1, above=0)
-    """Factor of each decay of the step schedule; power of the poly schedule."""
+    """Decay factor of the step schedule; power of the poly schedule."""
     clip_mode: ClipMode = option("norm", needs={"clip_grad": GIVEN})
-    """Gradient clipping by norm, by value, or adaptive."""
+    """Gradient clipping: by norm, by value, or adaptive (agc)."""
     model_ema_decay: float = option(0.9998, above=0, below=1, needs={"model_ema": True})
-    """Decay of the moving average, per step."""
-    model_ema_warmup: bool = option(True, needs={"model_ema": True})
-    """Let the moving average forget faster at the start."""
+    """Decay of the moving average per step."""
+    model_ema_warmup: bool = option(
+        True, needs={"model_ema": True}, off="Use the full decay of the moving average from the start."
+    )
+    """Start the moving average with a smaller decay."""
     seed: int = seed_option()
     """Random seed."""
 
@@ -103,39 +104,40 @@ class TrainingOptions(Options, panel="Training"):
 class AugmentationOptions(Options, panel="Augmentation"):
     """Variation of training images by timm's transforms; validation images are never varied."""
 
-    aug: bool = True
-    """Augment training images; off: they are preprocessed as for validation, and only mixup and cutmix change
-    them."""
+    aug: bool = option(
+        True, off="Preprocess training images as for validation. Mixup and CutMix still apply."
+    )
+    """Augment training images."""
     aa: str | None = option(None, metavar="POLICY", needs={"aug": True})
-    """AutoAugment policy, rand-m9-mstd0.5-inc1."""
+    """AutoAugment policy, such as rand-m9-mstd0.5-inc1."""
     mixup: float = option(0.0, at_least=0)
-    """Alpha of mixup; 0 for none."""
+    """Mixup alpha; 0 for none."""
     cutmix: float = option(0.0, at_least=0)
-    """Alpha of cutmix; 0 for none."""
+    """CutMix alpha; 0 for none."""
     mixup_prob: float = option(1.0, at_least=0, at_most=1, needs=_MIXES)
-    """Probability that mixup or cutmix is applied in a step."""
+    """Probability of mixup or CutMix per step."""
     mixup_switch_prob: float = option(0.5, at_least=0, at_most=1, needs=_MIXES)
-    """Probability of cutmix rather than mixup, if both are on."""
+    """Probability of CutMix instead of mixup, if both are on."""
     smoothing: float = option(0.0, at_least=0, below=1)
     """Label smoothing."""
     scale: tuple[float, ...] = option((0.5, 1.0), above=0, at_most=1, needs={"aug": True})
-    """Smallest and largest share of the area that a random crop keeps."""
+    """Minimum and maximum fraction of the area that a random crop keeps."""
     ratio: tuple[float, ...] = option((0.75, 4 / 3), above=0, at_most=100, needs={"aug": True})
-    """Smallest and largest aspect ratio of a random crop."""
+    """Minimum and maximum aspect ratio of a random crop."""
     hflip: float = option(0.5, at_least=0, at_most=1, needs={"aug": True})
-    """Probability of a horizontal flip; use 0 if left and right mean different things."""
+    """Probability of a horizontal flip. Use 0 if left and right differ in meaning."""
     vflip: float = option(0.0, at_least=0, at_most=1, needs={"aug": True})
     """Probability of a vertical flip."""
     color_jitter: float = option(0.0, at_least=0, needs={"aug": True})
-    """Strength of changes of brightness, contrast and saturation; unused with an AutoAugment policy."""
+    """Strength of brightness, contrast and saturation changes. Ignored with an AutoAugment policy."""
     reprob: float = option(0.0, at_least=0, at_most=1, needs={"aug": True})
-    """Probability of erasing a rectangle."""
+    """Probability of random erasing."""
     remode: EraseMode = option("pixel", needs={"reprob": GIVEN})
-    """Contents of an erased rectangle."""
+    """Fill of an erased rectangle."""
     recount: int = option(1, at_least=1, needs={"reprob": GIVEN})
-    """Largest number of erased rectangles per image."""
+    """Maximum number of erased rectangles per image."""
     train_interpolation: str | None = option(None, needs={"aug": True})
-    """Interpolation of random crops; by default the model's own."""
+    """Interpolation of random crops. Default: the model's own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -157,23 +159,21 @@ class FinetuneKeywords(
     """Keywords of :func:`mhacut.finetune`."""
 
     output: PathLike | None = option(None, metavar="DIR")
-    """Directory of the run; by default the file's name without its ending, plus -finetuned, in the working
-    directory."""
+    """Folder of the run. Default: the name of SLIM plus -finetuned, in the working directory."""
     overwrite: bool = False
-    """Start again in a directory that already holds a run, which is moved to the directory old in it."""
+    """Start again in a folder that holds a run. The old run moves to the subfolder old."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Continue the run in this directory, with the options it was started with; more epochs or steps
-    prolong a finished one."""
+    """Continue the run in this folder with its options. More epochs or steps extend a finished run."""
     save_every: int = option(0, at_least=0)
-    """Steps between saves within an epoch; 0 saves only at the end of each epoch."""
-    labels: bool = option(True, panel="Data")
-    """Learn from labels if there are any; off: from the teacher alone. Accuracy is measured either way."""
+    """Steps between saves within an epoch; 0 saves at the end of each epoch."""
+    labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
+    """Learn from labels, if the images have any. Accuracy is measured in both cases."""
     eval_images: int | None = option(None, at_least=0, panel="Data")
-    """Validation images to measure accuracy on; all by default, 0 for none."""
+    """Number of validation images. Default: all; 0 skips validation."""
     amp: bool = option(False, panel="Computing")
-    """Train in mixed precision; accuracy is measured in float32."""
+    """Train in mixed precision. Accuracy is measured in float32."""
     amp_dtype: AmpDtype = option("bfloat16", panel="Computing", needs={"amp": True})
-    """Type of mixed precision; float16 needs CUDA."""
+    """Dtype of mixed precision; float16 requires CUDA."""
     compile: bool = option(False, panel="Computing")
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = option(False, panel="Computing")
@@ -181,9 +181,9 @@ class FinetuneKeywords(
     channels_last: bool = option(False, panel="Computing")
     """Use the channels-last memory format, for convolutions."""
     log: str | None = None
-    """Logs to write besides summary.csv: tensorboard, wandb, or both, separated by a comma."""
+    """Logs besides summary.csv: tensorboard, wandb, or tensorboard,wandb."""
     dtype: Dtype | None = None
-    """Precision of the weights that are written; by default the slim file's."""
+    """Dtype of the written weights. Default: the slim file's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,4 +206,4 @@ class FinetuneOptions(FinetuneKeywords, panel="Arguments"):
     """Options of ``mhacut finetune``."""
 
     checkpoint: PathLike = option(REQUIRED, metavar="SLIM", reads="checkpoint")
-    """A slim file, as mhacut prune writes it."""
+    """Slim file of mhacut prune."""

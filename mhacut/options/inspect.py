@@ -31,24 +31,23 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
     layer: str | None = option(None, metavar="GLOB")
     """Show only layers whose names match, head by head: 'blocks.1*.attn'."""
     heads: bool = False
-    """Show every head, and the channels that it kept."""
+    """Show every head and its kept channels."""
     sort: Sort = "layer"
-    """Order of the layers: as in the model (layer), or by any other figure, the largest first."""
+    """Sort layers by their position in the model (layer) or by a figure, largest first."""
     shapes: bool = False
-    """Show widths and costs from the file's header alone, without reading weights."""
+    """Read only the file's header: widths and costs, without weights."""
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write the report as one HTML page that needs no network."""
+    """Write the report as an HTML page that works offline."""
     overwrite: bool = option(False, needs={"html": GIVEN})
-    """Replace existing files."""
+    """Replace an existing output file."""
     compare: PathLike | None = option(None, metavar="DENSE", reads="checkpoint")
-    """Compare layer by layer with the dense model that this one was pruned from; on synthetic images if none
-    are given."""
+    """Compare each layer with the layer of this dense model. Without --data-dir, the images are synthetic."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Split to take images from."""
+    """Split for choosing the images."""
     calibration_images: int | None = option(None, at_least=1, panel="Data", needs=_RUNS)
-    """Number of images to assess heads on; 64 by default."""
+    """Number of images for assessing heads. Default: 64."""
     seed: int = seed_option()
-    """Random seed of the choice of images."""
+    """Random seed for choosing the images."""
     batch_size: int = option(16, at_least=1, panel="Computing", needs=_RUNS)
     """Images per batch."""
 

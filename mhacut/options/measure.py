@@ -44,19 +44,19 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     checkpoints: tuple[PathLike, ...] = option(
         REQUIRED, panel="Arguments", metavar="CHECKPOINT...", reads="checkpoint"
     )
-    """One or more checkpoints; the others are compared with the first."""
+    """One or more checkpoints. The first is the reference."""
     runtime: Runtime = "eager"
-    """PyTorch without compilation, torch.compile, ONNX Runtime, or OpenVINO."""
+    """Runtime: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO."""
     int8: bool = False
-    """Time each checkpoint in INT8 too, with the dynamic quantization of ONNX Runtime."""
+    """Also time each checkpoint in INT8, with dynamic quantization in ONNX Runtime."""
     batch_sizes: tuple[int, ...] = option((1, 8), at_least=1)
-    """Images per batch."""
+    """Batch sizes."""
     seconds: float = option(5.0, above=0)
-    """Time to measure per batch size, for all checkpoints together."""
+    """Measuring time per batch size, shared by all checkpoints."""
     threads: int | None = threads_option()
-    """CPU threads; by default torch's own choice."""
+    """Number of CPU threads. Default: torch's choice."""
     dtype: ExportDtype = "float32"
-    """Precision of the computation."""
+    """Dtype of weights and activations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +90,6 @@ class ModelsOptions(Options, panel="Models"):
     """Options of ``mhacut models``."""
 
     pattern: str = option("*", panel="Arguments", metavar="PATTERN")
-    """Pattern of names, as for timm.list_models; all models by default, which takes minutes."""
+    """Name pattern, as for timm.list_models. Default: all models, which takes minutes."""
     refused: bool = False
-    """List only models that cannot be pruned, with the reason."""
+    """List only the models that cannot be pruned, with reasons."""

@@ -77,6 +77,8 @@ class Option:
     """Kind of what is read from the path, or from each of several."""
     repeats: bool = False
     """Whether the flag may be given several times, for as many values."""
+    off: str = ""
+    """Help of the flag ``--no-NAME`` of a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
     """Values of other options, one of which must be given for this option to have an effect."""
 
@@ -401,21 +403,33 @@ def key_value(name: str, text: str) -> tuple[str, Any]:
     return key, value
 
 
-def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
-    """Read the options in a YAML file, converted to their types."""
+def yaml_value(text: str | bytes) -> Any:
+    """Parse YAML. Raises a :class:`UsageError` for anything else."""
     import yaml
 
     try:
-        document = yaml.safe_load(Path(path).read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # tags that do not fit their values fail in any way
-        raise UsageError(f"{where}: is not YAML: {error!s:.500}") from None
+        return yaml.safe_load(text)
+    except Exception as error:  # tags that do not fit their values raise errors of many types
+        raise UsageError(f"is not YAML: {error!s:.500}") from None
+
+
+def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """Read the options in a YAML file, converted to their types."""
+    text = Path(path).read_bytes()
+    try:
+        document = yaml_value(text)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
     if document is not None and not isinstance(document, dict):
         raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
+    return read_options(document or {}, options, where)
+
+
+def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], where: str) -> dict[str, Any]:
+    """Convert values by YAML key to values by option name, in the options' types."""
     spelled = {one.flag.removeprefix("--").replace("-", "_"): name for name, one in options.items()}
     values: dict[str, Any] = {}
-    for key, value in (document or {}).items():
+    for key, value in document.items():
         name = str(key).replace("-", "_")
         name, positive = spelled.get(name, name), name.removeprefix("no_")
         try:

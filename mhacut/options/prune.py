@@ -82,59 +82,55 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan; every ingredient can be switched off for ablation."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Amount of work: for a DeiT-S on two cores, fast takes a minute; balanced 90 s, or 8 minutes where much
-    is lost; best still longer if there are thousands of images."""
+    """Search effort. DeiT-S on 2 cores: fast about 1 min, balanced 1.5 to 8 min, best longer."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Images per batch."""
     seed: int = seed_option()
     """Random seed."""
-    method: Method = "mhacut"
-    """Ingredients of the search: those of mhacut, or those of the paper (arXiv 2405.20867), with allocation
-    and selection by indicators, no repair and no healing; other options override it."""
+    method: Method = option("mhacut", panel="Rarer options")
+    """Preset of the research switches: mhacut's defaults, or the paper's method (arXiv 2405.20867)."""
     allocation: Allocation = "curves"
-    """Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in the
-    paper (indicator), or uniformly (uniform)."""
+    """How the budget is divided among layers: by sensitivity curves, by trained indicators (the paper's way),
+    or uniformly."""
     basis: BasisChoice = "auto"
-    """Channels to choose from: the model's own (channel), principal components where that is exact
-    (principal), or, per layer, those that leave the smaller error on held-out images (auto)."""
+    """Candidates for removal: channels, or principal components where rotating the weights is exact. auto
+    picks the smaller held-out error per layer."""
     positions: Positions = "auto"
-    """Kept v channels of heads that share convolution filters: each head its own, with its own copy of the
-    filters (own), the same positions in all heads (equal), or, per layer, the choice that leaves the smaller
-    error on held-out images (auto)."""
+    """v channels kept in heads that share convolution filters: own copies the filters per head, equal keeps
+    the same channels in all heads. auto picks the smaller held-out error per layer."""
     repair: bool = True
-    """Refit by least squares the weights that read the output of a pruned layer."""
+    """Refit the weights after each pruned layer by least squares."""
     heal_steps: int | None = option(None, at_least=0)
-    """Training steps per block of the pruned model, in order, to reproduce the output of the dense model's
-    block; by default the effort decides."""
+    """Training steps per block. Each block learns to reproduce the output of the dense block. Default: set by
+    the effort."""
     tuning_steps: int | None = option(None, at_least=0)
-    """Training steps of all weights at once, to give the dense model's answers for all images of the split,
-    without labels; by default the effort decides. Features are tuned only if tokens merge, on the images to
-    calibrate on."""
+    """Training steps for all weights at once, with the dense model's outputs as targets. Default: set by the
+    effort."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Learning rate; by default found on crops of held-out images, for features by a trial step."""
+    """Learning rate of the tuning. Default: found on held-out images."""
     token_weights: bool = True
-    """Weight each token by its influence on the model's output; off: all tokens count alike."""
+    """Weight the error of each token by its influence on the output."""
     reweight: bool = True
-    """Train a scale per kept channel, merged into the weights."""
+    """Train a scale for each kept channel and fold the scales into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Optimiser steps of the channel scales; by default 40, or none with repair."""
+    """Training steps of the channel scales. Default: 40 without the repair, 0 with it."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
     """Learning rate of the channel scales."""
     selection: Selection = option("repair", needs=_INDICATORS)
-    """Channels to keep once the widths are found: those that leave the smallest error after the repair
-    (repair), or those with the best indicators (indicator)."""
+    """Criterion for the kept channels: smallest error after the repair, or largest indicators."""
     similarity: bool = option(True, needs=_INDICATORS)
-    """Weight indicators by how little a channel resembles the other channels of its head."""
+    """Lower the indicator of a channel that resembles other channels of its head."""
     score_adjustment: bool = option(True, needs=_INDICATORS)
-    """Keep the widths of all heads equal while indicators are trained; off: only in the final plan."""
+    """Keep equal widths in all heads while indicators are trained. If off, only the final plan has equal
+    widths."""
     init: Init = option("attention-difference", needs=_INDICATORS)
     """Initial values of the indicators."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
-    """Optimiser steps of the indicators."""
+    """Training steps of the indicators."""
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
     """Learning rate of the indicators."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
-    """Weight of the budget's gradient relative to the task's."""
+    """Weight of the budget's gradient relative to the gradient of the loss."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
     """Weight of the cross-entropy with labels relative to the distillation loss."""
 
@@ -187,59 +183,56 @@ class PruneKeywords(
     """Keywords of :func:`mhacut.prune` and :func:`mhacut.prune_many`."""
 
     params: str | None = option(None, metavar="BUDGET")
-    """Budget of parameters: 2.8M or 50%. Several kinds of budget can be combined; all are met."""
+    """Budget of parameters: 2.8M or 50%. Combines with other budgets."""
     size: str | None = option(None, metavar="BUDGET")
-    """Budget for the size of the written file: 6MB, 5.5MiB or 50%, in the checkpoint's dtype."""
+    """Budget of bytes for the written file: 6MB, 5.5MiB or 50%."""
     max_latency: str | None = option(None, metavar="TIME")
-    """Budget for the time per batch: 12ms, or 50% of the dense model's time. The pruned model is timed beside
-    the dense one, on the device and under the conditions that the options of latency state."""
+    """Budget of time per batch: 12ms, or 50% of the dense model's time."""
     max_kl: float | None = option(None, above=0, metavar="NATS")
-    """Find the smallest model whose outputs have at most this KL divergence, in nats, from those of the dense
-    model on the held-out calibration images."""
+    """Find the smallest model within this KL divergence from the dense model, in nats, on held-out
+    calibration images."""
     max_drop: float | None = option(None, at_least=0, at_most=100, metavar="POINTS")
-    """Find the smallest model that loses at most this many points of top-1 accuracy on the labelled
-    validation images."""
+    """Find the smallest model that loses at most this many points of top-1 on the validation images."""
     as_: Literal["timm", "huggingface"] = "timm"
-    """Kind of model to prune a folder of transformers as, and to write: a slim file of timm's model, or a
-    folder of the same class (huggingface), which mhacut.load_pruned opens."""
+    """How to treat a Hugging Face folder: timm converts it and writes a slim file; huggingface keeps its
+    class and writes a folder."""
     output: PathLike | None = option(None, metavar="FILE")
-    """File, or folder, to write; by default named after checkpoint and budget, in the working directory."""
+    """File or folder to write. Default: named after checkpoint and budget."""
     scope: Scope = "auto"
-    """Parts that may be pruned: channels of attention; also channels of MLPs; also tokens, which the
-    blocks of a plain ViT then merge. auto takes all that the model, its outputs and the targets allow."""
+    """What may be removed: attention channels, MLP channels, tokens (by merging). auto: all that the model
+    allows."""
     preserve: str | None = option(None, metavar="OUTPUTS")
-    """Outputs to preserve: answers (the classifier's outputs), pooled (its inputs), tokens (the features of
-    all tokens), pyramid (the feature maps of timm's features_only), or names of layers (blocks.10,blocks.11).
-    By default answers, or tokens if there is no classifier; no others as huggingface."""
+    """Outputs to keep close to the dense model's: answers (logits), pooled, tokens (patch features), pyramid,
+    or layer names. Default: answers, or tokens without a classifier."""
     keep_dead_tokens: bool = False
-    """Compute all tokens in the last block, not only the one the classifier reads, and merge none with
-    scope auto; for patch features."""
+    """Keep all tokens, so that patch features exist: no merging, no shortcut in the last block."""
     round_to: int | None = option(None, at_least=1)
-    """Round widths to multiples of N; by default 8, or 16 with a budget of time on a GPU."""
+    """Round widths to multiples of N. Default: 8, or 16 with --max-latency on a GPU."""
     overwrite: bool = False
-    """Replace an existing file; the checkpoint is never replaced."""
+    """Replace an existing output file."""
     dry_run: bool = False
-    """Find the plan and show its results; write no model."""
+    """Search and show the result without writing a model."""
     report: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write an HTML report of the run; dry runs can have one too."""
+    """Write an HTML report."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
-    """Number of images to calibrate on; by default the effort decides."""
+    """Number of calibration images. Default: set by the effort."""
     calibration: PathLike | None = option(None, endings=(".pt", ".pth"), panel="Data", metavar="FILE")
-    """File (.pt) that keeps the calibration: written if it is not there, otherwise read; one made under other
-    conditions is refused."""
-    labels: bool = option(True, panel="Data")
-    """Use labels if there are any; off: search by the dense model's outputs alone and measure no accuracy."""
+    """File (.pt) that stores the calibration: written if it does not exist, otherwise read."""
+    labels: bool = option(
+        True, panel="Data", off="Ignore labels: search and validate with the dense model's outputs."
+    )
+    """Use labels, if the images have any. Without labels, no accuracy is measured."""
     eval_images: int = option(2000, at_least=0, panel="Measuring")
-    """Validation images to judge the result on, with or without labels; 0 for none."""
+    """Number of validation images; 0 skips validation."""
     amp: bool = option(False, panel="Computing")
-    """Use bfloat16 autocast in the steps that train."""
+    """Train under bfloat16 autocast."""
     exclude: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN", repeats=True)
-    """Do not prune layers or units whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated."""
+    """Keep all channels of layers or units whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated."""
     min_width: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN=N", repeats=True)
-    """Keep at least N channels per head, or in an MLP, where names match: 'blocks.*.mlp=256'. Can be
+    """Keep at least N channels per head, or per MLP, where names match: 'blocks.*.mlp=256'. Can be
     repeated."""
     equal_qkv: bool = option(False, panel="Rarer options")
-    """Keep the q/k and v widths of each layer equal, for fused attention in TensorRT and ONNX Runtime."""
+    """Give q, k and v of a layer the same width, for fused attention in TensorRT and ONNX Runtime."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,8 +240,8 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     """Options of ``mhacut prune``."""
 
     flops: str | tuple[str, ...] | None = option(None, metavar="BUDGET", repeats=True)
-    """Budget: 2.0G, 600M, 2e9 or 50%. One FLOP is one multiply-accumulate, attention included. If several are
-    given, one file is written for each."""
+    """Budget of FLOPs (multiply-accumulates): 2.0G, 600M or 50%. Repeat the flag to write one file per
+    budget."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
