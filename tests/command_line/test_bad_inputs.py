@@ -1,7 +1,6 @@
 """Bad inputs through the command line: refused with what to do, nothing written, the input untouched.
 
-Numbers are those of docs/reference/bad-inputs.md, which names the tests. Outputs are in
-test_bad_outputs.py.
+Outputs are in test_bad_outputs.py.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Outputs that cannot be written: refused with what to do, nothing left behind, the input untouched.
-
-Numbers are those of docs/reference/bad-inputs.md.
-"""
+"""Outputs that cannot be written: refused with what to do, nothing left behind, the input untouched."""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-PAGES = (README, *sorted(DOCS.rglob("*.md")))
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+PAGES = (README, CONTRIBUTING, ROOT / "SECURITY.md", *sorted(DOCS.rglob("*.md")))
 NOTEBOOKS = tuple(sorted((ROOT / "examples").glob("*.ipynb")))
 _BLOCK = re.compile(
     r"^(?:[ \t]*<!-- (?P<mark>[^\n]*) -->\n)?"
