@@ -24,7 +24,7 @@ _TOKEN_KEYS = {"read", "merged", "rule", "copied"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
 """Names of the rules by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state them:
 without copies and with them. Files from before merge by the first in both cases."""
-Copied = bool | Literal["rows"]
+Unmerge = bool | Literal["rows"]
 """Whether merged tokens are copied back to their patches; ``"rows"`` where they merged by the first rule."""
 # Plans come from files: what is looked up in a model is a name of a module, nothing else.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
@@ -125,38 +125,38 @@ class TokenPlan:
     It is applied to the dense model, before channels are cut (:func:`mhacut.surgery.tokens.apply_tokens`).
     """
 
-    read: int | None = None
+    output_tokens: int | None = None
     """Number of leading tokens that the last block computes, those that the head reads; None for all."""
     merged: tuple[int, ...] = ()
     """Number of tokens that each block merges into others; empty where no block merges any."""
-    copied: Copied = False
+    unmerge: Unmerge = False
     """Whether features have a token for every patch: that of its group, copied back to its place."""
 
     def __post_init__(self) -> None:
-        if self.read is not None and self.read < 1:
-            raise PlanError(f"plan of tokens: read is at least 1, found {self.read}")
+        if self.output_tokens is not None and self.output_tokens < 1:
+            raise PlanError(f"plan of tokens: read is at least 1, found {self.output_tokens}")
         if any(merged < 0 for merged in self.merged):
             raise PlanError("plan of tokens: no block merges less than 0 tokens")
         if not any(self.merged):
             object.__setattr__(self, "merged", ())
-            object.__setattr__(self, "copied", False)
-        if self.copied and self.read is not None:
+            object.__setattr__(self, "unmerge", False)
+        if self.unmerge and self.output_tokens is not None:
             raise PlanError("plan of tokens: those that are not computed cannot be copied back")
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
-        return self.read is not None or bool(self.merged)
+        return self.output_tokens is not None or bool(self.merged)
 
     def to_json(self) -> dict[str, Any]:
         """Return a plain object that :meth:`from_json` reads back.
 
-        >>> TokenPlan(read=1, merged=(0, 8)).to_json()
+        >>> TokenPlan(output_tokens=1, merged=(0, 8)).to_json()
         {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
         """
-        read = {} if self.read is None else {"read": self.read}
-        rule = COPY_RULE if self.copied is True else MERGE_RULE
+        read = {} if self.output_tokens is None else {"read": self.output_tokens}
+        rule = COPY_RULE if self.unmerge is True else MERGE_RULE
         merged = {"merged": list(self.merged), "rule": rule} if self.merged else {}
-        return {**read, **merged, **({"copied": True} if self.copied else {})}
+        return {**read, **merged, **({"copied": True} if self.unmerge else {})}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import mhacut
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.read import read_of
+from mhacut.surgery.output_tokens import output_tokens_of
 
 BATCH = 32
 
@@ -79,7 +79,7 @@ def block_errors(dense: nn.Module, slim: nn.Module, images: Tensor) -> list[Bloc
         for name in names:
             rows, other = (found[name][-1].double() for found in outputs)  # (n, tokens, C)
             if name == names[-1]:
-                rows = rows[:, : read_of(slim)]  # those that nothing reads are not computed
+                rows = rows[:, : output_tokens_of(slim)]  # those that nothing reads are not computed
             if rows.shape != other.shape:
                 sys.exit(f"{name}: expected {rows.shape[1]} tokens, found {other.shape[1]}: the model merges")
             rows, other = rows.flatten(0, 1), other.flatten(0, 1)

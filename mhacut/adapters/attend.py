@@ -91,7 +91,7 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
     )
 
 
-def attend_and_look(
+def cls_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the output of :func:`attend_as`, and the weights of the first token, [B, H, M]."""

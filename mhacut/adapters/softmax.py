@@ -26,7 +26,7 @@ Hook = Callable[..., Any]
 
 
 @dataclass(frozen=True)
-class Part:
+class HeadRows:
     """Rows of a projection: channel i of head h is row ``offset + h * stride + i``."""
 
     projection: Projection
@@ -196,7 +196,7 @@ class Softmax(Adapter):
         qk = heads, rows // (heads * (letters.count("q") + letters.count("k")))
         return {"q": qk, "k": qk, "v": v, "g": v}
 
-    def parts(self, module: Any) -> dict[str, Part]:
+    def parts(self, module: Any) -> dict[str, HeadRows]:
         """Return the rows that write q, k, v and ``g``."""
         sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
@@ -204,7 +204,7 @@ class Softmax(Adapter):
             stride = sum(sizes[letter][1] for letter in letters) if self._per_head(module) else None
             for letter in letters:
                 heads, width = sizes[letter]
-                parts[letter] = Part(projection, heads, width, offset, stride)
+                parts[letter] = HeadRows(projection, heads, width, offset, stride)
                 offset += heads * width if stride is None else width
         return parts
 

@@ -26,9 +26,9 @@ def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x[:, :1], x
 
 
-def first_tokens(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def output_tokens(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """The queries of the tokens that are read."""
-    return x[:, : m.read], x
+    return x[:, : m.output_tokens], x
 
 
 def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,12 +95,12 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
     return m.q_norm(q), m.k_norm(k), mask_of(x, mask, causal)
 
 
-def of_first(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
     """Return ``logits`` for queries of the tokens that are read, with their rows of a mask or bias."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
-        return q, k, None if bias is None else bias[..., : m.read, :]
+        return q, k, None if bias is None else bias[..., : m.output_tokens, :]
 
     return hook
 

@@ -270,20 +270,19 @@ def _layer_scale(module: Any) -> str | None:
     return None if type(module.ls) is nn.Identity else "ls.gamma"
 
 
-class Read:
+class OutputTokens:
     """Mixed into an attention class, in front of it: q is computed for the first tokens, k and v for all.
 
-    timm has such a class for CaiT only. These are made of timm's, never constructed, for the last block of a
-    ViT (:func:`mhacut.surgery.read.read_first`); their forward pass is that of their row in the softmax
-    table.
+    It serves the last block of a ViT. :func:`mhacut.surgery.output_tokens.attend_from_output_tokens` sets
+    the class of an existing layer. The forward pass follows the class's row in the softmax table.
     """
 
-    read: int
+    output_tokens: int
     """Number of first tokens that are read."""
 
 
-READ: Mapping[type[nn.Module], Any] = {
-    cls: mixed("Read", Read, cls)
+OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
+    cls: mixed("OutputTokens", OutputTokens, cls)
     for cls in (
         layers.Attention,
         layers.attention.AttentionRope,
@@ -295,7 +294,7 @@ READ: Mapping[type[nn.Module], Any] = {
 """Classes of attention of which the first tokens alone can be read, each with its class that does so."""
 
 
-LOOK: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("Look", layers.Attention)}
+CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("ClsWeights", layers.Attention)}
 """Classes of attention in blocks that merge tokens by what the first token looks at, each with its class that
 gives a tuple of its output and that token's weights, [B, H, N]."""
 

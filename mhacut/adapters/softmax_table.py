@@ -11,12 +11,12 @@ from typing import Any
 from timm import layers, models
 
 from mhacut.adapters import softmax_hooks as hooks
-from mhacut.adapters.attend import attend_and_look
+from mhacut.adapters.attend import cls_attention
 from mhacut.adapters.base import Mixing
 from mhacut.adapters.softmax import FreshBiases, Softmax, Twin, to_map
 from mhacut.adapters.softmax_special import (
-    LOOK,
-    READ,
+    CLS_WEIGHTS,
+    OUTPUT_TOKENS,
     GlobalContext,
     Interleaved,
     MultiQuery,
@@ -63,13 +63,13 @@ LOWFORMER = partial(
     fits=equal,
     attributes={"head_dim": "qk", "o_proj_inpdim": "heads * v"},
 )
-FIRST = partial(Softmax, inputs=hooks.first_tokens)
-LOOKING = partial(Softmax, weigh=attend_and_look, result="proj")
-FIRST_ROPE = partial(
+OF_OUTPUT_TOKENS = partial(Softmax, inputs=hooks.output_tokens)
+WITH_CLS_WEIGHTS = partial(Softmax, weigh=cls_attention, result="proj")
+ROPE_OF_OUTPUT_TOKENS = partial(
     Rope,
     written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
-    inputs=hooks.first_tokens,
-    logits=hooks.of_first(rotated),
+    inputs=hooks.output_tokens,
+    logits=hooks.of_output_tokens(rotated),
 )
 DIFFERENTIAL: dict[str, Any] = {"query_heads": 2, "weigh": hooks.difference, "v_refusal": NORM_WITHIN}
 
@@ -82,14 +82,21 @@ QKV_GATE = {"qkv": "qkv", "gate": "g"}
 
 SOFTMAX = (
     Softmax(layers.Attention, QKV_GATE, logits=hooks.masked, fits=equal, **PLAIN),
-    LOOKING(LOOK[layers.Attention], QKV_GATE, logits=hooks.masked, **PLAIN),
-    FIRST(READ[layers.Attention], {**Q_KV, "gate": "g"}, logits=hooks.of_first(hooks.masked), **PLAIN),
+    WITH_CLS_WEIGHTS(CLS_WEIGHTS[layers.Attention], QKV_GATE, logits=hooks.masked, **PLAIN),
+    OF_OUTPUT_TOKENS(
+        OUTPUT_TOKENS[layers.Attention],
+        {**Q_KV, "gate": "g"},
+        logits=hooks.of_output_tokens(hooks.masked),
+        **PLAIN,
+    ),
     Rope(layers.attention.AttentionRope),
-    FIRST_ROPE(READ[layers.attention.AttentionRope]),
+    ROPE_OF_OUTPUT_TOKENS(OUTPUT_TOKENS[layers.attention.AttentionRope]),
     Rope(models.eva.EvaAttention),
-    FIRST_ROPE(READ[models.eva.EvaAttention]),
+    ROPE_OF_OUTPUT_TOKENS(OUTPUT_TOKENS[models.eva.EvaAttention]),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
-    FIRST(READ[models.beit.Attention], Q_K_V, logits=hooks.of_first(hooks.beit_bias)),
+    OF_OUTPUT_TOKENS(
+        OUTPUT_TOKENS[models.beit.Attention], Q_K_V, logits=hooks.of_output_tokens(hooks.beit_bias)
+    ),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
     Softmax(models.convit.MHSA),
@@ -173,7 +180,11 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
-    FIRST(READ[models.vision_transformer_relpos.RelPosAttention], Q_KV, logits=hooks.of_first(hooks.rel_pos)),
+    OF_OUTPUT_TOKENS(
+        OUTPUT_TOKENS[models.vision_transformer_relpos.RelPosAttention],
+        Q_KV,
+        logits=hooks.of_output_tokens(hooks.rel_pos),
+    ),
     Sam(models.vision_transformer_sam.Attention, logits=hooks.tables, scaled=False),
     Softmax(models.visformer.Attention, finish=to_map),
     Softmax(models.volo.Attention),

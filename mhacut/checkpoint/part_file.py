@@ -25,8 +25,8 @@ from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
 from mhacut.runtime.files import check_outputs, fill_folder, show, write_file
 from mhacut.runtime.tensor_files import save_tensors
-from mhacut.surgery.part import shown
 from mhacut.surgery.slice import cut
+from mhacut.surgery.submodule import shown
 from mhacut.text import listed
 
 REST, CARD = "rest.safetensors", "README.md"

@@ -36,7 +36,7 @@ from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.part import Loss, Part, Recorded, record, shown, vision_transformers
+from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown, vision_transformers
 from mhacut.surgery.tokens import why_not_merged
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
@@ -189,11 +189,13 @@ def _job(
     images, cls = recorded.images, type(dense).__name__
     one = images[:1].to(next(dense.parameters()).device)
     with torch.no_grad():
-        maps = dict(zip(recorded.outputs, Part(dense, recorded, recorded.outputs).maps(one), strict=True))
+        maps = dict(
+            zip(recorded.outputs, SubmoduleFn(dense, recorded, recorded.outputs).maps(one), strict=True)
+        )
     # Nobody knows what is read of the model's own outputs: the logits, else the features of all tokens.
     kept = [each for each in maps if name or each == "logits"]
     kept = kept or [each for each, value in maps.items() if value.ndim > 2] or list(maps)
-    model = Part(dense, recorded, kept).eval()
+    model = SubmoduleFn(dense, recorded, kept).eval()
     prunable = find_prunable_layers(model)
     layers = {layer.name: layer for layer in prunable.layers}
     with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:
@@ -212,7 +214,7 @@ def _job(
     reason, fewest, size = _why_not_merged(model, options, scope, preserved), None, tuple(images.shape[1:])
     if not reason:
         try:
-            merging: Any = with_all_merged(model, size, copied=True)
+            merging: Any = with_all_merged(model, size, unmerge=True)
             with torch.no_grad():
                 alike = [each.shape for each in merging.maps(one)] == [maps[each].shape for each in kept]
             if alike:
@@ -233,7 +235,7 @@ def _job(
         reporter=reporter,
         fewest=fewest,
         preserved=preserved,
-        copied=fewest is not None,
+        unmerge=fewest is not None,
         constraints=Constraints(equal_qkv=bool(narrow)),
     )
     return job, tuple(kept) if recorded.loss is None else ("loss",)
@@ -247,7 +249,7 @@ def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preser
         return option_name("allocation", options.allocation)
     if preserved.measure == "features":
         return "one vector is all that is preserved"
-    return why_not_merged(model, copied=True)
+    return why_not_merged(model, unmerge=True)
 
 
 def _preserved(

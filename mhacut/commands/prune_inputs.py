@@ -61,7 +61,7 @@ from mhacut.surgery.features import Features, find_layers, find_pyramid, find_to
 from mhacut.surgery.find import classifier_size, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.read import tokens_read
+from mhacut.surgery.output_tokens import tokens_read_by_head
 from mhacut.surgery.tokens import tokens_of, why_not_merged, with_tokens
 
 _GPU_MULTIPLE, _LEAST_TILES = 16, 4
@@ -400,8 +400,8 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
     size, reporter = stopwatch.size, stopwatch.reporter
     all_tokens, merges = preserved.dense or options.keep_dead_tokens, options.scope.endswith("+tokens")
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
-    copied = preserved.dense if merges else tokens.copied
-    if merges and (reason := why_not_merged(dense, copied) or _not_copied(preserved)):
+    unmerge = preserved.dense if merges else tokens.unmerge
+    if merges and (reason := why_not_merged(dense, unmerge) or _not_copied(preserved)):
         raise UnsupportedModelError(
             f"{option_name('scope', options.scope)}: tokens cannot be merged: {reason}"
         )
@@ -417,12 +417,12 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         if unused := [name for name in names if name not in called]:
             prunable = prunable.without(unused, f"does not run for {preserved}")
 
-    unmerged = with_tokens(model, replace(tokens, merged=merged, copied=copied))
+    unmerged = with_tokens(model, replace(tokens, merged=merged, unmerge=unmerge))
     table, fewest = build_cost_table(unmerged, prunable, size), None
     if unmerged is not dense:
         table = replace(table, dense=measure_flops(dense, size))
     if merges:
-        most_merged = build_cost_table(with_all_merged(model, size, copied), prunable, size)
+        most_merged = build_cost_table(with_all_merged(model, size, unmerge), prunable, size)
         fewest = replace(most_merged, dense=table.dense)
     kinds: tuple[UnitKind, ...] = ("qk", "v") if options.scope == "attention" else ("qk", "v", "hidden")
     units = prunable.units(kinds)
@@ -442,7 +442,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         fewest=fewest,
         preserved=preserved,
         merged=merged,
-        copied=copied,
+        unmerge=unmerge,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
     )
 
@@ -464,7 +464,7 @@ def _preserved(
     what = asked or "tokens"
     try:
         applied = tokens_of(dense)
-        if (applied.merged and not applied.copied) or applied.read is not None:
+        if (applied.merged and not applied.unmerge) or applied.output_tokens is not None:
             raise UnsupportedModelError(
                 "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
                 f"one that was pruned with {option_name('keep_dead_tokens', True)}"
@@ -495,14 +495,14 @@ def _preserved(
 def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
     """Return the plan of tokens of a classifier whose last block computes only those that are read."""
     applied = tokens_of(dense)
-    if applied.read is not None or not classifier_size(dense):
+    if applied.output_tokens is not None or not classifier_size(dense):
         return applied
     try:
-        read = tokens_read(dense)
+        read = tokens_read_by_head(dense)
     except UnsupportedModelError as reason:
         reporter.log(f"all tokens of the last block are computed: {reason}")
         return applied
     shown = "token" if read == 1 else f"{read} tokens"
     asked = option_name("keep_dead_tokens", True)
     reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
-    return replace(applied, read=read)
+    return replace(applied, output_tokens=read)

@@ -110,7 +110,7 @@ def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
     models = [job.model, _cut(job.model, job, least)]
-    models += [with_all_merged(model, job.input_size, job.copied) for model in models]
+    models += [with_all_merged(model, job.input_size, job.unmerge) for model in models]
     comparison = stopwatch.compare(models, seconds=_MODEL_SECONDS)
     flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
     times = list(zip(flops, comparison.ratios[1:], strict=True))
@@ -125,7 +125,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
     Layers that cost the same are timed once. Their times count relative to the dense model's.
     """
     # Merges and dead tokens make layers faster: those of the model as it will be cut are timed.
-    tokens = replace(tokens_of(job.model), merged=job.merged, copied=job.copied)
+    tokens = replace(tokens_of(job.model), merged=job.merged, unmerge=job.unmerge)
     counted = copy.deepcopy(with_tokens(job.model, tokens)).cpu()
     shorter = tokens != tokens_of(stopwatch.dense)
     eager = stopwatch.timing.runtime == "eager"

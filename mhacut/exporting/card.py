@@ -74,8 +74,8 @@ def _tokens(tokens: TokenPlan) -> str:
     if tokens.merged:
         counts = ", ".join(map(str, tokens.merged))
         text += f" Similar tokens are averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..."
-    if tokens.read is not None:
-        count = "one" if tokens.read == 1 else str(tokens.read)
+    if tokens.output_tokens is not None:
+        count = "one" if tokens.output_tokens == 1 else str(tokens.output_tokens)
         text += f" The last block computes only the tokens that the head reads, the first {count}: the model "
         text += "has no patch features."
     return text

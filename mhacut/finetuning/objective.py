@@ -330,7 +330,7 @@ def _with_tokens_of(student: nn.Module, teacher: nn.Module) -> nn.Module:
             "blocks; leave it out"
         )
     try:
-        return with_tokens(teacher, replace(tokens_of(teacher), read=tokens.read))
+        return with_tokens(teacher, replace(tokens_of(teacher), output_tokens=tokens.output_tokens))
     except (PlanError, UnsupportedModelError) as error:
         raise UsageError(
             f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "

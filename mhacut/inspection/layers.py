@@ -285,8 +285,8 @@ def about_tokens(tokens: TokenPlan) -> list[str]:
     parts = []
     if tokens.merged:
         parts.append(f"tokens merged per block: {', '.join(map(str, tokens.merged))}")
-    if tokens.read is not None:
-        shown = "token" if tokens.read == 1 else f"{tokens.read} tokens"
+    if tokens.output_tokens is not None:
+        shown = "token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
         parts.append(f"the last block computes only the {shown} that the classifier reads")
     return parts
 

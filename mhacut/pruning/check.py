@@ -26,7 +26,7 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
     """Check that the FLOPs of the pruned model equal the planned FLOPs."""
     if planned.merged:
         slim = copy.deepcopy(slim)
-        set_merged(slim, planned.merged, planned.copied)
+        set_merged(slim, planned.merged, planned.unmerge)
     # Counted by fvcore, which knows nothing of the cost table: a wrong table would break the promised budget.
     counted = measure_flops(slim, job.input_size)
     expected = int(planned.table.flops(planned.plan.widths()))

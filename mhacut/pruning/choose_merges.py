@@ -17,7 +17,7 @@ from itertools import accumulate
 import torch
 from torch import nn
 
-from mhacut.plan import Copied, UnitKey
+from mhacut.plan import UnitKey, Unmerge
 from mhacut.pruning.allocate import NEAR, job_widths, total_error
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.curves import Curve, divergence_by_cut
@@ -36,7 +36,7 @@ from mhacut.pruning.merge_law import (
 from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import recorded_calls
-from mhacut.surgery.read import read_of
+from mhacut.surgery.output_tokens import output_tokens_of
 from mhacut.surgery.tokens import set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
@@ -94,7 +94,7 @@ class MergeSearch:
         tried = self.job.distillation(calibration).part(0, count)
         model, trials, measured = copy.deepcopy(self.job.model), trial_schedules(self.tokens, self.last), []
         for done, schedule in enumerate(trials, 1):
-            set_merged(model, schedule, self.job.copied)
+            set_merged(model, schedule, self.job.unmerge)
             measured.append(tried.divergence_of(model))
             self.job.reporter.advance(done, len(trials))
         return MergeLaw.fit(trials, measured, self.tokens)
@@ -103,7 +103,7 @@ class MergeSearch:
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merging to maximum merging."""
         costs = block_costs(self.job, self.tokens)
-        scale = _DENSE_SCALE if self.job.copied else 1
+        scale = _DENSE_SCALE if self.job.unmerge else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
         cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
@@ -111,7 +111,7 @@ class MergeSearch:
     def table(self, schedule: Schedule) -> CostTable:
         if schedule not in self._tables:
             model = copy.deepcopy(self.job.model)
-            set_merged(model, schedule, self.job.copied)
+            set_merged(model, schedule, self.job.unmerge)
             prunable = find_prunable_layers(model)
             self._tables[schedule] = build_cost_table(model, prunable, self.job.input_size)
         return self._tables[schedule]
@@ -227,7 +227,7 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
         attention = [layer for layer in layers if layer.adapter.family == "attention"]
         # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
         pair = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
-        if block == tokens.depth - 1 and read_of(job.model) is not None:
+        if block == tokens.depth - 1 and output_tokens_of(job.model) is not None:
             pair = 0  # its queries are few, whatever is merged before
         total = sum(by_layer[layer.name] for layer in attention)
         mlp = sum(by_layer[layer.name] for layer in layers if layer not in attention)
@@ -237,17 +237,17 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
     return costs
 
 
-def with_all_merged(model: nn.Module, size: tuple[int, ...], copied: Copied = False) -> nn.Module:
-    """Return a copy of a plain ViT with maximum merging; ``copied`` restores tokens at the output."""
+def with_all_merged(model: nn.Module, size: tuple[int, ...], unmerge: Unmerge = False) -> nn.Module:
+    """Return a copy of a plain ViT with maximum merging; ``unmerge`` restores tokens at the output."""
     tokens, merging = tokens_of_model(model, size), copy.deepcopy(model)
-    set_merged(merging, most_merged(tokens, merging_blocks(model, tokens)), copied)
+    set_merged(merging, most_merged(tokens, merging_blocks(model, tokens)), unmerge)
     return merging
 
 
 def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
     """Return the number of blocks that may merge."""
     # A last block that computes only the tokens the classifier reads cannot merge.
-    return tokens.depth - (read_of(model) is not None)
+    return tokens.depth - (output_tokens_of(model) is not None)
 
 
 @torch.no_grad()

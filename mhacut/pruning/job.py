@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from mhacut.adapters.base import Unit
 from mhacut.data.reading import Sample
 from mhacut.options.prune import SearchOptions
-from mhacut.plan import Copied, UnitKey
+from mhacut.plan import UnitKey, Unmerge
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out_count
 from mhacut.pruning.distill import Distillation
 from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
@@ -53,7 +53,7 @@ class Job:
     merged: tuple[int, ...] = ()
     """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
     merges, but ``model`` does not merge."""
-    copied: Copied = False
+    unmerge: Unmerge = False
     """Whether merged tokens are copied back to their patches where features leave the slim model."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from mhacut.measuring.predicted_time import TimeCurve, TimeTable
-from mhacut.plan import Copied, Plan, TokenPlan, UnitKey
+from mhacut.plan import Plan, TokenPlan, UnitKey, Unmerge
 from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
@@ -39,7 +39,7 @@ class Planned:
     """FLOPs of the model with the merges of the plan."""
     merged: Schedule = ()
     """Number of tokens that each block merges, once channels are cut; empty if none does."""
-    copied: Copied = False
+    unmerge: Unmerge = False
     """Whether these are copied back to their patches."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, with what each is expected to cost; empty unless curves chose the widths."""
@@ -47,7 +47,7 @@ class Planned:
     @property
     def plan(self) -> Plan:
         """The plan as the slim file states it."""
-        tokens = TokenPlan(self.ready.plan.tokens.read, self.merged, self.copied)
+        tokens = TokenPlan(self.ready.plan.tokens.output_tokens, self.merged, self.unmerge)
         return Plan(self.ready.plan.units, tokens)
 
     def cost(self, limit: Limit) -> int:
@@ -114,7 +114,7 @@ class Planner:
         costs: tuple[Constraint, ...] = ()
         if curves:
             costs = costs_of_constraints(job, limits, curves, widths, table)
-        return Planned(ready, curves, (), table, merged, job.copied, costs)
+        return Planned(ready, curves, (), table, merged, job.unmerge, costs)
 
     def expected_divergence(self, limits: Limits) -> float:
         """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
@@ -131,7 +131,7 @@ class Planner:
         self.reporter.start("repairing")
         scales = searched.channel_scales if self.options.reweight else None
         ready = reconstruct(self.job, self.calibration, searched.plan, candidates, scales)
-        return Planned(ready, {}, searched.log, self.job.table, self.job.merged, self.job.copied)
+        return Planned(ready, {}, searched.log, self.job.table, self.job.merged, self.job.unmerge)
 
     @cached_property
     def candidates(self) -> Candidates:

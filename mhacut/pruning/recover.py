@@ -29,7 +29,7 @@ from mhacut.runtime.progress import Reporter
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import Match, copied_of, merged_of, set_merged, tokens_in
+from mhacut.surgery.tokens import Match, merged_of, set_merged, tokens_in, unmerge_of
 
 LR = 7e-4
 """Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
@@ -68,18 +68,18 @@ def recover(
         scaled = with_trained_scales(slim, prunable, learning, steps=scale_steps, lr=lr, reporter=reporter)
         slim = _better(slim, scaled, unseen(), reporter, "training channel scales")
     if merged:
-        set_merged(slim, merged, job.copied)
+        set_merged(slim, merged, job.unmerge)
     if not (heal_steps or tune_steps):
         return slim.cpu()
     answers = calibration.preserved.measure == "answers"
     lost = job.held_out(calibration).divergence_of(slim) if answers else math.inf
     # Healing gains little where merged tokens are copied back, tuning more (docs/explanation/choices.md).
-    copied = calibration.preserved.dense and copied_of(slim)
-    heals = lost > NOTHING_LOST and not (copied and tune_steps)
+    unmerges = calibration.preserved.dense and unmerge_of(slim)
+    heals = lost > NOTHING_LOST and not (unmerges and tune_steps)
     if heal_steps and (options.heal_steps is not None or heals):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
-    tunes = (answers or copied) and lost > NOTHING_LOST
+    tunes = (answers or unmerges) and lost > NOTHING_LOST
     if tune_steps and (options.tuning_steps is not None or tunes):
         distance = unseen().divergence_of(slim)
         if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:
@@ -163,7 +163,7 @@ def healed(
     """
     model: Any = copy.deepcopy(slim)
     teacher = job.model
-    merged = () if copied_of(slim) else merged_of(slim)
+    merged = () if unmerge_of(slim) else merged_of(slim)
     if merged != merged_of(teacher):
         teacher = copy.deepcopy(teacher)
         set_merged(teacher, merged)

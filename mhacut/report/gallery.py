@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mhacut.data import Preprocessing
 from mhacut.report.charts import figure_html, new_figure
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import Match, Matcher, moved_places
+from mhacut.surgery.tokens import Match, Matcher, token_of_patch_after
 
 SIZE = 150
 """Pixels of a picture's sides on the page."""
@@ -45,7 +45,7 @@ def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
         prefix = matchers[name].prefix
         if places is None:
             places = torch.arange(matched.weights.shape[1], device=images.device).expand(len(images), -1)
-        places = moved_places(places, matched, prefix)
+        places = token_of_patch_after(places, matched, prefix)
         groups[name] = places[:, prefix:] - prefix
     return groups
 

@@ -56,9 +56,15 @@ class Features:
     """Description of what is read from a model; the same for the dense and the pruned one."""
 
     source: Source
-    """``output``: the model's output; ``pooled``: the input of its classifier; ``tokens``: the final
-    normalised map that timm's ``forward_features`` returns; ``pyramid``: the levels of ``features_only``;
-    ``layers``: the outputs of modules; ``maps``: the outputs of a :class:`~mhacut.surgery.part.Part`."""
+    """Tensor that is read:
+
+    - ``output``: the model's output
+    - ``pooled``: the input of the classifier
+    - ``tokens``: the normalised tokens that timm's ``forward_features`` returns
+    - ``pyramid``: the levels of timm's ``features_only``
+    - ``layers``: the outputs of named modules
+    - ``maps``: the outputs of a :class:`~mhacut.surgery.submodule.SubmoduleFn`
+    """
     layers: tuple[str, ...] = ()
     """Names of these modules."""
     levels: tuple[int, ...] = ()

@@ -40,10 +40,17 @@ from mhacut.adapters.attend import graph_is_recorded
 from mhacut.adapters.base import mixed
 from mhacut.adapters.huggingface import Linears, Nested, is_old
 from mhacut.adapters.registry import adapter_for
-from mhacut.adapters.softmax_special import LOOK, READ
+from mhacut.adapters.softmax_special import CLS_WEIGHTS, OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
-from mhacut.plan import Copied, TokenPlan
-from mhacut.surgery.read import FEW_TOKENS, READ_BLOCKS, ReadFirst, dense_class, read_of, set_read
+from mhacut.plan import TokenPlan, Unmerge
+from mhacut.surgery.output_tokens import (
+    OUTPUT_TOKEN_BLOCKS,
+    OUTPUT_TOKEN_MODELS,
+    OutputTokenBlock,
+    dense_class,
+    output_tokens_of,
+    set_output_tokens,
+)
 
 
 class Match(NamedTuple):
@@ -69,21 +76,21 @@ class SizedTokens(NamedTuple):
     """Tokens, [B, N, C]."""
     sizes: Tensor
     """Number of patches that each stands for, [B, N, 1]."""
-    places: Tensor | None = None
+    token_of_patch: Tensor | None = None
     """For each token that the image began with, the one that stands for it now, [B, all tokens]; None where
     nothing reads the features of patches."""
 
     def __getitem__(self, index: Any) -> Any:
         """Return an entry; the first one copied back, since transformers takes it for the hidden state."""
-        return self.copied() if index == 0 else tuple(self)[index]
+        return self.unmerge() if index == 0 else tuple(self)[index]
 
     def bias(self) -> Tensor:
         """Return the logarithm of the sizes, to be added to the logits of attention, [B, 1, 1, N]."""
         return self.sizes.mT.log()[:, None]
 
-    def copied(self) -> Tensor:
+    def unmerge(self) -> Tensor:
         """Return the token that stands for each token that the image began with, [B, all tokens, C]."""
-        return self.x if self.places is None else _taken(self.x, self.places)
+        return self.x if self.token_of_patch is None else _taken(self.x, self.token_of_patch)
 
 
 FLOOR = 0.1
@@ -92,18 +99,18 @@ _LEAST = 1e-12
 """Least norm to divide by: tokens may be zero, or cancel each other out."""
 
 
-def weigh(sizes: Tensor, looks: Tensor | None, prefix: int) -> Tensor:
+def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
     """Return the weights of tokens, [B, N, 1].
 
     Args:
         sizes: number of patches that each stands for, [B, N, 1].
-        looks: the class token's weights of attention, [B, H, N]; None where there is no such token.
+        cls_weights: the class token's weights of attention, [B, H, N]; None where there is no such token.
         prefix: number of first tokens, which stand for no patch.
     """
     sizes = at_least_float32(sizes)
-    if looks is None:
+    if cls_weights is None:
         return sizes
-    paid = at_least_float32(looks).sum(1)[..., None] / sizes  # to each patch
+    paid = at_least_float32(cls_weights).sum(1)[..., None] / sizes  # to each patch
     mean = paid[:, prefix:].mean(1, keepdim=True)
     # Only ratios of weights matter. Nothing is left for patches where the class token looks at itself alone.
     return sizes * torch.add(paid, mean.clamp_min(1e-20), alpha=FLOOR).sqrt()
@@ -152,11 +159,11 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
     x, norms, weights, left = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
     x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_LEAST)))
-    moved = None if places is None else moved_places(places, matched, prefix)
+    moved = None if places is None else token_of_patch_after(places, matched, prefix)
     return SizedTokens(x.to(tokens.x.dtype), left.to(sizes.dtype), moved)
 
 
-def moved_places(places: Tensor, matched: Match, prefix: int) -> Tensor:
+def token_of_patch_after(places: Tensor, matched: Match, prefix: int) -> Tensor:
     """Return where the tokens at ``places`` [B, all tokens] stand after a merge of ``matched``."""
     kept = matched.kept.shape[1]
     places_of_b = torch.arange(kept, kept + matched.weights[:, prefix::2].shape[1], device=places.device)
@@ -198,15 +205,15 @@ class Matcher(nn.Module):
         super().__init__()
         self.count, self.prefix = count, prefix
 
-    def forward(self, x: Tensor, sizes: Tensor, looks: Tensor | None) -> Match:
+    def forward(self, x: Tensor, sizes: Tensor, cls_weights: Tensor | None) -> Match:
         """Match tokens; of fewer patches than planned for, at most half are merged.
 
         Args:
             x: tokens, [B, N, C].
             sizes: number of patches that each stands for, [B, N, 1].
-            looks: the class token's weights of attention, [B, H, N]; None where they are not read.
+            cls_weights: the class token's weights of attention, [B, H, N]; None where they are not read.
         """
-        weights = weigh(sizes, None if looks is None else looks.detach(), self.prefix)
+        weights = weigh(sizes, None if cls_weights is None else cls_weights.detach(), self.prefix)
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
         return match(x.detach(), weights, count, self.prefix)
 
@@ -221,7 +228,7 @@ class Merging:
     """None where the block merges nothing."""
     gives_sizes: bool
     """Whether what follows needs the sizes."""
-    copies: Copied
+    unmerge: Unmerge
     """Whether tokens are copied back to the places of their patches where features leave the model."""
 
 
@@ -234,12 +241,12 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
         """Map N tokens to N - merged."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _sized(x, self)
-        y, looks = self.attn(self.norm1(tokens.x), attn_mask=bias), None
+        y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias), None
         if isinstance(y, tuple):
-            y, looks = y
+            y, cls_weights = y
         left, matcher = tokens._replace(x=tokens.x + self.drop_path1(self.ls1(y))), self.matcher
         if matcher is not None:
-            left = merge(left, matcher(left.x, tokens.sizes, looks), matcher.prefix)
+            left = merge(left, matcher(left.x, tokens.sizes, cls_weights), matcher.prefix)
         y = left.x + self.drop_path2(self.ls2(self.mlp(self.norm2(left.x))))
         return left._replace(x=y) if self.gives_sizes else y
 
@@ -263,7 +270,7 @@ class MergingLayer(Merging):
             left = merge(left, matcher(left.x, tokens.sizes, None), matcher.prefix)
         y = self._branch(2, _part(self, "mlp")(_part(self, "norm2")(left.x)))
         left = left._replace(x=left.x + y)
-        return left if self.gives_sizes else left.copied()
+        return left if self.gives_sizes else left.unmerge()
 
     def _branch(self, number: int, y: Tensor) -> Tensor:
         for name in (f"layer_scale{number}", "drop_path", "dropout"):
@@ -318,7 +325,7 @@ def _width(layer: Any) -> int:
     return int(_part(layer, "norm1").weight.numel())
 
 
-class MergedReadBlock(Merging, READ_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
+class MergedOutputTokenBlock(Merging, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
     """A block whose first tokens alone are read, after blocks that merge."""
 
     def forward(
@@ -338,16 +345,16 @@ def _sized(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[Sized
     if not isinstance(x, Tensor):
         return x, x.bias()
     places = None
-    if block is not None and block.copies:
+    if block is not None and block.unmerge:
         places = torch.arange(x.shape[1], device=x.device)
-        if block.copies is True and block.matcher is not None:
-            places = checkered(places, block.matcher.prefix)
+        if block.unmerge is True and block.matcher is not None:
+            places = checkerboard_order(places, block.matcher.prefix)
             x = x.index_select(1, places)  # one operation in ONNX
         places = places.expand(x.shape[:2])
     return SizedTokens(x, x.new_ones(*x.shape[:2], 1), places), None
 
 
-def checkered(places: Tensor, prefix: int) -> Tensor:
+def checkerboard_order(places: Tensor, prefix: int) -> Tensor:
     """Return an order of a square image's tokens in which every second patch is black on a checkerboard.
 
     It is its own inverse: in every second row, neighbours change places. Rows of odd length alternate
@@ -367,7 +374,7 @@ def checkered(places: Tensor, prefix: int) -> Tensor:
 
 def tokens_in(output: Any) -> Any:
     """Return the tokens in what a block gives, one for each patch where they are to be copied back."""
-    return output.copied() if isinstance(output, SizedTokens) else output
+    return output.unmerge() if isinstance(output, SizedTokens) else output
 
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
@@ -385,7 +392,7 @@ class MergedTokens:
         _check_no_mask(attn_mask, is_causal)
         x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
         tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
-        if isinstance(tokens, Tensor) or tokens.places is not None:
+        if isinstance(tokens, Tensor) or tokens.token_of_patch is not None:
             features: Tensor = self.norm(tokens_in(tokens))
             return features
         return SizedTokens(self.norm(tokens.x), tokens.sizes)
@@ -412,7 +419,7 @@ class MergedTokens:
 
     def check_features(self: Any, indices: object) -> None:
         """Refuse features of patches, unless tokens are copied back to these."""
-        if self.blocks[-1].copies:
+        if self.blocks[-1].unmerge:
             return
         raise UnsupportedModelError(
             "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
@@ -436,15 +443,15 @@ class _Copying(nn.Module):
 
 _BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     vision_transformer.Block: MergingBlock,
-    READ_BLOCKS[vision_transformer.Block]: MergedReadBlock,
+    OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]: MergedOutputTokenBlock,
 }
 _VITS = (vision_transformer.VisionTransformer, VisionTransformerDistilled)
 _MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    cls: mixed("Merged", MergedTokens, cls) for cls in (*_VITS, *map(FEW_TOKENS.__getitem__, _VITS))
+    cls: mixed("Merged", MergedTokens, cls) for cls in (*_VITS, *map(OUTPUT_TOKEN_MODELS.__getitem__, _VITS))
 }
 """Plain ViTs, all tokens of whose last block are computed or a few, and their classes that merge tokens."""
 _UNMERGED = {merged: plain for plain, merged in (*_BLOCKS.items(), *_MODELS.items())}
-_ATTENTION = (Attention, READ[Attention], LOOK[Attention])
+_ATTENTION = (Attention, OUTPUT_TOKENS[Attention], CLS_WEIGHTS[Attention])
 
 
 class Stack(NamedTuple):
@@ -479,7 +486,7 @@ def stack_of(model: nn.Module) -> Stack | None:
     return None
 
 
-def why_not_merged(model: Any, copied: Copied = False) -> str:
+def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
     """Return the reason why tokens of ``model`` cannot be merged (and copied back); empty if they can."""
     stack = stack_of(model)
     if stack is None:
@@ -492,10 +499,10 @@ def why_not_merged(model: Any, copied: Copied = False) -> str:
             return "which of its tokens are patches is not known; name the module that embeds them, too"
         if not _computes_alike(stack.blocks[0]):
             return f"layers of class {type(stack.blocks[0]).__name__} are no attention and MLP in a row"
-        return "" if copied and len(stack.blocks) > 1 else "it has no block before its last"
+        return "" if unmerge and len(stack.blocks) > 1 else "it has no block before its last"
     model = stack.vit
     pooled = model.global_pool in ("token", "avg") and getattr(model, "attn_pool", None) is None
-    if not (copied or pooled):
+    if not (unmerge or pooled):
         return f"its outputs are not pooled by class token or mean (global_pool={model.global_pool!r})"
     if len(model.blocks) < 2:
         return "it has no block before its last"
@@ -516,21 +523,21 @@ def merged_of(model: nn.Module) -> tuple[int, ...]:
     return tuple(_count(block) for block in stack.blocks)
 
 
-def copied_of(model: nn.Module) -> Copied:
+def unmerge_of(model: nn.Module) -> Unmerge:
     """Whether ``model`` merges tokens and copies them back, and by which rule."""
     stack = stack_of(model)
-    copied: Copied = stack is not None and getattr(stack.blocks[-1], "copies", False)
-    return copied
+    unmerge: Unmerge = stack is not None and getattr(stack.blocks[-1], "unmerge", False)
+    return unmerge
 
 
-def set_merged(model: Any, merged: tuple[int, ...], copied: Copied = False) -> None:
+def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) -> None:
     """Change ``model`` in place so that block i merges ``merged[i]`` tokens; empty for no merges."""
-    if (merged, copied) == (merged_of(model), copied_of(model)):
+    if (merged, unmerge) == (merged_of(model), unmerge_of(model)):
         return
     _undo(model)
     if not any(merged):
         return
-    reason = why_not_merged(model, copied)
+    reason = why_not_merged(model, unmerge)
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
     check_merges(model, merged)
@@ -540,7 +547,7 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: Copied = False) -> N
     if vit is not None:
         by_attention = (
             vit.global_pool == "token"
-            and not copied
+            and not unmerge
             and all(
                 isinstance(norm, nn.Identity)
                 for block in blocks
@@ -550,22 +557,22 @@ def set_merged(model: Any, merged: tuple[int, ...], copied: Copied = False) -> N
     # Blocks before the first merge keep their class: their tokens have no sizes.
     first = next(number for number, count in enumerate(merged) if count)
     for block, count in [*zip(blocks, merged, strict=True)][first:]:
-        _set_merging(block, Matcher(count, stack.prefix) if count else None, copied)
+        _set_merging(block, Matcher(count, stack.prefix) if count else None, unmerge)
         if count and by_attention:
-            _set_class(block.attn, LOOK[Attention])
-    blocks[-1].gives_sizes = vit is not None and (copied or vit.global_pool == "avg")
+            _set_class(block.attn, CLS_WEIGHTS[Attention])
+    blocks[-1].gives_sizes = vit is not None and (unmerge or vit.global_pool == "avg")
     if vit is not None:
         vit.__class__ = _MODELS[type(vit)]
 
 
-def _set_merging(block: Any, matcher: Matcher | None, copied: Copied) -> Any:
+def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
     """Give a block the class that merges."""
     plain = type(block)
     if plain not in _BLOCKS:
         _BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
         _UNMERGED[_BLOCKS[plain]] = plain
     block.__class__ = _BLOCKS[plain]
-    block.matcher, block.gives_sizes, block.copies = matcher, True, copied
+    block.matcher, block.gives_sizes, block.unmerge = matcher, True, unmerge
     return block
 
 
@@ -586,7 +593,7 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
                 f"plan of tokens: block {number} merges at most {left // 2} of the {left} patches left, "
                 f"found {count}"
             )
-        if count and isinstance(block, ReadFirst):
+        if count and isinstance(block, OutputTokenBlock):
             raise PlanError(f"plan of tokens: block {number} computes no tokens that it could merge")
         left -= count
 
@@ -596,8 +603,8 @@ def _undo(model: nn.Module) -> None:
     for block in () if stack is None else stack.blocks:
         if type(block) in _UNMERGED:
             block.__class__ = _UNMERGED[type(block)]
-            del block.matcher, block.gives_sizes, block.copies
-            if isinstance(getattr(block, "attn", None), LOOK[Attention]):
+            del block.matcher, block.gives_sizes, block.unmerge
+            if isinstance(getattr(block, "attn", None), CLS_WEIGHTS[Attention]):
                 _set_class(block.attn, Attention)
     if stack is not None and type(stack.vit) in _UNMERGED:
         stack.vit.__class__ = _UNMERGED[type(stack.vit)]
@@ -617,7 +624,7 @@ def _count(block: Any) -> int:
 
 def tokens_of(model: nn.Module) -> TokenPlan:
     """Return the plan of tokens that was applied to ``model``."""
-    return TokenPlan(read_of(model), merged_of(model), copied_of(model))
+    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model))
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
@@ -639,12 +646,12 @@ def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
     applied = tokens_of(model)
     if tokens == applied:
         return
-    if tokens.read != applied.read:
-        if applied.read is not None or tokens.read is None:
+    if tokens.output_tokens != applied.output_tokens:
+        if applied.output_tokens is not None or tokens.output_tokens is None:
             raise PlanError(
-                f"the model computes {applied.read or 'all'} tokens of its last block, the plan is for "
-                f"{tokens.read or 'all'}"
+                f"the last block computes {applied.output_tokens or 'all'} tokens, the plan expects "
+                f"{tokens.output_tokens or 'all'}"
             )
         set_merged(model, ())
-        set_read(model, tokens.read)
-    set_merged(model, tokens.merged, tokens.copied)
+        set_output_tokens(model, tokens.output_tokens)
+    set_merged(model, tokens.merged, tokens.unmerge)

@@ -71,7 +71,7 @@ def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
     result, (line,) = prune(dense, tmp_path / "slim.safetensors", VIT)
     assert "only the token that the classifier reads, unless keep_dead_tokens=True" in line
     model, whole = mhacut.load_model(result.output), build(VIT)
-    assert tokens_of(model) == result.plan.tokens == TokenPlan(read=1)
+    assert tokens_of(model) == result.plan.tokens == TokenPlan(output_tokens=1)
     assert result.dense.flops == measure_flops(whole, VIT.size)
     assert result.dense.parameters == sum(p.numel() for p in whole.parameters())
     assert result.slim.flops == measure_flops(model, VIT.size) <= result.budget < 0.6 * result.dense.flops + 1
@@ -132,7 +132,7 @@ def test_a_slim_file_can_be_pruned_again(dense, tmp_path, keep_dead_tokens):
     second, _ = prune(first.output, tmp_path / "b.safetensors", flops="60%")
     assert second.dense.flops == first.slim.flops
     model = mhacut.load_model(second.output)
-    assert tokens_of(model) == TokenPlan(read=1)
+    assert tokens_of(model) == TokenPlan(output_tokens=1)
     assert measure_flops(model, VIT.size) == second.slim.flops <= second.budget
 
 
@@ -149,7 +149,7 @@ def test_other_models_from_file_to_file(name, tmp_path):
     source = save_dense(build(case), tmp_path / "dense.safetensors")
     result, _ = prune(source, tmp_path / "slim.safetensors", case, flops="50%")
     model, x = mhacut.load_model(result.output), image(case)
-    assert tokens_of(model) == TokenPlan(read=2 if name == "distilled" else 1)
+    assert tokens_of(model) == TokenPlan(output_tokens=2 if name == "distilled" else 1)
     assert measure_flops(model, case.size) == result.slim.flops <= result.budget
     again, _ = prune(result.output, tmp_path / "again.safetensors", flops="80%")
     assert mhacut.load_model(again.output)(x).isfinite().all()
@@ -182,7 +182,7 @@ def test_training_goes_on_where_it_stopped(dense, slim, images, tmp_path, monkey
     given = {"data_dir": images, "teacher": dense, "feature_weight": 1.0, "workers": 0, "seed": 3}
     given |= {"batch_size": 5, "epochs": 2}
     whole = mhacut.finetune(slim, output=tmp_path / "whole", **given)
-    assert tokens_of(mhacut.load_model(whole.output)) == TokenPlan(read=1)
+    assert tokens_of(mhacut.load_model(whole.output)) == TokenPlan(output_tokens=1)
     step, done = Trainer.step, []
 
     def stop_in_the_second_epoch(*args, **options):

@@ -70,7 +70,7 @@ def test_a_file_can_be_pruned_again_to_merge_nothing(merged_file, tmp_path, monk
         round_to=4,
         latency=False,
     )
-    assert tokens_of(mhacut.load_model(again.output)) == again.plan.tokens == TokenPlan(read=1)
+    assert tokens_of(mhacut.load_model(again.output)) == again.plan.tokens == TokenPlan(output_tokens=1)
 
 
 @pytest.mark.parametrize("format", slow_but({"pt2"}, ["pt2", "onnx", "timm"]))
@@ -86,7 +86,9 @@ def test_a_model_card_states_what_is_merged_and_not_computed(merged_file, tmp_pa
     card = (tmp_path / "exported" / "README.md").read_text()
     counts = ", ".join(map(str, tokens.merged))
     assert f"averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..." in card
-    assert ("the head reads, the first one: the model has no patch features" in card) == (tokens.read == 1)
+    assert ("the head reads, the first one: the model has no patch features" in card) == (
+        tokens.output_tokens == 1
+    )
 
 
 @pytest.mark.slow

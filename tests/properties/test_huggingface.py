@@ -154,7 +154,7 @@ def test_merging_layers_compute_what_timms_do(name, prefix, tmp_path):
     model.save_pretrained(tmp_path)
     vit, x = mhacut.load_model(tmp_path), images_of(First(model))
     for each in (model, vit):
-        set_merged(each, (0, 3, 2), copied=True)
+        set_merged(each, (0, 3, 2), unmerge=True)
     output = model(x, output_hidden_states=True)
     assert relative(output.last_hidden_state, vit.forward_features(x)) < 1e-5
     states = vit.forward_intermediates(x, output_fmt="NLC", intermediates_only=True)

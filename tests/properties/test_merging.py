@@ -41,12 +41,12 @@ MERGING = {
     "distilled": (merging("deit_tiny_distilled_patch16_224"), TokenPlan(2, (3, 0, 0))),
     "averaging": (merging("vit_base_patch16_gap_224"), TokenPlan(None, (2, 5, 1))),
     "averaging behind a norm": (merging(global_pool="avg", fc_norm=False), TokenPlan(None, (2, 5, 0))),
-    "copied back": (merging(), TokenPlan(None, (0, 8, 4), copied=True)),
+    "copied back": (merging(), TokenPlan(None, (0, 8, 4), unmerge=True)),
     "copied back, registers": (
         merging(reg_tokens=2, global_pool="", num_classes=0),
-        TokenPlan(None, (4, 0, 6), copied=True),
+        TokenPlan(None, (4, 0, 6), unmerge=True),
     ),
-    "copied back, of before": (merging(), TokenPlan(None, (0, 8, 4), copied="rows")),
+    "copied back, of before": (merging(), TokenPlan(None, (0, 8, 4), unmerge="rows")),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""
@@ -92,7 +92,7 @@ def test_where_equal_tokens_merge_every_patch_has_its_features():
     x = torch.cat([kinds[kind] for kind in chosen], -1).unflatten(-1, (4, 64)).movedim(-2, 2).flatten(2, 3)
     expected = model(x), model.forward_features(x), *model.forward_intermediates(x)[1]
     before = set(dict(model.named_modules()))
-    set_merged(model, (5, 2, 1), copied=True)
+    set_merged(model, (5, 2, 1), unmerge=True)
     found = model(x), model.forward_features(x), *model.forward_intermediates(x)[1]
     for one, other in zip(found, expected, strict=True):
         assert relative(one, other) < 1e-12
@@ -109,7 +109,7 @@ def test_files_of_before_the_checkerboard_merge_as_they_did():
     rows = rows[:, :, ::16].repeat_interleave(16, 2)
     for images, exact in ((rows, True), (rows.mT, False)):
         dense = model(images)
-        set_merged(model, (8, 0, 0), copied="rows")
+        set_merged(model, (8, 0, 0), unmerge="rows")
         assert torch.allclose(model(images), dense) == exact
         set_merged(model, ())
 

@@ -12,7 +12,7 @@ from timm.models.mvitv2 import MultiScaleAttentionPoolFirst
 from helpers.models import build
 from mhacut.adapters.registry import ADAPTERS
 from mhacut.adapters.softmax import Softmax
-from mhacut.adapters.softmax_special import LOOK
+from mhacut.adapters.softmax_special import CLS_WEIGHTS
 from properties.cases import BY_CLASS
 
 NOT_RUNNING = {MultiScaleAttentionPoolFirst}
@@ -25,7 +25,9 @@ def registered_classes() -> set[type]:
     Those of blocks that merge tokens have the tests of merging.
     """
     found = {cls for adapter in ADAPTERS for cls in adapter.module_classes}
-    return {cls for cls in found - NOT_RUNNING - set(LOOK.values()) if not cls.__name__.startswith("Slim")}
+    return {
+        cls for cls in found - NOT_RUNNING - set(CLS_WEIGHTS.values()) if not cls.__name__.startswith("Slim")
+    }
 
 
 def test_every_registered_class_has_a_case():

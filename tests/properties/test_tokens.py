@@ -17,7 +17,7 @@ from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
-from mhacut.surgery.read import tokens_read
+from mhacut.surgery.output_tokens import tokens_read_by_head
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import apply_tokens, tokens_of
 
@@ -98,7 +98,7 @@ def test_what_is_not_read_changes_no_logit(reader):
     for dtype, most in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         model, x = build(reader, dtype=dtype), image(reader, dtype=dtype)
         expected = model(x)
-        apply_tokens(model, TokenPlan(read=tokens_read(model)))
+        apply_tokens(model, TokenPlan(output_tokens=tokens_read_by_head(model)))
         assert relative(model(x), expected) < most
 
 
@@ -107,13 +107,13 @@ def test_a_mask_or_bias_is_that_of_the_whole_model(reader):
     model, x = double(reader)
     tokens = model.blocks[-1].norm1(model.forward_features(x))
     mask = torch.rand(2, 1, 1, tokens.shape[1]) > 0.3
-    last, read = copy.deepcopy(model.blocks[-1]), tokens_read(model)
+    last, read = copy.deepcopy(model.blocks[-1]), tokens_read_by_head(model)
     *_, argument = inspect.signature(last.forward).parameters
     cases: tuple[dict, ...] = ({"attn_mask": mask}, {"is_causal": True})
     if argument.startswith("shared"):
         heads = last.attn.num_heads
         cases = ({argument: torch.rand(1, heads, *[tokens.shape[1]] * 2, dtype=torch.float64)},)
-    apply_tokens(model, TokenPlan(read=read))
+    apply_tokens(model, TokenPlan(output_tokens=read))
     for options in cases:
         expected = last(tokens, **options)[:, :read]
         assert relative(model.blocks[-1](tokens, **options), expected) < 1e-12
@@ -126,7 +126,7 @@ def test_a_cut_applies_the_plan_and_two_cuts_are_one(reader):
     outline, first = copy.deepcopy(model).to("meta"), random_plan(find_prunable_layers(model), 1)[0]
     cut(model, first)
     expected = model(x)
-    tokens = TokenPlan(read=tokens_read(model))
+    tokens = TokenPlan(output_tokens=tokens_read_by_head(model))
     apply_tokens(model, tokens)
     assert relative(model(x), expected) < 1e-12
     second = Plan(random_plan(find_prunable_layers(model), 2)[0].units, tokens)
@@ -144,7 +144,7 @@ def test_costs_are_those_of_what_is_left(name):
     reader = READING[name]
     model = build(reader)
     dense = measure_flops(model, reader.size)
-    apply_tokens(model, TokenPlan(read=tokens_read(model)))
+    apply_tokens(model, TokenPlan(output_tokens=tokens_read_by_head(model)))
     prunable = find_prunable_layers(model)
     table = build_cost_table(model, prunable, reader.size)
     assert table.dense == measure_flops(model, reader.size) < 0.9 * dense
@@ -157,7 +157,7 @@ def test_costs_are_those_of_what_is_left(name):
 def test_copies_and_pickles_and_modes(reader):
     model, x = build(reader), image(reader)
     model.requires_grad_(False).train()
-    apply_tokens(model, TokenPlan(read=tokens_read(model)))
+    apply_tokens(model, TokenPlan(output_tokens=tokens_read_by_head(model)))
     assert all(module.training for module in model.modules())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     model.eval()
@@ -170,19 +170,19 @@ def test_copies_and_pickles_and_modes(reader):
 def test_models_that_read_all_tokens_are_refused(case, reason):
     model = build(case)
     with pytest.raises(UnsupportedModelError, match=reason):
-        tokens_read(model)
+        tokens_read_by_head(model)
     with pytest.raises(UnsupportedModelError, match=reason):
-        cut(model, Plan((), TokenPlan(read=1)))
+        cut(model, Plan((), TokenPlan(output_tokens=1)))
     assert not tokens_of(model)
 
 
 def test_plans_for_another_head_are_refused():
     model = build(READING["distilled"])
     with pytest.raises(PlanError, match="reads 2 tokens"):
-        apply_tokens(model, TokenPlan(read=1))
-    apply_tokens(model, TokenPlan(read=2))
-    with pytest.raises(PlanError, match="2 tokens of its last block"):
-        apply_tokens(model, TokenPlan(read=1))
+        apply_tokens(model, TokenPlan(output_tokens=1))
+    apply_tokens(model, TokenPlan(output_tokens=2))
+    with pytest.raises(PlanError, match="the last block computes 2 tokens"):
+        apply_tokens(model, TokenPlan(output_tokens=1))
 
 
 @pytest.mark.parametrize("name", ["registers", "rotary, halves, registers", "beit", "relative positions"])
@@ -191,7 +191,7 @@ def test_features_of_patches_that_are_not_there_are_refused(name):
     model, x = double(READING[name])
     expected = model.forward_intermediates(x, indices=[0], intermediates_only=True)
     features = model.forward_features(x)
-    apply_tokens(model, TokenPlan(read=1))
+    apply_tokens(model, TokenPlan(output_tokens=1))
     assert relative(model.forward_features(x), features[:, :1]) < 1e-12
     (found,) = model.forward_intermediates(x, indices=[0], intermediates_only=True)
     assert torch.equal(found, expected[0])

@@ -318,7 +318,7 @@ def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
 
 def test_blocks_whose_tokens_are_copied_back_aim_at_those_of_all_patches(monkeypatch):
     bench, seen, aims = Bench(MERGING), [], []
-    set_merged(bench.slim, (4, 0, 2), copied=True)
+    set_merged(bench.slim, (4, 0, 2), unmerge=True)
     monkeypatch.setattr(heal, "_train", lambda model, name, unseen, *_: seen.append((name, unseen)))
     bench.healed()
     for block in bench.dense.blocks:
@@ -334,10 +334,10 @@ def test_blocks_whose_tokens_are_copied_back_aim_at_those_of_all_patches(monkeyp
         torch.testing.assert_close(output, torch.cat((prefix, patches), 1), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("copied", [False, True])
-def test_healing_helps_a_model_that_merges_tokens(copied):
+@pytest.mark.parametrize("unmerge", [False, True])
+def test_healing_helps_a_model_that_merges_tokens(unmerge):
     bench = Bench(MERGING)
-    set_merged(bench.slim, (4, 3, 0), copied)
+    set_merged(bench.slim, (4, 3, 0), unmerge)
     assert bench.divergence(bench.healed(steps=30)) < 0.9 * bench.divergence(bench.slim)
 
 

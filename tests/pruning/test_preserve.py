@@ -269,7 +269,7 @@ def test_a_classifier_preserves_its_answers(tmp_path):
     model = build(ModelCase(VIT.architecture, SMALL))
     result, _ = pruned(model, tmp_path, ARGS)
     assert (result.divergence_of, dict(result.preserved)) == ("answers", {"what": "answers"})
-    assert result.plan.tokens.read == 1
+    assert result.plan.tokens.output_tokens == 1
     with safe_open(result.output, "pt") as file:
         assert "preserved" not in json.loads(file.metadata()["mhacut"])["history"][0]
 
@@ -296,7 +296,7 @@ def test_tokens_whose_features_are_preserved_merge_and_are_copied_back(tmp_path,
     merging = {"preserve": what, "exclude": ("*",), "heal_steps": 2, "tuning_steps": 1}
     result, messages = pruned(model, tmp_path, args, flops="80%", **merging)
     assert "scope: channels and merged tokens, copied back to their patches" in "".join(messages)
-    assert result.plan.tokens.copied
+    assert result.plan.tokens.unmerge
     slim, x = mhacut.load_model(result.output), image(ModelCase(VIT.architecture, args), batch=2)
     again = {"preserve": what, "scope": "attention+mlp", "output": tmp_path / "again.safetensors"}
     second, _ = pruned(str(result.output), tmp_path, flops="60%", **again)

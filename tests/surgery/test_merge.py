@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.tokens import SizedTokens, checkered, match, merge, weigh
+from mhacut.surgery.tokens import SizedTokens, checkerboard_order, match, merge, weigh
 
 
 def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -40,9 +40,9 @@ def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: in
     return torch.stack(tokens), torch.stack(counts)
 
 
-def slow_weights(sizes: Tensor, looks: Tensor, prefix: int) -> Tensor:
+def slow_weights(sizes: Tensor, cls_weights: Tensor, prefix: int) -> Tensor:
     """Size times the root of .1 plus attention to each patch, [N], for the tokens of one image."""
-    paid = [float(looks[:, token].mean() / sizes[token]) for token in range(len(sizes))]
+    paid = [float(cls_weights[:, token].mean() / sizes[token]) for token in range(len(sizes))]
     mean = sum(paid[prefix:]) / len(paid[prefix:])
     roots = [(each / mean + 0.1) ** 0.5 for each in paid]
     return sizes * torch.tensor(roots, dtype=torch.float64)
@@ -55,9 +55,11 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     chance = torch.Generator().manual_seed(count)
     x = torch.randn(3, total, 4, generator=chance, dtype=torch.float64)
     sizes = torch.randint(1, 5, (3, total, 1), generator=chance).double()
-    looks = torch.rand(3, 2, total, generator=chance, dtype=torch.float64)
-    weights = torch.stack([slow_weights(*one, prefix) for one in zip(sizes[..., 0], looks, strict=True)])
-    found = weigh(sizes, looks, prefix)
+    cls_weights = torch.rand(3, 2, total, generator=chance, dtype=torch.float64)
+    weights = torch.stack(
+        [slow_weights(*one, prefix) for one in zip(sizes[..., 0], cls_weights, strict=True)]
+    )
+    found = weigh(sizes, cls_weights, prefix)
     ratios = found / found[:, :1]
     torch.testing.assert_close(ratios[..., 0], weights / weights[:, :1])
     tokens, left, _ = merge(SizedTokens(x, sizes), match(x, found, count, prefix), prefix)
@@ -85,9 +87,9 @@ def test_what_the_class_token_looks_at_is_not_merged():
     ).double()  # the first is the prefix
     sizes = torch.ones(1, 5, 1).double()
     for looked_at, stays in ((0, [3, 4]), (1, [1, 2])):
-        looks = torch.ones(1, 1, 5).double()
-        looks[0, 0, 2 * looked_at + 1 : 2 * looked_at + 3] = 5
-        found = match(x, weigh(sizes, looks, 1), 1, 1)
+        cls_weights = torch.ones(1, 1, 5).double()
+        cls_weights[0, 0, 2 * looked_at + 1 : 2 * looked_at + 3] = 5
+        found = match(x, weigh(sizes, cls_weights, 1), 1, 1)
         tokens = merge(SizedTokens(x, sizes), found, 1).x
         kept = [tuple(token) for token in tokens[0].tolist()]
         assert all(tuple(x[0, place].tolist()) not in kept for place in stays)
@@ -100,9 +102,9 @@ def test_half_precision_holds_weighted_sums(dtype: torch.dtype):
     x[:, :, 3] = 1500
     sizes = torch.ones(1, 197, 1, dtype=dtype)
     sizes[:, 5] = 20
-    looks = torch.full((1, 3, 197), 0.01, dtype=dtype)
-    looks[..., 5] = 1
-    weights = weigh(sizes, looks, 1)
+    cls_weights = torch.full((1, 3, 197), 0.01, dtype=dtype)
+    cls_weights[..., 5] = 1
+    weights = weigh(sizes, cls_weights, 1)
     tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
     assert tokens.dtype == left.dtype == dtype
     wide = [each.float() for each in (x, sizes)]
@@ -122,19 +124,19 @@ def test_tokens_are_copied_back_to_their_places(total: int, prefix: int):
     for _ in range(4):
         tokens = merge(tokens, match(tokens.x, tokens.sizes, 1, prefix), prefix)
         tokens = merge(tokens, match(tokens.x, tokens.sizes, 1, prefix), prefix)
-        torch.testing.assert_close(tokens.copied(), first)
-    assert tokens.places is not None
-    for places, sizes in zip(tokens.places, tokens.sizes, strict=True):
-        assert torch.equal(places.bincount().double(), sizes[:, 0])
+        torch.testing.assert_close(tokens.unmerge(), first)
+    assert tokens.token_of_patch is not None
+    for token_of_patch, sizes in zip(tokens.token_of_patch, tokens.sizes, strict=True):
+        assert torch.equal(token_of_patch.bincount().double(), sizes[:, 0])
 
 
 @pytest.mark.parametrize(("side", "prefix"), [(4, 0), (5, 1), (16, 5)])
 def test_neighbours_in_an_image_are_in_different_sets(side: int, prefix: int):
-    order = checkered(torch.arange(prefix + side**2), prefix)
+    order = checkerboard_order(torch.arange(prefix + side**2), prefix)
     assert order[order].tolist() == list(range(prefix + side**2))  # so that it says where patches stand
     assert order[:prefix].tolist() == list(range(prefix))
     sets = ((order[prefix:] - prefix) % 2).view(side, side)
     assert (sets[1:] != sets[:-1]).all()
     assert (sets[:, 1:] != sets[:, :-1]).all()
     stays = torch.arange(prefix + 8)  # of 2 x 4 patches
-    assert torch.equal(checkered(stays, prefix), stays)
+    assert torch.equal(checkerboard_order(stays, prefix), stays)

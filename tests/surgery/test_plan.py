@@ -109,19 +109,25 @@ def test_documents_from_elsewhere_are_refused(document):
 
 
 def test_a_later_plan_states_all_tokens_that_are_left_out_or_merged():
-    first = Plan((), TokenPlan(read=1, merged=(1, 1)))
-    for later in (TokenPlan(read=1), TokenPlan(read=1, merged=(2, 0))):
+    first = Plan((), TokenPlan(output_tokens=1, merged=(1, 1)))
+    for later in (TokenPlan(output_tokens=1), TokenPlan(output_tokens=1, merged=(2, 0))):
         assert Plan((), later).after(first).tokens == later
 
 
 def test_plans_of_tokens_go_through_json():
-    copied = TokenPlan(merged=(0, 3), copied=True)
-    for plan in (TokenPlan(), TokenPlan(read=2), TokenPlan(merged=(0, 3)), TokenPlan(1, (4,)), copied):
+    unmerging = TokenPlan(merged=(0, 3), unmerge=True)
+    for plan in (
+        TokenPlan(),
+        TokenPlan(output_tokens=2),
+        TokenPlan(merged=(0, 3)),
+        TokenPlan(1, (4,)),
+        unmerging,
+    ):
         assert TokenPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert bool(plan) == (plan != TokenPlan(merged=(0, 0)))
-    assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(read=1)
+    assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(output_tokens=1)
     before = {"merged": [0, 3], "rule": "weights", "copied": True}  # in files from before the checkerboard
-    assert TokenPlan.from_json(before) == TokenPlan(merged=(0, 3), copied="rows")
+    assert TokenPlan.from_json(before) == TokenPlan(merged=(0, 3), unmerge="rows")
     assert TokenPlan.from_json(before).to_json() == before
 
 

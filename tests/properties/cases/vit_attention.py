@@ -28,8 +28,8 @@ from timm.models import (
 from torch import nn
 
 from helpers.models import SMALL, LayerCase, ModelCase
-from mhacut.adapters.softmax_special import READ
-from mhacut.surgery.read import read_first
+from mhacut.adapters.softmax_special import OUTPUT_TOKENS
+from mhacut.surgery.output_tokens import attend_from_output_tokens
 from properties.cases import parts
 
 Cases = dict[type[nn.Module], dict[str, LayerCase | ModelCase]]
@@ -79,7 +79,7 @@ def first_read(
 ) -> LayerCase:
     def make() -> nn.Module:
         attention = cls(12, 3, **args)
-        read_first(attention, read)
+        attend_from_output_tokens(attention, read)
         return attention
 
     return LayerCase(make, whole=whole, fast=not args)
@@ -93,28 +93,28 @@ def rope_read(cls: type[nn.Module], whole: Mapping[str, str] = NOTHING, **args: 
 
 
 CASES: Cases = {
-    READ[Attention]: {
+    OUTPUT_TOKENS[Attention]: {
         "": first_read(1),
         "biases": first_read(2, qkv_bias=True),
         "gated": first_read(2, gated=True, qkv_bias=True),
         "normalised": first_read(2, parts.QK_NORMALISED, qk_norm=True, norm_layer=nn.LayerNorm),
     },
-    READ[AttentionRope]: {
+    OUTPUT_TOKENS[AttentionRope]: {
         "": rope_read(AttentionRope),
         "half": rope_read(AttentionRope, rotate_half=True, gated=True),
         "shared keys": rope_read(AttentionRope, parts.SHARED_KEYS, qkv_fused=False, num_kv_heads=1),
     },
-    READ[eva.EvaAttention]: {
+    OUTPUT_TOKENS[eva.EvaAttention]: {
         "": rope_read(eva.EvaAttention),
         "separate": rope_read(eva.EvaAttention, qkv_fused=False, rotate_half=True),
         "no biases": rope_read(eva.EvaAttention, qkv_bias=False),
         "normalised": rope_read(eva.EvaAttention, parts.QK_NORMALISED, qk_norm=True),
     },
-    READ[beit.Attention]: {
+    OUTPUT_TOKENS[beit.Attention]: {
         "": first_read(1, cls=beit.Attention),
         "biases": first_read(1, cls=beit.Attention, window_size=(3, 5), qkv_bias=True),
     },
-    READ[vision_transformer_relpos.RelPosAttention]: {
+    OUTPUT_TOKENS[vision_transformer_relpos.RelPosAttention]: {
         "": first_read(1, cls=vision_transformer_relpos.RelPosAttention),
         "biases": first_read(
             1,

@@ -24,7 +24,7 @@ _DIFFERENTIATED = 64
 _Note = Callable[[str, Any, Any], None]
 
 
-class Part(nn.Module):
+class SubmoduleFn(nn.Module):
     """A submodule as a function of the tensor that differs from image to image; all else is as it was."""
 
     def __init__(self, module: nn.Module, recorded: Recorded, outputs: Iterable[str]) -> None:
@@ -124,17 +124,17 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "get_interme
 """Methods of a submodule that give its features; those after the first are timm's."""
 
 
-class _Seen(BaseException):
+class _StopForward(BaseException):
     """Ends a run of the whole model. Not an Exception, which the model might catch."""
 
 
 @contextmanager
-def _until_seen(model: nn.Module) -> Iterator[None]:
-    """End a run at :class:`_Seen`; undo what transformers 4 puts in place of ``forward`` meanwhile."""
+def _stopping_forward(model: nn.Module) -> Iterator[None]:
+    """End a run at :class:`_StopForward`; undo what transformers 4 puts in place of ``forward`` meanwhile."""
     before = [(module, vars(module).get("forward")) for module in model.modules()]
     try:
         yield
-    except _Seen:
+    except _StopForward:
         for module, forward in before:
             vars(module).pop("forward", None)
             if forward is not None:
@@ -180,14 +180,14 @@ def record(
         calls.setdefault(key, []).append(images.detach().float().cpu())
         found[key] += len(images)
         if ends:
-            raise _Seen
+            raise _StopForward
 
     ends = False  # the run, at the submodule
     for ran, run in enumerate(runs):
         try:
             if outputs and (loss is None or loss.images >= _DIFFERENTIATED):
                 ends = stops and sum(map(len, calls.values())) == ran
-                with torch.no_grad(), _until_seen(model), _watched(part, note, lambda output: output):
+                with torch.no_grad(), _stopping_forward(model), _watched(part, note, lambda output: output):
                     run()
             else:
                 outputs |= _outputs_read(part, run, note, loss)

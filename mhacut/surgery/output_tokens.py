@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from mhacut.adapters.base import mixed
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax import Softmax
-from mhacut.adapters.softmax_special import READ
+from mhacut.adapters.softmax_special import OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 
-class ReadFirst:
+class OutputTokenBlock:
     """Mixed into a block's class, in front of it: only the first tokens are read."""
 
     attn: Any
@@ -32,18 +32,18 @@ class ReadFirst:
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
         y = self.attn(self.norm1(x), *args, **options)  # (B, read, C)
-        x = x[:, : self.attn.read] + self.drop_path1(_scaled(self, 1, y))
+        x = x[:, : self.attn.output_tokens] + self.drop_path1(_scaled(self, 1, y))
         out: Tensor = x + self.drop_path2(_scaled(self, 2, self.mlp(self.norm2(x))))
         return out
 
 
-class ReadFirstPostNorm(ReadFirst):
+class OutputTokenBlockPostNorm(OutputTokenBlock):
     """The same for blocks that normalise behind attention and MLP."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
         y = self.attn(x, *args, **options)  # (B, read, C)
-        x = x[:, : self.attn.read] + self.drop_path1(self.norm1(y))
+        x = x[:, : self.attn.output_tokens] + self.drop_path1(self.norm1(y))
         out: Tensor = x + self.drop_path2(self.norm2(self.mlp(x)))
         return out
 
@@ -58,7 +58,7 @@ def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
     return y if gamma is None else gamma * y
 
 
-class FewTokens:
+class OutputTokenModel:
     """Mixed into timm's model, in front of it: outputs that need tokens that are not there are refused."""
 
     def forward_intermediates(
@@ -83,7 +83,7 @@ class FewTokens:
     def check_features(self: Any, indices: int | list[int] | None) -> None:
         """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens."""
         taken, _ = feature_take_indices(len(self.blocks), indices)
-        short = [index for index in taken if isinstance(self.blocks[index], ReadFirst)]
+        short = [index for index in taken if isinstance(self.blocks[index], OutputTokenBlock)]
         if short:
             keep = option_name("keep_dead_tokens", True)
             raise UnsupportedModelError(
@@ -92,8 +92,8 @@ class FewTokens:
             )
 
 
-FEW_TOKENS: Mapping[type[nn.Module], Any] = {
-    cls: mixed("FewTokens", FewTokens, cls)
+OUTPUT_TOKEN_MODELS: Mapping[type[nn.Module], Any] = {
+    cls: mixed("OutputToken", OutputTokenModel, cls)
     for cls in (
         vision_transformer.VisionTransformer,
         VisionTransformerDistilled,
@@ -103,11 +103,11 @@ FEW_TOKENS: Mapping[type[nn.Module], Any] = {
     )
 }
 """Models whose forward pass reads the last block only by its pooling, and their class with fewer tokens."""
-READ_BLOCKS: Mapping[type[nn.Module], Any] = {
-    cls: mixed("Read", mixin, cls)
+OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
+    cls: mixed("OutputToken", mixin, cls)
     for mixin, classes in {
-        ReadFirst: (vision_transformer.Block, eva.EvaBlock, beit.Block, relpos.RelPosBlock),
-        ReadFirstPostNorm: (
+        OutputTokenBlock: (vision_transformer.Block, eva.EvaBlock, beit.Block, relpos.RelPosBlock),
+        OutputTokenBlockPostNorm: (
             vision_transformer.ResPostBlock,
             eva.EvaBlockPostNorm,
             relpos.ResPostRelPosBlock,
@@ -120,20 +120,20 @@ tokens."""
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:
-    """Return the class that ``model`` has, or had before :func:`set_read`."""
-    return next((dense for dense, few in FEW_TOKENS.items() if few is type(model)), type(model))
+    """Return the class that ``model`` has, or had before :func:`set_output_tokens`."""
+    return next((dense for dense, few in OUTPUT_TOKEN_MODELS.items() if few is type(model)), type(model))
 
 
-def read_of(model: nn.Module) -> int | None:
+def output_tokens_of(model: nn.Module) -> int | None:
     """Return the number of tokens that the last block of ``model`` computes; None for all."""
     blocks: Any = getattr(model, "blocks", ())
-    last = blocks[-1] if isinstance(model, FewTokens) else None
-    return last.attn.read if isinstance(last, ReadFirst) else None
+    last = blocks[-1] if isinstance(model, OutputTokenModel) else None
+    return last.attn.output_tokens if isinstance(last, OutputTokenBlock) else None
 
 
-def tokens_read(model: nn.Module) -> int:
+def tokens_read_by_head(model: nn.Module) -> int:
     """Return the number of first tokens of the last block that the head of ``model`` reads."""
-    if type(model) not in FEW_TOKENS and not isinstance(model, FewTokens):
+    if type(model) not in OUTPUT_TOKEN_MODELS and not isinstance(model, OutputTokenModel):
         raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
     head: Any = model
     if head.global_pool != "token" or getattr(head, "attn_pool", None) is not None:
@@ -143,11 +143,11 @@ def tokens_read(model: nn.Module) -> int:
 
 
 def _check_last(block: Any) -> None:
-    if isinstance(block, ReadFirst):
+    if isinstance(block, OutputTokenBlock):
         return
-    if type(block) not in READ_BLOCKS:
+    if type(block) not in OUTPUT_TOKEN_BLOCKS:
         raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all tokens")
-    if _dense_class(block.attn) not in READ:
+    if _dense_class(block.attn) not in OUTPUT_TOKENS:
         raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all tokens")
 
 
@@ -156,25 +156,25 @@ def _dense_class(attention: nn.Module) -> Any:
     return getattr(adapter_for(attention), "cls", None)
 
 
-def set_read(model: Any, read: int) -> None:
+def set_output_tokens(model: Any, read: int) -> None:
     """Change ``model`` in place so that its last block computes its first ``read`` tokens only."""
-    expected = tokens_read(model)
+    expected = tokens_read_by_head(model)
     if read != expected:
         raise PlanError(f"plan of tokens: the head reads {expected} tokens, the plan is for {read}")
     block = model.blocks[-1]
-    read_first(block.attn, read)
-    block.__class__ = READ_BLOCKS[type(block)]
-    model.__class__ = FEW_TOKENS[type(model)]
+    attend_from_output_tokens(block.attn, read)
+    block.__class__ = OUTPUT_TOKEN_BLOCKS[type(block)]
+    model.__class__ = OUTPUT_TOKEN_MODELS[type(model)]
 
 
 @torch.no_grad()
-def read_first(attention: Any, read: int) -> None:
+def attend_from_output_tokens(attention: Any, read: int) -> None:
     """Change an attention layer in place so that it computes its first ``read`` tokens only.
 
     A fused ``qkv`` is split into the projections that the row of its new class names.
     """
-    attention.__class__ = READ[_dense_class(attention)]
-    attention.read = read
+    attention.__class__ = OUTPUT_TOKENS[_dense_class(attention)]
+    attention.output_tokens = read
     adapter = adapter_for(attention)
     assert isinstance(adapter, Softmax)
     if attention.qkv is not None:
