@@ -19,7 +19,7 @@ LINES = {
     "cli": 1308,
     "commands": 3689,
     "data": 1518,
-    "exporting": 1461,
+    "exporting": 1300,
     "finetuning": 2169,
     "flatten": 1505,
     "inspection": 650,

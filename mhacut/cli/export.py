@@ -74,7 +74,7 @@ def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
         agreed = f"KL divergence {agreement.kl:.2g} nats, {same}, {agreed}"
     return [
         "",
-        f"INT8 ({int8.method}) compared with float32, on {safe(int8.compared_on)}: {agreed}",
+        f"INT8 compared with float32, on {safe(int8.compared_on)}: {agreed}",
         *(
             [f"kept in float32 because of outliers: {safe(', '.join(kept))}"]
             if (kept := int8.float32_layers)

@@ -1,8 +1,10 @@
-"""Quantize an ONNX file to INT8 by ONNX Runtime's own quantizer, and compare it with float32.
+"""Quantize an ONNX file to INT8 with ONNX Runtime's dynamic quantizer, and compare it with float32.
 
-Weights have a scale for each output channel. Ranges of activations are found as the file runs ("dynamic"), or
-beforehand on images ("static"), which was as fast in ONNX Runtime and a little further off.
+Each output channel of a weight has its own scale. Ranges of activations are found while the file runs.
 """
+
+# Static ranges, fixed beforehand on images, were no better: on a ViT-Ti with 430 ImageNet classes, KL was
+# 0.011 nats (dynamic: 0.007), and size and time of one image were the same within 1 %.
 
 from __future__ import annotations
 
@@ -28,23 +30,21 @@ from mhacut.exporting.runtimes import INPUT, METADATA, Runner, onnx_runner, refu
 from mhacut.measuring.accuracy import Agreement, agreement
 from mhacut.measuring.latency import fixed_images, run_of, take_turns
 from mhacut.options.base import DataOptions
-from mhacut.options.export import ExportOptions, QuantizationMethod
+from mhacut.options.export import ExportOptions
 from mhacut.surgery.find import gives_probabilities
 
-_LINEAR = ["MatMul", "Gemm"]
-"""Operators that are quantized. Softmax, LayerNorm and GELU stay float32, as do convolutions, which are one
-patch embedding in a ViT and slower in INT8 than in float32 where ranges are dynamic. Products of activations
-(queries and keys, attention and values) stay float32 too: only a constant second factor is quantized."""
+_QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
+"""Operators that become INT8, if their second factor is a constant weight. The rest stays float32: softmax,
+LayerNorm, GELU, products of two activations, and convolutions, which dynamic ranges make slower."""
 FAR_KL, FAR_COSINE = 0.1, 0.98
-"""KL divergence in nats above which, or cosine below which without classes, an INT8 model is far off."""
-TOO_MUCH = 0.01
-"""Relative squared error of a layer's outputs above which it stays float32. ViTs have massive activations
-(Sun et al., arXiv 2402.17762): one value of a token, hundreds of times the others, sets the step for all.
-The errors of layers without such outliers are two orders of magnitude below this, of those with them one
-above."""
+"""Limits of a usable INT8 model: largest KL divergence (nats), or without classes smallest cosine."""
+MAX_ROUNDING_ERROR = 0.01
+"""Relative squared error of a layer's outputs above which the layer stays float32. In ViTs, a few activations
+are hundreds of times larger than the others (Sun et al., arXiv 2402.17762), and set the step for all. Layers
+without such outliers are 100 times below this limit, layers with outliers 10 times above."""
 _LEVELS = 255
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Key under which torch's exporter keeps the names of the modules that a node comes from."""
+"""Key in a node's metadata under which torch's exporter stores the names of its modules."""
 _HELD_OUT = 0.25
 _NOISE_IMAGES = 32
 _BATCH = 8
@@ -55,31 +55,27 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Quantization:
-    """Manner in which an INT8 file was made, and its comparison with float32."""
+    """Comparison of an INT8 file with the float32 file."""
 
-    method: QuantizationMethod
-    """Whether ranges of activations are found as the file runs, or were on images."""
-    reduce_range: bool
     float32_layers: tuple[str, ...]
-    """Linear layers that stay float32, because outliers of their inputs would take up the range of INT8."""
+    """Linear layers that stay float32 because their inputs have outliers."""
     compared_on: str
-    """Description of the images of the comparison; outliers and static ranges were found on others."""
+    """Description of the images of the comparison. Outliers were searched on other images."""
     agreement: Agreement
-    """Agreement with the float32 model."""
+    """Agreement of the outputs with the float32 model's."""
     float32_bytes: int
     """Size of the float32 file."""
     float32_ms: float
-    """Median CPU time for one image in ONNX Runtime, interleaved with the INT8 file; with several threads,
-    the time of all."""
+    """Median CPU time of one image in ONNX Runtime, summed over threads, in turns with the INT8 file."""
     int8_ms: float
-    """The same for the INT8 file."""
+    """Median CPU time of one image for the INT8 file."""
     speedup: float
-    """Median ratio of the float32 file's time to the INT8 file's in the same round."""
+    """Median over rounds of the float32 file's time divided by the INT8 file's."""
     threads: int
 
     @property
     def far(self) -> bool:
-        """Whether outputs differ too much from those of the float32 model to be of use."""
+        """Whether the outputs are too far from the float32 model's to be useful."""
         kl, cosine = self.agreement.kl, self.agreement.cosine
         return not (cosine >= FAR_COSINE if kl is None else kl <= FAR_KL)
 
@@ -88,90 +84,58 @@ class NothingToQuantizeError(MhacutError):
     """An ONNX model without a linear layer that ONNX Runtime can quantize."""
 
 
-def refusing_int8() -> AbstractContextManager[None]:
-    """Return a context that raises a :class:`MhacutError` where an ONNX file cannot be quantized."""
+def _refusing_int8() -> AbstractContextManager[None]:
     return refusing(f"{option_name('int8', True)}: ONNX Runtime fails", "without it, the model stays float32")
 
 
-def quantize(
-    content: bytes,
-    *,
-    calibration: Sequence[Tensor] = (),
-    reduce_range: bool = False,
-    exclude: Collection[str] = (),
-) -> bytes:
-    """Return an ONNX file with the weights of its linear layers in INT8.
-
-    Args:
-        content: a float32 ONNX file.
-        calibration: batches of images to find static ranges of activations on, [B, C, H, W] float32; without
-            any, ranges are dynamic.
-        reduce_range: round weights to 7 bits, for CPUs without VNNI, where products of 8 bits overflow.
-        exclude: names of nodes that stay float32.
-    """
+def quantize(content: bytes, *, exclude: Collection[str] = ()) -> bytes:
+    """Return a float32 ONNX file with its linear layers in INT8, except the nodes named in ``exclude``."""
     import onnx
-    from onnxruntime.quantization import QuantType, quantize_dynamic, quantize_static
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     model = onnx.load_from_string(content)
     linear = {node.name for node in _linear_nodes(model)}.difference(exclude)
-    left = [node.name for node in model.graph.node if node.op_type in _LINEAR and node.name not in linear]
-    shared: dict[str, Any] = {
-        "op_types_to_quantize": _LINEAR,
-        # The dynamic quantizer makes a MatMul of a Gemm first.
-        "nodes_to_exclude": [*left, *(f"{name}_MatMul" for name in left)],
-        # A scale for each output channel costs no time: it is applied after the sum over inputs.
-        "per_channel": True,
-        "reduce_range": reduce_range,
-        "weight_type": QuantType.QInt8,
-        # Without the second, a static file rounds what goes into the residual stream too.
-        "extra_options": {"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": _LINEAR},
-    }
-    with tempfile.TemporaryDirectory() as folder, _quiet(), refusing_int8():
+    excluded = [
+        node.name
+        for node in model.graph.node
+        if node.op_type in _QUANTIZED_OPERATORS and node.name not in linear
+    ]
+    with tempfile.TemporaryDirectory() as folder, _quiet(), _refusing_int8():
         exact, prepared, written = (Path(folder, f"{name}.onnx") for name in ("exact", "prepared", "int8"))
         exact.write_bytes(content)
-        # Shapes of the batch are symbols, which its other pass would need names for.
+        # Symbolic shape inference would need names for the sizes of the batch.
         quant_pre_process(str(exact), str(prepared), skip_symbolic_shape=True)
         _forget_shapes_of_weights(prepared)
-        if calibration:
-            unsigned = QuantType.QUInt8  # what the kernels of x86 multiply with signed weights
-            # Its default is the range of all values seen, so that nothing of these images is clipped.
-            images = _CalibrationReader(calibration)
-            quantize_static(str(prepared), str(written), images, activation_type=unsigned, **shared)
-        else:
-            quantize_dynamic(str(prepared), str(written), **shared)
-        made = onnx.load(str(written))
-    matrices = (one for one in made.graph.initializer if len(one.dims) > 1)
-    if not any(one.data_type == onnx.TensorProto.INT8 for one in matrices):
+        quantize_dynamic(
+            str(prepared),
+            str(written),
+            op_types_to_quantize=_QUANTIZED_OPERATORS,
+            # The quantizer first turns a Gemm into a MatMul with this suffix.
+            nodes_to_exclude=[*excluded, *(f"{name}_MatMul" for name in excluded)],
+            per_channel=True,  # costs no time: the scale is applied after the sum over inputs
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        quantized = onnx.load(str(written))
+    matrices = (tensor for tensor in quantized.graph.initializer if len(tensor.dims) > 1)
+    if not any(tensor.data_type == onnx.TensorProto.INT8 for tensor in matrices):
         raise NothingToQuantizeError(
             f"{option_name('int8', True)}: the model has no linear layer that ONNX Runtime can quantize; "
             "nothing was written. Export it in float32"
         )
-    for item in made.metadata_props:
+    for item in quantized.metadata_props:
         if item.key == METADATA:
-            int8 = {"activations": "static" if calibration else "dynamic", "reduce_range": reduce_range}
-            item.value = json.dumps({**json.loads(item.value), "int8": int8}, sort_keys=True)
-    quantized: bytes = made.SerializeToString()
-    return quantized
-
-
-class _CalibrationReader:
-    """Batches of images, as ONNX Runtime's calibration asks for them."""
-
-    def __init__(self, batches: Sequence[Tensor]) -> None:
-        self._left = iter(batches)
-
-    def get_next(self) -> dict[str, Any] | None:
-        """Return the next batch by the name of the input; None after the last."""
-        batch = next(self._left, None)
-        return None if batch is None else {INPUT: batch.numpy()}
+            about = {**json.loads(item.value), "int8": {"activations": "dynamic"}}
+            item.value = json.dumps(about, sort_keys=True)
+    result: bytes = quantized.SerializeToString()
+    return result
 
 
 def _forget_shapes_of_weights(path: Path) -> None:
-    """Remove the shapes that the file states of its weights a second time.
-
-    onnxruntime 1.23, the last for Python 3.10, transposes weights but not those, which onnx 1.23 refuses.
-    """
+    """Remove from the graph's ``value_info`` the shapes of weights, which the weights state themselves."""
+    # onnxruntime 1.23, the last version for Python 3.10, transposes weights without updating these shapes,
+    # and onnx 1.23 refuses the contradiction.
     import onnx
 
     model = onnx.load(str(path))
@@ -184,7 +148,7 @@ def _forget_shapes_of_weights(path: Path) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the quantizer's advice off stderr: it is about steps that are taken anyway."""
+    # The quantizer recommends preprocessing, which was done.
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -200,19 +164,16 @@ def quantize_and_compare(
     options: ExportOptions,
     log: Callable[[str], None],
 ) -> tuple[bytes, Runner, Quantization]:
-    """Quantize an ONNX file, except for layers with outliers, and compare the result with float32."""
+    """Quantize a float32 ONNX file of ``model``; return the INT8 file, a runner of it and the comparison."""
     searched, held_out, description = _images(preprocessing, options)
     threads = options.threads or torch.get_num_threads()
-    fragile = layers_with_outliers(content, searched[:_OUTLIER_BATCHES])
-    calibration = searched if options.quantization == "static" else ()
-    made = quantize(content, calibration=calibration, reduce_range=options.reduce_range, exclude=fragile)
-    run = onnx_runner(made, threads)
+    outlier_layers = layers_with_outliers(content, searched[:_OUTLIER_BATCHES])
+    quantized = quantize(content, exclude=outlier_layers)
+    run = onnx_runner(quantized, threads)
     expected, actual = (torch.cat([program(batch) for batch in held_out]) for program in (model, run))
     slow, fast = _times(onnx_runner(content, threads), run, preprocessing, options)
     result = Quantization(
-        method=options.quantization,
-        reduce_range=options.reduce_range,
-        float32_layers=tuple(fragile.values()),
+        float32_layers=tuple(outlier_layers.values()),
         compared_on=description,
         agreement=agreement(expected, actual, classes=gives_probabilities(model)),
         float32_bytes=len(content),
@@ -223,22 +184,22 @@ def quantize_and_compare(
     )
     if result.far:
         log(_advice(result, options))
-    return made, run, result
+    return quantized, run, result
 
 
 def _times(
     exact: Runner, quantized: Runner, preprocessing: Preprocessing, options: ExportOptions
 ) -> list[list[float]]:
-    """Return the CPU seconds per image of both, in turns. Other programs add to wall time, not to these."""
+    """Return CPU seconds per image of both files. CPU time, unlike wall time, ignores other programs."""
     images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
-    # In turns, since a CPU that warms up or is shared slows down whichever would be second.
+    # In turns: a CPU that warms up or is shared would slow down the second file.
     runs = [run_of(exact, images), run_of(quantized, images)]
     times = take_turns(runs, seconds=_SECONDS, device=torch.device("cpu"), clock=time.process_time)
     return [[seconds / len(images) for seconds in per_run] for per_run in times]
 
 
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return batches to find outliers and ranges on, batches to compare on, and a description of these."""
+    """Return batches for the outlier search, batches for the comparison, and a description of the latter."""
     size = options.fixed_batch or _BATCH
     if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
@@ -249,7 +210,6 @@ def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[
     chosen: CalibrationImages = calibration_images(
         preprocessing, data, count=options.calibration_images, seed=_SEED, use_labels=False
     )
-    # Ranges fit the images that they were found on; only others show what clipping costs.
     held_out = max(round(_HELD_OUT * len(chosen.images)), 1)
     searched, compared = (
         [batch for batch in part.split(size) if options.fixed_batch in (None, len(batch))]
@@ -257,48 +217,38 @@ def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[
     )
     if not searched or not compared:
         raise MhacutError(
-            f"{option_name('int8', True)}: {len(chosen.images)} images are too few to compare on a part of "
-            f"them in batches of {size}; give more, or none"
+            f"{option_name('int8', True)}: {len(chosen.images)} images are too few for a comparison on "
+            f"{_HELD_OUT:.0%} of them in batches of {size}; give more images, or no images"
         )
     return searched, compared, f"{sum(map(len, compared))} held-out of {chosen.description}"
 
 
 def _advice(result: Quantization, options: ExportOptions) -> str:
-    """Return the line that says that INT8 is far off, and what may help."""
     kl = result.agreement.kl
-    off = f"cosine {result.agreement.cosine:.3f}" if kl is None else f"KL divergence {kl:.3g} nats"
-    ways = []
+    distance = f"cosine {result.agreement.cosine:.3f}" if kl is None else f"KL divergence {kl:.3g} nats"
+    advice = "keep float32"
     if not options.has_images:
-        ways.append(f"compare on images ({option_name('data_dir')}): noise is no fair test")
-    if result.method == "static":
-        ways.append(option_name("quantization", "dynamic"))
-    if not result.reduce_range:
-        ways.append(f"{option_name('reduce_range', True)} if this CPU has no VNNI")
-    ways.append("keep float32")
-    return f"the INT8 model is far from float32 ({off}); what may help: {', or '.join(ways)}"
+        advice = f"compare on real images ({option_name('data_dir')}), or {advice}"
+    return f"the INT8 model is far from float32 ({distance}); {advice}"
 
 
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return the layers that should stay float32: the name of the module of each, by that of its node.
+    """Return nodes whose inputs lose too much when rounded to INT8, with the names of their modules.
 
-    They are those whose inputs, rounded to the 256 values that ONNX Runtime's dynamic quantization gives all
-    tokens of a batch, make too large an error in any batch.
-
-    Args:
-        content: a float32 ONNX file.
-        batches: images, [B, C, H, W] each.
+    ``batches`` are images, [B, C, H, W] each. All tokens of a batch share 256 levels, as in ONNX Runtime's
+    dynamic quantization.
     """
     import onnx
     import onnxruntime
 
     model = onnx.load_from_string(content)
-    weights = {one.name: one for one in model.graph.initializer}
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = _linear_nodes(model)
     inputs = list(dict.fromkeys(node.input[0] for node in nodes))  # q, k and v read the same tensor
     del model.graph.output[:]  # the inputs of all linear layers become the outputs of the graph
     model.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
-    fragile = set()
-    with refusing_int8():
+    outlier_nodes = set()
+    with _refusing_int8():
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         for batch in batches:
             values = dict(zip(inputs, session.run(inputs, {INPUT: batch.numpy()}), strict=True))
@@ -306,35 +256,37 @@ def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str,
                 weight = onnx.numpy_helper.to_array(weights[node.input[1]])
                 transposed = any(item.name == "transB" and item.i for item in node.attribute)
                 error = rounding_error(values[node.input[0]], weight.T if transposed else weight)
-                if not error <= TOO_MUCH:  # NaN, of values that overflow, is too much as well
-                    fragile.add(node.name)
-    return {node.name: _module_name(node) for node in nodes if node.name in fragile}
+                if not error <= MAX_ROUNDING_ERROR:  # also NaN, from values that overflow
+                    outlier_nodes.add(node.name)
+    return {node.name: _module_name(node) for node in nodes if node.name in outlier_nodes}
 
 
 def rounding_error(x: Any, weight: Any) -> float:
-    """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for quantized ``x``.
+    """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for ``x`` in 256 levels.
 
-    It is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q rounds to 256 values.
+    The error is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q rounds to the levels.
     """
     low, high = min(x.min(), 0), max(x.max(), 0)
     step = max((high - low) / _LEVELS, 1e-30)  # all values may be 0
-    zero = np.round(-low / step)  # the level of 0, which must be exact: padding and ReLU give it
+    zero = np.round(-low / step)  # 0 has a level of its own: padding and ReLU must stay exact
     rounded = (np.clip(np.round(x / step) + zero, 0, _LEVELS) - zero) * step
-    # In the output, not the input: an outlier that the weights ignore does no harm.
-    off, exact = (rounded - x) @ weight, x @ weight
-    return float(((off**2).sum(-1) / ((exact**2).sum(-1) + 1e-30)).mean())
+    # The error is measured in the output: an outlier that the weights ignore does no harm.
+    error, exact = (rounded - x) @ weight, x @ weight
+    return float(((error**2).sum(-1) / ((exact**2).sum(-1) + 1e-30)).mean())
 
 
 def _linear_nodes(model: Any) -> list[Any]:
     """Return the nodes of an ONNX model that multiply by constant weights."""
-    constant = {one.name for one in model.graph.initializer}
+    constant = {tensor.name for tensor in model.graph.initializer}
     return [
-        node for node in model.graph.node if node.op_type in ("MatMul", "Gemm") and node.input[1] in constant
+        node
+        for node in model.graph.node
+        if node.op_type in _QUANTIZED_OPERATORS and node.input[1] in constant
     ]
 
 
 def _module_name(node: Any) -> str:
-    """Return the name of the module that a node comes from; the node's own if that is not stated."""
+    """Return the name of the module that a node comes from, or else the node's own name."""
     for item in node.metadata_props:
         if item.key == _SCOPES:
             *modules, _ = ast.literal_eval(item.value)

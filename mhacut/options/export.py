@@ -19,7 +19,6 @@ from mhacut.options.base import (
 from mhacut.options.option import GIVEN, Options, PathLike, option, require
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
-QuantizationMethod = Literal["dynamic", "static"]
 _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
 
 
@@ -30,8 +29,7 @@ class QuantizationImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     train_split: str = "train"
     """Split for choosing the images."""
     calibration_images: int = option(256, at_least=8)
-    """Number of images for finding outliers and static ranges. A quarter is held out for the comparison with
-    float32."""
+    """Number of images: 75 % for finding outliers, 25 % for the comparison with float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +38,6 @@ class QuantizationOptions(Options, panel="Quantization"):
 
     int8: bool = False
     """Quantize the weights of linear layers to INT8. Speed, size and outputs are compared with float32."""
-    quantization: QuantizationMethod = "dynamic"
-    """Ranges of activations: dynamic computes them at run time, static fixes them on images (for NPUs)."""
-    reduce_range: bool = False
-    """Quantize weights to 7 bits: x86 CPUs without VNNI overflow with 8 bits."""
     threads: int | None = threads_option()
     """Number of CPU threads for timing INT8. Default: torch's choice."""
 
@@ -97,8 +91,6 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
-            found = self.quantization == "dynamic" or self.has_images
-            require("quantization", self.quantization, found, f"images ({option_name('data_dir')}) with it")
         for name in self.changed():  # whoever gives them wants a quantized file
             quantizes = name in QuantizationOptions.options() or name in QuantizationImages.options()
             require(name, getattr(self, name), self.int8 or not quantizes, option_name("int8", True))
