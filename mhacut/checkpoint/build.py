@@ -1,4 +1,4 @@
-"""Build timm models: without memory first, then ready for weights."""
+"""Build timm models on the meta device, then allocate them for weights."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mhacut.errors import CheckpointError
 from mhacut.limits import is_int
 
 _FILL = "init_non_persistent_buffers"
-"""Method of timm's modules that computes the buffers which no file holds."""
+"""Method of timm's modules that computes the non-persistent buffers."""
 
 
 def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | None = None) -> nn.Module:
-    """Build the dense model on the meta device: shapes, no memory. The global seed is left alone."""
+    """Build the dense model on the meta device, without using memory or the global seed."""
     import timm
 
     args = identity.model_args
@@ -53,18 +53,13 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Create tensors on the meta device, and initialise none of them.
-
-    There, what changes values in place has no effect, yet torch takes up to 10 times as long over a model's
-    initial weights as over the model.
-    """
+    """Create tensors on the meta device and skip their initialisation."""
+    # Meta tensors have no values, yet their initialisation takes torch up to 10 times as long as the model.
     with torch.device("meta"), _Uninitialised():
         yield
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Skip what changes the values of meta tensors in place."""
-
     _INITIALISES = frozenset(
         {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
         | {Tensor.fill_, Tensor.zero_, Tensor.__setitem__}
@@ -84,11 +79,7 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def allocate(model: nn.Module) -> None:
-    """Give a model on the meta device memory on the CPU, and values to the buffers that no file holds.
-
-    Parameters and persistent buffers wait for a state dict. timm computes the other buffers anew: index
-    tables, masks, frequencies.
-    """
+    """Allocate a meta model on the CPU and compute its non-persistent buffers."""
     for module in model.modules():
         # Tables of cut layers are no file's either, but the cut has made them on the CPU.
         waiting = [name for name, tensor in module.named_buffers(recurse=False) if tensor.is_meta]
@@ -104,7 +95,6 @@ def allocate(model: nn.Module) -> None:
 
 
 def known_model(name: str) -> bool:
-    """Whether timm has a model of this name."""
     import timm
 
     known: bool = timm.is_model(name)
@@ -112,7 +102,7 @@ def known_model(name: str) -> bool:
 
 
 def unknown_model(name: str) -> str:
-    """Return the message for a name that timm does not know, with the closest names that it does."""
+    """Return the error message for a name that timm does not know, with the closest names."""
     import timm
 
     names = timm.list_models()
@@ -123,12 +113,11 @@ def unknown_model(name: str) -> str:
 
 
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor in the state dict of ``model``."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return JSON as timm keeps it: tuples, and only fields that this timm knows."""
+    """Return ``cfg`` with tuples and only the fields that this timm knows."""
     from timm.models import PretrainedCfg
 
     # A later timm may have written the file, and an unknown field would be an error of its dataclass.

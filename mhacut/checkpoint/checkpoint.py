@@ -1,4 +1,4 @@
-"""A checkpoint, of which each part is read when it is first used."""
+"""A checkpoint whose parts are read on first use."""
 
 from __future__ import annotations
 
@@ -28,32 +28,24 @@ from mhacut.text import dtype_name, listed
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A timm model, dense or slim, and what is known about it.
-
-    Opened from a file, it has the file's header and, of a slim file, the record. The rest is read when it is
-    first asked for, and kept: first the identity with a skeleton of the model, then the model's weights.
-
-    Each step may raise a :class:`CheckpointError`.
-    """
+    """A timm model, dense or slim, and its file, which the properties read on first use."""
 
     source: str
-    """A path, ``timm:NAME``, or another name for readers."""
+    """Path, ``timm:NAME``, or another name for messages."""
     stem: str
-    """Beginning of default output names."""
+    """First part of default output names."""
     record: SlimRecord | None
-    """Record of a slim file; None for a dense model."""
+    """Metadata of a slim file; None for a dense model."""
     header: FileHeader | None = None
     """Header of the file; None for a model in memory."""
     hints: ModelHints = field(default_factory=ModelHints)
-    """Statements of the user about the model in the file."""
     has_weights: bool = False
-    """Whether the weights of the model have been read."""
+    """Whether the weights have been read."""
     _resolved: ResolvedModel | None = None
     _sha256: str | None = None
 
     @classmethod
     def open(cls, source: str | os.PathLike[str], hints: ModelHints | None = None) -> Checkpoint:
-        """Read the header of a file, and the record of a slim one."""
         hints = hints or ModelHints()
         header = read_file_header(source, hints.part)
         of_folder = header.config is not None or bool(header.shards)
@@ -86,38 +78,36 @@ class Checkpoint:
 
     @property
     def path(self) -> Path | None:
-        """File that holds the weights; None for a model in memory."""
+        """File with the weights; None for a model in memory."""
         return None if self.header is None else self.header.path
 
     @property
     def identity(self) -> ModelIdentity:
-        """Identity of the dense model."""
         return self._resolve().identity
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """[C, H, W] of the images that the model is built for."""
+        """Image size [C, H, W] of the model."""
         identity = self.identity
         return model_input_size(self.skeleton, identity.pretrained_cfg, identity.model_args)
 
     @property
     def cfg_origins(self) -> Mapping[str, str]:
-        """Origin of each value in the identity's pretrained_cfg, as in :class:`ResolvedModel`."""
         return self._resolve().cfg_origins
 
     @property
     def skeleton(self) -> nn.Module:
-        """The model, cut if it is slim; on the meta device (without memory) until the weights are read."""
+        """The model, cut if slim; on the meta device until the weights are read."""
         return self._resolve().skeleton
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each tensor of the model in the file, in which another file is to be written."""
+        """Dtype of each tensor in the file."""
         return {name: info.dtype for name, info in self._resolve().tensors.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Lines for the user: what was inferred, which part of a file was used."""
+        """Log lines: what was inferred, and which part of the file was read."""
         notes, header = list(self._resolve().notes), self.header
         if header is None:
             return tuple(notes)
@@ -132,14 +122,14 @@ class Checkpoint:
 
     @property
     def model(self) -> nn.Module:
-        """The model in eval mode, float32, on the CPU, whatever the file's dtypes; cut if it is slim."""
+        """The model with weights, in eval mode, float32, on the CPU."""
         if not self.has_weights:
             self._read_weights()
         return self.skeleton
 
     @property
     def sha256(self) -> str:
-        """Hex digest of the file's bytes, or of the tensors of a model in memory."""
+        """SHA-256 of the file, or of the tensors of a model in memory."""
         if self._sha256 is None and self.header is not None:
             self._sha256 = sha256_of_file(self.header)
         elif self._sha256 is None:
@@ -147,7 +137,7 @@ class Checkpoint:
         return self._sha256
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Read the file's tensors, under the names they have in the model and in the file's dtypes."""
+        """Read the tensors in the file's dtypes, by their names in the model."""
         assert self.header is not None
         resolved, tensors = self._resolve(), read_tensors(self.header)
         # Another library's tensors are renamed, split and joined; a slim file has the model's names.
@@ -169,7 +159,6 @@ class Checkpoint:
         return self._resolved
 
     def _read_weights(self) -> None:
-        """Fill the skeleton. Its shapes are known to fit; only now is memory taken."""
         assert self.header is not None
         model, where = self.skeleton, show(self.header.path)
         tensors = self.read_tensors()
@@ -187,7 +176,6 @@ class Checkpoint:
 
 
 def check_finite(where: str, model: nn.Module) -> None:
-    """Raise a :class:`CheckpointError` if tensors of ``model`` hold NaN or infinite values."""
     bad: list[str] = []
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point():
@@ -202,7 +190,7 @@ def check_finite(where: str, model: nn.Module) -> None:
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hex digest of names, shapes, dtypes and bytes of ``tensors``, sorted by name."""
+    """Return the digest of names, shapes, dtypes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()

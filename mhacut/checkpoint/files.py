@@ -1,6 +1,7 @@
-"""Read checkpoint files: find out the format by content, then the header or the tensors.
+"""Read checkpoint files. The content decides the format.
 
-Nothing here trusts a suffix, runs code from a file, extracts an archive, or follows a name found in a file.
+Files are untrusted: suffixes are ignored, no code is run, no archive is extracted, no path in a file is
+followed.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from mhacut.errors import CheckpointError
 from mhacut.runtime.files import regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
-"""Names of tensors that PEFT adds to a model, and those of the layers that it wraps."""
+"""Tensor names of PEFT adapters."""
 _MAX_HEADER_BYTES = 100_000_000
-"""Largest header of a safetensors file; the limit of the library."""
+"""Limit of the safetensors library."""
 _OTHERS = (
     (rb"version https://git-lfs", "a git-lfs pointer", "run git lfs pull"),
     (rb"(\xef\xbb\xbf)?\s*<", "an HTML page", "download the file itself"),
@@ -46,7 +47,7 @@ _OTHERS = (
 
 
 def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
-    """Read the header of the checkpoint at ``source``: a safetensors or torch file, or a folder."""
+    """Read the header of a safetensors file, torch file or folder."""
     path = Path(source)
     if not path.is_dir():
         return _named(_file_header(path, part))
@@ -56,7 +57,6 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
 
 
 def _file_header(path: Path, part: str | None = None) -> FileHeader:
-    """Return the header of one file, its tensors by their names there."""
     regular_size(path)  # refuses what is no file, before a pipe would block
     if _sniff(path) == "safetensors":
         tensors, metadata = safetensors_header(path)
@@ -65,10 +65,7 @@ def _file_header(path: Path, part: str | None = None) -> FileHeader:
 
 
 def _named(header: FileHeader) -> FileHeader:
-    """Return the header with its tensors by their names in the model, those of the model only.
-
-    A slim file has no other names, and in a folder of another library they are that library's.
-    """
+    """Rename tensors to the model's names and drop tensors outside the model."""
     if METADATA_KEY in header.metadata:
         return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
     of_timm = header.config is None or "architecture" in header.config
@@ -89,7 +86,6 @@ def _named(header: FileHeader) -> FileHeader:
 
 
 def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
-    """Return the header of several files that hold one model."""
     tensors: dict[str, TensorInfo] = {}
     headers = [_file_header(path) for path in paths]
     for header in headers:
@@ -99,7 +95,7 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the tensors that ``header`` announced: on the CPU, in the file's dtypes, by their names there."""
+    """Read the tensors in ``header`` on the CPU, in the file's dtypes."""
     names = header.naming.names
     tensors: dict[str, Tensor] = {}
     stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
@@ -125,7 +121,7 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Memory-map the named tensors on the CPU, in the file's dtypes."""
+    """Memory-map the named tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
@@ -134,10 +130,7 @@ def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return the tensors and the metadata that a safetensors file announces.
-
-    The library checks that header and tensors cover the file without holes and overlaps.
-    """
+    """Return tensor infos and metadata. The library checks for holes and overlaps."""
     regular_size(path)  # to open a pipe would block
     try:
         with safe_open(path, framework="pt") as file:
@@ -161,14 +154,13 @@ def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
 
 
 def sha256_of_file(header: FileHeader) -> str:
-    """Return the hex digest of the file's bytes; of several, the digest of their digests in order."""
+    """Return the digest of the file. For shards: the digest of their digests."""
     if not header.shards:
         return sha256_of(header.path)
     return hashlib.sha256("".join(map(sha256_of, header.shards)).encode()).hexdigest()
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hex digest of the file's bytes."""
     digest = hashlib.sha256()  # Python 3.10 has no file_digest
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -177,7 +169,6 @@ def sha256_of(path: Path) -> str:
 
 
 def _sniff(path: Path) -> Format:
-    """Return the format by content, or raise an error that says what the file looks like."""
     try:
         with open(path, "rb") as file:
             start = file.read(512)

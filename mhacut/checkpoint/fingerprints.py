@@ -1,6 +1,6 @@
-"""Table of fingerprints: which architectures have the tensors of a file, found without building a model.
+"""Fingerprints of timm's architectures: find the architecture of a file without building models.
 
-``tests/tools/generate_fingerprints.py`` writes the table anew, for the timm that is installed.
+``tests/tools/generate_fingerprints.py`` writes the table for the installed timm.
 """
 
 from __future__ import annotations
@@ -23,44 +23,40 @@ CLASSIFIERS = re.compile(
     r"((aux_)?head(_dist)?|heads\.\d+|fc|classif(ier)?|last_linear)"
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
-"""Tensors of classifiers in timm; their shape depends on the classes, and a file may have none."""
+"""Tensors of classifiers in timm."""
 _OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamma|attn\.qkv\.bias)")
-"""Kinds of tensors that are there, or are not, by an argument that the others show."""
+"""Tensors whose presence depends on one argument. Other tensors show that argument."""
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Digests of the names and shapes of a model's tensors, without those of classifiers."""
+    """Digests of the names and shapes of a model's tensors, without classifiers."""
 
     exact: str
-    """Digest of all names and shapes; tables of positions count by their names only."""
+    """Digest of all names and shapes. Position tables count by name only."""
     any_size: str
-    """Digest of the kinds of tensors, blocks without their number, and of their shapes in blocks: equal
-    whatever the depth, the input channels, the patches, the image size, the pooling and the registers."""
+    """Digest that ignores depth, input channels, patch size, image size, pooling and registers."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Fingerprints of all prunable architectures of one version of timm."""
-
     timm: str
     groups: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Names of architectures, by :attr:`Fingerprint.any_size`, then by :attr:`Fingerprint.exact`."""
+    """Names of architectures by :attr:`Fingerprint.any_size`, then by :attr:`Fingerprint.exact`."""
 
     def exact_matches(self, shapes: Shapes) -> tuple[str, ...]:
-        """Names of the architectures that have these tensors, classes and image size aside."""
+        """Architectures with these tensors for some number of classes and image size."""
         digests = fingerprint(shapes)
         return self.groups.get(digests.any_size, {}).get(digests.exact, ())
 
     def matches_of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
-        """Names of those that may have them with other arguments."""
+        """Architectures that may have these tensors with other arguments."""
         group = self.groups.get(fingerprint(shapes).any_size, {})
         return tuple(name for names in group.values() for name in names)
 
 
 def fingerprint(shapes: Shapes) -> Fingerprint:
-    """Return the fingerprint of a model, or of a file, from the shape of each of its tensors."""
     exact: set[str] = set()
     any_size: set[str] = set()
     for name, shape in shapes.items():
@@ -84,7 +80,6 @@ def _digest(lines: Iterable[str], size: int) -> str:
 
 @cache
 def read_table() -> Table:
-    """Read the table that mhacut ships."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     group: dict[str, tuple[str, ...]] = {}

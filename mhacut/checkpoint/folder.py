@@ -20,26 +20,24 @@ WEIGHT_FILES = (
     "model.pth",
     "model.pt",
 )
-"""Names of files with weights, in the order in which they are sought."""
+"""Files with weights, in order of preference."""
 PRUNED = "pruned.safetensors"
-"""Name of the pruned part of a model that was pruned in place, in its folder."""
+"""Weights of the pruned submodule in a folder of ``save_pruned``."""
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Names of the files that state transformers' preprocessing, in the order in which they are sought."""
+"""Files with transformers' preprocessing, in order of preference."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Names of the lists of the files that a model is spread over, in the order in which they are sought."""
+"""Lists of shards, in order of preference."""
 _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
-"""Endings of other files that may be meant."""
 _NO_MODEL = re.compile(r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)|.*-of-")
-"""Names of the files beside a model's, and of parts of one."""
+"""Files of training states, and single shards."""
 MERGE_ADAPTER_ADVICE = (
     "merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
     'torch.save(merged.state_dict(), "weights.pth")'
 )
-"""Advice for an adapter of PEFT."""
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
-    """Find what is read of a folder."""
+    """Return the weight files, the model configuration and the preprocessor configuration."""
     one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, one)
     if config is None and one is not None:
@@ -64,7 +62,6 @@ def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, di
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
-    """Return the configuration that goes with the weights; None if there is none."""
     # open_clip puts a config.json of timm or transformers beside its own, for the same weights.
     plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
     config = read_json(plain) if plain.is_file() else None
@@ -75,7 +72,6 @@ def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
 
 
 def preprocessor_of(folder: Path) -> dict[str, Any] | None:
-    """Return how images are preprocessed; models of text and images state it beside the same for text."""
     plain, shared = (folder / name for name in PREPROCESSORS)
     if plain.is_file():
         return read_json(plain)
@@ -84,7 +80,6 @@ def preprocessor_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """Return the shards of a model in order, which must be complete."""
     # Their names say how many there are, so that no name in an index has to be trusted.
     shard = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
     paths = sorted(path for path in folder.iterdir() if shard.fullmatch(path.name))
@@ -100,10 +95,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the names of the shards that an index lists, in order.
-
-    The index is untrusted: a name that leads to another folder is refused.
-    """
+    """Return the names of the shards in an untrusted index. Names that leave the folder are refused."""
     files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     # No slash and no dot but the last: a name cannot lead out of the folder.

@@ -1,4 +1,4 @@
-"""Header of a checkpoint: names, shapes and dtypes of its tensors, known without reading them."""
+"""Header of a checkpoint: names, shapes and dtypes, read without the weights."""
 
 from __future__ import annotations
 
@@ -26,58 +26,51 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Supported dtypes by their names in safetensors files."""
+"""Supported dtypes by their safetensors names."""
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Shape and dtype of a tensor, as the file announces them."""
-
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
-    """Return shape and dtype of each tensor."""
     return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True)
 class FileHeader:
-    """Everything a file says about its tensors, and how it was found."""
+    """Tensors of a file, and where they were found."""
 
     path: Path
-    """The file with the weights."""
+    """File with the weights."""
     format: Format
     tensors: Mapping[str, TensorInfo]
-    """Tensors of the model, by their names in it."""
+    """Tensors of the model, by their names in the model."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Metadata of a safetensors file; untrusted text."""
+    """Untrusted metadata of a safetensors file."""
     config: Mapping[str, Any] | None = None
-    """The ``config.json`` of a folder of timm or another library; untrusted."""
+    """Untrusted ``config.json`` of a folder."""
     preprocessor: Mapping[str, Any] | None = None
-    """The ``preprocessor_config.json`` of a folder of transformers; untrusted."""
+    """Untrusted ``preprocessor_config.json`` of a transformers folder."""
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    """Files over which the tensors are spread, with the tensors of each; empty if ``path`` has all."""
+    """Tensors of each shard; empty for a single file."""
     naming: Naming = field(default_factory=lambda: Naming({}))
-    """Names of ``tensors`` in the file."""
     part: str | None = None
-    """Entry of a training checkpoint that holds the tensors (``model_ema``)."""
+    """Entry of a training checkpoint that was read, for example ``model_ema``."""
     other_parts: tuple[str, ...] = ()
-    """Entries that hold other weights of the network, for the option ``part``."""
+    """Other entries with weights, selectable with ``--part``."""
     requested_part: str | None = None
-    """Part that the user asked for: such an entry, or a module in it."""
+    """Value of ``--part``: an entry, or a module in it."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Entries of a training checkpoint that may state its model, untrusted values of any type; see
-    :mod:`mhacut.checkpoint.training`."""
+    """Untrusted options saved by a training script, see :mod:`mhacut.checkpoint.training`."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each tensor."""
         return {name: info.shape for name, info in self.tensors.items()}
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each tensor."""
         return {name: info.dtype for name, info in self.tensors.items()}

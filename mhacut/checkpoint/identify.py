@@ -1,4 +1,4 @@
-"""Identify the model of a checkpoint: from what the file states, the user says, or the shapes show."""
+"""Find the timm model of a checkpoint: by its metadata, configuration, training options or shapes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from mhacut.surgery.slice import cut
 
 
 def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> ResolvedModel:
-    """Build the model that a slim file states, cut it by the plan and compare it with the file's tensors."""
+    """Build the model described in a slim file's metadata, cut it by the plan, and compare tensors."""
     where = show(header.path)
     identity = record.identity
     try:
@@ -48,7 +48,6 @@ def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> 
 
 
 def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn.Module) -> None:
-    """Raise a :class:`CheckpointError` if ``hints`` contradict a slim file of the dense ``model``."""
     wrong = []
     if hints.model is not None and split_tag(hints.model)[0] != stated.architecture:
         wrong.append(f"{option_name('model', hints.model)} (it is {stated.architecture})")
@@ -67,13 +66,7 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
 
 
 def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
-    """Build the model of a dense file: from its ``config.json``, else as named, else from names and shapes.
-
-    Files of other libraries are converted to timm's names first.
-
-    ``num_classes`` is inferred from the classifier's shape and ``img_size`` from a square ``pos_embed`` where
-    nobody states them; the notes say so. 0 classes leave the file's classifier out.
-    """
+    """Build the model of a dense file from its configuration, the user's hints, or names and shapes."""
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
@@ -102,7 +95,7 @@ def _with_notes(model: ResolvedModel, *last: str, first: str | None = None) -> R
 
 
 def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> ResolvedModel:
-    """Build the model that timm's ``config.json``, new or old style, states."""
+    """Build the model described in timm's ``config.json`` (current or old format)."""
     config = header.config or {}
     where = show(header.path.parent / "config.json")
     architecture = config.get("architecture")
@@ -140,7 +133,6 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
 def _from_conversion(
     header: FileHeader, foreign: Conversion, args: Mapping[str, Any], hints: ModelHints
 ) -> ResolvedModel:
-    """Build the timm model that another library's file is converted to."""
     spec = foreign.spec
     if spec is None:
         renamed = replace(header, tensors=foreign.tensors, config=None)
@@ -168,10 +160,7 @@ def _from_conversion(
 def _from_file(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
 ) -> ResolvedModel:
-    """Build the model of a bare file: from what the user or its training script says, or the shapes show.
-
-    ``cfg`` is what its library implies of its pretrained_cfg.
-    """
+    """Build the model of a file without configuration. ``cfg`` is the preprocessing its library implies."""
     training = read_training(header.training)
     if training is None:
         return _from_names(header, args, hints, cfg)
@@ -200,7 +189,7 @@ def _from_file(
 def _from_training(
     header: FileHeader, args: Mapping[str, Any], training: Training, *, given: bool
 ) -> ResolvedModel:
-    """Build the model that the training script names, with its arguments as far as they fit the tensors."""
+    """Build the model named in the training options, without arguments that contradict the tensors."""
     name, tag = split_tag(training.model or "")
     cfg = cfg_of_tag(name, tag)
     heads = {key: training.args[key] for key in ("num_heads",) if training.implied and key in training.args}
@@ -227,10 +216,7 @@ def _from_training(
 def _from_names(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
 ) -> ResolvedModel:
-    """Build the model of a file that states none: as named, else from names and shapes.
-
-    ``cfg`` is what is known of its pretrained_cfg.
-    """
+    """Build the model named by ``--model``, or found from names and shapes."""
     if hints.model is not None:
         name, tag = split_tag(hints.model)
         _check_name(header, name, option_name("model"))
@@ -255,10 +241,7 @@ def _from_names(
 
 
 def _without_claims(model: ResolvedModel, stated: Iterable[str] = ()) -> ResolvedModel:
-    """Drop from timm's default for an architecture what describes timm's weights: license, tag, labels.
-
-    What is ``stated`` for these weights stays.
-    """
+    """Drop license, tag and labels that come from timm's default. Keep those in ``stated``."""
     dropped = WEIGHTS_CFG_KEYS - set(stated)
     cfg = {name: value for name, value in model.identity.pretrained_cfg.items() if name not in dropped}
     return replace(model, identity=replace(model.identity, pretrained_cfg=cfg))
@@ -267,7 +250,6 @@ def _without_claims(model: ResolvedModel, stated: Iterable[str] = ()) -> Resolve
 def _with_preprocessing(
     model: ResolvedModel, stated: Mapping[str, Any], *, of_library: bool = False
 ) -> ResolvedModel:
-    """Override the preprocessing of the architecture with what a script states, or its library implies."""
     cfg = for_size(model.identity.pretrained_cfg, stated.get("input_size"))
     identity = replace(model.identity, pretrained_cfg={**cfg, **stated})
     origins = {**model.cfg_origins, **dict.fromkeys(stated, "library" if of_library else "file")}

@@ -1,4 +1,4 @@
-"""Identity of a checkpoint's timm model: the architecture and its arguments, checked as untrusted values."""
+"""Architecture and arguments of a checkpoint's timm model, checked as untrusted values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
 ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-"""Name of an argument, and other single words."""
+"""Names of arguments."""
 
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,128}")
 # fmt: off
@@ -23,7 +23,7 @@ _RESERVED_ARGS = frozenset((
     "exportable", "no_jit", "features_only", "feature_cfg", "feature_cls", "out_indices", "kwargs_filter",
     "pruned", "model_name", "model_cls", "variant", "device", "dtype",
 ))
-"""Arguments of timm's factory that load, place or wrap a model instead of describing it."""
+"""Arguments of timm.create_model that load, place or wrap a model."""
 _CFG_SIZES = frozenset({"input_size", "test_input_size", "min_input_size"})
 _CFG_KEYS = _CFG_SIZES | frozenset((
     "num_classes", "pool_size", "test_pool_size", "first_conv", "classifier", "architecture", "tag",
@@ -31,25 +31,25 @@ _CFG_KEYS = _CFG_SIZES | frozenset((
     "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 ))
 # fmt: on
-"""Keys of a pretrained_cfg that are kept: preprocessing, labels, provenance; never a source of weights."""
+"""Keys of a pretrained_cfg that are read: preprocessing, labels, provenance. Sources of weights are dropped.
+"""
 PROVENANCE_CFG_KEYS = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
-"""Keys of a pretrained_cfg that hold for the original weights only, not for weights derived from them."""
+"""Keys of a pretrained_cfg that are valid for the original weights only."""
 LABEL_CFG_KEYS = frozenset({"label_names", "label_descriptions"})
-"""Keys of a pretrained_cfg that name the classes."""
 WEIGHTS_CFG_KEYS = PROVENANCE_CFG_KEYS | LABEL_CFG_KEYS
-"""Keys of a pretrained_cfg that timm's default for an architecture cannot know about another file."""
+"""Keys of a pretrained_cfg that describe weights. timm's defaults for them do not apply to other files."""
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Arguments of ``timm.create_model`` for the dense model, as plain JSON values."""
+    """Arguments of ``timm.create_model`` for the dense model, as JSON values."""
 
     architecture: str
-    """Name in timm's registry, without a tag."""
+    """Name in timm without a tag."""
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of ``timm.create_model``: ``num_classes`` always, ``img_size`` and others if set."""
+    """Keyword arguments of ``timm.create_model``; always includes ``num_classes``."""
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    """Preprocessing, labels and license as timm keeps them; never where weights would come from."""
+    """Preprocessing, labels and license in timm's format, without sources of weights."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or not _ARCHITECTURE.fullmatch(self.architecture):
@@ -62,19 +62,18 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ModelHints:
-    """Statements of the user about the model in a file; the file must show what is None or missing."""
+    """The user's options about the model in a file. None means: infer from the file."""
 
     model: str | None = None
-    """Name in timm, maybe with the tag of pretrained weights."""
+    """Name in timm, with or without a tag."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of ``timm.create_model``."""
     num_classes: int | None = None
     part: str | None = None
-    """Entry of a training checkpoint, or module in it, that is the model."""
+    """Entry or module of a training checkpoint that holds the model."""
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Return arguments of ``timm.create_model`` that describe a model: JSON values, tuples as lists."""
+    """Return ``args`` as JSON values, or raise if they do more than describe a model."""
     if not isinstance(args, Mapping):
         raise CheckpointError(f"model_args: expected an object, found {type(args).__name__}")
     for name in args:
@@ -92,7 +91,7 @@ def checked_model_args(args: object) -> dict[str, Any]:
 
 
 def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
-    """Return timm's pretrained_cfg as JSON values, without the sources of weights."""
+    """Return ``cfg`` as JSON values without the sources of weights."""
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {type(cfg).__name__}")
     # Where weights come from is left out: nothing that a file states may make timm fetch others.
@@ -108,26 +107,18 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
 
 
 def identity_of(model: Any, architecture: str, args: Mapping[str, Any]) -> ModelIdentity:
-    """Return the identity of a dense timm model that was built as ``architecture`` with ``args``.
-
-    The pretrained_cfg describes the weights: its ``input_size`` may differ from the model's, and is then the
-    one that its ``crop_pct`` was chosen for.
-    """
+    """Return the identity of a dense timm model. Its pretrained_cfg may have another image size."""
     num_classes = int(model.num_classes)
     cfg = {**checked_pretrained_cfg(model.pretrained_cfg), "num_classes": num_classes}
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)
 
 
 def dense_args(identity: ModelIdentity) -> dict[str, Any]:
-    """Return the arguments of the dense model of a slim file, to open a file that states none with.
-
-    The number of classes is left to the file, unless the slim one has no classifier.
-    """
+    """Return the ``model_args`` for opening the dense original of a slim file."""
     return {name: value for name, value in identity.model_args.items() if name != "num_classes" or value == 0}
 
 
 def _check_image(size: object, where: str) -> None:
-    """Refuse an image size, [H, W] or [C, H, W], that needs too much memory."""
     if isinstance(size, list) and len(size) in (2, 3) and all(map(is_int, size)):
         fault = too_large(size)
         if fault:

@@ -1,4 +1,4 @@
-"""Build a model with the arguments that the shapes in its file show."""
+"""Build a model with the arguments inferred from the shapes in its file."""
 
 from __future__ import annotations
 
@@ -27,26 +27,26 @@ class ResolvedModel:
     """The model of a checkpoint, without its weights."""
 
     identity: ModelIdentity
-    """The dense model."""
+    """Identity of the dense model."""
     skeleton: nn.Module
-    """The model on the meta device, cut if the file is slim."""
+    """Model on the meta device, cut if the file is slim."""
     tensors: Tensors
-    """Tensors of the file, under the names they have in the model."""
+    """Tensors of the file by their names in the model."""
     notes: tuple[str, ...]
-    """Lines for the user: what was inferred, and from where."""
+    """Log lines: what was inferred, and from where."""
     cfg_origins: Mapping[str, str] = field(default_factory=dict)
-    """Origin of values in the identity's pretrained_cfg, see :mod:`mhacut.checkpoint.preprocessing`; those
-    without one are timm's default."""
+    """Origin of each pretrained_cfg value, see :mod:`mhacut.checkpoint.preprocessing`. Missing keys are
+    timm's defaults."""
     conversion: Conversion | None = None
-    """Conversion of the tensors of another library's file."""
+    """Conversion of another library's tensors."""
     inferred: frozenset[str] = frozenset()
-    """Names of the arguments that the shapes showed."""
+    """Names of the inferred arguments."""
 
 
 def infer_from_shapes(
     name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], tensors: Tensors, *, bounded: bool = False
 ) -> ResolvedModel:
-    """Build model ``name`` with the arguments that the shapes of its tensors show."""
+    """Build model ``name`` with arguments inferred from ``tensors``, whose number limits the depth."""
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
@@ -88,7 +88,6 @@ def infer_from_shapes(
 
 
 def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
-    """Return the tensors without those of a classifier that ``model`` does not have, and a note."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     heads = tuple(f"{name.partition('.')[0]}." for name in names)
@@ -102,7 +101,6 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
 def _with_visible_args(
     identity: ModelIdentity, tensors: Tensors
 ) -> tuple[nn.Module, tuple[InferredArg, ...]]:
-    """Return the model with the arguments that its tensors show, and these; as it is if timm refuses them."""
     given = args = identity.model_args
     try:
         model = build_skeleton(identity)
@@ -125,16 +123,12 @@ def _with_visible_args(
 
 
 def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:
-    """Return the shapes of the tables of positions, sorted; they depend on the image size."""
+    """Return the sorted shapes of all position tables."""
     return sorted(info.shape for name, info in tensors.items() if POSITIONS.search(name))
 
 
 def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of a dense file under the names, and at the image size, of ``model``.
-
-    FLatten models have other names in the files of their authors, and a linear classifier ``head`` has
-    another name in some architectures; other tensors stay as they are.
-    """
+    """Rename a dense file's tensors to the model's names and resize FLatten's positions."""
     convert = checkpoint_filter(model)
     named = dict(tensors) if convert is None else convert(tensors, model)
     own, classifier = model.state_dict(), getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -145,7 +139,7 @@ def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 
 
 def infos_by_model_names(tensors: Tensors, model: nn.Module) -> dict[str, TensorInfo]:
-    """Return shapes and dtypes as :func:`to_model_names` leaves those of the tensors. Reads no weight."""
+    """Return shapes and dtypes after :func:`to_model_names`, without reading weights."""
     announced = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()
     }

@@ -19,7 +19,7 @@ from mhacut.runtime.progress import Reporter
 
 
 def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint; of a file, only the header is read at first."""
+    """Open a checkpoint. For files, only the header is read now."""
     given = ModelHints(**hints)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, given)
@@ -30,14 +30,14 @@ def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
 
 
 def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint and read its weights; arguments as for :func:`open_checkpoint`."""
+    """Open a checkpoint and read its weights."""
     checkpoint = open_checkpoint(source, **hints)
     _ = checkpoint.model
     return checkpoint
 
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
-    """Whether a checkpoint states its own architecture: ``timm:NAME``, a slim file or a folder."""
+    """Whether the source names its architecture: ``timm:NAME``, ``hf-hub:NAME``, a slim file, a folder."""
     if isinstance(source, str) and source.startswith(REMOTE):
         return True
     opened = Checkpoint.open(source, ModelHints(part=part))
@@ -50,7 +50,6 @@ def open_from_options(
     *,
     weights: bool = True,
 ) -> Checkpoint:
-    """Open the checkpoint that a command is given, and log what was inferred about it."""
     hints = {name: getattr(options, name) for name in ("model", "model_args", "num_classes", "part")}
     checkpoint = open_checkpoint(options.checkpoint, **hints)
     if weights:
@@ -71,18 +70,16 @@ def load_model(
     """Return the model in a dense or slim checkpoint: a timm module in eval mode, float32, on the CPU.
 
     timm's ``forward_features``, ``get_classifier``, ``reset_classifier`` and
-    ``timm.data.resolve_data_config(model=...)`` work on it. float16 and bfloat16 files are widened: call
-    ``.half()`` on the result for the file's own precision.
+    ``timm.data.resolve_data_config(model=...)`` work on it.
 
     Args:
-        path: whatever ``mhacut prune`` reads: safetensors, ``.pth``, a timm folder, ``timm:NAME``,
-            ``hf-hub:OWNER/NAME``. None, which is the output of a dry run, is refused.
-        model: timm's name of the architecture, for dense files that do not state it.
-        part: entry of a training checkpoint, or module in it, that is the model; found out if None.
-        model_args: further arguments of ``timm.create_model``, ``img_size=32``.
+        path: safetensors file, ``.pth`` file, timm folder, ``timm:NAME`` or ``hf-hub:OWNER/NAME``.
+        model: timm's name of the architecture, for dense files that do not name it.
+        part: entry or module of a training checkpoint that holds the model. Default: inferred.
+        model_args: further arguments of ``timm.create_model``, for example ``img_size=32``.
 
     Raises:
-        CheckpointError: there is no file, or it cannot be read, recognised or trusted.
+        CheckpointError: the file is missing, damaged, unsafe or of an unknown model.
     """
     if path is None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Compare a file's tensors with a model's; say what differs and what to try next."""
+"""Compare a file's tensors with a model's, and suggest what to try next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name, listed
 
 _MAX_NAMES = 5
-"""Names in a message, of each kind of difference."""
 _ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
 
 
@@ -29,11 +28,7 @@ def check_tensors(
     *,
     stated: bool = False,
 ) -> None:
-    """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``.
-
-    The message has counts and the first few names of tensors that are missing, unexpected, or of another
-    shape or kind of dtype.
-    """
+    """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``."""
     wanted: dict[str, Tensor] = expected.state_dict()
     shared = [name for name in wanted if name in tensors]
     odd = [
@@ -89,7 +84,7 @@ def check_tensors(
 
 
 def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
-    """Return what to try next: the arguments that the shapes show, and what they leave open."""
+    """Return suggestions: the arguments that the shapes show."""
     shapes = {name: info.shape for name, info in tensors.items()}
     # Arguments that were given are inferred too: they may be what is wrong.
     shown = visible_args(model, shapes, {})

@@ -1,4 +1,4 @@
-"""A timm module in memory as a checkpoint."""
+"""Checkpoints of timm modules in memory."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from mhacut.errors import CheckpointError, option_name
 from mhacut.surgery.find import classifier_size, model_input_size, patch_embedding
 
 _ARGS = "mhacut_model_args"
-"""Attribute of a loaded module: the arguments that it was built with."""
+"""Attribute of a loaded module: its timm.create_model arguments."""
 _WRAPPED = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""Attribute in which torch's wrappers of a model keep it, by class; OptimizedModule is of torch.compile."""
+"""Wrapper classes of torch, and the attribute that holds the model. OptimizedModule is torch.compile's."""
 _SAME = 1e-5
-"""Largest relative difference of outputs that two builds of one model may have in float32."""
+"""Largest relative difference between the float32 outputs of two builds of one model."""
 
 
 def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
-    """Return ``module``, which now states what it was built with, so that it can be built again."""
+    """Store the timm.create_model arguments on ``module``, so that it can be rebuilt."""
     module.__dict__[_ARGS] = {
         # The module itself shows these, also after timm's reset_classifier and set_input_size.
         name: value
@@ -46,7 +46,7 @@ def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
 
 
 def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return the checkpoint of a copy of a timm module, which may be slim, to run it."""
+    """Return a checkpoint of a copy of a timm module, dense or slim."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, _ = _stated(module, hints)
     source = f"{architecture} in memory"
@@ -60,12 +60,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return the checkpoint of a dense timm module, built again from its architecture and arguments.
-
-    What is written of it can then be opened from these. ``num_classes`` and ``img_size`` are read off the
-    module; other arguments that differ from the architecture's defaults have to be given, unless
-    ``load_model`` made the module.
-    """
+    """Return a checkpoint of a dense timm module, rebuilt from its architecture and arguments."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = f"{architecture} in memory"
@@ -88,7 +83,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         ) from None
     set_resolved_preprocessing(model, identity, source)
     allocate(model)
-    # Arguments that no shape shows, as the number of heads, still change what comes out.
+    # Arguments without effect on shapes, such as num_heads, still change the outputs.
     original = _as_loaded(module)
     model.load_state_dict(original.state_dict(), strict=True)
     check_finite(source, model.eval())
@@ -114,7 +109,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model within torch's wrappers, ``torch.compile`` and those of several GPUs."""
+    """Return the model inside torch.compile and data-parallel wrappers."""
     while type(module).__name__ in _WRAPPED:
         module = getattr(module, _WRAPPED[type(module).__name__])
     return module
@@ -138,7 +133,6 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
 
 
 def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
-    """Return the number of classes of ``module``, once checked to be that of ``hints``."""
     classes = classifier_size(module)
     if hints.num_classes not in (None, classes):
         raise CheckpointError(
@@ -148,7 +142,7 @@ def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
 
 
 def _image_size(model: nn.Module) -> int | list[int] | None:
-    """Return the side of the images that a model is built for, or [H, W]; None where it does not know."""
+    """Return the image side, or [H, W], of a model; None if unknown."""
     size = getattr(patch_embedding(model), "img_size", None)
     if size is None or isinstance(size, int):
         return size
@@ -157,7 +151,7 @@ def _image_size(model: nn.Module) -> int | list[int] | None:
 
 
 def _as_loaded(module: nn.Module) -> nn.Module:
-    """Return a copy as models are read from files: eval mode, float32, on the CPU, without gradients."""
+    """Return a copy in eval mode, float32, on the CPU, without gradients."""
     return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Files of a pruned part of a model: its plan, the name of its class, and its tensors."""
+"""Files with a pruned submodule: plan, class name and tensors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from mhacut.text import listed
 
 REST, CARD = "rest.safetensors", "README.md"
 FILES = "config.json", PRUNED, REST, CARD
-"""Files in a folder: the configuration, the pruned part, the tensors around it, the model card."""
+"""Files of a folder: configuration, pruned part, other tensors, model card."""
 _RECORD = "mhacut_pruned"
-"""Attribute of a pruned submodule: what its file states."""
+"""Attribute of a pruned submodule: the content of its metadata."""
 
 
 def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tensor], **made: Any) -> None:
-    """Cut a submodule in place, give it tensors, and note at it that it was pruned."""
+    """Cut a submodule in place, load ``tensors``, and mark the submodule as pruned."""
     cls = type(part)  # one that merges tokens is of another class
     cut(part, plan)
     part.load_state_dict(tensors)
@@ -54,7 +54,7 @@ def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tenso
 
 
 def check_dense(model: nn.Module, name: str) -> None:
-    """Raise a :class:`UsageError` if a submodule, or anything in it or around it, was pruned already."""
+    """Raise a :class:`UsageError` if the submodule, a parent or a child was pruned before."""
     for pruned in _pruned_in(model):
         inner, outer = sorted((f".{pruned}" if pruned else "", f".{name}" if name else ""), key=len)[::-1]
         if f"{inner}.".startswith(f"{outer}."):
@@ -66,19 +66,18 @@ def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-    """Write the part of ``model`` that :func:`mhacut.prune_` pruned, alone, as a safetensors file.
+    """Write the submodule that :func:`mhacut.prune_` pruned.
 
     Args:
-        model: the model, or the part of it.
-        file: name of the file. A model of transformers is written whole if this does not end in
-            ``.safetensors``, as a folder with its ``config.json``, for :func:`load_pruned`; with its
-            ``preprocessor_config.json``, too, if it was read from a folder that has one.
+        model: the model or the pruned submodule.
+        file: a name ending in ``.safetensors`` gets the pruned submodule only. Any other name is a folder
+            for the whole transformers model, which :func:`load_pruned` opens.
         overwrite: replace existing files.
 
     Raises:
-        UsageError: there is not one pruned part in ``model``, or it is not of transformers and ``file`` does
-            not end in ``.safetensors``.
-        OutputError: a file must not or cannot be written.
+        UsageError: ``model`` has 0 or several pruned submodules, or ``file`` is a folder and the model has
+            no ``save_pretrained``.
+        OutputError: a file cannot be written.
     """
     write_pruned(model, file, overwrite=overwrite, finish=lambda folder: None)
 
@@ -90,7 +89,7 @@ def write_pruned(
     overwrite: bool,
     finish: Callable[[Path], object],
 ) -> None:
-    """Do as :func:`save_pruned`; ``finish`` completes and checks a folder, before its files appear."""
+    """Write as :func:`save_pruned`. ``finish`` gets a folder before its files appear."""
     found = _pruned_in(model)
     if len(found) != 1:
         names = ", ".join(map(shown, found)) or "none: prune_ makes one"
@@ -137,7 +136,6 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _card(folder: str, cls: str, name: str, record: Mapping[str, Any]) -> str:
-    """Return the model card of a folder."""
     pruned = f"{shown(name).capitalize()} ({record['class']}, {record['library']})"
     share = f"{record['flops_after'] / record['flops_before']:.0%}"
     return f"""---
@@ -158,7 +156,7 @@ model = mhacut.load_pruned("{folder}")
 
 
 def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> Any:
-    """Return what ``make`` makes of the class and the configuration that a folder's config.json states."""
+    """Call ``make(class, config)`` for the class and configuration in ``config.json``."""
     where = show(folder)
     try:
         transformers: Any = import_module("transformers")
@@ -175,7 +173,7 @@ def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> 
 
 
 def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
-    """Return the model of transformers in a folder, float32, in eval mode, and the dtype of its file."""
+    """Return a transformers model in eval mode, float32, and the dtype of its file."""
     where, given = show(folder), {"local_files_only": True, "output_loading_info": True}
     if (Path(folder) / PRUNED).is_file():
         raise UsageError(f"{where}: was pruned already; give the folder of the dense model")
@@ -187,10 +185,10 @@ def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
 
 
 def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
-    """Return the model of transformers in a folder of :func:`save_pruned`, in eval mode.
+    """Return the transformers model in a folder of :func:`save_pruned`, in eval mode.
 
     Raises:
-        CheckpointError: the folder is none of these, or damaged.
+        CheckpointError: the folder is damaged or was not written by ``save_pruned``.
         MhacutError: transformers is not installed.
     """
     where = show(folder)
@@ -218,18 +216,18 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
 
 @torch.no_grad()
 def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Cut a dense model, built anew, in place as ``file`` states, and read the tensors of that part.
+    """Cut a dense model in place as described in ``file``, and load the pruned weights.
 
         model = AutoModel.from_config(config)
         mhacut.apply_pruned(model, "pruned.safetensors")
 
     Args:
-        model: the model that :func:`mhacut.prune_` was given, with any weights, or the part of it.
+        model: dense model of the same configuration as in :func:`mhacut.prune_`, or the submodule to cut.
         file: file of :func:`save_pruned`.
 
     Raises:
-        CheckpointError: the file is of another model, damaged, or no such file; the model is unchanged.
-        UsageError: the part was pruned already.
+        CheckpointError: the file is damaged or for another model. The model is unchanged.
+        UsageError: the submodule was pruned before.
     """
     where, (tensors, metadata) = show(file), safetensors_header(Path(file))
     record = parse_json(metadata.get(PART_KEY, "{}"), f"{where}: metadata {PART_KEY!r}")

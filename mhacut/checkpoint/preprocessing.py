@@ -1,4 +1,4 @@
-"""Preprocessing of a checkpoint: what it is, where it comes from, and whether another one fits better."""
+"""Preprocessing of a checkpoint: values, origins, and whether another normalisation fits better."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mhacut.surgery.flops import weightless
 Origin = Literal[
     "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
 ]
-"""Origin of one value of a preprocessing; :data:`_TEXTS` says what each is."""
+"""Origin of a preprocessing value; :data:`_TEXTS` explains each."""
 _TEXTS: dict[Origin, str] = {
     "file": "from the file",
     "library": "default of the library that wrote the file",
@@ -40,26 +40,23 @@ _TEXTS: dict[Origin, str] = {
     "option": "{options}",
 }
 _UNSURE = ("assumed", "default", "module")
-"""Origins that may have nothing to do with the training of the weights."""
+"""Origins that may differ from the training of the weights."""
 _OPTIONS = {"input_size": "img_size"}
-"""Options whose names differ from those of the values."""
+"""Options named differently from the field."""
 _LICENSE_KEY = "license"
 _HISTORY_KEY = "preprocessing_from"
-"""Key of the origins in the entry of a command in a slim file's history."""
+"""Key of the origins in a slim file's history."""
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
-    """Return the preprocessing that the slim file or timm's pretrained_cfg states, ``override`` on top.
-
-    Images of a slim file have the size it was cut for, which the option ``img_size`` may have set, not the
-    size that its model has by default.
-    """
+    """Return the preprocessing of the slim file or pretrained_cfg, changed by ``override``."""
     identity = checkpoint.identity
     built_for = checkpoint.input_size
     # timm's patch embeddings refuse other sizes, or interpolate positions for them, by this flag.
     strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
     stated = identity.pretrained_cfg
     if checkpoint.record is not None:
+        # Images have the size at pruning time (--img-size), which may differ from the model's default.
         stated = checkpoint.record.preprocessing
         channels, height, width = stated["input_size"]
         built_for = (channels, height, width)
@@ -78,7 +75,7 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
 
 @torch.no_grad()
 def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tuple[int, int, int]) -> None:
-    """Raise a :class:`UsageError` if ``model`` does not take images of ``size``; many say so only then."""
+    """Raise a :class:`UsageError` if ``model`` fails on images of ``size``."""
     # On the meta device the shapes of a forward pass cost nothing.
     stand_in = weightless(model)
     try:
@@ -97,24 +94,23 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where each value of a preprocessing comes from."""
+    """Origins of the preprocessing values."""
 
     origins: Mapping[str, Origin]
-    """By the names of the fields of :class:`Preprocessing`."""
+    """By the field names of :class:`Preprocessing`."""
     architecture: str
-    """timm's name of the model."""
     hint: str | None = None
-    """Line that names a normalisation with which the model is clearly more accurate; None without one."""
+    """Log line that names a clearly better normalisation; None if there is none."""
 
     @property
     def normalisation_is_stated(self) -> bool:
-        """Whether the mean and the standard deviation are stated for these weights, or given."""
+        """Whether mean and std come from these weights' file or from the user."""
         # One of the two given by hand: the user has looked at the normalisation.
         origins = {self.origins["mean"], self.origins["std"]}
         return "option" in origins or not origins.intersection(_UNSURE)
 
     def describe(self, preprocessing: Preprocessing) -> str:
-        """Return one line in the words of the options, with the origins behind the values."""
+        """Return one line with values and origins."""
         _, height, width = preprocessing.input_size
         parts = {
             "input_size": f"{height}x{width}",
@@ -135,16 +131,14 @@ class Provenance:
         return "; ".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the items of a JSON document that states a preprocessing."""
         return {"preprocessing_from": dict(self.origins), "preprocessing_hint": self.hint}
 
     def to_history(self) -> dict[str, Any]:
-        """Return the item of a command's entry in the history of a slim file."""
         return {_HISTORY_KEY: dict(self.origins)}
 
 
 def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the items that name what was cut: its file without the folders, which are nobody's business."""
+    """Return the name and the digest of the input, without its folder."""
     source, digest = checkpoint.source, {"source_sha256": checkpoint.sha256}
     if source.startswith(REMOTE):
         return {"source": source, **digest}
@@ -152,13 +146,12 @@ def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the item of the first entry in the history of what is cut from ``checkpoint``."""
     license_name = stated_license(checkpoint)
     return {} if license_name is None else {_LICENSE_KEY: license_name}
 
 
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
-    """Return the origins of what :func:`resolve_preprocessing` gives."""
+    """Return the origins of the values of :func:`resolve_preprocessing`."""
     side = override.img_size
     size = checkpoint.input_size if side is None else (0, side, side)
     small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)
@@ -177,7 +170,6 @@ def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Proven
 
 
 def _of_slim(record: SlimRecord, name: str) -> Origin:
-    """Return the origin of a value that a slim file states; its history may be anybody's."""
     stated = [entry[_HISTORY_KEY] for entry in record.history if _HISTORY_KEY in entry]
     last = stated[-1].get(name) if stated and isinstance(stated[-1], dict) else None
     if last == "module":  # which says nothing about the training of its weights
@@ -186,11 +178,8 @@ def _of_slim(record: SlimRecord, name: str) -> Origin:
 
 
 def stated_license(checkpoint: Checkpoint) -> str | None:
-    """Return the license that the weights' own file states, or that of the file they were cut from.
-
-    The license of timm's weights of the same architecture is not used. The file is untrusted, and the text
-    goes into YAML.
-    """
+    """Return the license in the weights' own file. timm's license for the architecture does not count."""
+    # The text goes into YAML, and the file is untrusted: LICENSE restricts its characters.
     text: Any = None
     if checkpoint.record is not None:
         history = checkpoint.record.history
@@ -209,7 +198,7 @@ def with_hint(
     *,
     refuse: bool = True,
 ) -> Provenance:
-    """Add the hint that another usual normalisation is clearly better, if one is; nothing is switched."""
+    """Add a hint if another common normalisation is clearly better. Raise if ``refuse`` and it is certain."""
     if stated.normalisation_is_stated:
         return stated
     model.to(device)

@@ -1,4 +1,4 @@
-"""Record of a slim file: one JSON document in its metadata, read back as untrusted text."""
+"""Metadata of a slim file: one JSON document, read as untrusted text."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ from mhacut.limits import is_int
 from mhacut.plan import Plan
 
 FORMAT_VERSION = 2
-"""Latest version of the format. Files without a plan of tokens are of version 1."""
+"""Latest format version. Version 1 has no token plan."""
 METADATA_KEY = "mhacut"
-"""Key of the document in the ``__metadata__`` of the safetensors file."""
 PART_KEY = "mhacut_part"
-"""Key of the record of a pruned part, in the metadata of its file (:mod:`mhacut.checkpoint.part_file`)."""
+"""Metadata key of files with a pruned submodule (:mod:`mhacut.checkpoint.part_file`)."""
 SAVE_SLIM_ADVICE = (
     "save the slim module itself: mhacut.save_model(model, FILE, like=SLIM_FILE) adds the plan of its cut"
 )
-"""Advice for weights of a slim module alone, which do not show how it was cut."""
 _KEYS = {"architecture", "model_args", "pretrained_cfg", "preprocessing", "plan", "history"}
-"""Entries of the document that are read."""
+"""Required keys of the document."""
 
 
 @dataclass(frozen=True)
 class SlimRecord:
-    """Everything a slim file states besides its tensors."""
+    """Metadata of a slim file."""
 
     identity: ModelIdentity
-    """The dense model."""
+    """Identity of the dense model."""
     plan: Plan
-    """The whole cut, in the dense model's indices, however many commands it took."""
+    """All cuts so far, in the dense model's indices."""
     preprocessing: dict[str, Any]
     """Resolved ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``."""
     history: tuple[dict[str, Any], ...]
-    """One entry per command that made the file, oldest first: command, options, seed, budget, FLOPs before
-    and after, sha256 of what it read, versions."""
+    """One entry per command that changed the file, oldest first: options, seed, budget, FLOPs, versions."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preprocessing", _checked_preprocessing(self.preprocessing))
@@ -49,7 +46,6 @@ class SlimRecord:
         object.__setattr__(self, "history", tuple(history))
 
     def to_json(self) -> str:
-        """Return one line of JSON that :meth:`from_json` reads back; ``layers`` is for human readers."""
         bases = {unit.basis for unit in self.plan if not unit.keeps_all}
         document = {
             # The oldest version that has all that is written, so that older mhacuts read most files.
@@ -68,7 +64,7 @@ class SlimRecord:
 
     @classmethod
     def from_json(cls, text: str) -> SlimRecord:
-        """Return the record that :meth:`to_json` wrote; the text may come from anyone."""
+        """Parse untrusted text."""
         where = f"metadata {METADATA_KEY!r}"
         document = parse_json(text, where)
         version = document.get("format_version")
@@ -90,7 +86,6 @@ class SlimRecord:
 
 
 def _layer_widths(plan: Plan) -> dict[str, dict[str, int]]:
-    """Return ``heads`` and the width of each unit of every layer in the plan."""
     layers: dict[str, dict[str, int]] = {}
     for unit in plan:
         widths = layers.setdefault(unit.layer, {})

@@ -1,4 +1,4 @@
-"""Open checkpoints that are fetched by timm's own means: ``timm:NAME``, and ``hf-hub:OWNER/NAME``."""
+"""Open ``timm:NAME`` and ``hf-hub:OWNER/NAME``."""
 
 from __future__ import annotations
 
@@ -18,15 +18,13 @@ from mhacut.errors import CheckpointError, option_name
 
 TIMM_PREFIX = "timm:"
 _MISFIT = "Error(s) in loading state_dict"
-"""Beginning of torch's message about weights that are not those of the model."""
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _TIMEOUT = 5
-"""Seconds to wait for the hub's answer before files are sought in the cache alone."""
+"""Seconds to wait for the hub before only the cache is used."""
 _OTHER_CONFIGS = ("open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
 def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
-    """Return the checkpoint of timm's pretrained weights."""
     if hints.model is not None:
         raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
     name = source.removeprefix(TIMM_PREFIX)
@@ -63,7 +61,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
 
 
 def _check_within_reach(source: str, name: str) -> None:
-    """Fail at once where timm's loader would try for a minute to reach a hub that is not there."""
+    """Fail early if the weights are not cached and the hub is unreachable. timm would retry for a minute."""
     import timm
     from huggingface_hub import try_to_load_from_cache
     from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME
@@ -88,13 +86,10 @@ def _out_of_reach(source: str, reason: str) -> str:
 
 
 def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
-    """Return the model with its weights; without its classifier if there are to be 0 classes.
-
-    Where ``num_classes`` is not that of the weights, timm itself would leave whatever lacks weights random;
-    for some models it does so in any case.
-    """
+    """Return the model with pretrained weights, without classifier for ``num_classes=0``."""
     import timm
 
+    # With another number of classes, timm would leave the classifier random.
     own = {key: value for key, value in args.items() if key != "num_classes"}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -130,7 +125,7 @@ def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str
 
 
 def open_from_hub(source: str, hints: ModelHints) -> Checkpoint:
-    """Open a folder of the hub as one on disk: of timm, transformers or open_clip."""
+    """Download a hub folder of timm, transformers or open_clip, and open it."""
     repository = source.partition(":")[2]
     opened = Checkpoint.open(_fetch(source, repository), hints)
     opened.source, opened.stem = source, repository.partition("@")[0].rpartition("/")[2]
@@ -138,7 +133,6 @@ def open_from_hub(source: str, hints: ModelHints) -> Checkpoint:
 
 
 def hub_answers() -> bool:
-    """Whether the hub can be reached; its own client would try for a minute, for each file."""
     from huggingface_hub import constants, get_session
 
     if constants.HF_HUB_OFFLINE:
@@ -151,7 +145,7 @@ def hub_answers() -> bool:
 
 
 def _fetch(source: str, repository: str) -> Path:
-    """Return the folder of the cache, once it holds a configuration and weights."""
+    """Download configuration and weights. Return their folder in the cache."""
     from huggingface_hub.errors import EntryNotFoundError
     from timm.models import _hub
 

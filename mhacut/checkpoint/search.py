@@ -1,4 +1,4 @@
-"""Find the architecture whose tensors a file has: by fingerprints, then by building the few that match."""
+"""Find the architecture that has a file's tensors: by fingerprints, then by building the candidates."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from mhacut.surgery.find import model_input_size
 from mhacut.text import listed
 
 _MAX_NAMES = 4
-"""Architectures in a message."""
 _NOT_COMPUTED = frozenset(
     (
         *("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values"),
         *("img_size", "num_patches", "grid_size", "feature_size"),
     )
 )
-"""Attributes that change nothing about the outputs of a model in eval mode, once its weights are read; among
-them those of images, on which the function depends only where shapes of tensors and windows do."""
+"""Attributes without effect on the outputs in eval mode once the weights are loaded."""
 _ONLY_TRAINED = ("Identity", "Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 _FLATTEN: dict[str, tuple[str, ...]] = {
@@ -41,14 +39,12 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
     "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
     "flatten_swin": ("layers.0.blocks.0.attn.positional_encoding",),
 }
-"""FLatten's modules, and a tensor of each file of their authors, whose names no fingerprint has."""
+"""Modules of FLatten models, and a tensor name that identifies the authors' files. They have no fingerprints.
+"""
 
 
 def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> ResolvedModel:
-    """Return the model that has exactly the file's names and shapes, with the fewest arguments of its own.
-
-    Several that compute the same count as one; a note names those that were trained on other images.
-    """
+    """Return the model with exactly the file's names and shapes and the fewest inferred arguments."""
     shapes, table = header.shapes, read_table()
     built = _build(header, args, table.exact_matches(shapes))
     fits = _nearest(built, header)
@@ -61,7 +57,6 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
         raise CheckpointError(_nothing_fits(header, built))
     # A model that computes something else would give other logits from the same file: the user must say.
     named = {fit.identity.architecture: fit for fit in fits}
-    # ``vit_*`` first, then by the length of the name.
     order = sorted(named, key=lambda name: (not name.startswith("vit_"), len(name), name))
     chosen, *others = (named[name] for name in order)
     unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
@@ -80,7 +75,6 @@ def _of_flatten(names: Collection[str]) -> Iterator[str]:
 
 
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[ResolvedModel]:
-    """Build those of the architectures that this timm has and that take these arguments, to fit the file."""
     built = []
     # The table may be of another timm than the one that is installed.
     for name in filter(known_model, names):
@@ -92,7 +86,7 @@ def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) ->
 
 
 def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[ResolvedModel]:
-    """Return those of the fitting models for which the fewest arguments were inferred."""
+    """Return the matching models with the fewest inferred arguments."""
     positions = position_shapes(header.tensors)
     fits = [
         one
@@ -106,7 +100,7 @@ def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[Resolve
 
 
 def _distance(fit: ResolvedModel) -> tuple[int, int, int]:
-    """Number of arguments that were inferred: first those of the structure, then sizes, then the images'."""
+    """Number of inferred arguments: structure, depth and patches, image size and channels."""
     sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
 
@@ -157,7 +151,7 @@ def _text(value: Any) -> str:
 
 
 def _alternatives(chosen: ResolvedModel, others: Sequence[ResolvedModel]) -> list[str]:
-    """Return a note that names models that compute the same on images of another size or normalisation."""
+    """Return a note with models that match but expect another image size or normalisation."""
     names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
     if not names:
         return []
@@ -176,7 +170,6 @@ def _images(fit: ResolvedModel) -> list[Any]:
 def _several_fit(
     where: str, chosen: ResolvedModel, others: Sequence[tuple[ResolvedModel, tuple[str, ...]]]
 ) -> str:
-    """Return the message for models that compute different things, with what they differ in."""
     differing: dict[str, list[str]] = {}
     for other, settings in others:
         text = "; ".join(settings[:3]) or "the same"
@@ -190,7 +183,6 @@ def _several_fit(
 
 
 def _nothing_fits(header: FileHeader, built: Sequence[ResolvedModel]) -> str:
-    """Return the message for a file that no model fits, with the nearest one and how it differs."""
     where = show(header.path)
     if is_cut(header.shapes):
         return f"{where}: seems to be a slim model's state dict; {SAVE_SLIM_ADVICE}"
@@ -211,6 +203,5 @@ def _nothing_fits(header: FileHeader, built: Sequence[ResolvedModel]) -> str:
 
 
 def _tensors_in_common(one: ResolvedModel) -> int:
-    """Number of tensors of the file that the model has, by name and shape."""
     expected = shapes_of(one.skeleton)
     return sum(expected.get(name) == info.shape for name, info in one.tensors.items())

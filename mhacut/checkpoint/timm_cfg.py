@@ -1,4 +1,4 @@
-"""timm's pretrained_cfg, from which it works out the preprocessing of images."""
+"""timm's pretrained_cfg, the source of the preprocessing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from mhacut.errors import CheckpointError, DataError
 from mhacut.surgery.find import model_input_size
 
 _SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
-"""Keys of a pretrained_cfg that go with its ``input_size`` and mean nothing for another."""
+"""Keys of a pretrained_cfg that are valid for its ``input_size`` only."""
 # fmt: off
 _FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
     "input_size", "fixed_input_size", "min_input_size", "interpolation", "crop_mode", "mean", "std",
     "first_conv", "classifier",
 ))
 # fmt: on
-"""Keys that timm's default for an architecture may add to a config.json: never labels, license or origin."""
+"""Keys of a pretrained_cfg that may be filled in from timm's default for the architecture."""
 
 
 def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``stated``, completed by timm's default of the architecture for its build and preprocessing."""
+    """Return ``stated``, completed from timm's default for the architecture."""
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)
@@ -36,18 +36,16 @@ def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any
 
 
 def for_size(cfg: Mapping[str, Any], input_size: Sequence[int] | None) -> dict[str, Any]:
-    """Return what ``cfg`` states about images of ``input_size``, [C, H, W]; None for its own size.
-
-    Its crop is for other sizes too, but not for small images, which fill their frame.
-    """
+    """Return the part of ``cfg`` that is valid for images of ``input_size`` [C, H, W]."""
     if input_size is None or list(input_size) == cfg.get("input_size"):
         return dict(cfg)
+    # A crop for 224 pixels also suits 384, but small images fill their frame.
     lost = _SIZE_DEPENDENT - ({"crop_pct"} if max(input_size[1:]) > SMALL_IMAGE else set())
     return {name: value for name, value in cfg.items() if name not in lost}
 
 
 def split_tag(name: str) -> tuple[str, str]:
-    """Return architecture and tag of ``architecture.tag``; an empty tag is timm's default."""
+    """Split ``architecture.tag``."""
     architecture, _, tag = name.partition(".")
     return architecture, tag
 
@@ -68,7 +66,7 @@ def cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
 
 
 def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) -> None:
-    """Give a dense model the preprocessing that commands work out for it, so that timm works out the same."""
+    """Store mhacut's preprocessing in the model, so that timm resolves the same."""
     cfg = identity.pretrained_cfg
     try:
         resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg, identity.model_args))
@@ -81,7 +79,7 @@ def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) 
 
 
 def set_recorded_preprocessing(model: Any, record: SlimRecord) -> None:
-    """Give a slim model the preprocessing that it was cut for, and no recommendation of another."""
+    """Store a slim file's preprocessing in the model."""
     _update_cfg(model, {**record.identity.pretrained_cfg, **record.preprocessing})
     _drop_test_sizes(model)
 
@@ -94,6 +92,5 @@ def _update_cfg(model: Any, cfg: Mapping[str, Any]) -> None:
 
 
 def _drop_test_sizes(model: Any) -> None:
-    """Drop what recommends evaluation at another size than the model's own."""
     for name in ("test_input_size", "test_crop_pct", "test_pool_size"):
         model.pretrained_cfg.pop(name, None)

@@ -1,8 +1,7 @@
-"""Read torch checkpoints by torch's safe unpickler, which runs nothing from a file.
+"""Read torch checkpoints with ``weights_only=True``, which runs no code from the file.
 
-Training scripts save more than weights: their arguments, accuracies as NumPy's numbers, folders, a yacs
-configuration. torch refuses a whole file for one of these, so harmless classes stand in for them here. They
-make plain dicts, or nothing.
+Training checkpoints also hold options, NumPy numbers and paths. torch refuses a file with any of these, so
+harmless stand-in classes are allowed for them.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from mhacut.runtime.files import regular_size, show
 from mhacut.text import dtype_name
 
 _MAX_PICKLE_BYTES = 8 * 2**20
-"""Largest pickle in a zip archive. That of a training state of 10,000 tensors has 2 MB."""
+"""A training state of 10,000 tensors has a pickle of 2 MB."""
 _LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
-"""Bytes of the number that a file of torch before 1.6 begins with."""
+"""Magic number of files written by torch before 1.6."""
 _STATE_DICT_ADVICE = "save the state dict alone: torch.save(model.state_dict(), ...)"
 
 
 class SkippedValue:
-    """A value that is not read: a path, a number of NumPy, or what a defaultdict makes."""
+    """Stand-in for values that are ignored: paths, NumPy numbers, defaultdict factories."""
 
     def __init__(self, *_: object) -> None:
         """Drop what it was made of."""
@@ -46,7 +45,7 @@ class SkippedValue:
 
 
 class _Config:
-    """A ``CfgNode`` of yacs, which becomes a plain mapping: torch fills no other subclass of dict."""
+    """Stand-in for yacs' ``CfgNode``. torch restores no other subclass of dict."""
 
     def __new__(cls, *_: object) -> Any:
         made: Any = OrderedDict()
@@ -55,7 +54,7 @@ class _Config:
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Return what torch may call beside its own names, each with the name that it stands in for."""
+    """Return the allowed classes and the names they replace."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     unread = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths]
     unread += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]
@@ -69,7 +68,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 
 def read_torch(path: Path, device: str = "cpu") -> Any:
-    """Load what ``torch.save`` wrote; no code in the file is run."""
+    """Load a file of ``torch.save`` without running code from it."""
     try:
         # An open file, since torch would go by the suffix of a path.
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -88,7 +87,7 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
 
 
 def read_whole(path: Path, device: str = "cpu") -> Any:
-    """Load a file of mhacut's own as :func:`read_torch` does, once its checksums were compared."""
+    """Load one of mhacut's own files after comparing its checksums."""
     regular_size(path)  # to open a pipe would block
     try:
         with zipfile.ZipFile(path) as archive:
@@ -101,10 +100,7 @@ def read_whole(path: Path, device: str = "cpu") -> Any:
 
 
 def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
-    """Return the header of a torch file, from its pickle alone: storages go to the meta device unread.
-
-    Tensors have their names in the file.
-    """
+    """Return the header of a torch file. Storages go to the meta device unread."""
     where = show(path)
     checkpoint = read_torch(path, "meta")
     # On the meta device a tensor has a shape and no memory, whatever the file claims.
@@ -130,13 +126,12 @@ def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
 
 
 def torch_tensors(path: Path, requested_part: str | None, names: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors of these names, as far as there are any, on the CPU, in the file's dtypes."""
+    """Read the named tensors on the CPU, in the file's dtypes."""
     _, state_dict = pick_part(show(path), read_torch(path), requested_part)
     return {name: tensor for name, tensor in state_dict.items() if name in names}
 
 
 def _info(where: str, name: object, tensor: object) -> TensorInfo:
-    """Return shape and dtype of an entry of a state dict, once checked to be a tensor of a model."""
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
     if not isinstance(tensor, Tensor):
@@ -153,7 +148,7 @@ def _info(where: str, name: object, tensor: object) -> TensorInfo:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse zip archives that are no state dict's, or that would inflate; nothing is ever extracted."""
+    """Refuse zip files that are no state dict or could inflate."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
@@ -189,7 +184,6 @@ def _broken(path: Path, error: Exception) -> CheckpointError:
 
 
 def _blocked(path: Path, reason: str) -> str:
-    """Return why the safe unpickler stopped, and what to do about it."""
     with open(path, "rb") as file:
         start = file.read(40)
     load = "torch.load(FILE, weights_only=False)"

@@ -1,7 +1,7 @@
-"""Read what a training script states beside its weights: the model, its classes, image size, mean and std.
+"""Model, image size, mean and std in the options that training scripts save next to the weights.
 
-Scripts of timm and DeiT save their ``args``, Lightning its ``hyper_parameters``. Nothing in them is trusted:
-what timm does not know, or makes no sense, is ignored, and a line says so.
+timm and DeiT save ``args``, Lightning saves ``hyper_parameters``. All values are untrusted; invalid ones are
+ignored.
 """
 
 from __future__ import annotations
@@ -22,39 +22,38 @@ from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, too_large
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
-"""Entries of a checkpoint with options by their names."""
+"""Entries of a checkpoint with training options."""
 _MODEL_KEYS = (
     *("model", "model_name", "arch", "architecture", "timm_model", "timm_name", "name"),
     *("backbone", "backbone_name", "encoder", "encoder_name", "net", "variant"),
 )
 _PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
 _OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?", re.ASCII)
-"""Names of models in the scripts of DINO, MAE, iBOT and MoCo v3."""
+"""Model names in the scripts of DINO, MAE, iBOT and MoCo v3."""
 POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
-"""Ways to pool tokens that timm has names for."""
+"""Names of pooling in timm."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Valid statements of a training script about its model."""
+    """Valid training options."""
 
     model: str | None
-    """timm's name, maybe with the tag of the weights that training began with."""
+    """Name in timm, with the tag of the initial weights if there is one."""
     origin: str
     """Option that names the model, for messages: ``args.model``."""
     args: dict[str, Any]
     """Further arguments of ``timm.create_model``."""
     side: int | list[int] | None
-    """Image size, which the script may or may not have given to the model."""
+    """Image size. The model may or may not have been built for it."""
     cfg: dict[str, Any]
-    """Preprocessing of images, as timm's pretrained_cfg has it."""
+    """Preprocessing as in timm's pretrained_cfg."""
     implied: dict[str, Any]
-    """Preprocessing of the script's evaluation, where the script has a name of its own for ``model``; such a
-    name may also be that of another model."""
+    """Preprocessing of the script's evaluation, if ``model`` is the script's own name for a timm model."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the entries of a training checkpoint that :func:`read_training` reads, as plain dicts."""
+    """Return the entries with training options as plain dicts."""
     plain = {entry: _plain(checkpoint.get(entry), 4) for entry in _ENTRIES}
     entries = {entry: options for entry, options in plain.items() if isinstance(options, dict)}
     if isinstance(checkpoint.get("arch"), str):
@@ -63,7 +62,7 @@ def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Return ``value`` with its containers, ``depth`` within each other, as dicts of names and lists."""
+    """Return containers as dicts and lists, up to ``depth`` levels."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, dict) and depth:
@@ -72,7 +71,7 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def read_training(stated: Mapping[str, Any]) -> Training | None:
-    """Return the valid statements in ``stated``; None if there are none of use."""
+    """Return the valid training options; None if there are none."""
     options: dict[str, Any] = {}
     # The first group that states an option counts.
     for _, group in reversed(list(_groups(stated))):
@@ -91,7 +90,7 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
 
 
 def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield dicts of options with their names for messages; those one level down (``model: {...}``) too."""
+    """Yield (name, options), including options one level down (``model: {...}``)."""
     for entry, options in stated.items():
         yield entry, options
         for key in ("model", "backbone", "data"):
@@ -100,10 +99,7 @@ def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] | None]:
-    """Return the first name of a model that timm knows, and the option that states it.
-
-    A name of a script's own comes last, with arguments of the model it stands for; they are None otherwise.
-    """
+    """Return the model name, the option that states it, and arguments (None for names that timm knows)."""
     from timm.models import get_arch_pretrained_cfgs
 
     of_script: tuple[str, str, dict[str, Any]] | None = None
@@ -129,7 +125,6 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
 
 
 def _args(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the model; the classes are left to the shape of the classifier."""
     kwargs = options.get("model_kwargs")
     try:
         args = checked_model_args(kwargs if isinstance(kwargs, Mapping) else {})
@@ -145,7 +140,7 @@ def _args(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int] | None:
-    """Return [C, H, W] of images, from timm's ``input_size`` or ``img_size``, or DeiT's ``input_size``."""
+    """Return [C, H, W] from ``input_size`` or ``img_size``."""
     for value in (options.get("input_size"), options.get("img_size")):
         sides = [value, value] if is_int(value) else value
         if isinstance(sides, list) and len(sides) in (2, 3) and all(map(is_int, sides)):
@@ -156,7 +151,6 @@ def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int
 
 
 def _cfg(options: Mapping[str, Any], size: list[int] | None, channels: int) -> dict[str, Any]:
-    """Return image size, mean and standard deviation, as far as they are stated and make sense."""
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
     given = {name: options[name] for name in ("mean", "std") if isinstance(options.get(name), list)}
     if len(given) < 2 or not all(given.values()):  # one alone is not that of images

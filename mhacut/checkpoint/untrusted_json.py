@@ -1,4 +1,4 @@
-"""Read JSON that anyone may have written, and check values that are to be stored as JSON."""
+"""Untrusted JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from mhacut.runtime.files import regular_size, show
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a configuration file."""
     regular_size(path)  # to open a pipe would block
     try:
         text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
@@ -21,7 +20,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(text: str, where: str) -> dict[str, Any]:
-    """Return the JSON object in ``text``."""
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also of integers of thousands of digits
@@ -32,7 +30,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
 
 
 def plain_json(value: object) -> Any:
-    """Return ``value`` as JSON gives it back, tuples as lists."""
+    """Return ``value`` as it looks after writing and reading JSON."""
     # There and back, so that what is compared with a file later is what the file will hold.
     try:
         return json.loads(json.dumps(value, allow_nan=False))

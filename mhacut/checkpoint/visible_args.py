@@ -1,4 +1,4 @@
-"""Arguments of timm models that the names and shapes in a file show."""
+"""Arguments of timm models inferred from the names and shapes in a file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mhacut.checkpoint.foreign.family import mlp_ratio
 Shapes = Mapping[str, tuple[int, ...]]
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
-"""Arguments that every user changes: they come with the images."""
+"""Arguments that depend on the images."""
 SIZES = frozenset({"depth", "patch_size"})
 _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "blocks.0.attn.qkv.bias": ("qkv_bias", True, False),
@@ -25,12 +25,12 @@ _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "norm_pre.weight": ("pre_norm", True, False),
     "cls_token": ("class_token", True, False),
 }
-"""Tensors that there are, or are not, by the value of one argument: with the tensor, and without."""
+"""Tensors whose presence shows one argument: (argument, value with the tensor, value without)."""
 
 
 @dataclass(frozen=True)
 class InferredArg:
-    """Value of one argument, and what in the file shows it."""
+    """Value of an argument and its origin in the file."""
 
     name: str
     value: Any
@@ -41,10 +41,9 @@ class InferredArg:
 
 
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[InferredArg, ...]:
-    """Return the arguments in which the file differs from ``model``, as far as its shapes show them.
+    """Return the arguments in which the file differs from ``model``, as far as shapes show them.
 
-    Classes and image size aside, which need the model that these arguments build. No shape shows the number
-    of heads, so a width is inferred only where that is given.
+    Excludes the number of classes and the image size. The width needs a given ``num_heads``.
     """
     expected = shapes_of(model)
     if is_foreign(expected, shapes):
@@ -63,13 +62,13 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
 
 
 def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
-    """Whether most of a file's names are of a kind that the model does not have, whatever the block."""
+    """Whether most names in the file do not exist in the model."""
     ours, theirs = ({re.sub(r"\.\d+\.", ".", name) for name in one} for one in (expected, names))
     return len(ours & theirs) < len(theirs) / 2
 
 
 def is_cut(shapes: Shapes) -> bool:
-    """Whether these are tensors of a slim module: blocks of one width that differ in what is within them."""
+    """Whether these are tensors of a slim model: blocks of equal width with different inner widths."""
     within: dict[tuple[str, str, int], set[int]] = {}
     for name, shape in shapes.items():
         stage, _, layer = f".{name}".rpartition(".blocks.")
@@ -82,7 +81,7 @@ def is_cut(shapes: Shapes) -> bool:
 
 
 def _parameters(kind: type) -> set[str]:
-    """Names of the arguments of a class of models and of its bases, to which it passes others on."""
+    """Names of the arguments of a class and its bases."""
     inits = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
     return {name for init in inits for name in inspect.signature(init).parameters}
 
@@ -107,7 +106,7 @@ def _depth(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Number of blocks, whose numbers the pattern finds; 0 if some are missing between."""
+    """Number of consecutive blocks; 0 if one is missing."""
     numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
@@ -126,7 +125,6 @@ def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]
 
 
 def _size(shapes: Shapes, name: str) -> int:
-    """First dimension of a tensor; 0 if there is no such tensor, or it has no dimensions."""
     return next(iter(shapes.get(name, ())), 0)
 
 
@@ -162,7 +160,7 @@ def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg
 
 
 def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
-    """Return the number of classes of a file with ``model``'s names, 0 without a classifier."""
+    """Return the number of classes; 0 without a classifier."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
         classes = _size(shapes, f"{name}.weight")
@@ -172,7 +170,7 @@ def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
 
 
 def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
-    """Return the image side that explains a ``pos_embed`` of another length; None if there is none."""
+    """Return the image side that explains the length of ``pos_embed``; None if there is none."""
     file, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
     patch_embed = getattr(model, "patch_embed", None)
     patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)
@@ -193,6 +191,5 @@ def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
 
 
 def _side(patches: int) -> int | None:
-    """Side of the square of that many patches; None if it is none."""
     side = math.isqrt(max(patches, 0))
     return side if side and side * side == patches else None

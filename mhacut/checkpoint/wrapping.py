@@ -1,6 +1,6 @@
-"""Find the model in a training script's file: the entry with its weights, and its names among theirs.
+"""Find the model in a training checkpoint: its entry, and the prefixes of its tensor names.
 
-Names and shapes alone decide, the same way for torch and safetensors files.
+Only names and shapes are used, so torch and safetensors files are treated alike.
 """
 
 from __future__ import annotations
@@ -17,78 +17,76 @@ from mhacut.errors import CheckpointError, option_name
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Group = Mapping[str, str]
-"""Names of one module's tensors in it, by their names in the file."""
+"""Tensor names in the file, mapped to names inside one module."""
 
 _AVERAGED = ("ema", "ema_model", "model_ema", "swa_model", "average_model", "teacher", "teacher_backbone")
-"""Words for an average of a network over training steps, which is what gets published."""
+"""Names of averaged (EMA) copies of a network."""
 _TRAINED = (
     *("model", "online_model", "net", "network", "student", "student_backbone", "backbone"),
     *("module", "encoder"),
 )
-"""Words for the network that is trained."""
+"""Names of trained networks."""
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Words that compilation, sharding and recomputation put in front of a layer's name, anywhere in it."""
+"""Prefixes inserted by torch.compile, FSDP and activation checkpointing."""
 _LEADING = re.compile(r"^((module|_orig_mod)\.)+")
-"""Prefixes of data parallel and compiled modules, which some of a file's names may have and others not."""
 _FOR_TRAINING = re.compile(
     r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|((student|teacher)_)?(dino_head|ibot_head)"
     r"|(momentum_)?projector|predictor|(projection|prediction)_head|momentum_(backbone|classifier)"
 )
-"""Modules that no model of timm has, and that only training needs."""
+"""Modules used in training only."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted|queue(_ptr)?|center")
-"""Single tensors that training keeps."""
+"""Single tensors used in training only."""
 _PROJECTION = re.compile(r"(.+\.)?(last_layer\d?|prototypes\d*)\..+")
-"""Tensors that the heads of DINO and its like have, and no classifier."""
+"""Tensors of projection heads (DINO, iBOT, SwAV)."""
 _CLASSIFIER = re.compile(
     r"heads?|classifier|fc|linear|(cls|class|linear|classification)_(head|classifier)|last_linear"
 )
-"""Words for a linear layer beside a network without classifier."""
+"""Names of a linear classifier next to a backbone."""
 _LAYER = re.compile(
     rf"(?P<module>(?:(?:{_CLASSIFIER.pattern})\.){{1,2}})((?P<number>\d{{1,6}})\.)?(?P<kind>weight|bias)"
 )
-"""Tensors of a classifier in its network, maybe in a sequence."""
+"""Tensors of a linear classifier, possibly inside a Sequential."""
 _LINEAR = re.compile(r"(\d+\.)?(weight|bias)")
-"""Tensors of such a layer, maybe with a dropout before it."""
 _KEPT = ("timm_model", "visual", "features", "body")
-"""Prefixes by which files of other libraries are recognised, and those of models without classifier."""
+"""Prefixes that other libraries' formats or timm's own models need."""
 _ENCODER_ITSELF = (
     {"blocks", "patch_embed"},
     {"blocks", "patch_embed", "norm"},
     {"blocks", "patch_embed", "pos_embed"},
 )
-"""Modules under ``encoder.`` of models that have this name in timm."""
+"""Contents of ``encoder.`` in timm models that have a module of that name."""
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
-"""Names that tell a whole network from a part of one."""
+"""Names that only a complete network has."""
 _ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
     *("state_dict", "model", "teacher", "student"),
     *("model_state_dict", "model_state", "params", "weights"),
     *("module", "net", "network", "backbone", "encoder", "target_encoder"),
 )
-"""Entries that hold the weights of a network: averages first, then what timm's loader prefers."""
+"""Entries with weights in order of preference: averages first, then timm's order."""
 _MAX_NESTING = 4
 _MAX_NAMES = 5
 
 
 @dataclass(frozen=True)
 class Naming:
-    """Names of the model's tensors in the file and in the model."""
+    """Tensor names in the file and in the model."""
 
     names: Mapping[str, str]
-    """Name in the file: name in the model. What is missing here is left out."""
+    """Names in the file, mapped to names in the model. Other tensors are dropped."""
     prefixes: tuple[str, ...] = ()
-    """Prefixes that were taken off."""
+    """Removed prefixes."""
     left_out: Mapping[str, int] = field(default_factory=dict)
-    """Number of tensors of each module that is not part of the model."""
+    """Dropped modules and their number of tensors."""
     others: tuple[str, ...] = ()
-    """Other networks, which the option ``part`` would select."""
+    """Other networks, selectable with ``--part``."""
     head: str | None = None
     """Module next to the backbone whose linear layer became ``head``."""
     backbone: str | None = None
     """Module that became the model, if ``head`` lies next to it."""
 
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
-        """Return the line for the user; None for a plain state dict."""
+        """Return the log line; None for a plain state dict."""
         others = (*other_parts, *self.others)
         said = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
         if self.prefixes:
@@ -110,7 +108,6 @@ def unwrap(
     parts: Iterable[str] = (),
     layers_only: bool = False,
 ) -> Naming:
-    """Return which of a file's tensors are the model's, and their names in it."""
     names, prefixes = _without_wrappers(where, shapes)
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
     left_out: dict[str, int] = {}
@@ -156,9 +153,9 @@ def unwrap(
 
 
 def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] = ()) -> bool:
-    """Whether ``other`` is an average of a network, and not another network that it learns from.
+    """Whether ``other`` is an average of ``network``.
 
-    A teacher is one where it has a projection head, or no classifier, as in DINO.
+    A ``teacher`` with a classifier and no projection head is a distillation teacher.
     """
     ours, theirs = _plain(network), _plain(other)
     classified = any(CLASSIFIERS.fullmatch(name) or _LAYER.fullmatch(name) for name in theirs)
@@ -167,7 +164,6 @@ def is_average(network: Shapes, other: Shapes, word: str, around: Iterable[str] 
 
 
 def _plain(shapes: Shapes) -> Shapes:
-    """Return shapes by names without wrappers; counters are left out."""
     plain = {}
     for name, shape in shapes.items():
         words = _WRAPPER.sub("", name).split(".")
@@ -179,7 +175,6 @@ def _plain(shapes: Shapes) -> Shapes:
 
 
 def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[str]]:
-    """Return names without the prefixes of data parallelism and compilation, and the removed prefix."""
     names: dict[str, str] = {}
     prefix = ""
     for file in shapes:
@@ -198,7 +193,7 @@ def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
 
 
 def _grouped(names: _Group) -> dict[str, dict[str, str]]:
-    """Return the names by their first word, that word taken off."""
+    """Group names by their first component."""
     groups: dict[str, dict[str, str]] = {}
     for file, name in names.items():
         word, _, rest = name.partition(".")
@@ -209,10 +204,7 @@ def _grouped(names: _Group) -> dict[str, dict[str, str]]:
 def _network(
     where: str, groups: Mapping[str, _Group], names: Iterable[str], shapes: Shapes
 ) -> tuple[str | None, str | None]:
-    """Return the module that holds the whole model, and the linear layer that is its classifier, if any.
-
-    Of a network and its average, the average is taken. The module is None where names are the model's own.
-    """
+    """Return the module that holds the model (None for plain names), and the linear classifier next to it."""
     modules = {word: group for word, group in groups.items() if "" not in group.values()}
     trained = next((word for word in _TRAINED if word in modules), None)
     averaged = next((word for word in _AVERAGED if word in modules), None)
@@ -254,7 +246,6 @@ def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
 
 
 def _is_linear(group: _Group, shapes: Shapes) -> bool:
-    """Whether the tensors are the weight, and maybe the bias, of one linear layer."""
     tensors = {rest: shapes[file] for file, rest in group.items()}
     layers = {rest.rpartition(".")[0] for rest in tensors}
     weight = next((shape for rest, shape in tensors.items() if rest.endswith("weight")), ())
@@ -262,7 +253,7 @@ def _is_linear(group: _Group, shapes: Shapes) -> bool:
 
 
 def _without_sequence(names: _Group, shapes: Shapes) -> dict[str, str]:
-    """Give the only layer with weights of a sequence, a linear classifier, the name of the sequence."""
+    """Rename the classifier ``head.1.weight`` of a Sequential to ``head.weight``."""
     plain = dict(names)
     layers = {file: match for file, name in names.items() if (match := _LAYER.fullmatch(name))}
     for module in {match["module"] for match in layers.values() if match["number"] is not None}:
@@ -282,7 +273,6 @@ def _leave_out(left_out: dict[str, int], word: str, group: _Group) -> None:
 
 
 def _is_for_training(word: str, group: _Group) -> bool:
-    """Whether these tensors belong to no model, whatever lies beside them."""
     if "" in group.values():
         return _COUNTER.fullmatch(word) is not None
     if re.fullmatch(r"((student|teacher)_)?head", word):
@@ -293,7 +283,7 @@ def _is_for_training(word: str, group: _Group) -> bool:
 def pick_part(
     where: str, checkpoint: object, asked: str | None = None
 ) -> tuple[str | None, Mapping[Any, Any]]:
-    """Return the name of the entry of a checkpoint that is its state dict, and that state dict."""
+    """Return the path of the entry with the state dict, and the state dict."""
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
     path: list[str] = []
@@ -315,7 +305,7 @@ def pick_part(
 
 
 def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
-    """Return entries beside ``part`` with weights of the network or its teacher, for the option ``part``."""
+    """Return further entries with weights, for ``--part``."""
     if part is None or not isinstance(checkpoint, dict):
         return ()
     own = (part, part.partition(".")[0])
@@ -323,7 +313,7 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
 
 
 def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
-    """Return the entry with the state dict; None if the checkpoint itself is one."""
+    """Return the entry with the state dict; None if ``checkpoint`` is one."""
     if hasattr(checkpoint.get("config"), "of_yacs") and "model" in checkpoint:
         return "model"  # what these scripts evaluate, and publish the accuracy of
     states = {
@@ -342,7 +332,7 @@ def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
 
 
 def _holds_weights(value: object, depth: int = 2) -> bool:
-    """Whether a value is a state dict, or holds one; the state of an optimiser has numbers for names."""
+    """Whether ``value`` is or contains a state dict."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     # Two names with dots: a single one may be an optimiser's, or a table beside the weights.
@@ -352,7 +342,6 @@ def _holds_weights(value: object, depth: int = 2) -> bool:
 
 
 def _shapes(state: Mapping[Any, Any], depth: int = 2) -> dict[str, tuple[int, ...]]:
-    """Shapes of a state dict, and of those that it holds, whose names are then before theirs."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, item in state.items():
         if isinstance(item, Tensor):

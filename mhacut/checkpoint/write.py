@@ -38,7 +38,7 @@ def write_slim(
     input_path: str | os.PathLike[str] | None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``model`` and its record to one safetensors file. The write is atomic."""
+    """Write ``model`` and its record to one safetensors file, atomically."""
     check_output(path, overwrite=overwrite, input_path=input_path)
 
     def write(temporary: Path) -> None:
@@ -50,7 +50,7 @@ def write_slim(
 
 
 def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write the slim file of ``model`` to exactly this path. The caller renames the complete file."""
+    """Write a slim file to exactly this path, not atomically."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         # Counters and index tables keep their dtype.
@@ -67,7 +67,7 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
 
 
 def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Return the bytes of the slim file of ``model``, or a few more, before it is written."""
+    """Return an upper bound of the file size in bytes."""
     tensors = count_bytes(model, dtypes)
     described = {
         name: {
@@ -90,29 +90,24 @@ def save_model(
     like: str | os.PathLike[str] | None,
     overwrite: bool = False,
 ) -> None:
-    """Write ``model``, which was opened from the slim file ``like`` and trained, as a new slim file.
+    """Write ``model``, opened from the slim file ``like`` and trained, as a new slim file.
 
         model = mhacut.load_model("vit-2.0G.safetensors")
         train(model)
         mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
 
-    Weights alone are written: other activations, hooks, or settings of modules are not.
-
-    The new file states the same cut, with one more step in its history. A classifier that
-    ``reset_classifier`` replaced is saved too, or removed where it left none; names of the classes are
-    dropped if their number changed.
+    Only weights are written. Changed activations, hooks and module settings are lost. A classifier changed by
+    ``reset_classifier`` is kept; class names are dropped if their number changed.
 
     Args:
-        model: the module from :func:`mhacut.load_model`, with other weights.
-        path: the file to write; never ``like`` itself.
-        like: the slim file that the model came from; tensors are written in its dtypes. None, which is the
-            output of a dry run, is refused.
+        model: module from :func:`mhacut.load_model`.
+        path: file to write; must differ from ``like``.
+        like: slim file that the model came from. Its dtypes are used.
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: ``like`` is not a slim file, or not the file of this model; or the model pools
-            otherwise than the file says.
-        OutputError: the file must not or cannot be written.
+        CheckpointError: ``like`` is not the slim file of this model, or the pooling differs.
+        OutputError: the file cannot be written.
     """
     if like is None:
         raise CheckpointError(
@@ -167,7 +162,7 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
 
 
 def _pooling(model: nn.Module) -> dict[str, str]:
-    """Return the kinds of pooling by name; timm keeps them in the model, its head, or a module of these."""
+    """Return all pooling settings by name. timm keeps them in the model, its head or a submodule."""
     return {
         f"{name}.{kind}".lstrip("."): pooling
         for name, module in model.named_modules()
@@ -177,7 +172,7 @@ def _pooling(model: nn.Module) -> dict[str, str]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Put the metadata in a fixed order (the library's is random), so that equal models are equal files."""
+    """Sort the metadata. The library's order is random, and equal models should give equal files."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

@@ -1,7 +1,7 @@
-"""Folders of images, listed and checked before any image is opened.
+"""Folders of images, listed and checked before an image is opened.
 
-timm's own folder reader hides missing data: a missing split silently becomes the whole root, and an empty
-class folder vanishes and shifts the classes after it. So folders are scanned here, classes in timm's order.
+timm's folder reader hides missing data: a missing split becomes the whole root folder, and an empty class
+folder shifts the labels of later classes. So mhacut lists folders itself, in timm's class order.
 """
 
 from __future__ import annotations
@@ -18,47 +18,46 @@ from mhacut.runtime.files import check_class_map, check_data_dir
 from mhacut.text import listed
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
-"""Files that count as images, in lower case."""
+"""Suffixes of image files, in lower case."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
-"""Folder names tried for a split, in this order; any other split has only its own name."""
+"""Folder names of a split, in order of preference. Other splits have only their own name."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of one split, listed but not opened."""
+    """Images of one split, not opened."""
 
     path: Path
     images: tuple[str, ...]
     """Paths relative to ``path``, with forward slashes, sorted."""
     names: tuple[str, ...]
-    """Class folder of each image; empty text for images that lie in no class folder."""
+    """Class folder of each image; '' outside class folders."""
     classes: tuple[str, ...]
-    """Class folders in timm's order (2 before 10), empty ones included."""
+    """Class folders in timm's order (2 before 10), including empty ones."""
 
     @property
     def name(self) -> str:
-        """Name of the folder itself, also where the path is ``.``."""
         return os.path.basename(os.path.abspath(self.path))
 
     @property
     def empty(self) -> tuple[str, ...]:
-        """Class folders without an image."""
+        """Class folders without images."""
         held = set(self.names)
         return tuple(name for name in self.classes if name not in held)
 
 
 def has_split(data: LabelledImages, split: str) -> bool:
-    """Whether ``split`` can be read: there is a folder of that name, or a named dataset."""
+    """Whether ``split`` exists as a folder, or a named dataset is used."""
     if data.dataset is not None:
         return True
     return data.data_dir is not None and split_folder(Path(data.data_dir), split) is not None
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """Return the folder of a split, under its name or an alias of it."""
+    """Return the folder of a split under any of its names; None if missing."""
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *synonyms):
         if os.path.isdir(root / name):
@@ -67,29 +66,26 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Names of the visible folders in ``root``, in timm's order of classes."""
+    """Visible folders in ``root``, in timm's class order."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     # The name itself last, or the file system would have the order of "a" and "A".
     return sorted(names, key=lambda name: (_natural(name), name))
 
 
 def _natural(name: str) -> list[int | str]:
-    """Return timm's ``natural_key``, by which 2 is before 10."""
+    """Timm's ``natural_key``: 2 before 10."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
 
 
 def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
-    """Return the folder to read for ``split``: its own, or ``data_dir`` itself if that holds no splits.
-
-    ``data_dir`` itself serves only for ``train`` and ``val``, which are the defaults: any other split was
-    asked for by name, and must not be replaced by other images.
-    """
+    """Return the folder of ``split``; ``data_dir`` itself for train and val if it has no splits."""
     root = Path(data_dir)
     check_data_dir(root)
     folder = split_folder(root, split)
     if folder is not None:
         return folder
     folders, known = subfolders(root), {"test", "testing"}.union(*SPLIT_NAMES.values())
+    # A split that the user named must not be replaced by other images.
     if split not in SPLIT_NAMES or known.intersection(folders):
         raise DataError(
             f"{root}: no split {split!r}; folders there: {listed(folders)}. Choose one with "
@@ -99,10 +95,7 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
 
 
 def scan(folder: Path) -> Folder:
-    """List every image under ``folder``; the first folder on the way to an image is its class.
-
-    Hidden files and folders (``._x.jpg``, ``.ipynb_checkpoints``) are skipped. Links are followed.
-    """
+    """List the images under ``folder``. The first folder of a path is the class. Hidden names are skipped."""
     classes = subfolders(folder)
     files = [(entry.name, "") for entry in folder.iterdir() if _is_image(entry.name) and entry.is_file()]
     files += [
@@ -118,7 +111,6 @@ def _is_image(file: str) -> bool:
 
 
 def _images(start: Path) -> Iterator[Path]:
-    """Yield the images in the visible folders under ``start``, itself included, each folder once."""
     seen = set[str]()  # or links in a circle would never end
     for path, folders, files in os.walk(start, followlinks=True):
         place = os.path.realpath(path)
@@ -129,7 +121,7 @@ def _images(start: Path) -> Iterator[Path]:
 
 
 def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
-    """Return class names with their index; the file has one name a line, in the order of the model's head."""
+    """Return the index of each class name; the file has one name per line, in the head's order."""
     path = Path(file)
     check_class_map(path)
     try:
@@ -151,7 +143,6 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
 def label_images(
     folder: Folder, data: LabelledImages, num_classes: int | None, hint: str, *, other: str | None
 ) -> list[int]:
-    """Return the class index of every image."""
     class_map = data.class_map
     if "" in folder.names:
         stray = folder.images[folder.names.index("")]

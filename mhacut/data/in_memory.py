@@ -1,4 +1,4 @@
-"""Images in memory: a tensor, a tensor and labels, or batches, normalised as the model's images are."""
+"""Normalised images in memory: a tensor, (images, labels), or batches."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from mhacut.options.base import LabelledImages
 from mhacut.text import dtype_name
 
 ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
-"""Images [N, C, H, W]; these and labels [N]; or an iterable of such batches, as a ``DataLoader`` is one."""
+"""Images [N, C, H, W], (images, labels [N]), or an iterable of such batches, for example a DataLoader."""
 _MEASURED = 4
-"""At least one labelled image in this many is left out of the calibration, to measure accuracy on it."""
+"""If images are few, 1 of 4 labelled images measures accuracy and the others calibrate."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Expected:
     size: tuple[int, int, int]
     """[C, H, W]."""
     num_classes: int | None
-    """Number of classes; None for a model without classifier, of which no label is read."""
+    """None for a model without classifier: labels are ignored."""
 
     def check(self, batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
-        """Return the images [B, C, H, W] and the labels [B], if any, of one batch."""
+        """Return the images [B, C, H, W] and the labels [B] of one batch."""
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor):
@@ -87,17 +87,13 @@ class Expected:
 
 
 class InMemoryBatches:
-    """Checked batches of (images [B, C, H, W], labels [B]) to measure accuracy on.
-
-    An iterator allows one pass, everything else several.
-    """
+    """Checked batches (images [B, C, H, W], labels [B]) for measuring accuracy."""
 
     def __init__(self, given: ImagesInMemory, expected: Expected, batch_size: int) -> None:
-        """Take images and labels."""
         self._given, self._expected, self._batch_size = given, expected, batch_size
 
     def __len__(self) -> int:
-        """Number of batches of a pass; 0 if nobody knows."""
+        """Number of batches; 0 if unknown."""
         given: Any = self._given
         if _is_whole(given):
             return math.ceil(len(given if isinstance(given, Tensor) else given[0]) / self._batch_size)
@@ -118,7 +114,6 @@ class InMemoryBatches:
 
 
 def check_one_source(images: ImagesInMemory | None, data: LabelledImages) -> None:
-    """Raise a :class:`UsageError` if images are given both in memory and by an option."""
     if images is None or not data.has_images:
         return
     other = "data_dir" if data.data_dir is not None else "dataset"
@@ -134,11 +129,10 @@ def split_in_memory(
     seed: int,
     batch_size: int,
 ) -> tuple[CalibrationImages, InMemoryBatches | None]:
-    """Divide images into those to calibrate on, and labelled ones to measure accuracy on.
+    """Split images into calibration images and labelled images for accuracy.
 
-    Both are random choices with equally many of each class, drawn with ``seed``. No image is in both; if
-    there are too few, a quarter of them is used to measure. Batches are read only until there are enough
-    images; of a ``DataLoader`` of a whole dataset, images from all over it are drawn with ``seed``.
+    Both are class-balanced random choices without overlap. Batches are read only until there are enough
+    images.
     """
     source, unread = _spread(given, count + measured, seed)
     images, labels, more = _collected(source, expected, count, measured)
@@ -169,7 +163,7 @@ def split_in_memory(
 def _collected(
     given: ImagesInMemory, expected: Expected, count: int, measured: int
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Return images, labels, and whether there may be more; batches are read until there are enough."""
+    """Return images, labels, and whether there may be more."""
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     total, enough = 0, False
@@ -191,10 +185,7 @@ def _collected(
 
 
 def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemory, _Images | None]:
-    """Return ``given``, or a loader of ``count`` images of its dataset, and its other images, unread.
-
-    A loader that does not shuffle may read one class after the other.
-    """
+    """Return a loader of ``count`` random images of a DataLoader's dataset, and the other images, unread."""
     if not isinstance(given, DataLoader) or given.batch_size is None:
         return given, None
     total = len(given.dataset) if isinstance(given.dataset, Sized) else 0
@@ -209,7 +200,7 @@ def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemor
 
 
 class _Images(Dataset[Sample]):
-    """Some images of a dataset whose items are images or begin with one, without labels."""
+    """A subset of a dataset, without labels."""
 
     def __init__(self, dataset: Any, chosen: Sequence[int]) -> None:
         self._dataset, self._chosen = dataset, chosen
@@ -223,7 +214,7 @@ class _Images(Dataset[Sample]):
 
 
 def _is_whole(given: ImagesInMemory) -> bool:
-    """Whether all images are one batch; a ``DataLoader`` makes a list of its images and labels."""
+    """Whether all images are one batch. A DataLoader may yield [images, labels] lists."""
     if isinstance(given, list) and len(given) == 2:
         images, labels = given
         return isinstance(images, Tensor) and isinstance(labels, Tensor) and labels.ndim < images.ndim
@@ -231,7 +222,7 @@ def _is_whole(given: ImagesInMemory) -> bool:
 
 
 def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Give checked batches, each with its name in messages."""
+    """Yield (name for messages, images, labels)."""
     name = "images"
     if _is_whole(given):
         yield name, *expected.check(given, name)

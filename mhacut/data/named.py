@@ -1,4 +1,4 @@
-"""Datasets that timm knows by name: ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME``, ``torch/NAME``."""
+"""Datasets with a name in timm: ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME``, ``torch/NAME``."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ _EXTRAS = {
     "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
     "torch": ("torchvision", "torchvision"),
 }
-"""Module that each prefix of a dataset's name needs, and what to install for it."""
+"""Required module and pip package of each prefix."""
 
 
 class NamedImages(Dataset[Sample]):
-    """Images of a dataset of timm's or torchvision's by index; unreadable ones are reported, not replaced."""
+    """Images of a dataset by index. Unreadable images are reported."""
 
     def __init__(
         self,
@@ -37,7 +37,6 @@ class NamedImages(Dataset[Sample]):
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """Take a dataset."""
         self.name, self.opened = name, opened
         self._channels = preprocessing.input_size[0]
         self.transform = transform or preprocessing.transform()
@@ -57,7 +56,7 @@ class NamedImages(Dataset[Sample]):
 
 
 class NamedStream(IterableDataset[Sample]):
-    """Images of a dataset of timm's that can only be read from its beginning."""
+    """Images of a dataset that can only be read in order."""
 
     def __init__(self, name: str, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
         self.name, self.opened, self.limit = name, opened, limit
@@ -79,7 +78,6 @@ def open_named(
     seed: int | None = None,
     check_classes: bool,
 ) -> Any:
-    """Open the dataset that timm knows by the name ``data.dataset``."""
     name = str(data.dataset)
     kind, asked = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
@@ -109,7 +107,7 @@ def open_named(
 
 
 def _kind(name: str) -> str:
-    """Return the prefix of a dataset's name."""
+    """Return the prefix of a dataset's name, and check that its package is installed."""
     asked = option_name("dataset", name)
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
@@ -125,7 +123,6 @@ def _kind(name: str) -> str:
 
 
 def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
-    """Give the items of a reader of timm's, which looks labels up as it goes."""
     try:
         yield from items
     except KeyError as error:
@@ -136,7 +133,7 @@ def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def targets_of(name: str, opened: Any) -> list[object]:
-    """Return a label per image where labels are known without reading images; else 0 for all."""
+    """Return one label per image if labels are available without decoding images; else zeros."""
     reader: Any = getattr(opened, "reader", None)
     # Asking for each label by index would decode each image.
     if hasattr(reader, "iter_targets"):

@@ -1,4 +1,4 @@
-"""Preprocessing: from a picture to a model's input."""
+"""Preprocessing: from an image file to the model's input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from mhacut.limits import MAX_CROP_PCT, MIN_CROP_PCT, too_large
 from mhacut.options.base import PreprocessingOptions
 
 SMALL_IMAGE = 64
-"""Side in pixels up to which images are not cropped, unless the model states a crop for this very size."""
+"""Largest image side, in pixels, that is not cropped by default."""
 Transform = Callable[[Image.Image], Tensor]
-"""Function from a picture to normalised [C, H, W] float32."""
+"""Function from a picture to a normalised tensor [C, H, W] float32."""
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
@@ -30,14 +30,13 @@ class Preprocessing:
     input_size: tuple[int, int, int]
     """[C, H, W] in pixels."""
     mean: tuple[float, ...]
-    """Per channel, subtracted from pixels in 0..1."""
+    """Mean per channel, for pixels in 0..1."""
     std: tuple[float, ...]
-    """Per channel, divides the difference."""
+    """Standard deviation per channel, for pixels in 0..1."""
     interpolation: str
-    """Interpolation of the resize: ``bicubic``, ``bilinear``, ..."""
+    """``bicubic``, ``bilinear``, ..."""
     crop_pct: float
-    """Input size over the size images are resized to before the crop; 1.0 crops nothing off a square,
-    more puts a border around it."""
+    """Input size divided by the size before the crop. Above 1.0, a border is added."""
     crop_mode: str
     """``center``, ``squash`` or ``border``, as in timm."""
 
@@ -78,24 +77,17 @@ class Preprocessing:
         model_input_size: tuple[int, int, int] | None,
         overrides: PreprocessingOptions | None = None,
     ) -> Preprocessing:
-        """Return the preprocessing that timm's record of a model states, made to fit the model.
+        """Return the preprocessing of timm's ``pretrained_cfg``, adapted to the model.
 
-        The model's own image size wins over the record's. ``crop_pct`` is, in this order: the explicit value;
-        the record's, unless the model is small (64 pixels or less) and the record states another image size;
-        1.0 for a small model; timm's default. So a ViT built at 32 pixels from the record of a 224-pixel
-        model takes a CIFAR image as it is: no resize, no crop. ``mean`` and ``std`` of three channels are
-        averaged for a model that takes another number of channels.
+        ``model_input_size`` [C, H, W] wins over the cfg's size. ``overrides`` wins over all other values.
+        A small model (64 pixels or less) uses a ``crop_pct`` of 1.0, unless the cfg has one for this size.
+        For models with another number of channels, mean and std of 3 channels are averaged.
 
         >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
         >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
         0.9
         >>> Preprocessing.resolve(made_for_224, (3, 32, 32)).crop_pct
         1.0
-
-        Args:
-            pretrained_cfg: timm's ``pretrained_cfg``, or the result of :meth:`to_json`.
-            model_input_size: [C, H, W] that the model was built for; None if unknown.
-            overrides: explicit values, which win.
         """
         overrides = overrides or PreprocessingOptions()
         explicit = {
@@ -128,7 +120,7 @@ class Preprocessing:
             raise
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values under the names of timm's ``pretrained_cfg``, for :meth:`resolve`."""
+        """Return plain values with the keys of timm's ``pretrained_cfg``."""
         return {
             "input_size": list(self.input_size),
             "mean": list(self.mean),
@@ -139,7 +131,6 @@ class Preprocessing:
         }
 
     def check_channels(self, hint: str = "") -> None:
-        """Raise a :class:`DataError` that ends with ``hint`` if no picture is an image of the model."""
         if self.input_size[0] not in (1, 3):
             raise DataError(
                 f"the model takes images of {self.input_size[0]} channels, but image files are read with 1 "
@@ -147,7 +138,7 @@ class Preprocessing:
             )
 
     def transform(self) -> Transform:
-        """Return timm's evaluation transform: picture to normalised [C, H, W] float32."""
+        """Return timm's evaluation transform."""
         self.check_channels()
         made: Transform = create_transform(
             input_size=self.input_size,
@@ -162,7 +153,7 @@ class Preprocessing:
 
 
 def is_too_small_to_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
-    """Whether images of ``size``, [C, H, W], are not cropped unless somebody asks for it."""
+    """Whether images of ``size`` [C, H, W] are not cropped by default."""
     stated = pretrained_cfg.get("input_size")
     of_this_size = stated is None or tuple(stated)[1:] == tuple(size[1:])
     return max(size[1:]) <= SMALL_IMAGE and (pretrained_cfg.get("crop_pct") is None or not of_this_size)

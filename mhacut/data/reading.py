@@ -1,4 +1,4 @@
-"""Images by index, through the transform; an unreadable one is reported, not replaced by its neighbour."""
+"""Images by index. Unreadable images are reported; timm would replace them by the next image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mhacut.data.preprocessing import Preprocessing, Transform
 # enough: an IPTC file can hold one, and timm and torchvision open images themselves.
 EpsImagePlugin.gs_binary = EpsImagePlugin.gs_windows_binary = False
 _SIXTEEN_BITS = ("PNG", "PPM")
-"""Formats whose mode I is one of 16 bits without signs, to Pillow before 11.3 or for good."""
+"""Formats whose mode I means unsigned 16 bits."""
 
 
 def open_image(file: Any, channels: int) -> Image.Image:
@@ -39,13 +39,12 @@ def open_image(file: Any, channels: int) -> Image.Image:
 
 
 def with_channels(picture: Image.Image, channels: int) -> Image.Image:
-    """Return a picture as RGB or grey."""
     return picture.convert("RGB" if channels == 3 else "L")
 
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stand-in for the tensor of an image that could not be read."""
+    """Placeholder for an image that could not be read."""
 
     file: str
     reason: str
@@ -55,8 +54,6 @@ Sample = tuple["Tensor | Unreadable", int]
 
 
 class ImageFiles(Dataset[Sample]):
-    """Images of a folder by index, through the transform."""
-
     def __init__(
         self,
         root: Path,
@@ -65,7 +62,6 @@ class ImageFiles(Dataset[Sample]):
         preprocessing: Preprocessing,
         transform: Transform | None = None,
     ) -> None:
-        """List images to read."""
         self.root, self.images, self.labels = root, images, labels
         self._channels = preprocessing.input_size[0]
         self.transform = transform or preprocessing.transform()
@@ -80,14 +76,14 @@ class ImageFiles(Dataset[Sample]):
 
 
 def reason_of(error: BaseException, path: object = "") -> str:
-    """Return Pillow's message without the path, which messages name anyway."""
+    """Return Pillow's message without the path."""
     if "Ghostscript" in str(error):  # Pillow says that there is none
         return "is PostScript, which mhacut does not run"
     return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    """Stack the readable images and their labels; the unreadable ones come third."""
+    """Stack the readable images [n, C, H, W] and labels [n]; list the unreadable ones."""
     bad = [image for image, _ in samples if isinstance(image, Unreadable)]
     good = [(image, label) for image, label in samples if not isinstance(image, Unreadable)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
@@ -95,12 +91,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]
 
 
 def label_outside(labels: Tensor, num_classes: int | None) -> int | None:
-    """Return a label that is not a class of the model's head, if there is one.
-
-    Args:
-        labels: [n], not empty; -1 stands for a missing one.
-        num_classes: number of classes; None if it is not known.
-    """
+    """Return a label outside the model's classes; None if all are valid. -1 means missing."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         return low
@@ -108,7 +99,7 @@ def label_outside(labels: Tensor, num_classes: int | None) -> int | None:
 
 
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
-    """Yield all indices in a random order that draws equally often from every group that is not used up.
+    """Yield all indices in random order, one per group in turn.
 
     >>> order = list(balanced_order(["a"] * 6 + ["b"] * 2, seed=0))
     >>> sorted(order), sum(index >= 6 for index in order[:4])
@@ -126,7 +117,7 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
 
 
 def fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
-    """Return a digest of images by names and labels: equal for equal data in any folder."""
+    """Return a digest of names and labels, independent of the folder."""
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")

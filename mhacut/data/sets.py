@@ -1,4 +1,4 @@
-"""The images of a command: those to calibrate and search on, and labelled ones to measure accuracy on."""
+"""Images of a command: calibration images, and labelled images for accuracy."""
 
 from __future__ import annotations
 
@@ -35,24 +35,23 @@ from mhacut.text import listed
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a folder or of a named dataset: its images are listed, none is opened."""
+    """One split of a folder or named dataset. Images are listed, not opened."""
 
     name: str
-    """Text for readers: ``under val/``, ``of torch/cifar10 val``."""
+    """Text for messages: ``under val/``, ``of torch/cifar10 val``."""
     images: Dataset[Sample] | None
     """Images by index; None for a stream."""
     groups: Sequence[object]
-    """Class of each image, by its folder or label, where it is known; otherwise all are equal."""
+    """Class of each image where known; else all equal."""
     labelled: bool
-    """Whether the images have labels that are used."""
+    """Whether labels are used."""
     identity: Callable[[Sequence[int]], str]
-    """Function from numbers of images to a digest of their names and labels, equal for equal data."""
+    """Digest of the names and labels of the images with these indices."""
     stream: Any = None
-    """Dataset of timm's that can only be read from its beginning."""
+    """timm dataset that can only be read in order."""
 
     @property
     def label_note(self) -> str:
-        """Whether there are labels, as descriptions say it."""
         return "with labels" if self.labelled else "without labels"
 
 
@@ -66,7 +65,6 @@ def open_split(
     seed: int | None = None,
     transform: Transform | None = None,
 ) -> Split:
-    """List the images of a split."""
     split = getattr(data, option)
     if data.dataset is not None:
         name, where = str(data.dataset), f"of {data.dataset} {split}"
@@ -113,17 +111,17 @@ def open_split(
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Images of calibration and search."""
+    """Images for calibration and search."""
 
     images: Tensor
     """[n, C, H, W] float32, normalised."""
     labels: Tensor | None
-    """[n] int64, indices into the model's head; None without labels."""
+    """[n] int64; None without labels."""
     description: str
-    """Text for readers: ``256 of 50000 images under train/ (with labels)``."""
+    """Text for messages: ``256 of 50000 images under train/ (with labels)``."""
     synthetic: bool = False
     rest: Dataset[Sample] | None = None
-    """The images of the split that were not chosen, unread; None if there are none, or for a stream."""
+    """Other images of the split, unread; None for a stream."""
 
 
 def calibration_images(
@@ -135,12 +133,7 @@ def calibration_images(
     num_classes: int | None = None,
     use_labels: bool = True,
 ) -> CalibrationImages:
-    """Return ``count`` images to calibrate and search on, or all there are if fewer.
-
-    They are a random choice with equally many of each class, drawn with ``seed``: it depends on the names of
-    the files, not on the order in which a file system lists them. If ``data`` names no images, they are
-    :func:`synthetic_images`.
-    """
+    """Return up to ``count`` class-balanced images drawn with ``seed``; synthetic ones without data."""
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
     if not data.has_images:
@@ -174,10 +167,7 @@ def calibration_images(
 
 
 def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, Subset[Sample] | None]:
-    """Return the first ``count`` readable images in :func:`balanced_order`, and those behind them, unread.
-
-    Between them are the labels of the former, and a description.
-    """
+    """Return images, labels, a description, and the other images, unread."""
     assert split.images is not None
     good: list[Sample] = []
     bad: list[Unreadable] = []
@@ -211,14 +201,13 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, S
 
 
 class WithoutLabels(DataError):
-    """Images to measure accuracy on that lie in no class folders."""
+    """Raised if accuracy is measured on images outside class folders."""
 
 
 class EvaluationLoader:
-    """Batches of (images [B, C, H, W], labels [B]) that never drop an image silently; labels may be all -1.
+    """Batches (images [B, C, H, W], labels [B]); labels are -1 if not used.
 
-    It can be iterated more than once. At the end of a pass it raises :class:`DataError` if an image could not
-    be read, so that no accuracy is computed on the rest.
+    Raises :class:`DataError` at the end of a pass if an image could not be read.
     """
 
     def __init__(
@@ -252,7 +241,7 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Number of batches of a pass; 0 if a stream does not state it."""
+        """Number of batches; 0 if unknown."""
         return math.ceil(self.images / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -298,7 +287,7 @@ def evaluation_loader(
     part: tuple[int, int] = (0, 1),
     use_labels: bool = True,
 ) -> EvaluationLoader:
-    """Return the labelled images of ``data.val_split``, to measure accuracy on."""
+    """Return the labelled images of ``data.val_split``."""
     if data.dataset is None and data.data_dir is None:
         raise UsageError(
             f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
@@ -343,7 +332,7 @@ def evaluation_loader(
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:
-    """Indices of at most ``limit`` images, ascending: the same choice every time, even over the labels."""
+    """Return at most ``limit`` indices, ascending, class-balanced, always the same choice."""
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
     return sorted(islice(balanced_order(labels, 0), limit))

@@ -1,4 +1,4 @@
-"""Synthetic images made of shapes, for models without data."""
+"""Synthetic images, for pruning without data."""
 
 from __future__ import annotations
 
@@ -11,29 +11,20 @@ from torch import Tensor
 LEAVES = 40
 """Number of shapes per image."""
 _SIZES = (0.05, 0.5)
-"""Smallest and largest radius, in units of the image's longer side; their density falls with the cube."""
+"""Smallest and largest radius, relative to the longer image side. The density is proportional to r^-3."""
 _STRETCH = 0.5
-"""Largest logarithm of a shape's stretch along its axis (and shrinking across it)."""
+"""Largest log stretch of a shape."""
 _COLOURFULNESS = 0.3
-"""Share of a colour's channels that is their own; the rest is common brightness."""
+"""Weight of a random colour against grey."""
 
 
 def synthetic_images(
     count: int, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], seed: int
 ) -> Tensor:
-    """Return dead-leaves images: overlapping plain shapes, [count, C, H, W] float32, normalised.
+    """Return dead-leaves images [count, C, H, W] float32, normalised: overlapping random shapes.
 
-    Discs, rectangles and triangles with random places, directions and colours, many small and few large ones;
-    later shapes hide earlier ones. Occlusion between objects of all sizes gives pictures the statistics of
-    photographs (Lee, Mumford & Huang, IJCV 2001), edges included, and networks can be trained on them
-    (Baradad et al., NeurIPS 2021). Image i depends on ``seed`` and i, not on ``count``.
-
-    Args:
-        count: number of images.
-        input_size: [C, H, W].
-        mean: mean per channel, subtracted from pixels in 0..1.
-        std: standard deviation per channel.
-        seed: seed of the shapes.
+    Their statistics resemble photographs (Lee, Mumford & Huang, IJCV 2001), and networks can be trained on
+    them (Baradad et al., NeurIPS 2021). Image i depends on ``seed`` and i only.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.stack([_leaves(input_size, generator) for _ in range(count)])
@@ -41,7 +32,7 @@ def synthetic_images(
 
 
 def _leaves(input_size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """One image, [C, H, W] in 0..1."""
+    """One image [C, H, W] in 0..1."""
     channels, height, width = input_size
     side = max(height, width)
     colours = torch.rand(LEAVES + 1, channels + 1, generator=generator)
@@ -88,4 +79,4 @@ def _triangle(x: Tensor, y: Tensor) -> Tensor:
 
 
 _DISTANCES = (_disc, _square, _triangle)
-"""Distance from the centre in radii, of each shape: 1 on its edge."""
+"""Distance from the centre in radii of the shape."""

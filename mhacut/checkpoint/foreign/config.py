@@ -1,4 +1,4 @@
-"""Read another library's configuration, of a model or its images, one checked value at a time."""
+"""Read another library's configuration, one checked value at a time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,9 @@ _Value = TypeVar("_Value")
 
 
 class Config:
-    """An untrusted JSON object of another library.
-
-    Methods raise a :class:`CheckpointError` for a value of another type than expected, or out of bounds.
-    """
+    """Untrusted JSON object. Methods raise a :class:`CheckpointError` for a wrong type or range."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        """Keep the object, and the name of its file, or of its place there, for messages."""
         self._values = values
         self.where = where
 
@@ -31,16 +27,15 @@ class Config:
         return self._values.get(name) is not None
 
     def fault(self, name: str, expected: str) -> CheckpointError:
-        """Return the error of a value that is not as expected."""
         value = self._values.get(name)
         shown = "dict" if isinstance(value, dict) else f"{value!r:.80}"
         return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown}")
 
     def get(self, name: str, default: _Value) -> _Value:
-        """Return a value of the type of ``default``; that itself where the value is missing, or null.
+        """Return a value of the type of ``default``, or ``default`` if missing or null.
 
-        Whole numbers are at least 1, or 0 where that is the default. Sides of images and patches may be
-        stated as two equal numbers.
+        Minimum of integers: 1, or 0 if ``default`` is 0. Two equal integers count as one (image and patch
+        sides).
         """
         value: Any = self._values.get(name)
         if value is None:
@@ -54,29 +49,26 @@ class Config:
         return cast(_Value, converted)
 
     def read(self, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-        """Return arguments of timm, by a table of their names here and the other library's defaults."""
+        """Return timm's arguments from a table {argument: (name here, default)}."""
         return {argument: self.get(name, default) for argument, (name, default) in table.items()}
 
     def numbers(self, name: str, count: int) -> list[float]:
-        """Return a list of ``count`` numbers; required."""
         value = self._values.get(name)
         if not isinstance(value, list) or len(value) != count or not all(map(is_number, value)):
             raise self.fault(name, f"a list of {count} numbers")
         return [float(item) for item in value]
 
     def part(self, name: str) -> Config:
-        """Return an object within this one; required."""
         value = self._values.get(name)
         if not isinstance(value, dict):
             raise self.fault(name, "an object")
         return Config(value, f"{self.where}: {name}")
 
     def raw(self, name: str) -> Any:
-        """Return a value as it stands, unchecked; None if it is missing."""
         return self._values.get(name)
 
     def require(self, fixed: Mapping[str, Any], reason: str) -> None:
-        """Refuse any value but the given ones, which are also the defaults, for ``reason``."""
+        """Refuse values that differ from ``fixed``."""
         for name, expected in fixed.items():
             value = expected if name not in self else self._values[name]
             if value != expected or isinstance(value, bool) != isinstance(expected, bool):
@@ -85,11 +77,9 @@ class Config:
                 )
 
     def require_eps(self, timms: float, default: float) -> None:
-        """Refuse an epsilon of norms that differs from timm's.
-
-        One that is smaller than 1e-6 is taken for it: with 1e-6 for 1e-12, logits agree within 1e-5.
-        """
+        """Refuse a norm epsilon that differs from timm's."""
         stated = self.get("layer_norm_eps", default)
+        # Epsilons below 1e-6 are accepted: with 1e-6 for 1e-12, logits agree within 1e-5.
         if abs(stated - timms) > 1.5e-6:
             raise CheckpointError(
                 f"{self.where}: layer_norm_eps {stated:g} cannot be converted: the norms of timm's model "
@@ -98,7 +88,7 @@ class Config:
 
 
 def _expectation(value: Any, default: Any) -> tuple[str, bool]:
-    """Return what is expected in place of ``default``, in words, and whether ``value`` is that."""
+    """Return the expected type in words, and whether ``value`` has it."""
     least = 0 if default == 0 else 1
     if isinstance(default, bool):
         return "true or false", isinstance(value, bool)
@@ -113,15 +103,15 @@ def _expectation(value: Any, default: Any) -> tuple[str, bool]:
 
 IMAGENET_CFG: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""Filters of Pillow by number."""
+"""Interpolation by Pillow's number."""
 _MAX_LABEL = 200
-"""Largest number of characters of a class name that is kept."""
+"""Longest class name, in characters."""
 _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
-"""Beginnings of the names of processors to which a ``size`` of one number is the shortest edge, not both."""
+"""Processors for which a single ``size`` is the shortest edge."""
 
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
-    """Return the pretrained_cfg of a ``preprocessor_config.json``: mean, std, interpolation, crop."""
+    """Return the pretrained_cfg for a ``preprocessor_config.json``."""
     scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
     rescales = processor.get("do_rescale", True)
     if rescales:
@@ -143,7 +133,7 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
 
 
 def image_side(processor: Config) -> int | None:
-    """Return the side in pixels of the images that the processor makes; None if it states no square."""
+    """Return the side of the processor's square images in pixels; None if not square."""
     crops = processor.get("do_center_crop", "crop_size" in processor)
     return _side(processor, "crop_size") if crops else _side(processor, "size")
 
@@ -180,7 +170,7 @@ def _side(processor: Config, name: str) -> int | None:
 
 
 def label_names(config: Config, classes: int) -> list[str] | None:
-    """Return the class names of ``id2label`` in order; None if one is missing, or all are ``LABEL_0``, ..."""
+    """Return the class names of ``id2label``; None if incomplete or generated (``LABEL_0``)."""
     labels = config.raw("id2label")
     if not isinstance(labels, dict) or len(labels) != classes:
         return None

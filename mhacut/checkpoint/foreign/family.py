@@ -1,4 +1,4 @@
-"""One family of another library's models: its tensor names in timm, how to recognise it and to build it."""
+"""A family of another library's models: tensor names in timm, detection, construction."""
 
 from __future__ import annotations
 
@@ -17,19 +17,18 @@ from mhacut.checkpoint.foreign.config import Config
 from mhacut.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Shape of each tensor, by its name."""
 Names = Mapping[str, tuple[str, ...]]
-"""Table of tensor names, another library's to timm's; the first that fits counts."""
+"""Another library's tensor names, mapped to timm's. The first match counts."""
 
 TABLE = Path(__file__).with_name("names.txt")
-"""Tables of all families, which say how they are read."""
+"""Tables of all families."""
 ACTIVATIONS = {
     **{name: name for name in ("gelu", "quick_gelu", "relu", "silu")},
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
     "swish": "silu",
 }
-"""Activations of transformers by their names in timm."""
+"""transformers' activations by timm's name."""
 VIT_SIZES = {
     (192, 12, 3): "tiny",
     (384, 12, 6): "small",
@@ -37,17 +36,17 @@ VIT_SIZES = {
     (1024, 24, 16): "large",
     (1280, 32, 16): "huge",
 }
-"""Sizes in timm's names of ViTs, by width, depth and heads."""
+"""Sizes in timm's ViT names, by (width, depth, heads)."""
 _BUFFERS = re.compile(
     r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|bias_mask|position_ids"
     r"|rope(_embed)?\.(periods|freqs_cos|freqs_sin))"
 )
-"""Tensors that the code computes from sizes, which older files hold."""
+"""Computed tensors that older files contain."""
 _PART = re.compile(r"(.+)#(\d)(.*)")
 _NUMBER = re.compile(r"\*(?:([-+/])(\d))?|\{(\d)\}")
-"""Number in one of timm's names: the next of the other name, changed or not, or that of an index."""
+"""Number in a timm name: the next number of the source name, optionally changed, or the number at an index.
+"""
 _MAX_NAMES = 5
-"""Names of tensors in a message."""
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class TimmSpec:
     """The timm model that a file is converted to."""
 
     architecture: str
-    """Name in timm."""
     args: dict[str, Any]
-    """Further arguments of ``timm.create_model``; ``num_classes`` follows from the classifier's shape."""
+    """Arguments of ``timm.create_model`` except ``num_classes``, which follows from the classifier's shape.
+    """
     cfg: dict[str, Any] = field(default_factory=dict)
-    """Preprocessing that goes with these weights, as timm's pretrained_cfg has it."""
+    """Preprocessing as in timm's pretrained_cfg."""
     side: int | None = None
-    """Side of the images in pixels, where timm's model has no argument ``img_size``."""
+    """Image side in pixels, for timm models without the argument ``img_size``."""
 
 
 @dataclass(frozen=True)
@@ -69,46 +68,40 @@ class Family:
     """Models whose files have the same tensor names."""
 
     title: str
-    """Name for readers: ``ViT of transformers``."""
+    """Name for messages: ``ViT of transformers``."""
     names: Names
-    """Names of tensors here and in timm; each part of several gets an equal part of the tensor."""
+    """Table of names. A tensor with several targets is split into equal parts."""
     signs: tuple[tuple[str, ...], ...] = ()
-    """Rows of ends of tensor names. A file of the family has tensors with all the ends of one row; a file
-    without a configuration is recognised by them."""
+    """Suffixes of tensor names. A file belongs to the family if it has all suffixes of one row."""
     unlike: tuple[str, ...] = ()
-    """Ends of tensor names that no file of the family has."""
+    """Suffixes that exclude a file from the family."""
     prefixes: tuple[str, ...] = ()
-    """Prefixes that names may have in front; the first that fits is taken off."""
+    """Optional prefixes of names. The first match is removed."""
     others: bool = False
-    """Whether names that the table does not have are timm's."""
+    """Whether names outside the table are timm's."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Names of tensors for which the model in timm has no use, and what they are, for the log; those with an
-    empty text are not logged."""
+    """Tensors without use in timm, with a description for the log."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Names of classifiers for which timm has no place, and the reason why the file is refused; the rest can
-    be converted without them."""
+    """Classifiers that timm cannot represent, with the reason. ``--num-classes 0`` drops them."""
     finish: Callable[[dict[str, Tensor]], None] | None = None
-    """Function that adapts the dict of renamed tensors, in place: what no table of names can say."""
+    """Changes the renamed tensors in place, beyond renaming."""
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in ``config.json``."""
     build: Callable[[Config, Shapes], TimmSpec] | None = None
-    """Function from the configuration and the renamed shapes to timm's model."""
+    """Maps the configuration and the renamed shapes to timm's model."""
     named: str = ""
-    """Beginning of the names in timm of its models, if other models of timm have the same names and
-    shapes: the file is of the family only where the user names one."""
+    """Prefix of timm names. The family is only used if ``--model`` starts with it."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
-    """Preprocessing of files that state none, as timm's pretrained_cfg has it."""
+    """Preprocessing of files without their own."""
 
     def recognises(self, names: Mapping[str, object]) -> bool:
-        """Whether a file with tensors of these names is of the family."""
-
         def has(end: str) -> bool:
             return any(name == end or name.endswith(f".{end}") for name in names)
 
         return any(all(map(has, sign)) for sign in self.signs) and not any(map(has, self.unlike))
 
     def convert(self, tensors: Mapping[str, Tensor], *, headless: bool = False) -> dict[str, Tensor]:
-        """Return the tensors under timm's names, in their dtypes; works on the meta device too."""
+        """Return the tensors under timm's names, in their dtypes. Works on the meta device."""
         converted: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
@@ -142,7 +135,7 @@ class Family:
         return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
-        """Return timm's names of a tensor or of its parts, none if it is left out, None if it is unknown."""
+        """Return timm's names of a tensor or its parts; () if dropped, None if unknown."""
         base = self._without_prefix(name)
         for pattern, reason in self._refused:
             if pattern.fullmatch(base):
@@ -161,7 +154,6 @@ class Family:
         return (base,) if self.others and inside else None
 
     def described_as_left_out(self, names: Mapping[str, object]) -> list[str]:
-        """Return the descriptions of the tensors that :meth:`convert` leaves out, each once."""
         bases = [self._without_prefix(name) for name in names]
         labels = [text for pattern, text in self._left_out if any(map(pattern.fullmatch, bases))]
         return [text for text in dict.fromkeys(labels) if text]
@@ -187,7 +179,6 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _filled(target: str, numbers: Sequence[str]) -> str:
-    """Return timm's name with the numbers of the other name in it."""
     following = iter(numbers)
 
     def number(place: re.Match[str]) -> str:
@@ -199,7 +190,6 @@ def _filled(target: str, numbers: Sequence[str]) -> str:
 
 
 def read_families(functions: Mapping[str, Mapping[str, Any]]) -> tuple[Family, ...]:
-    """Read the tables of all families, in order."""
     sections: dict[str, dict[str, Any]] = {}
     current: dict[str, Any] = {}
     for line in TABLE.read_text(encoding="ascii").splitlines():
@@ -226,7 +216,7 @@ def read_families(functions: Mapping[str, Mapping[str, Any]]) -> tuple[Family, .
 
 
 def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
-    """Rename, in place, the tensors whose names begin with ``prefix``; drop them if ``to`` is None."""
+    """Rename a prefix in place; drop the tensors if ``to`` is None."""
     for name in [name for name in tensors if name.startswith(prefix)]:
         tensor = tensors.pop(name)
         if to is not None:
@@ -234,7 +224,7 @@ def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
 
 
 def timm_name(patterns: tuple[str, ...], args: Mapping[str, Any], **further: Any) -> str:
-    """Return the first of the names that timm has, the values of arguments filled in; the last in any case.
+    """Return the first name that timm has, else the last.
 
     >>> timm_name(("beit_{size}_patch16_224", "beit_base_patch16_224"), {}, size="huge")
     'beit_base_patch16_224'
@@ -244,19 +234,18 @@ def timm_name(patterns: tuple[str, ...], args: Mapping[str, Any], **further: Any
 
 
 def vit_size(args: Mapping[str, Any]) -> str | None:
-    """Return the size in timm's name for a ViT of this width, depth and heads, ``base``; None without one."""
     return VIT_SIZES.get((args["embed_dim"], args["depth"], args["num_heads"]))
 
 
 def vit_name(args: Mapping[str, Any], suffix: str = "") -> str:
-    """Return the name of timm's ViT of this size; that of ViT-B/16 if timm has none."""
+    """Return timm's name for a ViT of this size; ViT-B/16 if there is none."""
     stem = "vit_{size}_patch{patch_size}{suffix}_"
     patterns = (stem + "{img_size}", stem + "224", "vit_base_patch16{suffix}_224")
     return timm_name(patterns, args, size=vit_size(args), suffix=suffix)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return the ratio from which timm, rounding down, gets exactly ``hidden`` channels.
+    """Return a ratio with ``int(width * ratio) == hidden``, as timm computes it.
 
     >>> mlp_ratio(3072, 768)
     4.0

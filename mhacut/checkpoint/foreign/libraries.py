@@ -1,4 +1,4 @@
-"""Models of torchvision, open_clip and the models' authors; models of timm that other libraries wrap."""
+"""Models of torchvision, open_clip and original authors, and timm models wrapped by other libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mhacut.errors import CheckpointError
 
 
 def _finish_swin(tensors: dict[str, Tensor]) -> None:
-    """Split the biases of Swin V2's attention. Those of keys go: torchvision uses zeros in their place."""
+    """Split the qkv biases of Swin V2. The key bias is dropped: torchvision uses zeros."""
     for name in [name for name in tensors if name.endswith(".logit_scale")]:
         prefix = name.removesuffix("logit_scale")
         tensors[f"{prefix}q_bias"], _, tensors[f"{prefix}v_bias"] = tensors.pop(f"{prefix}qkv.bias").chunk(3)
@@ -36,7 +36,7 @@ _STATED: dict[str, Any] = {
     "pos_embed_type": "learnable",
     "pool_type": "tok",
 }
-"""Values of ``vision_cfg`` with which the model computes what timm's ViT of CLIP does."""
+"""Values of ``vision_cfg`` for which timm's CLIP ViT computes the same."""
 
 
 def _finish_open_clip(tensors: dict[str, Tensor]) -> None:
@@ -74,7 +74,7 @@ def _build_open_clip(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
-    """Return timm's pretrained_cfg of a ``preprocess_cfg`` of open_clip."""
+    """Return timm's pretrained_cfg for open_clip's ``preprocess_cfg``."""
     cfg: dict[str, Any] = {"crop_pct": 1.0}
     cfg |= {name: stated.numbers(name, 3) for name in ("mean", "std") if name in stated}
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}
@@ -87,14 +87,13 @@ def preprocess_cfg(stated: Config) -> dict[str, Any]:
 
 
 TRUNK = "visual.trunk."
-"""Prefix of a model of timm in open_clip."""
+"""Prefix of timm models in open_clip."""
 WRAPPED = "timm_model."
-"""Prefix of a model of timm in transformers."""
+"""Prefix of timm models in transformers."""
 _POOLS = ("", "avg", "token", "map")
 
 
 def _named(config: Config, key: str) -> str:
-    """Return the architecture of timm that a configuration names."""
     architecture = config.get(key, "").partition(".")[0]
     if not known_model(architecture):
         raise CheckpointError(f"{config.where}: {key}: {unknown_model(architecture)}")
@@ -118,7 +117,7 @@ def _build_wrapped(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """Where there are registers, timm adds no position to the class token."""
+    """With registers, timm adds no position to the class token."""
     if "reg_token" in tensors:
         positions = tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1].to(tensors["cls_token"].dtype)
@@ -126,7 +125,7 @@ def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
-    """A stage ends with its downsampling there; in timm the next stage begins with it."""
+    """Move each downsampling from the end of a stage to the start of the next, as in timm."""
     if "layers.0.downsample.reduction.weight" in tensors:
         # From the last stage on: a moved name may be that of the next.
         for stage in reversed(range(8)):
@@ -136,7 +135,7 @@ def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_eva02(tensors: dict[str, Tensor]) -> None:
-    """Biases of queries and values are those of their layers, where each has its own."""
+    """Move the biases of separate query and value layers into these layers."""
     if "blocks.0.attn.q_proj.weight" in tensors:
         for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", name)]:
             tensors[name.replace("_bias", "_proj.bias")] = tensors.pop(name)
@@ -153,4 +152,4 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "EVA-02 of its authors": {"finish": _finish_eva02},
     "Swin of its authors": {"finish": _finish_swin_of_authors},
 }
-"""Functions of the families, by title."""
+"""Functions and preprocessing by family."""

@@ -1,4 +1,4 @@
-"""Recognise a checkpoint of another library and work out its conversion to a timm model."""
+"""Recognise another library's checkpoint and prepare its conversion to a timm model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mhacut.runtime.files import show
 FAMILIES: dict[str, Family] = {
     family.title: family for family in read_families({**transformers.FUNCTIONS, **libraries.FUNCTIONS})
 }
-"""Families by title, in the order in which a file without a configuration is compared with their signs."""
+"""Families by title, in the order of detection."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 _SMALL_EPS = 5e-7
-"""Epsilon of norms below which a note says that timm's model adds 1e-6."""
+"""A smaller norm epsilon is logged, because timm uses 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,21 @@ class Conversion:
 
     family: Family
     headless: bool
-    """Whether the classifier is left out, as the user asked."""
+    """Whether the classifier is dropped (``--num-classes 0``)."""
     tensors: Mapping[str, TensorInfo]
-    """Tensors of the file under timm's names."""
+    """Tensors by timm's names."""
     spec: TimmSpec | None
-    """The timm model that a configuration states; None without one."""
+    """The timm model in the configuration; None without a configuration."""
     cfg: Mapping[str, Any]
-    """Preprocessing and class names, as timm's pretrained_cfg has them."""
+    """Preprocessing and class names as in timm's pretrained_cfg."""
     notes: tuple[str, ...]
-    """Lines for the user."""
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the file's tensors under timm's names, in their dtypes."""
         return self.family.convert(tensors, headless=self.headless)
 
 
 def recognise(header: FileHeader, *, headless: bool = False, model: str | None = None) -> Conversion | None:
-    """Return the conversion of another library's file; None if it is not recognised as one."""
+    """Return the conversion of another library's file; None for timm's own format."""
     config, family = _stated(header)
     if config is None and header.config is None:
         family = _family_by_names(header.tensors, model or "")
@@ -69,7 +67,7 @@ def recognise(header: FileHeader, *, headless: bool = False, model: str | None =
 
 
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
-    """Return the configuration of another library, and the family that it states; None, None for timm's."""
+    """Return the configuration and family of another library's folder; (None, None) for timm's."""
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
@@ -142,7 +140,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
 
 
 def _with_linear_head(family: Family) -> Family:
-    """Return the family of a file whose classifier, now ``head``, lay beside the network."""
+    """Return the family for a file with a linear classifier next to the backbone."""
     head = family.names.get("classifier", family.names.get("heads.head", ("head",)))
     names = {"head": head, **family.names}
     refused = dict(family.refused)
@@ -157,7 +155,6 @@ def _with_linear_head(family: Family) -> Family:
 def _cfg(
     processor: Config | None, config: Config, spec: TimmSpec, shapes: Shapes
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return the pretrained_cfg that the folder states, and notes for the user about it."""
     channels = int(spec.args.get("in_chans", 3))
     side = spec.side or spec.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}

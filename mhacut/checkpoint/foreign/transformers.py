@@ -1,4 +1,4 @@
-"""Models of transformers: from their configurations to timm's arguments, and tensors that change shape."""
+"""Models of transformers: configuration to timm arguments, and tensors that change shape."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ _VIT_ARGS: dict[str, tuple[str, Any]] = {
     "depth": ("num_hidden_layers", 12),
     "num_heads": ("num_attention_heads", 12),
 }
-"""Arguments of timm's ViTs, as the configurations name them, and what holds where they do not."""
+"""timm's ViT arguments: (name in the configuration, default)."""
 
 
 def _vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, Any]:
-    """Return the arguments of timm's ``VisionTransformer`` that configurations of ViTs share."""
     args = config.read({**_VIT_ARGS, "patch_size": ("patch_size", patch)})
     args["mlp_ratio"] = mlp_ratio(config.get("intermediate_size", 3072), args["embed_dim"])
     stated = config.get("hidden_act", act)
@@ -43,7 +42,7 @@ def _vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, A
 
 
 def _finish_vit(tensors: dict[str, Tensor]) -> None:
-    """Make a register of a distillation token that no classifier reads."""
+    """Turn a distillation token without classifier into a register."""
     if "head_dist.weight" not in tensors:
         move(tensors, "dist_token", "reg_token")
 
@@ -81,7 +80,7 @@ def _build_beit(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """Give registers positions of zeros: timm puts them behind the class token before it adds positions."""
+    """Add zero positions for the registers: timm inserts registers before adding positions."""
     registers = tensors.get("reg_token")
     if registers is not None:
         positions = tensors["pos_embed"]
@@ -114,7 +113,7 @@ def _build_dinov2(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov3(tensors: dict[str, Tensor]) -> None:
-    """Name the only matrix of an MLP without gates; drop a table of no registers."""
+    """Rename the single matrix of an ungated MLP, and drop an empty register table."""
     if not any(name.endswith(".mlp.fc1_g.weight") for name in tensors):
         for name in [name for name in tensors if ".mlp.fc1_x." in name]:
             tensors[name.replace("fc1_x", "fc1")] = tensors.pop(name)
@@ -150,7 +149,7 @@ def _build_dinov3(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def finish_clip(tensors: dict[str, Tensor]) -> None:
-    """Reshape class token and positions as timm has them, in place; give a projection a bias of zeros."""
+    """Reshape class token and positions to timm's layout, in place. Add a zero bias to a projection."""
     tensors["cls_token"] = tensors["cls_token"].reshape(1, 1, -1)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
     head = tensors.get("head.weight")
@@ -159,7 +158,7 @@ def finish_clip(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_clip(tensors: dict[str, Tensor]) -> None:
-    """Drop the last norm and the projection if there is a classifier, which reads neither."""
+    """With a classifier, drop the last norm and the projection, which the classifier does not use."""
     classified = "head.weight" in tensors
     move(tensors, "projection.", None if classified else "head.")
     if classified:
@@ -179,7 +178,7 @@ def _build_clip(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_siglip(tensors: dict[str, Tensor]) -> None:
-    """Make a convolution of SigLIP 2's linear patch embedding; drop pooling that the classifier skips."""
+    """Turn SigLIP 2's linear patch embedding into a convolution; drop pooling if there is a classifier."""
     if "head.weight" in tensors:
         move(tensors, "attn_pool.", None)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
@@ -211,7 +210,7 @@ def _build_siglip(config: Config, shapes: Shapes) -> TimmSpec:
 
 _MAX_STAGES = 8
 _SWIN_SIZES = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
-"""Sizes in timm's names, by the width of the first stage and the depth of the third."""
+"""Sizes in timm's names, by (width of stage 1, depth of stage 3)."""
 
 
 def _swin_args(config: Config) -> dict[str, Any]:
@@ -245,7 +244,6 @@ def _swin_args(config: Config) -> dict[str, Any]:
 
 
 def _swin_size(args: dict[str, Any]) -> str:
-    """Return the size in timm's name for a Swin of this width and depth; ``tiny`` if timm has none."""
     return _SWIN_SIZES.get((args["embed_dim"], args["depths"][2] if len(args["depths"]) > 2 else 0), "tiny")
 
 
@@ -274,7 +272,7 @@ _PVT_SIZES = {
     (64, 8, 27): "b4",
     (64, 6, 40): "b5",
 }
-"""Ends of timm's names, by the width of the first stage and the depths of the second and third."""
+"""Sizes in timm's names, by (width of stage 1, depths of stages 2 and 3)."""
 
 
 def _build_pvt(config: Config, shapes: Shapes) -> TimmSpec:
@@ -310,4 +308,4 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "Swin V2 of transformers": {"build": _build_swinv2},
     "PVTv2 of transformers": {"build": _build_pvt},
 }
-"""Functions of the families, by title."""
+"""Functions by family."""
