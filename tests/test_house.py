@@ -28,7 +28,7 @@ LINES = {
     "options": 1476,
     "pruning": 4576,
     "report": 1200,
-    "runtime": 1028,
+    "runtime": 910,
     "surgery": 2880,
     "top": 823,
 }

@@ -29,7 +29,7 @@ from mhacut.data.reading import (
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime.process import ignore_signals, start_reading, worker_count
+from mhacut.runtime.process import ignore_signals, worker_count
 from mhacut.text import listed
 
 
@@ -247,7 +247,7 @@ class EvaluationLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         bad: list[Unreadable] = []
         seen = 0
-        for images, labels, unreadable in start_reading(self._loader):
+        for images, labels, unreadable in iter(self._loader):
             bad += unreadable
             seen += len(labels)
             if not len(labels):

@@ -27,7 +27,7 @@ from mhacut.data.sets import open_split
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
-from mhacut.runtime.process import ignore_signals, start_reading
+from mhacut.runtime.process import ignore_signals
 
 _TRIES = 10
 """Largest number of images that are tried for one place in a batch, the intended one included."""
@@ -252,7 +252,7 @@ def training_loader(
         pin_memory=pin_memory,
         worker_init_fn=ignore_signals,
     )
-    for stacked, labels, unreadable in start_reading(loader):
+    for stacked, labels, unreadable in iter(loader):
         if len(stacked) < len(labels):
             raise DataError(
                 f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "

@@ -21,7 +21,7 @@ from mhacut.pruning.distill import minimise
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import FITTED_IMAGES, Preserved
 from mhacut.runtime.device import ordered_attention
-from mhacut.runtime.process import ignore_signals, start_reading
+from mhacut.runtime.process import ignore_signals
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import stack_of, tokens_in
 
@@ -196,7 +196,7 @@ def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> 
         num_workers=job.workers,
         worker_init_fn=ignore_signals,
     )
-    for batch, _, bad in start_reading(loader):
+    for batch, _, bad in iter(loader):
         if not len(batch):
             raise DataError(f"no image of a batch can be read; first {bad[0].file}: {bad[0].reason}")
         # Of tokens, the inputs of a part of a model, there are no crops.

@@ -1,7 +1,4 @@
-"""Files that are read and written: checks before the work, outputs that appear complete or not at all, locks.
-
-Imports nothing that takes time.
-"""
+"""Checks of input and output paths, atomic writes, and locks. Imports nothing slow."""
 
 from __future__ import annotations
 
@@ -21,25 +18,25 @@ if sys.platform != "win32":
 
 AnyPath = str | os.PathLike[str]
 REMOTE = ("timm:", "hf-hub:", "hf_hub:")
-"""Beginnings of checkpoints that are no paths."""
+"""Prefixes of checkpoints that are downloaded."""
 READ_IN_FOLDERS = re.compile(
     r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
 )
-"""Names of the files of a folder that are read as one checkpoint."""
+"""Names of the files that are read if a checkpoint is a folder."""
 
 
 def show(path: AnyPath) -> str:
-    """Return ``path`` as text for a message, undecodable bytes replaced."""
+    """Return ``path`` for a message, with undecodable bytes replaced."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def reason_alone(error: Exception, path: AnyPath) -> str:
-    """Return the message of ``error`` about the file ``path`` without its name, and without what to do."""
+    """Return the reason in an error message of the form "path: reason; advice"."""
     return str(error).removeprefix(f"{show(path)}: ").partition("; ")[0]
 
 
 def stem_of(path: Path) -> str:
-    """Return the beginning of default output names.
+    """Return the name of a checkpoint without its ending, the start of default output names.
 
     >>> stem_of(Path("runs/vit.safetensors")), stem_of(Path("vit.pth.tar"))
     ('vit', 'vit')
@@ -52,7 +49,7 @@ def stem_of(path: Path) -> str:
 
 
 def check_checkpoint(path: AnyPath) -> None:
-    """Raise a :class:`CheckpointError` unless ``path`` is a folder, or a file with something in it."""
+    """Raise a :class:`CheckpointError` unless ``path`` is a readable folder or non-empty file."""
     if not os.fspath(path):
         raise CheckpointError("expected the name of a checkpoint, found an empty one")
     if not os.path.isdir(path):
@@ -62,13 +59,14 @@ def check_checkpoint(path: AnyPath) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """Return the size of the file in bytes. Called before opening it, since opening a FIFO would block."""
+    """Return the size of a regular file in bytes."""
+    # Checked before the file is opened: opening a FIFO would block.
     if not os.path.exists(path):
         hint = "; it is a link to a missing file" if path.is_symlink() else ""
         raise CheckpointError(f"no such file: {show(path)}{hint}")
     if os.path.isdir(path):
         raise CheckpointError(f"{show(path)}: is a directory, expected a file")
-    if os.path.getsize(path) == 0:  # as that of devices and pipes
+    if os.path.getsize(path) == 0:  # also devices and pipes
         raise CheckpointError(f"{show(path)}: file is empty (0 bytes); download or copy it again")
     if not os.access(path, os.R_OK):
         raise CheckpointError(f"{show(path)}: no permission to read it")
@@ -76,7 +74,6 @@ def regular_size(path: Path) -> int:
 
 
 def check_data_dir(path: AnyPath) -> None:
-    """Raise a :class:`DataError` unless ``path`` is a directory that may be read."""
     option = option_name("data_dir")
     if not os.path.isdir(path):
         raise DataError(f"{path}: no such directory ({option})")
@@ -85,8 +82,7 @@ def check_data_dir(path: AnyPath) -> None:
 
 
 def check_class_map(path: AnyPath) -> None:
-    """Raise a :class:`DataError` unless ``path`` is a file; reading a FIFO would block."""
-    if not os.path.isfile(path):
+    if not os.path.isfile(path):  # also not a FIFO, whose reading would block
         raise DataError(f"{path}: class map cannot be read: no such file ({option_name('class_map')})")
 
 
@@ -96,7 +92,7 @@ def check_class_map(path: AnyPath) -> None:
 def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
     """Raise an :class:`OutputError` if ``path`` must not or cannot be written.
 
-    Commands call it before they begin to work.
+    ``input_path``, the checkpoint, is never replaced.
     """
     target = Path(path)
     if input_path is not None and _is_part_of(target, Path(input_path)):
@@ -109,7 +105,7 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
         raise OutputError(
             f"{show(path)}: exists already; choose another name, or {option_name('overwrite', True)}"
         )
-    # A rename would replace the device itself, such as /dev/null in a container.
+    # Writing ends with a rename, which would replace a device such as /dev/null.
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{show(path)}: is a device, pipe or socket; choose another name")
     nearest = next((parent for parent in target.absolute().parents if os.path.lexists(parent)), Path("/"))
@@ -121,9 +117,9 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
 
 
 def _is_part_of(target: Path, source: Path) -> bool:
-    """Whether ``target`` is the file ``source``, or one that is read in the folder ``source``."""
+    """Whether ``target`` is ``source``, or a file of the checkpoint in the folder ``source``."""
     if os.path.isdir(source):
-        real = Path(os.path.realpath(target))  # a link may lead there
+        real = Path(os.path.realpath(target))  # resolves links
         return str(real.parent) == os.path.realpath(source) and bool(READ_IN_FOLDERS.fullmatch(real.name))
     return target.exists() and source.exists() and os.path.samefile(target, source)
 
@@ -131,7 +127,7 @@ def _is_part_of(target: Path, source: Path) -> bool:
 def check_outputs(
     paths: Iterable[AnyPath | None], *, overwrite: bool, input_paths: Iterable[AnyPath | None]
 ) -> None:
-    """Call :func:`check_output` for each of ``paths``, which must be different files; None is no file."""
+    """Check output paths, which must differ from the inputs and from each other. None is skipped."""
     sources: list[AnyPath | None] = [source for source in input_paths if source is not None]
     seen: dict[str, AnyPath] = {}
     for path in paths:
@@ -152,10 +148,9 @@ def write_file(
     overwrite: bool,
     input_path: AnyPath | None = None,
 ) -> None:
-    """Make the file ``path`` appear complete and flushed to disk, or not at all.
+    """Write a file atomically: the file appears complete and flushed to disk, or not at all.
 
-    The content goes to a file in a temporary folder beside it, which is then renamed. The file's mode
-    follows the umask.
+    ``content`` is the bytes, or a function that writes to a temporary path, which is then renamed.
     """
     check_output(path, overwrite=overwrite, input_path=input_path)
     target = Path(os.path.realpath(path))
@@ -168,7 +163,7 @@ def write_file(
                 temporary.write_bytes(content)
             _finish(temporary)
             os.replace(temporary, target)
-        # The rename itself is in the directory: without this a power cut may undo it. Some systems cannot.
+        # Without this, a power cut may undo the rename. Some file systems cannot flush a directory.
         with suppress(OSError):
             sync(target.parent)
     except OSError as error:
@@ -176,9 +171,9 @@ def write_file(
 
 
 def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
-    """Make the files of the folder ``path`` appear, each of them complete and flushed to disk.
+    """Write the files of a folder, each atomically, once all are complete.
 
-    None appears before all are complete. Files of the same names are replaced; others stay.
+    Files of the same names are replaced. Other files stay.
     """
     target = Path(path)
     try:
@@ -198,10 +193,8 @@ def fill_folder(path: AnyPath, fill: Callable[[Path], object]) -> None:
 
 @contextmanager
 def temporary_folder(target: Path) -> Iterator[Path]:
-    """Make a hidden folder beside ``target`` for its content until that is complete; remove it at the end.
-
-    A folder, because libraries write temporary files of their own beside the file that they are given.
-    """
+    """Make a hidden folder beside ``target``, and remove it at the end of the block."""
+    # A folder, not a file: libraries write temporary files of their own beside the target.
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(".tmp", f".{target.name[:100]}.", target.parent)
     try:
@@ -211,8 +204,8 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _finish(path: Path) -> None:
-    """Flush a file to disk, with the mode that the umask asks for."""
-    # Libraries that write to a temporary file of their own leave it readable by its owner alone.
+    """Flush a file to disk, and give it the mode of the umask."""
+    # Temporary files of libraries are readable only by their owner.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
@@ -220,7 +213,7 @@ def _finish(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the entries of a directory, to disk."""
+    """Flush a file, or a directory's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -232,9 +225,9 @@ def sync(path: Path) -> None:
 
 
 def lock_directory(path: Path) -> int | None:
-    """Lock a directory without waiting; return the descriptor for :func:`unlock`, on Windows None.
+    """Lock a directory, and return the argument of :func:`unlock`. Windows has no such locks (None).
 
-    The lock ends with the process and those that it forked.
+    The lock ends with the process and its forks. A locked directory raises :class:`BlockingIOError`.
     """
     if sys.platform == "win32":
         return None
@@ -250,7 +243,6 @@ def lock_directory(path: Path) -> int | None:
 
 
 def unlock(descriptor: int | None) -> None:
-    """Release what :func:`lock_directory` locked, if it did."""
     if descriptor is not None and sys.platform != "win32":
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process that was just forked may still hold its copy
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold a copy of the descriptor
         os.close(descriptor)

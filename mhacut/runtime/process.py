@@ -1,7 +1,4 @@
-"""Processes of a command: those that torchrun started, new ones, and the signals that stop them.
-
-Imports no torch, since commands check their options before they wait for it.
-"""
+"""Processes of a command: ranks from torchrun, new processes, and stop signals. Imports no torch."""
 
 from __future__ import annotations
 
@@ -16,12 +13,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch.utils.data import DataLoader
+from typing import Any
 
 DEFAULT_WORKERS = 2
 
@@ -29,17 +22,16 @@ DEFAULT_WORKERS = 2
 
 
 def world_size() -> int:
-    """Return the number of processes that share the run; 1 where nothing launched them."""
+    """Return the number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def rank() -> int:
-    """Return the number of this process among all; a lone ``RANK`` is left over from something else."""
+    # RANK without WORLD_SIZE is a leftover of another program.
     return int(os.environ.get("RANK") or 0) if world_size() > 1 else 0
 
 
 def local_rank() -> int:
-    """Return the number of this process among those of its machine."""
     return int(os.environ.get("LOCAL_RANK") or 0) if world_size() > 1 else 0
 
 
@@ -47,8 +39,11 @@ def local_rank() -> int:
 
 
 def in_new_process(module: str, function: str, job: object) -> Any:
-    """Call a function in a new process; it reads ``job`` as JSON from stdin and prints a line of JSON."""
-    # The search path is the caller's: `-c` alone would put the working directory first.
+    """Call ``module.function()`` in a new process, and return its last line of output, parsed as JSON.
+
+    The function reads ``job`` as JSON from stdin. The result is None if the process fails.
+    """
+    # `python -c` would put the working directory first on the search path.
     code = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import {function} as run; run()"
     command = [sys.executable, "-c", code, *sys.path]
     try:
@@ -58,35 +53,34 @@ def in_new_process(module: str, function: str, job: object) -> Any:
         return None
 
 
-def worker_count(asked: int | None) -> int:
-    """Return ``asked``; if that is None, :data:`DEFAULT_WORKERS`, or the number of CPUs if that is less."""
+def worker_count(workers: int | None) -> int:
+    """Return the number of processes that read images, by default 2 or the number of CPUs if smaller."""
     # On a cluster, a process may use fewer CPUs than the machine has.
-    has = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(DEFAULT_WORKERS, has) if asked is None else asked
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(DEFAULT_WORKERS, cpus) if workers is None else workers
 
 
 # -- signals --
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Sent by Ctrl-C and by schedulers."""
+"""Signals of Ctrl-C and of schedulers."""
 
 
 @dataclass
 class StopRequest:
-    """Whether a signal asked to stop."""
+    """State of a request to stop the run."""
 
     asked: bool = False
+    """Whether a stop signal came."""
     answered: bool = False
-    """Whether the log says that this takes a while."""
+    """Whether the user was told that the run stops after the current step."""
 
 
 @contextmanager
 def stop_request() -> Iterator[StopRequest]:
-    """Make the first signal inside the block only set ``asked``; a second one has its usual effect.
-
-    Outside the main thread, where Python delivers no signals, nothing changes.
-    """
+    """Turn the first stop signal inside the block into a request. A second signal ends the process."""
     request = StopRequest()
+    # Python handles signals only in the main thread.
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
@@ -97,7 +91,7 @@ def stop_request() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
     def ask(number: int, frame: FrameType | None) -> None:
-        # No exception here: it could come amid a write, or an exchange that other processes wait for.
+        # No exception: it could interrupt a write, or an exchange that other processes wait for.
         request.asked = True
         restore()
 
@@ -109,41 +103,20 @@ def stop_request() -> Iterator[StopRequest]:
         restore()
 
 
-def start_reading(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Iterate over ``loader``, whose processes outlive signals from the moment they start.
-
-    Until a process calls its ``worker_init_fn``, :func:`ignore_signals`, a signal would end it, and the run.
-    """
-    method = multiprocessing.get_start_method() if loader.num_workers else None
-    # A fork server would hand the mask to all processes that it ever starts; Windows has no masks.
-    if method not in ("fork", "spawn") or not hasattr(signal, "pthread_sigmask"):
-        return iter(loader)
-    if method == "spawn":
-        resource_tracker.ensure_running()  # it unblocks the signals when it starts, with the first process
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    try:
-        # Inside "try", because a signal that came just before may raise here, with the mask set already.
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        return iter(loader)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def ignore_signals(worker: int) -> None:
-    """Make a process that reads images ignore signals; a ``worker_init_fn`` for ``DataLoader``.
+    """Ignore stop signals in a worker of a ``DataLoader`` (its ``worker_init_fn``).
 
-    Ctrl-C, and many schedulers, signal all processes of a group: the main one still needs images for what it
-    finishes first. When that ends, torch ends the others.
+    Ctrl-C reaches all processes of a group, but the main process still needs images to finish a step.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 @atexit.register
-def _kill_readers() -> None:
-    # At its end Python sends SIGTERM, which readers ignore, and would wait for ever for one that still reads.
-    readers = [child for child in multiprocessing.active_children() if child.daemon]
-    if readers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise in this process
-    for child in readers:
+def _kill_workers() -> None:
+    # On exit, Python sends SIGTERM to the workers, which ignore it, and would wait for them forever.
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here
+    for child in workers:
         child.kill()

@@ -1,4 +1,4 @@
-"""Progress of commands: what they report, how long their stages take, and rich's bar that shows it."""
+"""Progress of commands: reporters, times of stages, and a progress bar."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Time between two lines of progress where there is no bar."""
+"""Interval of progress lines if there is no bar."""
 
 
 class Reporter(Protocol):
-    """Receives what a command does; decides nothing."""
+    """Receives messages and progress of a command."""
 
     def log(self, message: str) -> None:
-        """Take a message worth reading once: something inferred, chosen or left out."""
+        """Receive a message about an inference, a choice or an omission."""
 
     def start(self, stage: str) -> None:
-        """Begin a stage; the one before is over. The same work has the same name in all commands."""
+        """Begin a stage, and end the previous stage."""
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
-        """Receive the state of the current stage: ``done`` of ``total``."""
+        """Receive the progress of the current stage. ``total`` is 0 if unknown."""
 
 
 class Silent:
@@ -51,12 +51,12 @@ SILENT: Reporter = Silent()
 
 
 class StageTimer:
-    """A reporter that passes everything on and measures how long each stage takes."""
+    """A reporter that measures the duration of each stage and forwards everything."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
         self.seconds: dict[str, float] = {}
-        """Seconds of each stage that is over; of one that was run twice, both together."""
+        """Seconds of the completed stages. Repeated stages add up."""
         self._stage: str | None = None
         self._began = 0.0
 
@@ -72,33 +72,31 @@ class StageTimer:
         self.reporter.advance(done, total, detail)
 
     def stop(self) -> None:
-        """End the current stage."""
         if self._stage is not None:
             spent = time.perf_counter() - self._began
             self.seconds[self._stage] = self.seconds.get(self._stage, 0.0) + spent
             self._stage = None
 
     def taken(self) -> dict[str, float]:
-        """End the current stage; return the seconds of all stages, and begin to count anew."""
+        """End the current stage, return the seconds of all stages, and reset them."""
         self.stop()
         seconds, self.seconds = self.seconds, {}
         return seconds
 
 
 class Counter:
-    """Counter of the parts of one stage that are done."""
+    """Reports the progress of a stage from increments."""
 
     def __init__(self, reporter: Reporter, total: int) -> None:
         self.reporter, self.total, self.done = reporter, total, 0
 
     def add(self, pieces: int) -> None:
-        """Report that ``pieces`` more are done."""
         self.done += pieces
         self.reporter.advance(self.done, self.total)
 
 
 class StageDisplay(Silent):
-    """A reporter that shows each stage on stderr, and no messages: a bar, or a line now and then."""
+    """A reporter that shows stages on stderr, as a bar or as lines for ``say``. It shows no messages."""
 
     def __init__(self, say: Callable[[str], None] | None = None, every: float | None = None) -> None:
         from rich import progress  # takes as long to import as a short command
@@ -126,34 +124,33 @@ class StageDisplay(Silent):
 
     @property
     def console(self) -> Console:
-        """Console to print on above the bar."""
+        """Console that prints above the bar."""
         return self._progress.console
 
     def start(self, stage: str) -> None:
-        # A new task, for rich estimates the time left from the speed of one task.
+        # A new task, because rich estimates the remaining time from the speed of one task.
         self._progress.remove_task(self._task)
         self._task = self._progress.add_task(safe(stage), total=None, detail="", left="")
         self._shown = time.perf_counter()
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
-        shown = ", ".join(part for part in (f"{done}/{total}" if total else "", safe(detail)) if part)
+        state = ", ".join(part for part in (f"{done}/{total}" if total else "", safe(detail)) if part)
         left = "left" if total else ""
-        self._progress.update(self._task, completed=done, total=total or None, detail=shown, left=left)
+        self._progress.update(self._task, completed=done, total=total or None, detail=state, left=left)
         if self._say is not None and time.perf_counter() - self._shown >= self._every:
             self._shown = time.perf_counter()
             (task,) = self._progress.tasks
             elapsed, remaining = self._elapsed.render(task), self._remaining.render(task)
-            self._say(f"{task.description}: {shown}, {elapsed} elapsed, {remaining} left")
+            self._say(f"{task.description}: {state}, {elapsed} elapsed, {remaining} left")
 
     def close(self) -> None:
-        """Take the bar off."""
         if self._say is None:  # some versions of rich end a disabled bar with an empty line
             self._progress.stop()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reporting:
-    """Keywords of each function that reports its progress, as :func:`reporting` takes them."""
+    """Keywords of functions that report progress. See :func:`reporting`."""
 
     progress: bool | None = None
     reporter: Reporter | None = None
@@ -161,7 +158,10 @@ class Reporting:
 
 @contextmanager
 def reporting(reporter: Reporter | None, progress: bool | None) -> Iterator[Reporter]:
-    """Give the reporter of a call from Python: ``reporter``, else a bar, else a silent one."""
+    """Yield ``reporter``, or else a progress bar, or else a silent reporter.
+
+    ``progress`` shows or hides the bar. By default, terminals and notebooks have a bar.
+    """
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     widgets = getattr(shell, "kernel", None) is not None and bool(importlib.util.find_spec("ipywidgets"))

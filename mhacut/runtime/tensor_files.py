@@ -1,4 +1,4 @@
-"""Tensors in files: large ones in temporary files mapped into memory, and those of safetensors files."""
+"""Large tensors in temporary files that are mapped into memory, and writing of safetensors files."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from torch import Tensor
 
 from mhacut.runtime.files import AnyPath
 
-LEAST_BYTES = 2**20
-"""Smaller tensors stay in memory."""
+MIN_BYTES = 2**20
+"""Size below which a tensor stays in memory."""
 
 
 class Spill:
-    """Tensors in unnamed files, each of which is deleted with its tensor.
+    """Tensors in unnamed temporary files (``TMPDIR``). A file is deleted with its tensor.
 
-    The files lie where ``TMPDIR`` says. On a disk, the system writes their pages back and frees them when it
-    needs memory; in a ``tmpfs``, this saves no memory. Freed pages are read again when used.
+    The system can free the memory of such tensors, and reads them again on use. A ``tmpfs`` saves no memory.
     """
 
     def __init__(self) -> None:
@@ -32,13 +31,13 @@ class Spill:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """Return a copy of ``tensor`` in a file, or the tensor if it is small or the disk is full."""
-        # Every mapping takes whole pages, and there is a limit on their number.
-        if tensor.nbytes < LEAST_BYTES or not hasattr(os, "posix_fallocate"):
+        # Small tensors would waste pages, and the system limits the number of mappings.
+        if tensor.nbytes < MIN_BYTES or not hasattr(os, "posix_fallocate"):
             return tensor
         try:
-            # Without a name: the system frees it whenever and however this process ends.
+            # The file has no name, so the system frees it even if this process is killed.
             with tempfile.TemporaryFile() as file:
-                # Reserved: writing to a page for which the disk has no room would end the process.
+                # Reserved now: on a full disk, a later write to a page would kill the process.
                 os.posix_fallocate(file.fileno(), 0, tensor.nbytes)
                 mapped = mmap.mmap(file.fileno(), tensor.nbytes)
         except OSError:
@@ -47,35 +46,33 @@ class Spill:
         return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def drop(self) -> None:
-        """Release all pages from this process's memory; their content stays in the files."""
+        """Release the memory of all tensors. Their content stays in the files."""
         for mapped in self._maps:
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def return_freed() -> None:
-    """Return freed memory to the system, much of which glibc keeps when layers are large."""
+    """Return freed memory to the system. glibc keeps much of it when layers are large."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
     if trim is not None:
         trim(ctypes.c_size_t(0))
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> None:
-    """Write contiguous tensors; call it within :func:`mhacut.runtime.files.write_file`."""
+    """Write contiguous tensors. Call it inside :func:`mhacut.runtime.files.write_file`."""
     try:
-        save_file(_apart(tensors), path, dict(metadata))
+        save_file(_unshared(tensors), path, dict(metadata))
     except SafetensorError as error:
-        raise OSError(str(error)) from error  # the disk is full, for one
+        raise OSError(str(error)) from error  # for example, the disk is full
 
 
-def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors with copies in place of those that share memory, which the library refuses.
-
-    Of those in one storage, all but the first are copied: a copy of a large model may not fit into memory.
-    """
-    apart: dict[str, Tensor] = {}
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors without shared memory, which safetensors refuses."""
+    # The first tensor of each storage is not copied: a copy of a large model may not fit into memory.
+    unshared: dict[str, Tensor] = {}
     storages = set[int]()
     for name, tensor in tensors.items():
         storage = tensor.untyped_storage().data_ptr()
-        apart[name] = tensor.clone() if storage in storages else tensor
+        unshared[name] = tensor.clone() if storage in storages else tensor
         storages.add(storage)
-    return apart
+    return unshared

@@ -1,10 +1,9 @@
-"""Processes: functions in new ones, and those that read images, which outlive a signal to their group."""
+"""Functions in new processes, and workers that read images and ignore signals to their group."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 from multiprocessing import util
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 
 from mhacut.data import EvaluationLoader
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
-from mhacut.runtime.process import STOP_SIGNALS, in_new_process, worker_count
+from mhacut.runtime.process import STOP_SIGNALS, in_new_process, stop_request, worker_count
 
 
 @pytest.fixture
@@ -77,13 +76,13 @@ class ForkedWith:
 
 
 @pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="forks nothing")
-@pytest.mark.parametrize("labels", [validation_labels, training_labels])
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_while_a_reader_starts_costs_no_image(labels, number):
+def test_a_signal_while_a_worker_starts_costs_no_image_in_a_block_that_takes_requests(number):
     signalled = ForkedWith(lambda: os.kill(os.getpid(), number))
-    assert sorted(labels()) == list(range(12))
+    with stop_request() as request:
+        assert sorted(training_labels()) == list(range(12))
     assert signalled
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert not request.asked  # the worker handled its signal
 
 
 READING = """

@@ -20,7 +20,7 @@ from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import Preserved
 from mhacut.pruning.unit_moments import SpilledMoments
 from mhacut.runtime import tensor_files as spill_module
-from mhacut.runtime.tensor_files import LEAST_BYTES, Spill
+from mhacut.runtime.tensor_files import MIN_BYTES, Spill
 from mhacut.surgery.features import Features, find_token_map
 from mhacut.surgery.find import find_prunable_layers
 
@@ -81,7 +81,7 @@ def test_freed_memory_leaves_the_process():
 
 
 def test_a_full_disk_leaves_tensors_in_memory():
-    tensor, spill = torch.ones(LEAST_BYTES), Spill()
+    tensor, spill = torch.ones(MIN_BYTES), Spill()
     with patch("os.posix_fallocate", side_effect=OSError(28, "No space left on device")):
         assert spill.keep(tensor) is tensor
     with patch.object(mmap, "mmap", side_effect=OSError(12, "Cannot allocate memory")):
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_tensors_in_memory():
 
 def test_a_file_goes_with_its_tensor():
     spill = Spill()
-    kept = spill.keep(torch.ones(LEAST_BYTES))
+    kept = spill.keep(torch.ones(MIN_BYTES))
     assert len(spill._maps) == 1
     del kept
     gc.collect()
@@ -103,7 +103,7 @@ def test_plans_are_the_same_from_a_file():
     model = build(CASE)
     job = job_of(model, image(CASE, batch=12), counted=True, round_to=2)
     plan = Planner(job, job.calibrate()).plan(flops_limit(job, 0.6))
-    with patch.object(unit_moments, "MOST_BYTES", 0), patch.object(spill_module, "LEAST_BYTES", 0):
+    with patch.object(unit_moments, "MOST_BYTES", 0), patch.object(spill_module, "MIN_BYTES", 0):
         calibration = job.calibrate()
         assert isinstance(calibration.moments, SpilledMoments)
         assert len(calibration.moments) == len(list(calibration.moments)) == len(job.units)
