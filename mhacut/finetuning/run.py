@@ -37,7 +37,7 @@ RATES = (3e-4, 1e-4, 3e-5, 1e-5)
 """Learning rates to try, the highest first, until one helps."""
 _FEW_STEPS = 1000
 """Steps of 64 images, below which smaller ones are better: 16 images, four times as many steps."""
-_MOST_HELD_OUT = 256
+_MAX_HELD_OUT = 256
 """Largest number of images that are held out; a tenth of them, where that is less."""
 
 
@@ -156,7 +156,7 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         evaluation_loader, preprocessing, options, num_classes=classes, batch_size=max(size, 64)
     )
     validation = _validation_images(options, labelled, classes, processes, reporter)
-    spare = min(_MOST_HELD_OUT, images.count // 10, images.count - size * parts)
+    spare = min(_MAX_HELD_OUT, images.count // 10, images.count - size * parts)
     held_out = None
     if spare > 0 and (validation is None or options.lr is None):
         kept, held_out = images.divided(spare, preprocessing, options.seed)

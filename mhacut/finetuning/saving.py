@@ -19,7 +19,7 @@ from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import software_versions
 
-_MOST_UNREADABLE = 0.1
+_MAX_UNREADABLE = 0.1
 """Share of the images that may be unreadable before the run ends."""
 _IMAGES_PER_STEP, _STEPS = "images per step", "steps"
 # A slim file is passed on: it does not reveal where files lie on the machine that made it.
@@ -134,7 +134,7 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
     unreadable = list(dict.fromkeys(name for part in parts for name in part))
     run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
     with run.processes.fail_together():
-        if len(unreadable) > _MOST_UNREADABLE * run.images.count:
+        if len(unreadable) > _MAX_UNREADABLE * run.images.count:
             raise DataError(
                 f"{len(unreadable)} of {run.images.count} images cannot be read, first {unreadable[0]}; "
                 "repair or remove them"

@@ -1,4 +1,4 @@
-"""First and second moments of activations, and of what channels of linear attention contribute."""
+"""First and second moments of activations, and second moments of contributions in linear attention."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import torch
 from torch import Tensor
 
 EPSILON = 1e-6
-"""Constant that linear attention adds to the sum of its weights."""
+"""Constant that linear attention adds to its denominator."""
 _AT_ONCE = 192
-"""Columns of a block of :func:`gram`."""
+"""Number of columns in a block of :func:`gram`."""
 _ROWS = 256
-"""Rows that are converted to float64 at once."""
+"""Number of rows converted to float64 at once."""
 _SMALL, _LARGE = 1e-15, 1e15
-"""Bounds of activations within which float32 can hold their squares and sums of 1e8 of these."""
+"""Range of activations whose squares, summed 1e8 times, fit float32."""
 
 
 @dataclass
 class Moments:
-    """Sums over rows x of x and of x x^T; batched over leading dimensions."""
+    """Sums over rows x of x and x x^T, batched over leading dimensions."""
 
     rows: int
-    """Number of rows, which is also the sum of their weights."""
+    """Number of rows, equal to the sum of their weights."""
     total: Tensor
     """[..., d], float64."""
     second: Tensor
@@ -30,14 +30,12 @@ class Moments:
 
     @classmethod
     def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
-        """Return the moments of ``activation`` [..., rows, d], each row counted ``weights`` [rows] times.
+        """Return the moments of ``activation`` [..., rows, d] with ``weights`` [rows].
 
-        Over everything that is added up, weights must have the mean 1.
-
-        Products are taken in float32 about the mean of these rows: about 0, the rounding of a large mean
-        would drown a small variance, and covariances could come out negative. They are taken in float64 where
-        those of float32 would overflow, or all vanish.
+        The weights must have mean 1 over all data that is added up.
         """
+        # Products are taken in float32 about the mean of the rows: about 0, the rounding of a large mean
+        # would drown a small variance. Values that overflow or vanish in float32 use float64.
         x = activation.detach().float()
         if x.numel() and not _SMALL < max(-float(x.min()), float(x.max())) < _LARGE:
             x = x.double()
@@ -63,24 +61,24 @@ class Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
 
     def __iadd__(self, other: Moments) -> Moments:
-        """Add ``other`` in place, which for wide layers saves much copying."""
+        """Add ``other`` in place, which avoids large copies."""
         self.rows += other.rows
         self.total += other.total
         self.second += other.second
         return self
 
     def transformed(self, matrix: Tensor) -> Moments:
-        """Return the moments of ``matrix`` x; ``matrix`` is [..., d, d]."""
+        """Return the moments of ``matrix`` x, for ``matrix`` [..., d, d]."""
         total = (matrix @ self.total.unsqueeze(-1)).squeeze(-1)
         return Moments(self.rows, total, matrix @ self.second @ matrix.mT)
 
     @property
     def mean(self) -> Tensor:
-        """[..., d]."""
+        """Mean of x, [..., d]."""
         return self.total / self.rows
 
     def about(self, centre: Tensor) -> Tensor:
-        """Mean of (x - centre)(x - centre)^T, [..., d, d]."""
+        """Return the mean of (x - centre)(x - centre)^T, [..., d, d]."""
         mean = self.mean
         # - m c^T - c m^T + c c^T, in one pass
         shift = torch.stack([-mean, centre], -1) @ torch.stack([centre, centre - mean], -2)
@@ -93,15 +91,12 @@ class Moments:
 
     @property
     def energy(self) -> Tensor:
-        """Mean of x x^T, not centred, [..., d, d]."""
+        """Mean of x x^T, [..., d, d]."""
         return self.second / self.rows
 
 
 def gram(x: Tensor) -> Tensor:
-    """Return x^T x, [..., d, d], of rows [..., rows, d], in little more than half the time where d is large.
-
-    Blocks below the diagonal are copies of those above.
-    """
+    """Return x^T x [..., d, d] for rows [..., rows, d], computing only the upper block triangle."""
     size = x.shape[-1]
     if size < 2 * _AT_ONCE:
         return x.mT @ x
@@ -115,14 +110,10 @@ def gram(x: Tensor) -> Tensor:
 
 
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
-    """Return ||A - A without channel i||_F^2 of linear attention, sum over images, [H, d].
+    """Return ||A - A without channel i||_F^2 of linear attention, summed over images, [H, d].
 
-    A's rows are normalised: A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6). Features are not recomputed: if
-    they were normalised over all channels, they are not normalised again without channel i.
-
-    Args:
-        query: non-negative features, [B, H, N, d].
-        key: non-negative features, [B, H, M, d].
+    A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6), with non-negative features q [B, H, N, d] and k [B, H, M,
+    d]. Features that were normalised over all channels are not normalised again without channel i.
     """
     query, key = query.double(), key.double()
     weights, mean = _weights(query, key)
@@ -139,17 +130,11 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
 
 
 def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
-    """Return the second moment of what each channel adds to the output of linear attention, [H, d, d].
+    """Return the second moment of each channel's contribution to the output of linear attention, [H, d, d].
 
-    To first order: without channel i, output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights),
-    with kv the mean of k v^T and km that of k. Summed over tokens and images: without a set S of channels,
-    the output moves by a squared distance of about the sum over S x S.
-
-    Args:
-        query: non-negative features, [B, H, N, d].
-        key: non-negative features, [B, H, M, d].
-        value: [B, H, M, d_v].
-        output_gram: W^T W of the weights that read each head's output, [H, d_v, d_v].
+    To first order, without channel i output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights),
+    where kv is the mean of k v^T and km the mean of k. Without a set S of channels, the squared distance is
+    about the sum over S x S. ``output_gram`` is W^T W of the weights that read each head's output.
     """
     query, key, value = query.double(), key.double(), value.double()
     weights, mean = _weights(query, key)
@@ -164,12 +149,12 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
 
 
 def _weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries over the sum of their weights, [B, H, N, d], and the mean key, [B, H, d]."""
+    """Return queries divided by the sum of their weights, [B, H, N, d], and the mean key, [B, H, d]."""
     mean = key.mean(-2)
     return query / (query @ mean.unsqueeze(-1) + EPSILON), mean
 
 
 def _along_output(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return products with the output: of each channel's part, [B, H, N, d]; of the output, [B, H, N, 1]."""
+    """Return inner products with the output: of each channel [B, H, N, d], and of the output itself."""
     along = weights @ gram
     return along, (along * weights).sum(-1, keepdim=True)

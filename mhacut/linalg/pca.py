@@ -1,8 +1,8 @@
-"""PCA bases: a head's channels mixed so that the first ones carry as much energy as possible.
+"""PCA bases: rotations of a head's channels that concentrate energy in the first channels.
 
-Ours. Attention does not change when (W_q, W_k) of a head become (A W_q, A^-T W_k), nor when its value rows
-become A W_v and the columns that read them W_o A^-1. Cutting the tail of the right basis is the best
-approximation of that width (Eckart & Young 1936), better than any selection of the original channels.
+Attention is invariant when (W_q, W_k) of a head become (A W_q, A^-T W_k), and when value rows become A W_v
+and the columns that read them W_o A^-1. Cutting the last channels of the right basis is the best
+approximation of that rank (Eckart & Young 1936).
 """
 
 from __future__ import annotations
@@ -11,22 +11,17 @@ import torch
 from torch import Tensor
 
 _FLOOR = 1e-10
-"""Least eigenvalue relative to the largest: smaller ones are rounding, and are raised to it so that the basis
-stays invertible."""
+"""Minimum eigenvalue relative to the largest, which keeps the basis invertible."""
 _NOTHING = 1e-30
-"""Size of logits below which they are rounding."""
+"""Logits below this size are rounding errors."""
 
 
 def logit_basis(query: Tensor, key: Tensor) -> Tensor:
-    """Return A, [H, d, d]: q' = A q and k' = A^-T k leave q k^T unchanged, the strongest channels first.
+    """Return A [H, d, d], strongest channels first, with q' = A q and k' = A^-T k.
 
-    With R_q and R_k the symmetric roots of the second moments and R_q R_k = U S V^T, the first w channels of
-    A = S^1/2 U^T R_q^-1 give the best approximation of rank w of the logits, with q and k taken as
-    independent.
-
-    Args:
-        query: second moment of q, [H, d, d], float64.
-        key: second moment of k, centred over the keys of each image, [H, d, d].
+    For R_q and R_k the symmetric roots of the second moments [H, d, d] and R_q R_k = U S V^T, the first w
+    channels of A = S^1/2 U^T R_q^-1 give the best approximation of rank w of the logits, if q and k are
+    independent. Keys must be centred over each image.
     """
     root, inverse = _roots(query)
     u, s, _ = torch.linalg.svd(root @ _roots(key)[0])
@@ -40,14 +35,10 @@ def logit_basis(query: Tensor, key: Tensor) -> Tensor:
 
 
 def output_basis(second: Tensor, columns: Tensor) -> Tensor:
-    """Return A, [H, d, d], orthogonal: v' = A v, read by W_o A^T, ordered by what channels add to the output.
+    """Return an orthogonal A [H, d, d] with v' = A v, ordered by contribution to the layer's output.
 
-    Its first w rows span the row space of the best approximation of rank w of what each head adds to the
-    layer's output.
-
-    Args:
-        second: (centred) second moment of each head's output, [H, d, d], float64.
-        columns: weights that read it, [out, H, d].
+    ``second`` [H, d, d] is the second moment of each head's output, and ``columns`` [out, H, d] read it. The
+    first w rows of A span the row space of the best approximation of rank w.
     """
     read = columns.to(second).transpose(0, 1)  # (H, out, d)
     u, _, _ = torch.linalg.svd(read @ _roots(second)[0], full_matrices=False)
@@ -65,44 +56,28 @@ def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logit_energies(query: Tensor, key: Tensor) -> Tensor:
-    """Return the energy of each PCA channel of the logits q k^T, falling, [H, d].
-
-    The squared singular values of R_q R_k, with R the symmetric roots of the second moments, which are the
-    eigenvalues of R_q K R_q.
-
-    Args:
-        query: second moment of q, [H, d, d], float64.
-        key: second moment of k, centred over the keys of each image, [H, d, d].
-    """
+    """Return the energy of each PCA channel of the logits, descending, [H, d]."""
+    # The squared singular values of R_q R_k are the eigenvalues of R_q K R_q.
     return _between(query, key)
 
 
 def output_energies(second: Tensor, columns: Tensor) -> Tensor:
-    """Return the energy of each PCA channel of what a head adds to the layer's output, falling, [H, d].
-
-    Args:
-        second: (centred) second moment of each head's channels, [H, d, d], float64.
-        columns: weights that read them, [out, H, d].
-    """
+    """Return the energy of each PCA channel of a head's contribution to the output, descending, [H, d]."""
     read = columns.to(second).transpose(0, 1)  # (H, out, d)
     return _between(second, read.mT @ read)
 
 
 def falling_eigenvalues(second: Tensor) -> Tensor:
-    """Return the eigenvalues of second moments [..., d, d], largest first; negative ones count as 0."""
+    """Return the eigenvalues of [..., d, d], descending, with negative values set to 0."""
     values: Tensor = torch.linalg.eigvalsh(second)
     return values.clamp_min(0).flip(-1)
 
 
 def effective_rank(energies: Tensor, share: float) -> Tensor:
-    """Return the least number of leading channels that hold ``share`` of the energy, [H], at least 1.
+    """Return the minimum number of leading channels that hold ``share`` of the energies [H, d], [H].
 
     >>> effective_rank(torch.tensor([[6.0, 3.0, 1.0], [0.0, 0.0, 0.0]]), 0.9)
     tensor([2, 1])
-
-    Args:
-        energies: falling, not negative, [H, d].
-        share: in 0..1.
     """
     held = energies.cumsum(-1)
     # The rounding of a sum must not cost a channel.
@@ -111,7 +86,7 @@ def effective_rank(energies: Tensor, share: float) -> Tensor:
 
 
 def _between(one: Tensor, other: Tensor) -> Tensor:
-    """Return the eigenvalues of R other R with R the root of ``one``, falling."""
+    """Return the eigenvalues of R other R, descending, where R is the root of ``one``."""
     values, vectors = torch.linalg.eigh(one)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (H, d, d); R up to a rotation
     inner = root.mT @ other @ root

@@ -1,10 +1,9 @@
-"""Least-squares reconstruction: weights behind a cut are refitted so that kept channels replace removed ones.
+"""Least-squares reconstruction: kept channels replace removed channels in refitted weights.
 
-Ours; the channel scales of arXiv 2405.20867 are the diagonal case. Removed channels x_P are predicted from
-kept ones, x_P ~ B x_S + c, by ridge regression, and the prediction is folded into the weights that read x.
-The ridge in :data:`RIDGES` with the least error on held-out images is taken. An infinite ridge predicts
-removed channels by their mean alone if a bias can absorb it, and otherwise not at all. Where held-out images
-are nearer to zero than to that mean, as one image may be, nothing is predicted either.
+Ridge regression predicts removed channels x_P from kept channels, x_P ~ B x_S + c, and the prediction is
+folded into the weights that read x. The ridge of :data:`RIDGES` with the least error on held-out images is
+used. An infinite ridge predicts removed channels by their mean if a bias can absorb it, else by 0. The
+channel scales of arXiv 2405.20867 are the diagonal case.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from torch import Tensor
 from mhacut.linalg.moments import Moments
 
 RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Relative to the mean variance of the kept channels. One alone was as good on a ViT-Ti with 128 images
-(docs/explanation/choices.md); nine serve images that are fewer than channels."""
+"""Ridges relative to the mean variance of the kept channels. For 128 images, one ridge suffices
+(docs/explanation/choices.md); several are needed if images are fewer than channels."""
 
 _NOTHING = 1e-150
-"""Least mean variance; the ridge of a head of zeros still has an inverse."""
+"""Minimum mean variance, so that the ridge of a zero head is invertible."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +33,22 @@ class LinearRefit:
     constant: Tensor
     """c, [removed]."""
     ridge: float
-    """Relative; infinite where predicting did not help on held-out images."""
+    """Relative ridge; infinite if the prediction did not help on held-out images."""
     error: float
-    """Squared error of the layer's output on held-out images, relative to plain removal of the channels."""
+    """Squared error of the layer's output on held-out images, relative to plain removal."""
     left: float
     """Squared error of the layer's output on held-out images, per row."""
 
 
 @dataclass(frozen=True)
 class LogitRefit:
-    """Refit of the logits of every head: q_S C k_S^T in place of q k^T."""
+    """Refit of the logits of each head: q_S C k_S^T replaces q k^T."""
 
     mixing: Tensor
     """C, [H, kept, kept]."""
     ridge: float
     error: float
-    """Squared error of the logits on held-out images, relative to plain removal of the channels."""
+    """Squared error of the logits on held-out images, relative to plain removal."""
     left: float
     """Squared error of the logits on held-out images, per pair of rows."""
 
@@ -57,15 +56,7 @@ class LogitRefit:
 def refit_linear(
     fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
 ) -> LinearRefit:
-    """Return the best B and c: ridge regression of removed channels from kept ones.
-
-    Args:
-        fit: moments of the channels, [d], on images to fit.
-        held: moments on held-out images.
-        kept: indices of the kept channels, [kept], ascending.
-        columns: weights that read the channels, [out, d].
-        constant: whether a bias can absorb W_P c.
-    """
+    """Return the best B and c; ``constant`` says whether a bias can absorb W_P c."""
     seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
     lost = columns.double()[:, gone]  # (out, P)
@@ -88,11 +79,7 @@ def refit_linear(
 def linear_error(
     fit: Moments, held: Moments, columns: Tensor, *, constant: bool
 ) -> Callable[[Tensor], float]:
-    """Return the error that :func:`refit_linear` leaves, as a function of ``kept``; for many choices.
-
-    What all choices share is computed once: products of the parts of each two channels in the output, whose
-    sums over the removed channels are the errors if these are taken as 0, or as their mean.
-    """
+    """Return the error of :func:`refit_linear` as a function of ``kept``, fast for many choices."""
     seen, unseen, columns = _centred(fit, fit, constant), _centred(held, fit, constant), columns.double()
     gram = columns.mT @ columns  # (d, d)
     as_zero, as_mean = gram * held.energy, gram * unseen
@@ -110,22 +97,17 @@ def _centred(moments: Moments, about: Moments, constant: bool) -> Tensor:
 
 
 def _brought(lost: Tensor, second: Tensor) -> float:
-    """Return the mean square that channels of this second moment, [P, P], bring to the output."""
+    """Return the mean square that channels of second moment [P, P] contribute to the output."""
     return float((lost @ second * lost).sum())
 
 
 def _errors(
     seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tensor, unpredicted: float
 ) -> dict[float, float]:
-    """Return the squared error of the output on held-out images, per row, for every ridge.
+    """Return the squared output error on held-out images, per row, for each ridge.
 
-    Args:
-        seen: second moment of the channels on images to fit, [d, d].
-        unseen: second moment on held-out images, about the same centre.
-        kept: indices of the kept channels, [kept], ascending.
-        gone: indices of the others, [removed].
-        lost: columns that read the removed channels, [out, removed].
-        unpredicted: error if nothing is predicted, which is an infinite ridge.
+    ``seen`` and ``unseen`` are second moments [d, d] about the same centre. ``lost`` [out, removed] are the
+    columns that read the removed channels, and ``unpredicted`` is the error of an infinite ridge.
     """
     errors = {float("inf"): unpredicted}
     values, vectors = torch.linalg.eigh(_part(seen, kept, kept))
@@ -153,15 +135,10 @@ def refit_logits(
     *,
     mixes: bool = True,
 ) -> LogitRefit:
-    """Return the best C for every head, with q and k assumed independent.
+    """Return the best C for each head, with q and k assumed independent.
 
-    Args:
-        fit: moments of q and of k, [H, d], on images to fit; k centred over the keys of each image, since
-            softmax ignores what is constant over them.
-        held: moments on held-out images.
-        kept: indices of the kept channels, [H, kept], ascending.
-        plain: factor on the logits without a refit; used where refitting does not help.
-        mixes: whether kept channels may be mixed; if not, there is nothing to refit.
+    ``kept`` is [H, kept]. ``plain`` is the factor on the logits if the refit does not help. ``mixes`` says
+    whether kept channels may be mixed.
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
@@ -182,15 +159,10 @@ def refit_logits(
 def output_error(
     second: Tensor, kept: Tensor, columns: Tensor, fisher: Tensor | None, *, refit: bool = True
 ) -> float:
-    """Return the error of the output, per row, after channels are removed and columns refitted on the rest.
+    """Return the output error per row after removal of channels and a refit of the columns.
 
-    Args:
-        second: second moment of the channels, [d, d]; centred, where the refit may add a constant.
-        kept: indices of the kept channels, [kept].
-        columns: weights that read them, [out, d]; [places * out, d] where they are read at several places,
-            those of a place together.
-        fisher: Fisher information of the output, [out, out]; None is plain squared error.
-        refit: off, columns are not refitted.
+    ``columns`` is [out, d], or [places * out, d] if the channels are read at several places. ``fisher`` [out,
+    out] weighs the error; None is the plain squared error.
     """
     gone = others(kept, second.shape[-1])
     if len(gone) == 0:
@@ -207,14 +179,14 @@ def output_error(
 
 
 def symmetric_root(fisher: Tensor) -> Tensor:
-    """Return R with R R = ``fisher``, [out, out]; negative eigenvalues, left by rounding, count as 0."""
+    """Return R with R R = ``fisher`` [out, out]; negative eigenvalues from rounding become 0."""
     values, vectors = torch.linalg.eigh(fisher)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     return root
 
 
 def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
-    """Return ``fisher`` [out, out] times ``columns`` [out, d], or those of each place, [places * out, d]."""
+    """Return ``fisher`` [out, out] times ``columns`` [places * out, d], for each place."""
     if fisher is None:
         return columns
     weighed: Tensor = fisher @ columns.unflatten(0, (-1, len(fisher)))
@@ -229,7 +201,6 @@ def others(kept: Tensor, size: int) -> Tensor:
 
 
 def _part(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the entries of ``matrix`` [d, d] in ``rows`` [r] and ``columns`` [c], [r, c]."""
     picked: Tensor = matrix[rows[:, None], columns]
     return picked
 
@@ -239,7 +210,7 @@ def _share(error: float, baseline: float) -> float:
 
 
 def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
-    """Return I + Bq^T Bk, [H, kept, kept]: Bq and Bk predict removed q and k channels from kept ones."""
+    """Return I + Bq^T Bk [H, kept, kept]; Bq and Bk predict removed q and k channels."""
     predictions = []
     for side in moments:
         target = _block(side.energy, kept, gone)
@@ -251,16 +222,7 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
 
 
 def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Return (system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 where the system is 0.
-
-    Negative eigenvalues of ``system``, left by rounding, count as 0, and the ridge is at least as large as
-    they are: a smaller one could cancel them, and the solution would explode.
-
-    Args:
-        system: second moment, [..., n, n].
-        target: [..., n, m].
-        ridge: relative.
-    """
+    """Return (system + ridge * mean(diag(system)) * I)^-1 target [..., n, m]; 0 where the system is 0."""
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     size = diagonal.mean(-1)[..., None, None].clamp_min(_NOTHING)
     damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
@@ -270,13 +232,14 @@ def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
         solution = torch.linalg.solve(damped, target)
         return solution
     values, vectors = torch.linalg.eigh(system)
+    # A ridge smaller than a negative eigenvalue could cancel it, and the solution would explode.
     lifted = values.clamp_min(0) + torch.maximum(ridge * size.squeeze(-1), -values[..., :1])
     solution = vectors @ (vectors.mT @ target / lifted.unsqueeze(-1))
     return solution
 
 
 def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor) -> float:
-    """Mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
+    """Return the mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
     query, key = (side.energy for side in moments)
     every = torch.arange(query.shape[-1], device=kept.device).expand(len(kept), -1)
     # With q and k independent, E|q M k^T|^2 = tr(M^T E[q q^T] M E[k k^T]), here for M = I - C, expanded.
@@ -287,6 +250,6 @@ def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor)
 
 
 def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Per head, the rows and columns of [H, d, d] named by [H, r] and [H, c]: [H, r, c]."""
+    """Return the rows [H, r] and columns [H, c] of [H, d, d], as [H, r, c]."""
     picked: Tensor = matrix.gather(-2, rows.unsqueeze(-1).expand(-1, -1, matrix.shape[-1]))
     return picked.gather(-1, columns.unsqueeze(-2).expand(-1, rows.shape[-1], -1))

@@ -1,8 +1,8 @@
-"""Rankings of channels: greedy removal by the error that is left after those that stay are refitted.
+"""Rankings of channels by greedy removal with a refit of the remaining channels.
 
-Ours. For v and hidden channels this is the optimal brain surgeon (Hassibi & Stork 1993) on groups: removing
-channel p and refitting the columns W on the rest costs ||w_p||^2 / [G^-1]_pp, with G the second moment of the
-channels. For qk it is the same idea on logits, with q and k taken as independent.
+For v and hidden channels, the ranking is the optimal brain surgeon (Hassibi & Stork 1993) on groups. Removal
+of channel p with a refit of the columns W on the rest costs ||w_p||^2 / [G^-1]_pp, where G is the second
+moment of the channels. For qk, the same method applies to the logits, with q and k assumed independent.
 """
 
 from __future__ import annotations
@@ -17,49 +17,43 @@ from mhacut.linalg.reconstruction import weighed_by
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6
-"""Added to the variances before they are inverted, relative to their mean: channels may be linearly
-dependent."""
+"""Ridge on the variances before inversion, relative to their mean: channels may be linearly dependent."""
 AT_ONCE = 0.02
-"""Fraction of the remaining channels that go in one step (one by one below 100). Removal one by one is much
-slower and leaves hardly less error (docs/explanation/choices.md)."""
+"""Fraction of the remaining channels removed per step (1 channel below 100). Steps of 1 channel are much
+slower and hardly better (docs/explanation/choices.md)."""
 
 DENSE_ENOUGH = 0.9
-"""Share of rows still in use below which matrices are packed again."""
+"""Compact the matrices when this share of rows is left."""
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """Order of every head's channels, from the last to be removed to the first."""
+    """Order of the channels of each head, the last removed first."""
 
     order: Tensor
-    """Indices, [heads, d]."""
+    """Channel indices, [heads, d]."""
 
     def kept(self, width: int) -> Tensor:
-        """Return the first ``width`` of every head, ascending, [heads, width]."""
+        """Return the first ``width`` channels of each head, ascending, [heads, width]."""
         return self.order[:, :width].sort(dim=-1).values
 
 
 @dataclass(frozen=True)
 class Removal(Ranking):
-    """A ranking with the error at every number of channels."""
+    """Ranking with the error for each number of channels."""
 
     error: Tensor
-    """Error left when so many channels stay, over all heads, [heads * d + 1]; falls to 0."""
+    """Error by number of kept channels over all heads, [heads * d + 1], descending to 0."""
 
 
 def rank_channels(
     second: Tensor, columns: Tensor, heads: int, smallest: int, fisher: Tensor | None = None
 ) -> Removal:
-    """Rank the channels of a layer that is read through ``columns``.
+    """Rank the channels of a layer, given the weights ``columns`` that read them.
 
-    Args:
-        second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: weights that read them, [out, heads * d]; [places * out, heads * d] where they are read at
-            several places, those of a place together.
-        heads: number of heads, which all keep the same number of channels.
-        smallest: channels per head that are never removed; they end up in ascending order at the front.
-        fisher: Fisher information of the output, [out, out], by which :attr:`Removal.error` is weighed. The
-            choice is by plain squared error: few images make the Fisher information noisy.
+    ``second`` is [heads * d, heads * d], ``columns`` [places * out, heads * d]. The first ``smallest``
+    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Removal.error`. The order is by
+    plain squared error, since Fisher information from few images is noisy.
     """
     size = second.shape[0]
     width = size // heads
@@ -104,18 +98,18 @@ def rank_channels(
 
 @dataclass(frozen=True)
 class _Removed:
-    """Channels that were removed at once."""
+    """Channels removed in one step."""
 
     channels: Tensor
-    """Their indices, [k]."""
+    """Indices, [k]."""
     lost: Tensor
-    """Columns that read them, W_P, refitted on what was left before, [out, k]."""
+    """Columns W_P that read them, refitted on the channels before this step, [out, k]."""
     priced: Tensor
-    """W_P [G^-1]_PP^-1, [out, k]: its product with W_P^T is the error that the outputs get."""
+    """W_P [G^-1]_PP^-1, [out, k]; its product with W_P^T is the added output error."""
 
 
 def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
-    """Return the error that each channel adds, in order of removal; those of a step share theirs equally."""
+    """Return the error added by each channel in order of removal; channels of a step share it equally."""
     lost, priced = (
         torch.cat(parts, 1) for parts in zip(*((step.lost, step.priced) for step in steps), strict=True)
     )
@@ -126,26 +120,18 @@ def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
 
 
 def _solve(system: Tensor, target: Tensor) -> Tensor:
-    """Return system^-1 target; most systems are of one channel."""
+    """Return system^-1 target, fast for a system of 1 channel."""
     solution: Tensor = target / system if len(system) == 1 else torch.linalg.solve(system, target)
     return solution
 
 
 def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
-    """Rank qk channels, in each head separately.
-
-    With both sides predicted from the kept ones, q k^T keeps tr(P_q P_k) of its energy, where
-    P = G_:S G_SS^-1 G_S:. Removing a channel takes a rank-1 term u u^T from each P, so that every step costs
-    O(d^2).
-
-    Args:
-        query: second moment of q, [H, d, d], float64.
-        key: second moment of k, centred over the keys of each image, [H, d, d].
-        smallest: channels per head that are never removed; they end up in ascending order at the front.
-    """
+    """Rank qk channels for each head, given second moments [H, d, d] of q and centred k."""
     heads, size = query.shape[:2]
     sides = _Side(query), _Side(key)
     crossed = [sides[1].energy @ sides[0].reach, sides[0].energy @ sides[1].reach]  # P_k A_q and P_q A_k
+    # Predictions from the kept channels leave tr(P_q P_k) of the energy of q k^T, with P = G_:S G_SS^-1 G_S:.
+    # A removed channel takes a rank-1 term from each P, so that a step costs O(d^2).
     alive = torch.ones(heads, size, dtype=torch.bool, device=query.device)
     removed: list[Tensor] = []
     for _ in range(size - smallest):
@@ -170,20 +156,20 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
 @dataclass(frozen=True)
 class _Step:
-    """Removal of one channel per head from a :class:`_Side`."""
+    """Removal of 1 channel per head from a :class:`_Side`."""
 
     column: Tensor
-    """Its column of A, [H, d, 1]."""
+    """The channel's column of A, [H, d, 1]."""
     row: Tensor
-    """Its row of the inverse, [H, 1, d]."""
+    """The channel's row of the inverse, [H, 1, d]."""
     pivot: Tensor
-    """Its diagonal element of the inverse, [H, 1, 1]."""
+    """The channel's diagonal element of the inverse, [H, 1, 1]."""
     alive: Tensor
-    """Whether each channel stays, [H, d]."""
+    """Whether a channel is kept, [H, d]."""
 
 
 class _Side:
-    """q or k, all channels predicted from the channels S that are left."""
+    """q or k, with all channels predicted from the kept channels S."""
 
     def __init__(self, second: Tensor) -> None:
         self.inverse = damped_inverse(second)
@@ -194,7 +180,7 @@ class _Side:
         """P = A G_S:."""
 
     def without(self, gone: Tensor, alive: Tensor) -> _Step:
-        """Return the step that removes ``gone``, [H, 1]."""
+        """Return the step that removes channels ``gone``, [H, 1]."""
         places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
         row = self.inverse.gather(-1, places).mT
         pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(TINY)
@@ -208,13 +194,10 @@ class _Side:
 
 
 def rank_parts(second: Tensor) -> Ranking:
-    """Rank channels that no others can replace, in each head separately.
+    """Rank channels that cannot replace each other, for each head.
 
-    Removing a set of them costs the squared length of the sum of their parts in the output; the next to go is
-    the one that adds least to it.
-
-    Args:
-        second: second moment of the channels' parts in the output, [H, d, d], float64.
+    A removed set costs the squared length of the sum of its contributions to the output. The channel that
+    adds least to this cost is removed next.
     """
     size = second.shape[-1]
     price = second.diagonal(dim1=-2, dim2=-1).clone()
@@ -228,14 +211,7 @@ def rank_parts(second: Tensor) -> Ranking:
 
 
 def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: int) -> Ranking:
-    """Rank channels as :func:`rank_channels` does, for heads that all keep the same positions.
-
-    Args:
-        second: (centred) second moment of all channels, [heads * d, heads * d], float64.
-        columns: weights that read them, [out, heads * d].
-        heads: number of heads.
-        smallest: positions that are never removed; they end up in ascending order at the front.
-    """
+    """Rank channels like :func:`rank_channels`, for heads that keep the same positions."""
     width = second.shape[0] // heads
     inverse = damped_inverse(second)
     weights = columns.to(inverse)
@@ -263,7 +239,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
-    """Return up to ``count`` channels of least price, of equals the first, and take them off ``excess``."""
+    """Return up to ``count`` channels of least price, the first of equals, limited by ``excess``."""
     if count == 1:
         chosen = [int(price.argmin())]
         excess[owner[chosen[0]]] -= 1
@@ -279,12 +255,7 @@ def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int
 
 
 def damped(second: Tensor) -> Tensor:
-    """Return ``second`` [..., d, d] with a ridge on its diagonal; it is positive definite.
-
-    The ridge is :data:`RIDGE` of the mean variance. What rounding leaves of activations that are constant, or
-    of fewer rows than channels, may have negative eigenvalues. Then the ridge is powers of ten larger, until
-    it is at least twice as large as they are.
-    """
+    """Return ``second`` [..., d, d] with a ridge on its diagonal, positive definite."""
 
     def with_ridge(ridge: Tensor) -> Tensor:
         lifted = second.clone()
@@ -292,6 +263,8 @@ def damped(second: Tensor) -> Tensor:
         return lifted
 
     ridge = RIDGE * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
+    # Constant activations, or fewer rows than channels, leave negative eigenvalues by rounding. The ridge
+    # grows by powers of 10 until it is at least twice as large.
     enough = 20 * second.abs().sum(-1).max()  # not for ever, should there be a NaN
     while ridge.max() < enough:
         indefinite = torch.linalg.cholesky_ex(with_ridge(ridge / 2)).info > 0
@@ -302,6 +275,5 @@ def damped(second: Tensor) -> Tensor:
 
 
 def damped_inverse(second: Tensor) -> Tensor:
-    """Return the inverse of :func:`damped`."""
     inverse: Tensor = torch.cholesky_inverse(torch.linalg.cholesky(damped(second)))
     return inverse

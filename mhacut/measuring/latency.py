@@ -16,35 +16,30 @@ _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 _DRIFT = 0.03
-"""Relative change of the first program's time within one measurement above which it is repeated."""
+"""Repeat a measurement if the first program's time changed by more than this fraction within it."""
 _TRIES = 3
-_MOST_TRIES = 5
+_MAX_TRIES = 5
 _DEVIATION = 1.4826 * 1.2533
-"""Standard error of a Gaussian's median, times the square root of the count, over its median deviation."""
+"""Standard error of the median over median absolute deviation, times sqrt(count), for a Gaussian."""
 _PATIENCE = 3.0
-"""Wall time, relative to the time asked for, after which a measurement of processor time ends: other programs
-use the rest."""
+"""End a measurement of processor time after this multiple of its duration in wall time."""
 
 Run = Callable[[], object]
 
 
 def latency_label(conditions: Mapping[str, Any]) -> str:
-    """Return the name of a latency in tables."""
     runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
     parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
     return f"latency, ms ({', '.join([*parts, conditions['device']])})"
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Return images to time models on, [B, C, H, W].
-
-    They are noise: some kernels are slower on denormal or special numbers, which noise does not have.
-    """
+    """Return noise images [B, C, H, W] to time models on."""
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
 
 
 def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Callable[[], object]:
-    """Return a function that runs ``model`` on ``images`` once, without gradients."""
+    """Return a function that runs ``model`` on ``images`` without gradients."""
 
     def run() -> object:
         with torch.inference_mode():
@@ -60,33 +55,33 @@ def take_turns(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Return the seconds of every call of each of ``runs``, in the order given.
+    """Return the seconds of each call of ``runs``. Only compare times within one result.
 
-    They take turns, and every other round runs backwards, so that a machine that slows down or warms up
-    slows all of them down. Compare only times of one call of this function.
+    The runs take turns, and every other round is reversed, so that changes of the machine's speed affect all
+    runs equally.
     """
     return [[own for (own,) in times] for times in _turns(runs, seconds, device, (clock,))]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Median times of several programs, and their ratios to the first; all ran in turns."""
+    """Median times of several programs that ran in turns, and ratios to the first program."""
 
     milliseconds: tuple[float, ...]
-    """Median time of each program: processor time of one thread on a CPU whose clock is fine enough for the
-    programs, else wall time."""
+    """Median time of each program: processor time for 1 CPU thread if its clock is fine enough, else wall
+    time."""
     wall: tuple[float, ...]
     """Median wall time of each program, in milliseconds."""
     ratios: tuple[float, ...]
-    """Median, over the rounds, of each program's time divided by the first one's in the same round."""
+    """Median over rounds of each program's time relative to the first program in the same round."""
     drift: float
-    """Relative difference between the first program's median times in both halves of the rounds."""
+    """Relative difference of the first program's median times in both halves of the rounds."""
     error: float = 0.0
-    """Largest relative standard error of a ratio, of rounds that vary independently."""
+    """Maximum relative standard error of the ratios, for independent rounds."""
 
     @property
     def steady(self) -> bool:
-        """Whether the machine was as fast at the end as at the beginning."""
+        """Whether the speed of the machine stayed constant."""
         return self.drift <= _DRIFT
 
 
@@ -98,16 +93,16 @@ def compare_runs(
     threads: int,
     precision: float | None = None,
 ) -> Comparison:
-    """Time ``runs`` in turns; repeat, at most three times in all, if the machine's speed changes.
+    """Time ``runs`` in turns, repeated at most 3 times while the speed of the machine changes.
 
-    For one thread on a CPU, ratios compare process time, which excludes other programs.
+    For 1 CPU thread, ratios compare processor time, which excludes other programs.
     """
     # Windows counts the time of a process in ticks of 16 ms, which is too coarse.
     by_process = device.type == "cpu" and threads == 1 and sys.platform != "win32"
     clocks = (time.perf_counter, time.process_time) if by_process else (time.perf_counter,)
     best: Comparison | None = None
     earlier: list[list[list[float]]] = [[] for _ in runs]
-    for number in range(_TRIES if precision is None else _MOST_TRIES):
+    for number in range(_TRIES if precision is None else _MAX_TRIES):
         times = _turns(runs, seconds, device, clocks, _PATIENCE)
         if precision is not None:
             earlier = times = [[*own, *more] for own, more in zip(earlier, times, strict=True)]
@@ -122,7 +117,7 @@ def compare_runs(
 
 
 def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
-    """Summarise seconds of every call of each run, by the wall's clock and then by any other to compare."""
+    """Summarise the seconds of all calls by wall time and by the clock for comparison."""
     # Ratios are taken within a round and then their median: what slows the machine for a while slows both.
     compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
@@ -138,7 +133,7 @@ def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
 
 
 def _relative_error(values: Sequence[float]) -> float:
-    """Relative standard error of the median of ``values``, from their median deviation as of a Gaussian."""
+    """Return the relative standard error of the median of ``values``, as of a Gaussian."""
     middle = statistics.median(values)
     deviation = statistics.median(abs(value - middle) for value in values)
     return _DEVIATION * deviation / middle / math.sqrt(len(values))
@@ -151,10 +146,7 @@ def _turns(
     clocks: Sequence[Callable[[], float]],
     patience: float = 1.0,
 ) -> list[list[list[float]]]:
-    """Return the seconds of every call of each of ``runs``, by each of ``clocks``.
-
-    It ends after ``seconds`` by the last of the clocks, or ``patience`` times as much of wall time.
-    """
+    """Return the seconds of each call by each of ``clocks``, for ``seconds`` on the last clock."""
     # The first calls allocate memory, pick kernels, and compile.
     for run in runs:
         for _ in range(_WARM_UP):
@@ -173,7 +165,7 @@ def _turns(
 
 
 def _time(run: Run, device: torch.device, clocks: Sequence[Callable[[], float]]) -> list[float]:
-    """Return the seconds of one call, until a GPU has finished, by each of ``clocks``."""
+    """Return the seconds of a call, including GPU work, by each of ``clocks``."""
     # Kernels are only queued: without waiting, the clock would measure the queueing.
     if device.type == "cuda":
         torch.cuda.synchronize(device)

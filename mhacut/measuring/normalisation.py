@@ -1,4 +1,4 @@
-"""Look for a usual normalisation of images with which a classifier is clearly more accurate."""
+"""Search for a common image normalisation with which a classifier is clearly more accurate."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from timm.data.constants import (
 from torch import Tensor, nn
 
 SAMPLE = 256
-"""Number of images that are enough to see a wrong normalisation."""
+"""Number of images that reveal a wrong normalisation."""
 _SCREENED = 4
-"""One image in this many finds candidates, and the others compare them, so that the winner is not chosen by
-chance."""
+"""1 of this many images selects candidates; the other images compare them, which avoids selection bias."""
 _CLEAR, _CERTAIN = 2.0, 3.0
-"""Standard errors of a difference worth a hint, and of one that is chance in one comparison of a thousand."""
+"""Standard errors of a difference for a hint, and for certainty."""
 _SAME = 0.002
-"""Largest difference of two means or standard deviations that differ only in rounding."""
+"""Tolerance for means and standard deviations that differ only in rounding."""
 
 
 @dataclass(frozen=True)
@@ -43,35 +42,34 @@ USUAL = (
     Normalisation("CLIP's", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     Normalisation("CIFAR-10's usual", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 )
-"""Normalisations of timm's models, and of many that were trained on small images."""
+"""Normalisations of timm models, and of models trained on small images."""
 
 
 @dataclass(frozen=True)
 class Better:
-    """Normalisations with which the model is clearly more accurate than with its own."""
+    """Normalisations with clearly higher accuracy than the model's own normalisation."""
 
     found: tuple[tuple[Normalisation, float], ...]
-    """At least one, with its accuracy in percent, the best first."""
+    """Normalisations with their accuracy in percent, best first; at least 1."""
     own_top1: float
-    """Percent of the same images, with the model's own."""
+    """Accuracy with the model's own normalisation on the same images, in percent."""
     images: int
     certain: bool
-    """Whether one of them is more accurate by three standard errors, not only by two."""
+    """Whether the difference exceeds 3 standard errors instead of 2."""
 
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Function that begins a pass over batches of (images [B, C, H, W], labels [B]); the same in every pass."""
+"""Starts a pass over batches of (images [B, C, H, W], labels [B]), the same in each pass."""
 
 
 @torch.inference_mode()
 def better_normalisation(
     model: nn.Module, batches: Batches, mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Better | None:
-    """Return the usual normalisations that are better than ``mean`` and ``std`` by two standard errors.
+    """Return common normalisations that are better than ``mean`` and ``std`` by 2 standard errors.
 
-    A quarter of the images finds those that may be better; only then, the others compare them with the
-    model's own. So if the normalisation is right, the cost is about that of one pass over :data:`SAMPLE`
-    images.
+    A quarter of the images selects candidates. Only if there are candidates, the other images compare them,
+    so that a correct normalisation costs about 1 pass over :data:`SAMPLE` images.
     """
     if len(mean) != 3:
         return None
@@ -109,7 +107,7 @@ def _right(
     *,
     screening: bool,
 ) -> Tensor:
-    """Return for each normalisation tried which images are classified rightly, [tried, images] bool."""
+    """Return which images are classified correctly with each normalisation, [normalisations, images] bool."""
     right: list[Tensor] = []
     for images, labels in _part(batches(), screening):
         images, labels = images.to(device), labels.to(device)
@@ -119,7 +117,7 @@ def _right(
 
 
 def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Give every fourth image of the sample, or all the others."""
+    """Yield every fourth image of the sample, or all others."""
     seen = 0
     for images, labels in batches:
         numbers = torch.arange(seen, seen + len(labels))
@@ -132,7 +130,7 @@ def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator
 
 
 def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> Tensor:
-    """Return images [B, 3, H, W] normalised by ``own`` as ``other`` would normalise them."""
+    """Return images [B, 3, H, W] with normalisation ``own`` replaced by ``other``."""
     if other is own:
         return images
     own_mean, own_std, mean, std = (
@@ -143,9 +141,6 @@ def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> T
 
 
 def _standard_errors(first: Tensor, second: Tensor) -> float:
-    """Return by how many standard errors ``first``, [n] bool, holds more often than ``second``.
-
-    Of two that are equally often right, each is alone right as often as the other (McNemar's test).
-    """
+    """Return by how many standard errors ``first`` is more often true than ``second`` (McNemar's test)."""
     alone = int((first & ~second).sum()), int((second & ~first).sum())
     return (alone[0] - alone[1]) / math.sqrt(max(1, sum(alone)))

@@ -1,8 +1,7 @@
-"""Predicted time of a cut model: from the times of its layers, or from its FLOPs where tokens are merged.
+"""Predicted time of a pruned model, from the times of its layers, or from its FLOPs if tokens are merged.
 
-The time of a model is a fixed part plus the times of its layers. A layer that runs alone is not exactly as
-fast as in the model, so the time that the layers save is scaled by a line through a few cut models that were
-timed themselves.
+The time of a model is a constant plus the times of its layers. Layers in isolation are not exactly as fast as
+in the model, so a line through a few timed models corrects the saved time.
 """
 
 from __future__ import annotations
@@ -15,25 +14,25 @@ from itertools import accumulate
 from typing import Any
 
 _PAIR = ("qk", "v")
-"""Kinds that run faster at equal widths than at unequal ones."""
+"""Kinds of units whose layer is faster if both have the same width."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measured time."""
+    """A measured time."""
 
     widths: Mapping[str, int]
     """Channels per head by kind."""
     share: float
-    """Time, relative to that of the dense model with all its layers."""
+    """Time relative to the complete dense model."""
 
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Times of one run of a layer, measured at a few widths and interpolated linearly.
+    """Times of a layer at a few widths, interpolated linearly.
 
-    The kinds of channels are assumed to save time independently, except that q/k and v take longer where
-    their widths differ, by an amount that depends on the difference.
+    Assumes that kinds of channels save time independently, except for a penalty on the difference of q/k and
+    v widths.
     """
 
     dense: Point
@@ -41,7 +40,7 @@ class LayerTimes:
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, widths: Mapping[str, int]) -> float:
-        """Return the time at ``widths`` of all kinds, relative to the dense model's."""
+        """Return the time at ``widths`` relative to the dense model."""
         key = tuple(widths[kind] for kind in self.dense.widths)
         if key not in self._known:
             self._known[key] = self._at(widths)
@@ -56,13 +55,13 @@ class LayerTimes:
         return max(time, 0.0)
 
     def _alone(self, kind: str) -> list[tuple[float, float]]:
-        """Return width and time of the points that cut ``kind`` alone."""
+        """Return (width, time) of points at which only ``kind`` is cut."""
         cut = [(point.widths[kind], point.share) for point in self.others if self._cuts(point) == {kind}]
         return _rising([*cut, (self.dense.widths[kind], self.dense.share)])
 
     @cached_property
     def _pair(self) -> _PairTimes | None:
-        """Times by the widths of q/k and v, all else dense; None where they were not measured together."""
+        """Times by q/k and v widths with dense other channels; None if not measured."""
         dense = [self.dense.widths.get(kind) for kind in _PAIR]
         if dense[0] is None or dense[0] != dense[1]:
             return None
@@ -79,18 +78,18 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class _PairTimes:
-    """Times of a layer by the widths of its q/k and its v."""
+    """Times of a layer by its q/k and v widths."""
 
     equal: list[tuple[float, float]]
-    """Width of both, and the time."""
+    """(width of both, time)."""
     skew: list[tuple[float, float]]
-    """Width, and how much more time q/k of it take than v of it, but for a constant."""
+    """(width, extra time of q/k compared with v at this width), up to a constant."""
     extra: list[tuple[float, float]]
-    """Difference of the widths, and the time that it adds to the mean time of either width for both."""
+    """(difference of the widths, extra time over the mean of both equal widths)."""
 
     @classmethod
     def of(cls, times: Mapping[tuple[int, int], float]) -> _PairTimes:
-        """Take times by widths: of equal widths, and of some unequal ones, each also the other way round."""
+        """Take times by (q/k, v) widths: equal pairs, and unequal pairs in both orders."""
         # A kernel pads the narrower of q/k and v, or takes another path. The difference between both ways
         # round is the skew of the two widths; what their mean takes beyond equal widths is the extra.
         equal = _rising([(qk, time) for (qk, v), time in times.items() if qk == v])
@@ -108,7 +107,6 @@ class _PairTimes:
         return cls(equal, sorted(skew.items()), sorted(extra))
 
     def at(self, qk: int, v: int) -> float:
-        """Return the time at these widths."""
         if qk == v:
             return _between(self.equal, qk)
         time = (_between(self.equal, qk) + _between(self.equal, v)) / 2
@@ -119,10 +117,7 @@ class _PairTimes:
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points in the order of their first number, with the second made to rise.
-
-    If noise makes it fall, it is set between the largest before and the least after.
-    """
+    """Return points sorted by their first number, with the second made monotonic."""
     # Isotonic by the mean of the two monotone envelopes; a plan must never seem faster by keeping more.
     widths, times = zip(*sorted(points), strict=True)
     above = accumulate(times, max)
@@ -131,7 +126,7 @@ def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Return the second number on the line between the neighbours of ``at``, or on the nearest line."""
+    """Return the linear interpolation at ``at``, constant outside the line."""
     if len(points) == 1:
         return points[0][1]
     right = min(max(bisect_right([first for first, _ in points], at), 1), len(points) - 1)
@@ -141,21 +136,21 @@ def _between(points: Sequence[tuple[float, float]], at: float) -> float:
 
 @dataclass(frozen=True)
 class TimeTable:
-    """Time of a model at any widths of its layers."""
+    """Time of a model at any widths."""
 
     calls: tuple[tuple[str, int], ...]
-    """Runs of layers in one pass of the model: name, and index into ``layers``."""
+    """Calls of layers in a forward pass: (name, index in ``layers``)."""
     layers: tuple[LayerTimes, ...]
     uncut: float
-    """Time of the model with all channels, relative to the dense one's: less where tokens are left out."""
+    """Time of the model with all channels relative to the dense model; below 1 if tokens are left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """Time that the layers of a cut model save alone, and time that the model saves, relative to the dense
-    model's time."""
+    """(time saved by the layers, time saved by the model) of timed models, relative to the dense model's
+    time."""
     dense: int = 10**9
-    """Nanoseconds per batch of the dense model, as measured last."""
+    """Time of the dense model in nanoseconds per batch, measured last."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
-        """Return the nanoseconds per batch at ``widths``, by layer and kind; others keep all channels."""
+        """Return the nanoseconds per batch at ``widths``; missing units keep all channels."""
         # Savings, not times, are scaled: what no layer accounts for (embedding, norms, head) stays as it is.
         saved = self.saved_by_layers(widths)
         if self.anchors:
@@ -163,7 +158,7 @@ class TimeTable:
         return round(self.dense * max(self.uncut - saved, 0.0))
 
     def saved_by_layers(self, widths: Mapping[Any, int]) -> float:
-        """Return the time that the layers save at ``widths``, relative to the dense model's."""
+        """Return the time saved by the layers at ``widths``, relative to the dense model's time."""
         saved = 0.0
         for name, index in self.calls:
             times = self.layers[index]
@@ -172,13 +167,13 @@ class TimeTable:
         return saved
 
     def with_anchors(self, models: Sequence[tuple[Mapping[Any, int], float]]) -> TimeTable:
-        """Return the table that goes through cut models that were timed."""
+        """Return a table corrected by timed models."""
         anchors = [(self.saved_by_layers(widths), max(self.uncut - share, 0.0)) for widths, share in models]
         return replace(self, anchors=tuple(anchor for anchor in anchors if anchor[0] > 0))
 
 
 def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """Return the widths of a layer at which its time is measured, all channels first."""
+    """Return the widths at which a layer is timed, dense widths first."""
     dense = {kind: widths[-1] for kind, widths in choices.items()}
     points = [dense]
     paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
@@ -196,7 +191,7 @@ def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, in
 
 
 def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
-    """Return the widths nearest to some quarters of the dense one, which is left out."""
+    """Return widths near some quarters of the dense width, without the dense width."""
     dense = choices[-1]
     nearest = {min(choices, key=lambda width: abs(width - dense * part / 4)) for part in quarters}
     return sorted(nearest - {dense})
@@ -205,48 +200,47 @@ def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
 # -- by FLOPs --
 
 Line = tuple[tuple[int, float], ...]
-"""FLOPs and time of a few models, relative to the dense model's time; both rise."""
+"""(FLOPs, time relative to the dense model) of a few models, both ascending."""
 
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """Times of a few measured models, and lines between them.
+    """Time of a model as a function of its FLOPs, interpolated between measured models.
 
-    Merged tokens make every layer faster, so times of single layers at their dense number of tokens, as
-    :class:`TimeTable` has them, do not add up. FLOPs count both. They do not
-    count what matching tokens takes, so models that merge have a line of their own.
+    Merged tokens speed up all layers, so times of single layers do not add up. FLOPs ignore the time of token
+    matching, so merging models have their own line.
     """
 
     cut: Line
-    """Through models that merge no tokens, the dense one among them."""
+    """Line through models without merging, including the dense model."""
     merged: Line
-    """Through models that merge tokens."""
+    """Line through models with merging."""
     dense: int
-    """Nanoseconds per batch of the dense model."""
+    """Time of the dense model in nanoseconds per batch."""
     factors: tuple[float, float] = (1.0, 1.0)
-    """Corrections of the two lines, by models that were measured later."""
+    """Correction factors of both lines, from later measurements."""
 
     @classmethod
     def through(
         cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
     ) -> TimeCurve:
-        """Return the curve through models; one that is faster than another of fewer FLOPs replaces it."""
+        """Return the curve through models; models slower than one of more FLOPs are dropped."""
         return cls(_fastest(cut), _fastest(merged), dense)
 
     def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
-        """Return the curve with one line scaled so that it goes through one more model."""
+        """Return the curve with one line scaled to pass through a measured model."""
         # One factor a line: what matching tokens takes is no FLOP, and on one of the two lines only.
         plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
         factor = nanoseconds / max(plain, 1)
         return replace(self, factors=(self.factors[0], factor) if merges else (factor, self.factors[1]))
 
     def at(self, flops: int, *, merges: bool) -> int:
-        """Return the nanoseconds per batch that a model of so many FLOPs is expected to take."""
+        """Return the expected nanoseconds per batch for a number of FLOPs."""
         line = self.merged if merges else self.cut
         return max(round(self.factors[merges] * self.dense * _between(line, flops)), 0)
 
     def flops(self, nanoseconds: int, *, merges: bool) -> int:
-        """Return the most FLOPs that are expected to take no longer; below 0 if none are."""
+        """Return the maximum FLOPs within a time; below 0 if none are."""
         line, share = self.merged if merges else self.cut, nanoseconds / (self.factors[merges] * self.dense)
         if len(line) == 1:
             return line[0][0] if line[0][1] <= share else -1
@@ -254,7 +248,7 @@ class TimeCurve:
 
 
 def _fastest(models: Sequence[tuple[int, float]]) -> Line:
-    """Return the models in the order of their FLOPs, without those that are slower than one of more FLOPs."""
+    """Return the models sorted by FLOPs, without models that are slower than one of more FLOPs."""
     line: list[tuple[int, float]] = []
     for flops, share in sorted(models):
         while line and line[-1][1] >= share:

@@ -37,7 +37,7 @@ NEAR = 0.99
 """Fraction of a budget above which the budget counts as used up."""
 REACH = 6
 """Number of width steps in both directions that a local search tries."""
-MOST_CANDIDATES = 20_000
+MAX_CANDIDATES = 20_000
 """Maximum number of states of the knapsack search that spends the rest of a budget."""
 
 
@@ -293,7 +293,7 @@ def _closer(
     """Return widths near ``widths`` that use more of a limit.
 
     Dynamic programming over the units. Its states are the added costs, limited to the best
-    :data:`MOST_CANDIDATES`. The search treats the costs of units as independent, so the caller must check the
+    :data:`MAX_CANDIDATES`. The search treats the costs of units as independent, so the caller must check the
     exact cost.
     """
     cost, budget = tightest.cost, tightest.most
@@ -313,7 +313,7 @@ def _closer(
                 total = gained + more
                 if total not in extended or loss + lost < extended[total][0]:
                     extended[total] = (loss + lost, _Changes(key, width, changed))
-        best = sorted((loss, total) for total, (loss, _) in extended.items())[:MOST_CANDIDATES]
+        best = sorted((loss, total) for total, (loss, _) in extended.items())[:MAX_CANDIDATES]
         states = {total: extended[total] for _, total in best}
     fitting = {gained: state for gained, state in states.items() if have + gained <= budget}
     near = {gained: state for gained, state in fitting.items() if have + gained >= NEAR * budget}

@@ -33,7 +33,7 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
     if counted != expected or counted > most:
         wrong = f"not the planned {expected}" if counted != expected else f"more than the budget of {most}"
         raise MhacutError(
-            f"the pruned model costs {counted} FLOPs, {wrong}; nothing was written. This is a gap in mhacut: "
+            f"the pruned model has {counted} FLOPs, {wrong}; nothing was written. This is a bug in mhacut: "
             "please report the architecture and its arguments"
         )
 
@@ -50,8 +50,8 @@ def check_exact(slim: nn.Module, masked: Tensor, images: Tensor) -> None:
     difference = relative_difference(slim(images), masked)
     if not difference <= EXACTNESS:
         raise MhacutError(
-            f"the sliced model's outputs differ from the masked model's by {difference:.1e} of the largest, "
-            f"more than rounding explains ({EXACTNESS:g}); nothing was written. This is a gap in mhacut: "
+            f"outputs of the pruned model are wrong: relative error {difference:.1e}, expected at most "
+            f"{EXACTNESS:g}; nothing was written. This is a bug in mhacut: "
             "please report the architecture and its arguments"
         )
 

@@ -67,11 +67,11 @@ class MergeChoice:
     def __str__(self) -> str:
         """Return a line for the log."""
         if not self.merged:
-            return "no tokens are merged: channels alone are expected to cost less"
+            return "no token merging: pruning channels alone has the lower predicted divergence"
         counts = ", ".join(str(count) for count in self.merged)
         return (
-            f"tokens merged per block: {counts} ({sum(self.merged)} in all); a divergence of about "
-            f"{self.predicted:.2g} is expected"
+            f"tokens merged per block: {counts} (total {sum(self.merged)}), "
+            f"predicted divergence {self.predicted:.2g}"
         )
 
 

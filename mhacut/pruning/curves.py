@@ -34,7 +34,7 @@ from mhacut.surgery.hooks import captured_outputs, registered
 
 Curve = Mapping[int, float]
 """Estimated KL divergence in nats by width; 0 at the dense width."""
-MOST_WIDTHS = 8
+MAX_WIDTHS = 8
 """Maximum number of widths that are measured. Other widths are interpolated in the logarithm of the error."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Divergence of a pruned and healed ImageNet ViT-Ti relative to the sum of its curves, which leave out
@@ -164,7 +164,7 @@ def divergence_by_cut(error: float, dense: bool) -> float:
     return float(DENSE_FACTOR * error if dense else CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
-def sampled_widths(choices: Sequence[int], most: int = MOST_WIDTHS) -> list[int]:
+def sampled_widths(choices: Sequence[int], most: int = MAX_WIDTHS) -> list[int]:
     """Return at most ``most`` of ``choices``, spread logarithmically, including both ends."""
     if len(choices) <= most:
         return list(choices)

@@ -27,7 +27,7 @@ cause errors too large for gradients (docs/explanation/choices.md)."""
 FISHER_IMAGES = 48
 """Maximum number of images for the Fisher information. More images take longer and change little."""
 
-MOST_BYTES = 2**31
+MAX_BYTES = 2**31
 """Maximum memory for activations kept for a backward pass. Larger batches are split."""
 
 Grid = tuple[int, ...]
@@ -90,7 +90,7 @@ def measure_fisher(
     device, preserved = next(model.parameters()).device, options.preserved
     assert preserved is not None
     kept, shape = _kept_of(model, images[:1].to(device), preserved)
-    at_once = max(1, MOST_BYTES // max(kept, 1))
+    at_once = max(1, MAX_BYTES // max(kept, 1))
     gradients = _Gradients()
     with gradients.captured(model, prunable.layers):
         for number, batch in enumerate(torch.split(images, batch_size)):

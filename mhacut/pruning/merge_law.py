@@ -22,7 +22,7 @@ _DEVIATIONS = (2.0, 0.4, 0.2, 0.5, 0.2)
 """Prior standard deviation of each parameter from :data:`TYPICAL`."""
 _NOISE = 0.2
 """Standard deviation of the logarithm of a measured divergence."""
-_LEAST = 1e-6
+_MIN_KL = 1e-6
 """Divergences below this number of nats are rounded up to it."""
 _STATES = 100
 """Number of token counts in the dynamic programme."""
@@ -70,7 +70,7 @@ class MergeLaw:
             return TYPICAL
         typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
         deviations = torch.tensor(_DEVIATIONS, dtype=torch.float64)
-        target = torch.tensor(measured, dtype=torch.float64).clamp_min(_LEAST).log()
+        target = torch.tensor(measured, dtype=torch.float64).clamp_min(_MIN_KL).log()
         # Least squares of logarithms with a normal prior about TYPICAL: with six trials for five numbers, the
         # prior decides what they leave open.
         offsets = torch.zeros(len(typical), dtype=torch.float64, requires_grad=True)

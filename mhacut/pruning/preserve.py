@@ -1,8 +1,8 @@
-"""Outputs of the dense model that a pruned one is to preserve, and the divergence of another model's outputs.
+"""Outputs of the dense model to preserve, and the divergence of another model's outputs from them.
 
-Fisher information, sensitivity curves, recovery and the final measurement all use one tensor per image: the
-logits for answers, the features for pooled features, and all tokens for dense features, whitened and scaled
-so that half the squared distance is the divergence.
+Fisher information, sensitivity curves, recovery and the final measurement all use one tensor per image:
+logits, pooled features, or the features of all tokens, whitened so that half the squared distance is the
+divergence.
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import gives_probabilities
 
-MOST_BYTES = 2**30
-"""Bounds the memory of the dense model's features of all calibration images; if they need more, only every
-second token is kept, or every third, and so on."""
+MAX_BYTES = 2**30
+"""Maximum memory for the dense model's features of all calibration images. Above it, every n-th token is
+used."""
 FITTED_IMAGES = 64
-"""Number of images, at most, that covariances and variances are estimated on."""
+"""Maximum number of images for the estimates of covariances and variances."""
 
 SHRINKAGE = 0.5
-"""Share of the diagonal in the shrunk covariance; it hardly matters (docs/explanation/choices.md)."""
+"""Weight of the diagonal in the shrunk covariance. Results hardly depend on it
+(docs/explanation/choices.md)."""
 FLOOR = 1e-6
-"""Least variance of a channel, relative to the mean of all."""
+"""Minimum variance of a channel, relative to the mean over all channels."""
 KEPT = 0.1
-"""Share of the plain divergence in that of a loss, which is blind to what moves nothing to first order."""
+"""Weight of the plain divergence in a task loss's metric, which ignores directions without first-order
+effect."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 Measure = Literal["answers", "features", "dense"]
@@ -42,26 +44,20 @@ Measure = Literal["answers", "features", "dense"]
 class Whitening:
     """Map of features f to z = W^T (f - m), for which 1/2 |z - z'|^2 is a divergence in nats.
 
-    If the dense model's features are the mean of a normal distribution of covariance S, and the pruned
-    model's that of another, KL(N(f, S) || N(f', S)) = 1/2 (f - f')^T S^-1 (f - f'), half the squared
-    Mahalanobis distance (Kullback 1959, chapter 9). S is the covariance of the dense features over tokens and
-    images, shrunk towards its diagonal (target D of Schaefer & Strimmer 2005): the inverse of an estimate
-    exaggerates errors in the directions that vary least, which few images estimate badly.
+    For normal distributions of covariance S, KL(N(f, S) || N(f', S)) = 1/2 (f - f')^T S^-1 (f - f') (Kullback
+    1959, chapter 9). S is the covariance of the dense features over tokens and images, shrunk towards its
+    diagonal (target D of Schaefer & Strimmer 2005). Without shrinkage, the inverse of an estimate from few
+    images exaggerates errors in directions of low variance.
     """
 
     mean: Tensor
     """m, [C]."""
     matrix: Tensor
-    """W, [C, C], with W W^T = S^-1: the inverse transposed Cholesky factor of S."""
+    """W, [C, C], with W W^T = S^-1: inverse transposed Cholesky factor of S."""
 
     @classmethod
     def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
-        """Return the whitening of features with these moments, in float32.
-
-        Args:
-            moments: of the features of all tokens, [C].
-            metric: M, [C, C], for a divergence d^T M d in place of 1/2 d^T S^-1 d, of which a share is left.
-        """
+        """Return the whitening for features with these moments; ``metric`` M [C, C] replaces 1/2 S^-1."""
         covariance = moments.covariance
         variance = covariance.diagonal()
         # Where nothing varies, what is left is rounding, in proportion to the features' energy.
@@ -79,7 +75,6 @@ class Whitening:
         return cls(moments.mean.float(), inverse.mT.float())
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Whiten ``features`` [..., C], in their precision."""
         return (features - self.mean.to(features)) @ self.matrix.to(features)
 
 
@@ -94,17 +89,17 @@ class Preserved:
     mean over tokens and over layers or levels."""
     features: Features
     whitenings: tuple[Whitening, ...] = ()
-    """Whitening of each map of tokens, once :meth:`fitted`."""
+    """Whitening of each map of tokens, set by :meth:`fitted`."""
     metrics: tuple[Tensor, ...] = ()
-    """Divergence of each map, as :meth:`Whitening.of` takes it; empty for the plain one."""
+    """Metric of each map for :meth:`Whitening.of`; empty for the plain divergence."""
     variance: float = 1.0
-    """Variance of the values of all outputs, the unit of squared errors of features, once :meth:`fitted`."""
+    """Variance of all output values, set by :meth:`fitted`: unit of the squared error of features."""
     steps: int = 1
-    """Step between the tokens that are compared; 1 for all tokens."""
+    """Distance between compared tokens; 1 compares all tokens."""
 
     @classmethod
     def outputs_of(cls, model: nn.Module) -> Preserved:
-        """Return a model's own outputs: answers, or pooled features if it has no classifier."""
+        """Return the model's own outputs: logits, or pooled features without a classifier."""
         if gives_probabilities(model):
             return ANSWERS
         classes = getattr(model, "num_classes", 0)
@@ -112,17 +107,15 @@ class Preserved:
 
     @property
     def dense(self) -> bool:
-        """Whether features of every token are preserved."""
+        """Whether the features of all tokens are preserved."""
         return self.measure == "dense"
 
     def outputs(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Run ``model`` on ``images`` [B, C, H, W].
+        """Return logits or pooled features [B, ...], or dense features [B, tokens * C], of ``images``.
 
-        Returns:
-            Logits or pooled features, [B, ...]; or dense features, [B, all channels of all tokens], float32
-            or wider, whitened and scaled so that half the squared distance of two is their divergence.
+        Dense features are whitened and scaled so that half the squared distance is the divergence.
         """
         features = self.features.of(model, images, tensors)
         if not self.dense:
@@ -136,7 +129,7 @@ class Preserved:
             return torch.cat(parts, 1)
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
-        """Return the divergence of ``outputs`` from those of the dense model, a scalar, mean over images."""
+        """Return the mean divergence of ``outputs`` from the dense model's outputs, a scalar."""
         if self.measure == "answers":
             return F.kl_div(
                 outputs.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -146,13 +139,9 @@ class Preserved:
         return (outputs - dense).square().mean() / self.variance
 
     def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """Return a random projection whose gradient g has E[g g^T] = Hessian of the divergence; a scalar.
+        """Return a random projection with gradient g, for which E[g g^T] = Hessian of the divergence.
 
-        For answers sum_c eps_c sqrt(p_c) log p_c: E[g g^T] is their Fisher information.
-
-        Args:
-            outputs: [B, ...].
-            noise: eps, of unit variance and the shape of ``outputs``.
+        For logits, sum_c eps_c sqrt(p_c) log p_c: then E[g g^T] is the Fisher information of the logits.
         """
         if self.measure == "answers":
             # E = sum_c p_c grad(log p_c) grad(log p_c)^T; sqrt(p_c) is a weight here, and takes no gradient.
@@ -164,14 +153,7 @@ class Preserved:
 
     @torch.no_grad()
     def fitted(self, model: nn.Module, images: Tensor, batch_size: int, processes: Processes) -> Preserved:
-        """Return the same with the whitening, or the variance, of the dense model's features.
-
-        Args:
-            model: dense, eval mode.
-            images: [n, C, H, W]; at most :data:`FITTED_IMAGES` are used.
-            batch_size: images at a time.
-            processes: take turns batch by batch, and add up their sums.
-        """
+        """Return a copy with the whitening or variance of the dense model's features."""
         if self.measure == "answers":
             return self
         device = next(model.parameters()).device
@@ -201,14 +183,13 @@ class Preserved:
 
     @torch.no_grad()
     def thinned(self, model: nn.Module, image: Tensor, images: int) -> Preserved:
-        """Return the same with fewer tokens: those of ``images`` images fit into :data:`MOST_BYTES`."""
+        """Return a copy with fewer tokens, so that the features of ``images`` images fit into memory."""
         if not self.dense:
             return self
         each = sum(features[0].numel() * 4 for features in self.features.of(model, image))
-        return replace(self, steps=max(1, -(-each * images // MOST_BYTES)))
+        return replace(self, steps=max(1, -(-each * images // MAX_BYTES)))
 
     def to_json(self) -> dict[str, Any]:
-        """Return what is preserved, for ``--json`` and the record of a slim file."""
         document: dict[str, Any] = {"what": self.what}
         if self.features.layers:
             document["layers"] = list(self.features.layers)
@@ -217,7 +198,7 @@ class Preserved:
         return document
 
     def __str__(self) -> str:
-        """Return a phrase: ``the class probabilities``."""
+        """Return a phrase such as ``the class probabilities``."""
         if self.what == "tokens":
             return "the features of all tokens (the final normalised map)"
         if self.what == "layers":

@@ -1,4 +1,4 @@
-"""Recovery after the cut: steps that bring a slim model nearer to the dense one, if held-out images agree."""
+"""Recovery: training after the cut, accepted only if it lowers the divergence on held-out images."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import Match, merged_of, set_merged, tokens_in, unmerge_of
 
 LR = 7e-4
-"""Learning rate of the first step of each block (docs/explanation/choices.md, as is BATCH)."""
+"""Learning rate at the first step of each block (docs/explanation/choices.md)."""
 BATCH = 8
-"""Most images per step: many steps of few images learn more in the same time."""
-MOST_BYTES = 5 * 2**29
-"""Bounds the memory of the images and of the activations that both models keep for them."""
-NEGLIGIBLE_KL = 0.01
-"""Divergence on crops of held-out images below which tuning would gain nothing worth its time."""
-NOTHING_LOST = 1e-3
-"""Divergence on held-out images as they are below which healing would not, either."""
-JUDGED = 256
-"""Least number of crops of held-out images that judge a step (docs/explanation/choices.md)."""
-NEGLIGIBLE = 1e-6
-"""Error, relative to the variance of the dense block's output, below which a block is not trained."""
+"""Maximum number of images per step. Many small steps learn more in the same time."""
+MAX_BYTES = 5 * 2**29
+"""Maximum memory for images and activations of both models."""
+TUNE_MIN_KL = 0.01
+"""Minimum divergence on crops of held-out images for tuning to pay."""
+HEAL_MIN_KL = 1e-3
+"""Minimum divergence on held-out images for healing to pay."""
+MIN_CROPS = 256
+"""Minimum number of crops of held-out images that measure a step (docs/explanation/choices.md)."""
+MIN_BLOCK_ERROR = 1e-6
+"""Minimum relative error of a block's output for training the block."""
 
 
 def recover(
     slim: nn.Module, prunable: PrunableLayers, job: Job, calibration: Calibration, merged: Schedule = ()
 ) -> nn.Module:
-    """Return ``slim`` after the recovery steps that lower its loss on held-out images."""
+    """Return ``slim`` after the recovery steps that lower its divergence on held-out images."""
     options, reporter = job.options, job.reporter
     scale_steps, heal_steps, tune_steps = (
         options.trained_gain_steps,
@@ -58,7 +58,7 @@ def recover(
         options.tuned_steps,
     )
     if calibration.held == 0 and (scale_steps or heal_steps or tune_steps):
-        reporter.log("nothing was trained: with a single image, none is left to check the result on")
+        reporter.log("recovery skipped: a single calibration image leaves none to check the result")
         scale_steps = heal_steps = tune_steps = 0
     slim = slim.to(job.device)
     unseen = cache(partial(_unseen, job, calibration))
@@ -75,14 +75,14 @@ def recover(
     lost = job.held_out(calibration).divergence_of(slim) if answers else math.inf
     # Healing gains little where merged tokens are copied back, tuning more (docs/explanation/choices.md).
     unmerges = calibration.preserved.dense and unmerge_of(slim)
-    heals = lost > NOTHING_LOST and not (unmerges and tune_steps)
+    heals = lost > HEAL_MIN_KL and not (unmerges and tune_steps)
     if heal_steps and (options.heal_steps is not None or heals):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
-    tunes = (answers or unmerges) and lost > NOTHING_LOST
+    tunes = (answers or unmerges) and lost > HEAL_MIN_KL
     if tune_steps and (options.tuning_steps is not None or tunes):
         distance = unseen().divergence_of(slim)
-        if options.tuning_steps is not None or distance > NEGLIGIBLE_KL:
+        if options.tuning_steps is not None or distance > TUNE_MIN_KL:
             reporter.start("tuning")
             changed = tuned(slim, job, calibration, distance)
             slim = _better(slim, changed, unseen(), reporter, "tuning", distance)
@@ -91,15 +91,13 @@ def recover(
 
 @torch.no_grad()
 def _unseen(job: Job, calibration: Calibration) -> Distillation:
-    """Return what judges each step: held-out images; of a classifier, random crops of them, :data:`JUDGED`.
-
-    Often the dense model was trained on these images, and of them as they are it knows more than of others.
-    They also chose the ridges of the repair, which favours the model before a step.
-    """
+    """Return the images that measure a step: held-out images, for classifiers random crops of these."""
     unseen, size = job.held_out(calibration), job.options.batch_size
     if calibration.preserved.measure != "answers" or job.images.ndim != 4:
         return unseen
-    crops = unseen.images.repeat(math.ceil(JUDGED / len(unseen.images)), 1, 1, 1)
+    # The dense model was often trained on these images, and the repair chose its ridges on them. Crops are
+    # less familiar to both.
+    crops = unseen.images.repeat(math.ceil(MIN_CROPS / len(unseen.images)), 1, 1, 1)
     generator, teacher = torch.Generator().manual_seed(job.options.seed), []
     for batch in crops.split(size):  # all at once would take the memory several times
         batch.copy_(augmented(batch, generator))
@@ -115,29 +113,26 @@ def _better(
     name: str,
     before: float | None = None,
 ) -> nn.Module:
-    """Return ``changed`` if it diverges less from the dense model on ``unseen`` images, else ``slim``.
-
-    ``before`` is the divergence of ``slim``, where it is known.
-    """
+    """Return ``changed`` if it diverges less on ``unseen`` than ``slim``, else ``slim``."""
     before = unseen.divergence_of(slim) if before is None else before
     after = unseen.divergence_of(changed)
     helps = after < before  # not where training diverged, to no number
     reporter.log(
-        f"{name}{'' if helps else ' was left out'}: divergence on held-out images "
-        f"{before:.2g} without, {after:.2g} with"
+        f"{name} {'accepted' if helps else 'rejected'}: divergence on held-out images "
+        f"{before:.2g} before, {after:.2g} after"
     )
     return changed if helps else slim
 
 
 @dataclass(frozen=True)
 class Block:
-    """A module that is trained as one."""
+    """Module that is trained as a unit."""
 
     name: str
     layer: Layer
-    """The last prunable layer in the block; its tokens are those of the block's output."""
+    """Last prunable layer in the block, whose tokens are the tokens of the block's output."""
     channel_dim: int = -1
-    """Dimension of the channels in the block's output, once it has run; it may not be the layer's."""
+    """Dimension of the channels in the block's output, known after the block ran."""
 
 
 def healed(
@@ -148,18 +143,14 @@ def healed(
     *,
     lr: float = LR,
     batch: int = BATCH,
-    most_bytes: int = MOST_BYTES,
+    most_bytes: int = MAX_BYTES,
 ) -> nn.Module:
-    """Return a copy of ``slim`` whose blocks were trained in order to reproduce those of the dense model.
+    """Return a copy of ``slim`` with each block trained to reproduce the block of the dense model.
 
-    The input of a block is the output of the healed blocks before it. Unlike a refit of output projections,
-    this also changes the weights before the nonlinearities. If the slim model merges tokens, the dense model
-    merges the same ones, so that tokens stand for the same patches; unless they are copied back to these,
-    which are compared then. Ours; STARFISH (arXiv 2606.01126) trains
-    all blocks at once by one loss.
-
-    A block keeps its weights if training does not help on held-out images. Weights that another module uses
-    too are not trained, nor are those outside the blocks.
+    The input of a block is the output of the healed blocks before. A block keeps its weights if training does
+    not help on held-out images. If the slim model merges tokens, the dense model merges the same tokens.
+    Weights shared with other modules are not trained. STARFISH (arXiv 2606.01126) trains all blocks at
+    once.
     """
     model: Any = copy.deepcopy(slim)
     teacher = job.model
@@ -189,13 +180,7 @@ def healed(
 
 
 def _fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
-    """Return at most ``most`` of ``images``, and how many of them are held out.
-
-    Args:
-        images: [n, C, H, W], the held-out ones first.
-        held: number of held-out images.
-        most: at least 2; both kinds are cut to the same fraction, but to no less than one image.
-    """
+    """Return at most ``most`` of ``images``, and the number of held-out images among these."""
     if len(images) <= most:
         return images, held
     share = min(max(round(held * most / len(images)), 1), most - 1)
@@ -204,16 +189,16 @@ def _fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
 
 @dataclass(frozen=True)
 class _Call:
-    """Arguments of one call of a block of the slim model, and the dense model's output to aim at."""
+    """A call of a block in the slim model, with the dense model's output as target."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     aim: Tensor
     match: Match | None
-    """Tokens that the block must merge, if any."""
+    """Token matches that the block must use to merge."""
 
     def output(self, block: Any) -> Tensor:
-        """Return the tokens that ``block`` gives; it merges those of ``match``, not those it would choose."""
+        """Return the tokens of ``block`` with the merges of ``match`` instead of its own."""
         match = self.match
         hook = nullcontext() if match is None else block.matcher.register_forward_hook(lambda *_: match)
         with hook:
@@ -221,7 +206,7 @@ class _Call:
 
 
 def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
-    """Run both models to ``block``; return its calls in the slim model, and their target outputs."""
+    """Run both models to ``block``; return the slim model's calls and their target outputs."""
     given = cut.run_up_to(block.name)
     module = cut.model.get_submodule(block.name)
     matches: list[Match | None] = [None] * len(given)
@@ -237,7 +222,7 @@ def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
-    """Let the block of ``model`` merge the tokens in ``matches``."""
+    """Make the block of ``model`` use the given token matches."""
     if None not in matches:
         model.run_up_to(f"{block.name}.matcher")
         model.answer(matches)
@@ -253,9 +238,9 @@ def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
 
 
 def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
-    """Return the blocks of a model: the smallest modules that hold an attention layer and an MLP.
+    """Return the blocks of a model: the smallest modules with an attention layer and an MLP.
 
-    Layers without such a module, or in one that holds blocks itself, are blocks by themselves.
+    A layer outside such a module is a block of its own.
     """
     around = {layer.name: _block_around(layer.name, prunable.layers) for layer in prunable.layers}
     names = set(around.values())
@@ -268,7 +253,7 @@ def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
 
 
 def _block_around(name: str, layers: Sequence[Layer]) -> str:
-    """Return the name of the smallest module around a layer that holds both families; "" for the model."""
+    """Return the smallest module that holds the layer and both kinds of layers; "" for the model."""
     while name:
         inside = (layer for layer in layers if f"{layer.name}.".startswith(f"{name}."))
         if len({layer.adapter.family for layer in inside}) == 2:
@@ -280,7 +265,7 @@ def _block_around(name: str, layers: Sequence[Layer]) -> str:
 def _comparable(
     slim: nn.Module, dense: nn.Module, blocks: Iterable[Block], image: Tensor
 ) -> tuple[list[Block], int]:
-    """Find the blocks that both models run once per pass and that give one tensor of the same shape."""
+    """Return the blocks that both models call once per pass with an output tensor of the same shape."""
     named = {block.name: block for block in blocks}
     in_slim, in_dense = (_outputs(model, named, image) for model in (slim, dense))
     comparable, sizes = [], []
@@ -312,7 +297,7 @@ def _comparable(
 
 @torch.no_grad()
 def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
-    """Return the outputs of each call of these modules, in the order of their first calls."""
+    """Return the outputs of each call of these modules, ordered by first call."""
     with captured_outputs(model, names, lambda args, output: tokens_in(output)) as outputs:
         model(image)
     return outputs
@@ -320,27 +305,21 @@ def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[s
 
 @dataclass(frozen=True)
 class _Error:
-    """Squared error of a block's output, weighted by channel and by token; about 1 if the output is noise."""
+    """Squared error of a block's output, weighted by channel and token; about 1 for noise."""
 
     channel_dim: int
     channels: Tensor
-    """One over the variance of each channel of the dense output over all tokens and images, [C]."""
+    """Inverse variance of each channel of the dense output, [C]."""
     tokens: Tensor | None
-    """Importance of each token, mean 1, [tokens]; None if all have the same weight."""
+    """Importance of each token with mean 1, [tokens]; None for equal weights."""
 
     @classmethod
     def of(
         cls, calls: Sequence[_Call], block: Block, fisher: FisherInformation, last: bool, prefix: int
     ) -> _Error:
-        """Weigh the outputs that ``calls`` aim at.
+        """Return the error with weights from the targets of ``calls``.
 
-        Args:
-            calls: those to fit.
-            block: the block.
-            fisher: with the importance of tokens.
-            last: whether no other block follows. Then tokens that nothing reads do not count, because their
-                errors do not spread further.
-            prefix: number of tokens that are never merged, if others are.
+        In the last block, tokens that nothing reads get weight 0.
         """
         aims = [_by_token(call.aim, block.channel_dim) for call in calls]
         count = sum(aim[..., 0].numel() for aim in aims)
@@ -358,14 +337,13 @@ class _Error:
         return cls(block.channel_dim, variance.reciprocal().to(aims[0]), tokens)
 
     def __call__(self, output: Tensor, aim: Tensor) -> Tensor:
-        """Return the error, a scalar."""
         missing = _by_token(output - aim, self.channel_dim).square()  # (B, tokens, C)
         errors = (missing * self.channels).mean(-1)  # (B, tokens)
         return (errors if self.tokens is None else errors * self.tokens).mean()
 
 
 def _importance(fisher: FisherInformation, layer: str, shape: torch.Size, prefix: int) -> Tensor | None:
-    """Importance of each token of an output [B, tokens, C]; merged ones count as a patch does on average."""
+    """Return the importance of tokens [B, tokens, C]; merged tokens get the mean importance of patches."""
     tokens = fisher.token_importance(layer, shape[:2], shape[0])
     if tokens is not None:
         return tokens[: shape[1]]
@@ -377,7 +355,6 @@ def _importance(fisher: FisherInformation, layer: str, shape: torch.Size, prefix
 
 
 def _by_token(output: Tensor, channel_dim: int) -> Tensor:
-    """Reshape to [B, tokens, C]."""
     return output.movedim(channel_dim, -1).flatten(1, -2)
 
 
@@ -391,14 +368,14 @@ def _train(
     generator: torch.Generator,
     lr: float,
 ) -> None:
-    """Train one block of ``model`` in place. Restore it if the held-out error grows."""
+    """Train a block of ``model`` in place, and restore it if the held-out error grows."""
     block = model.get_submodule(name)
     before, stored = _mean_error(block, unseen, error), copy.deepcopy(block.state_dict())
     # Parameters that no module outside of the block uses.
     everywhere = list(model.named_parameters(remove_duplicate=False))
     elsewhere = {id(parameter) for path, parameter in everywhere if not path.startswith(f"{name}.")}
     trained = [parameter for parameter in block.parameters() if id(parameter) not in elsewhere]
-    if not trained or not before > NEGLIGIBLE:
+    if not trained or not before > MIN_BLOCK_ERROR:
         return
     rounds = (torch.randperm(len(fit), generator=generator).tolist() for _ in repeat(None))
     order = chain.from_iterable(rounds)
@@ -421,6 +398,6 @@ def _train(
 
 @torch.no_grad()
 def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> float:
-    """Error of ``block``, mean over images."""
+    """Return the mean error of ``block`` over images."""
     total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
     return total / sum(len(call.aim) for call in calls)

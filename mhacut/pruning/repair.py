@@ -1,7 +1,7 @@
-"""Repair: least-squares reconstruction of what a plan removes, folded into the weights that stay.
+"""Repair: least-squares reconstruction of removed channels from kept channels, folded into the weights.
 
-The model keeps the dense shape, with removed channels dead, so that the cut afterwards only slices. Ours;
-the algebra is in :mod:`mhacut.linalg.reconstruction`.
+The repaired model keeps the dense shape with dead channels, so that the cut only slices. The algebra is in
+:mod:`mhacut.linalg.reconstruction`.
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from mhacut.surgery.tokens import tokens_of
 
 @dataclass(frozen=True)
 class UnitRepair:
-    """Outcome of the repair of one unit."""
+    """Result of the repair of one unit."""
 
     plan: UnitPlan
-    """Channels that stay, and their basis."""
+    """Kept channels and their basis."""
     ridge: float
-    """Relative; infinite where refitting is not possible, or did not help and was left out."""
+    """Relative ridge; infinite if no refit was used."""
     error: float
-    """Squared error on held-out images relative to plain removal of the channels; of the logits for qk, of
-    the layer's output otherwise."""
+    """Squared error on held-out images relative to plain removal: of the logits for qk, else of the layer's
+    output."""
 
 
 @dataclass(frozen=True)
 class ReconstructedModel:
-    """A model ready to be cut, whose weights compensate for the channels that are removed."""
+    """Model ready to be cut, with weights that compensate for the removed channels."""
 
     model: nn.Module
     """Model of the dense shape, on the dense model's device."""
     plan: Plan
-    """The plan's widths, with the channels and bases that were chosen."""
+    """Plan with the final channels and bases."""
     channel_scales: Mapping[UnitKey, Tensor]
     """Scales for :func:`mhacut.surgery.slice.cut`."""
     repairs: Mapping[UnitKey, UnitRepair]
-    """Outcome for every unit that loses channels; empty without repair."""
+    """Result for each unit that loses channels; empty without repair."""
 
 
 def reconstruct(
@@ -60,15 +60,10 @@ def reconstruct(
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
 ) -> ReconstructedModel:
-    """Return a copy of the dense model whose weights compensate for what ``plan`` removes.
+    """Return a copy of the dense model that compensates for the channels removed by ``plan``.
 
-    Args:
-        job: what is pruned; its option ``repair`` is used.
-        calibration: calibration of its model.
-        plan: channels that stay; its tokens are those of the model.
-        candidates: candidates of each unit, to keep the plan's widths only: the best on held-out images is
-            chosen, or the first one without repair. None keeps the plan's channels.
-        channel_scales: trained with the plan, [heads, dense width] per unit; used without repair only.
+    ``candidates`` are compared on held-out images at the widths of the plan; None keeps the channels of the
+    plan. Trained ``channel_scales`` [heads, width] are used only without repair.
     """
     model, prunable, options = copy.deepcopy(job.model), job.prunable, job.options
     if options.repair:
@@ -96,14 +91,7 @@ def plan_channel_scales(
     *,
     refitted: bool = False,
 ) -> dict[UnitKey, Tensor]:
-    """Return the scales with which :func:`~mhacut.surgery.slice.cut` makes ``plan``, [heads, dense width].
-
-    Args:
-        prunable: prunable layers of the model.
-        plan: channels that it removes get the scale 0.
-        channel_scales: [heads, dense width] per unit, for the channels that stay; None is 1 everywhere.
-        refitted: the weights contain their own temperature of the softmax.
-    """
+    """Return scales [heads, dense width] for :func:`~mhacut.surgery.slice.cut`; removed channels get 0."""
     masked: dict[UnitKey, Tensor] = {}
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
@@ -125,12 +113,10 @@ def repair(
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Mapping[UnitKey, UnitRepair]:
-    """Refit ``model`` in place for ``plan``: removed channels are zero, and kept ones compensate for them.
-
-    Every layer is refitted on the dense model's activations. Refits on those of the cut model would leave
-    healing less to learn (docs/explanation/choices.md).
-    """
+    """Refit ``model`` in place: removed channels become 0, and kept channels compensate for them."""
     report: dict[UnitKey, UnitRepair] = {}
+    # Refits use the dense model's activations. Refits on the pruned model's activations would leave healing
+    # less to learn (docs/explanation/choices.md).
     for number, unit_plan in enumerate(plan, 1):
         if progress is not None:
             progress(number, len(plan.units))
@@ -165,7 +151,7 @@ def shrink(
     *,
     refit: bool = True,
 ) -> None:
-    """Make channels of one layer dead in place, for ``unit`` at ``width``; repair it with ``refit``."""
+    """Zero the removed channels of ``unit`` at ``width`` in place, and repair the layer with ``refit``."""
     unit_plan = candidate.plan(width)
     kept = kept_channels(unit_plan).float()
     if unit.linear and unit.gate is not None:  # nothing to refit
@@ -182,7 +168,7 @@ def shrink(
 
 @dataclass(frozen=True)
 class _Fit:
-    """The best refit of one unit for one choice of channels."""
+    """Best refit of a unit for a choice of channels."""
 
     plan: UnitPlan
     rotation: Tensor | None
@@ -226,7 +212,7 @@ class _Fit:
             scale(module, unit, kept_channels(self.plan).float())
 
     def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
-        """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, the others 0."""
+        """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, other rows 0."""
         mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
         for head, kept in enumerate(self.plan.kept):
             where = torch.tensor(kept, device=mixing.device)
@@ -255,6 +241,6 @@ class _Fit:
 
 
 def _flat(unit: Unit, kept: Tensor) -> Tensor:
-    """Return indices per head, [H, kept], as indices over all heads, [H * kept]."""
+    """Return indices per head [H, kept] as indices over all heads [H * kept]."""
     heads = torch.arange(unit.heads, device=kept.device)
     return (kept + unit.width * heads[:, None]).reshape(-1)

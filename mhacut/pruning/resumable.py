@@ -1,9 +1,9 @@
-"""Forward passes that stop at a module and are resumed there, for any architecture.
+"""Forward passes that stop at a module and resume there, for any architecture.
 
-Python cannot pause a forward pass. Instead, module calls that were cut short are made again, the innermost
-first, with the arguments they had; inside them, calls that had finished return their outputs at once. So one
-block of the model runs at a time, on cached inputs, as in GPTQ (Frantar et al. 2023), but the blocks need not
-be named. Only computations between the submodules of an unfinished module are repeated.
+Python cannot pause a forward pass. A resumed pass repeats the interrupted module calls with their arguments,
+innermost first. Inside them, finished calls return their stored outputs. So one block of the model runs at a
+time on cached inputs, as in GPTQ (Frantar et al. 2023), without a list of block names. Only computations
+between submodules of an unfinished module are repeated.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class _Call:
-    """One call of a module during a pass."""
+    """A call of a module during a pass."""
 
     module: nn.Module
     forward: Callable[..., Any]
     value: Any
-    """(args, kwargs) of an unfinished call, output of a finished one."""
+    """(args, kwargs) of an unfinished call, output of a finished call."""
     finished: bool = False
     calls: list[_Call] = field(default_factory=list)
-    """Calls made inside an unfinished one, in order."""
+    """Calls inside an unfinished call, in order."""
     position: int = 0
-    """Number of ``calls`` that the present run has come past."""
+    """Number of ``calls`` that the current run has passed."""
 
     def __post_init__(self) -> None:
         self.versions = _versions(self.value)
@@ -42,12 +42,12 @@ class _Call:
 
     @property
     def overwritten(self) -> bool:
-        """Whether a tensor in ``value`` was changed in place since."""
+        """Whether a tensor in ``value`` was changed in place."""
         return self.versions != _versions(self.value)
 
     @property
     def chained(self) -> bool:
-        """Whether each call inside takes the output of the one before, which goes nowhere else."""
+        """Whether each inner call takes only the output of the previous call."""
         return type(self.module).forward is nn.Sequential.forward
 
 
@@ -56,33 +56,31 @@ def _versions(value: Any) -> list[int]:
 
 
 class _TargetReached(BaseException):
-    """Cuts a pass short. Not an Exception, which a model might catch."""
+    """Ends a pass at the target. A BaseException, since models may catch Exception."""
 
     def __init__(self, value: Any) -> None:
-        """Take arguments or output of the call that was reached."""
         super().__init__()
         self.value = value
 
 
 class ResumableModel:
-    """A model and passes of several batches through it, which stop at one module after another.
+    """Forward passes of several batches through a model, stopping at one module after another.
 
-    Inside ``with``, the ``forward`` of every module is replaced. A pass keeps the outputs of finished
-    modules, but not of those inside them, nor of those whose output a ``Sequential`` has passed on.
+    The context replaces the ``forward`` of all modules. A pass stores outputs of finished modules and frees
+    those of inner modules.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
-        """Prepare to run ``model``, eval mode, on ``batches``, on its device."""
         self.model = model
         # Around the call of forward lies one of the model itself, with its hooks.
         self._stacks = [[_Call(nn.Module(), model, ((batch,), {}))] for batch in batches]
-        """Unfinished calls of each batch, the innermost last."""
+        """Unfinished calls of each batch, innermost last."""
         self._stack: list[_Call] = []
-        """Stack of the batch at work."""
+        """Stack of the running batch."""
         self._until: nn.Module | None = None
-        """Module whose next call ends the run once it is finished."""
+        """Module that ends the run after its next call."""
         self._before: nn.Module | None = None
-        """Module whose next call ends the run before it is made."""
+        """Module that ends the run before its next call."""
         self._replaced: list[tuple[nn.Module, Any]] = []
 
     def __enter__(self) -> ResumableModel:
@@ -100,19 +98,19 @@ class ResumableModel:
 
     @torch.no_grad()
     def run_through(self, name: str) -> list[Any]:
-        """Run every batch on through the next call of this module; return its output for each."""
+        """Run all batches through the next call of module ``name``; return its outputs."""
         self._until, self._before = self.model.get_submodule(name), None
         return [self._run(stack, name) for stack in self._stacks]
 
     @torch.no_grad()
     def run_up_to(self, name: str) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """Run every batch on to the next call of this module, which is made in the next run."""
+        """Run all batches up to the next call of module ``name``; return its (args, kwargs)."""
         self._until, self._before = None, self.model.get_submodule(name)
         return [self._run(stack, name) for stack in self._stacks]
 
     @property
     def nbytes(self) -> int:
-        """Size of what the passes keep now: of views their own part, and once what they share."""
+        """Memory of all stored tensors; shared storage counts once."""
         calls = [call for stack in self._stacks for call in stack]
         values = [(call.value, [inner.value for inner in call.calls]) for call in calls]
         sizes: dict[int, int] = {}
@@ -122,13 +120,13 @@ class ResumableModel:
         return sum(sizes.values())
 
     def answer(self, outputs: Sequence[Any]) -> None:
-        """Take ``outputs``, one per batch, as those of the calls that :meth:`run_up_to` stopped before."""
+        """Use ``outputs`` as the results of the calls before which :meth:`run_up_to` stopped."""
         for stack, output in zip(self._stacks, outputs, strict=True):
             stack.pop().set(output, finished=True)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Give the modules their own ``forward`` back for a while, for calls that belong to no pass."""
+        """Restore the original ``forward`` methods inside the context."""
         self.__exit__()
         try:
             yield
@@ -136,7 +134,7 @@ class ResumableModel:
             self.__enter__()
 
     def _run(self, stack: list[_Call], name: str) -> Any:
-        """Run one batch until it comes to the module of this name; return what its call holds."""
+        """Run a batch to module ``name`` and return the value of its call."""
         self._stack = stack
         try:
             while stack:

@@ -1,4 +1,4 @@
-"""Tuning: weights of all blocks of a slim model are trained together to give the dense model's outputs."""
+"""Tuning: joint training of all weights of a slim model to reproduce the dense model's outputs."""
 
 from __future__ import annotations
 
@@ -26,39 +26,36 @@ from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.tokens import stack_of, tokens_in
 
 RATE = 1.2e-4
-"""Learning rate where the slim model diverges by 1 nat or more on crops of held-out images; below, it falls
-with the root, and in proportion without hints (docs/explanation/choices.md)."""
-LEAST = 0.1
-"""Least divergence in that proportion: of images that the dense model was trained on, the slim one may get
-nearly all right."""
+"""Learning rate at a divergence of 1 nat or more on crops of held-out images. Below, it falls with the square
+root of the divergence, or linearly without hints (docs/explanation/choices.md)."""
+MIN_KL = 0.1
+"""Minimum divergence for the choice of the learning rate: the divergence is misleading on images that the
+dense model was trained on."""
 TRIED_STEP = 2e-6
-"""Size of the step that finds the learning rate for features of every token (docs/explanation/choices.md)."""
+"""Size of the trial step that finds the learning rate for dense features (docs/explanation/choices.md)."""
 DENSE_STEPS = 0.45
-"""Usual steps for them, relative to those for answers."""
+"""Default number of steps for dense features, relative to logits."""
 DENSE_BATCH = 8
-"""Most images per step for them: many steps learn more than many images in the same time."""
+"""Maximum number of images per step for dense features. Many small steps learn more in the same time."""
 ROUNDS = 10
-"""Most times that each image is seen, unless a number of steps was asked for."""
+"""Maximum number of epochs, unless a number of steps was given."""
 HINTS = 64.0
-"""Weight of the class tokens' error (docs/explanation/choices.md)."""
+"""Weight of the class token's error (docs/explanation/choices.md)."""
 FLOOR = 0.01
-"""Least variance of a channel of class tokens to divide by, relative to the mean of all channels."""
+"""Minimum variance of a class token's channel, relative to the mean over channels."""
 KEPT_BYTES = 2**28
-"""Most memory for outputs of the dense model, where several models are tuned to them."""
+"""Maximum memory for cached outputs of the dense model when several models are tuned."""
 WARM_UP, DENSE_WARM_UP = 0.1, 0.3
-"""Share of the steps over which the rate rises: Adam's first steps go by the sign of a single gradient."""
+"""Fraction of steps with rising learning rate: Adam's first steps depend only on the sign of 1 gradient."""
 
 
 def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:
-    """Return a copy of ``slim`` whose weights were trained to give the preserved outputs of the dense model.
+    """Return a copy of ``slim`` with weights trained to reproduce the dense model's preserved outputs.
 
-    The loss is the divergence that the job preserves: for a classifier, the KL divergence of its answers,
-    without labels. Where a plain ViT answers from its class token, the error of that token after every block
-    is added, each channel in units of its variance: such hints (FitNets, arXiv 1412.6550) say more of an
-    image than its answer. Images are those to calibrate on that are not held out and all others of the same
-    split, cropped and mirrored at random; both models see the same.
-
-    To features of every token, the blocks of a plain ViT alone are tuned, slowly.
+    The loss is the job's divergence, which needs no labels. If a plain ViT classifies by its class token, the
+    error of this token after each block is added (hints: FitNets, arXiv 1412.6550). Training uses random
+    crops of all images that are not held out. For dense features, only the blocks of a plain ViT are
+    tuned.
     """
     if calibration.preserved.dense:
         return _tuned_to_features(slim, job, calibration, distance)
@@ -70,7 +67,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     blocks = _hinting(slim, preserved)
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the preserved outputs, and the class token after every block that hints, [blocks, B, C]."""
+        """Return the preserved outputs, and the class token after each hinting block, [blocks, B, C]."""
         with captured_outputs(each, blocks, lambda _, output: tokens_in(output)[:, 0]) as hints:
             outputs = preserved.outputs(each, batch).float()
         tokens = [token.float() for (token,) in hints.values()]
@@ -107,17 +104,17 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         return divergence + HINTS * ((tokens - aims).square() / variance).mean() if blocks else divergence
 
     lost = min(distance, 1.0)
-    rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, LEAST))
+    rate = job.options.tuning_lr or RATE * (lost**0.5 if blocks else max(lost, MIN_KL))
     weights, warm_up = model.requires_grad_(True).parameters(), math.ceil(WARM_UP * steps)
     minimise(loss, weights, steps=steps, lr=rate, warm_up=warm_up, reporter=job.reporter)
     return model.requires_grad_(False)
 
 
 def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:
-    """Do as :func:`tuned` with features of every token.
+    """Tune to dense features, on the calibration images without crops.
 
-    Images are those to calibrate on, as they are: the dense model's features of them are known, and each says
-    so much that a few hundred are not learnt by heart (docs/explanation/choices.md).
+    Each image gives so many features that a few hundred images do not overfit
+    (docs/explanation/choices.md).
     """
     options, count = job.options, len(job.images) - calibration.held
     size = min(options.batch_size, DENSE_BATCH, count)
@@ -134,7 +131,7 @@ def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, dist
     if rate is None:
         few = learning.part(0, size)
         few.amp = False
-        rate = min(RATE * max(min(distance, 1.0), LEAST), best_step(lambda: few.loss(model), weights))
+        rate = min(RATE * max(min(distance, 1.0), MIN_KL), best_step(lambda: few.loss(model), weights))
     warm_up, reporter = math.ceil(DENSE_WARM_UP * steps), job.reporter
     minimise(lambda: learning.loss(model), weights, steps=steps, lr=rate, warm_up=warm_up, reporter=reporter)
     return model.requires_grad_(False)
@@ -142,10 +139,7 @@ def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, dist
 
 @torch.enable_grad()
 def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
-    """Return the size of the step by the gradient's signs, as Adam's first is, that lowers ``loss`` most.
-
-    A parabola goes through the loss, its slope there, and the loss after a small step.
-    """
+    """Return the size of the sign-gradient step that lowers ``loss`` most."""
     value = loss()
     gradients = torch.autograd.grad(value, weights, materialize_grads=True)
 
@@ -154,6 +148,7 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
             weight.add_(gradient.sign(), alpha=step)
 
     with torch.no_grad():
+        # A parabola through the loss, its slope, and the loss after a trial step.
         slope = sum(float(gradient.abs().sum()) for gradient in gradients)
         move(-TRIED_STEP)
         rise = float(loss() - value) + TRIED_STEP * slope
@@ -163,20 +158,21 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Callable[[], Tensor]) -> None:
-    """Log how long tuning takes: a step makes ``runs``, and the last one backwards, which counts twice."""
+    """Log the expected duration of tuning."""
     ticks = [time.perf_counter()]
     for run in runs:
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
             float(run().sum())  # waits for the device
         ticks.append(time.perf_counter())
+    # The last run is also differentiated, which takes about twice as long again.
     minutes = steps * (ticks[-1] - ticks[0] + 2 * (ticks[-1] - ticks[-2])) / 60
     job.reporter.log(
-        f"tuning {what} in {steps} steps of {size} of {images} images, about {minutes:.1f} minutes"
+        f"tuning {what}: {steps} steps of {size} images (of {images}), about {minutes:.1f} minutes"
     )
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
-    """Return the names of the blocks of timm's plain ViT where it answers from its class token."""
+    """Return the names of the blocks of a plain timm ViT that classifies by its class token."""
     stack = stack_of(model)
     if stack is None or preserved.measure != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []
@@ -184,7 +180,7 @@ def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
 
 
 def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> Iterator[Tensor]:
-    """Yield ``count`` augmented batches [size, C, H, W], in an order drawn anew each round."""
+    """Yield ``count`` augmented batches [size, C, H, W] in random order."""
     generator = torch.Generator().manual_seed(job.options.seed)
     order = torch.empty(0, dtype=torch.long)
     while len(order) < count * size:
@@ -204,10 +200,8 @@ def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> 
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a random part of each image, half to all of its area, at the same size; half of them mirrored.
-
-    Without crops the answers of a few hundred images are learnt by heart (docs/explanation/choices.md).
-    """
+    """Return a random crop of 50 to 100 % of the area of each image, at the same size, mirrored at random."""
+    # Without crops, a model overfits to the logits of a few hundred images (docs/explanation/choices.md).
     count = len(images)
     side = torch.rand(count, generator=generator).mul(0.5).add(0.5).sqrt()
     shift = torch.rand(2, count, generator=generator).mul(2).sub(1) * (1 - side)

@@ -1,4 +1,4 @@
-"""Sums over images of one unit's channels: moments, and what indicators start from."""
+"""Moments of the channels of each unit, summed over calibration images."""
 
 from __future__ import annotations
 
@@ -24,35 +24,34 @@ from mhacut.runtime.tensor_files import Spill, return_freed
 from mhacut.surgery.channels import channels_of, effective_output_weights
 from mhacut.surgery.find import PrunableLayers
 
-MOST_BYTES = 2**30
-"""Size above which moments on the CPU are kept in a temporary file."""
+MAX_BYTES = 2**30
+"""Memory limit for moments on the CPU; larger ones are stored in a temporary file."""
 
 
 @dataclass(frozen=True)
 class UnitMoments:
-    """Moments of one unit's channels, as its output projection sees them.
+    """Moments of a unit's channels, as the output projection sees them.
 
-    - qk: (query, key), [H, d] each, k centred over the keys of each image unless the unit only selects.
-    - linear attention: (parts,), [H, d], what each channel adds to the layer's output.
-    - v and hidden: (channels,), [H * d], all heads at once.
+    - qk: (query, key), [H, d] each. Keys are centred over each image unless the unit only selects.
+    - linear attention: (parts,), [H, d], contributions to the layer's output.
+    - v and hidden: (channels,), [H * d], all heads together.
 
-    Rows are weighted by token importance where it is known; but not keys, which serve all queries, nor rows
-    of linear attention.
+    Rows are weighted by token importance if it is known, except keys and rows of linear attention.
     """
 
     fit: tuple[Moments, ...]
-    """On the images to fit."""
+    """Moments on images for fitting."""
     held: tuple[Moments, ...]
-    """On held-out images; the same as ``fit`` where there is a single image."""
+    """Moments on held-out images; the same as ``fit`` for a single image."""
 
     @property
     def every(self) -> tuple[Moments, ...]:
-        """On all images."""
+        """Moments on all images."""
         return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
 
 
 def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMoments:
-    """Return ``moments`` as they are after :func:`mhacut.surgery.channels.rotate` on the layer."""
+    """Return the moments after :func:`mhacut.surgery.channels.rotate` of the layer."""
     if rotation is None:
         return moments
     inverse = torch.linalg.inv(rotation).mT
@@ -65,16 +64,16 @@ def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMo
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """Return [H, d, d] as one [H * d, H * d]."""
+    """Return blocks [H, d, d] as a matrix [H * d, H * d]."""
     matrix: Tensor = torch.block_diag(*blocks)
     return matrix
 
 
 class UnitSums:
-    """Sums over images for one unit, by name, float64, on the model's device.
+    """Sums over images for a unit, by name, float64, on the model's device.
 
-    ``rows``, ``total`` and ``second`` of a hook, of images to fit or held-out ones, are its moments. ``gram``
-    of a hook and ``energy``, over all images, are what :class:`UnitStatistics` follow from.
+    ``rows``, ``total`` and ``second`` of a hook give its moments, separately for fitting and held-out images.
+    ``gram`` and ``energy`` over all images give :class:`UnitStatistics`.
     """
 
     def __init__(
@@ -84,13 +83,12 @@ class UnitSums:
         output_gram: Tensor | None = None,
         spill: Spill | None = None,
     ) -> None:
-        """Start from nothing."""
         self.unit, self.fisher, self.output_gram, self.spill = unit, fisher, output_gram, spill
         self.sums: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
 
     def feed(self, hook: str, channels: Tensor, images: int, held: bool) -> None:
-        """Add one batch of ``images`` images from one hook, [..., heads, width]."""
+        """Add a batch of ``images`` images from a hook, [..., heads, width]."""
         unit = self.unit
         if unit.linear:
             self._feed_linear(hook, channels.movedim(-2, 1).flatten(2, -2), held)  # (B, H, N, d)
@@ -113,7 +111,7 @@ class UnitSums:
             self._add_moments(hook, Moments.of(channels.flatten(-2).flatten(0, -2), weights), held)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
-        """Add features or values, (B, H, N, d), once query, key and value of a batch are there."""
+        """Add features or values (B, H, N, d); the sums wait for query, key and value of a batch."""
         self._waiting[hook] = x
         if hook != "value":
             self._add_gram(hook, x.transpose(0, 1).flatten(1, 2))
@@ -128,7 +126,7 @@ class UnitSums:
         self._add("energy", energy)
 
     def _add_logit_energy(self, hook: str, x: Tensor) -> None:
-        """Add queries or keys, (B, H, N, d), once both of a batch are there."""
+        """Add queries or keys (B, H, N, d); the sum waits for both of a batch."""
         self._waiting[hook] = x
         if len(self._waiting) == 2:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()
@@ -137,7 +135,7 @@ class UnitSums:
             self._add("energy", logit_energy(query, key, centre=self.unit.mixing != "select").double())
 
     def _add_gram(self, hook: str, rows: Tensor) -> None:
-        """Add unweighted products of rows, [H, rows, d]."""
+        """Add unweighted products of rows [H, rows, d]."""
         flat = rows.float()
         self._add(f"gram {hook}", (flat.mT @ flat).double())  # (H, d, d)
 
@@ -158,7 +156,6 @@ class UnitSums:
             self.sums[name] = value
 
     def moments(self) -> UnitMoments:
-        """Return the moments of everything gathered so far."""
         hooks = {"qk": ("query", "key"), "v": ("output",), "hidden": ("hidden",)}[self.unit.kind]
         if self.unit.linear:
             hooks = ("parts",)
@@ -175,7 +172,7 @@ class UnitSums:
         return UnitMoments(fit or held, held or fit)
 
     def statistics(self, module: nn.Module) -> UnitStatistics:
-        """Return the statistics of everything gathered so far, on the CPU; ``module`` is the unit's layer."""
+        """Return the statistics on the CPU; ``module`` is the unit's layer."""
         unit = self.unit
         if unit.kind == "qk":
             grams, energy = [self.sums["gram query"], self.sums["gram key"]], self.sums["energy"]
@@ -188,7 +185,7 @@ class UnitSums:
 
 
 class SpilledMoments(Mapping[UnitKey, UnitMoments]):
-    """Moments in a file; only those of the unit last asked for are in memory."""
+    """Moments in a file; only the last requested unit is in memory."""
 
     def __init__(self, moments: Mapping[UnitKey, UnitMoments], spill: Spill) -> None:
         self._moments, self._spill = moments, spill
@@ -206,20 +203,20 @@ class SpilledMoments(Mapping[UnitKey, UnitMoments]):
 
 
 def spill_for(prunable: PrunableLayers, device: torch.device, processes: Processes) -> Spill | None:
-    """Return a file for moments that would take much memory; None for memory."""
+    """Return a file for moments larger than :data:`MAX_BYTES`; None keeps them in memory."""
     if device.type != "cpu" or processes.size > 1:  # sums of several processes are exchanged in memory
         return None
-    return Spill() if sum(map(_moment_bytes, prunable.units())) > MOST_BYTES else None
+    return Spill() if sum(map(_moment_bytes, prunable.units())) > MAX_BYTES else None
 
 
 def _moment_bytes(unit: Unit) -> int:
-    """Size of a unit's second moments, of images to fit and of held-out ones."""
+    """Return the bytes of a unit's second moments for fitting and held-out images."""
     numbers = 2 * unit.heads * unit.width**2 if unit.kind == "qk" else (unit.heads * unit.width) ** 2
     return 2 * 8 * (unit.heads * unit.width**2 if unit.linear else numbers)
 
 
 def output_gram_of(model: nn.Module, layer: Layer) -> Tensor:
-    """W^T W of every head, with W the columns that read its values, [H, d_v, d_v], float64."""
+    """Return W^T W per head, where W reads the head's values, [H, d_v, d_v], float64."""
     values = next(unit for unit in layer.units if unit.kind == "v")
     columns = effective_output_weights(model.get_submodule(layer.name), values).view(
         -1, values.heads, values.width
@@ -228,18 +225,14 @@ def output_gram_of(model: nn.Module, layer: Layer) -> Tensor:
 
 
 def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
-    """Return the moments of the unit's channels for inputs of mean 0 and unit covariance, and a similarity.
+    """Return moments of a unit's channels for white inputs, and the mean similarity to other channels [H, d].
 
-    Every head is assumed to attend to its own tokens, so that v channels of different heads are unrelated.
-    What follows the projections (ReLUs, powers, norms, convolutions) is left out.
-
-    Returns:
-        The moments, and the mean similarity of each channel to the others of its head, [H, d], in [0, 1];
-        None where the channels are not made by linear layers, one row each, or not from the layer's input.
+    Assumes that heads attend to different tokens, and ignores operations after the projections. Returns None
+    if channels are not output rows of linear layers that read the layer's input.
     """
 
     def projects(axis: ChannelAxis) -> bool:
-        """Whether the axis runs along the output rows of a linear layer, or of a 1x1 convolution."""
+        """Return whether the axis is along the output rows of a linear layer or 1x1 convolution."""
         owner = module.get_submodule(axis.tensor.rpartition(".")[0])
         pixelwise = isinstance(owner, nn.Conv2d) and owner.kernel_size == (1, 1) and owner.groups == 1
         rows = axis.dim == 0 and axis.tensor.endswith("weight")

@@ -78,7 +78,7 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
         tiny_vit, tmp_path / "slim.safetensors", checkpoint=checkpoint, gain_steps=1, reporter=reporter
     )
     (scales,) = (note for note in reporter.messages if note.startswith("training channel scales"))
-    assert float(re.search(r"images (\S+) without", scales)[1]) > 0
+    assert float(re.search(r"images (\S+) before", scales)[1]) > 0
     assert result.divergence_of == "features"
     assert result.divergence > 0
     # Nor have labels a meaning for it, whatever classes a folder has.

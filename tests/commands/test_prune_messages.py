@@ -18,16 +18,16 @@ prune = partial(prune_quickly, flops="60%", **BALANCED)
 
 
 @pytest.mark.parametrize("lr", [1e-6, 1e3])
-def test_what_training_was_left_out_is_logged(tiny_vit, tmp_path, lr):
+def test_rejected_training_is_logged(tiny_vit, tmp_path, lr):
     reporter = Recorder()
     options = {"gain_steps": 2, "gain_lr": lr, "heal_steps": 2}
     result = prune(tiny_vit, tmp_path / "slim.safetensors", **options, reporter=reporter)
     for what in ("training channel scales", "healing"):
         (note,) = (note for note in reporter.messages if note.startswith(what))
-        before, after = map(float, re.search(r"images (\S+) without, (\S+) with", note).groups())
-        # It is left out where the divergence is no number, nor less but for the digits shown.
-        assert not after > before or note.startswith(f"{what} was left out")
-        assert not after < before or not note.startswith(f"{what} was left out")
+        before, after = map(float, re.search(r"images (\S+) before, (\S+) after", note).groups())
+        # Training is rejected if the divergence is NaN or does not fall.
+        assert not after > before or note.startswith(f"{what} rejected")
+        assert not after < before or not note.startswith(f"{what} rejected")
     assert result.divergence < 1
     assert result.fidelity.images == 2
 
@@ -198,7 +198,5 @@ def test_options_without_effect_are_named_before_any_work(tiny_vit, tmp_path, op
 def test_training_on_a_single_image_is_left_out(tiny_vit, tmp_path):
     reporter, options = Recorder(), {"calibration_images": 1, "gain_steps": 1}
     prune(tiny_vit, tmp_path / "slim.safetensors", reporter=reporter, **options)
-    assert (
-        "nothing was trained: with a single image, none is left to check the result on" in reporter.messages
-    )
+    assert "recovery skipped: a single calibration image leaves none to check the result" in reporter.messages
     assert not any("no effect" in note for note in reporter.messages)

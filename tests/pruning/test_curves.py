@@ -19,7 +19,7 @@ from mhacut.plan import Plan
 from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.curves import MOST_WIDTHS, sensitivity_curves
+from mhacut.pruning.curves import MAX_WIDTHS, sensitivity_curves
 from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.limits import width_choices
 from mhacut.pruning.repair import plan_channel_scales, shrink
@@ -289,11 +289,11 @@ def test_units_that_are_not_asked_for_are_not_run():
 def test_few_widths_are_measured_and_the_ends_are_among_them(last, step):
     choices = width_choices(last, step)
     chosen = module_under_test.sampled_widths(choices)
-    assert len(chosen) <= MOST_WIDTHS
+    assert len(chosen) <= MAX_WIDTHS
     assert chosen == sorted(set(chosen))
     assert set(chosen) <= set(choices)
     assert (chosen[0], chosen[-1]) == (choices[0], choices[-1])
-    assert len(choices) > MOST_WIDTHS or tuple(chosen) == choices
+    assert len(choices) > MAX_WIDTHS or tuple(chosen) == choices
 
 
 @settings(deadline=None, max_examples=50)

@@ -179,7 +179,7 @@ def test_outputs_that_would_not_fit_are_thinned(monkeypatch):
     model, x = build(VIT), image(VIT, batch=4)
     preserved = preserved_of(model, "tokens", x)
     whole = preserved.features.of(model, x)[0]
-    monkeypatch.setattr("mhacut.pruning.preserve.MOST_BYTES", whole.nbytes // 2)
+    monkeypatch.setattr("mhacut.pruning.preserve.MAX_BYTES", whole.nbytes // 2)
     thin = preserved.thinned(model, x[:1], 4)
     assert thin.steps == 2
     outputs = thin.outputs(model, x)

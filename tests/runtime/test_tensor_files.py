@@ -103,7 +103,7 @@ def test_plans_are_the_same_from_a_file():
     model = build(CASE)
     job = job_of(model, image(CASE, batch=12), counted=True, round_to=2)
     plan = Planner(job, job.calibrate()).plan(flops_limit(job, 0.6))
-    with patch.object(unit_moments, "MOST_BYTES", 0), patch.object(spill_module, "MIN_BYTES", 0):
+    with patch.object(unit_moments, "MAX_BYTES", 0), patch.object(spill_module, "MIN_BYTES", 0):
         calibration = job.calibrate()
         assert isinstance(calibration.moments, SpilledMoments)
         assert len(calibration.moments) == len(list(calibration.moments)) == len(job.units)
@@ -143,7 +143,7 @@ def test_a_batch_in_parts_gives_the_same_fisher_information(what):
     whole = gather()
     (one, *rest), sizes[:] = list(sizes), []
     assert (one, max(rest)) == (1, 4)  # the size of one is measured
-    with patch.object(fisher, "MOST_BYTES", 1):
+    with patch.object(fisher, "MAX_BYTES", 1):
         parts = gather()
     assert set(sizes) == {1}
     assert whole.matrices.keys() == parts.matrices.keys()

@@ -1,8 +1,8 @@
-"""Indicators and channel scales: one number each per channel, trained with the dense model as teacher.
+"""Indicators and channel scales, trained by distillation from the dense model.
 
-Source: "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867) for the ingredients:
-similarity weights, score adjustment, initialisation by attention difference, channel scales. Its equations
-were not available; the formulas are ours, each in one function.
+The source is "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867): similarity weights,
+score adjustment, initialisation by attention difference, channel scales. The paper's equations were not
+available, so the formulas are our own.
 """
 
 from __future__ import annotations
@@ -30,42 +30,39 @@ from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
 
 _DESCENT = 0.75
-"""Fraction of the steps in which the target sinks from the dense model's FLOPs to the budget."""
+"""Fraction of the steps in which the FLOPs target falls from the dense model's FLOPs to the budget."""
 THRESHOLD = 0.5
-"""Score above which a channel stays."""
+"""Channels with a higher score are kept."""
 START = 0.6
-"""Mean of the start values. Source, as for the threshold and the straight-through gradient: the same lab's
-earlier code ("Pruning from Scratch via Shared Pruning Module", WACV 2024)."""
+"""Mean of the start values. With the threshold and the straight-through gradient, it follows "Pruning from
+Scratch via Shared Pruning Module" (WACV 2024) of the same lab."""
 _SPREAD = 0.03
-"""Distance of start values from START per standard deviation: three of them stay above the threshold."""
+"""Spread of start values about START, which keeps 3 standard deviations above the threshold."""
 
 
 @dataclass(frozen=True)
 class SearchStep:
-    """State of the search at one optimiser step."""
+    """State of the search at an optimiser step."""
 
     step: int
     loss: float
-    """Divergence (:class:`mhacut.pruning.preserve.Preserved`) from the dense model on the step's batch; with
-    labels, plus the weighted cross-entropy in nats."""
+    """Divergence from the dense model on the batch; with labels, plus the weighted cross-entropy in nats."""
     flops: float
     """FLOPs of the masked model."""
     kept: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of all channels of a kind (``qk``, ``v``, ``hidden``) that stay."""
+    """Fraction of all channels that are kept, by kind (``qk``, ``v``, ``hidden``)."""
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """Outcome of a search."""
-
     plan: Plan
     channel_scales: Mapping[UnitKey, Tensor]
-    """[heads, dense width] per unit, trained together with the indicators; without masks and temperature."""
+    """Trained scales [heads, dense width] per unit, without masks and temperature."""
     log: tuple[SearchStep, ...]
 
 
 class _UnitState:
-    """Indicators and channel scales of one unit while they are trained."""
+    """Indicators and channel scales of a unit during training."""
 
     def __init__(self, unit: Unit, job: Job, calibration: Calibration) -> None:
         self.unit, options = unit, job.options
@@ -100,12 +97,7 @@ class _UnitState:
 
 
 def search(job: Job, limits: Limits, calibration: Calibration, distillation: Distillation) -> SearchResult:
-    """Train indicators together with channel scales; return the plan that they define.
-
-    The gradients of the task and of the budget are each brought to unit scale before they are added, so that
-    the search does not depend on the magnitude of the loss. The target sinks from the dense model's FLOPs to
-    the budget over the first part of the search, and the final plan is filled up to the budget.
-    """
+    """Train indicators and channel scales; return the resulting plan, filled up to the budget."""
     options, budget = job.options, limits[0].most
     states = [_UnitState(unit, job, calibration) for unit in job.units]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
@@ -127,6 +119,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
             )
         optimiser.zero_grad()
         torch.autograd.backward(loss)
+        # Both gradients are normalised, so that the search does not depend on the magnitude of the loss.
         _add_budget_gradient(states, flops, target, options.budget_weight)
         optimiser.step()
         log.append(SearchStep(step, float(loss.detach()), float(flops.detach()), _kept(states, widths)))
@@ -137,7 +130,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Return masks times scales at the current indicators, and widths, with straight-through gradients."""
+    """Return masks times scales, and widths, with straight-through gradients to the indicators."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
@@ -155,7 +148,7 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
 
 
 def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[str, float]:
-    """Fraction of all channels of each kind that stay."""
+    """Return the kept fraction of all channels of each kind."""
     now: dict[str, float] = {}
     dense: dict[str, int] = {}
     for state in states:
@@ -166,7 +159,7 @@ def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[st
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
-    """Bring the indicators' gradients to unit scale; above ``target``, add the budget's, scaled equally."""
+    """Normalise the indicators' gradients; above ``target`` FLOPs, add the budget's normalised gradient."""
     # Of unit scale, one learning rate and one weight serve any model, loss and budget.
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
@@ -191,7 +184,7 @@ def _normalise(tensors: list[Tensor]) -> None:
 
 
 def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
-    """Return the plan that the indicators define, filled up to the budget."""
+    """Return the plan of the indicators, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
     ranked = {
@@ -202,13 +195,7 @@ def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
 
 
 def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight: Tensor) -> Tensor:
-    """Return start values m [H, d] such that every score ``weight * m`` lies above the threshold.
-
-    Args:
-        difference: change of attention without each channel, [H, d]; None starts all channels at one value.
-        shape: (H, d).
-        weight: similarity weight of each channel, [H, d], positive mean 1 per head.
-    """
+    """Return start values m [H, d] with each score ``weight * m`` above the threshold."""
     start = torch.full(shape, START, dtype=weight.dtype, device=weight.device)
     if difference is not None and shape[1] > 1:
         logs = difference.clamp_min(torch.finfo(difference.dtype).tiny).log()
@@ -222,20 +209,16 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
 
 
 def straight_through_mask(score: Tensor) -> Tensor:
-    """Return 1 where ``score`` > 1/2, else 0; the gradient passes as if this were the identity."""
+    """Return 1 where ``score`` > 1/2, else 0, with the gradient of the identity."""
     hard = (score > THRESHOLD).to(score.dtype)
     return hard + (score - score.detach())
 
 
 def adjust_scores(score: Tensor, width: int) -> Tensor:
-    """Return scores shifted head by head so that exactly ``width`` channels of each lie above 1/2.
+    """Return scores shifted per head so that exactly ``width`` channels lie above 1/2.
 
-    tau_h is the midpoint between the width-th and the next largest score of head h; s' = s + (1/2 - tau_h).
-    Ties are broken by channel index, for which tied scores may be moved apart slightly.
-
-    Args:
-        score: [H, d].
-        width: channels to keep per head, 1 <= width <= d.
+    The shift is 1/2 - tau_h, where tau_h is the midpoint between the width-th and the next largest score.
+    Ties are broken by channel index, which may move tied scores apart slightly.
     """
     _heads, channels = score.shape
     order = score.detach().sort(dim=-1, descending=True, stable=True)
@@ -251,12 +234,7 @@ def adjust_scores(score: Tensor, width: int) -> Tensor:
 
 
 def top_channels(score: Tensor, width: int) -> tuple[tuple[int, ...], ...]:
-    """Return the ``width`` best channels of each head, ascending; ties go to the lower index.
-
-    Args:
-        score: [H, d], finite.
-        width: 1 <= width <= d.
-    """
+    """Return the ``width`` best channels of each head, ascending; ties go to the lower index."""
     if not torch.isfinite(score).all():
         raise ValueError("scores must be finite: NaN would rank highest")
     best = score.sort(dim=-1, descending=True, stable=True).indices[:, :width]
@@ -274,9 +252,8 @@ def with_trained_scales(
 ) -> nn.Module:
     """Return a copy of ``slim`` with a trained scale merged into each of its channels.
 
-    Source: the "reweight module to compensate for information loss" of the paper's abstract. Place and form
-    are ours: scales of v and hidden channels go into the columns that read the channel, those of qk channels
-    into the rows of W_q.
+    This is the paper's "reweight module to compensate for information loss". Scales of v and hidden channels
+    are merged into the columns that read them, scales of qk channels into the rows of W_q.
     """
     device = next(slim.parameters()).device
     scales = {

@@ -1,8 +1,7 @@
-"""Similarity of channels and change of attention without each, from which indicators start.
+"""Channel similarity and attention difference, the start values of indicators.
 
-Source: channel-similarity weights and "initialization ... based on difference of attention between original
-structure and each channel" are the idea of "Automatic Channel Pruning for Multi-Head Attention" (arXiv
-2405.20867, abstract); the formulas are ours, as its equations were not available.
+The idea is from the abstract of "Automatic Channel Pruning for Multi-Head Attention" (arXiv 2405.20867). Its
+equations were not available, so the formulas are our own.
 """
 
 from __future__ import annotations
@@ -15,27 +14,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UnitStatistics:
-    """Initial values of a unit's indicators follow from these.
-
-    Tokens are weighted as in the moments for v's outputs and hidden channels.
-    """
+    """Statistics that give the initial indicators of a unit."""
 
     redundancy: Tensor
     """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""
     difference: Tensor
-    """||A - A without the channel||_F, [H, d]: of the logits for qk, of the layer's output otherwise."""
+    """||A - A without the channel||_F, [H, d], of the logits for qk, else of the layer's output."""
 
 
 def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
-    """Return the squared Frobenius norm of what each qk channel adds to the logits, sum over images, [H, d].
+    """Return the squared Frobenius norm of each qk channel's part of the logits, summed over images, [H, d].
 
-    ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||, exactly. What is constant over keys
-    does not pass the softmax, so each key channel is centred over the tokens of its image first.
-
-    Args:
-        query: [B, H, N, d].
-        key: [B, H, M, d].
-        centre: False if something acts on keys before the product, so that their constant part matters.
+    ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||. The softmax ignores constants over keys,
+    so keys are centred over each image. ``centre`` is False if keys are transformed before the product.
     """
     if centre:
         key = key - key.mean(dim=-2, keepdim=True)
@@ -43,21 +34,14 @@ def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
 
 
 def output_energy(second_moment: Tensor, output_projection: Tensor) -> Tensor:
-    """Return the squared Frobenius norm of what each v or hidden channel adds to the output, [H, d].
-
-    Args:
-        second_moment: sum of squares of the channel over all tokens, [H, d].
-        output_projection: columns that read it, [out, H, d].
-    """
+    """Return the squared Frobenius norm of each v or hidden channel's part of the output, [H, d]."""
     return second_moment * output_projection.square().sum(0)
 
 
 def cosine_similarity(gram: Tensor) -> Tensor:
-    """Return the cosines between channels, [..., d, d], from their second moments ``gram`` [..., d, d].
-
-    A channel that is always zero is similar to nothing: its row and column are 0, its diagonal 1.
-    """
+    """Return the cosines between channels from their second moments ``gram`` [..., d, d]."""
     norm = gram.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    # A channel that is always 0 is similar to no other channel.
     inverse = torch.where(norm > 0, 1 / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
     cosine = (gram * inverse.unsqueeze(-1) * inverse.unsqueeze(-2)).clamp(-1, 1)
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -65,13 +49,10 @@ def cosine_similarity(gram: Tensor) -> Tensor:
 
 
 def redundancy(*cosines: Tensor) -> Tensor:
-    """Return the mean absolute similarity of each channel to the others of its head, in [0, 1], [..., d].
+    """Return the mean absolute similarity of each channel to the others of its head, [..., d].
 
-    With several cosine matrices, channels are similar if they are similar in all of them: for a rank-1 term
-    q_i k_i^T of the logits, cos(q_i k_i^T, q_j k_j^T) = cos(q_i, q_j) * cos(k_i, k_j).
-
-    Args:
-        cosines: each [..., d, d].
+    Channels are similar if they are similar in all ``cosines`` [..., d, d]: cos(q_i k_i^T, q_j k_j^T) =
+    cos(q_i, q_j) * cos(k_i, k_j).
     """
     joint = torch.ones_like(cosines[0])
     for cosine in cosines:
@@ -83,7 +64,7 @@ def redundancy(*cosines: Tensor) -> Tensor:
 
 
 def similarity_weight(redundancy: Tensor) -> Tensor:
-    """Return (1 - r) / mean(1 - r) over the head, [..., d]: above 1 for a channel unlike the others."""
+    """Return (1 - r) / mean(1 - r) over the head, [..., d]: above 1 for a distinctive channel."""
     distinct = 1 - redundancy
     mean = distinct.mean(-1, keepdim=True)
     return torch.where(mean > 0, distinct / mean.clamp_min(torch.finfo(mean.dtype).tiny), 1.0)
