@@ -337,8 +337,8 @@ def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> 
         reloaded.append(load_model(file))
         if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
             raise MhacutError(
-                f"{show(target)}: the model in the file gives other outputs than the one in memory; nothing "
-                "was written. This is a gap in mhacut: please report the architecture and its arguments"
+                f"{show(target)}: outputs of the file differ from those of the model in memory; no file was "
+                "written. This is a bug in mhacut. Please report the architecture and its arguments"
             )
 
     write_slim(

@@ -50,8 +50,8 @@ class ImageClassifier(nn.Module):
             logits = model(pixel_values=torch.zeros(1, *size)).get("logits")
         except Exception as error:  # the model's own
             raise UnsupportedModelError(
-                f"{type(model).__name__} does not run on images {list(size)} alone: {error!s:.200}; "
-                "mhacut.prune_, in Python, prunes any model"
+                f"{type(model).__name__} fails on pixel_values of shape {list(size)}: {error!s:.200}. "
+                "Use mhacut.prune_ in Python, which prunes any model"
             ) from None
         self.num_classes = logits.shape[1] if logits is not None and logits.ndim == 2 else 0
 
@@ -145,8 +145,8 @@ def prune_folder(
         opened = ImageClassifier(load_pruned(written).float(), size)
         if not same_outputs(opened, whole.float(), found.images[:PROBED]):
             raise MhacutError(
-                f"{show(target)}: would give other outputs than the model in memory; nothing was written. "
-                f"Please report the {name}"
+                f"{show(target)}: outputs of the folder differ from those of the model in memory; nothing "
+                f"was written. This is a bug in mhacut. Please report the class {name}"
             )
 
     if not options.dry_run:

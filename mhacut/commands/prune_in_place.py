@@ -223,8 +223,8 @@ def _job(
                 reason = "the model takes tokens from between its blocks"
         except UnsupportedModelError as error:  # the model runs its blocks with a mask
             reason = str(error)
-    merged = "channels and merged tokens, copied back to their patches"
-    reporter.log(f"scope: {f'channels alone: {reason}' if reason else merged}")
+    merged = "channels and token merging (merged tokens are copied back to their patches)"
+    reporter.log(f"scope: {f'channels only: {reason}' if reason else merged}")
     job = Job(
         model=model,
         prunable=prunable,

@@ -256,7 +256,9 @@ def read_inputs(
     reporter.log(f"searching on {images.description}")
     held = classes if images.labels is None else len(images.labels.unique())
     if 2 * held < min(classes, len(images.images)):
-        reporter.log(f"these are of {held} of the model's {classes} classes; it may lose more on the others")
+        reporter.log(
+            f"calibration images cover {held} of {classes} classes; accuracy on the others may drop more"
+        )
     if validation.no_accuracy and (given is not None or val_given is not None or options.has_images):
         reporter.log(f"accuracy is not measured: {validation.no_accuracy}")
     origins = provenance(loaded, options)
@@ -372,19 +374,19 @@ def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, report
     if options.allocation != "curves":
         reason = option_name("allocation", options.allocation)
     elif not options.bounds_work:
-        reason = "merged tokens make no file smaller"
+        reason = "token merging does not reduce parameters or file size"
     elif preserved.measure == "features" or (options.keep_dead_tokens and not preserved.dense):
-        reason = "merged tokens have no features of their own"
+        reason = "merged tokens have no separate features"
     else:
         reason = why_not_merged(dense, preserved.dense) or _not_copied(preserved)
     if reason:
-        reporter.log(f"scope: channels alone: {reason}")
+        reporter.log(f"scope: channels only: {reason}")
         return "attention+mlp"
     alone = option_name("scope", "attention+mlp")
-    lost = "copied back to their patches" if preserved.dense else "so no features of every patch"
+    features = "merged tokens are copied back to their patches" if preserved.dense else "no patch features"
     reporter.log(
-        f"scope: channels and merged tokens, {lost}, unless {alone}; ONNX, OpenVINO and pt2 exports run "
-        "anywhere, eager PyTorch needs mhacut"
+        f"scope: channels and token merging ({features}). {alone} cuts channels only. ONNX, OpenVINO and pt2 "
+        "exports run anywhere; eager PyTorch needs mhacut"
     )
     return "attention+mlp+tokens"
 
@@ -504,5 +506,5 @@ def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
         return applied
     shown = "token" if read == 1 else f"{read} tokens"
     asked = option_name("keep_dead_tokens", True)
-    reporter.log(f"the last block computes only the {shown} that the classifier reads, unless {asked}")
+    reporter.log(f"last block: computes only the {shown} that the classifier reads; {asked} computes all")
     return replace(applied, output_tokens=read)

@@ -42,7 +42,7 @@ class Latency(Amount):
     name = "max_latency"
     aim = 0.97  # in another process, times differ a little
     safety = 0.98
-    advice = ". Times vary on a busy machine: try again, or allow a little more"
+    advice = ". Times vary on a busy machine: try again or raise the limit a little"
 
     def prepare(self) -> None:
         self.stopwatch, job = self.inputs.stopwatch, self.job

@@ -36,7 +36,6 @@ from mhacut.text import safe, safe_table
 
 MUCH_POINTS, MUCH_NATS = 5.0, 0.5
 """Loss of top-1 in points, or KL divergence in nats, above which the verdict is a warning."""
-_NAMED = {25: "a quarter of the FLOPs", 50: "half the FLOPs", 75: "three quarters of the FLOPs"}
 _STEP = 5
 """Step in percent between the budgets that are tried in place of one that costs much."""
 _PARAMS = "60%"
@@ -123,30 +122,35 @@ class PruneResult:
 
     @property
     def verdict(self) -> str:
-        """Sentence on what was kept and won."""
+        """One line: accuracy or fidelity, FLOPs, speed, file size."""
         dense, slim = self.dense, self.slim
         if dense.evaluation is not None and slim.evaluation is not None:
-            kept = f"{slim.evaluation.top1:.1f} of {dense.evaluation.top1:.1f} % top-1"
+            quality = f"top-1 {slim.evaluation.top1:.1f} % (dense {dense.evaluation.top1:.1f} %)"
         elif (same := self.fidelity.agreement) is not None:
-            judged_on = self.fidelity.judged_on
-            kept = f"the dense model's class for {100 * same:.1f} % of {judged_on}, KL {self.divergence:.2g},"
+            images = self.fidelity.judged_on
+            quality = (
+                f"same top-1 class as dense for {100 * same:.1f} % of {images} (KL {self.divergence:.2g})"
+            )
         else:
-            label, _, value, _ = self.rows()[-1]  # error of features (64 images)
-            kept = label.replace("(", f"{value} (")
+            label, _, value, _ = self.rows()[-1]  # "error of features (64 images)"
+            quality = label.replace("(", f"{value} (")
         percent = 100 * slim.flops / dense.flops
-        named = _NAMED.get(round(percent), f"{percent:.0f} % of the FLOPs")
-        parts = [f"{kept} at {named}" + ", mostly by merging tokens" * _mostly_merged(self)]
+        parts = [f"{quality} at {percent:.0f} % of the FLOPs"]
+        if _mostly_merged(self):
+            parts.append("mostly by token merging")
         if dense.latency_ms is not None and slim.latency_ms is not None:
             conditions = latency_label(self.timing).partition("(")[2]
-            parts.append(f"{dense.latency_ms / slim.latency_ms:.1f} times as fast ({conditions}")
+            speedup = dense.latency_ms / slim.latency_ms
+            change = f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"
+            parts.append(f"{change} ({conditions}")
         if _mostly_merged(self) or any(target.name in ("params", "size") for target in self.targets):
             smaller = round(100 * _file_saved(self))
-            parts.append(f"the file is {f'{smaller} % smaller' if smaller > 0 else 'no smaller'}")
+            parts.append(f"file {smaller} % smaller" if smaller > 0 else "file size unchanged")
         return ", ".join(parts)
 
     def verdict_lines(self) -> list[str]:
         """Return the verdict, as a warning where much is lost, and a line for each advice."""
-        warning = "warning: much is lost: " * self.much_lost
+        warning = "warning: large loss: " * self.much_lost
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def rows(self) -> list[tuple[str, str, str, str]]:
@@ -277,24 +281,24 @@ def _ways_to_lose_less(
     options, by_curves = inputs.options, bool(attempt.planned.curves)
     merged = job.merges_tokens or any(job.merged) or options.keep_dead_tokens
     if by_curves and options.bounds_work and not (merged or why_not_merged(inputs.loaded.model)):
-        yield f"{option_name('scope', 'attention+mlp+tokens')} merges tokens too, which may lose far less"
+        yield f"{option_name('scope', 'attention+mlp+tokens')} also merges tokens and may lose much less"
     if by_curves and (budget := _milder(result.divergence, targets, attempt, planner)):
-        yield f"{budget} should lose about one point"
+        yield f"{budget} should lose about 1 point of top-1"
     if options.has_images and options.checkpoint != IN_MEMORY and result.output is not None:
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
         named |= {name: getattr(options, name) for name in _SHARED if name in options.changed()}
         given = [option_name(name, value) for name, value in named.items() if value is not None]
         if given[0].startswith("-"):
-            yield f"mhacut finetune {quote(str(result.output))} {' '.join(given)} recovers some of it"
+            yield f"mhacut finetune {quote(str(result.output))} {' '.join(given)} recovers part of the loss"
         else:
-            yield f"mhacut.finetune({str(result.output)!r}, {', '.join(given)}) recovers some of it"
+            yield f"mhacut.finetune({str(result.output)!r}, {', '.join(given)}) recovers part of the loss"
     if options.effort != "best" and by_curves:
         yield f"{option_name('effort', 'best')} takes longer and loses less"
     images, wanted = len(inputs.images.images), options.work.calibration_images
     if inputs.images.synthetic:
-        yield f"{option_name('data_dir')}: images of your own, in place of synthetic ones"
+        yield f"{option_name('data_dir')} with your own images loses less than synthetic images"
     elif images < wanted:
-        yield f"more images: {images} were used, {wanted} are usual"
+        yield f"use more calibration images: found {images}, the default is {wanted}"
 
 
 def _milder(divergence: float, targets: Targets, attempt: Attempt, planner: Planner) -> str:

@@ -125,9 +125,9 @@ class Targets:
         if self.bounds_loss or (corrected and not enough):
             flops = attempt.planned.flops
             share = 100 * flops / self.inputs.job.table.dense
-            shown = ", ".join(f"{one.texts[1]} of at most {one.texts[0]}" for one in attempt.reached)
-            judged = "within the bound" if attempt.ratio <= 1 else "too much"
-            judged = judged if self.bounds_loss else "another plan follows"
+            shown = ", ".join(f"{one.texts[1]} (limit {one.texts[0]})" for one in attempt.reached)
+            judged = "within the bound" if attempt.ratio <= 1 else "above the bound"
+            judged = judged if self.bounds_loss else "planning again"
             self.inputs.job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
         return together if corrected and not enough else None
 
@@ -156,9 +156,9 @@ class Targets:
         both = zip(self.all, nearest.reached, strict=True)
         missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
-        has = ", ".join(f"{one.texts[1]}, expected at most {one.texts[0]}" for _, one in missed)
+        has = ", ".join(f"{one.texts[1]}, limit {one.texts[0]}" for _, one in missed)
         return BudgetError(
-            f"{', '.join(target.option for target, _ in missed)}: not met by any model that was tried; "
+            f"{', '.join(target.option for target, _ in missed)}: no model that was tried meets the target; "
             f"the nearest, with {share:.1f}% of the FLOPs, has {has}"
             + "".join(target.advice for target, _ in missed)
         )
@@ -317,7 +317,7 @@ class _Loss(Target):
         classes = classifier_size(self.inputs.loaded.model)
         if classes < 2:
             what = "one output" if classes else "no classifier"
-            raise UsageError(f"{self.option}: expected two or more classes; the model has {what}")
+            raise UsageError(f"{self.option}: expected a model with 2 or more classes, found {what}")
         if self.lowest >= self.job.table.dense:
             have = format_amount(self.job.table.dense, "flops")
             raise BudgetError(
@@ -367,7 +367,9 @@ class MaxKL(_Loss):
         preserve = self.inputs.options.preserve
         if preserve not in (None, "answers"):
             what = option_name("preserve", preserve)
-            raise UsageError(f"{self.option}: bounds the classifier's outputs, not what {what} keeps")
+            raise UsageError(
+                f"{self.option}: bounds the classifier's outputs and cannot be combined with {what}"
+            )
 
     def measure(self, attempt: Attempt) -> Reached:
         model = attempt.model.to(self.job.device)
@@ -393,7 +395,7 @@ class MaxDrop(_Loss):
         if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
             raise BudgetError(
                 f"{self.option}: the dense model is right on {100 * sum(right) / len(right):.1f} % of "
-                f"{len(right)} images, no more than chance; check labels ({option_name('class_map')}) and "
+                f"{len(right)} images, no better than chance. Check labels ({option_name('class_map')}) and "
                 f"preprocessing ({option_name('mean')}, {option_name('std')})"
             )
 

@@ -30,7 +30,8 @@ Run = Callable[[], object]
 def latency_label(conditions: Mapping[str, Any]) -> str:
     runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
     parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
-    return f"latency, ms ({', '.join([*parts, conditions['device']])})"
+    device = "CPU" if conditions["device"] == "cpu" else conditions["device"]
+    return f"latency, ms ({', '.join([*parts, device])})"
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:

@@ -27,9 +27,9 @@ def test_safe_shows_what_terminals_obey():
 
 
 def test_a_warning_in_a_result_has_a_colour_on_terminals(monkeypatch):
-    for as_json, colour in ((False, "\x1b[1;33mwarning: much is lost\x1b[0m\n[red]\n"), (True, "{")):
+    for as_json, colour in ((False, "\x1b[1;33mwarning: large loss\x1b[0m\n[red]\n"), (True, "{")):
         with terminal(monkeypatch, "stdout") as screen:
-            Console(as_json=as_json).result("warning: much is lost\n[red]", {})
+            Console(as_json=as_json).result("warning: large loss\n[red]", {})
         assert screen.getvalue().startswith(colour)
 
 

@@ -123,10 +123,10 @@ def test_a_loader_in_the_order_of_classes_is_read_from_all_over(tiny_vit, images
     recorder = Recorder()
     result = prune(tiny_vit, None, images=loader, reporter=recorder, **options)
     assert result.data == "8 of 40 images in memory (with labels)"
-    assert not [message for message in recorder.messages if message.startswith("these are of")]
+    assert not [message for message in recorder.messages if message.startswith("calibration images cover")]
     # Batches that come one after the other cannot be chosen from.
     prune(tiny_vit, None, images=iter(loader), reporter=recorder, **options)
-    warning = "these are of 2 of the model's 7 classes; it may lose more on the others"
+    warning = "calibration images cover 2 of 7 classes; accuracy on the others may drop more"
     assert recorder.messages.count(warning) == 1
 
 

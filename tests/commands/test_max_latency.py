@@ -152,7 +152,7 @@ def test_a_model_just_within_the_budget_is_taken_if_no_other_is_safer(
     assert target.reached == pytest.approx(kept * target.most)
     assert reporter.stages.count("cutting") == plans
     assert target.measured["corrections"] == shares.index(kept)
-    assert len([line for line in reporter.messages if line.endswith("another plan follows")]) == plans - 1
+    assert len([line for line in reporter.messages if line.endswith("planning again")]) == plans - 1
 
 
 def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, tmp_path, clock):
@@ -165,7 +165,7 @@ def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, t
 def test_a_target_that_is_always_missed_fails_and_leaves_nothing(tiny_vit, tmp_path, clock):
     clock.shares = 4 * [0.9]
     out = tmp_path / "new" / "slim.safetensors"
-    message = r"'85%': not met .* has \S+ms, expected at most \S+ms\. Times vary on a busy machine"
+    message = r"'85%': no model .* has \S+ms, limit \S+ms\. Times vary on a busy machine"
     with pytest.raises(BudgetError, match=message):
         prune(tiny_vit, out, max_latency="85%")
     assert len(clock.shares) < 3
@@ -236,8 +236,8 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
 @pytest.mark.parametrize(
     ("options", "label"),
     [
-        ({}, "latency, ms (batch 8, cpu)"),
-        ({"threads": 3, "latency_batch_size": 2}, "latency, ms (batch 2, cpu)"),
+        ({}, "latency, ms (batch 8, CPU)"),
+        ({"threads": 3, "latency_batch_size": 2}, "latency, ms (batch 2, CPU)"),
     ],
 )
 def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock, options, label):

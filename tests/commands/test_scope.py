@@ -28,8 +28,8 @@ def pruned(case, output, **options):
 def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
     result, (line,) = pruned(VIT, tmp_path / "slim.safetensors", flops="35%")
     assert line == (
-        "scope: channels and merged tokens, so no features of every patch, unless scope='attention+mlp'; "
-        "ONNX, OpenVINO and pt2 exports run anywhere, eager PyTorch needs mhacut"
+        "scope: channels and token merging (no patch features). scope='attention+mlp' cuts channels only. "
+        "ONNX, OpenVINO and pt2 exports run anywhere; eager PyTorch needs mhacut"
     )
     assert sum(result.plan.tokens.merged) > 0
     assert last_step(result.output)["options"]["scope"] == "attention+mlp+tokens"
@@ -39,20 +39,20 @@ def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
     ("case", "options", "reason"),
     [
         (SWIN, {"flops": "80%"}, "SwinTransformer is not a plain ViT, in which every block sees all tokens"),
-        (VIT, {"flops": None, "params": "70%"}, "merged tokens make no file smaller"),
-        (VIT, {"preserve": "pooled"}, "merged tokens have no features of their own"),
+        (VIT, {"flops": None, "params": "70%"}, "token merging does not reduce parameters or file size"),
+        (VIT, {"preserve": "pooled"}, "merged tokens have no separate features"),
         (
             VIT,
             {"preserve": "blocks.1,blocks.0.attn"},
             "tokens in 'blocks.0.attn' are not copied back, those after blocks are",
         ),
-        (VIT, {"keep_dead_tokens": True}, "merged tokens have no features of their own"),
+        (VIT, {"keep_dead_tokens": True}, "merged tokens have no separate features"),
         (VIT, {"allocation": "uniform"}, "allocation='uniform'"),
     ],
 )
 def test_elsewhere_channels_are_cut_alone(tmp_path, case, options, reason):
     result, lines = pruned(case, tmp_path / "slim.safetensors", **options)
-    assert lines == [f"scope: channels alone: {reason}"]
+    assert lines == [f"scope: channels only: {reason}"]
     assert not result.plan.tokens.merged
     assert last_step(result.output)["options"]["scope"] == "attention+mlp"
 

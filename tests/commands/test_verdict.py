@@ -16,7 +16,9 @@ from helpers.models import ModelCase, build
 CHANNELS = ["--scope", "attention+mlp", "--effort", "fast", "--calibration-images", "8", "--workers", "0"]
 HARSH = [*CHANNELS, "--no-repair", "--gain-steps", "0", "--basis", "channel", "--no-latency"]
 """Flags that lose much at 11 % of the FLOPs."""
-WARNING = re.compile(r"^warning: much is lost: (\S+) of \S+ % top-1 at 11 % of the FLOPs$", re.MULTILINE)
+WARNING = re.compile(
+    r"^warning: large loss: top-1 (\S+) % \(dense \S+ %\) at 11 % of the FLOPs$", re.MULTILINE
+)
 
 
 def document_of(*arguments):
@@ -36,7 +38,9 @@ def test_what_was_kept_and_won_comes_first(digits):
     result = run("prune", *digits, "--flops", "50%", *CHANNELS)
     assert result.exit_code == 0, result.stderr
     first, second, heading, *_ = result.stdout.splitlines()
-    expected = r"\d+\.\d of \d+\.\d % top-1 at half the FLOPs, \d+\.\d times as fast \(batch 8, cpu\)"
+    expected = (
+        r"top-1 \d+\.\d % \(dense \d+\.\d %\) at 50 % of the FLOPs, \d+\.\dx (faster|slower) \(batch 8, CPU\)"
+    )
     assert re.fullmatch(expected, first)
     assert (second, heading.split()[1:3]) == ("", ["dense", "slim"])
 
@@ -50,20 +54,21 @@ def test_the_advice_after_a_loss_works(digits):
     scope, budget, finetune, effort, images = (line.strip() for line in lines[1:])
     merging = HARSH[2:]  # without its scope
     assert run("prune", *digits, "--flops", "11%", *merging, *scope.split()[:2], "--dry-run").exit_code == 0
-    assert re.fullmatch(r"--flops \d\d% should lose about one point", budget)
+    assert re.fullmatch(r"--flops \d\d% should lose about 1 point of top-1", budget)
     assert not document_of(*digits, *budget.split()[:2], *HARSH, "--dry-run")["much_lost"]
     command, _, rest = finetune.partition(" recovers")
-    assert rest == " some of it"
+    assert rest == " part of the loss"
     trained = run(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "--workers", "0")
     assert trained.exit_code == 0, trained.stderr
     assert effort.startswith("--effort best ")
-    assert images == "more images: 8 were used, 128 are usual"
+    assert images == "use more calibration images: found 8, the default is 128"
 
 
 def test_without_labels_the_divergence_is_judged(digits):
     document = document_of(*digits, "--flops", "11%", *HARSH, "--dry-run", "--no-labels")
     assert re.fullmatch(
-        r"the dense model's class for \S+ % of .* images, KL \S+, at 11 % of the FLOPs", document["verdict"]
+        r"same top-1 class as dense for \S+ % of .* images \(KL \S+\) at 11 % of the FLOPs",
+        document["verdict"],
     )
     assert document["much_lost"] == (document["divergence"] > 0.5)
     assert not any("finetune" in way for way in document["advice"])  # a dry run writes nothing to train
@@ -92,7 +97,7 @@ def test_python_shows_the_verdict_in_its_own_notation(digits_vit, few_digits, tm
     harsh, mild = results
     assert (harsh.much_lost, mild.much_lost) == (True, False)
     assert repr(mild).startswith(f"{mild.verdict}\n\n")
-    assert mild.verdict.endswith("three quarters of the FLOPs")
+    assert mild.verdict.endswith("75 % of the FLOPs")
     first, *ways = harsh.verdict_lines()
     call = f"  mhacut.finetune({str(harsh.output)!r}, teacher={str(digits_vit[1])!r}, data_dir="
     assert any(way.startswith(call) for way in ways)
@@ -123,10 +128,10 @@ def test_what_merged_tokens_leave_of_the_file_is_told(tmp_path):
 
     merged = pruned(flops="70%")
     assert re.search(
-        r" of the FLOPs, mostly by merging tokens, the file is (\d+ % smaller|no smaller)$", merged.verdict
+        r" of the FLOPs, mostly by token merging, file (\d+ % smaller|size unchanged)$", merged.verdict
     )
     assert merged.advice == ("add params='60%' for a smaller file",)
     both = pruned(flops="70%", params="60%")
     assert both.slim.parameters <= 0.6 * both.dense.parameters
-    assert re.search(r", the file is \d+ % smaller$", both.verdict)
+    assert re.search(r", file \d+ % smaller$", both.verdict)
     assert both.advice == ()

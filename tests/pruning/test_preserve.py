@@ -295,7 +295,9 @@ def test_tokens_whose_features_are_preserved_merge_and_are_copied_back(tmp_path,
     model = build(ModelCase(VIT.architecture, args))
     merging = {"preserve": what, "exclude": ("*",), "heal_steps": 2, "tuning_steps": 1}
     result, messages = pruned(model, tmp_path, args, flops="80%", **merging)
-    assert "scope: channels and merged tokens, copied back to their patches" in "".join(messages)
+    assert "scope: channels and token merging (merged tokens are copied back to their patches)" in "".join(
+        messages
+    )
     assert result.plan.tokens.unmerge
     slim, x = mhacut.load_model(result.output), image(ModelCase(VIT.architecture, args), batch=2)
     again = {"preserve": what, "scope": "attention+mlp", "output": tmp_path / "again.safetensors"}
