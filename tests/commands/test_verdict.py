@@ -14,7 +14,8 @@ from helpers.cli import run
 from helpers.models import ModelCase, build
 
 CHANNELS = ["--scope", "attention+mlp", "--effort", "fast", "--calibration-images", "8", "--workers", "0"]
-HARSH = [*CHANNELS, "--no-repair", "--gain-steps", "0", "--basis", "channel", "--no-latency"]
+SETTINGS = ["--set", "repair=false", "--set", "gain_steps=0", "--set", "basis=channel"]
+HARSH = [*CHANNELS, *SETTINGS, "--no-latency"]
 """Flags that lose much at 11 % of the FLOPs."""
 WARNING = re.compile(
     r"^warning: large loss: top-1 (\S+) % \(dense \S+ %\) at 11 % of the FLOPs$", re.MULTILINE
