@@ -17,7 +17,6 @@ from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
 from mhacut.commands.prune_attempt import PROBED, SECONDS, Attempt, Reached, cut_model, recover_model
-from mhacut.commands.prune_calibration import calibrated
 from mhacut.commands.prune_folder import prune_folder
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
@@ -181,7 +180,7 @@ def run_prune(
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
             _ = inputs.validation.dense
         job = replace(inputs.job, taught=[] if others or options.bounds_loss else None)
-        calibration = calibrated(job, options.calibration, processes)  # 2. calibrate
+        calibration = job.calibrate(processes)  # 2. calibrate
         models: list[nn.Module] = []
 
         def in_first_process() -> tuple[PruneResult, ...]:

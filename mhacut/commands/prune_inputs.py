@@ -67,7 +67,7 @@ from mhacut.surgery.tokens import tokens_of, why_not_merged, with_tokens
 _GPU_MULTIPLE, _LEAST_TILES = 16, 4
 """Divisor of all widths where the time on a GPU counts, and how often it must fit into each of them."""
 # Where files lie on the machine that made a slim file is nobody else's business.
-_PATHS = ("calibration", "checkpoint", "class_map", "data_dir", "output", "report")
+_PATHS = ("checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "as_", "dry_run", "overwrite", "workers"))
 _NEWER = frozenset((*OTHER_TARGETS, "preserve", "runtime", "int8", "threads"))
 """Options that a slim file states only where they were given."""

@@ -10,7 +10,7 @@ from mhacut.budget import KINDS, Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
-from mhacut.runtime.files import check_output, check_outputs, stem_of
+from mhacut.runtime.files import check_outputs, stem_of
 
 PLACE = "{}"
 """Placeholder in an output's name for the budget of each of several files."""
@@ -43,12 +43,9 @@ def check_files(options: PruneOptions, stem: str | None = None, read: PathLike |
     if stem is None and options.output is None and not os.path.isfile(options.checkpoint):
         each = ()  # default names of what is no file are not known yet
     checkpoint = read or (None if options.checkpoint == IN_MEMORY else options.checkpoint)
-    calibration = options.calibration
-    if calibration is not None and not os.path.exists(calibration):  # else it is read
-        check_output(calibration, overwrite=False, input_path=checkpoint)
     pages = {os.fspath(one.report) for one in (options, *each) if one.report is not None}
     written = [*sorted(pages), *(None if one.dry_run else one.output for one in each)]
-    sources = (checkpoint, calibration, *options.files_read())
+    sources = (checkpoint, *options.files_read())
     check_outputs(written, overwrite=options.overwrite, input_paths=sources)
 
 

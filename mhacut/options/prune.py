@@ -72,7 +72,7 @@ EFFORTS: Mapping[str, Work] = {
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
 """Options that state a budget, that bound a loss, and all targets and constraints but FLOPs."""
-_OTHERS = ("amp", "calibration", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
+_OTHERS = ("amp", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
 OF_TIMM = {*OTHER_TARGETS, *PreprocessingOptions.options(), *ModelOptions.options(), "runtime", *_OTHERS}
 """Options that are for models of timm alone."""
 
@@ -216,8 +216,6 @@ class PruneKeywords(
     """Write an HTML report."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
     """Number of calibration images. Default: set by the effort."""
-    calibration: PathLike | None = option(None, endings=(".pt", ".pth"), panel="Data", metavar="FILE")
-    """File (.pt) that stores the calibration: written if it does not exist, otherwise read."""
     labels: bool = option(
         True, panel="Data", off="Ignore labels: search and validate with the dense model's outputs."
     )

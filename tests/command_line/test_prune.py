@@ -189,11 +189,3 @@ def test_usage_errors_exit_2(arguments, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
-
-
-def test_a_kept_calibration_is_read_again(tiny_vit, tmp_path):
-    for name in ("first", "second"):
-        flags = ["-o", tmp_path / f"{name}.safetensors", "--calibration", tmp_path / "kept.pt"]
-        result = run("prune", *tiny_vit.flags, "--flops", "60%", *FAST, *flags)
-        assert result.exit_code == 0, result.stderr
-    assert f"calibration read from {tmp_path / 'kept.pt'}" in result.stderr

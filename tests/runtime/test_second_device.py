@@ -62,7 +62,7 @@ def test_a_model_is_pruned_there(options, few_digits, tmp_path):
 
 @pytest.mark.exhaustive
 def test_several_budgets_and_a_bound_work_there(few_digits, tmp_path):
-    kept = {"calibration": tmp_path / "calibration.pt", "data_dir": few_digits, "device": NAME}
+    kept = {"data_dir": few_digits, "device": NAME}
     output = tmp_path / "slim-{}.safetensors"
     results = mhacut.prune_many(tiny(), flops=["80%", "60%"], output=output, model_args=ARGS, **kept, **QUICK)
     assert [result.output.exists() for result in results] == [True, True]

@@ -9,11 +9,9 @@ import io
 import json
 import os
 import struct
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,20 +22,16 @@ from safetensors.torch import save
 
 from helpers.checkpoints import torch_file, zipped
 from helpers.finetuning import small_trainer, take_steps
-from helpers.jobs import job_of
-from helpers.models import ModelCase, build
 from mhacut.budget import KINDS, Budget
 from mhacut.checkpoint.files import read_file_header, read_tensors
 from mhacut.checkpoint.folder import open_folder
 from mhacut.checkpoint.identity import checked_model_args, checked_pretrained_cfg
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.training import read_training
-from mhacut.commands.prune_calibration import read_calibration, write_calibration
-from mhacut.errors import CheckpointError, DataError, MhacutError, UsageError
+from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.finetuning.folder import RunFolder
 from mhacut.options.option import key_value, read_config
 from mhacut.options.prune import PruneOptions
-from mhacut.pruning.job import Job
 
 few = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20")),
@@ -115,33 +109,12 @@ def resume(folder: Path, content: bytes) -> None:
         small_trainer().load_state_dict(run.read_state()["trainer"])
 
 
-def calibrate(folder: Path, content: bytes) -> None:
-    """Read a calibration, or have it refused."""
-    path = folder / "kept.pt"
-    path.write_bytes(content)
-    job, _ = calibrated_job()
-    with refused_only_as(DataError, f"{path}: is not a calib", f"{path}: was made under other conditions"):
-        assert list(read_calibration(path, job).moments) == [unit.key for unit in job.units]
-
-
 def saved_state() -> bytes:
     """What a small run saves after its fourth step."""
     trainer, folder = small_trainer(), io.BytesIO()
     take_steps(trainer, 0, 4)
     torch.save({"trainer": trainer.state_dict()}, folder)
     return folder.getvalue()
-
-
-@cache
-def calibrated_job() -> tuple[Job, bytes]:
-    """A job, and the content of the file that keeps its calibration."""
-    args = {"depth": 1, "embed_dim": 16, "num_heads": 2, "img_size": 32, "num_classes": 3}
-    torch.manual_seed(0)
-    job = job_of(build(ModelCase("vit_tiny_patch16_224", args)), torch.randn(3, 3, 32, 32))
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "kept.pt")
-        write_calibration(path, job.calibrate(), job)
-        return job, path.read_bytes()
 
 
 def checkpoint(**options) -> bytes:
@@ -171,7 +144,6 @@ TARGETS: dict[str, tuple[Callable[[Path, bytes], None], Callable[[], list[bytes]
     "record": (read_record, lambda: [json.dumps(RECORD).encode()]),
     "yaml": (read_options, lambda: [OPTIONS]),
     "state": (resume, lambda: [saved_state()]),
-    "calibration": (calibrate, lambda: [calibrated_job()[1]]),
 }
 """Readers by name, and inputs of each to begin with."""
 
@@ -213,9 +185,6 @@ def test_seeds_are_read(tmp_path):
     assert SlimRecord.from_json(json.dumps(RECORD)).plan.units
     RunFolder(tmp_path).write_state({"trainer": small_trainer().state_dict()})
     assert RunFolder(tmp_path).read_state() is not None
-    job, content = calibrated_job()
-    (tmp_path / "kept").write_bytes(content)
-    assert read_calibration(tmp_path / "kept", job).moments.keys() == {unit.key for unit in job.units}
 
 
 values = st.recursive(
