@@ -209,6 +209,8 @@ METHODS: Mapping[str, str] = {
 }
 """Names of the methods in tables, in their order; rows of others keep their title."""
 IN_README = ("mhacut-tokens-balanced", "tome", "mhacut-unlabelled-auto-balanced", "corp", "tp-taylor-uniform")
+_FILES = {"readme": "wide430", "in_place_saliency": "in_place"}
+"""Files of the tables that show a selection of rows."""
 _TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 Row = Mapping[str, Any]
 
@@ -222,11 +224,15 @@ def results_table(name: str) -> str:
     """Return a table, and below it what its rows have in common.
 
     Args:
-        name: a file of results, or ``readme`` for the top-1 of wide430 by budget and method.
+        name: a file of results, ``readme`` for the top-1 of wide430 by budget and method, or
+            ``in_place_saliency`` for four rows of in_place.
     """
-    document = json.loads((RESULTS / f"{'wide430' if name == 'readme' else name}.json").read_text())
+    file = _FILES.get(name, name)
+    document = json.loads((RESULTS / f"{file}.json").read_text())
     if name == "readme":
         return _by_budget(document["rows"])
+    if name == "in_place_saliency":
+        document = [row for row in document if _in_guide(row)]
     if isinstance(document, list):  # each row states its machine and seed
         rows, columns = _in_place(document)
         machine, seed = rows[0], rows[0]["seed"]
@@ -243,7 +249,7 @@ def results_table(name: str) -> str:
     made = "; ".join([machine["cpu"], *versions, f"seed {seed}", *common])
     if tuned := next((row["finetuned"] for row in rows if "finetuned" in row), None):
         made += f"; fine-tuned for {tuned['steps']} steps, up to {len(tuned['seeds'])} seeds"
-    return "\n".join([*lines, "", f"{made}. Rows: `results/{name}.json`."])
+    return "\n".join([*lines, "", f"{made}. Rows: `results/{file}.json`."])
 
 
 def _one_shot(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
@@ -272,6 +278,12 @@ def _finetuned(row: Row) -> str:
         return "-"
     spread = f" ± {found['spread']:.1f}" if len(found["seeds"]) > 1 else ""
     return f"{found['top1']:.1f}{spread}"
+
+
+def _in_guide(row: Row) -> bool:
+    """Whether a row of in_place is one of the four that the guide shows."""
+    budgets = {"mhacut": (75, 60, 50), "tp-taylor-uniform": (60,)}
+    return row["subject"] == "saliency, timm" and round(row["flops"], 1) in budgets[row["method"]]
 
 
 def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
