@@ -21,7 +21,7 @@ from typing import Any
 
 import mhacut
 from mhacut.cli.app import COMMANDS, app
-from mhacut.cli.flags import PANELS, SHORT
+from mhacut.cli.flags import PANELS, RESEARCH, SHORT
 from mhacut.options.option import Option
 
 DOCS = Path(__file__).parent
@@ -58,7 +58,14 @@ _ERRORS = "\n".join(
     ]
 )
 """Errors as one list without a heading each."""
-_COMMON = "`--config`, `--json`, `--quiet` and `--verbose` belong to every command: [Commands](index.md)."
+_COMMON = (
+    "`--config`, `--set`, `--json`, `--quiet`, `--verbose` and `--help-all` belong to every command: "
+    "[Commands](index.md)."
+)
+_RESEARCH = (
+    "These options have no flag. Use `--set repair=false`, a YAML file (`repair: false`, `--config FILE`) "
+    "or Python (`repair=False`)."
+)
 
 
 def pages() -> dict[str, str]:
@@ -73,8 +80,8 @@ def python_page() -> str:
 Import these names from `mhacut`. Keyword arguments of the verbs are the flags of the
 [commands](commands/index.md), with underscores: `--round-to 16` is `round_to=16`, `--no-labels` is
 `labels=False`. `--model-arg` and `--teacher-model-arg` are the mappings `model_args` and
-`teacher_model_args`. `--config`, `--json`, `--quiet` and `--verbose` are no keywords, and `mhacut models`
-is no function.
+`teacher_model_args`. `--config`, `--set`, `--json`, `--quiet` and `--verbose` are no keywords, and
+`mhacut models` is no function.
 
 The sections below the table are filled in from the docstrings when the site is built. In Python,
 `help(mhacut.prune)` shows the same text.
@@ -104,8 +111,11 @@ def command_page(name: str) -> str:
     for panel in PANELS:
         own = [stated for stated in known.values() if stated.panel == panel]
         if own:
-            own.sort(key=lambda one: one.name != "flops")  # what most users look for
-            body += [f"## {panel}", "\n".join(_table(own))]
+            own.sort(key=lambda option: option.name != "flops")  # most users look for it
+            body.append(f"## {panel}")
+            if panel == RESEARCH:
+                body.append(_RESEARCH)
+            body.append("\n".join(_table(own)))
     body.append(_COMMON)
     return _WRITTEN + "\n\n".join(body) + "\n"
 
@@ -113,10 +123,15 @@ def command_page(name: str) -> str:
 def _documentation(name: str) -> list[str]:
     """Return the paragraphs of the command's help, in Markdown."""
     (found,) = (one for one in app.registered_commands if one.name == name)
-    return [
-        re.sub(r"^Example: (.*)$", r"Example: `\1`", one) if one.startswith("Example") else _with_code(one)
-        for one in (found.callback.__doc__ or "").split("\n\n")
-    ]
+    paragraphs = []
+    for text in (found.callback.__doc__ or "").split("\n\n"):
+        if text.startswith("\b\nExample"):
+            title, _, first = text.removeprefix("\b\n").partition(":")
+            lines = inspect.cleandoc(first.lstrip("\n") if "\n" in first else first.strip())
+            paragraphs.append(f"{title}:\n\n```text\n{lines}\n```")
+        else:
+            paragraphs.append(_with_code(text))
+    return paragraphs
 
 
 def _table(options: Sequence[Option]) -> Iterator[str]:
@@ -124,17 +139,19 @@ def _table(options: Sequence[Option]) -> Iterator[str]:
         yield from ("| argument | meaning |", "|---|---|")
         yield from (f"| `{one.placeholder}` | {_with_code(one.help)} |" for one in options)
         return
-    yield from ("| flag | meaning |", "|---|---|")
+    research = options[0].panel == RESEARCH
+    yield from (f"| {'YAML key' if research else 'flag'} | meaning |", "|---|---|")
     for one in options:
-        yield f"| {_flags(one)} | {' '.join([_with_code(one.help), *_facts(one)])} |"
+        name = f"`{one.key}`" if research else _flags(one)
+        text = one.help if research else one.off or one.help
+        yield f"| {name} | {' '.join([_with_code(text), *_facts(one)])} |"
 
 
 def _flags(option: Option) -> str:
     """Return the flags, the main one with its value."""
     value = "" if option.choices else option.placeholder
-    flags = [f"`{option.flag} {value}`" if value else f"`{option.flag}`"]
-    if option.kind is bool and option.default is not False:
-        flags.append(f"`--no-{option.flag.removeprefix('--')}`")
+    flag = option.switch if option.kind is bool else option.flag
+    flags = [f"`{flag} {value}`" if value else f"`{flag}`"]
     return ", ".join([*flags, *([f"`{SHORT[option.name]}`"] if option.name in SHORT else [])])
 
 
@@ -146,7 +163,8 @@ def _facts(option: Option) -> Iterator[str]:
         yield limits.capitalize() + "."
     default = option.default
     if default is True:
-        yield "Default: on."
+        if option.panel == RESEARCH:
+            yield "Default: `true`."
     elif default is not None and default is not False and default not in ((), {}):
         text = ",".join(f"{part:.4g}" for part in default) if isinstance(default, tuple) else default
         yield f"Default: `{text}`."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Which ingredients pay? Every one has a switch, every run a seed and a JSON result.
+# Which ingredients pay? Each ingredient has a switch; each run has a seed and a JSON result.
 set -euo pipefail
 examples=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "${1:=$(mktemp -d)}" && cd "$1"
@@ -17,11 +17,11 @@ run() { # run NAME FLAGS...: a quarter of the FLOPs; one JSON file for each seed
 }
 
 run full
-run no-repair --no-repair
-run channel-basis --basis channel
-run uniform-widths --allocation uniform
-run paper --allocation indicator --selection indicator --basis channel --no-repair --steps 20
-run paper-no-similarity --allocation indicator --selection indicator --basis channel --no-repair --steps 20 --no-similarity
+run no-repair --set repair=false
+run channel-basis --set basis=channel
+run uniform-widths --set allocation=uniform
+run paper --set allocation=indicator --set selection=indicator --set basis=channel --set repair=false --set steps=20
+run paper-no-similarity --set allocation=indicator --set selection=indicator --set basis=channel --set repair=false --set steps=20 --set similarity=false
 
 ls ./*.json >/dev/null || { echo "METHODS=$METHODS: none of the methods above" >&2; exit 2; }
 python - <<'PYTHON'

@@ -12,36 +12,27 @@ import typer
 from mhacut._version import __version__
 from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
-from mhacut.cli.flags import Command
 from mhacut.cli.inspect import inspect
 from mhacut.cli.measure import bench, evaluate, models
 from mhacut.cli.prune import prune
 from mhacut.options.option import Options
 
-_ALL = (prune, finetune, evaluate, inspect, bench, export, models)
-COMMANDS: Mapping[str, type[Options]] = {one.__name__: getattr(one, "options") for one in _ALL}  # noqa: B009
+_COMMANDS = (prune, finetune, evaluate, inspect, bench, export, models)
+COMMANDS: Mapping[str, type[Options]] = {each.__name__: getattr(each, "options") for each in _COMMANDS}  # noqa: B009
 """Options of each command."""
 app = typer.Typer(
     name="mhacut",
     no_args_is_help=True,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # plain text fits 80 columns, pipes and screen readers
     pretty_exceptions_enable=False,  # tracebacks are shown by mhacut.cli.running
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+for command in _COMMANDS:
+    app.command(command.__name__, cls=getattr(command, "kind"))(command)  # noqa: B009
 
 
-def _command_class(name: str) -> type[Command]:
-    return type("Command", (Command,), {"options": COMMANDS[name].options()})
-
-
-for command in _ALL:
-    # Square brackets are no markup of rich here.
-    text = (command.__doc__ or "").replace("[", r"\[")
-    app.command(command.__name__, help=text, cls=_command_class(command.__name__))(command)
-
-
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         libraries = [f"{name} {version(name)}" for name in ("torch", "timm", "safetensors")]
         python = f"python {platform.python_version()} on {platform.system()} {platform.machine()}"
         typer.echo(f"mhacut {__version__} ({', '.join([python, *libraries])})")
@@ -53,11 +44,14 @@ def root(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", is_eager=True, callback=_show_version, help="Print versions, also of torch and timm."
+            "--version",
+            is_eager=True,
+            callback=_show_version,
+            help="Print versions of mhacut, torch and timm.",
         ),
     ] = False,
 ) -> None:
-    """Make trained vision transformers smaller and faster.
+    """Make trained vision transformers smaller and faster: prune channels, merge tokens.
 
     FLOPs are multiply-accumulates, attention included. Results go to stdout, messages to stderr.
     Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.

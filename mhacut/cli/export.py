@@ -20,13 +20,15 @@ _USUAL = ("format", "output", "overwrite", "int8", "dtype", "fixed_batch", "data
 
 @command(ExportOptions, usual=_USUAL)
 def export(options: ExportOptions, console: Console) -> None:
-    """Export CHECKPOINT to ONNX, pt2, OpenVINO IR, or a folder for timm.
+    """Export CHECKPOINT to ONNX, OpenVINO, pt2 or timm.
 
-    ONNX, pt2 and OpenVINO files run without mhacut and timm. Their outputs are compared with CHECKPOINT's;
-    a file that differs is deleted. The metadata describes the preprocessing. ONNX requires
-    pip install 'mhacut[onnx]', OpenVINO requires 'mhacut[openvino]'.
+    ONNX, pt2 and OpenVINO files run without mhacut and timm, and describe the preprocessing. Their outputs
+    are compared with CHECKPOINT's; a file that differs is deleted. ONNX requires pip install 'mhacut[onnx]',
+    OpenVINO requires 'mhacut[openvino]'.
 
-    Example: mhacut export vit-50pct.safetensors --format onnx
+    Examples:
+      mhacut export vit-50pct.safetensors --format onnx
+      mhacut export vit-50pct.safetensors --format onnx --int8 --data-dir images/
     """
     from mhacut.commands.export import run_export
 

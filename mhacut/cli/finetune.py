@@ -27,11 +27,12 @@ _USUAL = ("data_dir", "output", "teacher", "labels", "epochs", "steps", "lr", "b
     check_outputs=check_folder_before_reading,
 )
 def finetune(options: FinetuneOptions, console: Console) -> None:
-    """Fine-tune SLIM to recover accuracy, and write a better slim file.
+    """Fine-tune SLIM with a teacher, labels, or both.
 
-    The training targets are the dense model's outputs, labels, or both. The folder of the run gets
-    best.safetensors, last.safetensors, summary.csv, args.yaml and state.pt (for --resume).
-    Flags have the names of timm's train.py. Several GPUs: torchrun --nproc-per-node N -m mhacut finetune ...
+    The default teacher is the dense model, if its file is next to SLIM. With a teacher, images need no
+    labels. The folder of the run gets best.safetensors, last.safetensors, summary.csv, args.yaml and
+    state.pt (for --resume). Flags have the names of timm's train.py. Several GPUs: torchrun
+    --nproc-per-node N -m mhacut finetune ...
 
     Example: mhacut finetune vit-50pct.safetensors --data-dir images/ -o run
     """

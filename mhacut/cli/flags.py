@@ -6,7 +6,7 @@ import inspect
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand
@@ -17,6 +17,8 @@ from mhacut.options.option import Option, Options, read_config, read_options, ya
 from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, check_data_dir
 from mhacut.runtime.process import local_rank
 
+RESEARCH = "Research switches"
+"""Panel of the options without a flag: YAML, ``--set`` and Python set them."""
 PANELS = (
     "Arguments",
     "Result",
@@ -32,143 +34,165 @@ PANELS = (
     "Measuring",
     "Computing",
     "Rarer options",
+    RESEARCH,
 )
-"""Headings of ``--help``, in this order."""
-RESEARCH = "Research switches"
-"""Heading of the options that have no flag: YAML, ``--set`` and Python set them."""
+"""Headings of ``--help-all`` and of the reference, in this order."""
 SHORT = {"output": "-o", "batch_size": "-b", "model": "-m", "workers": "-j"}
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "checkpoint": check_checkpoint,
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-_NO_VALUE = " "
-"""Metavar of a switch: typer shows a type where there is none."""
-_CONFIG = "Read options from a YAML file. Keys are flag names; flags take precedence."
-_SET = "Set any option by its YAML key, research switches included: repair=false. Can be repeated."
-_VERBOSE = "Show stages, and the warnings and logs of libraries; -vv shows more."
+_CONFIG = "Read options from a YAML file, such as round_to: 8. Flags win."
+_SET = "Set any option by its YAML key, such as repair=false. Can be repeated."
+_VERBOSE = "Show stages, warnings and library logs. -vv shows more."
+_ALL = "Show all options."
+_SHOWS_ALL = "mhacut.help_all"
+"""Key in a context's ``meta``: ``--help-all`` was given."""
+Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+
+def _show_all(context: typer.Context, wanted: bool) -> None:
+    if wanted:
+        context.meta[_SHOWS_ALL] = True
+        typer.echo(context.get_help())
+        raise typer.Exit
+
+
 _COMMON = {
     "config": (str | None, None, typer.Option("--config", "-c", metavar="FILE.yaml", help=_CONFIG)),
     "set": (list[str] | None, None, typer.Option("--set", metavar="KEY=VALUE", help=_SET)),
-    "json": (bool, False, typer.Option("--json", metavar=_NO_VALUE, help="Print one JSON object.")),
-    "quiet": (
-        bool,
-        False,
-        typer.Option("--quiet", "-q", metavar=_NO_VALUE, help="Show the result and errors only."),
-    ),
-    "verbose": (
-        int,
-        0,
-        typer.Option("--verbose", "-v", metavar=_NO_VALUE, count=True, show_default=False, help=_VERBOSE),
-    ),
+    "json": (bool, False, typer.Option("--json", help="Print one JSON object.")),
+    "quiet": (bool, False, typer.Option("--quiet", "-q", help="Show the result and errors only.")),
+    "verbose": (int, 0, typer.Option("--verbose", "-v", count=True, show_default=False, help=_VERBOSE)),
+    "help_all": (bool, False, typer.Option("--help-all", is_eager=True, callback=_show_all, help=_ALL)),
 }
-"""Type, default and flag of what every command takes."""
+"""Type, default and flag of the options that every command has."""
+
+
+class Command(TyperCommand):
+    """A command with a short ``--help``, a complete ``--help-all``, and errors for removed flags."""
+
+    known: ClassVar[Mapping[str, Option]]
+    usual: ClassVar[Sequence[str]]
+    """Options of the short help, in this order."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for number, argument in enumerate(args):
+            flag, _, value = argument.partition("=")
+            if argument == "--":
+                break
+            following = args[number + 1] if number + 1 < len(args) else "-"
+            if message := _removed(self.known, flag, value or following):
+                ctx.fail(message)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        rows = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
+        rows |= {one.name: (one.placeholder, one.help) for one in self.known.values() if one.is_argument}
+        panels = {panel: [one.name for one in _flags(self.known) if one.panel == panel] for panel in PANELS}
+        shows_all = ctx.meta.get(_SHOWS_ALL, False)
+        if not shows_all:
+            panels = {"Arguments": panels["Arguments"], "Options": list(self.usual) or panels["Models"]}
+        panels["Every command"] = [*_COMMON, "help"]
+        for panel, names in panels.items():
+            if shown := [rows[name] for name in names if rows.get(name)]:
+                with formatter.section(panel):
+                    formatter.write_dl(shown, col_max=28)
+        hidden = sum(not one.is_argument and one.name not in self.usual for one in _flags(self.known))
+        research = sum(one.panel == RESEARCH for one in self.known.values())
+        notes = []
+        if hidden and self.usual and not shows_all:
+            notes.append(f"--help-all shows {hidden} more options.")
+        if research and shows_all:
+            notes.append(
+                f"{research} research switches have no flag: use --set KEY=VALUE, a --config file or Python. "
+                "The reference page of this command lists them."
+            )
+        for note in notes:
+            formatter.write_paragraph()
+            formatter.write_text(note)
+
+
+def _flags(known: Mapping[str, Option]) -> list[Option]:
+    """Return the options that are flags or arguments, the budget of FLOPs first."""
+    flags = (one for one in known.values() if one.panel != RESEARCH)
+    return sorted(flags, key=lambda one: (PANELS.index(one.panel), one.name != "flops"))
+
+
+def _removed(known: Mapping[str, Option], flag: str, value: str) -> str | None:
+    """Return what to use in place of a research switch or of the spelling that states a default."""
+    for option in known.values():
+        positive, negative = option.flag, f"--no-{option.flag.removeprefix('--')}"
+        if option.is_argument or flag not in (positive, negative):
+            continue
+        if option.panel == RESEARCH:
+            if option.kind is bool:
+                value = str(flag == positive).lower()
+            elif value.startswith("-") or flag == negative:
+                value = "VALUE"
+            in_file = f'put "{option.key}: {value}" into a YAML file and pass --config FILE'
+            return f"{flag} is no longer a flag: use --set {option.key}={value}, or {in_file}"
+        if option.kind is bool and flag != option.switch:
+            return f"{flag} is the default and no longer a flag: leave it out"
+    return None
 
 
 def command(
     options: type[Options],
     *,
     usual: Sequence[str] = (),
-    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
+    complete: Complete = dict,
     check_outputs: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[[Any, Console], None]], Callable[..., None]]:
-    """Make a command from a function of (options, console). Its flags are the fields of ``options``.
+    """Make a command of a function of (options, console); ``usual`` are those of its short help.
 
-    ``--help`` shows the ``usual`` flags (default: all), ``--help-all`` all flags. ``complete`` maps the given
-    values to the used values. ``check_outputs`` raises for unusable output paths, before torch is imported.
+    Flags override ``--set``, which overrides the ``--config`` file. ``complete`` may change the values.
+    ``check_outputs`` raises an error, before torch is imported, if an output cannot be written.
     """
     known = options.options()
 
     def decorate(body: Callable[[Any, Console], None]) -> Callable[..., None]:
         def run(context: typer.Context, **flags: Any) -> None:
-            config, pairs, as_json = flags.pop("config"), flags.pop("set"), flags.pop("json")
-            quiet, verbose = flags.pop("quiet"), flags.pop("verbose")
-            del flags["help_all"]
-            # Defaults exist for --help only: a value that is not on the command line may be in the YAML file.
+            common = {name: flags.pop(name) for name in _COMMON}
+            config, pairs = common["config"], common["set"] or []
+            # Flags that were not given may stand in the YAML file: their defaults are for the help.
             sources = {name: context.get_parameter_source(name) for name in flags}
             given = {n: flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"}
-            console = Console(body.__name__, quiet=quiet, verbose=verbose, as_json=as_json)
+            display = {name: common[name] for name in ("quiet", "verbose")}
+            console = Console(body.__name__, as_json=common["json"], **display)
             with running(console, flag_writer(known), known):
-                made = options.of(**complete(_values(known, config, pairs or [], given)))
+                made = options.of(**complete(_values(known, config, pairs, given)))
                 try:
                     check_paths(made)
                     if check_outputs is not None:
                         check_outputs(made)
                 except MhacutError as error:
-                    if local_rank() > 0:  # the first process on this machine says the same
+                    if local_rank() > 0:  # the first process on this machine reports the same error
                         raise PeerFailed from error
                     raise
                 console.start("starting")  # bodies import torch and timm, which takes seconds
                 body(made, console)
 
-        # Fields have the order of inheritance; most users look for the budget.
-        shown = sorted(known.values(), key=lambda stated: stated.name != "flops")
-        shown = sorted(
-            (stated for stated in shown if stated.panel != RESEARCH), key=lambda s: PANELS.index(s.panel)
-        )
-        hidden = [s.name for s in shown if usual and s.name not in usual and not s.is_argument]
-        parameters = [_parameter("context", typer.Context)]
-        parameters += [_flag(known[name], None, hidden=False) for name in usual]
-        rest = [stated for stated in shown if stated.name not in usual]
-        parameters += [_flag(s, s.panel, hidden=s.name in hidden) for s in rest]
+        parameters = [_parameter("context", typer.Context), *map(_flag, _flags(known))]
         for name, (kind, default, info) in _COMMON.items():
             parameters.append(_parameter(name, Annotated[kind, info], default))
-        text = f"Show {len(hidden)} more options and exit." if hidden else "Show this message and exit."
-        show_all = typer.Option("--help-all", is_eager=True, metavar=_NO_VALUE, callback=_help_all, help=text)
-        parameters.append(_parameter("help_all", Annotated[bool, show_all], False))
         run.__name__ = body.__name__
         paragraphs = inspect.cleandoc(body.__doc__ or "").split("\n\n")
-        run.__doc__ = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
-        vars(run).update(__signature__=inspect.Signature(parameters), options=options)
+        run.__doc__ = "\n\n".join(
+            # \b: lines of examples are not refilled.
+            f"\b\n{text}" if text.startswith("Example") else " ".join(text.split())
+            for text in paragraphs
+        )
+        command_class = type("Command", (Command,), {"known": known, "usual": usual})
+        vars(run).update(__signature__=inspect.Signature(parameters), options=options, kind=command_class)
         return run
 
     return decorate
 
 
-class Command(TyperCommand):
-    """A command that names the replacement of a flag that does not exist."""
-
-    options: Mapping[str, Option]
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the flags. An unknown flag of a known option is answered with the right spelling."""
-        try:
-            return super().parse_args(ctx, args)
-        except Exception as error:
-            # By attribute: click's NoSuchOption, or typer's copy of the class, by typer's version.
-            replacement = self._replacement(getattr(error, "option_name", None) or "")
-            if replacement and hasattr(error, "possibilities"):
-                error.possibilities = None
-                vars(error)["message"] = f"No such option: {error.option_name}. {replacement}"  # type: ignore[attr-defined]
-            raise
-
-    def _replacement(self, flag: str) -> str:
-        key = flag.removeprefix("--").replace("-", "_")
-        name = key if key in self.options else key.removeprefix("no_")
-        stated = self.options.get(name)
-        if stated is None:
-            return ""
-        if stated.panel == RESEARCH:
-            value = "VALUE" if stated.kind is not bool else "false" if key != name else "true"
-            return f"Use --set {name}={value}, or {name}: {value} in a --config file."
-        return f"This is the default. To change it, use {_spelling(stated)}." if stated.kind is bool else ""
-
-
-def _help_all(ctx: typer.Context, value: bool) -> None:
-    """Print the help with all flags."""
-    if not value:
-        return
-    hidden = [parameter for parameter in ctx.command.params if getattr(parameter, "hidden", False)]
-    for parameter in hidden:
-        vars(parameter)["hidden"] = False
-    typer.echo(ctx.get_help())
-    for parameter in hidden:
-        vars(parameter)["hidden"] = True
-    raise typer.Exit
-
-
 def check_paths(options: Options) -> None:
-    """Raise the error that the command itself would give, seconds later, if a path cannot be read."""
+    """Raise the command's own error now, before torch is imported, if a path cannot be read."""
     for name, one in options.options().items():
         value = getattr(options, name)
         if value is not None and one.reads is not None:
@@ -178,23 +202,32 @@ def check_paths(options: Options) -> None:
 
 
 def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
-    """Return the writer of options in messages that makes them flags: ``--round-to 8``, ``--no-labels``."""
+    """Return the writer of options in messages that makes them flags: ``--round-to 8``, ``--no-labels``.
+
+    Research switches have no flag: ``--set selection=indicator``.
+    """
 
     def write(name: str, *value: Any) -> str:
         pairs = name.endswith("model_args")  # of another command, perhaps
         flag = "--" + (name.removesuffix("s") if pairs else name.rstrip("_")).replace("_", "-")
         if name in options and options[name].is_argument:
             return options[name].placeholder.removesuffix("...")
+        if name in options and options[name].panel == RESEARCH:
+            return f"--set {name}={_yaml_text(value[0])}" if value and value[0] is not None else name
         if not value or value[0] is True or value[0] is None:
             return flag
-        (given,) = value
-        if given is False:
+        (stated,) = value
+        if stated is False:
             return "--no-" + flag.removeprefix("--")
-        if isinstance(given, Mapping):
-            return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in given.items())
-        return f"{flag} {shlex.quote(_as_text(given))}"
+        if isinstance(stated, Mapping):
+            return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in stated.items())
+        return f"{flag} {shlex.quote(_as_text(stated))}"
 
     return write
+
+
+def _yaml_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else _as_text(value)
 
 
 def _values(
@@ -212,45 +245,33 @@ def _values(
         if not equals:
             raise UsageError(f"--set {pair}: expected KEY=VALUE")
         values |= read_options({key: yaml_value(text)}, options, f"--set {pair}")
-    for flag, value in given.items():
-        off = flag not in options  # --no-labels sets labels to false
-        name, value = (flag.removeprefix("no_"), False) if off else (flag, value)
+    for name, value in given.items():
+        if options[name].kind is bool:  # a switch has one spelling, which changes the default
+            value = not options[name].default
         checked = options[name].check(value)
         values[name] = {**values.get(name, {}), **checked} if options[name].takes_pairs else checked
     return values
 
 
-def _spelling(switch: Option) -> str:
-    """Return the flag that changes the default of a switch."""
-    return f"--no-{switch.flag.removeprefix('--')}" if switch.default is True else switch.flag
-
-
-def _flag(one: Option, panel: str | None, *, hidden: bool) -> inspect.Parameter:
-    """Make a flag or an argument."""
-    # Typer reads values as text: Option.check converts flags, YAML and Python with the same code.
-    switch = one.kind is bool
-    kind: Any = bool if switch else list[str] if one.repeats or one.takes_pairs else str
+def _flag(one: Option) -> inspect.Parameter:
+    """Make one flag, or argument."""
+    # All but switches are text to Typer: Option.check reads flags, YAML and Python alike.
+    kind: Any = bool if one.kind is bool else list[str] if one.repeats or one.takes_pairs else str
     info: Any
-    text = (one.off if switch and one.default is True else one.help).replace("[", r"\[")  # no rich markup
+    text = one.off or one.help
     if not all(choice in text for choice in one.choices):
         text += f" One of {', '.join(one.choices)}."
     if one.is_argument:
         kind = list[str] if one.element else str
         info = typer.Argument(help=text, metavar=one.placeholder, show_default=False)
     else:
-        flags = [_spelling(one) if switch else one.flag, *([SHORT[one.name]] if one.name in SHORT else [])]
-        info = typer.Option(
-            *flags,
-            help=text,
-            metavar=one.placeholder or _NO_VALUE,
-            hidden=hidden,
-            rich_help_panel=panel,
-        )
+        spelled = one.switch if kind is bool else one.flag
+        flags = [spelled, SHORT[one.name]] if one.name in SHORT else [spelled]
+        info = typer.Option(*flags, help=text, metavar=one.placeholder or None)
     default = None if one.required or one.default in (None, (), {}) else one.default
-    info.show_default = default is not None and not switch
-    if switch:
-        return _parameter(f"no_{one.name}" if default else one.name, Annotated[bool, info], False)
-    return _parameter(one.name, Annotated[kind | None, info], None if default is None else _as_text(default))
+    info.show_default = default is not None and kind is not bool
+    default = False if kind is bool else None if default is None else _as_text(default)
+    return _parameter(one.name, Annotated[kind | None, info], default)
 
 
 def _as_text(value: Any) -> str:

@@ -30,11 +30,15 @@ _WIDTH = 80
     ),
 )
 def inspect(options: InspectOptions, console: Console) -> None:
-    """Show the cost of each layer of CHECKPOINT, dense or slim, and how redundant its heads are.
+    """Show layers, costs and redundancy of CHECKPOINT.
 
-    Widths are channels per head. The redundancy comes from the weights, or from images with --data-dir.
+    Widths are channels per head. The redundancy of heads comes from the weights, or from images with
+    --data-dir.
 
-    Example: mhacut inspect vit.safetensors --layer 'blocks.1*.attn'
+    Examples:
+      mhacut inspect vit.safetensors
+      mhacut inspect vit.safetensors --layer 'blocks.1*.attn'
+      mhacut inspect vit-50pct.safetensors --compare vit.safetensors
     """
     from mhacut.commands.inspect import run_inspect
 

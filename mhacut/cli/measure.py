@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     usual=("data_dir", "dataset", "class_map", "val_split", "batch_size", "model", "num_classes", "device"),
 )
 def evaluate(options: EvaluateOptions, console: Console) -> None:
-    """Measure the accuracy of CHECKPOINT, dense or slim, on labelled images.
+    """Measure the accuracy of CHECKPOINT.
 
-    The checkpoint's own preprocessing is used. Flags override it.
+    Images need labels. The checkpoint's own preprocessing is used, unless flags override it.
 
-    Example: mhacut evaluate vit-2.0G.safetensors --data-dir images/
+    Example: mhacut evaluate vit-50pct.safetensors --data-dir images/
     """
     from mhacut.commands.evaluate import run_evaluate
 
@@ -68,14 +68,17 @@ def _document(measured: EvaluateResult) -> dict[str, Any]:
     }
 
 
-@command(BenchOptions)
+@command(
+    BenchOptions,
+    usual=("batch_sizes", "threads", "runtime", "device", "dtype", "int8", "seconds", "model"),
+)
 def bench(options: BenchOptions, console: Console) -> None:
-    """Compare the speed of checkpoints, dense or slim.
+    """Compare the speed of checkpoints.
 
-    The checkpoints are timed in turns, so that other load on the machine slows all of them equally. Trust the
-    ratios more than the milliseconds. Memory on a GPU is the peak of weights, images and activations.
+    The checkpoints are timed in turns, so that other load on the machine slows all of them equally. Ratios
+    are more reliable than milliseconds. Memory on a GPU is the peak of weights, images and activations.
 
-    Example: mhacut bench vit.safetensors vit-2.0G.safetensors --threads 2
+    Example: mhacut bench vit.safetensors vit-50pct.safetensors --threads 2
     """
     from mhacut.commands.bench import run_bench
 
@@ -132,9 +135,10 @@ def _cells(timing: Timing) -> list[str]:
 
 @command(ModelsOptions)
 def models(options: ModelsOptions, console: Console) -> None:
-    """List the timm models and FLatten Transformers that can be pruned, with their prunable channels.
+    """List timm models and their prunable channels.
 
-    Each model is built without weights. Models without attention are counted and not listed.
+    FLatten Transformers are included. Each model is built without weights. Models without attention are
+    counted and not listed.
 
     Example: mhacut models 'swin*'
     """

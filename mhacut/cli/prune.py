@@ -36,11 +36,16 @@ _USUAL = ("flops", "params", "max_latency", "max_drop", "data_dir", "output", "e
 
 @command(PruneOptions, usual=(*_USUAL, "model", "device", "overwrite"), check_outputs=check_files)
 def prune(options: PruneOptions, console: Console) -> None:
-    """Prune CHECKPOINT to a budget and write a smaller safetensors file.
+    """Prune CHECKPOINT to a budget.
 
-    Images in --data-dir make the result more accurate; labels only measure accuracy.
+    Writes a slim safetensors file. Images in --data-dir make the result more accurate and need no labels.
+    Several GPUs: torchrun --nproc-per-node N -m mhacut prune ...
 
-    Example: mhacut prune vit.safetensors --flops 50% --data-dir images/
+    Examples:
+      half the FLOPs     mhacut prune vit.safetensors --flops 50% --data-dir images/
+      12 ms per batch    mhacut prune vit.safetensors --max-latency 12ms
+      a file of 10 MB    mhacut prune vit.safetensors --size 10MB
+      patch features     mhacut prune vit.safetensors --flops 50% --preserve tokens
     """
     from mhacut.commands.prune import run_prune
     from mhacut.commands.prune_result import PruneResults, choices_of

@@ -36,11 +36,11 @@ class ArchitectureOptions(Options, panel="Model"):
     """Architecture of checkpoints that do not state it, and the part of them that holds the model."""
 
     model: str | None = None
-    """timm architecture, for a file that does not name its own."""
+    """timm architecture, if the checkpoint does not name it."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the architecture, such as img_size=32 or depth=6."""
+    """Arguments of the timm architecture, such as img_size=32 or depth=6."""
     part: str | None = None
-    """Entry of a training checkpoint that holds the model: state_dict, student, backbone, ..."""
+    """Part of a training checkpoint that holds the model, such as state_dict, student or backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class ModelOptions(ArchitectureOptions, panel="Model"):
     """Facts about one model that its file does not state."""
 
     num_classes: int | None = option(None, at_least=0)
-    """Expected number of classes; any other number is an error. 0 drops the classifier."""
+    """Expected number of classes; any other is an error. 0 drops the classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +56,7 @@ class CheckpointOptions(ModelOptions, panel="Arguments"):
     """Checkpoint, and facts that its file does not state."""
 
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
-    """Dense or slim .safetensors or .pth file, folder of timm or transformers, timm:NAME, or
-    hf-hub:OWNER/NAME."""
+    """Dense or slim model: a .safetensors or .pth file, a timm folder, timm:NAME or hf-hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,10 +77,9 @@ class ImageSource(Options, panel="Data"):
     """Source of images."""
 
     data_dir: PathLike | None = option(None, metavar="DIR", reads="data_dir")
-    """Folder with train/ and val/, or with one folder per class. A flat folder of images is enough if no
-    labels are needed."""
+    """Image folder: with train/ and val/, with class folders, or (unlabelled) with images only."""
     dataset: str | None = None
-    """Dataset with a name of timm: hfds/NAME, wds/NAME, tfds/NAME or torch/NAME."""
+    """Dataset name in timm: hfds/NAME, wds/NAME, tfds/NAME or torch/NAME."""
 
     @property
     def has_images(self) -> bool:
@@ -94,11 +92,11 @@ class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     """Source of images to measure accuracy on."""
 
     class_map: PathLike | None = option(None, metavar="FILE", reads="class_map")
-    """Text file with one class name per line, in the order of the model's head."""
+    """Text file with the class names in the order of the classifier's outputs."""
     val_split: str = "val"
-    """Split for measuring accuracy."""
+    """Split with the validation images."""
     workers: int | None = option(None, at_least=0, at_most=MAX_PARALLEL)
-    """Number of processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
+    """Processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
     """Source of images to measure accuracy on, and of those to calibrate or train on."""
 
     train_split: str = "train"
-    """Split for calibration or training."""
+    """Split with the calibration or training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +112,15 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
     """Overrides of the checkpoint's own preprocessing; None keeps the checkpoint's value."""
 
     mean: tuple[float, ...] | None = None
-    """Mean per channel, for pixels in 0..1. Default: the model's own."""
+    """Mean per colour channel, for pixel values in 0..1. Default: the checkpoint's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per channel. Default: the model's own."""
+    """Standard deviation per colour channel. Default: the checkpoint's."""
     crop_pct: float | None = None
-    """Fraction of the image side that the centre crop keeps."""
+    """Fraction of the image that the centre crop keeps. Default: the checkpoint's."""
     interpolation: str | None = None
-    """Interpolation for resizing: bicubic, bilinear, ..."""
+    """Interpolation for resizing, such as bicubic or bilinear. Default: the checkpoint's."""
     img_size: int | None = None
-    """Image height and width in pixels."""
+    """Image height and width in pixels. Default: the checkpoint's."""
 
     @property
     def given(self) -> frozenset[str]:
@@ -138,14 +136,14 @@ class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_lat
     latency: bool = option(True, needs={}, off="Measure no latency.")
     """Measure the latency of the dense and the pruned model."""
     latency_batch_size: int = option(8, at_least=1)
-    """Batch size for measuring latency."""
+    """Batch size for latency measurements."""
     runtime: Runtime = "eager"
-    """Runtime for measuring latency: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO. ONNX Runtime and
-    OpenVINO use the CPU."""
+    """Runtime for latency measurements: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO. onnx and
+    openvino run on the CPU."""
     int8: bool = False
     """Measure latency in INT8, with dynamic quantization in ONNX Runtime."""
     threads: int | None = threads_option()
-    """Number of CPU threads for measuring latency. Default: torch's choice."""
+    """CPU threads for latency measurements. Default: torch's choice."""
 
     @property
     def on_cpu(self) -> bool:

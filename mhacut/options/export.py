@@ -27,9 +27,10 @@ class QuantizationImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     """Images to compare INT8 with float32 on; without any, the two are compared on noise."""
 
     train_split: str = "train"
-    """Split for choosing the images."""
+    """Split with the calibration images."""
     calibration_images: int = option(256, at_least=8)
-    """Number of images: 75 % for finding outliers, 25 % for the comparison with float32."""
+    """Number of calibration images for INT8. A quarter of them is held out for the comparison with
+    float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,9 +38,9 @@ class QuantizationOptions(Options, panel="Quantization"):
     """Quantization of an ONNX file."""
 
     int8: bool = False
-    """Quantize the weights of linear layers to INT8. Speed, size and outputs are compared with float32."""
+    """Quantize the linear layers to INT8, and compare speed, size and outputs with float32."""
     threads: int | None = threads_option()
-    """Number of CPU threads for timing INT8. Default: torch's choice."""
+    """CPU threads for INT8 timing. Default: torch's choice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,23 +48,24 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
     """Keywords of :func:`mhacut.export`."""
 
     format: ExportFormat = "onnx"
-    """onnx, pt2 (torch.export), openvino (.xml and .bin), or timm (a folder for timm and the Hugging Face
-    hub)."""
+    """Format: ONNX, pt2 (for torch.export.load), OpenVINO IR (.xml and .bin), or timm, a folder for timm and
+    the Hugging Face hub."""
     output: PathLike | None = None
-    """File or folder to write. Default: named after checkpoint and format."""
+    """File or folder to write. Default: named after the checkpoint and the format, in the working
+    directory."""
     overwrite: bool = False
-    """Replace an existing output file."""
+    """Replace an existing file. The checkpoint is never replaced."""
     dtype: ExportDtype = "float32"
-    """Dtype of the weights. Images and logits are float32."""
+    """Precision of the exported weights. Images and logits are always float32."""
     fixed_batch: int | None = option(None, at_least=1)
-    """Fixed number of images per batch. Default: any number."""
+    """Fixed batch size. Default: any batch size."""
     license: str | None = None
-    """License in the model card, with its name on the hub: apache-2.0, mit, ... Default: the license in the
-    checkpoint."""
+    """License for the model card, by its name on the hub, such as apache-2.0 or mit. Default: the
+    checkpoint's."""
     push_to_hub: str | None = option(None, metavar="OWNER/NAME")
-    """Push the folder to this Hugging Face repository, which is created if needed."""
+    """Upload the folder to this repository on the Hugging Face hub. A missing repository is created."""
     private: bool = option(False, needs={"push_to_hub": GIVEN})
-    """Make a newly created repository private."""
+    """Make a created repository private."""
     opset: int = option(18, at_least=18, needs={"format": "onnx"})
     """ONNX opset."""
 

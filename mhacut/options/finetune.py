@@ -30,22 +30,23 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     """Teacher that the model learns from besides labels."""
 
     teacher: PathLike | None = option(None, metavar="CHECKPOINT", reads="checkpoint")
-    """Model to learn from, with the same classes; labels are then optional. Default: the dense model, if its
-    file lies beside SLIM or in the working directory."""
+    """Checkpoint of the teacher: the dense model, or a model with the same classes. Default: the dense model,
+    if its file is next to SLIM or in the working directory."""
     find_teacher: bool = option(True, needs={}, off="Learn from labels only: look for no teacher.")
     """Look for the dense model's file and use it as the teacher."""
     label_weight: float = option(1.0, at_least=0)
-    """Weight of the cross-entropy with labels relative to the distillation loss."""
+    """Weight of the cross-entropy with labels, relative to the distillation loss."""
     teacher_model: str | None = None
-    """timm architecture of the teacher. Default: the dense model's."""
+    """timm architecture of the teacher, if its checkpoint does not name it. Default: the dense model's."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the teacher's architecture, such as depth=6."""
+    """Arguments of the teacher's architecture, such as img_size=32."""
     teacher_part: str | None = None
-    """Entry of a training checkpoint that holds the teacher: state_dict, student, backbone, ..."""
+    """Part of the teacher's training checkpoint that holds the model, such as state_dict or student."""
     kd_temperature: float = option(1.0, above=0)
-    """Distillation temperature: divides the logits of both models."""
+    """Distillation temperature. It divides the logits of teacher and student."""
     feature_weight: float = option(0.0, at_least=0)
-    """Weight of the squared error between block outputs, relative to their variance."""
+    """Weight of the mean squared error between block outputs of student and teacher, relative to their
+    variance."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,33 +54,34 @@ class TrainingOptions(Options, panel="Training"):
     """Training of the weights."""
 
     epochs: int = option(10, at_least=1)
-    """Number of passes over the training images."""
+    """Number of epochs."""
     steps: int | None = option(None, at_least=1)
-    """Total number of optimiser steps. Replaces --epochs."""
+    """Number of optimizer steps; replaces the number of epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Images per batch and process. Default: 64, or 16 if an epoch has fewer than 1,000 steps of 64."""
+    """Batch size per process. Default: 64, or 16 if an epoch has fewer than 1,000 steps of 64."""
     grad_accum_steps: int = option(1, at_least=1)
-    """Batches per optimiser step."""
+    """Batches per optimizer step (gradient accumulation)."""
     opt: str = "adamw"
-    """Optimiser, with its name in timm."""
+    """Optimizer, by its name in timm."""
     lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Peak learning rate. Default: found by short trials on held-out training images."""
+    """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that passes a trial of 25
+    steps."""
     weight_decay: float = option(0.05, at_least=0)
     """Weight decay. Biases, norms and parameters that the model exempts have none."""
     sched: Schedule = "cosine"
     """Learning rate schedule."""
     warmup_epochs: float | None = option(None, at_least=0)
-    """Epochs of warmup. Default: a tenth of the run."""
+    """Epochs of learning rate warmup. Default: 10 % of the run."""
     clip_grad: float | None = option(1.0, at_least=0)
-    """Maximum gradient norm; 0 for no limit."""
+    """Gradient clipping threshold; 0 turns clipping off."""
     model_ema: bool = False
-    """Evaluate and save a moving average of the weights."""
+    """Evaluate and save an exponential moving average (EMA) of the weights."""
     momentum: float = option(0.9, at_least=0)
-    """Momentum of the optimiser."""
+    """Momentum, for optimizers that have it."""
     layer_decay: float | None = option(None, above=0, at_most=1)
-    """Factor between the learning rates of neighbouring layers, from the last layer to the first."""
+    """Layer-wise learning rate decay: factor from each layer to the layer before it."""
     drop_path: float = option(0.0, at_least=0, below=1)
-    """Stochastic depth rate of the last block. Rates fall to 0 at the first block."""
+    """Stochastic depth rate of the last block. Earlier blocks have lower rates."""
     warmup_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
     """Learning rate at the start of the warmup."""
     min_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
@@ -87,11 +89,11 @@ class TrainingOptions(Options, panel="Training"):
     decay_epochs: float = option(30.0, above=0, needs={"sched": "step"})
     """Epochs between decays of the step schedule."""
     decay_rate: float = option(0.1, above=0)
-    """Decay factor of the step schedule; power of the poly schedule."""
+    """Decay factor of the step schedule, and power of the poly schedule."""
     clip_mode: ClipMode = option("norm", needs={"clip_grad": GIVEN})
-    """Gradient clipping: by norm, by value, or adaptive (agc)."""
+    """Gradient clipping by norm, by value, or adaptive (agc)."""
     model_ema_decay: float = option(0.9998, above=0, below=1, needs={"model_ema": True})
-    """Decay of the moving average per step."""
+    """EMA decay per step."""
     model_ema_warmup: bool = option(
         True, needs={"model_ema": True}, off="Use the full decay of the moving average from the start."
     )
@@ -111,9 +113,9 @@ class AugmentationOptions(Options, panel="Augmentation"):
     aa: str | None = option(None, metavar="POLICY", needs={"aug": True})
     """AutoAugment policy, such as rand-m9-mstd0.5-inc1."""
     mixup: float = option(0.0, at_least=0)
-    """Mixup alpha; 0 for none."""
+    """Mixup alpha; 0 turns mixup off."""
     cutmix: float = option(0.0, at_least=0)
-    """CutMix alpha; 0 for none."""
+    """CutMix alpha; 0 turns CutMix off."""
     mixup_prob: float = option(1.0, at_least=0, at_most=1, needs=_MIXES)
     """Probability of mixup or CutMix per step."""
     mixup_switch_prob: float = option(0.5, at_least=0, at_most=1, needs=_MIXES)
@@ -121,23 +123,23 @@ class AugmentationOptions(Options, panel="Augmentation"):
     smoothing: float = option(0.0, at_least=0, below=1)
     """Label smoothing."""
     scale: tuple[float, ...] = option((0.5, 1.0), above=0, at_most=1, needs={"aug": True})
-    """Minimum and maximum fraction of the area that a random crop keeps."""
+    """Smallest and largest area of a random crop, as a fraction of the image."""
     ratio: tuple[float, ...] = option((0.75, 4 / 3), above=0, at_most=100, needs={"aug": True})
-    """Minimum and maximum aspect ratio of a random crop."""
+    """Smallest and largest aspect ratio of a random crop."""
     hflip: float = option(0.5, at_least=0, at_most=1, needs={"aug": True})
-    """Probability of a horizontal flip. Use 0 if left and right differ in meaning."""
+    """Probability of a horizontal flip. Use 0 if left and right mean different things."""
     vflip: float = option(0.0, at_least=0, at_most=1, needs={"aug": True})
     """Probability of a vertical flip."""
     color_jitter: float = option(0.0, at_least=0, needs={"aug": True})
-    """Strength of brightness, contrast and saturation changes. Ignored with an AutoAugment policy."""
+    """Strength of colour jitter (brightness, contrast, saturation). AutoAugment policies ignore it."""
     reprob: float = option(0.0, at_least=0, at_most=1, needs={"aug": True})
     """Probability of random erasing."""
     remode: EraseMode = option("pixel", needs={"reprob": GIVEN})
     """Fill of an erased rectangle."""
     recount: int = option(1, at_least=1, needs={"reprob": GIVEN})
-    """Maximum number of erased rectangles per image."""
+    """Largest number of erased rectangles per image."""
     train_interpolation: str | None = option(None, needs={"aug": True})
-    """Interpolation of random crops. Default: the model's own."""
+    """Interpolation for random crops. Default: the checkpoint's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,31 +161,31 @@ class FinetuneKeywords(
     """Keywords of :func:`mhacut.finetune`."""
 
     output: PathLike | None = option(None, metavar="DIR")
-    """Folder of the run. Default: the name of SLIM plus -finetuned, in the working directory."""
+    """Folder of the run. Default: SLIM's name plus -finetuned, in the working directory."""
     overwrite: bool = False
-    """Start again in a folder that holds a run. The old run moves to the subfolder old."""
+    """Start a new run in a folder that holds a run. The earlier run is moved to its subfolder old."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Continue the run in this folder with its options. More epochs or steps extend a finished run."""
+    """Continue the run in this folder with its options. More epochs or steps prolong a finished run."""
     save_every: int = option(0, at_least=0)
-    """Steps between saves within an epoch; 0 saves at the end of each epoch."""
+    """Steps between saves within an epoch; 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
     """Learn from labels, if the images have any. Accuracy is measured in both cases."""
     eval_images: int | None = option(None, at_least=0, panel="Data")
-    """Number of validation images. Default: all; 0 skips validation."""
+    """Number of validation images. Default: all; 0 turns validation off."""
     amp: bool = option(False, panel="Computing")
     """Train in mixed precision. Accuracy is measured in float32."""
     amp_dtype: AmpDtype = option("bfloat16", panel="Computing", needs={"amp": True})
-    """Dtype of mixed precision; float16 requires CUDA."""
+    """Type of mixed precision. float16 needs CUDA."""
     compile: bool = option(False, panel="Computing")
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = option(False, panel="Computing")
-    """Recompute activations in the backward pass to save memory."""
+    """Save memory by recomputing activations in the backward pass."""
     channels_last: bool = option(False, panel="Computing")
-    """Use the channels-last memory format, for convolutions."""
+    """Use the channels-last memory format."""
     log: str | None = None
-    """Logs besides summary.csv: tensorboard, wandb, or tensorboard,wandb."""
+    """Logs to write in addition to summary.csv: tensorboard, wandb, or both (tensorboard,wandb)."""
     dtype: Dtype | None = None
-    """Dtype of the written weights. Default: the slim file's."""
+    """Precision of the saved weights. Default: SLIM's."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -206,4 +208,4 @@ class FinetuneOptions(FinetuneKeywords, panel="Arguments"):
     """Options of ``mhacut finetune``."""
 
     checkpoint: PathLike = option(REQUIRED, metavar="SLIM", reads="checkpoint")
-    """Slim file of mhacut prune."""
+    """Slim file, written by mhacut prune."""

@@ -29,27 +29,27 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
     """Keywords of :func:`mhacut.inspect`."""
 
     layer: str | None = option(None, metavar="GLOB")
-    """Show only layers whose names match, head by head: 'blocks.1*.attn'."""
+    """Show only layers whose names match, with all heads: 'blocks.1*.attn'."""
     heads: bool = False
-    """Show every head and its kept channels."""
+    """Show every head and its remaining channels."""
     sort: Sort = "layer"
-    """Sort layers by their position in the model (layer) or by a figure, largest first."""
+    """Order of the layers: model order (layer), or largest value of the named column first."""
     shapes: bool = False
-    """Read only the file's header: widths and costs, without weights."""
+    """Show widths and costs only, from the file header, without reading weights."""
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write the report as an HTML page that works offline."""
+    """Write the report as one HTML page."""
     overwrite: bool = option(False, needs={"html": GIVEN})
-    """Replace an existing output file."""
+    """Replace an existing HTML page."""
     compare: PathLike | None = option(None, metavar="DENSE", reads="checkpoint")
-    """Compare each layer with the layer of this dense model. Without --data-dir, the images are synthetic."""
+    """Dense model to compare with, layer by layer. Without images, synthetic images are used."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Split for choosing the images."""
+    """Split with the images."""
     calibration_images: int | None = option(None, at_least=1, panel="Data", needs=_RUNS)
-    """Number of images for assessing heads. Default: 64."""
+    """Number of images for head statistics. Default: 64."""
     seed: int = seed_option()
-    """Random seed for choosing the images."""
+    """Random seed for choosing images."""
     batch_size: int = option(16, at_least=1, panel="Computing", needs=_RUNS)
-    """Images per batch."""
+    """Batch size."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

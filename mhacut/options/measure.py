@@ -27,9 +27,9 @@ class EvaluateKeywords(ModelOptions, LabelledImages, PreprocessingOptions, Devic
     """Keywords of :func:`mhacut.evaluate`."""
 
     batch_size: int = option(64, at_least=1)
-    """Images per batch."""
+    """Batch size."""
     amp: bool = False
-    """Compute under bfloat16 autocast."""
+    """Use bfloat16 autocast."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,19 +44,19 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     checkpoints: tuple[PathLike, ...] = option(
         REQUIRED, panel="Arguments", metavar="CHECKPOINT...", reads="checkpoint"
     )
-    """One or more checkpoints. The first is the reference."""
+    """Checkpoints, dense or slim. The first is the reference for ratios."""
     runtime: Runtime = "eager"
-    """Runtime: eager PyTorch, torch.compile, ONNX Runtime or OpenVINO."""
+    """Runtime: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO."""
     int8: bool = False
     """Also time each checkpoint in INT8, with dynamic quantization in ONNX Runtime."""
     batch_sizes: tuple[int, ...] = option((1, 8), at_least=1)
-    """Batch sizes."""
+    """Batch sizes to time."""
     seconds: float = option(5.0, above=0)
-    """Measuring time per batch size, shared by all checkpoints."""
+    """Seconds of measurement per batch size, for all checkpoints together."""
     threads: int | None = threads_option()
-    """Number of CPU threads. Default: torch's choice."""
+    """CPU threads. Default: torch's choice."""
     dtype: ExportDtype = "float32"
-    """Dtype of weights and activations."""
+    """Precision of the computation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,6 +90,7 @@ class ModelsOptions(Options, panel="Models"):
     """Options of ``mhacut models``."""
 
     pattern: str = option("*", panel="Arguments", metavar="PATTERN")
-    """Name pattern, as for timm.list_models. Default: all models, which takes minutes."""
+    """Pattern of architecture names, as in timm.list_models. Default: all architectures, which takes
+    minutes."""
     refused: bool = False
-    """List only the models that cannot be pruned, with reasons."""
+    """List only architectures that cannot be pruned, with the reason."""

@@ -94,6 +94,16 @@ class Option:
         return "--" + name.replace("_", "-")
 
     @property
+    def switch(self) -> str:
+        """Spelling of a switch that changes its default: ``--overwrite``, ``--no-labels``."""
+        return self.flag if self.default is False else f"--no-{self.flag.removeprefix('--')}"
+
+    @property
+    def key(self) -> str:
+        """Key in a YAML file: the name in Python, but ``as`` for ``as_``."""
+        return self.name.rstrip("_")
+
+    @property
     def required(self) -> bool:
         return self.default is MISSING
 
@@ -427,20 +437,27 @@ def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> di
 
 def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], where: str) -> dict[str, Any]:
     """Convert values by YAML key to values by option name, in the options' types."""
-    spelled = {one.flag.removeprefix("--").replace("-", "_"): name for name, one in options.items()}
+    names = {option.key: name for name, option in options.items()}
     values: dict[str, Any] = {}
     for key, value in document.items():
-        name = str(key).replace("-", "_")
-        name, positive = spelled.get(name, name), name.removeprefix("no_")
         try:
-            if name not in options and positive in options and options[positive].kind is bool:
-                name, value = positive, not options[positive].check(value)  # `no-latency: true`, as the flag
-            if name not in options:
-                raise UsageError(unknown_option(name, tuple(options)))
-            values[name] = options[name].check(value)
+            if key not in names:
+                raise UsageError(_unknown_key(str(key), options))
+            values[names[key]] = options[names[key]].check(value)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     return values
+
+
+def _unknown_key(key: str, options: Mapping[str, Option]) -> str:
+    """Say which key to write in place of a flag's spelling or a misspelled key."""
+    flag = "--" + key.replace("_", "-")
+    for option in options.values():
+        if flag in (option.flag, f"--{option.key.replace('_', '-')}"):
+            return f"no option {key!r}; write {option.key}: VALUE"
+        if option.kind is bool and flag == f"--no-{option.flag.removeprefix('--')}":
+            return f"no option {key!r}; write {option.key}: false"
+    return unknown_option(key, tuple(option.key for option in options.values()))
 
 
 def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -84,45 +84,46 @@ class SearchOptions(Options, panel="Research switches"):
     effort: Effort = option("balanced", panel="Result")
     """Search effort. DeiT-S on 2 cores: fast about 1 min, balanced 1.5 to 8 min, best longer."""
     batch_size: int = option(16, panel="Computing", at_least=1)
-    """Images per batch."""
+    """Batch size for calibration."""
     seed: int = seed_option()
     """Random seed."""
     method: Method = option("mhacut", panel="Rarer options")
     """Preset of the research switches: mhacut's defaults, or the paper's method (arXiv 2405.20867)."""
     allocation: Allocation = "curves"
-    """How the budget is divided among layers: by sensitivity curves, by trained indicators (the paper's way),
-    or uniformly."""
+    """How the budget is divided among layers: by sensitivity curves (curves), by trained indicators as in the
+    paper (indicator), or equally (uniform)."""
     basis: BasisChoice = "auto"
-    """Candidates for removal: channels, or principal components where rotating the weights is exact. auto
-    picks the smaller held-out error per layer."""
+    """Channels to choose from: original channels (channel), principal components where they are exact
+    (principal), or the better of both per layer (auto)."""
     positions: Positions = "auto"
-    """v channels kept in heads that share convolution filters: own copies the filters per head, equal keeps
-    the same channels in all heads. auto picks the smaller held-out error per layer."""
+    """Which v channels heads with shared convolution filters keep: each head its own (own), all heads the
+    same (equal), or the better of both per layer (auto)."""
     repair: bool = True
-    """Refit the weights after each pruned layer by least squares."""
+    """Refit the weights that read a pruned layer's output by least squares."""
     heal_steps: int | None = option(None, at_least=0)
-    """Training steps per block. Each block learns to reproduce the output of the dense block. Default: set by
-    the effort."""
+    """Training steps per block (healing): each block learns to reproduce the dense block's output. Default:
+    set by the effort."""
     tuning_steps: int | None = option(None, at_least=0)
-    """Training steps for all weights at once, with the dense model's outputs as targets. Default: set by the
-    effort."""
+    """Training steps of all weights, to reproduce the dense model's logits or features without labels.
+    Default: set by the effort."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Learning rate of the tuning. Default: found on held-out images."""
+    """Learning rate of the tuning steps. Default: found by trial on held-out images."""
     token_weights: bool = True
-    """Weight the error of each token by its influence on the output."""
+    """Weight each token by its influence on the model's output. If off, all tokens have the same weight."""
     reweight: bool = True
-    """Train a scale for each kept channel and fold the scales into the weights."""
+    """Train a scale for each remaining channel; the scales are merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Training steps of the channel scales. Default: 40 without the repair, 0 with it."""
+    """Training steps of the channel scales. Default: 40 without repair, 0 with repair."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
     """Learning rate of the channel scales."""
     selection: Selection = option("repair", needs=_INDICATORS)
-    """Criterion for the kept channels: smallest error after the repair, or largest indicators."""
+    """Channels to keep for given widths: those with the smallest error after repair (repair), or the highest
+    indicators (indicator)."""
     similarity: bool = option(True, needs=_INDICATORS)
     """Lower the indicator of a channel that resembles other channels of its head."""
     score_adjustment: bool = option(True, needs=_INDICATORS)
-    """Keep equal widths in all heads while indicators are trained. If off, only the final plan has equal
-    widths."""
+    """Keep the widths of all heads equal while indicators are trained. If off, equal widths are enforced only
+    in the final plan."""
     init: Init = option("attention-difference", needs=_INDICATORS)
     """Initial values of the indicators."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
@@ -130,9 +131,9 @@ class SearchOptions(Options, panel="Research switches"):
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
     """Learning rate of the indicators."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
-    """Weight of the budget's gradient relative to the gradient of the loss."""
+    """Weight of the budget's gradient, relative to the task's gradient."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
-    """Weight of the cross-entropy with labels relative to the distillation loss."""
+    """Weight of the cross-entropy with labels, relative to the distillation loss."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -183,37 +184,40 @@ class PruneKeywords(
     """Keywords of :func:`mhacut.prune` and :func:`mhacut.prune_many`."""
 
     params: str | None = option(None, metavar="BUDGET")
-    """Budget of parameters: 2.8M or 50%. Combines with other budgets."""
+    """Budget for the parameters: 2.8M or 50%. Combines with other budgets."""
     size: str | None = option(None, metavar="BUDGET")
-    """Budget of bytes for the written file: 6MB, 5.5MiB or 50%."""
+    """Budget for the size of the written file: 6MB, 5.5MiB or 50%."""
     max_latency: str | None = option(None, metavar="TIME")
-    """Budget of time per batch: 12ms, or 50% of the dense model's time."""
+    """Budget for the wall time per batch: 12ms or 50%. Dense and pruned model are timed on the chosen
+    device."""
     max_kl: float | None = option(None, above=0, metavar="NATS")
-    """Find the smallest model within this KL divergence from the dense model, in nats, on held-out
+    """Find the smallest model with at most this KL divergence (nats) from the dense model, on held-out
     calibration images."""
     max_drop: float | None = option(None, at_least=0, at_most=100, metavar="POINTS")
-    """Find the smallest model that loses at most this many points of top-1 on the validation images."""
+    """Find the smallest model that loses at most this many points of top-1 accuracy. Needs labelled
+    validation images."""
     as_: Literal["timm", "huggingface"] = "timm"
     """How to treat a Hugging Face folder: timm converts it and writes a slim file; huggingface keeps its
     class and writes a folder."""
     output: PathLike | None = option(None, metavar="FILE")
-    """File or folder to write. Default: named after checkpoint and budget."""
+    """File or folder to write. Default: named after checkpoint and budget, in the working directory."""
     scope: Scope = "auto"
-    """What may be removed: attention channels, MLP channels, tokens (by merging). auto: all that the model
-    allows."""
+    """What to prune: attention channels, MLP channels, tokens (merged in plain ViTs). auto: all that the
+    model, its outputs and the targets allow."""
     preserve: str | None = option(None, metavar="OUTPUTS")
-    """Outputs to keep close to the dense model's: answers (logits), pooled, tokens (patch features), pyramid,
-    or layer names. Default: answers, or tokens without a classifier."""
+    """Output to preserve: answers (logits), pooled (classifier inputs), tokens (patch features), pyramid
+    (features_only maps), or layer names such as blocks.10,blocks.11. Default: answers, or tokens if there is
+    no classifier."""
     keep_dead_tokens: bool = False
     """Keep all tokens, so that patch features exist: no merging, no shortcut in the last block."""
     round_to: int | None = option(None, at_least=1)
-    """Round widths to multiples of N. Default: 8, or 16 with --max-latency on a GPU."""
+    """Round widths to multiples of N. Default: 8, or 16 for a latency budget on a GPU."""
     overwrite: bool = False
-    """Replace an existing output file."""
+    """Replace an existing file. The checkpoint is never replaced."""
     dry_run: bool = False
-    """Search and show the result without writing a model."""
+    """Search and show the result, but write no model."""
     report: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write an HTML report."""
+    """Write an HTML report of the run. Dry runs can have a report too."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
     """Number of calibration images. Default: set by the effort."""
     labels: bool = option(
@@ -221,13 +225,13 @@ class PruneKeywords(
     )
     """Use labels, if the images have any. Without labels, no accuracy is measured."""
     eval_images: int = option(2000, at_least=0, panel="Measuring")
-    """Number of validation images; 0 skips validation."""
+    """Number of validation images to judge the result on, labelled or unlabelled; 0 turns this off."""
     amp: bool = option(False, panel="Computing")
-    """Train under bfloat16 autocast."""
+    """Use bfloat16 autocast in training steps."""
     exclude: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN", repeats=True)
     """Keep all channels of layers or units whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated."""
     min_width: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN=N", repeats=True)
-    """Keep at least N channels per head, or per MLP, where names match: 'blocks.*.mlp=256'. Can be
+    """Keep at least N channels per head or per MLP, where names match: 'blocks.*.mlp=256'. Can be
     repeated."""
     equal_qkv: bool = option(False, panel="Rarer options")
     """Give q, k and v of a layer the same width, for fused attention in TensorRT and ONNX Runtime."""
@@ -238,8 +242,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
     """Options of ``mhacut prune``."""
 
     flops: str | tuple[str, ...] | None = option(None, metavar="BUDGET", repeats=True)
-    """Budget of FLOPs (multiply-accumulates): 2.0G, 600M or 50%. Repeat the flag to write one file per
-    budget."""
+    """Budget for the FLOPs (multiply-accumulates): 50%, 2.0G or 600M. Several budgets write one file each."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:

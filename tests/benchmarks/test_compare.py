@@ -65,7 +65,7 @@ def test_mhacut_is_run_as_a_user_would(compare, methods, tmp_path) -> None:
     assert "prune m.pth --flops 37.5% " in command
     assert command.endswith(
         "--seed 1 --calibration-images 8 --model vit --model-arg depth=6 --mean 0,0,0 "
-        "--scope attention+mlp --no-labels --basis principal --effort fast --calibration-images 128 "
+        "--scope attention+mlp --no-labels --set basis=principal --effort fast --calibration-images 128 "
         "--data-dir d"
     )
     bare = compare.mhacut_command(setup, methods.METHODS["mhacut-nodata-auto-balanced"], 50.0, tmp_path / "o")

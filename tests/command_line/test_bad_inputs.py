@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.checkpoints import Hostile, torch_file, zipped
-from helpers.cli import FAST, refusal, run, unchanged
+from helpers.cli import FAST, refusal, research, run, unchanged
 from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
@@ -276,7 +276,7 @@ def test_scores_that_are_all_equal(tiny_vit, tmp_path, basis):  # 42
     files = [tmp_path / f"{number}.safetensors" for number in range(2)]
     with unchanged(path):
         for file in files:
-            given = ["--flops", "60%", "--basis", basis, "--effort", "fast", *FAST, "-o", file]
+            given = ["--flops", "60%", *research(basis=basis), "--effort", "fast", *FAST, "-o", file]
             result = run("prune", path, *tiny_vit.flags[1:], *given)
             assert result.exit_code == 0, result.stderr
     assert files[0].read_bytes() == files[1].read_bytes()

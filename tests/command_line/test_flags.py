@@ -9,11 +9,12 @@ import typer
 
 from helpers.cli import run
 from mhacut.cli.app import COMMANDS, app
+from mhacut.cli.flags import RESEARCH
 from mhacut.options.option import read_config
 from mhacut.options.prune import PruneOptions
 
 # Flags of every command that are no options of its function.
-COMMON = {"config", "json", "quiet", "verbose", "help"}
+COMMON = {"config", "json", "quiet", "verbose", "help", "help_all", "set"}
 
 
 def test_flags_are_the_options():
@@ -21,7 +22,8 @@ def test_flags_are_the_options():
     assert set(commands) == set(COMMANDS)
     for name, options in COMMANDS.items():
         flags = {parameter.name for parameter in commands[name].params}
-        assert flags - COMMON == set(options.options())
+        known = options.options().values()
+        assert flags - COMMON == {one.name for one in known if one.panel != RESEARCH}
 
 
 def test_defaults_are_the_options(captured):
@@ -47,7 +49,7 @@ def as_flags(one, value):
     if one.is_argument:
         return list(value) if one.element else [value]
     if isinstance(value, bool):
-        return [one.flag if value else f"--no-{one.flag.removeprefix('--')}"]
+        return [one.switch]
     if one.takes_pairs:
         return [word for pair in value.items() for word in (one.flag, "=".join(map(str, pair)))]
     if one.repeats:
@@ -61,12 +63,13 @@ def test_every_flag_and_every_yaml_key_reaches_its_option(tmp_path, command):
     parser = typer.main.get_command(app).commands[command]
     values = {name: other_value(one) for name, one in options.items()}
     for name, one in options.items():
+        if one.panel == RESEARCH:
+            continue
         parsed = parser.make_context(command, as_flags(one, values[name])).params[name]
-        assert one.check(parsed) == values[name] != one.default, name
-    for separator in ("-", "_"):
-        document = {name.replace("_", separator): value for name, value in values.items()}
-        (tmp_path / "run.yaml").write_text(json.dumps(document))  # which is YAML
-        assert read_config(tmp_path / "run.yaml", options, "run.yaml") == values
+        assert parsed is True if one.kind is bool else one.check(parsed) == values[name] != one.default, name
+    document = {options[name].key: value for name, value in values.items()}
+    (tmp_path / "run.yaml").write_text(json.dumps(document))  # which is YAML
+    assert read_config(tmp_path / "run.yaml", options, "run.yaml") == values
 
 
 def test_a_flag_that_repeats_takes_each_value(captured):
@@ -93,20 +96,19 @@ def test_a_flag_takes_a_pair(captured):
 )
 def test_yaml_takes_pairs_as_mappings_and_lists(captured, tmp_path, value):
     file = tmp_path / "run.yaml"
-    for key in ("model-arg", "model_args"):
-        file.write_text(f"checkpoint: a.pth\nflops: 50%\nmean: [0.5, 0.4, 0.3]\n{key}: {value}\n")
-        run("prune", "--config", file)
-        made = captured.pop()
-        assert made.model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
-        assert made.mean == (0.5, 0.4, 0.3)
-    file.write_text("checkpoint: a.pth\nflops: 50%\nmodel-arg: depth=2\n")
+    file.write_text(f"checkpoint: a.pth\nflops: 50%\nmean: [0.5, 0.4, 0.3]\nmodel_args: {value}\n")
+    run("prune", "--config", file)
+    made = captured.pop()
+    assert made.model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
+    assert made.mean == (0.5, 0.4, 0.3)
+    file.write_text("checkpoint: a.pth\nflops: 50%\nmodel_args: depth=2\n")
     run("prune", "--config", file, "--model-arg", "img_size=32", "--model-arg", "depth=3")
     assert captured.pop().model_args == {"depth": 3, "img_size": 32}
 
 
 @pytest.mark.parametrize("value", ["3", "[3]", "[depth]", "{3: 4}", "[[depth=2]]"])
 def test_yaml_refuses_other_pairs(captured, tmp_path, value):
-    (tmp_path / "run.yaml").write_text(f"checkpoint: a.pth\nflops: 50%\nmodel-arg: {value}\n")
+    (tmp_path / "run.yaml").write_text(f"checkpoint: a.pth\nflops: 50%\nmodel_args: {value}\n")
     result = run("prune", "--config", tmp_path / "run.yaml")
     assert result.exit_code == 2
     assert "model-arg" in result.stderr
@@ -115,19 +117,33 @@ def test_yaml_refuses_other_pairs(captured, tmp_path, value):
 
 def test_flags_win_over_the_file(captured, tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text("flops: 50%\nsteps: 7\nlr: 1e-2\nlabels: false\nmodel-args: {img_size: 32, depth: 6}\n")
-    run("prune", "a", "-c", file, "--steps", "8", "--labels", "--model-arg", "depth=2")
+    file.write_text(
+        "flops: 50%\nround_to: 7\nlr: 1e-2\nlabels: false\nmodel_args: {img_size: 32, depth: 6}\n"
+    )
+    run("prune", "a", "-c", file, "--round-to", "8", "--model-arg", "depth=2")
     (options,) = captured
-    assert (options.flops, options.steps, options.lr, options.labels) == ("50%", 8, 0.01, True)
+    assert (options.flops, options.round_to, options.lr, options.labels) == ("50%", 8, 0.01, False)
     assert options.model_args == {"img_size": 32, "depth": 2}
 
 
-def test_yaml_takes_the_spelling_of_the_flags(captured, tmp_path):
-    config = tmp_path / "run.yaml"
-    config.write_text("no-latency: true\nno_similarity: false\nmodel-arg: {depth: 2}\n")
-    run("prune", "x.safetensors", "--flops", "50%", "--config", str(config))
-    (options,) = captured
-    assert (options.latency, options.similarity, options.model_args) == (False, True, {"depth": 2})
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "8"], "--steps is no longer a flag: use --set steps=8, or"),
+        (["--steps", "8"], 'put "steps: 8" into a YAML file and pass --config FILE'),
+        (["--basis=channel"], 'put "basis: channel" into a YAML file'),
+        (["--no-repair"], 'put "repair: false" into a YAML file'),
+        (["--repair", "--json"], 'put "repair: true" into a YAML file'),
+        (["--tuning-lr"], 'put "tuning_lr: VALUE" into a YAML file'),
+        (["--labels"], "--labels is the default and no longer a flag: leave it out"),
+        (["--no-overwrite"], "--no-overwrite is the default and no longer a flag: leave it out"),
+        (["--flps", "8"], "--flops"),
+    ],
+)
+def test_errors_of_removed_flags_name_the_replacement(flags, message):
+    result = run("prune", "a", "--flops", "50%", *flags, env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert message in result.stderr
 
 
 LEVELS = [f"&a{n} [{', '.join([f'*a{n - 1}' if n else 'x'] * 9)}]" for n in range(12)]
@@ -140,13 +156,16 @@ ALIASES = f"[{', '.join(LEVELS)}]"
     [
         ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
         ("json: true", "no option 'json'"),
-        ("steps: many", "--steps many: expected a whole number"),
+        ("round-to: 8", "no option 'round-to'; write round_to: VALUE"),
+        ("model-arg: depth=2", "no option 'model-arg'; write model_args: VALUE"),
+        ("no-latency: true", "no option 'no-latency'; write latency: false"),
+        ("steps: many", "--set steps=many: expected a whole number"),
         ("steps: true", "expected a whole number"),
         ("amp: 2", "--amp 2: expected True or False"),
         ("lr: .nan", "expected a number"),
         ("mean: [0.5, x]", "--mean x: expected a number"),
         ("output: [a]", "expected a path"),
-        ("model-args: 3", "expected a mapping of names to values, or KEY=VALUE"),
+        ("model_args: 3", "expected a mapping of names to values, or KEY=VALUE"),
         ("- 1", "expected lines of NAME: VALUE, found list"),
         ("a: [", "is not YAML"),
         ("a: !!python/object/apply:os.system [ls]", "is not YAML"),

@@ -14,8 +14,10 @@ from importlib.metadata import version
 import pytest
 
 import mhacut
-from helpers.cli import run, unchanged
+from helpers.cli import research, run, unchanged
 from helpers.programs import MAIN
+from mhacut.cli.app import COMMANDS
+from mhacut.cli.flags import RESEARCH
 
 ASCII = """
 import sys
@@ -106,13 +108,28 @@ def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
 
 
 def test_help_groups_flags():
-    text = run("prune", "--help", env={"COLUMNS": "120"}).stdout
-    headings = re.findall(r"^╭─ (.+?) ─", text, re.MULTILINE)
-    assert headings[:4] == ["Arguments", "Options", "Result", "Data"]
-    assert headings[-2:] == ["Rarer options", "Research switches"]
+    text = run("prune", "--help-all", env={"COLUMNS": "120"}).stdout
+    headings = re.findall(r"^(\w.+):$", text, re.MULTILINE)
+    assert headings[:4] == ["Arguments", "Result", "Data", "Model"]
+    assert headings[-2:] == ["Rarer options", "Every command"]
     assert text.index("--flops") < text.index("--effort") < text.index("--dataset")
-    assert "[default: 60]" in text
+    assert "[default: 2000]" in text
     assert "'*.attn.qk'" in text
+    assert "--allocation" not in text
+    assert "research switches have no flag: use --set KEY=VALUE" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_on_a_page(command):
+    options = [one for one in COMMANDS[command].options().values() if one.panel != RESEARCH]
+    text = run(command, "--help", env={"COLUMNS": "80", "TERM": "dumb"}).stdout
+    assert len(text.splitlines()) <= 70
+    assert "Example" in text
+    assert "<" not in text  # no types of switches
+    flags = set(re.findall(r"^  (?:-\w, )?(--[\w-]+)", text, re.MULTILINE))
+    flags -= {"--config", "--json", "--quiet", "--verbose", "--help-all", "--help", "--set"}
+    more = sum(not one.is_argument for one in options) - len(flags)
+    assert not more or f"--help-all shows {more} more options." in text
 
 
 def test_version():
@@ -165,7 +182,7 @@ def test_ascii_terminal(programs, slim, tmp_path):
 @pytest.mark.slow
 def test_interrupt(programs, tiny_vit, tmp_path, number):
     out = tmp_path / "out.safetensors"
-    endless = ["--allocation", "indicator", "--steps", "1000000"]
+    endless = research(allocation="indicator", steps=1000000)
     flags = ["--flops", "50%", "-o", out, *endless, "--calibration-images", "8", "-v"]
     program = programs.start(MAIN, "prune", *tiny_vit.flags, *flags)
     with program.stdout, program.stderr:

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mhacut
-from helpers.cli import FAST, refusal, run
+from helpers.cli import FAST, refusal, research, run
 
 
 def test_prune_prints_a_table(tiny_vit, tmp_path):
@@ -52,7 +52,7 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
 )
 def test_divergences_of_features_are_called_what_they_are(tiny_vit, flags, heading, unit):
     given = ["--flops", "90%", "--flops", "80%", "--exclude", "blocks.1.mlp", "--dry-run", *flags]
-    result = run("prune", *tiny_vit.flags, *given, "--no-repair", "--heal-steps", "0", *FAST)
+    result = run("prune", *tiny_vit.flags, *given, *research(repair=False, heal_steps=0), *FAST)
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0].endswith(f"  {heading}")
@@ -95,7 +95,7 @@ def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
 
 def test_prune_json(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
-    by_indicators = ["--allocation", "indicator", "--steps", "2"]
+    by_indicators = research(allocation="indicator", steps=2)
     result = run("prune", *tiny_vit.flags, "--flops", "45%", "-o", out, "--json", *by_indicators, *FAST)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
@@ -169,18 +169,18 @@ def test_existing_output_is_kept(tiny_vit, tmp_path):
     ("arguments", "message"),
     [
         ([], "CHECKPOINT is missing"),
-        (["a"], "--flops is missing. Budget: 2.0G"),
+        (["a"], "--flops is missing. Budget for the FLOPs"),
         (["a"], "--params, --size, --max-latency, --max-kl or --max-drop"),
         (
             ["a", "--flops", "1G", "--scope", "mlp"],
             "--scope mlp: expected one of auto, attention, attention+mlp",
         ),
-        (["a", "--flops", "1G", "--steps", "0"], "--steps 0: expected at least 1"),
-        (["a", "--flops", "1G", "--lr", "nan"], "--lr nan: expected a number"),
+        (["a", "--flops", "1G", "--round-to", "0"], "--round-to 0: expected at least 1"),
+        (["a", "--flops", "1G", "--max-kl", "nan"], "--max-kl nan: expected a number"),
         (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean a: expected a number"),
         (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
         ([__file__, "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
-        (["a", "--flops", "1G", "--steps", "x"], "--steps"),
+        (["a", "--flops", "1G", "--round-to", "x"], "--round-to"),
         (["a", "--flops", "1G", "--bogus"], "--bogus"),
     ],
 )

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 import mhacut
-from helpers.cli import run
+from helpers.cli import research, run
 from helpers.data import write_image
 from helpers.jobs import Recorder
 from helpers.pruning import last_step, prune_quickly
@@ -83,7 +83,7 @@ def test_a_folder_needs_no_labels_to_judge_on(tiny_vit, images, tmp_path, flags)
         path.parent.mkdir(exist_ok=True)
         to_pil_image(image.sigmoid()).save(path)
     arguments = ["--data-dir", tmp_path, "--workers", "0", "--effort", "fast", "--no-latency", "--json"]
-    arguments += ["--allocation", "uniform", "--no-repair", "--gain-steps", "0"]
+    arguments += research(allocation="uniform", repair=False, gain_steps=0)
     output = tmp_path / "slim.safetensors"
     result = run("prune", *tiny_vit.flags, "--flops", "60%", *arguments, *flags, "-o", output)
     assert result.exit_code == 0, result.stderr

@@ -201,8 +201,6 @@ def test_two_processes_write_what_one_writes(tiny_vit, tmp_path, programs):
         "24",
         "--batch-size",
         "4",
-        "--gain-steps",
-        "2",
         "--json",
         "--no-latency",
     ]

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import mhacut
-from helpers.cli import run
+from helpers.cli import research, run
 from helpers.models import ModelCase, build
 
 CHANNELS = ["--scope", "attention+mlp", "--effort", "fast", "--calibration-images", "8", "--workers", "0"]
-SETTINGS = ["--set", "repair=false", "--set", "gain_steps=0", "--set", "basis=channel"]
-HARSH = [*CHANNELS, *SETTINGS, "--no-latency"]
+HARSH = [*CHANNELS, "--no-latency", *research(repair=False, gain_steps=0, basis="channel")]
 """Flags that lose much at 11 % of the FLOPs."""
 WARNING = re.compile(
     r"^warning: large loss: top-1 (\S+) % \(dense \S+ %\) at 11 % of the FLOPs$", re.MULTILINE

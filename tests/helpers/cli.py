@@ -13,8 +13,13 @@ from typer.testing import CliRunner
 
 from mhacut.cli.app import app
 
-FAST = ["--gain-steps", "2", "--calibration-images", "8", "--batch-size", "4", "--no-latency"]
+FAST = ["--calibration-images", "8", "--batch-size", "4", "--no-latency"]
 """Flags of ``prune`` with which it takes a second."""
+
+
+def research(**values: object) -> list[str]:
+    """Flags that set research switches: ``--set basis=channel``."""
+    return [word for name, value in values.items() for word in ("--set", f"{name}={str(value).lower()}")]
 
 
 def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:

@@ -41,13 +41,11 @@ def test_keywords_are_shown_with_type_default_and_help():
         shown = inspect.signature(function).parameters
         assert next(iter(shown)) == "checkpoint"
         assert {"batch_size", "device", "progress", "reporter"} <= set(shown)
-        assert "    batch_size: Images per batch" in (inspect.getdoc(function) or "")
+        assert "    batch_size: Batch size" in (inspect.getdoc(function) or "")
     shown = inspect.signature(mhacut.prune).parameters
     assert (shown["steps"].annotation, shown["steps"].default) == ("int", 60)
-    assert "    steps: Optimiser steps of the indicators. Default: 60." in (
-        inspect.getdoc(mhacut.prune) or ""
-    )
-    assert "    seconds: Time to measure per batch size" in (inspect.getdoc(mhacut.bench) or "")
+    assert "    steps: Training steps of the indicators. Default: 60." in (inspect.getdoc(mhacut.prune) or "")
+    assert "    seconds: Seconds of measurement per batch size" in (inspect.getdoc(mhacut.bench) or "")
 
 
 def test_keywords_of_bench_are_its_options():

@@ -35,7 +35,7 @@ def _mhacut() -> Iterable[Method]:
                     {
                         "flags": (
                             *("--scope", "attention+mlp", *data_flags),
-                            *("--basis", basis, "--effort", effort, *own),
+                            *("--set", f"basis={basis}", "--effort", effort, *own),
                         )
                     },
                     default=(basis, effort) == ("auto", "balanced"),
