@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
     "checkpoint": 5562,
-    "cli": 1308,
+    "cli": 1440,
     "commands": 3689,
     "data": 1518,
     "exporting": 1300,

@@ -90,14 +90,14 @@ class SearchOptions(Options, panel="Research switches"):
     method: Method = option("mhacut", panel="Rarer options")
     """Preset of the research switches: mhacut's defaults, or the paper's method (arXiv 2405.20867)."""
     allocation: Allocation = "curves"
-    """How the budget is divided among layers: by sensitivity curves (curves), by trained indicators as in the
+    """Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in the
     paper (indicator), or equally (uniform)."""
     basis: BasisChoice = "auto"
     """Channels to choose from: original channels (channel), principal components where they are exact
     (principal), or the better of both per layer (auto)."""
     positions: Positions = "auto"
-    """Which v channels heads with shared convolution filters keep: each head its own (own), all heads the
-    same (equal), or the better of both per layer (auto)."""
+    """v channels to keep in heads that share convolution filters: each head its own (own), all heads the same
+    (equal), or the better of both per layer (auto)."""
     repair: bool = True
     """Refit the weights that read a pruned layer's output by least squares."""
     heal_steps: int | None = option(None, at_least=0)
@@ -197,12 +197,12 @@ class PruneKeywords(
     """Find the smallest model that loses at most this many points of top-1 accuracy. Needs labelled
     validation images."""
     as_: Literal["timm", "huggingface"] = "timm"
-    """How to treat a Hugging Face folder: timm converts it and writes a slim file; huggingface keeps its
-    class and writes a folder."""
+    """Hugging Face folders: timm converts them and writes a slim file; huggingface keeps their class and
+    writes a folder."""
     output: PathLike | None = option(None, metavar="FILE")
     """File or folder to write. Default: named after checkpoint and budget, in the working directory."""
     scope: Scope = "auto"
-    """What to prune: attention channels, MLP channels, tokens (merged in plain ViTs). auto: all that the
+    """Parts to prune: attention channels, MLP channels, tokens (merged in plain ViTs). auto: all that the
     model, its outputs and the targets allow."""
     preserve: str | None = option(None, metavar="OUTPUTS")
     """Output to preserve: answers (logits), pooled (classifier inputs), tokens (patch features), pyramid
