@@ -24,7 +24,9 @@ from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities, model_input_size
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.hooks import registered
-from mhacut.surgery.tokens import Match, Matcher, merged_of, tokens_of, with_tokens
+from mhacut.surgery.merging_blocks import Matcher
+from mhacut.surgery.token_merging import Match
+from mhacut.surgery.tokens import merged_of, tokens_of, with_tokens
 
 
 def read_dense(

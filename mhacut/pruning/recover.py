@@ -29,7 +29,9 @@ from mhacut.runtime.progress import Reporter
 from mhacut.surgery.features import channel_dims
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import Match, merged_of, set_merged, tokens_in, unmerge_of
+from mhacut.surgery.merging_blocks import unmerged
+from mhacut.surgery.token_merging import Match
+from mhacut.surgery.tokens import merged_of, set_merged, unmerge_of
 
 LR = 7e-4
 """Learning rate at the first step of each block (docs/explanation/choices.md)."""
@@ -217,7 +219,7 @@ def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[
                 _run(module, args, kwargs)
         matches = outputs.get("matcher", [])
     _answer(dense, block, matches)
-    aims = [tokens_in(output) for output in dense.run_through(block.name)]
+    aims = [unmerged(output) for output in dense.run_through(block.name)]
     return [_Call(*arguments, aim, match) for arguments, aim, match in zip(given, aims, matches, strict=True)]
 
 
@@ -233,7 +235,7 @@ def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> 
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs))
     )
-    tokens: Tensor = tokens_in(block(*args, **kwargs))
+    tokens: Tensor = unmerged(block(*args, **kwargs))
     return tokens
 
 
@@ -298,7 +300,7 @@ def _comparable(
 @torch.no_grad()
 def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
     """Return the outputs of each call of these modules, ordered by first call."""
-    with captured_outputs(model, names, lambda args, output: tokens_in(output)) as outputs:
+    with captured_outputs(model, names, lambda args, output: unmerged(output)) as outputs:
         model(image)
     return outputs
 

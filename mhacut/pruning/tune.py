@@ -23,7 +23,8 @@ from mhacut.pruning.preserve import FITTED_IMAGES, Preserved
 from mhacut.runtime.device import ordered_attention
 from mhacut.runtime.process import ignore_signals
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import stack_of, tokens_in
+from mhacut.surgery.merging_blocks import unmerged
+from mhacut.surgery.tokens import stack_of
 
 RATE = 1.2e-4
 """Learning rate at a divergence of 1 nat or more on crops of held-out images. Below, it falls with the square
@@ -68,7 +69,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
     def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the preserved outputs, and the class token after each hinting block, [blocks, B, C]."""
-        with captured_outputs(each, blocks, lambda _, output: tokens_in(output)[:, 0]) as hints:
+        with captured_outputs(each, blocks, lambda _, output: unmerged(output)[:, 0]) as hints:
             outputs = preserved.outputs(each, batch).float()
         tokens = [token.float() for (token,) in hints.values()]
         return outputs, torch.stack(tokens) if tokens else outputs.new_zeros(0)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from mhacut.data import Preprocessing
 from mhacut.report.charts import figure_html, new_figure
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import Match, Matcher, token_of_patch_after
+from mhacut.surgery.merging_blocks import Matcher
+from mhacut.surgery.token_merging import Match, token_of_patch_after
 
 SIZE = 150
 """Pixels of a picture's sides on the page."""

@@ -14,7 +14,7 @@ from mhacut.adapters.base import Layer
 from mhacut.errors import UnsupportedModelError, UsageError, option_name
 from mhacut.surgery.find import PrunableLayers, classifier_size
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import tokens_in
+from mhacut.surgery.merging_blocks import unmerged
 
 Run = Callable[[Tensor], Sequence[Tensor]]
 """Run a model on images [B, C, H, W] and return some tensors that it computes."""
@@ -129,7 +129,7 @@ class _Reader(nn.Module):
 
 def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
     """Run ``model``; return what the modules of these names give."""
-    with captured_outputs(model, names, lambda args, output: tokens_in(output)) as outputs:
+    with captured_outputs(model, names, lambda args, output: unmerged(output)) as outputs:
         model(images)
     wrong = [name for name in names if len(outputs.get(name, ())) != 1]
     if wrong:

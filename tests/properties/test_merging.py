@@ -26,7 +26,8 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.mask import kept_channels, masked_tensors, run_with
 from mhacut.surgery.slice import cut
-from mhacut.surgery.tokens import apply_tokens, set_merged, tokens_of, weigh
+from mhacut.surgery.token_merging import weigh
+from mhacut.surgery.tokens import apply_tokens, set_merged, tokens_of
 
 
 def merging(architecture: str = "vit_tiny_patch16_224", **args: object) -> ModelCase:
@@ -219,14 +220,18 @@ def test_cut_and_merged_on_meta_is_the_same_model(case):
 
 @pytest.mark.parametrize(
     ("merges", "reason"),
-    [((9, 0, 0), "at most 8"), ((8, 5, 0), "block 1 merges at most 4"), ((1, 1), "3 blocks")],
+    [
+        ((9, 0, 0), "at most 8"),
+        ((8, 5, 0), "block 1 .* merges at most 4"),
+        ((1, 1), "3 blocks"),
+    ],
 )
 def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
     with pytest.raises(PlanError, match=reason):
         set_merged(build(merging()), merges)
     model = build(merging())
     apply_tokens(model, TokenPlan(1))
-    with pytest.raises(PlanError, match="computes no tokens"):
+    with pytest.raises(PlanError, match="computes no patches"):
         set_merged(model, (0, 0, 1))
 
 

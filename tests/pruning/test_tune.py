@@ -21,7 +21,7 @@ from helpers.jobs import Recorder, job_of
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning import job, tune
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import tokens_in
+from mhacut.surgery.merging_blocks import unmerged
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 CRUDE = {
@@ -96,7 +96,7 @@ def test_class_tokens_of_every_block_come_nearer_to_the_dense_ones(tuned, tmp_pa
     for model in (mhacut.load_model(DIGITS / "model"), tuned[0].model(), plain.model()):
         with captured_outputs(model, ["blocks.1"]) as outputs, torch.no_grad():
             model.eval()(images)
-        tokens.append(tokens_in(outputs["blocks.1"][0])[:, 0])
+        tokens.append(unmerged(outputs["blocks.1"][0])[:, 0])
     dense, hinted, plain = tokens
     assert F.mse_loss(hinted, dense) < 0.95 * F.mse_loss(plain, dense)
 

@@ -10,7 +10,8 @@ import torch
 from helpers.models import ModelCase, build, image
 from mhacut.data import Preprocessing
 from mhacut.report.gallery import gallery, merged_groups, outlines
-from mhacut.surgery.tokens import SizedTokens, set_merged
+from mhacut.surgery.token_merging import SizedTokens
+from mhacut.surgery.tokens import set_merged
 
 CASE = ModelCase(
     "vit_tiny_patch16_224", {"depth": 4, "img_size": 32, "patch_size": 4, "num_classes": 7, "embed_dim": 48}

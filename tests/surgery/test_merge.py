@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mhacut.surgery.tokens import SizedTokens, checkerboard_order, match, merge, weigh
+from mhacut.surgery.token_merging import SizedTokens, checkerboard_order, match, merge, weigh
 
 
 def slow_merge(x: Tensor, sizes: Tensor, weights: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:

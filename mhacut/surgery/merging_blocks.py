@@ -1,0 +1,223 @@
+"""Forward passes of blocks and models that merge tokens, for timm's ViTs and for layers of transformers.
+
+Each block merges between attention and MLP. Token sizes travel from block to block with the tokens, so a
+forward pass leaves no state behind. :mod:`mhacut.surgery.tokens` sets these classes on existing modules.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import torch
+from timm.models import checkpoint_seq, vision_transformer
+from torch import Tensor, nn
+
+from mhacut.adapters.attend import graph_is_recorded
+from mhacut.adapters.huggingface import Linears, Nested
+from mhacut.adapters.registry import adapter_for
+from mhacut.errors import UnsupportedModelError, option_name
+from mhacut.plan import Unmerge
+from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS
+from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order, match, merge, weigh
+
+
+class Matcher(nn.Module):
+    """Choice of the tokens to merge in a block. A module, so that hooks can read and replace the match."""
+
+    def __init__(self, count: int, prefix: int) -> None:
+        super().__init__()
+        self.count, self.prefix = count, prefix
+
+    def forward(self, x: Tensor, sizes: Tensor, cls_weights: Tensor | None) -> Match:
+        """Match tokens [B, N, C] of sizes [B, N, 1]; the class token's attention weights are [B, H, N]."""
+        weights = weigh(sizes, None if cls_weights is None else cls_weights.detach(), self.prefix)
+        # A smaller image than the planned one may have too few patches: at most half of them merge.
+        count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
+        return match(x.detach(), weights, count, self.prefix)
+
+
+class Merging:
+    """Mixin for a block class: tokens have sizes, and the block may merge some of them."""
+
+    matcher: Matcher | None
+    """None if the block merges no tokens."""
+    gives_sizes: bool
+    """Whether the output is :class:`SizedTokens` instead of a tensor."""
+    unmerge: Unmerge
+    """Whether features that leave the model have a token for every patch."""
+
+
+class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
+    """timm's block with a merge between attention and MLP."""
+
+    def forward(
+        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | SizedTokens:
+        """Map N tokens to N - merged tokens."""
+        _check_no_mask(attn_mask, is_causal)
+        tokens, bias = _with_sizes(x, self)
+        y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias), None
+        if isinstance(y, tuple):
+            y, cls_weights = y
+        tokens = tokens._replace(x=tokens.x + self.drop_path1(self.ls1(y)))
+        if self.matcher is not None:
+            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, cls_weights), self.matcher.prefix)
+        y = tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
+        return tokens._replace(x=y) if self.gives_sizes else y
+
+
+class MergedOutputTokenBlock(Merging, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
+    """Last block that computes only the tokens that the head reads, after blocks that merge."""
+
+    def forward(
+        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """Map N tokens to the first tokens, [B, output tokens, C]."""
+        _check_no_mask(attn_mask, is_causal)
+        tokens, bias = _with_sizes(x)
+        return super().forward(tokens.x, attn_mask=bias)
+
+
+class MergingLayer(Merging):
+    """Mixin for a layer of transformers, with a merge between attention and MLP.
+
+    The last layer unmerges, because code around the model expects a token for every patch.
+    """
+
+    def forward(
+        self, hidden_states: Tensor | SizedTokens, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor | SizedTokens:
+        """Map N tokens to N - merged tokens."""
+        # transformers passes a mask of ones instead of None while a graph is recorded.
+        _check_no_mask(None if graph_is_recorded() else attention_mask, False)
+        tokens, bias = _with_sizes(hidden_states, self)
+        attention, norm = layer_part(self, "attention"), layer_part(self, "norm1")
+        y, *_ = attention(norm(tokens.x), attention_mask=bias, **options)
+        tokens = tokens._replace(x=tokens.x + self._scale_and_drop(1, y))
+        if self.matcher is not None:
+            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, None), self.matcher.prefix)
+        y = layer_part(self, "mlp")(layer_part(self, "norm2")(tokens.x))
+        tokens = tokens._replace(x=tokens.x + self._scale_and_drop(2, y))
+        return tokens if self.gives_sizes else tokens.unmerge()
+
+    def _scale_and_drop(self, branch: int, y: Tensor) -> Tensor:
+        for name in (f"layer_scale{branch}", "drop_path", "dropout"):
+            y = getattr(self, name, nn.Identity())(y)
+        return y
+
+
+_LAYER_PARTS = {
+    "norm1": ("norm1", "layernorm_before", "layer_norm1"),
+    "attention": ("attention", "self_attn"),
+    "norm2": ("norm2", "layernorm_after", "layer_norm2"),
+    "mlp": ("mlp",),
+}
+"""Names of a layer's submodules in the classes of transformers."""
+PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
+"""Names of the parameters that transformers puts before the patches."""
+
+
+def layer_part(layer: Any, part: str) -> Any:
+    """Return the submodule of a transformers layer for a key of ``_LAYER_PARTS``, or None."""
+    return next((getattr(layer, name) for name in _LAYER_PARTS[part] if hasattr(layer, name)), None)
+
+
+def layer_width(layer: Any) -> int:
+    return int(layer_part(layer, "norm1").weight.numel())
+
+
+def is_global_layer(layer: nn.Module) -> bool:
+    """Whether ``layer`` looks like a layer of transformers in which every token attends to all tokens."""
+    parts = [layer_part(layer, name) for name in _LAYER_PARTS]
+    if None in parts or type(adapter_for(layer_part(layer, "attention"))) not in (Linears, Nested):
+        return False
+    _, _, *arguments = inspect.signature(type(layer).forward).parameters.values()
+    # Windowed layers also take a resolution, rotary layers the angles. Merging supports neither.
+    return all("mask" in argument.name or argument.kind is argument.VAR_KEYWORD for argument in arguments)
+
+
+def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
+    """Return tokens with sizes and their attention bias; the bias is None before the first merge."""
+    if not isinstance(x, Tensor):
+        return x, x.bias()
+    token_of_patch = None
+    if block is not None and block.unmerge:
+        token_of_patch = torch.arange(x.shape[1], device=x.device)
+        # "rows" marks slim files from before the checkerboard order existed.
+        if block.unmerge is True and block.matcher is not None:
+            token_of_patch = checkerboard_order(token_of_patch, block.matcher.prefix)
+            x = x.index_select(1, token_of_patch)  # a single ONNX operation
+        token_of_patch = token_of_patch.expand(x.shape[:2])
+    return SizedTokens(x, x.new_ones(*x.shape[:2], 1), token_of_patch), None
+
+
+def unmerged(output: Any) -> Any:
+    """Return a block's output as a tensor, with a token for every patch if the model unmerges."""
+    return output.unmerge() if isinstance(output, SizedTokens) else output
+
+
+def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    if attn_mask is not None or is_causal:
+        raise UnsupportedModelError("a model that merges tokens takes no attention mask")
+
+
+class MergedTokens:
+    """Mixin for timm's ViT class: most tokens that leave the blocks stand for several patches."""
+
+    def forward_features(
+        self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor | SizedTokens:
+        """Return the normalised tokens after the last block, with sizes if the head averages tokens."""
+        _check_no_mask(attn_mask, is_causal)
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if isinstance(tokens, Tensor) or tokens.token_of_patch is not None:
+            features: Tensor = self.norm(unmerged(tokens))
+            return features
+        return SizedTokens(self.norm(tokens.x), tokens.sizes)
+
+    def pool(self: Any, x: Tensor | SizedTokens, pool_type: str | None = None) -> Tensor:
+        """Pool tokens to [B, C]. In a mean, every patch counts the same."""
+        if isinstance(x, Tensor) or (pool_type or self.global_pool) != "avg":
+            tokens = x if isinstance(x, Tensor) else x.x
+            pooled: Tensor = super().pool(tokens, pool_type)  # type: ignore[misc]
+            return pooled
+        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        sizes = x.sizes[:, first:]  # (B, N, 1)
+        mean: Tensor = (x.x[:, first:] * sizes).sum(1) / sizes.sum(1)
+        return mean
+
+    def forward_intermediates(self: Any, *args: Any, **options: Any) -> Any:
+        """Return the features of timm's method, unmerged."""
+        self.check_features(None)
+        # timm's loop expects a tensor from each block. A copy of the model with wrapped blocks provides them.
+        wrapper = copy.copy(self)
+        stream: list[Any] = []
+        blocks = nn.Sequential(*(_UnmergedOutput(block, stream) for block in self.blocks))
+        wrapper.__dict__.update(_modules={**self._modules, "blocks": blocks}, grad_checkpointing=False)
+        return super(MergedTokens, wrapper).forward_intermediates(*args, **options)  # type: ignore[misc]
+
+    def check_features(self: Any, indices: object) -> None:
+        """Raise an error if the model has no features of every patch."""
+        if self.blocks[-1].unmerge:
+            return
+        raise UnsupportedModelError(
+            "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
+            f"with {option_name('keep_dead_tokens', True)} or {option_name('preserve', 'tokens')}"
+        )
+
+
+class _UnmergedOutput(nn.Module):
+    """Block that returns a token for every patch and passes merged tokens to the next block in ``stream``."""
+
+    def __init__(self, block: nn.Module, stream: list[Any]) -> None:
+        super().__init__()
+        self.block, self.stream = block, stream
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        merged = self.block(self.stream.pop() if self.stream else x, **options)
+        self.stream.append(merged)
+        tokens: Tensor = unmerged(merged)
+        return tokens
