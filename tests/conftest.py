@@ -27,8 +27,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-settings.register_profile("by hand", deadline=None)  # machines are slow at times
-settings.load_profile("by hand")  # CI asks for "ci", which tries the same examples in every run
+# No deadline: machines are slow at times. The profile "ci" tries the same examples in every run.
+settings.register_profile("fast", deadline=None, max_examples=10)
+settings.register_profile("thorough", deadline=None, max_examples=100)
+settings.register_profile("ci", settings.get_profile("ci"), max_examples=10)
+settings.load_profile("fast")
 
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     # Each worker gets its share of the cores, and what it starts too: threads that fight for cores crawl.

@@ -14,6 +14,8 @@ import torch
 
 from helpers.benchmarks import DIGITS, small_vit, task_of
 
+pytestmark = pytest.mark.slow
+
 
 def reread(slim, tmp_path: Path, dense, temperature: str) -> torch.nn.Module:
     from methods.common import read_slim, write_slim
@@ -188,7 +190,6 @@ def test_tome_meets_the_budget_and_survives_its_file(methods, tmp_path) -> None:
         prune(task_of(dense, 0.02))
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("spread", ["uniform", "global", "isomorphic"])
 @pytest.mark.parametrize("criterion", ["l1", "l2", "taylor", "hessian"])
@@ -235,7 +236,6 @@ def test_the_command_compares_on_the_digits(compare, forked, tmp_path, capsys) -
     assert "mhacut, no data, auto, fast" in capsys.readouterr().out
 
 
-@pytest.mark.slow
 def test_imagenet_is_compared_at_the_budgets_of_published_rows(
     compare, forked, few_digits, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -16,6 +16,8 @@ from torchvision.datasets import ImageFolder
 
 from helpers.benchmarks import script, small_vit
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = [
     path for folder in ("benchmarks", "coverage", "flatten_cifar") for path in EXAMPLES.glob(f"{folder}/*.py")
@@ -28,7 +30,6 @@ for script in map(pathlib.Path, sys.argv[1:]):
 """
 
 
-@pytest.mark.slow
 def test_every_script_can_be_imported():
     subprocess.run([sys.executable, "-c", IMPORTED, *map(str, SCRIPTS)], check=True)
 
@@ -133,7 +134,6 @@ def test_scratch_is_the_same_architecture_without_the_weights(tmp_path):
         assert not torch.equal(one, other), name
 
 
-@pytest.mark.slow
 def test_everything_for_a_gpu_is_measured_on_the_cpu_with_tiny_sizes(tmp_path, monkeypatch, capsys):
     from process import Process
 

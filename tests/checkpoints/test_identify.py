@@ -235,6 +235,7 @@ def test_a_file_without_a_classifier_need_not_be_built_with_one(tmp_path):
     assert read_model(path, **given).model.num_classes == 0
 
 
+@pytest.mark.slow
 def test_the_dense_file_of_a_headless_slim_one_is_read_without_its_classifier(tmp_path):
     dense = save_dense(tiny(), tmp_path / "dense.safetensors")
     slim = mhacut.prune(

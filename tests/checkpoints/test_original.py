@@ -203,6 +203,7 @@ def test_a_tensor_that_no_table_knows_is_named(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_deit_3_of_its_authors_is_not_taken_for_a_rotary_vit(tmp_path):
     name = "deit3_small_patch16_224"
     model = timm.create_model(name, num_classes=10)
@@ -215,6 +216,7 @@ def test_deit_3_of_its_authors_is_not_taken_for_a_rotary_vit(tmp_path):
     assert "blocks.0.gamma_1" in rotary.model.state_dict()
 
 
+@pytest.mark.slow
 def test_images_are_prepared_as_the_authors_did(tmp_path):
     torch.save(
         ibot(timm.create_model("vit_small_patch16_224", num_classes=0).state_dict()), tmp_path / "a.pth"

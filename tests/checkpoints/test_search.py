@@ -88,6 +88,7 @@ def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
     assert found.identity.model_args["embed_dim"] == 48
 
 
+@pytest.mark.slow
 def test_of_what_fits_no_model_the_nearest_is_named():
     model = build("swin_tiny_patch4_window7_224", num_classes=5, img_size=256, window_size=8)
     with pytest.raises(CheckpointError, match=r"nearest is swin_\w+; tensors do not fit"):
@@ -104,6 +105,7 @@ def test_models_that_compute_different_things_are_asked_about():
     assert len(message.split("\n")) < 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [224, 384])
 def test_of_models_that_only_take_other_images_one_is_chosen(tmp_path, side):
     torch.manual_seed(0)

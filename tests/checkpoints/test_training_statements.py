@@ -157,6 +157,7 @@ def vit_file(path, args=None, *, name="vit_small_patch16_224", rename=dict, **ch
     return model
 
 
+@pytest.mark.slow
 def test_what_a_script_states_counts_for_files_of_authors_too(tmp_path):
     stated = {"args": argparse.Namespace(model="beitv2_base_patch16_224", mean=[0.1] * 3, std=[0.2] * 3)}
     vit_file(tmp_path / "a.pth", stated, name="beitv2_base_patch16_224", rename=beit)

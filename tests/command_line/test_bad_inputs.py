@@ -210,6 +210,7 @@ def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
     assert "img_size" in inspect(own, *flags, "--model-arg", "img_size=64")
 
 
+@pytest.mark.slow
 def test_a_model_without_attention(tmp_path):  # 29
     path = tmp_path / "model.safetensors"
     save_file(timm.create_model("resnet18").state_dict(), path)
@@ -237,6 +238,7 @@ def test_weights_that_are_no_numbers(tiny_vit, tmp_path, value):  # 38
     assert "1 tensors hold NaN or infinite values: 'blocks.1.attn.proj.bias' (2 of 48)" in message
 
 
+@pytest.mark.slow
 def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41, 43
     """Wrapped, with a prefix, in mixed dtypes, tied, strided, under the wrong suffix; then pruned again."""
     own = load_file(tiny_vit.path)
@@ -265,6 +267,7 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     assert result.exit_code == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("basis", ["channel", "principal"])
 def test_scores_that_are_all_equal(tiny_vit, tmp_path, basis):  # 42
     """A head of zeros, and one whose channels are all the same: cut alike each time, none to nothing."""

@@ -55,6 +55,7 @@ def small_files():
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", WRITERS)
 def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
     arguments, name = WRITERS[command]
@@ -66,6 +67,7 @@ def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
     assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", WRITERS)
 def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):  # 49

@@ -75,6 +75,7 @@ def test_inspect_slim_shows_before_and_after(slim):
     assert sum(layer["share"] for layer in document["layers"]) < 1
 
 
+@pytest.mark.slow
 def test_inspect_names_coupled_channels(slim_of):
     shown = run("inspect", slim_of("coat"), "--shapes").stdout
     (line,) = [line for line in shown.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]

@@ -19,6 +19,8 @@ from helpers.programs import MAIN
 from mhacut.cli.app import COMMANDS
 from mhacut.cli.flags import RESEARCH
 
+pytestmark = pytest.mark.slow
+
 ASCII = """
 import sys
 sys.stdout = open(1, "w", encoding="ascii", errors="strict", closefd=False)
@@ -157,7 +159,6 @@ def test_no_arguments_at_all_are_answered_by_help():
     assert "Make trained vision transformers smaller" in run().output
 
 
-@pytest.mark.slow
 def test_broken_pipe_ends_quietly(programs, slim):
     with unchanged(slim):
         program = programs.start(MAIN, "inspect", slim, "-q")
@@ -167,7 +168,6 @@ def test_broken_pipe_ends_quietly(programs, slim):
             assert program.end() == 0
 
 
-@pytest.mark.slow
 def test_ascii_terminal(programs, slim, tmp_path):
     path = tmp_path / "mod\u00e8le \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
@@ -179,7 +179,6 @@ def test_ascii_terminal(programs, slim, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.slow
 def test_interrupt(programs, tiny_vit, tmp_path, number):
     out = tmp_path / "out.safetensors"
     endless = research(allocation="indicator", steps=1000000)

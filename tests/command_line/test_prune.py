@@ -42,6 +42,7 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert mhacut.load_model(out).num_classes == 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "heading", "unit"),
     [
@@ -83,6 +84,7 @@ def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_pat
         assert waits == expected
 
 
+@pytest.mark.slow
 def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
     arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", "--no-labels", *FAST]
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *arguments)
@@ -117,6 +119,7 @@ def test_prune_json(tiny_vit, tmp_path):
     assert stated["tokens"] == document["tokens"] == {"read": 1}
 
 
+@pytest.mark.slow
 def test_default_name_is_stem_and_budget(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run("prune", *tiny_vit.flags, "--flops", "700K", *FAST).exit_code == 0

@@ -162,6 +162,7 @@ def test_the_command(slim_of):
     assert "[1]      3" in shown.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_compiler")
 def test_what_cannot_be_compiled_is_one_sentence(slim_of):
     with pytest.raises(
@@ -170,6 +171,7 @@ def test_what_cannot_be_compiled_is_one_sentence(slim_of):
         mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
 
 
+@pytest.mark.slow
 def test_all_of_many_models_are_compiled(compiles_by, tmp_path):
     """torch itself keeps eight programs of one class, and runs the ninth model eagerly."""
     compiled, files = [], []

@@ -80,6 +80,7 @@ def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
     assert (record["format_version"], record["tokens"]) == (2, {"read": 1})
 
 
+@pytest.mark.slow
 def test_a_classifier_that_reads_others_is_refused(slim):
     model = mhacut.load_model(slim)
     model.reset_classifier(3, "token")
@@ -89,6 +90,7 @@ def test_a_classifier_that_reads_others_is_refused(slim):
     assert model.global_pool == "token"
 
 
+@pytest.mark.slow
 def test_without_them_the_format_is_what_it_was(dense, tmp_path):
     result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, keep_dead_tokens=True)
     assert lines == []

@@ -180,6 +180,7 @@ def assert_sound(model: nn.Module, given: Tensor, basis: str) -> tuple[Tensor, T
 bases = pytest.mark.parametrize("basis", ["channel", "principal"])
 
 
+@pytest.mark.slow
 @bases
 @pytest.mark.parametrize("case", slow_except({"constant activations"}, LOSSLESS))
 def test_what_says_nothing_is_cut_at_no_cost(case, basis):

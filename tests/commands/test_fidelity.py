@@ -54,6 +54,7 @@ def likeness(dense, slim, images):
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean")), float(same)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labelled", [True, False])
 def test_a_result_is_judged_on_the_validation_images(tiny_vit, dense, images, labels, tmp_path, labelled):
     given = (images[16:], labels[16:]) if labelled else images[16:]
@@ -76,6 +77,7 @@ def test_a_result_is_judged_on_the_validation_images(tiny_vit, dense, images, la
         assert result.slim.evaluation is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [[], ["--no-labels"]])
 def test_a_folder_needs_no_labels_to_judge_on(tiny_vit, images, tmp_path, flags):
     for number, image in enumerate(images[:24]):
@@ -109,6 +111,7 @@ def test_accuracy_on_images_like_those_searched_on_is_called_so(tiny_vit, images
     assert "top-1, % of 14 images of the set searched on" in repr(prune(tiny_vit, None, **options))
 
 
+@pytest.mark.slow
 def test_without_validation_images_the_held_out_ones_are_named(tiny_vit, images):
     result = prune(tiny_vit, None, images=images, dry_run=True)
     assert result.fidelity.judged_on == "2 held-out images"
@@ -130,6 +133,7 @@ def test_a_loader_in_the_order_of_classes_is_read_from_all_over(tiny_vit, images
     assert recorder.messages.count(warning) == 1
 
 
+@pytest.mark.slow
 def test_the_report_has_the_figure_of_the_table(tiny_vit, images, tmp_path):
     page = tmp_path / "report.html"
     result = prune(tiny_vit, None, images=images[:16], val_images=images[16:], dry_run=True, report=page)

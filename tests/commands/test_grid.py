@@ -100,11 +100,13 @@ def test_that_some_ways_hold_every_pair():
     assert not set(SOME) & set(OTHERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flops", ["70%", "32%"])
 def test_budgets_at_either_end(dense, tmp_path, flops):
     check(dense, tmp_path, flops=flops)
 
 
+@pytest.mark.slow
 def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense, tmp_path):
     options = {"allocation": "indicator", "selection": "indicator"}
     result = check(dense, tmp_path, **options)

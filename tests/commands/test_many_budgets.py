@@ -43,6 +43,7 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     assert "--output one.safetensors: expected {} in the name" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
     asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, **QUICK}
     out = tmp_path / "many-{}.safetensors"
@@ -99,6 +100,7 @@ def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path
     ]
 
 
+@pytest.mark.slow
 def test_pareto_rows_are_in_json(tiny_vit, tmp_path):
     arguments = ["--flops", "80%", "--flops", "60%", "--dry-run", "--json", *FAST]
     result = run("prune", *tiny_vit.flags, *arguments)

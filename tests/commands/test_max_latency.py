@@ -99,6 +99,7 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert "runtime" not in last_step(result.output)["options"]
 
 
+@pytest.mark.slow
 def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
     result = prune(
         tiny_vit, tmp_path / "s.safetensors", max_latency="85%", flops="70%", params="70%", size="220KB"
@@ -125,6 +126,7 @@ def test_what_layers_do_not_foresee_is_corrected(tiny_vit, tmp_path, clock):
     assert target.measured["corrections"] > 0
 
 
+@pytest.mark.slow
 def test_a_time_that_decides_nothing_leads_to_no_second_plan(tiny_vit, tmp_path, clock):
     """Also if it is shorter than predicted: the next plan would be the same."""
     clock.shares, reporter = [0.6], Recorder()
@@ -135,6 +137,7 @@ def test_a_time_that_decides_nothing_leads_to_no_second_plan(tiny_vit, tmp_path,
     assert target.measured["corrections"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shares", "kept", "plans"),
     [
@@ -155,6 +158,7 @@ def test_a_model_just_within_the_budget_is_taken_if_no_other_is_safer(
     assert len([line for line in reporter.messages if line.endswith("planning again")]) == plans - 1
 
 
+@pytest.mark.slow
 def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, tmp_path, clock):
     clock.shares = [0.85 * share for share in (1.1, 0.85)]
     (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%", dry_run=True).targets
@@ -216,6 +220,7 @@ def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
 # --- as it is printed ---
 
 
+@pytest.mark.slow
 def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     out, page = tmp_path / "slim.safetensors", tmp_path / "page.html"
     flags = ["--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--max-latency", "85%"]
@@ -280,6 +285,7 @@ def test_a_target_by_the_machine_s_own_clock_is_met_or_missed_cleanly(tiny_vit, 
         assert list(out.parent.rglob("*")) == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_compiler")
 @pytest.mark.parametrize("options", [{"flops": "80%"}, {"max_latency": "90%"}])
 def test_what_cannot_be_compiled_is_one_sentence(tiny_vit, tmp_path, options):

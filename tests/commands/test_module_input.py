@@ -29,6 +29,7 @@ def module_of(tiny_vit):
     return model
 
 
+@pytest.mark.slow
 def test_a_module_gives_the_file_that_its_checkpoint_gives(tiny_vit, tmp_path):
     options = {"model_args": tiny_vit.args, **QUICK}
     model = module_of(tiny_vit).train()
@@ -63,6 +64,7 @@ def test_what_load_model_gives_needs_no_arguments(tiny_vit, tmp_path):
     assert args == {**tiny_vit.args, "num_classes": 5, "img_size": 64}
 
 
+@pytest.mark.slow
 def test_the_file_is_named_after_the_architecture(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = mhacut.prune(module_of(tiny_vit).half(), model_args=tiny_vit.args, **QUICK)
@@ -151,6 +153,7 @@ def test_another_number_of_classes_is_refused(tiny_vit):
             opened(module_of(tiny_vit), hints)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [torch.compile, nn.DataParallel])
 def test_wrappers_of_torch_are_looked_through(tiny_vit, wrapped):
     model = module_of(tiny_vit)

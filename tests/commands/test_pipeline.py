@@ -68,6 +68,7 @@ def test_another_process_reads_the_same_model(programs, pruned, tmp_path):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
 def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
     # A softmax over one output is 1: by its divergence, every cut would be perfect.
     tensors = load_file(tiny_vit.path)
@@ -106,6 +107,7 @@ def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
             assert set(now) <= set(earlier)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
     half = tmp_path / "half.safetensors"
@@ -114,6 +116,7 @@ def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
     assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path):
     """Repair changes those of batch norms, in single precision."""
@@ -124,6 +127,7 @@ def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path)
     assert stored == {dtype}
 
 
+@pytest.mark.slow
 def test_a_file_whose_model_gives_other_outputs_never_appears(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "same_outputs", lambda *_: False)
     with pytest.raises(MhacutError, match=r"slim.safetensors: outputs of the file differ .*"):

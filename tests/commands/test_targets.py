@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -144,7 +144,6 @@ class Problem:
 
 
 @pytest.mark.parametrize("costs", [2, 3, 4])
-@settings(deadline=None, max_examples=60)
 @given(data=st.data())
 def test_several_budgets_are_all_met_at_most_a_step_for_each_from_the_best_plan(costs, data):
     problem = Problem(data, costs)
@@ -177,7 +176,6 @@ def test_ratios_of_multipliers_are_searched(monkeypatch):
     assert errors[0] < 0.97 * errors[1]
 
 
-@settings(deadline=None, max_examples=30)
 @given(data=st.data())
 def test_a_budget_that_does_not_bind_changes_nothing(data):
     problem = Problem(data, 1)

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mhacut
@@ -33,7 +33,6 @@ def exported(slim_of, tmp_path_factory) -> ExportResult:
     return mhacut.export(slim_of("vit"), output=tmp_path_factory.mktemp("int8") / "int8.onnx", **QUICK)
 
 
-@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 7))
 def test_agreement_is_that_of_a_slow_reference(seed, images, classes):
     expected, found = torch.randn(2, images, classes, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -150,7 +149,6 @@ def test_a_layer_whose_inputs_have_outliers_stays_float32(tmp_path, monkeypatch)
     assert kept.agreement.kl < spoiled.agreement.kl / 3
 
 
-@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 2**31), st.floats(1, 1e4))
 def test_the_error_of_a_layer_is_that_of_a_slow_reference(seed, outlier):
     random = np.random.default_rng(seed)

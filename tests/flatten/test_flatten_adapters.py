@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
@@ -81,7 +81,6 @@ def test_own_positions_need_filters_of_their_own():
         cut(model, Plan((UnitPlan("blocks.0.mlp", "hidden", 192, ((0,),), unshared=True),)))
 
 
-@settings(max_examples=30, deadline=None)
 @given(seed=seeds, channels=st.integers(2, 9), power=st.sampled_from([2, 3, 4]))
 @torch.no_grad()
 def test_a_gate_is_as_if_channels_were_not_there(seed, channels, power):

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -65,7 +65,6 @@ def slow_focused(q: Tensor, k: Tensor, v: Tensor, module) -> Tensor:
     return torch.cat(out, 1) + slow_depthwise(v, module.dwc, module.grid_size, lambda c: c % width)
 
 
-@settings(max_examples=25, deadline=None)
 @given(
     heads=st.integers(1, 3),
     qk_width=st.integers(1, 4),

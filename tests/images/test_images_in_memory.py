@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -42,7 +42,6 @@ def measured(validation):
     return [] if validation is None else [n for images, _ in validation for n in numbers(images)]
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     total=st.integers(1, 40),
     count=st.integers(1, 40),

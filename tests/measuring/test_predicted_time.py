@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.measuring.predicted_time import LayerTimes, Point, TimeTable, points_to_measure
@@ -40,7 +40,6 @@ def test_all_channels_are_measured_first_then_equal_widths_and_unequal_ones_both
     assert len(points) == len({tuple(point.items()) for point in points})
 
 
-@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_a_cost_that_is_linear_in_every_width_is_found_exactly(data):
     price = {kind: data.draw(st.floats(0, 1)) for kind in ("qk", "v", "hidden")}
@@ -134,7 +133,6 @@ def table_of(prices, choices, rest=REST, anchors=True):
     return table.with_anchors([(least, time)]) if anchors else table
 
 
-@settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_widths_within_a_budget_of_time_keep_it_and_are_a_step_from_the_best(data):
     """Against all plans, in the times that the table was made of."""

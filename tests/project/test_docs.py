@@ -301,6 +301,7 @@ def test_blocks_run(page, clone, done, monkeypatch):
             run_block(block, names, done)
 
 
+@pytest.mark.slow
 def test_the_quick_start_runs_twice(clone, monkeypatch):
     monkeypatch.chdir(clone)
     (written,) = (block for block in blocks(README) if block.mark == "main-job")

@@ -47,6 +47,7 @@ def run(*words, **environment) -> tuple[int, str]:
     return ran.returncode, ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".ci").exists(), reason="no clone")
 def test_a_release_is_built_when_it_is_ready_and_uploaded_by_hand(served, tmp_path):
     folder, address = served
@@ -100,6 +101,7 @@ def test_a_release_is_built_when_it_is_ready_and_uploaded_by_hand(served, tmp_pa
         assert fault in text
 
 
+@pytest.mark.slow
 def test_pruned_models_of_the_hub_are_listed(served):
     folder, address = served
     card = "- **FLOPs (multiply-accumulates, attention included):** 16.2M, dense 32.6M\n"

@@ -20,6 +20,8 @@ from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import set_merged
 
+pytestmark = pytest.mark.slow
+
 OLD = find_spec("transformers") is not None and version("transformers").startswith("4.")
 SIZES = {
     "hidden_size": 32,

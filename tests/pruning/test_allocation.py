@@ -5,14 +5,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.pruning.allocate import NEAR, TIE, cheapest_widths, total_error, uniform_widths
 from mhacut.pruning.limits import Limit, width_choices
-
-quick = settings(deadline=None, max_examples=60)
-
 
 LAYERS = [
     [("v",)],
@@ -82,7 +79,6 @@ class Problem:
         return cheapest_widths(self.curves, self.choices, [Limit(self.flops, budget)])
 
 
-@quick
 @given(data=st.data())
 def test_on_convex_curves_it_is_at_most_one_step_from_the_best_plan(data):
     # What does not shrink is so large that any plan uses nearly all of the budget.
@@ -95,7 +91,6 @@ def test_on_convex_curves_it_is_at_most_one_step_from_the_best_plan(data):
     assert problem.error(found) <= (1 + TIE) * (best + problem.dearest_step()) + 1e-9
 
 
-@quick
 @given(data=st.data())
 def test_a_budget_that_steps_fit_badly_is_met_and_used_as_well_as_it_can_be(data):
     problem = Problem.draw(data, fixed=5)
@@ -169,7 +164,6 @@ def test_equal_widths_that_use_as_much_of_a_budget_are_taken_where_steps_fit_it_
     assert set(found.values()) == {16}
 
 
-@quick
 @given(data=st.data())
 def test_uniform_widths_are_the_same_share_of_every_unit_but_for_one_step(data):
     problem = Problem.draw(data, fixed=100_000)
@@ -247,7 +241,6 @@ def test_unequal_widths_may_lie_far_from_the_equal_ones_in_small_steps():
     assert [found[key] for key in PAIRS] == [1, 32, 23, 23]
 
 
-@quick
 @given(st.data())
 def test_what_unequal_widths_cost_is_weighed_in_every_layer(data):
     """Against all plans that leave the time of a step of q/k and v together: within a step of the best."""

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.jobs import Recorder, job_of
@@ -296,7 +296,6 @@ def test_few_widths_are_measured_and_the_ends_are_among_them(last, step):
     assert len(choices) > MAX_WIDTHS or tuple(chosen) == choices
 
 
-@settings(deadline=None, max_examples=50)
 @given(data=st.data())
 def test_between_measured_widths_the_error_lies_between_theirs(data):
     choices = width_choices(data.draw(st.integers(2, 40)), data.draw(st.integers(1, 4)))

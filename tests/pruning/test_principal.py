@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.models import build, image, relative
@@ -23,7 +23,6 @@ from properties.cases import CASES, VITS
 
 """Heads of 64 channels."""
 each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
-few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**32 - 1)
 
 
@@ -125,7 +124,6 @@ def test_moments_follow_a_rotation(case):
 # --- the basis of the logits ---
 
 
-@few
 @given(seed=seeds, width=st.integers(1, 6))
 def test_the_first_logit_channels_leave_the_tail_of_the_singular_values(seed, width):
     query, key = energy(rows(2, 40, 6, seed)), energy(rows(2, 40, 6, seed + 9))
@@ -140,7 +138,6 @@ def test_the_first_logit_channels_leave_the_tail_of_the_singular_values(seed, wi
     assert float(left) == pytest.approx(float(sizes[:, width:].square().sum()), rel=1e-4, abs=1e-12)
 
 
-@few
 @given(seed=seeds, width=st.integers(1, 5))
 def test_no_selection_of_logit_channels_beats_the_principal_ones(seed, width):
     sides = [energy(rows(1, 40, 6, seed + shift)) for shift in (0, 9)]
@@ -168,7 +165,6 @@ def test_a_single_key_leaves_a_basis_that_single_precision_holds():
 # --- the basis of the output ---
 
 
-@few
 @given(seed=seeds, width=st.integers(0, 6), outputs=st.sampled_from([2, 4, 6, 9]))
 def test_the_first_output_channels_leave_the_tail_of_the_singular_values(seed, width, outputs):
     x, columns = rows(1, 60, 6, seed)[0], noise(outputs, 6, seed=seed + 3)

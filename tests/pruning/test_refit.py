@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from helpers.models import relative
@@ -75,7 +75,6 @@ def test_linear_refit_is_least_squares(constant):
 
 
 @given(seed=st.integers(0, 2**31), fitted=st.integers(1, 12), held=st.sampled_from([1, 60]), constant=...)
-@settings(deadline=None, max_examples=80)
 def test_few_images_never_make_it_worse_than_removing(seed: int, fitted: int, held: int, constant: bool):
     x = rows(held + fitted, 8, seed)
     columns = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).double()
@@ -89,7 +88,6 @@ def test_few_images_never_make_it_worse_than_removing(seed: int, fitted: int, he
 
 @given(seed=st.integers(0, 2**31), constant=st.booleans())
 @example(seed=759, constant=True)  # the least error is that of channels taken as 0, not as their mean
-@settings(deadline=None, max_examples=20)
 def test_the_error_of_the_best_ridge_is_that_of_its_rows(seed, constant):
     x = rows(40, 7, seed)
     columns = torch.randn(3, 7, generator=torch.Generator().manual_seed(seed)).double()
@@ -121,7 +119,6 @@ def test_held_out_images_far_from_the_mean_have_the_error_of_their_rows():
 
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), width=st.integers(1, 6))
 @example(seed=5456975, rank=3, width=3)  # of three directions, one with 6e-7 of the variance of the others
-@settings(deadline=None, max_examples=25)
 def test_data_that_leaves_the_solution_open_gives_the_least_error_but_for_the_ridge(seed, rank, width):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(50, rank, generator=generator).double() @ rows(rank, 7, seed)
@@ -142,7 +139,6 @@ def test_data_that_leaves_the_solution_open_gives_the_least_error_but_for_the_ri
 
 
 @given(seed=st.integers(0, 2**31), metric=st.booleans(), width=st.integers(1, 7))
-@settings(deadline=None, max_examples=25)
 def test_the_error_of_the_output_is_that_of_explicit_least_squares(seed, metric, width):
     x, generator = rows(200, 7, seed), torch.Generator().manual_seed(seed)
     columns, root = (torch.randn(4, size, generator=generator).double() for size in (7, 4))

@@ -7,7 +7,7 @@ import math
 import re
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mhacut
@@ -35,7 +35,6 @@ def smallest(budgets, attempt, expected, goal):
         return best
 
 
-@settings(deadline=None)
 @given(data=st.data())
 def test_the_search_finds_the_smallest_budget_within_a_step(data):
     low = data.draw(st.integers(1, 10**6))
@@ -77,7 +76,6 @@ def test_the_search_takes_few_trials_where_the_expectation_is_of_the_right_shape
     assert len(tried) <= 6 + 3  # the last three miss
 
 
-@settings(deadline=None)
 @example(noise=[0.0] * 101, bound=1.96875, plateau=1)
 @given(
     noise=st.lists(st.floats(-1, 1), min_size=101, max_size=101),

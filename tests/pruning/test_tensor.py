@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.pruning.paper.indicators import (
@@ -83,7 +83,6 @@ def test_output_energy_is_what_the_output_loses():
 
 
 @given(seed=seeds, heads=st.integers(1, 4), channels=st.integers(1, 9))
-@settings(deadline=None)
 def test_every_score_starts_above_the_threshold(seed, heads, channels):
     weight = similarity_weight(noise(heads, channels, seed=seed).sigmoid())
     difference = noise(heads, channels, seed=seed + 1).exp()
@@ -96,7 +95,6 @@ def test_every_score_starts_above_the_threshold(seed, heads, channels):
 
 
 @given(data=st.data(), heads=st.integers(1, 4), channels=st.integers(1, 8))
-@settings(deadline=None)
 def test_adjusted_scores_keep_exactly_the_width_in_every_head(data, heads, channels):
     # Few distinct values, so that ties are common.
     values = st.sampled_from([0.0, 0.25, 0.4999999, 0.5, 0.5000001, 0.6, 1e6, -3.0])

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mhacut.pruning.allocate import fill_budget
@@ -20,7 +20,6 @@ def test_allowed_widths(dense, round_to, count):
 
 
 @given(data=st.data(), units=st.integers(1, 3), round_to=st.integers(1, 3))
-@settings(deadline=None)
 def test_filled_budgets_fit_and_leave_less_than_one_percent_where_they_can(data, units, round_to):
     keys = [(f"layer{i}", "v") for i in range(units)]
     dense = {key: data.draw(st.integers(1, 7)) for key in keys}

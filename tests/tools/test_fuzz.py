@@ -33,6 +33,7 @@ from mhacut.finetuning.folder import RunFolder
 from mhacut.options.option import key_value, read_config
 from mhacut.options.prune import PruneOptions
 
+pytestmark = pytest.mark.slow
 few = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "20")),
     deadline=None,
