@@ -27,7 +27,7 @@ LINES = {
     "measuring": 860,
     "options": 1476,
     "pruning": 4280,
-    "report": 1200,
+    "report": 1030,
     "runtime": 910,
     "surgery": 2880,
     "top": 823,

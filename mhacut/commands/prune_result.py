@@ -228,7 +228,7 @@ class PruneResults(tuple[PruneResult, ...]):
         return safe_table(self.rows(), self._notes()) if self else "no results"
 
     def _repr_html_(self) -> str:
-        charts = choice_charts(choices_of(self), flops_only=True)
+        charts = choice_charts(choices_of(self))
         return "".join([html_table(self.rows(), self._notes()), *charts])
 
     def warnings(self) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,9 +108,6 @@ class Comparison:
     images: int
     data: str
     """Description of the images."""
-    spent: Mapping[str, Mapping[LayerFamily | Literal["rest"], int]] = field(default_factory=dict)
-    """FLOPs by family of layers and of the rest: of the dense model, of the dense model with the slim one's
-    tokens, where these are fewer, and of the slim model."""
 
 
 @torch.no_grad()
@@ -159,8 +156,6 @@ def compare(
     if not math.isfinite(divergence):
         raise MhacutError(f"{asked}: one model's outputs are not finite numbers")
     flops = [_flops(model, images) for model in (dense, slim)]
-    fewer_tokens = {} if same_tokens is dense else {"fewer tokens": _flops(same_tokens, images)}
-    spent = {"dense": flops[0], **fewer_tokens, "fewer channels": flops[1]}
     slim_units = {unit.key: unit for unit in prunable[1].units()}
     layers = []
     for layer in prunable[0].layers:
@@ -187,17 +182,7 @@ def compare(
         divergence=divergence / len(images),
         images=len(images),
         data=data,
-        spent={name: _by_family(found, prunable[0]) for name, found in spent.items()},
     )
-
-
-def _by_family(
-    flops: Mapping[str, int], prunable: PrunableLayers
-) -> dict[LayerFamily | Literal["rest"], int]:
-    found: dict[LayerFamily | Literal["rest"], int] = {"attention": 0, "mlp": 0}
-    for layer in prunable.layers:
-        found[layer.adapter.family] += flops.get(layer.name, 0)
-    return {**found, "rest": flops[""] - sum(found.values())}
 
 
 def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:

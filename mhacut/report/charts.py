@@ -1,8 +1,6 @@
-"""Charts as SVG, for pages and notebooks: tables of shares, bars and lines.
+"""Charts as SVG for HTML pages and notebooks: shares by block, and lines.
 
-Each function returns a ``<figure>`` that needs no style sheet and no script. Text and grid have the colour of
-the page's text, and marks have colours of medium lightness, so that charts can be read on light and dark
-paper. Charts are as wide as the screen of a phone.
+Each function returns a ``<figure>`` without style sheet or script. Its colours suit light and dark pages.
 """
 
 from __future__ import annotations
@@ -15,82 +13,59 @@ from xml.etree.ElementTree import Element, SubElement
 
 from mhacut.text import safe
 
-COLOURS: Mapping[str, str] = {
-    "attention": "#4e87d3",
-    "mlp": "#43a384",
-    "total": "#828b9c",
-    "rest": "#b58a5a",
-}
-"""Colours of bars by what they stand for."""
 DEPTHS = ("#795cb7", "#4e87d3", "#43a384", "#c48e25", "#d96e35")
-"""Colours of lines, from the first layers of a model to the last."""
+"""Colours of layers, from the first to the last."""
 _ROW = 18
-"""Height in pixels, the unit of all coordinates, of a row of cells or of a bar."""
+"""Height of a row. All sizes are in pixels."""
 _LABEL = 116
-"""Width of the names at the left; a character takes about 6.5."""
+"""Width of the row names, about 6.5 per character."""
 _NAME = 17
-"""Characters of a name that fit there."""
+"""Number of characters of a row name."""
 _ALL = 356
-"""Width of a chart."""
+"""Width of a chart, that of a phone's screen."""
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
-"""The box in which lines are drawn."""
+"""Position and size of the area between the axes."""
 _EQUAL = 1e-4
-"""Relative difference of values that an axis does not tell apart: its numbers have seven characters."""
+"""Relative difference below which an axis treats values as equal: numbers have at most 7 characters."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A part of a whole, as a bar with a number."""
+    """A bar that is filled by a share."""
 
     value: float
-    """In 0..1."""
+    """0 to 1."""
     text: str
-    """Number beside the bar; four characters at most."""
+    """Number beside the bar, at most 4 characters."""
     description: str
-    """Text that is shown where the mouse points at the bar."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """A bar, or a piece of one; pieces of one bar have one label."""
-
-    label: str
-    start: float
-    end: float
-    colour: str
-    """A name of :data:`COLOURS`."""
-    description: str
-    """Text beside the bar, of its last piece."""
+    """Tooltip."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart."""
-
     label: str
     points: Sequence[tuple[float, float]]
     colour: str = DEPTHS[1]
     marked: tuple[float, float] | None = None
-    """A point of the line that stands out."""
+    """Point of the line with a dot."""
     error: float = 0.0
-    """Standard error of the marked point, upwards and downwards."""
+    """Standard error of the marked point."""
 
 
 def depth_colour(fraction: float) -> str:
-    """Colour of a layer at ``fraction`` of the model's depth, in 0..1."""
     return DEPTHS[round(fraction * (len(DEPTHS) - 1))]
 
 
 def share_table(
     title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping[str, Share]]]
 ) -> str:
-    """Draw a bar for each row and column, filled by its share of the whole."""
+    """Draw a table of bars. ``columns`` maps headings to colours. A row may lack a column."""
     top, size = 20, (_ALL - _LABEL) / max(len(columns), 1)
     figure, svg = new_figure(title, _ALL, top + len(rows) * _ROW + 4)
     for number, (name, _) in enumerate(rows):
         _text(svg, _LABEL - 6, top + number * _ROW + 13, _short(name), "end")
     for column, (heading, colour) in enumerate(columns.items()):
-        x, width = _LABEL + column * size, size - 34  # a number of four characters stands behind
+        x, width = _LABEL + column * size, size - 34  # 34 for the number of 4 characters
         _text(svg, x, 13, heading, "start")
         for number, (_, shares) in enumerate(rows):
             if (share := shares.get(heading)) is not None:
@@ -103,33 +78,10 @@ def share_table(
     return figure_html(figure)
 
 
-def bar_chart(title: str, bars: Sequence[Bar]) -> str:
-    """Draw horizontal bars, one per row; pieces with the label of the one before them stand in its row."""
-    width = _ALL - _LABEL - 76
-    maximum = max((max(bar.start, bar.end) for bar in bars), default=1.0) or 1.0
-    labels = [bar.label for bar in bars]
-    begins = [index for index, label in enumerate(labels) if index == 0 or label != labels[index - 1]]
-    figure, svg = new_figure(title, _ALL, 8 + len(begins) * _ROW)
-    row = -1
-    for index, bar in enumerate(bars):
-        low, high = sorted((bar.start / maximum, bar.end / maximum))
-        if index in begins:
-            row += 1
-            _text(svg, _LABEL - 6, 4 + row * _ROW + 13, _short(bar.label), "end")
-        y = 4 + row * _ROW
-        place = {"x": _LABEL + low * width, "y": y + 2, "height": _ROW - 4}
-        # At least a pixel wide: a layer that costs nothing still marks its place.
-        look = {"width": max((high - low) * width, 1.0), "fill": COLOURS[bar.colour]}
-        _shape(svg, "rect", {**place, **look}, f"{bar.label}: {bar.description}")
-        if index + 1 == len(bars) or index + 1 in begins:
-            _text(svg, _LABEL + high * width + 5, y + 13, bar.description, "start")
-    return figure_html(figure)
-
-
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw lines over a common pair of axes."""
+    """Draw lines. Without points, the result is an empty string. A logarithmic axis omits points at 0."""
     scaled = math.log10 if logarithmic else float
     drawn = [(line, [(x, scaled(y)) for x, y in line.points if y > 0 or not logarithmic]) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]
@@ -169,7 +121,7 @@ def line_chart(
 def _axes(
     svg: Element, x_axis: tuple[str, tuple[float, float]], y_axis: tuple[str, tuple[float, float]], log: bool
 ) -> None:
-    """Draw the grid, and numbers and names of the axes, each given as its name and its ends."""
+    """Draw the grid, and the numbers and names of the axes, which are (name, ends)."""
     (x_label, x_ends), (y_label, y_ends) = x_axis, y_axis
     right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
     for step in range(5):
@@ -180,11 +132,11 @@ def _axes(
         _text(svg, _LEFT - 6, y + 4, f"{10**value:.1e}" if log else _number(value, y_ends), "end")
         _text(svg, x, bottom + 16, _number(_between(x_ends, step / 4), x_ends), "middle")
     _text(svg, _LEFT + _WIDTH / 2, bottom + 34, x_label, "middle")
-    _text(svg, 0, 12, y_label, "start")  # above the numbers: beside them, long ones reach into it
+    _text(svg, 0, 12, y_label, "start")  # above the numbers, because long numbers leave no room beside them
 
 
 def new_figure(title: str, width: float, height: float) -> tuple[Element, Element]:
-    """Return a figure, and the SVG in it."""
+    """Return a figure and its SVG."""
     figure = Element("figure")
     SubElement(figure, "figcaption").text = safe(title)
     size = {"viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}", "height": f"{height:g}"}
@@ -193,7 +145,7 @@ def new_figure(title: str, width: float, height: float) -> tuple[Element, Elemen
 
 
 def _shape(svg: Element, name: str, attributes: Mapping[str, object], description: str = "") -> Element:
-    """Add a shape, with a text that is shown where the mouse points at it."""
+    """Add a shape with a tooltip."""
     shape = SubElement(svg, name, {key: _attribute(value) for key, value in attributes.items()})
     if description:
         SubElement(shape, "title").text = safe(description)
@@ -210,20 +162,20 @@ def figure_html(figure: Element) -> str:
 
 
 def _attribute(value: object) -> str:
-    # A hundredth of a pixel is not seen, and a page has thousands of numbers.
+    # Two decimals keep a page with thousands of numbers small.
     return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value)
 
 
 def _ends(low: float, high: float) -> tuple[float, float]:
-    """Ends of an axis; where all values are equal or nearly, with room below, above if they are 0."""
+    """Return the ends of an axis, with room for a grid if all values are nearly equal."""
     if high - low > _EQUAL * max(abs(low), abs(high)):
         return low, high
     return (high - 0.02 * abs(high), high) if high else (0.0, 1.0)
 
 
 def _number(value: float, ends: tuple[float, float]) -> str:
-    """Text of a number on an axis, with enough digits to tell quarters of the axis apart."""
-    # A step is a quarter of the axis: its digits lie behind those that both ends share.
+    """Format a number with enough digits that the 5 numbers of the axis differ."""
+    # A step is a quarter of the axis. Its digits follow the digits that both ends share.
     digits = math.log10(max(map(abs, ends)) / (ends[1] - ends[0])) + 2
     return f"{value:.{max(3, math.ceil(digits))}g}"
 
@@ -233,5 +185,5 @@ def _between(ends: tuple[float, float], fraction: float) -> float:
 
 
 def _short(name: str) -> str:
-    """Shorten a name to its end, in which layers differ; the table has the whole name."""
+    """Return the end of a layer's name, in which layers differ. Tables have the whole name."""
     return name if len(name) <= _NAME else "…" + name[1 - _NAME :]

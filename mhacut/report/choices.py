@@ -1,4 +1,4 @@
-"""Several budgets side by side: a table, and charts of accuracy and divergence against cost."""
+"""Comparison of several budgets: a table, and charts of accuracy and divergence against FLOPs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from mhacut.text import safe
 
 @dataclass(frozen=True)
 class Choice:
-    """One model among several to choose from."""
+    """The dense model, or the model of one budget."""
 
     name: str
-    """Budget as the user wrote it; ``dense`` for the dense model."""
+    """Budget as the user wrote it, or ``dense``."""
     figures: ModelFigures
     divergence: float | None
-    """Divergence from the dense model: KL divergence in nats, or, for features, squared error over variance.
-    None for the dense model itself."""
+    """KL divergence from the dense model in nats, or for features squared error over variance."""
     page: str = ""
-    """File name of its own report, next to the page that compares; "" without one."""
+    """File name of the model's own report, or ""."""
     judged_on: str = ""
-    """Number and name of the images of ``divergence``; "" for the dense model."""
+    """Description of the images of ``divergence``."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; ``size`` is in bytes, ``top1`` in percent."""
+        """Return plain values: ``size`` in bytes, ``top1`` in percent."""
         return {
             "budget": self.name,
             "flops": self.figures.flops,
@@ -42,62 +41,61 @@ class Choice:
 
 
 def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
-    """Return a table of ``choices``, its headings first; columns that nothing fills are left out."""
-    dense = choices[0].figures
-    columns: dict[str, Callable[[Choice], str | None]] = {
-        "budget": lambda one: one.name,
-        "FLOPs": lambda one: format_flops(one.figures.flops),
-        "of dense": lambda one: f"{100 * one.figures.flops / dense.flops:.1f}%",
-        "parameters": lambda one: format_flops(one.figures.parameters),
-        "file": lambda one: None if one.figures.size is None else format_amount(one.figures.size, "size"),
-        "ms": lambda one: None if one.figures.latency_ms is None else f"{one.figures.latency_ms:.2f}",
-        "top-1, %": lambda one: (
-            None
-            if one.figures.evaluation is None
-            else f"{one.figures.evaluation.top1:.2f}{one.figures.evaluation.doubt}"
-        ),
-        divergence: lambda one: None if one.divergence is None else f"{one.divergence:.2g}",
-    }
-    # Columns that nothing was measured for are left out.
-    filled = {name: cell for name, cell in columns.items() if any(cell(one) is not None for one in choices)}
-    return [list(filled), *([cell(one) or "" for cell in filled.values()] for one in choices)]
+    """Return a table with headings. The first choice is the dense model. Empty columns are left out."""
+    headings = ["budget", "FLOPs", "of dense", "parameters", "file", "ms", "top-1, %", divergence]
+    rows = [_cells(choice, choices[0].figures.flops) for choice in choices]
+    filled = [column for column in range(len(headings)) if any(row[column] for row in rows)]
+    return [[row[column] for column in filled] for row in [headings, *rows]]
 
 
-def choice_charts(choices: Sequence[Choice], *, flops_only: bool = False) -> list[str]:
-    """Return charts of accuracy and divergence against each cost that is known, or against FLOPs only."""
-    # Not against the size of the file, which is the parameters' times their storage.
-    costs: dict[str, Callable[[Choice], float | None]] = {
-        "FLOPs, millions": lambda one: one.figures.flops / 1e6,
-        "parameters, millions": lambda one: one.figures.parameters / 1e6,
-        "latency, ms": lambda one: one.figures.latency_ms,
-    }
+def _cells(choice: Choice, dense_flops: int) -> list[str]:
+    figures = choice.figures
+    size, latency, evaluation = figures.size, figures.latency_ms, figures.evaluation
+    return [
+        choice.name,
+        format_flops(figures.flops),
+        f"{100 * figures.flops / dense_flops:.1f}%",
+        format_flops(figures.parameters),
+        "" if size is None else format_amount(size, "size"),
+        "" if latency is None else f"{latency:.2f}",
+        "" if evaluation is None else f"{evaluation.top1:.2f}{evaluation.doubt}",
+        "" if choice.divergence is None else f"{choice.divergence:.2g}",
+    ]
+
+
+def choice_charts(choices: Sequence[Choice]) -> list[str]:
+    """Return charts of top-1 accuracy and divergence against FLOPs."""
     values: dict[str, Callable[[Choice], float | None]] = {
         "top-1, %": _top1,
-        "divergence": lambda one: one.divergence,
+        "divergence": lambda choice: choice.divergence,
     }
     charts = []
-    for value, of_value in values.items():
-        for cost, of_cost in list(costs.items())[: 1 if flops_only else None]:
-            known = [(one, of_cost(one), of_value(one)) for one in choices]
-            # By cost: budgets may be given in any order, and a line would turn back.
-            points = sorted(
-                (x, y, one.name, _error(one)) for one, x, y in known if x is not None and y is not None
+    for name, value_of in values.items():
+        # Sorted by FLOPs: budgets have any order, and the line would turn back.
+        points = sorted(
+            (choice.figures.flops / 1e6, value, choice.name, _standard_error(choice))
+            for choice in choices
+            if (value := value_of(choice)) is not None
+        )
+        if len(points) < 2:
+            continue
+        line = Line("budgets", [(x, y) for x, y, *_ in points])
+        # A line with 1 point for each budget: the tooltip of the point is the budget.
+        dots = [
+            Line(label, [(x, y)], marked=(x, y), error=error if value_of is _top1 else 0.0)
+            for x, y, label, error in points
+        ]
+        logarithmic = name == "divergence"
+        charts.append(
+            line_chart(
+                f"{name} against FLOPs", [line, *dots], "FLOPs, millions", name, logarithmic=logarithmic
             )
-            if len(points) < 2:
-                continue
-            line = Line("budgets", [(x, y) for x, y, *_ in points])
-            # A line of a single point for each budget, so that pointing at it shows its name.
-            dots = [
-                Line(name, [(x, y)], marked=(x, y), error=error if of_value is _top1 else 0.0)
-                for x, y, name, error in points
-            ]
-            title = f"{value} against {cost.partition(',')[0]}"
-            charts.append(line_chart(title, [line, *dots], cost, value, logarithmic=value == "divergence"))
-    return [chart for chart in charts if chart]  # a logarithm has no place for 0
+        )
+    return [chart for chart in charts if chart]  # a logarithmic chart is empty if all values are 0
 
 
 def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Return a table for the cells of notebooks; the first column and the first row are headings.
+    """Return a table for notebooks. The first column and the first row are headings.
 
     >>> html_table([["<vit>", "dense"], ["FLOPs", "1.26G"]])
     '<table><tr><th>&lt;vit&gt;</th><th>dense</th></tr><tr><th>FLOPs</th><td>1.26G</td></tr></table>'
@@ -111,7 +109,6 @@ def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
 
 
 def html_lines(lines: Sequence[str]) -> str:
-    """Return lines for the cells of notebooks, escaped."""
     return "".join(f"<div>{escape(safe(line))}</div>" for line in lines)
 
 
@@ -119,6 +116,5 @@ def _top1(choice: Choice) -> float | None:
     return None if choice.figures.evaluation is None else choice.figures.evaluation.top1
 
 
-def _error(choice: Choice) -> float:
-    """Return the standard error of the top-1, in points."""
+def _standard_error(choice: Choice) -> float:
     return 0.0 if choice.figures.evaluation is None else choice.figures.evaluation.standard_error

@@ -1,4 +1,4 @@
-"""Pictures of merged tokens: groups of patches that became one token, in their mean colour, outlined."""
+"""Pictures of merged tokens: the patches of a token in their mean colour, with an outline."""
 
 from __future__ import annotations
 
@@ -20,21 +20,16 @@ from mhacut.surgery.merging_blocks import Matcher
 from mhacut.surgery.token_merging import Match, token_of_patch_after
 
 SIZE = 150
-"""Pixels of a picture's sides on the page."""
+"""Height and width of a picture in pixels."""
 _STAGES = (0.5, 1.0)
-"""Where among the blocks that merge an image is shown, from the first to the last."""
+"""Positions of the shown blocks among the blocks that merge, from 0 (first) to 1 (last)."""
 
 
 @torch.no_grad()
 def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the token that stands for each patch after each block that merges, by the name of its matcher.
+    """Return the token of each patch, int [B, patches], after each block that merges, by matcher name.
 
-    Args:
-        model: a model that merges tokens, in eval mode.
-        images: images [B, C, H, W], normalised, on the model's device.
-
-    Returns:
-        Whole numbers [B, patches], equal where patches became one token.
+    ``images`` are normalised, [B, C, H, W].
     """
     matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
     with captured_outputs(model, matchers) as found:
@@ -52,13 +47,10 @@ def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def outlines(groups: Tensor) -> str:
-    """Return the borders between groups as an SVG path, in patches.
+    """Return the borders between ``groups`` [rows, columns] as an SVG path, 1 unit per patch.
 
     >>> outlines(torch.tensor([[0, 0], [0, 1]]))
     'M1 1v1M1 1h1'
-
-    Args:
-        groups: number of the group of each patch, [rows, columns].
     """
     beside = (groups[:, 1:] != groups[:, :-1]).nonzero().tolist()
     below = (groups[1:] != groups[:-1]).nonzero().tolist()
@@ -66,13 +58,7 @@ def outlines(groups: Tensor) -> str:
 
 
 def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> str:
-    """Draw an image as it is, then with groups of patches in their mean colours, outlined, as a ``<figure>``.
-
-    Args:
-        title: heading.
-        image: [3, H, W], in 0..1.
-        stages: caption and groups [rows, columns] of each further picture.
-    """
+    """Draw ``image`` [3, H, W] in 0..1, then each stage: a caption and groups of patches [rows, columns]."""
     pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=85)
     link = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -84,19 +70,19 @@ def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> 
             sides = {"width": f"{SIZE}", "height": f"{SIZE}"}
             SubElement(svg, "image", {"id": name, "href": link, **sides})
             continue
-        SubElement(svg, "use", {"href": f"#{name}", "x": f"{x}"})  # its bytes are written once
+        SubElement(svg, "use", {"href": f"#{name}", "x": f"{x}"})  # so that the page has the image once
         rows, columns = groups.shape
         scale = f"translate({x} 0) scale({SIZE / columns:.4f} {SIZE / rows:.4f})"
-        shown = SubElement(svg, "g", {"transform": scale})
+        overlay = SubElement(svg, "g", {"transform": scale})
         means = F.adaptive_avg_pool2d(image, (rows, columns)).clamp(0, 1)
         for group in groups.unique().tolist():
             patches = (groups == group).nonzero().tolist()
-            if len(patches) > 1:  # alone, a patch stays as it is
+            if len(patches) > 1:  # a single patch is not replaced
                 mean = (255 * means[:, groups == group].mean(1)).round().int().tolist()
                 path = "".join(f"M{x} {y}h1v1h-1z" for y, x in patches)
-                SubElement(shown, "path", {"d": path, "fill": "#{:02x}{:02x}{:02x}".format(*mean)})
+                SubElement(overlay, "path", {"d": path, "fill": "#{:02x}{:02x}{:02x}".format(*mean)})
         look = {"fill": "none", "stroke": "#000", "stroke-width": "0.06", "stroke-opacity": "0.6"}
-        SubElement(shown, "path", {"d": outlines(groups), **look})
+        SubElement(overlay, "path", {"d": outlines(groups), **look})
         place = {"x": f"{x + SIZE / 2:g}", "y": f"{SIZE + 14}", "text-anchor": "middle"}
         SubElement(svg, "text", {**place, "fill": "currentColor"}).text = caption
     return figure_html(figure)
@@ -106,14 +92,9 @@ def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> 
 def gallery(
     dense: nn.Module, slim: nn.Module, images: Tensor, preprocessing: Preprocessing, names: Sequence[str] = ()
 ) -> list[str]:
-    """Draw what ``slim`` merges in each image, with the answers of both models, a figure for each.
+    """Draw the merged tokens of each normalised image [B, 3, H, W], and the predictions of both models.
 
-    Args:
-        dense: the dense model, in eval mode, on one device with ``slim``.
-        slim: a timm ViT that merges tokens, in eval mode.
-        images: images [B, 3, H, W], normalised.
-        preprocessing: their normalisation.
-        names: names of the classes; numbers without them.
+    ``slim`` is a timm ViT that merges tokens.
     """
     images = images.to(next(slim.parameters()).device)
     groups = merged_groups(slim, images)
@@ -121,18 +102,20 @@ def gallery(
     blocks = [(name.split(".")[-2], found) for name, found in groups.items()]
     steps = sorted({round(stage * (len(blocks) - 1)) for stage in _STAGES})
     mean, std = (images.new_tensor(part)[:, None, None] for part in (preprocessing.mean, preprocessing.std))
-    answers = [[_answer(one, names) for one in model(images).float().softmax(-1)] for model in (dense, slim)]
+    predictions = [
+        [_prediction(row, names) for row in model(images).float().softmax(-1)] for model in (dense, slim)
+    ]
     figures = []
-    for index, (image, before, after) in enumerate(zip(images, *answers, strict=True)):
+    for index, (image, before, after) in enumerate(zip(images, *predictions, strict=True)):
         stages = []
         for block, found in (blocks[step] for step in steps):
             own = found[index].reshape(rows, columns)
             stages.append((f"block {block}: {len(own.unique())} tokens", own))
-        said = f"dense: {before}; pruned: {after}" if slim.num_classes else ""
-        figures.append(picture(said, image * std + mean, stages))
+        title = f"dense: {before}, pruned: {after}" if slim.num_classes else ""
+        figures.append(picture(title, image * std + mean, stages))
     return figures
 
 
-def _answer(probabilities: Tensor, names: Sequence[str]) -> str:
+def _prediction(probabilities: Tensor, names: Sequence[str]) -> str:
     best = int(probabilities.argmax())
     return f"{names[best] if names else f'class {best}'} {100 * float(probabilities[best]):.0f} %"

@@ -1,6 +1,6 @@
-"""A slim file's history: a line about each command, and the sensitivity curves of the last cut.
+"""Display of a slim file's history: a line per command, and the sensitivity curves of the last cut.
 
-The history is untrusted: it is JSON that anyone may have written.
+A history is untrusted JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LARGEST = 1e18
 
 
 def step(entry: Mapping[str, Any]) -> str:
-    """Return one line about one command of a slim file's history, whose values are untrusted."""
+    """Return a line about a command of the history."""
     versions = entry.get("versions")
     version = _text(versions.get("mhacut") if isinstance(versions, Mapping) else None)
     command = _text(entry.get("command"))
@@ -44,10 +44,9 @@ def step(entry: Mapping[str, Any]) -> str:
 
 
 def _targets(entry: Mapping[str, Any]) -> str:
-    """Return the budget, and other targets where there are any."""
     budget = [f"budget {_flops(entry['budget'])}"] if "budget" in entry else []
     stated = entry.get("targets")
-    targets = stated[:8] if isinstance(stated, list) else []  # mhacut writes at most five
+    targets = stated[:8] if isinstance(stated, list) else []  # mhacut writes at most 5
     others = [
         f"{_text(target.get('target'))} {_text(target.get('asked'))}"
         for target in targets
@@ -57,7 +56,7 @@ def _targets(entry: Mapping[str, Any]) -> str:
 
 
 def _preserving(preserved: object) -> str:
-    """Return a text about what was preserved; empty if the entry states nothing, as for the answers."""
+    """Return a text about the preserved outputs, empty for logits."""
     if not isinstance(preserved, Mapping):
         return ""
     what, layers = preserved.get("what"), preserved.get("layers")
@@ -67,7 +66,6 @@ def _preserving(preserved: object) -> str:
 
 
 def _fidelity(stated: object) -> str:
-    """Return the divergence that was measured, and of which images; empty if the entry states none."""
     value = stated.get("divergence") if isinstance(stated, Mapping) else None
     if not isinstance(stated, Mapping) or not is_number(value) or not 0 <= value < _LARGEST:
         return ""
@@ -79,44 +77,40 @@ def _flops(value: Any) -> str:
 
 
 def _text(value: object) -> str:
-    # Cut off, because a value can be of any length.
-    return safe("?" if value is None else f"{value!s:.100}")
+    return safe("?" if value is None else f"{value!s:.100}")  # a value can be very long
 
 
 @dataclass(frozen=True)
 class StoredCurve:
-    """Sensitivity curve of one unit, and the width that it was cut to."""
+    """Sensitivity curve of a unit."""
 
     layer: str
     kind: str
     points: tuple[tuple[int, float], ...]
-    """Widths, ascending, each with its estimated divergence; the last is that before the cut."""
+    """(width, estimated divergence) by ascending width. The last width is the width before the cut."""
     chosen: int
-    """Width that was chosen."""
+    """Width after the cut."""
 
 
 @dataclass(frozen=True)
 class StoredCurves:
-    """Sensitivity curves of one cut."""
+    """Sensitivity curves of a cut."""
 
     curves: tuple[StoredCurve, ...] = ()
     budget: int | None = None
-    """Budget in FLOPs of the cut, where it had one."""
+    """Budget of the cut in FLOPs."""
     measure: Measure | None = "answers"
     """Divergence that the curves are of; None where the file does not say."""
 
 
 def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
-    """Return the curves of a search as JSON: a few points each, with four digits.
-
-    Curves with a value that is not finite are left out.
-    """
+    """Return the curves of a search as JSON: a few points per curve, with 4 digits."""
     chosen = plan.widths()
     documents = []
     for (layer, kind), curve in curves.items():
         if not all(map(math.isfinite, curve.values())):
-            continue  # JSON has no infinity, and its readers would refuse the file
-        # A few points: the history lies in the header of the file, which every reader parses.
+            continue  # JSON has no infinity
+        # Few points, because every reader of the file parses its header, which has the history.
         widths = sorted({*sampled_widths(sorted(curve)), chosen[layer, kind]})
         points = [[width, float(f"{curve[width]:.4g}")] for width in widths]
         documents.append({"layer": layer, "kind": kind, "points": points, "chosen": chosen[layer, kind]})
@@ -124,15 +118,15 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
 
 
 def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
-    """Return the curves of the last cut in a slim file's history, without those that make no sense."""
+    """Return the valid curves of the last cut in a slim file's history."""
     last = StoredCurves()
     for entry in history:
         listed, budget = entry.get("curves"), entry.get("budget")
         if isinstance(listed, list):
             curves = tuple(filter(None, map(_curve, listed)))
-            # Later curves replace earlier ones, whose widths the file no longer has.
+            # Later curves replace earlier curves, whose widths are no longer in the file.
             known = int(budget) if is_number(budget) and 0 <= budget < _LARGEST else None
-            # Files whose cut preserved answers do not state what it was chosen by.
+            # The metric is only in files of cuts that preserved something other than logits.
             stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
             measure = next((measure for measure in get_args(Measure) if measure == stated), None)
             last = StoredCurves(curves, known, measure) if curves else StoredCurves()
@@ -141,7 +135,7 @@ def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
 
 def _curve(entry: Any) -> StoredCurve | None:
     try:
-        # int and float refuse what is no number; what they take of a hostile file is bounded below.
+        # int and float refuse other types. The values are checked below.
         points = tuple((int(width), float(error)) for width, error in entry["points"])
         curve = StoredCurve(str(entry["layer"]), str(entry["kind"]), points, int(entry["chosen"]))
     except (KeyError, TypeError, ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""The report as one HTML page, which needs no network and no other file."""
+"""The report as a self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -32,13 +32,12 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
 
 PICTURES = 4
-"""Images in the report of a model that merges tokens."""
+"""Number of images that show merged tokens."""
 
 
 def write_page(
     path: PathLike, contents: Contents, overwrite: bool, input_path: str | os.PathLike[str] | None
 ) -> Path:
-    """Write :func:`page` to ``path``, whole or not at all."""
     write_file(path, page(contents).encode(), overwrite=overwrite, input_path=input_path)
     return Path(path)
 
@@ -54,11 +53,11 @@ def write_report(
     provenance: Provenance,
     verdict: Sequence[str],
 ) -> Path:
-    """Inspect the pruned model as ``mhacut inspect --compare --data-dir`` does, and write the page."""
+    """Inspect the pruned model as ``mhacut inspect --compare`` does, and write the page."""
     assert options.report is not None
     assert pruned.record is not None
     batch_size = options.batch_size
-    # As many as inspect takes by default: the search may have used thousands.
+    # A few, as in inspect: the search may have used thousands of images.
     used, data = images.images[:INSPECTED_IMAGES], images.description
     if len(used) < len(images.images):
         data = f"the first {len(used)} of {data}"
@@ -79,9 +78,9 @@ def write_report(
     pictures: list[str] = []
     if any(inspection.tokens.merged) and used.shape[1] == 3:
         pictures = gallery(dense.model, pruned.model, used[:PICTURES], inspection.preprocessing)
-    # A slim file states its preprocessing; only the run knows what that came from.
+    # Only the run knows the origin of the preprocessing. The slim file has only its values.
     inspection = replace(inspection, provenance=provenance)
-    # Of this cut only: where it has no curves, those of an earlier cut would be shown.
+    # Only the last entry: an earlier cut's curves do not describe this cut.
     curves = stored_curves(pruned.record.history[-1:])
     contents = Contents(
         inspection,
@@ -103,7 +102,7 @@ def write_overview(
     provenance: Provenance,
     warnings: Sequence[str],
 ) -> Path:
-    """Write the page about a run with several budgets."""
+    """Write the page that compares several budgets."""
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
@@ -112,20 +111,17 @@ def write_overview(
 
 
 def page(contents: Contents) -> str:
-    """Return the whole document.
-
-    Its content security policy allows the page's own style sheet, by its hash, and nothing else, so that text
-    from files could not run even if it got past the escaping.
-    """
+    """Return the page as HTML."""
     from markupsafe import Markup
 
     style = files("mhacut.report").joinpath("page.css").read_text(encoding="utf-8")
+    # Allows only this style sheet, by its hash: text from files cannot run even if it is not escaped.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{digest}'; img-src data:"
     return str(
         _template().render(
             policy=policy,
-            style=Markup(style),  # trusted: it must not be escaped
+            style=Markup(style),  # not escaped: part of mhacut
             inspection=contents.inspection,
             summary=(
                 summary(contents.inspection)
@@ -157,7 +153,7 @@ def _template() -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Make invisible characters of text visible; the template escapes the rest."""
+    """Replace invisible characters of text. The template escapes the text."""
     if hasattr(value, "__html__"):
         return value
     return safe(value) if isinstance(value, str) else value

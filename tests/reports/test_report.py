@@ -18,7 +18,7 @@ from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model, summary
 from mhacut.measuring.accuracy import ModelFigures
 from mhacut.plan import Plan, TokenPlan, UnitPlan
-from mhacut.report.charts import COLOURS, Bar, Line, Share, bar_chart, line_chart, share_table
+from mhacut.report.charts import Line, Share, line_chart, share_table
 from mhacut.report.choices import Choice, choice_charts
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.page import page
@@ -119,19 +119,10 @@ def test_every_layer_is_in_the_table(contents):
 def test_sections_appear_where_there_is_something(contents):
     read = Reader(page(contents))
     titles = [data for element, data in read.texts if element == "h2"]
-    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "Sensitivity", "History"]
+    assert titles == ["Blocks", "In numbers", "Layers", "Sensitivity", "History"]
     plain = dataclasses.replace(contents, sensitivity=StoredCurves(), figures=())
     titles = [data for element, data in Reader(page(plain)).texts if element == "h2"]
-    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "History"]
-
-
-def test_layers_have_the_colour_of_their_family(contents):
-    (section,) = (one for one in sections(contents) if one.title == "FLOPs")
-    bars = ElementTree.fromstring(section.charts[0]).iter("rect")
-    colours = {bar.find("title").text.rpartition(": ")[0]: bar.get("fill") for bar in bars}
-    families = {safe(layer.name): layer.family for layer in contents.inspection.layers}
-    assert {*families.values()} == {"attention", "mlp"}
-    assert all(colours[name] == COLOURS[family] for name, family in families.items())
+    assert titles == ["Blocks", "In numbers", "Layers", "History"]
 
 
 def test_budgets_that_lose_nothing_have_no_logarithm():
@@ -139,11 +130,8 @@ def test_budgets_that_lose_nothing_have_no_logarithm():
         Choice(f"{number}", ModelFigures(number, number), 0.0 if number < 3 else None) for number in (1, 2, 3)
     ]
     assert choice_charts(choices) == []
-    some = choice_charts([*choices, Choice("4", ModelFigures(4, 4), 0.1)])
-    assert [
-        f"divergence against {cost}" in chart
-        for cost, chart in zip(("FLOPs", "parameters"), some, strict=True)
-    ]
+    (chart,) = choice_charts([*choices, Choice("4", ModelFigures(4, 4), 0.1)])
+    assert "divergence against FLOPs" in chart
 
 
 def test_points_lie_where_their_numbers_are():
@@ -194,9 +182,8 @@ PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))
 def test_charts_bring_their_own_look():
     """Notebooks have no style sheet of ours, and text from files must not become markup there either."""
     shares = share_table("<b>", {"v": "#123456"}, [("<i>\x1b[2J", {"v": Share(0.5, "<u>", "<u>")})])
-    bars = bar_chart("bars", [Bar("one", 0.0, 1.0, "mlp", "<s>")])
     lines = line_chart("lines", [Line("a", [(0.0, 0.1), (4.0, 1000.0)], marked=(4.0, 1000.0))], "x", "y")
-    for chart in (shares, bars, lines):
+    for chart in (shares, lines):
         root = ElementTree.fromstring(chart)
         assert not re.search(r"<[bius]>|class=|style=|\x1b", chart)
         drawn = [one for one in root.iter() if one.tag in ("rect", "polyline", "circle", "text")]
@@ -282,7 +269,7 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert result.report == page_file
     read = Reader(page_file.read_text(encoding="utf-8"))
     titles = [data for element, data in read.texts if element == "h2"]
-    assert titles == ["FLOPs", "Blocks", "In numbers", "Layers", "Sensitivity", "History"]
+    assert titles == ["Blocks", "In numbers", "Layers", "Sensitivity", "History"]
     assert f"{100 * result.slim.flops / result.dense.flops:.1f} %" in read.text("strong")
     assert str(tmp_path / "slim.safetensors") in read.text("h1")
     record = open_checkpoint(tmp_path / "slim.safetensors").record
@@ -327,21 +314,3 @@ def test_bars_of_a_block_are_its_tokens_and_widths(contents):
         unit = layers[0].units["qk"]
         assert f"{safe(layers[0].name)}: {unit.now} of {unit.dense} channels" in bars
         assert any("10 of 10 tokens" in bar for bar in bars) == (columns == 4)
-
-
-def test_where_flops_went_is_one_bar_for_each_step(contents):
-    spent = {
-        "dense": {"attention": 4, "mlp": 5, "rest": 1},
-        "fewer tokens": {"attention": 3, "mlp": 3, "rest": 1},
-        "fewer channels": {"attention": 2, "mlp": 1, "rest": 1},
-    }
-    comparison = Comparison("dense", (10, 4), (4, 3), (), 1.0, 0.1, 8, "images", spent)
-    (section,) = (
-        one for one in sections(dataclasses.replace(contents, comparison=comparison)) if one.title == "FLOPs"
-    )
-    drawn = ElementTree.fromstring(section.charts[0])
-    assert [text.text for text in drawn.iter("text")] == [
-        *("dense", "10"), *("fewer tokens", "7"), *("fewer channels", "4")
-    ]  # fmt: skip
-    widths = [float(bar.get("width")) for bar in drawn.iter("rect")]
-    assert [round(10 * width / sum(widths[:3])) for width in widths] == [4, 5, 1, 3, 3, 1, 2, 1, 1]
