@@ -169,6 +169,7 @@ def test_what_a_translator_cannot_do_is_refused_in_one_line():
         runtimes.onnx_runner(b"no model")
 
 
+@pytest.mark.exhaustive
 def test_an_opset_that_nobody_here_knows_is_refused(slim_of, tmp_path):
     with pytest.raises(MhacutError, match=r"opset=999: onnxscript or ONNX Runtime fails: .*; try opset=18"):
         mhacut.export(slim_of("vit"), opset=999, output=tmp_path / "model.onnx")
@@ -200,6 +201,7 @@ def test_refused_before_any_work(options):
         mhacut.export("no such file", **options)
 
 
+@pytest.mark.slow
 def test_the_command(slim_of, tmp_path):
     file = tmp_path / "model.pt2"
     result = run("export", slim_of("vit"), "--format", "pt2", "-o", file, "--json", "--opset", "23")

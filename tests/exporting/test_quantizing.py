@@ -103,6 +103,7 @@ def test_it_runs_at_any_batch_and_states_what_it_is(exported, slim_of):
     assert list(result.output.parent.iterdir()) == [result.output]
 
 
+@pytest.mark.slow
 def test_it_is_compared_with_float32(exported, slim_of, few_digits, tmp_path):
     images = {"data_dir": few_digits, "calibration_images": 24}
     with_images = mhacut.export(slim_of("vit"), output=tmp_path / "a.onnx", **QUICK, **images)

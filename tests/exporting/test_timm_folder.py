@@ -112,6 +112,7 @@ def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
     assert torch.equal(opened(tmp_path / "again")(images), model(images))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "args"),
     [
@@ -212,6 +213,7 @@ def carded(checkpoint, folder, **options):
     return (folder / "README.md").read_text(), json.loads((folder / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_bare_file_has_no_license_and_no_tag_but_what_is_given(tiny_vit, tmp_path):
     """timm's default for the architecture states those of timm's own weights."""
     options = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}

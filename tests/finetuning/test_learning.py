@@ -82,6 +82,7 @@ def test_few_images_are_learnt_from_in_small_steps(tune):
     assert open_checkpoint(tuned.output).record.history[-1]["images_per_step"] == 16
 
 
+@pytest.mark.slow
 def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     home = tmp_path / "home"
@@ -172,6 +173,7 @@ def test_features_are_matched_block_by_block(tune, tiny_vit):
     assert last < 0.7 * first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -188,6 +190,7 @@ def test_what_timm_has_can_be_asked_for(tune, options):
     assert all(np.isfinite(row.train_loss) for row in result.epochs)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_compiler")
 def test_what_cannot_be_compiled_is_one_sentence(tune):
     with pytest.raises(

@@ -101,6 +101,7 @@ def test_every_optimiser_goes_on_as_if_never_cut_off(tmp_path, optimisers):
     assert tried == len(optimisers) or tried > 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_names_the_command_to_go_on(
     tune, finished_run, tmp_path, at_call, number
@@ -164,6 +165,7 @@ def test_a_resumed_run_writes_to_its_own_directory_whatever_its_name(finished, f
         assert message in refusal(finished, *arguments, *more, code=2)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_own_inputs_only(finished, finished_run, images, tmp_path, monkeypatch):  # 57
     monkeypatch.chdir(tmp_path)
     fewer = shutil.copytree(images, tmp_path / "fewer")
@@ -281,6 +283,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp
     assert mhacut.load_model(folder / "best.safetensors") is not None
 
 
+@pytest.mark.slow
 def test_an_overwritten_run_is_set_aside(tune, finished, finished_run, at_call):
     (finished / "tensorboard").mkdir()
     (finished / "tensorboard" / "events").write_text("of the earlier run")

@@ -70,6 +70,7 @@ def test_classes_that_are_not_the_heads_are_refused(tune, images, tmp_path):
         tune(data_dir=tmp_path / "two")
 
 
+@pytest.mark.exhaustive
 def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_path):
     broken = tmp_path / "broken"
     for path in images.rglob("*.png"):

@@ -94,6 +94,7 @@ def test_every_attention_block_and_merge_gives_what_the_official_one_gives(name)
         assert found[key] == pytest.approx(expected, abs=1e-11), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except(ONE_OF_A_FAMILY, OFFICIAL))
 def test_parameters_are_those_of_the_official_model(name):
     with torch.device("meta"):

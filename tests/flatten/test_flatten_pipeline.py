@@ -145,6 +145,7 @@ def test_statistics_are_of_the_features_after_relu_and_focusing():
     torch.testing.assert_close(found.redundancy.float(), expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     slow_except(
@@ -202,6 +203,7 @@ def checkpoint(case: ModelCase, folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, {"model": case.architecture, "model_args": case.args}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except({"flatten_deit_tiny"}, FLATTEN))
 def test_from_file_to_file_and_again(name, tmp_path):
     path, given = checkpoint(FLATTEN[name], tmp_path)

@@ -73,9 +73,9 @@ def assert_the_table_is_what_fvcore_counts(model: nn.Module, size: tuple[int, in
 
 
 OWN_SIZE = [
-    pytest.param(name, marks=() if case.fast else pytest.mark.slow)
+    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
     for name, case in CASES.items()
-    if case.fast or isinstance(case, LayerCase)
+    if name in FAST or case.fast or isinstance(case, LayerCase)
 ]
 """Other models are held to it by ``test_files``: pruning compares what was promised with the slim model."""
 
@@ -88,7 +88,7 @@ def test_the_cost_table_is_what_fvcore_counts(name):
 
 def uneven_marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
     """Exhaustive: whole models, whose layer alone takes uneven images in most cases."""
-    if name in FAST:
+    if name in ("twins.LocallyGroupedAttn", "pvt_v2.Attention"):
         return ()
     return (pytest.mark.exhaustive if name.endswith(", model") else pytest.mark.slow,)
 

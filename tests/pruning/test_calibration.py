@@ -206,6 +206,7 @@ class Meeting(Processes):
         return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 16])
 @pytest.mark.parametrize("name", ["attention.Attention", "attention.SeparateFocusedAttention, pvt v2"])
 def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):

@@ -78,6 +78,7 @@ def test_equal_widths_are_equal_whatever_they_cost():
     assert cheapest_widths(curves, choices, limits, equal=True) == {("a", "qk"): 16, ("a", "v"): 16}
 
 
+@pytest.mark.slow
 def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_path):
     free = prune(tiny_vit, tmp_path / "free.safetensors", round_to=4)
     assert free.constraints == ()
@@ -167,6 +168,7 @@ def test_under_a_bound_on_the_loss_a_cost_is_that_at_the_same_flops(tiny_vit):
     assert re.search(found, text, re.MULTILINE), text
 
 
+@pytest.mark.slow
 def test_the_lowest_budget_is_that_under_the_constraints(tiny_vit, tmp_path):
     def lowest(flops: str, **constraints) -> float:
         with pytest.raises(mhacut.BudgetError, match="out of reach") as error:

@@ -262,6 +262,7 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks for module in it.model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [CASES[0], CASES[2]])
 def test_a_small_batch_size_bounds_the_images_that_are_run_at_once(case):
     it, seen = Curved(case, "channel"), []

@@ -334,6 +334,7 @@ def test_blocks_whose_tokens_are_copied_back_aim_at_those_of_all_patches(monkeyp
         torch.testing.assert_close(output, torch.cat((prefix, patches), 1), rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unmerge", [False, True])
 def test_healing_helps_a_model_that_merges_tokens(unmerge):
     bench = Bench(MERGING)

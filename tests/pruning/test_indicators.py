@@ -173,6 +173,7 @@ def test_scope_and_labels(bench):
     assert labelled.log[0].loss > bench.search(0.5).log[0].loss
 
 
+@pytest.mark.slow
 def test_training_helps():
     bench = Bench(images=16)
     outcomes = []

@@ -198,6 +198,7 @@ def pruned(model, tmp_path, args=None, **options):
 ARGS = {name: value for name, value in SMALL.items() if name not in ("num_classes", "img_size")}
 
 
+@pytest.mark.slow
 def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path):
     result, messages = pruned(build(VIT), tmp_path, ARGS)
     (line,) = (each for each in messages if each.startswith("the model has no classifier: "))
@@ -217,6 +218,7 @@ SIGLIP = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "num_classes": 0})
 CAIT = ModelCase("cait_xxs24_224", SMALL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "preserve", "whole"),
     [
@@ -254,6 +256,7 @@ def test_indicators_behind_what_is_preserved_follow_the_budget_alone(tmp_path):
     assert {unit.layer for unit in result.plan} >= {"blocks.1.attn", "blocks.1.mlp"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [5, 100], ids=["fewer classes than features", "more"])
 def test_pooled_features_do_not_learn_from_labels(tmp_path, classes):
     model = build(ModelCase(VIT.architecture, {**SMALL, "num_classes": classes}))
@@ -274,6 +277,7 @@ def test_a_classifier_preserves_its_answers(tmp_path):
         assert "preserved" not in json.loads(file.metadata()["mhacut"])["history"][0]
 
 
+@pytest.mark.slow
 def test_dead_tokens_stay_where_their_features_are_preserved(tmp_path):
     model = build(ModelCase(VIT.architecture, SMALL))
     result, _ = pruned(model, tmp_path, ARGS, preserve="blocks.0, blocks.1")
@@ -288,6 +292,7 @@ def test_dead_tokens_stay_where_their_features_are_preserved(tmp_path):
         pruned(str(cut.output), tmp_path, preserve="tokens", output=tmp_path / "again.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["tokens", "pyramid", "blocks.0, blocks.1"])
 def test_tokens_whose_features_are_preserved_merge_and_are_copied_back(tmp_path, what):
     """With no classifier and with one; in the file, in what is pruned from it, and exported."""

@@ -232,6 +232,7 @@ def test_a_dense_model_that_knows_nothing_is_refused(tiny_vit, few_digits, tmp_p
         prune_quickly(tiny_vit, tmp_path / "slim.safetensors", max_drop=1.0, data_dir=images, workers=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

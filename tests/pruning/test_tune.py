@@ -54,6 +54,7 @@ def tuned(tmp_path_factory):
     return pruned(tmp_path_factory.mktemp("tuned") / "slim.safetensors", tuning_steps=45)
 
 
+@pytest.mark.slow
 def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     result, (steps, line) = tuned
     plain, nothing = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
@@ -64,6 +65,7 @@ def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     assert before > max(after, 1.1 * plain.divergence)  # on crops, of which the model knows less
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
     again, _ = pruned(tmp_path / "again.safetensors", tuning_steps=45, workers=2)
     assert digest(again.output) == digest(tuned[0].output)
@@ -89,6 +91,7 @@ def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
     assert any("tuning all weights: 1 steps of 16 images (of 18), about " in line for line in messages)
 
 
+@pytest.mark.exhaustive
 def test_class_tokens_of_every_block_come_nearer_to_the_dense_ones(tuned, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "HINTS", 0.0)
     plain, _ = pruned(tmp_path / "plain.safetensors", tuning_steps=45)
@@ -101,6 +104,7 @@ def test_class_tokens_of_every_block_come_nearer_to_the_dense_ones(tuned, tmp_pa
     assert F.mse_loss(hinted, dense) < 0.95 * F.mse_loss(plain, dense)
 
 
+@pytest.mark.slow
 def test_tuning_that_harms_is_left_out(tmp_path):
     plain, _ = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
     same, (_, line) = pruned(tmp_path / "same.safetensors", tuning_steps=4, tuning_lr=0.1)
@@ -108,6 +112,7 @@ def test_tuning_that_harms_is_left_out(tmp_path):
     assert same.divergence == plain.divergence
 
 
+@pytest.mark.exhaustive
 def test_features_of_all_tokens_are_tuned_and_not_healed(tmp_path):
     given = {"preserve": "tokens", "flops": "50%", "tuning_lr": None}
     plain, _ = pruned(tmp_path / "plain.safetensors", **given, tuning_steps=0)
@@ -129,6 +134,7 @@ def test_the_best_step_is_where_a_parabola_is_lowest():
     assert losses[1] == min(losses)
 
 
+@pytest.mark.exhaustive
 def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
     given = {"flops": "50%", "repair": True, "heal_steps": None}
     assert not pruned(tmp_path / "slim.safetensors", **given)[1]
