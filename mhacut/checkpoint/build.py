@@ -26,13 +26,13 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
     import timm
 
     args = identity.model_args
-    # Width and image size cost nothing on the meta device; each block costs time and memory even there.
+    # On the meta device, width and image size cost nothing, but each block costs time and memory.
     for name, value in args.items() if limit is not None else ():
         depths = value if isinstance(value, list) else [value]
         if name.startswith("depth") and any(is_int(depth) and depth > len(limit or ()) for depth in depths):
             raise CheckpointError(
-                f"the model that the file describes ({identity.architecture}, {name}={value!r:.60}) is far "
-                "too large for the tensors in the file; nothing was built"
+                f"{identity.architecture} with {name}={value!r:.60} is far too large for the tensors "
+                "in the file"
             )
     try:
         with torch.random.fork_rng(devices=[]), without_values():
@@ -42,7 +42,7 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
                 pretrained_cfg=_as_timm_cfg(identity.pretrained_cfg) or None,
                 **args,
             )
-    except Exception as error:  # whatever the arguments make timm stumble over
+    except Exception as error:  # timm fails in many types
         shown = ", ".join(f"{name}={value!r:.60}" for name, value in args.items())
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
@@ -63,7 +63,7 @@ class _Uninitialised(TorchFunctionMode):
     _INITIALISES = frozenset(
         {Tensor.uniform_, Tensor.normal_, Tensor.erfinv_, Tensor.mul_, Tensor.add_, Tensor.clamp_}
         | {Tensor.fill_, Tensor.zero_, Tensor.__setitem__}
-        # All of them: within one that asks for its __torch_function__, this mode is not in force.
+        # All of nn.init: inside a function that calls __torch_function__, this mode is off.
         | {getattr(nn.init, name) for name in dir(nn.init) if name[0] != "_" and name[-1] == "_"}
     )
 
@@ -81,7 +81,7 @@ class _Uninitialised(TorchFunctionMode):
 def allocate(model: nn.Module) -> None:
     """Allocate a meta model on the CPU and compute its non-persistent buffers."""
     for module in model.modules():
-        # Tables of cut layers are no file's either, but the cut has made them on the CPU.
+        # The tables of cut layers are on the CPU already.
         waiting = [name for name, tensor in module.named_buffers(recurse=False) if tensor.is_meta]
         if module._non_persistent_buffers_set.intersection(waiting) and not hasattr(module, _FILL):
             raise AssertionError(f"{type(module).__name__} has no {_FILL} to compute {waiting}")
@@ -108,7 +108,7 @@ def unknown_model(name: str) -> str:
     names = timm.list_models()
     begun = [known for known in names if known.startswith(name)][:2]
     close = list(dict.fromkeys([*begun, *difflib.get_close_matches(name, names, n=5, cutoff=0.6)]))[:5]
-    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() names those it has"
+    hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
     return f"timm has no model {name!r:.150}; {hint}"
 
 
@@ -120,7 +120,7 @@ def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``cfg`` with tuples and only the fields that this timm knows."""
     from timm.models import PretrainedCfg
 
-    # A later timm may have written the file, and an unknown field would be an error of its dataclass.
+    # A later timm may have written the file with new fields.
     known = {field.name for field in dataclasses.fields(PretrainedCfg)}
     return {
         name: tuple(value) if isinstance(value, list) else value

@@ -115,7 +115,7 @@ class Checkpoint:
         notes += [] if naming is None else [naming]
         dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
         if dtypes not in ([], ["float32"]):
-            notes.append(f"weights are {' and '.join(dtypes)}; computed in float32")
+            notes.append(f"weights are {' and '.join(dtypes)}; mhacut computes in float32")
         if self.record is not None:
             notes.append(f"slim file, written by mhacut in {len(self.record.history)} step(s)")
         return tuple(notes)
@@ -167,10 +167,10 @@ class Checkpoint:
         else:
             set_recorded_preprocessing(model, self.record)
         allocate(model)
-        # Strict, though the names were compared: an empty tensor that is not filled would hold anything.
+        # Strict: a tensor that is not filled would hold arbitrary values.
         model.load_state_dict(tensors, strict=True)
         check_finite(where, model)
-        self._sha256 = sha256_of_file(self.header)  # now, since the file may change while a command works
+        self._sha256 = sha256_of_file(self.header)  # now: the file may change later
         model.eval()
         self.has_weights = True
 
@@ -184,8 +184,8 @@ def check_finite(where: str, model: nn.Module) -> None:
                 bad.append(f"{name!r:.150} ({wrong} of {tensor.numel()})")
     if bad:
         raise CheckpointError(
-            f"{where}: {len(bad)} tensors hold NaN or infinite values: {listed(bad, 5)}; the training that "
-            "made them diverged; use an earlier checkpoint"
+            f"{where}: {len(bad)} tensors hold NaN or infinite values: {listed(bad, 5)}. Use an earlier "
+            "checkpoint of the training"
         )
 
 
@@ -203,7 +203,7 @@ def _record_of(header: FileHeader) -> SlimRecord | None:
     text = header.metadata.get(METADATA_KEY)
     if PART_KEY in header.metadata:
         raise CheckpointError(
-            f"{show(header.path)}: holds a pruned part of another model; build that, and open the file by "
+            f"{show(header.path)}: holds a pruned submodule. Build the dense model, and call "
             "mhacut.apply_pruned"
         )
     if text is None:

@@ -28,22 +28,7 @@ _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
 """Tensor names of PEFT adapters."""
 _MAX_HEADER_BYTES = 100_000_000
 """Limit of the safetensors library."""
-_OTHERS = (
-    (rb"version https://git-lfs", "a git-lfs pointer", "run git lfs pull"),
-    (rb"(\xef\xbb\xbf)?\s*<", "an HTML page", "download the file itself"),
-    (rb"(\xef\xbb\xbf)?\s*\{", "JSON text", "give the file with the weights"),
-    (
-        rb"\x08[\x01-\x20][\x12\x1a\x22\x28\x32\x3a\x42]",
-        "an ONNX model",
-        "give the file that it was made from",
-    ),
-    (
-        rb"\x1f\x8b|(?s:.{257}ustar)",
-        "an archive (.gz, .tar)",
-        "unpack it, and give the file with the weights",
-    ),
-)
-"""First bytes of files that are no checkpoints, what they are, and what to do with them."""
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
@@ -57,7 +42,7 @@ def read_file_header(source: str | os.PathLike[str], part: str | None = None) ->
 
 
 def _file_header(path: Path, part: str | None = None) -> FileHeader:
-    regular_size(path)  # refuses what is no file, before a pipe would block
+    regular_size(path)  # opening a pipe would block
     if _sniff(path) == "safetensors":
         tensors, metadata = safetensors_header(path)
         return FileHeader(path, "safetensors", tensors, metadata, requested_part=part)
@@ -79,7 +64,7 @@ def _named(header: FileHeader) -> FileHeader:
     adapter = next((file for file, name in naming.names.items() if _OF_ADAPTER.search(name)), None)
     if adapter is not None:
         raise CheckpointError(
-            f"{show(header.path)}: {adapter!r:.150} is a tensor of an adapter; {MERGE_ADAPTER_ADVICE}"
+            f"{show(header.path)}: holds an adapter ({adapter!r:.150}). {MERGE_ADAPTER_ADVICE}"
         )
     tensors = {name: header.tensors[file] for file, name in naming.names.items()}
     return dataclasses.replace(header, tensors=tensors, naming=naming)
@@ -111,12 +96,12 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
     empty = [name for name, tensor in tensors.items() if tensor.is_meta]
     if empty:
         raise CheckpointError(
-            f"{show(header.path)}: tensor {empty[0]!r:.150} has no values, only a shape (device meta); "
-            "save the model after its weights were read"
+            f"{show(header.path)}: tensor {empty[0]!r:.150} is on the meta device and has no values. "
+            "Load the weights before saving the model"
         )
-    # What fits the model was decided by the header; another file may lie there by now.
+    # The header was compared with the model. The file may have been replaced since.
     if infos(tensors) != dict(header.tensors):
-        raise CheckpointError(f"{show(header.path)}: changed while it was read; try again")
+        raise CheckpointError(f"{show(header.path)}: changed while it was read. Try again")
     return tensors
 
 
@@ -125,30 +110,30 @@ def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}
-    except Exception as error:  # the library raises what its bindings raise
+    except Exception as error:  # the library's own types
         raise CheckpointError(f"{show(path)}: cannot be read: {error!s:.200}") from None
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     """Return tensor infos and metadata. The library checks for holes and overlaps."""
-    regular_size(path)  # to open a pipe would block
+    regular_size(path)  # opening a pipe would block
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = file.metadata() or {}
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             announced = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except Exception as error:  # as above
+    except Exception as error:  # the library's own types
         reason = ascii(str(error).removeprefix("Error while deserializing header: "))[1:-1]
         raise CheckpointError(
-            f"{show(path)}: truncated or damaged ({reason:.200}); download or copy it again"
+            f"{show(path)}: truncated or damaged ({reason:.200}). Download or copy it again"
         ) from None
     if not announced:
         raise CheckpointError(f"{show(path)}: holds no tensors")
     for name, (dtype, _) in announced.items():
         if dtype not in DTYPES:
             raise CheckpointError(
-                f"{show(path)}: tensor {name!r:.200}: quantised or complex weights are not supported, "
-                f"found {dtype}, expected a float dtype"
+                f"{show(path)}: tensor {name!r:.200}: expected float values, found {dtype}. "
+                "Quantised, sparse and complex weights are not supported"
             )
     return {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in announced.items()}, metadata
 
@@ -174,16 +159,14 @@ def _sniff(path: Path) -> Format:
             start = file.read(512)
     except OSError as error:
         raise CheckpointError(f"{show(path)}: cannot be opened: {error.strerror}") from None
-    # First, since the length of a header may look like the first bytes of any other kind of file.
+    # safetensors first: the length of a header may look like the first bytes of any other format.
     header_bytes = int.from_bytes(start[:8], "little")
     if start[8:9] == b"{" and header_bytes <= _MAX_HEADER_BYTES:
         return "safetensors"
     if re.match(rb"PK\x03\x04|PK\x05\x06|\x80[\x02-\x05]", start):
         return "torch"
-    for magic, what, then in _OTHERS:
-        if re.match(magic, start):
-            raise CheckpointError(f"{show(path)}: this is {what}, not a checkpoint; {then}")
+    is_pointer = start.startswith(_LFS_POINTER)
+    advice = "This is a Git LFS pointer: run git lfs pull" if is_pointer else "Give the file with the weights"
     raise CheckpointError(
-        f"{show(path)}: not a checkpoint: neither safetensors nor a torch file by its first bytes "
-        f"{start[:8]!r}"
+        f"{show(path)}: not a safetensors or PyTorch checkpoint: begins with {start[:16]!r}. {advice}"
     )

@@ -31,38 +31,41 @@ _CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
 _NO_MODEL = re.compile(r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)|.*-of-")
 """Files of training states, and single shards."""
 MERGE_ADAPTER_ADVICE = (
-    "merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
+    "Merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
     'torch.save(merged.state_dict(), "weights.pth")'
 )
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
     """Return the weight files, the model configuration and the preprocessor configuration."""
-    one = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
-    config = _config(folder, one)
-    if config is None and one is not None:
-        hint = f"it holds {one.name}: give that file, and {option_name('model', 'NAME')}"
-        raise CheckpointError(f"{show(folder)}: is a directory without a config.json; {hint}")
-    weights = [one] if one is not None else _shards(folder)
+    file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
+    config = _config(folder, file)
+    if config is None and file is not None:
+        raise CheckpointError(
+            f"{show(folder)}: has no config.json. Give {file.name} itself and {option_name('model', 'NAME')}"
+        )
+    weights = [file] if file is not None else _shards(folder)
     if not weights:
-        adapter = (folder / "adapter_config.json").is_file()
-        fault = f"holds an adapter of PEFT and no whole model; {MERGE_ADAPTER_ADVICE}" if adapter else ""
-        if not fault and config is None:
-            # A run of finetune leaves files of other names.
-            named = (path for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
-            models = sorted(show(path.name) for path in named if not _NO_MODEL.match(path.name))
-            fault = "is a directory without a config.json"
-            fault += f"; give one of the files that it holds: {listed(models, 3)}" if models else ""
-        if (folder / PRUNED).is_file():
-            fault = "holds a model that was pruned in place; open it in Python, by mhacut.load_pruned"
-        fault = fault or "holds no weights, expected model.safetensors beside config.json"
-        raise CheckpointError(f"{show(folder)}: {fault}")
-    of_timm = config is None or "architecture" in config
-    return weights, config, None if of_timm else preprocessor_of(folder)
+        raise CheckpointError(f"{show(folder)}: {_no_weights(folder, config is not None)}")
+    is_timm = config is None or "architecture" in config
+    return weights, config, None if is_timm else preprocessor_of(folder)
+
+
+def _no_weights(folder: Path, has_config: bool) -> str:
+    if (folder / PRUNED).is_file():
+        return "holds a model that was pruned in place. Open it in Python with mhacut.load_pruned"
+    if (folder / "adapter_config.json").is_file():
+        return f"holds an adapter without its model. {MERGE_ADAPTER_ADVICE}"
+    if has_config:
+        return "has no weights. Expected model.safetensors next to config.json"
+    # finetune writes files with other names.
+    files = (path.name for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
+    models = sorted(show(name) for name in files if not _NO_MODEL.match(name))
+    return "has no config.json" + (f". Give one of its files: {listed(models, 3)}" if models else "")
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:
-    # open_clip puts a config.json of timm or transformers beside its own, for the same weights.
+    # open_clip folders may also have a config.json of timm or transformers for the same weights.
     plain, of_open_clip = folder / "config.json", folder / "open_clip_config.json"
     config = read_json(plain) if plain.is_file() else None
     for_open_clip = weights is not None and weights.name.startswith("open_clip")
@@ -80,7 +83,7 @@ def preprocessor_of(folder: Path) -> dict[str, Any] | None:
 
 
 def _shards(folder: Path) -> list[Path]:
-    # Their names say how many there are, so that no name in an index has to be trusted.
+    # The shard names state their number, so the untrusted index is not needed.
     shard = re.compile(r"(model|pytorch_model)-\d{5}-of-(\d{5})\.(safetensors|bin)")
     paths = sorted(path for path in folder.iterdir() if shard.fullmatch(path.name))
     if not paths:
@@ -89,8 +92,8 @@ def _shards(folder: Path) -> list[Path]:
     expected = {f"{stem}-{number:05d}-of-{of}.{ending}" for number in range(1, int(of) + 1)}
     other = expected ^ {path.name for path in paths}
     if other:
-        what = "is missing" if min(other) in expected else "is a shard of another model"
-        raise CheckpointError(f"{show(folder)}: {min(other)} {what}; download the folder again")
+        fault = "is missing" if min(other) in expected else "is a shard of another model"
+        raise CheckpointError(f"{show(folder)}: {min(other)} {fault}. Download the folder again")
     return paths
 
 
@@ -102,6 +105,6 @@ def shard_names(index: Path) -> list[str]:
     odd = next((name for name in names if not re.fullmatch(r"[\w-]+\.(safetensors|bin)", name)), None)
     if not names or odd is not None:
         raise CheckpointError(
-            f"{show(index)}: expected a weight_map with the names of files beside it, found {odd!r:.150}"
+            f"{show(index)}: expected a weight_map with names of files in this folder, found {odd!r:.150}"
         )
     return names

@@ -51,17 +51,17 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
     wrong = []
     if hints.model is not None and split_tag(hints.model)[0] != stated.architecture:
         wrong.append(f"{option_name('model', hints.model)} (it is {stated.architecture})")
-    asked = checked_model_args(hints.model_args)
+    expected = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
-        asked["num_classes"] = hints.num_classes
-    for name, value in asked.items():
+        expected["num_classes"] = hints.num_classes
+    for name, value in expected.items():
         has = stated.model_args.get(name, getattr(model, name, None))
         if has != value:
             shown = has if isinstance(has, bool | int | float | str | list) else "timm's default"
             wrong.append(f"{name}={value!r:.60} (it has {shown!s:.60})")
     if wrong:
         raise CheckpointError(
-            f"{where}: a slim file states its own architecture and arguments; leave out {', '.join(wrong)}"
+            f"{where}: contradicts the metadata of the slim file. Leave out {', '.join(wrong)}"
         )
 
 
@@ -82,10 +82,10 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
     if naming.head is not None and model.identity.model_args["num_classes"]:
         pool = getattr(model.skeleton, "global_pool", None)
         features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
-        text = f"{naming.head}. beside {naming.backbone}. was read as the classifier{features}"
-        model = _with_notes(model, f"{text}; {option_name('part', naming.backbone)} leaves it out")
+        text = f"{naming.head}. next to {naming.backbone}. is used as the classifier{features}"
+        model = _with_notes(model, f"{text}; {option_name('part', naming.backbone)} drops it")
     if foreign is None and position_shapes(model.tensors) != position_shapes(header.tensors):
-        note = "position embeddings were for another image size; they were resized to the model's"
+        note = "position embeddings were resized to the model's image size"
         model = _with_notes(model, note)
     return model
 
@@ -101,8 +101,8 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     architecture = config.get("architecture")
     if not isinstance(architecture, str):
         raise CheckpointError(
-            f"{where}: expected timm's config with an architecture, found keys {sorted(config)!r:.200}; "
-            f"give the weights file {header.path.name} itself, and {option_name('model', 'NAME')}"
+            f"{where}: expected timm's config with an architecture, found keys {sorted(config)!r:.200}. "
+            f"Give the weights file {header.path.name} and {option_name('model', 'NAME')}"
         )
     try:
         stated_args = checked_model_args(config.get("model_args") or {})
@@ -110,12 +110,12 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
     cfg |= {name: config[name] for name in ("label_names", "label_descriptions") if name in config}
-    stated_args.pop("num_classes", None)  # the classifier's shape shows it, and for these weights
+    stated_args.pop("num_classes", None)  # the classifier's shape shows it
     name = split_tag(architecture)[0]
     if hints.model is not None and split_tag(hints.model)[0] != name:
         raise CheckpointError(
-            f"{show(header.path.parent)}: its config.json says {name}, {option_name('model')} says "
-            f"{hints.model}; leave it out, or give the weights file {header.path.name} itself"
+            f"{show(header.path.parent)}: config.json says {name}, not {option_name('model', hints.model)}. "
+            f"Leave the option out, or give the weights file {header.path.name}"
         )
     _check_name(header, name, "config.json")
     args = {**stated_args, **args}
@@ -139,14 +139,15 @@ def _from_conversion(
         try:
             model = _from_file(renamed, args, hints, foreign.cfg)
         except CheckpointError as error:
-            folder = "; the folder with its configuration would tell more" if foreign.family.build else ""
-            raise CheckpointError(f"{error} (converted from {foreign.family.title}{folder})") from None
+            advice = ". Give the folder with its configuration" if foreign.family.build else ""
+            raise CheckpointError(f"{error} (converted from {foreign.family.title}){advice}") from None
     else:
         name = spec.architecture
         if hints.model not in (None, name):
             raise CheckpointError(
-                f"{show(header.path.parent)}: its configuration describes {name}, but {option_name('model')} "
-                f"says {hints.model}; leave it out, or give the weights file {header.path.name} itself"
+                f"{show(header.path.parent)}: config.json says {name}, not "
+                f"{option_name('model', hints.model)}. Leave the option out, or give the weights file "
+                f"{header.path.name}"
             )
         cfg = completed_cfg(name, checked_pretrained_cfg(foreign.cfg))
         model = infer_from_shapes(name, {**spec.args, **args}, cfg, foreign.tensors, bounded=True)
@@ -168,20 +169,20 @@ def _from_file(
     stated = split_tag(training.model or "")[0]
     model: ResolvedModel | None = None
     notes: tuple[str, ...] = ()
-    # What the user says counts; a tag stands for weights of timm, of which a script knows nothing.
+    # --model wins. A tag means timm's own weights, about which the script knows nothing.
     if stated and not tag and named in ("", stated):
         try:
             model = _from_training(header, args, training, given=bool(named))
             model = _with_preprocessing(model, {**(cfg or {}), **training.implied}, of_library=True)
         except CheckpointError:
-            # A script's own name, or that of another part of a converted file, may be of another model.
+            # A script's own name, or the name in a converted file, may mean another model.
             if not training.implied and cfg is None:
                 raise
-            notes = (*notes, f"its {training.origin} says {training.model}, which does not fit")
+            notes = (*notes, f"ignored {training.origin} {training.model}: its tensors do not fit")
     if model is None:
         model = _from_names(header, args, hints, cfg)
     if named and stated and stated != named:
-        notes = (*notes, f"its {training.origin} says {training.model}; {option_name('model')} counts")
+        notes = (*notes, f"ignored {training.origin} {training.model} because of {option_name('model')}")
     model = _with_notes(model, *notes)
     return model if tag else _with_preprocessing(model, training.cfg)
 
@@ -208,8 +209,8 @@ def _from_training(
             how += f", with {heads['num_heads']} heads as in MoCo v3"
         return _with_notes(model, first=f"architecture {name}, {how}")
     raise CheckpointError(
-        f"{fault}\n  the file's {training.origin} says {name}; give {option_name('model', 'NAME')} if it is "
-        "another"
+        f"{fault}\n  {training.origin} in the file says {name}. If this is wrong, give "
+        f"{option_name('model', 'NAME')}"
     )
 
 
@@ -231,11 +232,11 @@ def _from_names(
     name = model.identity.architecture
     if "_rope_ape_" in name:
         raise CheckpointError(
-            f"{show(header.path)}: the model cannot be identified from names and shapes: they are those of "
-            f"{name}, and of DeiT III in its authors' files; give {option_name('model', 'NAME')}"
+            f"{show(header.path)}: names and shapes fit {name} and the authors' files of DeiT III. Give "
+            f"{option_name('model', 'NAME')}"
         )
     model = _with_preprocessing(model, cfg or {}, of_library=True)
-    default = " (the number of heads is that model's default; tensor shapes cannot show it)"
+    default = " (assumes the default number of heads, which shapes do not show)"
     heads = "" if "num_heads" in args else default
     return _with_notes(model, first=f"architecture {name}, from names and shapes{heads}")
 

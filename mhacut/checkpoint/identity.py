@@ -80,12 +80,10 @@ def checked_model_args(args: object) -> dict[str, Any]:
         if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
             raise CheckpointError(f"model_args: {reprlib.repr(name):.100} is not an argument name")
         if name in _RESERVED_ARGS:
-            raise CheckpointError(
-                f"model_args: {name!r} does not describe a model; leave it out (checkpoints may not set it)"
-            )
+            raise CheckpointError(f"model_args: {name!r} is not allowed. Leave it out")
     checked: dict[str, Any] = plain_json(args)
     side = checked.get("img_size")
-    # timm runs some stems at this size to learn what comes out of them, before anybody else sees the model.
+    # timm runs some stems at this size while it builds the model.
     _check_image([side, side] if is_int(side) else side, "model_args 'img_size'")
     return checked
 
@@ -94,14 +92,14 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
     """Return ``cfg`` as JSON values without the sources of weights."""
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {type(cfg).__name__}")
-    # Where weights come from is left out: nothing that a file states may make timm fetch others.
+    # Sources of weights are dropped: a file must not make timm download others.
     kept: dict[str, Any] = plain_json(
         {name: value for name, value in cfg.items() if name in _CFG_KEYS and value is not None}
     )
     for name in kept.keys() & _CFG_SIZES:
         size, where = kept[name], f"pretrained_cfg {name!r}"
         if not isinstance(size, list) or len(size) != 3 or not all(is_int(n) and n > 0 for n in size):
-            raise CheckpointError(f"{where}: expected channels, height, width, found {size!r:.100}")
+            raise CheckpointError(f"{where}: expected [C, H, W], found {size!r:.100}")
         _check_image(size, where)
     return kept
 

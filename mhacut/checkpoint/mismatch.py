@@ -39,9 +39,8 @@ def check_tensors(
     if odd:
         names = [f"{name!r:.150} ({dtype_name(tensors[name].dtype)})" for name in odd]
         raise CheckpointError(
-            f"{where}: quantised or complex weights are not supported: {len(odd)} tensors are not of the "
-            f"kind {identity.architecture} has: {listed(names, _MAX_NAMES)}; give the float32, float16 or "
-            "bfloat16 checkpoint"
+            f"{where}: expected float weights, found {len(odd)} tensors of other dtypes: "
+            f"{listed(names, _MAX_NAMES)}. Quantised, sparse and complex weights are not supported"
         )
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]
@@ -54,12 +53,11 @@ def check_tensors(
     )  # other architectures with these tensors
     models = "" if identity.architecture in fitting or not fitting else listed(fitting, _MAX_NAMES)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
-    if not stated and is_foreign(wanted, tensors):  # name by name there is nothing to learn
-        instead = f", not {missing[0]!r:.150}" if missing else ""
+    if not stated and is_foreign(wanted, tensors):
         raise CheckpointError(
-            f"{where}: its tensors do not fit {identity.architecture}: {counts}; most tensor names are "
-            f"not that model's (the file has {unexpected[0]!r:.150}{instead}): give "
-            f"{option_name('model')} the architecture of the file{f' ({models})' if models else ''}"
+            f"{where}: its tensors do not fit {identity.architecture}: {counts}. Most names are of another "
+            f"architecture (first {unexpected[0]!r:.150}). Give {option_name('model', 'NAME')}"
+            f"{f': {models}' if models else ''}"
         )
     args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
     lines = [f"{where}: its tensors do not fit {identity.architecture} ({args}): {counts}"]
@@ -71,39 +69,36 @@ def check_tensors(
         lines += [f"  {title}: {listed([f'{name!r:.150}' for name in names], _MAX_NAMES)}"] if names else []
     lines += [f"  another shape: {listed(shapes, _MAX_NAMES)}"] if shapes else []
     if stated:
-        lines.append(
-            "  the file's metadata does not match its tensors: it was edited or damaged; prune the dense "
-            "model again"
-        )
+        lines.append("  metadata and tensors do not match: the file is damaged. Prune the dense model again")
     else:
         lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
         if is_cut(file_shapes):
-            lines.append(f"  it seems to be a slim model's state dict; {SAVE_SLIM_ADVICE}")
-    lines += [f"  its names and shapes are those of {models}"] if models else []
+            lines.append(f"  seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}")
+    lines += [f"  names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 
 
 def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
     """Return suggestions: the arguments that the shapes show."""
     shapes = {name: info.shape for name, info in tensors.items()}
-    # Arguments that were given are inferred too: they may be what is wrong.
+    # Given arguments are inferred too, because they may be wrong.
     shown = visible_args(model, shapes, {})
     hints = []
     if shown:
         args = option_name("model_args", {one.name: one.value for one in shown})
-        hints.append(f"its shapes show {'; '.join(map(str, shown))}: {args}?")
+        hints.append(f"shapes show {'; '.join(map(str, shown))}: try {args}")
     classes = visible_classes(model, shapes)
     if classes.value != getattr(model, "num_classes", classes.value):
-        hints.append(f"the head differs: {option_name('num_classes', classes.value)}?")
-    # A width is read off the shapes only beside a number of heads, which they do not show.
+        hints.append(f"the classifier differs: try {option_name('num_classes', classes.value)}")
+    # Shapes do not show the number of heads, and a width needs it.
     with_heads = visible_args(model, shapes, {"num_heads": None})
     if width := [one for one in with_heads if one.name == "embed_dim"]:
-        asked = option_name("model_args", {"num_heads": "N"})
-        hints.append(f"its shapes show {width[0]}, but no number of heads: {asked}?")
+        num_heads = option_name("model_args", {"num_heads": "N"})
+        hints.append(f"shapes show {width[0]}. The number of heads is unknown: give {num_heads}")
     elif any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
         side = option_name("model_args", {"img_size": "SIDE"})
         hints.append(
-            f"the image size, the window size or the number of heads differs: {side} (or window_size, "
-            "num_heads) of the file?"
+            f"the image size, the window size or the number of heads differs: try {side}, window_size or "
+            "num_heads"
         )
     return hints

@@ -66,7 +66,7 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     source = f"{architecture} in memory"
     args = checked_model_args({**getattr(module, _ARGS, {}), **hints.model_args})
     args["num_classes"] = _check_classes(module, hints, source)
-    # Only where it differs, so that the file states no argument that timm would choose anyway.
+    # Only if it differs, so that the file lists no default values.
     size = _image_size(module)
     if "img_size" not in args and size != _image_size(build_skeleton(ModelIdentity(architecture, args, cfg))):
         args["img_size"] = size
@@ -77,9 +77,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
         check_tensors(source, tensors, model, identity)
     except CheckpointError as error:
         raise CheckpointError(
-            f"{error}\n  mhacut rebuilds a module from its architecture and arguments: state in "
-            f"{option_name('model_args')} all arguments that are not the defaults; of a slim model, give the "
-            "file"
+            f"{error}\n  The module is rebuilt from its architecture and arguments: give all non-default "
+            f"arguments in {option_name('model_args')}. For a slim model, give its file"
         ) from None
     set_resolved_preprocessing(model, identity, source)
     allocate(model)
@@ -94,8 +93,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     if outputs.shape != wanted.shape or (outputs - wanted).abs().max() > _SAME * wanted.abs().max():
         stated = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
         raise CheckpointError(
-            f"{source}: rebuilt with {architecture} and {stated}, the module gives different outputs; state "
-            f"in {option_name('model_args')} the arguments that it was built with"
+            f"{source}: {architecture} rebuilt with {stated} has other outputs than the module. Give its "
+            f"arguments in {option_name('model_args')}"
         )
     return Checkpoint.of_model(
         model,
@@ -122,12 +121,11 @@ def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
     architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]
     if not architecture or not hasattr(module, "forward_features"):
         raise CheckpointError(
-            f"a {type(module).__name__} is not a timm model; give a module made by timm.create_model, or a "
-            "checkpoint file"
+            f"expected a model of timm.create_model or a checkpoint file, found a {type(module).__name__}"
         )
     if not known_model(architecture):
         raise CheckpointError(unknown_model(architecture))
-    # Nobody knows whether these weights still are timm's.
+    # The weights may have changed since timm loaded them.
     known = {name: value for name, value in stated.items() if name not in PROVENANCE_CFG_KEYS}
     return architecture, checked_pretrained_cfg(known)
 
@@ -136,7 +134,7 @@ def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
     classes = classifier_size(module)
     if hints.num_classes not in (None, classes):
         raise CheckpointError(
-            f"{source}: has {classes} classes, not {option_name('num_classes', hints.num_classes)}"
+            f"{source}: expected {option_name('num_classes', hints.num_classes)}, found {classes}"
         )
     return classes
 

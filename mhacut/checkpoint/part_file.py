@@ -58,7 +58,7 @@ def check_dense(model: nn.Module, name: str) -> None:
     for pruned in _pruned_in(model):
         inner, outer = sorted((f".{pruned}" if pruned else "", f".{name}" if name else ""), key=len)[::-1]
         if f"{inner}.".startswith(f"{outer}."):
-            raise UsageError(f"{shown(pruned)} was pruned already; take the dense model, built anew")
+            raise UsageError(f"{shown(pruned)} was pruned already. Start from the dense model")
 
 
 def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
@@ -90,13 +90,13 @@ def write_pruned(
     finish: Callable[[Path], object],
 ) -> None:
     """Write as :func:`save_pruned`. ``finish`` gets a folder before its files appear."""
-    found = _pruned_in(model)
-    if len(found) != 1:
-        names = ", ".join(map(shown, found)) or "none: prune_ makes one"
-        raise UsageError(f"expected one pruned part, found {names}")
-    ((name, part),) = found.items()
+    pruned = _pruned_in(model)
+    if len(pruned) != 1:
+        names = ", ".join(map(shown, pruned)) or "none. Call prune_ first"
+        raise UsageError(f"expected 1 pruned submodule, found {names}")
+    ((name, part),) = pruned.items()
     record: Mapping[str, Any] = vars(part)[_RECORD]
-    version = 2 if "tokens" in record else 1  # versions of mhacut that know 1 alone merge none
+    version = 2 if "tokens" in record else 1  # version 1 has no token merging
     text = json.dumps({"format_version": version, **record, "part": name or record["part"]})
 
     def write(path: Path) -> None:
@@ -112,8 +112,8 @@ def write_pruned(
         rest = {key: tensor for key, tensor in _tensors(model).items() if not key.startswith(inside)}
         if rest:
             save_tensors(rest, folder / REST, {"format": "pt"})
-        for each in beside:
-            shutil.copyfile(each, folder / each.name)
+        for preprocessor in preprocessors:
+            shutil.copyfile(preprocessor, folder / preprocessor.name)
         (folder / CARD).write_text(_card(Path(file).name, type(model).__name__, name, record), "utf-8")
         finish(folder)
 
@@ -122,11 +122,11 @@ def write_pruned(
         return
     if not hasattr(model, "save_pretrained"):
         raise UsageError(
-            f"{show(file)}: expected a name that ends in .safetensors; folders are for transformers"
+            f"{show(file)}: expected a name ending in .safetensors. Folders need a transformers model"
         )
     source = getattr(model, "name_or_path", "")
-    beside = [Path(source, each) for each in PREPROCESSORS if source and Path(source, each).is_file()]
-    written = [Path(file) / each for each in (*FILES, *(each.name for each in beside))]
+    preprocessors = [Path(source, one) for one in PREPROCESSORS if source and Path(source, one).is_file()]
+    written = [Path(file) / one for one in (*FILES, *(path.name for path in preprocessors))]
     check_outputs(written, overwrite=overwrite, input_paths=())
     fill_folder(file, fill)
 
@@ -161,24 +161,24 @@ def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> 
     try:
         transformers: Any = import_module("transformers")
     except ImportError:
-        raise MhacutError(f"{where}: needs the package transformers; pip install 'mhacut[interop]'") from None
+        raise MhacutError(f"{where}: needs transformers: pip install 'mhacut[interop]'") from None
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         cls = getattr(transformers, config.architectures[0])
         assert issubclass(cls, transformers.PreTrainedModel)
         return make(cls, config)
-    except Exception as error:  # the library's own
-        raise CheckpointError(f"{where}: holds no model that transformers open: {error!s:.200}") from None
+    except Exception as error:  # the library's own types
+        raise CheckpointError(f"{where}: transformers cannot open it: {error!s:.200}") from None
 
 
 def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
     """Return a transformers model in eval mode, float32, and the dtype of its file."""
-    where, given = show(folder), {"local_files_only": True, "output_loading_info": True}
+    where, args = show(folder), {"local_files_only": True, "output_loading_info": True}
     if (Path(folder) / PRUNED).is_file():
-        raise UsageError(f"{where}: was pruned already; give the folder of the dense model")
-    model, about = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **given))
-    if missing := sorted(about["missing_keys"]):
+        raise UsageError(f"{where}: was pruned already. Give the folder of the dense model")
+    model, loading_info = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **args))
+    if missing := sorted(loading_info["missing_keys"]):
         raise CheckpointError(f"{where}: tensors of {type(model).__name__} are missing: {listed(missing, 3)}")
     dtype: torch.dtype = model.dtype
     return model.float().eval().requires_grad_(False), dtype
@@ -195,11 +195,11 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     if not Path(folder).exists():
         raise CheckpointError(f"{where}: not found")
     if not (Path(folder) / PRUNED).is_file():
-        raise CheckpointError(f"{where}: no folder of save_pruned; apply_pruned opens its files")
+        raise CheckpointError(f"{where}: expected a folder of save_pruned. For a file, use apply_pruned")
     tensors, _ = safetensors_header(Path(folder) / PRUNED)
     with torch.random.fork_rng(devices=[]):
         model: Any = _opened(folder, lambda cls, config: cls(config)).eval()
-    model.to(next(each.dtype for each in tensors.values() if each.dtype.is_floating_point))
+    model.to(next(info.dtype for info in tensors.values() if info.dtype.is_floating_point))
     apply_pruned(model, Path(folder) / PRUNED)
     ((name, _),) = _pruned_in(model).items()
     inside = f"{name}." if name else ""
@@ -207,11 +207,11 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     if rest:
         header, _ = safetensors_header(Path(folder) / REST)
         values = read_safetensors(Path(folder) / REST, header)
-        if header != infos({key: each for key, each in model.state_dict().items() if key in rest}):
-            raise CheckpointError(f"{where}: {REST} is not of the model that config.json states")
+        if header != infos({key: tensor for key, tensor in model.state_dict().items() if key in rest}):
+            raise CheckpointError(f"{where}: {REST} does not fit the model in config.json")
         model.load_state_dict(values, strict=False)
-    found: nn.Module = model
-    return found
+    loaded: nn.Module = model
+    return loaded
 
 
 @torch.no_grad()
@@ -233,14 +233,14 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     record = parse_json(metadata.get(PART_KEY, "{}"), f"{where}: metadata {PART_KEY!r}")
     if record.get("format_version") not in (1, 2):
         raise CheckpointError(
-            f"{where}: expected a file of save_pruned, version 1 or 2; load_model opens slim files"
+            f"{where}: expected a file of save_pruned, version 1 or 2. For a slim file, use load_model"
         )
-    cls, stated = str(record.get("class")), str(record.get("part"))
-    alike = [name for name, module in model.named_modules() if type(module).__name__ == cls]
-    if stated not in alike and len(alike) != 1:
-        found = f"{len(alike)} of these; give one of them" if alike else "none"
-        raise CheckpointError(f"{where}: holds a pruned {cls}; the {type(model).__name__} has {found}")
-    name = stated if stated in alike else alike[0]
+    cls, recorded = str(record.get("class")), str(record.get("part"))
+    candidates = [name for name, module in model.named_modules() if type(module).__name__ == cls]
+    if recorded not in candidates and len(candidates) != 1:
+        count = f"{len(candidates)}. Give one of them" if candidates else "none"
+        raise CheckpointError(f"{where}: holds a pruned {cls}, and the {type(model).__name__} has {count}")
+    name = recorded if recorded in candidates else candidates[0]
     part = model.get_submodule(name)
     check_dense(model, name)
     outline = copy.deepcopy(part).to("meta")
@@ -248,14 +248,14 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
         plan = Plan.from_json(record.get("plan"), record.get("tokens"))
         cut(outline, plan)
     except MhacutError as error:
-        raise CheckpointError(f"{where}: is not of this {cls}: {error}") from None
+        raise CheckpointError(f"{where}: does not fit this {cls}: {error}") from None
     expected = infos(outline.state_dict())
     for key in expected | tensors:
-        shapes = [list(each[key].shape) if key in each else None for each in (expected, tensors)]
-        if shapes[0] != shapes[1]:
+        shape, found = (list(side[key].shape) if key in side else None for side in (expected, tensors))
+        if shape != found:
             raise CheckpointError(
-                f"{where}: is not of this {cls}: {key!r:.150} is {shapes[1]} there, expected {shapes[0]}; "
-                "build the model of the same configuration"
+                f"{where}: does not fit this {cls}: {key!r:.150}: expected {shape}, found {found}. Build the "
+                "model from the same configuration"
             )
     values = read_safetensors(Path(file), tensors)
     flops = {key: record.get(key) for key in ("flops_before", "flops_after")}

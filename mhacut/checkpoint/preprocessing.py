@@ -31,11 +31,11 @@ _TEXTS: dict[Origin, str] = {
     "file": "from the file",
     "library": "default of the library that wrote the file",
     "assumed": "from the file, which used timm's default for {architecture}",
-    "default": "timm's default for {architecture}; the file states none",
+    "default": "timm's default for {architecture}; the file has none",
     "tag": "timm's, for the tag in {model}",
     "pretrained": "of timm's pretrained weights",
     "module": "of the module",
-    "model": "the model's",
+    "model": "of the model",
     "size": "small images are not cropped",
     "option": "{options}",
 }
@@ -63,9 +63,9 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     size = override.img_size
     if size is not None and strict and built_for[1:] != (size, size):
         raise UsageError(
-            f"{option_name('img_size', size)}: the model takes images of {built_for[1]}x{built_for[2]} only; "
-            f"leave it out, or build the dense model with {option_name('model_args', {'img_size': size})} "
-            f"or {option_name('model_args', {'dynamic_img_size': True})}"
+            f"{option_name('img_size', size)}: the model takes only images of {built_for[1]}x{built_for[2]}. "
+            f"Build the dense model with {option_name('model_args', {'img_size': size})} or "
+            f"{option_name('model_args', {'dynamic_img_size': True})}"
         )
     resolved = Preprocessing.resolve(stated, built_for, override)
     if size is not None and resolved.input_size != built_for:
@@ -83,8 +83,8 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
     except (AssertionError, RuntimeError, ValueError) as error:
         why = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UsageError(
-            f"{option_name('img_size', size[1])}: the model takes images of {built_for[1]}x{built_for[2]} "
-            f"only ({why:.200}); leave it out, or try to build the model for that size: "
+            f"{option_name('img_size', size[1])}: the model takes only images of "
+            f"{built_for[1]}x{built_for[2]} ({why:.200}). Build the dense model with "
             f"{option_name('model_args', {'img_size': size[1]})}"
         ) from error
 
@@ -105,7 +105,7 @@ class Provenance:
     @property
     def normalisation_is_stated(self) -> bool:
         """Whether mean and std come from these weights' file or from the user."""
-        # One of the two given by hand: the user has looked at the normalisation.
+        # Either option counts: the user has looked at the normalisation.
         origins = {self.origins["mean"], self.origins["std"]}
         return "option" in origins or not origins.intersection(_UNSURE)
 
@@ -172,7 +172,7 @@ def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Proven
 def _of_slim(record: SlimRecord, name: str) -> Origin:
     stated = [entry[_HISTORY_KEY] for entry in record.history if _HISTORY_KEY in entry]
     last = stated[-1].get(name) if stated and isinstance(stated[-1], dict) else None
-    if last == "module":  # which says nothing about the training of its weights
+    if last == "module":
         return "module"
     return "assumed" if last in ("assumed", "default") else "file"
 
@@ -209,10 +209,10 @@ def with_hint(
     flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
     names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
     hint = (
-        f"images seem to be normalised differently than in training: top-1 on {better.images} images is "
-        f"{better.own_top1:.1f} %, with {flags} {top1:.1f} % ({usual.name}{names})"
+        f"the normalisation seems wrong: top-1 on {better.images} images is {better.own_top1:.1f} %, and "
+        f"{top1:.1f} % with {flags} ({usual.name}{names})"
     )
     if refuse and better.certain:
         own = option_name("mean", preprocessing.mean)
-        raise UsageError(f"{hint}; give these two, or {own} to keep the mean and deviation as they are")
+        raise UsageError(f"{hint}. Give these 2 options, or {own} to keep the current normalisation")
     return replace(stated, hint=hint)

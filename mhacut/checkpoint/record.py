@@ -18,9 +18,7 @@ FORMAT_VERSION = 2
 METADATA_KEY = "mhacut"
 PART_KEY = "mhacut_part"
 """Metadata key of files with a pruned submodule (:mod:`mhacut.checkpoint.part_file`)."""
-SAVE_SLIM_ADVICE = (
-    "save the slim module itself: mhacut.save_model(model, FILE, like=SLIM_FILE) adds the plan of its cut"
-)
+SAVE_SLIM_ADVICE = "Save slim models with mhacut.save_model(model, FILE, like=SLIM_FILE), which adds the plan"
 _KEYS = {"architecture", "model_args", "pretrained_cfg", "preprocessing", "plan", "history"}
 """Required keys of the document."""
 
@@ -48,14 +46,14 @@ class SlimRecord:
     def to_json(self) -> str:
         bases = {unit.basis for unit in self.plan if not unit.keeps_all}
         document = {
-            # The oldest version that has all that is written, so that older mhacuts read most files.
+            # The oldest sufficient version, so that older releases read most files.
             "format_version": FORMAT_VERSION if self.plan.tokens else 1,
             "architecture": self.identity.architecture,
             "model_args": self.identity.model_args,
             "pretrained_cfg": self.identity.pretrained_cfg,
             "basis": bases.pop() if len(bases) == 1 else "mixed" if bases else "channel",
             "preprocessing": self.preprocessing,
-            "layers": _layer_widths(self.plan),  # like basis, for people; the plan alone is read
+            "layers": _layer_widths(self.plan),  # for people, like basis; only the plan is read
             "history": list(self.history),
             "plan": self.plan.to_json(),
             **({"tokens": self.plan.tokens.to_json()} if self.plan.tokens else {}),
@@ -72,8 +70,8 @@ class SlimRecord:
             raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
-                f"format_version: this mhacut reads up to {FORMAT_VERSION}, the file has version {version}; "
-                "upgrade mhacut (pip install -U mhacut)"
+                f"format_version: expected at most {FORMAT_VERSION}, found {version}. Upgrade mhacut: "
+                "pip install -U mhacut"
             )
         if missing := sorted(_KEYS - document.keys()):
             raise CheckpointError(f"{where}: lacks {', '.join(missing)}")

@@ -26,7 +26,7 @@ _OTHER_CONFIGS = ("open_clip_config.json", "preprocessor_config.json", "processo
 
 def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     if hints.model is not None:
-        raise CheckpointError(f"{source}: already names its model; leave {option_name('model')} out")
+        raise CheckpointError(f"{source}: names its model. Leave {option_name('model')} out")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
     if not known_model(architecture):
@@ -75,13 +75,13 @@ def _check_within_reach(source: str, name: str) -> None:
     # timm looks for the safetensors file first, whatever its record names.
     cached = any(isinstance(try_to_load_from_cache(cfg.hf_hub_id, file), str) for file in files)
     if not cached and not hub_answers():
-        raise CheckpointError(_out_of_reach(source, "the Hugging Face hub cannot be reached"))
+        raise CheckpointError(_out_of_reach(source, "the Hugging Face hub is unreachable"))
 
 
 def _out_of_reach(source: str, reason: str) -> str:
     return (
-        f"{source}: its weights are not in the cache and could not be downloaded ({reason:.200}); "
-        f"go online once, or give a file and {option_name('model')}"
+        f"{source}: the weights are not in the cache and could not be downloaded ({reason:.200}). "
+        f"Go online once, or give a file and {option_name('model')}"
     )
 
 
@@ -94,31 +94,30 @@ def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             model: Any = timm.create_model(name, pretrained=True, **own)
-    except Exception as error:  # the hub, the network and the cache fail in types of their own libraries
+    except Exception as error:  # of the hub, the network or the cache
         lines = str(error).strip().split("\n")
         if lines[0].startswith(_MISFIT):
             raise CheckpointError(_misfit(source, own, lines[1:])) from error
         raise CheckpointError(_out_of_reach(source, lines[0] or type(error).__name__)) from error
-    # Some weights timm loads in part: what arguments add to its model would stay as it was initialised.
+    # timm loads some weights in part, and would leave tensors added by arguments random.
     default = build_skeleton(ModelIdentity(name.partition(".")[0])).state_dict()
     added = [key for key in model.state_dict() if key not in default]
     if added:
         raise CheckpointError(_misfit(source, own, [f"no weights of {added[0]}"]))
-    asked = args.get("num_classes", model.num_classes)
-    if asked not in (0, model.num_classes):
+    num_classes = args.get("num_classes", model.num_classes)
+    if num_classes not in (0, model.num_classes):
         raise CheckpointError(
-            f"{source}: its classifier has {model.num_classes} classes; a classifier of {asked} "
-            f"would have random weights: leave {option_name('num_classes')} out, or fine-tune first and give "
-            "that file"
+            f"{source}: the classifier has {model.num_classes} classes, not {num_classes}. Leave "
+            f"{option_name('num_classes')} out, or fine-tune the model first"
         )
-    if asked == 0 != model.num_classes:
+    if num_classes == 0 != model.num_classes:
         model.reset_classifier(0)
     return model
 
 
 def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str:
-    hint = f"; leave {option_name('model_args', args)} out" if args else ""
-    return f"{source}: its weights do not fit the model ({' '.join(details).strip():.150}){hint}"
+    advice = f". Leave {option_name('model_args', args)} out" if args else ""
+    return f"{source}: the weights do not fit the model ({' '.join(details).strip():.150}){advice}"
 
 
 # --- folders of the hub ---
@@ -139,7 +138,7 @@ def hub_answers() -> bool:
         return False
     try:
         get_session().head(constants.ENDPOINT, timeout=_TIMEOUT)
-    except Exception:  # the client fails in types of its own libraries
+    except Exception:  # of the client's own libraries
         return False
     return True
 
@@ -159,7 +158,7 @@ def _fetch(source: str, repository: str) -> Path:
                 paths.append(Path(download(name, file, revision=revision, local_files_only=not answers)))
             except EntryNotFoundError:
                 continue
-            except Exception as error:  # in types of their own libraries
+            except Exception as error:  # of the hub, the network or the cache
                 reason = str(error).strip().split("\n")[0] or type(error).__name__
                 raise CheckpointError(f"{source}: could not be downloaded ({reason:.200})") from error
         return paths
@@ -178,11 +177,11 @@ def _fetch(source: str, repository: str) -> Path:
         return weights.parent
     if not answers:
         raise CheckpointError(
-            f"{source}: is not in the cache, and the Hugging Face hub cannot be reached; go online once, or "
-            "give a folder or file"
+            f"{source}: not in the cache, and the Hugging Face hub is unreachable. Go online once, or give a "
+            "folder or file"
         )
     missing = f"all weights ({', '.join((*WEIGHT_FILES, *INDEXES))})" if configs else "config.json"
     raise CheckpointError(
-        f"{source}: lacks {missing}; download its weights and give the file, and "
+        f"{source}: lacks {missing}. Download its weights, and give the file and "
         f"{option_name('model', 'NAME')}"
     )

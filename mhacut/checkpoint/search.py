@@ -16,13 +16,14 @@ from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.infer import ResolvedModel, infer_from_shapes, position_shapes
 from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
-from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut
+from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut, is_foreign
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
 from mhacut.surgery.find import model_input_size
 from mhacut.text import listed
 
 _MAX_NAMES = 4
+_PLAIN_VIT = "vit_tiny_patch16_224"
 _NOT_COMPUTED = frozenset(
     (
         *("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values"),
@@ -54,14 +55,16 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
         fits = _nearest(built, header)
     fits = fits or _nearest(_build(header, args, _of_flatten(header.shapes)), header)
     if not fits:
-        raise CheckpointError(_nothing_fits(header, built))
-    # A model that computes something else would give other logits from the same file: the user must say.
+        raise CheckpointError(_nothing_fits(header, args, built))
+    # If the models differ in heads or activations, a wrong guess would change the logits: ask the user.
     named = {fit.identity.architecture: fit for fit in fits}
     order = sorted(named, key=lambda name: (not name.startswith("vit_"), len(name), name))
     chosen, *others = (named[name] for name in order)
-    unlike = [(fit, differences(chosen.skeleton, fit.skeleton)) for fit in others]
-    if any(differing for _, differing in unlike):
-        raise CheckpointError(_several_fit(show(header.path), chosen, unlike))
+    if not all(computes_the_same(chosen.skeleton, fit.skeleton) for fit in others):
+        raise CheckpointError(
+            f"{show(header.path)}: {len(order)} models with different outputs fit the names and shapes: "
+            f"{listed(order, _MAX_NAMES)}. Choose one with {option_name('model', 'NAME')}"
+        )
     notes = [] if normalised else _alternatives(chosen, others)
     return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
 
@@ -105,38 +108,26 @@ def _distance(fit: ResolvedModel) -> tuple[int, int, int]:
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
 
 
-def differences(one: nn.Module, other: nn.Module) -> tuple[str, ...]:
-    """Return what ``other`` computes differently, as ``blocks.attn.num_heads 6``; empty if nothing.
-
-    Classes of modules of the same name, and their settings, are compared. Models that are built for images of
-    another size compute the same if nothing but that size differs.
-    """
-    ours, theirs = _computed(one), _computed(other)
-    keys = [*theirs, *(key for key in ours if key not in theirs)]
-    texts = [f"{_without_numbers(key)} {theirs.get(key)}" for key in keys if ours.get(key) != theirs.get(key)]
-    return tuple(sorted(dict.fromkeys(texts), key=lambda text: (text.count("."), len(text), text)))
+def computes_the_same(model: nn.Module, other: nn.Module) -> bool:
+    """Whether two models with equal tensors compute the same, apart from the image size."""
+    return _settings(model) == _settings(other)
 
 
-def _computed(model: nn.Module) -> dict[str, str]:
-    """Return the class of each module, its settings, and the shapes of tables that it computes itself."""
-    # Models with equal names and shapes have equal trees of modules, so settings can be compared by name.
-    facts = {}
+def _settings(model: nn.Module) -> dict[str, str]:
+    """Return the class of each module, its attributes, and the shapes of its non-persistent buffers."""
+    # Models with equal names and shapes have equal module trees, so settings can be compared by name.
+    settings = {}
     for name, module in model.named_modules():
         if type(module).__name__ in _ONLY_TRAINED:
             continue
-        facts[name or "model"] = type(module).__name__
-        settings = {key: _text(value) for key, value in vars(module).items() if not key.startswith("_")}
-        for key, buffer in module.named_buffers(recurse=False):  # of windows and positions
+        settings[name] = type(module).__name__
+        for key, value in vars(module).items():
+            if not key.startswith("_") and key not in _NOT_COMPUTED:
+                settings[f"{name}.{key}"] = _text(value)
+        for key, buffer in module.named_buffers(recurse=False):  # tables of windows and positions
             if key in module._non_persistent_buffers_set:
-                settings[key] = str(tuple(buffer.shape))
-        facts |= {
-            f"{name}.{key}": f"{text:.40}" for key, text in settings.items() if key not in _NOT_COMPUTED
-        }
-    return facts
-
-
-def _without_numbers(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part and not part.isdigit())
+                settings[f"{name}.{key}"] = str(tuple(buffer.shape))
+    return settings
 
 
 def _text(value: Any) -> str:
@@ -156,9 +147,7 @@ def _alternatives(chosen: ResolvedModel, others: Sequence[ResolvedModel]) -> lis
     if not names:
         return []
     flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
-    return [
-        f"the layers also fit {listed(names, _MAX_NAMES)}, trained on other images; to choose, give {flags}"
-    ]
+    return [f"tensors also fit {listed(names, _MAX_NAMES)}, trained on other images. To choose, give {flags}"]
 
 
 def _images(fit: ResolvedModel) -> list[Any]:
@@ -167,38 +156,28 @@ def _images(fit: ResolvedModel) -> list[Any]:
     return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
 
 
-def _several_fit(
-    where: str, chosen: ResolvedModel, others: Sequence[tuple[ResolvedModel, tuple[str, ...]]]
-) -> str:
-    differing: dict[str, list[str]] = {}
-    for other, settings in others:
-        text = "; ".join(settings[:3]) or "the same"
-        differing.setdefault(text, []).append(other.identity.architecture)
-    lines = [f"  {listed(names, _MAX_NAMES)}: {text}" for text, names in differing.items()]
-    first = (
-        f"{where}: the model cannot be identified from names and shapes, {len(others) + 1} fit; give "
-        f"{option_name('model', 'NAME')}:"
-    )
-    return "\n".join([first, f"  {chosen.identity.architecture}", *lines[:_MAX_NAMES]])
-
-
-def _nothing_fits(header: FileHeader, built: Sequence[ResolvedModel]) -> str:
+def _nothing_fits(header: FileHeader, args: Mapping[str, Any], built: Sequence[ResolvedModel]) -> str:
     where = show(header.path)
     if is_cut(header.shapes):
-        return f"{where}: seems to be a slim model's state dict; {SAVE_SLIM_ADVICE}"
+        return f"{where}: seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}"
     text = (
-        f"{where}: the model cannot be identified: no timm model that mhacut prunes has exactly its "
-        f"{len(header.tensors)} tensors; give {option_name('model', 'NAME')} (and "
-        f"{option_name('model_args', {'KEY': 'VALUE'})} for what differs)"
+        f"{where}: no prunable timm model has exactly these {len(header.tensors)} tensors. "
+        f"Give {option_name('model', 'NAME')}, and {option_name('model_args', {'KEY': 'VALUE'})} for "
+        "arguments that differ from its defaults"
     )
-    nearest = max(built, key=_tensors_in_common, default=None)
+    # A ViT of unusual width has no fingerprint. Compared with any ViT, its shapes show what to give.
+    plain_vits = [] if built else _build(header, args, [_PLAIN_VIT])
+    candidates = [
+        *built,
+        *(one for one in plain_vits if not is_foreign(shapes_of(one.skeleton), header.shapes)),
+    ]
+    nearest = max(candidates, key=_tensors_in_common, default=None)
     if nearest is not None:
-        text += f"\n  nearest is {nearest.identity.architecture}"
+        text += f". The nearest is {nearest.identity.architecture}"
         try:
             check_tensors(where, nearest.tensors, nearest.skeleton, nearest.identity)
         except CheckpointError as error:
-            first, *lines = str(error).removeprefix(f"{where}: its ").split("\n")
-            text = "\n".join([f"{text}; {first}", *lines])
+            text += str(error).removeprefix(where)
     return text
 
 

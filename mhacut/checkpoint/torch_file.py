@@ -29,9 +29,7 @@ from mhacut.text import dtype_name
 
 _MAX_PICKLE_BYTES = 8 * 2**20
 """A training state of 10,000 tensors has a pickle of 2 MB."""
-_LEGACY_NUMBER = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")
-"""Magic number of files written by torch before 1.6."""
-_STATE_DICT_ADVICE = "save the state dict alone: torch.save(model.state_dict(), ...)"
+_STATE_DICT_ADVICE = "Save only the state dict: torch.save(model.state_dict(), FILE)"
 
 
 class SkippedValue:
@@ -81,7 +79,7 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
     except (CheckpointError, MemoryError):
         raise
     except pickle.UnpicklingError as error:
-        raise CheckpointError(f"{show(path)}: {_blocked(path, str(error))}") from None
+        raise CheckpointError(f"{show(path)}: {_blocked(str(error))}") from None
     except Exception as error:  # a damaged file fails in any way
         raise _broken(path, error) from None
 
@@ -136,13 +134,13 @@ def _info(where: str, name: object, tensor: object) -> TensorInfo:
         raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
-            f"{where}: {name!r:.200} is a {type(tensor).__name__}, expected a tensor; {_STATE_DICT_ADVICE}"
+            f"{where}: {name!r:.200}: expected a tensor, found {type(tensor).__name__}. {_STATE_DICT_ADVICE}"
         )
     if tensor.layout != torch.strided or tensor.dtype not in DTYPES.values():
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(
-            f"{where}: tensor {name!r:.200}: quantised, sparse or complex weights are not supported, "
-            f"found {dtype_name(kind)}, expected a dense tensor of a float dtype"
+            f"{where}: tensor {name!r:.200}: expected dense float values, found {dtype_name(kind)}. "
+            "Quantised, sparse and complex weights are not supported"
         )
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
@@ -151,49 +149,32 @@ def _check_archive(path: Path) -> None:
     """Refuse zip files that are no state dict or could inflate."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        names = [member.filename for member in members]
-        pickles = [member for member in members if member.filename.endswith("/data.pkl")]
-        if any(re.search(r"(^|/)constants\.pkl$|(^|/)code/", name) for name in names):
-            fault = "TorchScript archives are not supported; save the state dict: "
-            fault += "torch.save(torch.jit.load(FILE).state_dict(), ...)"
-        elif names and all(name.endswith(".npy") for name in names):
-            fault = "a NumPy archive (.npz), not a torch checkpoint; timm converts those of its models: "
-            fault += "m = timm.create_model(NAME, checkpoint_path=FILE); torch.save(m.state_dict(), ...)"
-        elif len(pickles) != 1:
-            fault = "a zip file, but not a torch checkpoint (no data.pkl inside)"
-        # torch compresses nothing, and what is compressed may be any size once it is unpacked.
-        elif any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            fault = "compressed torch files are not supported (torch writes none); save it by torch.save"
-        elif pickles[0].file_size > _MAX_PICKLE_BYTES:
-            fault = f"its pickle is larger than {_MAX_PICKLE_BYTES} bytes; {_STATE_DICT_ADVICE}"
-        else:
-            return
-    raise CheckpointError(f"{show(path)}: {fault}")
+    pickles = [member for member in members if member.filename.endswith("/data.pkl")]
+    # torch compresses nothing, and compressed members may unpack to any size.
+    compressed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if len(pickles) != 1 or compressed:
+        raise CheckpointError(
+            f"{show(path)}: not a PyTorch checkpoint: expected an uncompressed zip file with 1 data.pkl"
+        )
+    if pickles[0].file_size > _MAX_PICKLE_BYTES:
+        raise CheckpointError(
+            f"{show(path)}: its pickle is larger than {_MAX_PICKLE_BYTES} bytes. {_STATE_DICT_ADVICE}"
+        )
 
 
 def _broken(path: Path, error: Exception) -> CheckpointError:
     reason = str(error).strip().split("\n")[0] or type(error).__name__
-    if "quantized" in reason or "meta tensor" in reason:  # torch 2.15 looks into sparse tensors
-        return CheckpointError(
-            f"{show(path)}: quantised, sparse or complex weights are not supported, expected dense float "
-            "ones; give the checkpoint from before quantisation, or save it dense (to_dense())"
-        )
     return CheckpointError(
-        f"{show(path)}: truncated, or not a torch checkpoint ({reason:.200}); download or copy it again"
+        f"{show(path)}: damaged, or not a PyTorch checkpoint of dense float tensors ({reason:.200})"
     )
 
 
-def _blocked(path: Path, reason: str) -> str:
-    with open(path, "rb") as file:
-        start = file.read(40)
-    load = "torch.load(FILE, weights_only=False)"
-    if not start.startswith(b"PK") and _LEGACY_NUMBER not in start:
-        load = 'pickle.load(open(FILE, "rb"), encoding="latin1")'  # not written by torch
+def _blocked(reason: str) -> str:
     named = re.search(r"GLOBAL ([\w.]+)", reason)
     if named and named[1].startswith("mhacut."):
-        return f"contains a whole slim module; nothing was run. Do not pickle it, but {SAVE_SLIM_ADVICE}"
-    what = f"objects that are no weights, first {named[1]:.100}" if named else "a pickle of another protocol"
+        return f"contains a pickled slim model, which is not loaded. {SAVE_SLIM_ADVICE}"
+    objects = f" ({named[1]:.100})" if named else ""
     return (
-        f"contains {what}; nothing was run. If you trust its source, convert it where it can do no harm: "
-        f'c = {load}; torch.save(c.state_dict(), "weights.pth") (or c["state_dict"], c["model"], c itself)'
+        f"contains objects other than weights{objects}. They could run code, so nothing was loaded. If you "
+        'trust the file: c = torch.load(FILE, weights_only=False); torch.save(c["model"], "weights.pth")'
     )

@@ -84,7 +84,7 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
     implied: dict[str, Any] = {}
     if further is not None:
         args = {**further, **args}
-        # 224 of 256 pixels, in the evaluation of these scripts.
+        # These scripts resize to 256 pixels and crop 224.
         implied = {**IMAGENET_CFG, **({"crop_pct": 0.875} if side in (None, 224) else {})}
     return Training(model, origin, args, side, cfg, implied) if model or cfg else None
 
@@ -117,7 +117,7 @@ def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] |
             named = _OF_SCRIPTS.fullmatch(value)
             patch = (named[2] or options.get("patch_size", 16)) if named else None
             if named and of_script is None and known_model(f"vit_{named[1]}_patch{patch}_224"):
-                # MoCo v3, whose small model has heads of 32 channels, saves the name beside its args.
+                # MoCo v3's vit_small has 12 heads. Its checkpoints have arch outside args.
                 further = {"num_heads": 12} if (entry, value) == ("", "vit_small") else {}
                 pooled = {"global_pool": "avg"} if options.get("global_pool") is True else {}  # MAE's
                 of_script = f"vit_{named[1]}_patch{patch}_224", origin, {**further, **pooled}
@@ -128,8 +128,8 @@ def _args(options: Mapping[str, Any]) -> dict[str, Any]:
     kwargs = options.get("model_kwargs")
     try:
         args = checked_model_args(kwargs if isinstance(kwargs, Mapping) else {})
-    except CheckpointError as error:  # without them, another model might be built
-        raise CheckpointError(f"its args.model_kwargs: {error}; save the state dict alone") from None
+    except CheckpointError as error:  # without these arguments, another model might be built
+        raise CheckpointError(f"args.model_kwargs: {error}. Save only the state dict") from None
     args.pop("num_classes", None)
     channels, pool = options.get("in_chans"), options.get("gp")
     if isinstance(pool, str) and pool in POOLS:
@@ -152,10 +152,10 @@ def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int
 
 def _cfg(options: Mapping[str, Any], size: list[int] | None, channels: int) -> dict[str, Any]:
     cfg: dict[str, Any] = {} if size is None else {"input_size": size}
-    given = {name: options[name] for name in ("mean", "std") if isinstance(options.get(name), list)}
-    if len(given) < 2 or not all(given.values()):  # one alone is not that of images
+    lists = {name: options[name] for name in ("mean", "std") if isinstance(options.get(name), list)}
+    if len(lists) < 2 or not all(lists.values()):
         return cfg
     with suppress(DataError, CheckpointError, TypeError, ValueError, OverflowError, RuntimeError):
-        stated = Preprocessing((channels, 224, 224), given["mean"], given["std"], "bicubic", 1.0, "center")
-        cfg |= {name: plain_json(stated.to_json())[name] for name in given}
+        stated = Preprocessing((channels, 224, 224), lists["mean"], lists["std"], "bicubic", 1.0, "center")
+        cfg |= {name: plain_json(stated.to_json())[name] for name in lists}
     return cfg

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mhacut.checkpoint.fingerprints import CLASSIFIERS
 from mhacut.errors import CheckpointError, option_name
+from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Group = Mapping[str, str]
@@ -88,16 +89,15 @@ class Naming:
     def note(self, part: str | None, other_parts: tuple[str, ...] = ()) -> str | None:
         """Return the log line; None for a plain state dict."""
         others = (*other_parts, *self.others)
-        said = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
+        notes = [] if part is None else [f"read the part {part!r:.150} of the checkpoint"]
         if self.prefixes:
-            said.append(f"removed the prefix {''.join(self.prefixes):.150} from the tensor names")
+            notes.append(f"removed the prefix {''.join(self.prefixes):.150} from the tensor names")
         if self.left_out:
-            listed = [f"{name:.100} ({count})" for name, count in list(self.left_out.items())[:_MAX_NAMES]]
-            more = ", ..." if len(self.left_out) > _MAX_NAMES else ""
-            said.append(f"left out {', '.join(listed)}{more}")
+            counts = [f"{name:.100} ({count})" for name, count in self.left_out.items()]
+            notes.append(f"left out {listed(counts, _MAX_NAMES)}")
         if others:
-            said.append(f"{' or '.join(option_name('part', name) for name in others)} reads another part")
-        return "; ".join(said) or None
+            notes.append(f"{' or '.join(option_name('part', name) for name in others)} reads another part")
+        return "; ".join(notes) or None
 
 
 def unwrap(
@@ -121,32 +121,30 @@ def unwrap(
             if len(groups) > 1:
                 _leave_out(left_out, word, groups.pop(word))
                 others += ["momentum_backbone"] if word == "momentum_backbone" else []
-        asked = part is not None and part in groups and "" not in groups[part].values()
-        chosen, classifier = (part, None) if asked else _network(where, groups, names.values(), shapes)
+        requested = part is not None and part in groups and "" not in groups[part].values()
+        chosen, classifier = (part, None) if requested else _network(where, groups, names.values(), shapes)
         if chosen is None:
             names = {file: name for file, name in names.items() if name.partition(".")[0] in groups}
             break
         network = groups.pop(chosen)
         if classifier is not None:
-            # One beside the network, and one beside what holds it: no name says which of them is used.
-            if head is not None:
-                raise CheckpointError(_may_belong(where, backbone or "", head_names))
+            if head is not None:  # two classifiers at different levels: unclear which is used
+                raise CheckpointError(_ambiguous(where, backbone or "", head_names))
             head, backbone = classifier, chosen
             head_names = {file: f"head.{rest}" for file, rest in groups.pop(classifier).items()}
-        part = None if asked else part
+        part = None if requested else part
         for word, group in groups.items():
             _leave_out(left_out, word, group)
         others += [word for word in groups if word in (*_TRAINED, *_AVERAGED)]
         prefixes.append(f"{chosen}.")
         names = dict(network)
     if part is not None:
-        there = [*parts, *(prefix[:-1] for prefix in prefixes), *others] or list(_grouped(names))
-        listed = ", ".join(f"{name!r:.100}" for name in dict.fromkeys(there[:_MAX_NAMES]))
-        asked_for = option_name("part", part)
-        raise CheckpointError(f"{where}: {asked_for}: there is no such part; it has {listed}")
-    # A network with a classifier of its own may give the other one its logits, or not use its own.
+        known = [*parts, *(prefix[:-1] for prefix in prefixes), *others] or list(_grouped(names))
+        choices = listed([f"{name!r:.100}" for name in dict.fromkeys(known)], _MAX_NAMES)
+        raise CheckpointError(f"{where}: {option_name('part', part)}: no such part. Choose from {choices}")
+    # If the network has its own classifier, it is unclear whether the head reads its logits or its features.
     if head_names and any(map(CLASSIFIERS.fullmatch, names.values())):
-        raise CheckpointError(_may_belong(where, backbone or "", head_names))
+        raise CheckpointError(_ambiguous(where, backbone or "", head_names))
     _check_unique(where, names, prefixes)
     plain = _without_sequence({**names, **head_names}, shapes)
     return Naming(plain, tuple(prefixes), dict(sorted(left_out.items())), tuple(others), head, backbone)
@@ -188,8 +186,8 @@ def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[
 
 def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
     if len(set(names.values())) != len(names):
-        off = " or ".join(prefixes)
-        raise CheckpointError(f"{where}: two tensors have the same name once {off:.150} is taken off")
+        removed = " or ".join(prefixes)
+        raise CheckpointError(f"{where}: two tensors have the same name without the prefix {removed:.150}")
 
 
 def _grouped(names: _Group) -> dict[str, dict[str, str]]:
@@ -210,10 +208,10 @@ def _network(
     averaged = next((word for word in _AVERAGED if word in modules), None)
     chosen = averaged or trained
     if trained is not None and averaged is not None:
-        one, other = (
+        student, teacher = (
             {rest: shapes[file] for file, rest in modules[word].items()} for word in (trained, averaged)
         )
-        chosen = averaged if is_average(one, other, averaged, names) else trained
+        chosen = averaged if is_average(student, teacher, averaged, names) else trained
     if chosen is None:
         # A prefix that all tensors share is a wrapper, whatever its name.
         only = next(iter(modules)) if len(groups) == len(modules) == 1 else None
@@ -234,14 +232,14 @@ def _network(
     if chosen == "encoder" or not whole:
         return None, None
     files = [file for group in rest.values() for file in group]
-    raise CheckpointError(_may_belong(where, chosen, files))
+    raise CheckpointError(_ambiguous(where, chosen, files))
 
 
-def _may_belong(where: str, network: str, files: Iterable[str]) -> str:
-    listed = ", ".join(f"{file!r:.150}" for file in list(files)[:_MAX_NAMES])
+def _ambiguous(where: str, network: str, files: Iterable[str]) -> str:
+    others = listed([f"{file!r:.150}" for file in files], _MAX_NAMES)
     return (
-        f"{where}: beside the network {network!r} there are tensors that may belong to it, and are no linear "
-        f"classifier of its own: {listed}; {option_name('part', network)} reads the network alone"
+        f"{where}: found other tensors next to {network!r}: {others}. Use {option_name('part', network)} to "
+        "ignore them"
     )
 
 
@@ -281,7 +279,7 @@ def _is_for_training(word: str, group: _Group) -> bool:
 
 
 def pick_part(
-    where: str, checkpoint: object, asked: str | None = None
+    where: str, checkpoint: object, requested: str | None = None
 ) -> tuple[str | None, Mapping[Any, Any]]:
     """Return the path of the entry with the state dict, and the state dict."""
     if not isinstance(checkpoint, dict):
@@ -289,7 +287,7 @@ def pick_part(
     path: list[str] = []
     state: Mapping[Any, Any] = checkpoint
     while len(path) < _MAX_NESTING:
-        entry = asked if asked is not None and asked in state else _entry(state)
+        entry = requested if requested is not None and requested in state else _entry(state)
         if entry is None:
             break
         path.append(entry)
@@ -297,9 +295,7 @@ def pick_part(
         if not isinstance(inner, Mapping):
             kind = "None" if inner is None else type(inner).__name__
             part = ".".join(path)
-            raise CheckpointError(
-                f"{where}: {part!r:.150} of the checkpoint: expected a dict of tensors, found {kind}"
-            )
+            raise CheckpointError(f"{where}: {part!r:.150}: expected a dict of tensors, found {kind}")
         state = inner
     return ".".join(path) or None, state
 
@@ -315,7 +311,7 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
 def _entry(checkpoint: Mapping[Any, Any]) -> str | None:
     """Return the entry with the state dict; None if ``checkpoint`` is one."""
     if hasattr(checkpoint.get("config"), "of_yacs") and "model" in checkpoint:
-        return "model"  # what these scripts evaluate, and publish the accuracy of
+        return "model"  # the entry that scripts with yacs (Swin) evaluate
     states = {
         name: state for name, state in checkpoint.items() if isinstance(name, str) and _holds_weights(state)
     }

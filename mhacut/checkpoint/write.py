@@ -60,8 +60,8 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
         if tensor.is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
             reason = "is not finite"
             if bool(torch.isfinite(tensor).all()):
-                reason = f"has values too large for {dtype_name(dtype)}; give float32 or bfloat16 weights"
-            raise OutputError(f"tensor {name!r}: {reason}; nothing was written")
+                reason = f"has values too large for {dtype_name(dtype)}. Use float32 or bfloat16 weights"
+            raise OutputError(f"nothing was written: tensor {name!r} {reason}")
     save_tensors(tensors, path, {"format": "pt", METADATA_KEY: record.to_json()})
     _sort_metadata(path)
 
@@ -79,7 +79,7 @@ def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.d
     }
     header = {"__metadata__": {"format": "pt", METADATA_KEY: record.to_json()}, **described}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return 8 + len(text) + 8 + tensors  # a length, the header, what aligns it
+    return 8 + len(text) + 8 + tensors  # length, header, padding
 
 
 @default_torch()
@@ -111,18 +111,18 @@ def save_model(
     """
     if like is None:
         raise CheckpointError(
-            "there is no slim file to save like; a dry run of prune writes none; its result has save(FILE)"
+            "like: expected a slim file, found None. A dry run of prune writes none: use result.save(FILE)"
         )
     model = unwrapped(model)
     original = Checkpoint.open(like)
     record, header = original.record, original.header
     if record is None or header is None:
         raise CheckpointError(
-            f"{os.fspath(like)}: is no slim file; save a dense model with timm or safetensors"
+            f"{os.fspath(like)}: expected a slim file. Save dense models with timm or safetensors"
         )
     classes = int(getattr(model, "num_classes", 0) or 0)
     identity = record.identity
-    # Of other classes, the names are not known.
+    # After a change of the number of classes, the class names are unknown.
     dropped = LABEL_CFG_KEYS if classes != identity.model_args.get("num_classes", classes) else frozenset()
     cfg = {name: value for name, value in identity.pretrained_cfg.items() if name not in dropped}
     identity = dataclasses.replace(
@@ -133,7 +133,7 @@ def save_model(
     record = dataclasses.replace(record, identity=identity)
     skeleton = build_skeleton(record.identity, limit=header.tensors)
     cut(skeleton, record.plan)
-    # What a later reader of the new file will build; the weights must fit it, not the module they come from.
+    # The weights must fit the model that a reader of the new file will build.
     _check_same(model, skeleton, like)
     step = {
         "command": "save",
@@ -149,15 +149,15 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
     different = sorted(name for name in shapes | expected if shapes.get(name) != expected.get(name))
     if different:
         raise CheckpointError(
-            f"{os.fspath(like)}: is not the file that this model was opened from; {len(different)} tensors "
-            f"differ, first {different[0]}"
+            f"{os.fspath(like)}: does not fit this model: {len(different)} tensors differ, first "
+            f"{different[0]}. Give the slim file that the model came from"
         )
     pooled, stated = _pooling(model), _pooling(skeleton)
     for name in stated:
         if pooled.get(name, stated[name]) != stated[name]:
             raise CheckpointError(
-                f"{os.fspath(like)}: states {name}={stated[name]!r}, the model has {pooled[name]!r}, which "
-                f"would be lost; give reset_classifier global_pool={stated[name]!r}"
+                f"{os.fspath(like)}: has {name}={stated[name]!r}, and the model {pooled[name]!r}. Call "
+                f"reset_classifier with global_pool={stated[name]!r}"
             )
 
 
@@ -178,7 +178,7 @@ def _sort_metadata(path: Path) -> None:
         header = json.loads(file.read(size))
         header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        # The header keeps its length, which spaces fill up: the tensors stay where they are.
+        # Padded with spaces to its old length, so that the tensors keep their place.
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))

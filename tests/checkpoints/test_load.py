@@ -61,7 +61,7 @@ def test_dtypes_go_round(tmp_path, dtype):
     assert loaded.dtypes["norm.weight"] == torch.float32
     assert loaded.dtypes["head.weight"] == dtype
     name = str(dtype).removeprefix("torch.")
-    assert any(name in note and "computed in float32" in note for note in loaded.notes)
+    assert any(name in note and "computes in float32" in note for note in loaded.notes)
     make_slim(path, tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
     stored = load_file(tmp_path / "slim.safetensors")
     assert {key: tensor.dtype for key, tensor in stored.items()} == loaded.dtypes

@@ -63,7 +63,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        (changed(format_version=FORMAT_VERSION + 1), "upgrade mhacut"),
+        (changed(format_version=FORMAT_VERSION + 1), "Upgrade mhacut"),
         (changed(format_version=True), "format_version: expected a whole number"),
         (changed(format_version=...), "format_version: expected a whole number, found None"),
         (changed(plan=...), "lacks plan"),
@@ -73,7 +73,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(plan=[{**UNIT, "kept": [[0]], "basis": "os.system"}]), "basis is one of channel, principal"),
         (changed(architecture="../../etc/passwd"), "expected the name of a timm model"),
         (changed(architecture=7), "expected the name of a timm model"),
-        (changed(model_args={"checkpoint_path": "/etc"}), "'checkpoint_path' does not describe a model"),
+        (changed(model_args={"checkpoint_path": "/etc"}), "'checkpoint_path' is not allowed"),
         (changed(model_args={"x y": 1}), "'x y' is not an argument name"),
         (changed(model_args=[]), "model_args: expected an object, found list"),
         (changed(pretrained_cfg={"input_size": [3, 2049, 2048]}), "pretrained_cfg 'input_size': at most"),

@@ -14,7 +14,7 @@ from mhacut.checkpoint.fingerprints import read_table
 from mhacut.checkpoint.header import FileHeader, TensorInfo
 from mhacut.checkpoint.infer import infer_from_shapes
 from mhacut.checkpoint.load import read_model
-from mhacut.checkpoint.search import differences, search
+from mhacut.checkpoint.search import computes_the_same, search
 from mhacut.commands.models import architectures
 from mhacut.errors import CheckpointError
 from tools.generate_fingerprints import prunable_fingerprints
@@ -67,15 +67,13 @@ def test_a_file_is_recognised_without_a_flag(name, args):
     assert found.identity.architecture == name
     assert args.items() <= {**found.identity.model_args}.items()
     assert shapes_of(found.skeleton) == shapes_of(model)
-    assert not differences(model, found.skeleton)
+    assert computes_the_same(model, found.skeleton)
     assert {note.split()[0] for note in found.notes if ", from " in note} == {*found.inferred}
 
 
 def test_models_that_were_trained_on_other_images_are_named():
     note = search(header_of(build(VIT, num_classes=10)), {}).notes[-1]
-    assert note.startswith(
-        "the layers also fit deit_tiny_patch16_224, trained on other images; to choose, give"
-    )
+    assert note.startswith("tensors also fit deit_tiny_patch16_224, trained on other images. To choose, give")
 
 
 def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
@@ -83,7 +81,10 @@ def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
     with pytest.raises(CheckpointError) as error:
         search(header, {})
     message = str(error.value)
-    assert "no timm model that mhacut prunes has exactly its 32 tensors; give model='NAME'" in message
+    assert "no prunable timm model has exactly these 32 tensors. Give model='NAME'" in message
+    assert "nearest is vit_tiny_patch16_224" in message
+    assert "embed_dim 48" in message
+    assert "num_heads" in message
     found = infer_from_shapes(VIT, {"num_heads": 3}, {}, header.tensors)
     assert found.identity.model_args["embed_dim"] == 48
 
@@ -91,7 +92,7 @@ def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
 @pytest.mark.slow
 def test_of_what_fits_no_model_the_nearest_is_named():
     model = build("swin_tiny_patch4_window7_224", num_classes=5, img_size=256, window_size=8)
-    with pytest.raises(CheckpointError, match=r"nearest is swin_\w+; tensors do not fit"):
+    with pytest.raises(CheckpointError, match=r"nearest is swin_\w+: its tensors do not fit"):
         search(header_of(model), {})
 
 
@@ -100,9 +101,8 @@ def test_models_that_compute_different_things_are_asked_about():
     with pytest.raises(CheckpointError) as error:
         search(header_of(model), {})
     message = str(error.value)
-    assert "cannot be identified from names and shapes" in message
-    assert "vit_base_patch32_clip_quickgelu_224: blocks.mlp.act QuickGELU" in message
-    assert len(message.split("\n")) < 8
+    assert "models with different outputs fit the names and shapes" in message
+    assert "vit_base_patch32_clip_quickgelu_224" in message
 
 
 @pytest.mark.slow
@@ -138,7 +138,7 @@ def test_arguments_beside_the_model_are_inferred(args, given):
     model = build(VIT, **args)
     found = infer_from_shapes(VIT, given, {}, tensors_of(model))
     assert shapes_of(found.skeleton) == shapes_of(model)
-    assert not differences(model, found.skeleton)
+    assert computes_the_same(model, found.skeleton)
     assert {*found.identity.model_args} == {*given, *found.inferred}
 
 

@@ -71,10 +71,10 @@ def test_the_user_knows_better_than_the_script(tmp_path, states):
     loaded = opened(path, timm_script(states[0], mean=[0.1] * 3, std=[0.3] * 3), model=other, model_args=ARGS)
     assert loaded.identity.architecture == other
     assert loaded.model.pretrained_cfg["mean"] == (0.1, 0.1, 0.1)
-    assert f"its args.model says {NAME}; model counts" in loaded.notes
+    assert f"ignored args.model {NAME} because of model" in loaded.notes
     assert f"architecture {NAME}, as given" in opened(path, timm_script(states[0]), model=NAME).notes
     said = refusal(path, model_args={"depth": 3})
-    assert f"the file's args.model says {NAME}; give model='NAME' if it is another" in said
+    assert f"args.model in the file says {NAME}. If this is wrong, give model='NAME'" in said
 
 
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_a_scripts_preprocessing_goes_with_its_model_only(tmp_path):
     for given in ({}, {"model": "vit_tiny_patch16_224"}):
         found = read_model(tmp_path / "a.pth", model_args={"depth": 2}, **given)
         assert found.identity.pretrained_cfg["mean"] == [0.5] * 3
-    assert any("its args.arch says vit_base_patch16_224" in note for note in found.notes)
+    assert any("ignored args.arch vit_base_patch16_224" in note for note in found.notes)
     vit_file(tmp_path / "b.pth", args, name="vit_base_patch16_224")
     cfg = read_model(tmp_path / "b.pth", model_args={"depth": 2}).identity.pretrained_cfg
     assert (cfg["mean"], cfg["crop_pct"]) == ([0.485, 0.456, 0.406], 0.875)

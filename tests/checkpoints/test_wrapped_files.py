@@ -147,7 +147,7 @@ def test_the_user_chooses_another_part(tmp_path, states):
     assert torch.equal(logits_of(path, part="student")[0], logits_with(states[1]))
     assert torch.equal(load_model(path, NAME, part="teacher", **ARGS)(IMAGES), logits_with(states[0]))
     said = refusal(path, model=NAME, model_args=ARGS, part="pupil")
-    assert "part='pupil': there is no such part; it has" in said
+    assert "part='pupil': no such part. Choose from" in said
     assert "'student'" in said
 
 
@@ -173,7 +173,7 @@ def test_a_teacher_with_a_classifier_may_be_another_network(tmp_path, states, ow
 def test_what_has_no_parts_says_so(tmp_path, states):
     path = save(tiny(), tmp_path / "plain.safetensors")
     said = refusal(path, model=NAME, model_args=ARGS, part="model")
-    assert "there is no such part; it has 'blocks', 'cls_token'" in said
+    assert "no such part. Choose from 'blocks', 'cls_token'" in said
     make_slim(path, tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
     assert load_model(tmp_path / "slim.safetensors", part="model") is not None  # of several checkpoints
 
@@ -200,7 +200,7 @@ def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, net
     torch.save({**under(network, without_head(states[0])), **classifier}, path)
     found, notes = logits_of(path)
     assert torch.equal(found, logits_with(states[0]))
-    line = f"{word}. beside {trunk}. was read as the classifier of its pooled features (global_pool=token); "
+    line = f"{word}. next to {trunk}. is used as the classifier of its pooled features (global_pool=token); "
     assert f"{line}part='{trunk}' leaves it out" in notes, notes
     alone = read_model(path, model=NAME, model_args=ARGS, part=trunk)
     assert alone.identity.model_args["num_classes"] == 0
@@ -260,7 +260,7 @@ def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
     bare = without_head(states[0])
     save_file({**under("backbone.", bare), **beside}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
-    assert "beside the network 'backbone' there are tensors that may belong to it" in said
+    assert "found other tensors next to 'backbone'" in said
     assert "part='backbone' reads the network alone" in said
     loaded = read_model(path, model=NAME, model_args=ARGS, part="backbone")
     assert loaded.identity.model_args["num_classes"] == 0

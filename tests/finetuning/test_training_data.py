@@ -153,7 +153,7 @@ def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_pa
         (save_dense(deeper, tmp_path / "3.safetensors"), [], ": --teacher-model-arg depth=3?"),
         (save_dense(wider, tmp_path / "9.safetensors"), seven, ": --teacher-model-arg num_classes=9?"),
         (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: there is no such part"),
-        ("timm:resnet18", ["--teacher-model", "x"], "already names its model; leave --teacher-model out"),
+        ("timm:resnet18", ["--teacher-model", "x"], "names its model; leave --teacher-model out"),
     ):
         result = run(*given, "--teacher", teacher, *flags)
         assert (result.exit_code, result.stdout) == (1, "")

@@ -82,8 +82,7 @@ class Config:
         # Epsilons below 1e-6 are accepted: with 1e-6 for 1e-12, logits agree within 1e-5.
         if abs(stated - timms) > 1.5e-6:
             raise CheckpointError(
-                f"{self.where}: layer_norm_eps {stated:g} cannot be converted: the norms of timm's model "
-                f"add {timms:g}"
+                f"{self.where}: layer_norm_eps {stated:g} cannot be converted: timm's model uses {timms:g}"
             )
 
 
@@ -112,16 +111,16 @@ _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
     """Return the pretrained_cfg for a ``preprocessor_config.json``."""
-    scale = 255.0  # largest value of the pixels that mean and std are of; ours is 1
+    scale = 255.0  # pixel range of mean and std; mhacut's is 0..1
     rescales = processor.get("do_rescale", True)
     if rescales:
         scale *= processor.get("rescale_factor", 1 / 255) or 1 / 255
     mean, std = [0.0] * channels, [1.0] * channels
     if processor.get("do_normalize", "image_mean" in processor):
         mean, std = processor.numbers("image_mean", channels), processor.numbers("image_std", channels)
-        # Both ways are met in the wild: pixels in 0..255 with statistics of such, and pixels scaled before.
+        # Without do_rescale, some folders have statistics for 0..255, others expect pixels in 0..1.
         if not rescales and max(*mean, *std) <= 1 and (any(mean) or set(std) != {1.0}):
-            scale = 1.0  # of pixels in 0..1, which transformers asks not to scale again
+            scale = 1.0
     cfg: dict[str, Any] = {
         "mean": [value / scale for value in mean],
         "std": [value / scale for value in std],
@@ -148,7 +147,7 @@ def _crop(processor: Config) -> dict[str, Any]:
     share = crop / resized
     if keeps_ratio and crop == resized and "crop_pct" in processor and resized < 384:
         share = processor.get("crop_pct", 1.0)
-    # A processor may enlarge without cropping; timm has no word for that.
+    # timm cannot express enlarging without a crop.
     if not 0 < share <= MAX_CROP_PCT:
         return {}
     return {"crop_pct": share, "crop_mode": "center" if keeps_ratio else "squash"}
@@ -177,7 +176,7 @@ def label_names(config: Config, classes: int) -> list[str] | None:
     names = [labels.get(str(index)) for index in range(classes)]
     if not all(isinstance(name, str) and len(name) <= _MAX_LABEL for name in names):
         return None
-    # Names that transformers makes up say nothing.
+    # transformers generates these names.
     if all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         return None
     return [str(name) for name in names]

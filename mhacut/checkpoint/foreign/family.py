@@ -15,6 +15,7 @@ from torch import Tensor
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.foreign.config import Config
 from mhacut.errors import CheckpointError
+from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 Names = Mapping[str, tuple[str, ...]]
@@ -105,7 +106,7 @@ class Family:
         converted: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
-        # Shapes come from a file that may lie: whatever does not fit ends in one sentence.
+        # The shapes are untrusted: any misfit becomes a CheckpointError.
         try:
             for name, tensor in tensors.items():
                 targets = self.targets(name, headless=headless)
@@ -118,7 +119,7 @@ class Family:
                     if part is not None:
                         parts.setdefault(part[1] + part[3], {})[int(part[2])] = piece
                     elif target in converted:
-                        raise ValueError(f"two would be {target!r:.150}, one of them {name!r:.150}")
+                        raise ValueError(f"two tensors map to {target!r:.150}, one is {name!r:.150}")
                     elif target:
                         converted[target] = piece
             for name, pieces_of in parts.items():
@@ -129,9 +130,8 @@ class Family:
             reason = str(error).strip().split("\n")[0]
             raise CheckpointError(f"its tensors do not fit together ({reason:.200})") from None
         if unknown:
-            listed = ", ".join(f"{name!r:.150}" for name in unknown[:_MAX_NAMES])
-            more = ", ..." if len(unknown) > _MAX_NAMES else ""
-            raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {listed}{more}")
+            names = listed([f"{name!r:.150}" for name in unknown], _MAX_NAMES)
+            raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {names}")
         return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
@@ -149,7 +149,7 @@ class Family:
             if match is not None:
                 *numbers, rest = match.groups()
                 return tuple(one and _filled(one, numbers) + (rest or "") for one in target)
-        # Behind the prefix of a wrapped model, the names are timm's; what lies beside it has no place.
+        # Names behind the prefix of a wrapped model are timm's. Other names are unknown.
         inside = not self.prefixes or base != name
         return (base,) if self.others and inside else None
 
@@ -253,5 +253,5 @@ def mlp_ratio(hidden: int, width: int) -> float:
     4304
     """
     ratio = hidden / width
-    # The quotient may round to just below the whole number, which timm would then round down by one.
+    # If the quotient rounds down, int(width * ratio) is 1 too small.
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -57,7 +57,7 @@ def recognise(header: FileHeader, *, headless: bool = False, model: str | None =
     except (KeyError, IndexError, ArithmeticError) as error:  # a tensor is missing, or has another shape
         raise CheckpointError(
             f"{show(header.path)}: {family.title}: a tensor is missing or has an unexpected shape "
-            f"({error!s:.150}); expected all tensors of the model"
+            f"({error!s:.150})"
         ) from None
     except CheckpointError as error:
         text = str(error)
@@ -71,15 +71,15 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
-    # open_clip keeps the tower's library to itself; the names of its tensors tell it.
+    # open_clip's configuration does not name the tower's library, but the tensor names do.
     if isinstance(stated.get("model_cfg"), dict):
         config = Config(stated, show(header.path.parent / "open_clip_config.json"))
         for prefix, title in ((TRUNK, "timm in open_clip"), ("visual.transformer.", "CLIP of open_clip")):
             if any(name.startswith(prefix) for name in header.tensors):
                 return config, FAMILIES[f"image tower of {title}"]
         raise CheckpointError(
-            f"{config.where}: its image tower is not converted to timm: expected a ViT (visual.transformer) "
-            f"or a model of timm (visual.trunk), found neither among {len(header.tensors)} tensors"
+            f"{config.where}: unsupported image tower: expected a ViT (visual.transformer) or a timm model "
+            "(visual.trunk)"
         )
     if not isinstance(stated.get("model_type"), str):
         return None, None
@@ -90,9 +90,8 @@ def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
         return config, named
     known = ", ".join(name for family in FAMILIES.values() for name in family.model_types)
     raise CheckpointError(
-        f"{config.where}: models of transformers of model_type {model_type!r:.80} are not converted to timm; "
-        f"mhacut converts {known}. If timm has the same model, give its weights "
-        f"({option_name('checkpoint', 'timm:NAME')})"
+        f"{config.where}: model_type {model_type!r:.80} cannot be converted to timm. Supported: {known}. If "
+        f"timm has the model, give {option_name('checkpoint', 'timm:NAME')}"
     )
 
 
@@ -112,7 +111,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         family = _with_linear_head(family)
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
-    # The same conversion, without memory, tells shapes and dtypes under timm's names.
+    # Converted on the meta device to get shapes and dtypes under timm's names.
     on_meta = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta")
         for name, info in header.tensors.items()
@@ -130,9 +129,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         cfg, notes = _cfg(processor, config, spec, shapes)
         eps = config.get("layer_norm_eps", 1e-6)
         if eps < _SMALL_EPS:
-            notes.append(
-                f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tokens of tiny activations"
-            )
+            notes.append(f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tiny activations")
     left_out = family.described_as_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
@@ -146,8 +143,8 @@ def _with_linear_head(family: Family) -> Family:
     refused = dict(family.refused)
     if "pooler" in family.left_out:
         refused["pooler"] = (
-            "the classifier beside the network may read the pooler, for which timm has no place; "
-            f"{option_name('num_classes', 0)} leaves both out"
+            "the classifier may read the pooler, which timm does not have. "
+            f"{option_name('num_classes', 0)} drops both"
         )
     return replace(family, names=names, refused=refused)
 
@@ -168,10 +165,10 @@ def _cfg(
     if spec.cfg:
         return cfg, []
     if processor is None:
-        return cfg, [f"no preprocessor_config.json: images are normalised as for timm's {spec.architecture}"]
+        return cfg, [f"no preprocessor_config.json: uses the normalisation of timm's {spec.architecture}"]
     cfg |= transformers_cfg(processor, channels)
     stated = image_side(processor)
     if stated is None or side is None or stated == side:
         return cfg, []
-    note = f"preprocessor_config.json makes images of {stated}x{stated}, the model is for {side}x{side}"
+    note = f"preprocessor_config.json has images of {stated}x{stated}, the model uses {side}x{side}"
     return cfg, [note]
