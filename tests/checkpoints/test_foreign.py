@@ -166,7 +166,7 @@ def test_a_bare_file_is_recognised_by_its_names(folder):
     state = found.model.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
     assert found.identity.model_args["img_size"] == 32
-    assert "(converted from ViT of transformers; the folder with its configuration" in refusal(path)
+    assert "(converted from ViT of transformers). Give the folder with its configuration" in refusal(path)
 
 
 def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
@@ -178,7 +178,7 @@ def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
     given = {"model": "vit_base_patch16_224", "model_args": args}
     said = refusal(path, **given)
     assert "the classifier may read the pooler, which timm does not have" in said
-    assert "num_classes=0 leaves both out" in said
+    assert "num_classes=0 drops both" in said
     assert read_model(path, **given, num_classes=0).identity.model_args["num_classes"] == 0
     save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name}, path)
     assert torch.equal(read_model(path, **given).model.state_dict()["head.weight"], tensors["fc.weight"])
@@ -302,7 +302,7 @@ def test_towers_of_open_clip_that_timm_has_not_are_refused(tmp_path, tower, says
 
 
 def test_a_tower_of_another_kind_is_refused(tmp_path):
-    assert "its image tower is not converted" in refusal(
+    assert "unsupported image tower" in refusal(
         open_clip_folder(tmp_path, tensors={"visual.layer1.0.weight": torch.ones(1)})
     )
     trunk = {"visual.trunk.a.weight": torch.ones(1)}

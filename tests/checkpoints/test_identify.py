@@ -166,7 +166,7 @@ def test_the_model_that_a_file_is_of_is_named(tmp_path, zeros):
     path = tmp_path / "model.safetensors"
     save_file(zeros("deit_tiny_distilled_patch16_224"), path)
     message = refusal(path, model=NAME)
-    assert "its names and shapes are those of deit_tiny_distilled_patch16_224" in message
+    assert "names and shapes are those of deit_tiny_distilled_patch16_224" in message
 
 
 def test_numbers_that_are_not_finite_are_counted(tmp_path):

@@ -141,7 +141,7 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
     make_slim(dense[1], path, model=NAME, model_args=ARGS)
     assert read_model(path, model=NAME, model_args=ARGS, num_classes=10).record is not None
     message = refusal(path, model="deit_tiny_patch16_224", model_args={"depth": 3}, num_classes=5)
-    assert "leave out model='deit_tiny_patch16_224' (it is vit_tiny_patch16_224)" in message
+    assert "Leave out model='deit_tiny_patch16_224' (it is vit_tiny_patch16_224)" in message
     assert "depth=3 (it has 2), num_classes=5 (it has 10)" in message
     message = refusal(path, model_args={"in_chans": 1, "qkv_bias": False, "global_pool": "avg"})
     assert (

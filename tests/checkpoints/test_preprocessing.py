@@ -72,6 +72,6 @@ def test_timm_and_commands_work_out_the_same_preprocessing(tmp_path, size, crop)
 
 def test_a_model_that_cannot_take_a_size_says_so_at_once(tmp_path):
     dense = opened(tmp_path, "levit_128s")
-    with pytest.raises(UsageError, match="img_size=128: the model takes images of 224x224 only"):
+    with pytest.raises(UsageError, match="img_size=128: the model takes only images of 224x224"):
         resolve_preprocessing(dense, PreprocessingOptions(img_size=128))
     assert resolve_preprocessing(dense, PreprocessingOptions(img_size=224)).input_size == (3, 224, 224)

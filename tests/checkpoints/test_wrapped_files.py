@@ -201,10 +201,10 @@ def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, net
     found, notes = logits_of(path)
     assert torch.equal(found, logits_with(states[0]))
     line = f"{word}. next to {trunk}. is used as the classifier of its pooled features (global_pool=token); "
-    assert f"{line}part='{trunk}' leaves it out" in notes, notes
+    assert f"{line}part='{trunk}' drops it" in notes, notes
     alone = read_model(path, model=NAME, model_args=ARGS, part=trunk)
     assert alone.identity.model_args["num_classes"] == 0
-    assert not any("was read as" in note for note in alone.notes)
+    assert not any("is used as" in note for note in alone.notes)
 
 
 @pytest.mark.parametrize(
@@ -227,26 +227,26 @@ def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     torch.save({**under("backbone.", without_head(states[0])), "head.weight": torch.ones(10, 96)}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
     assert "'head.weight' expected [10, 48], found [10, 96]" in said
-    assert "part='backbone' reads the network alone" in refused_beside(
+    assert "part='backbone' to ignore them" in refused_beside(
         path, states, {"head.0.weight": torch.ones(9, 48), "head.2.weight": torch.ones(10, 9)}
     )
     said = refused_beside(
         path, states, {"head.mlp.0.weight": torch.ones(9, 48), "head.mlp.2.weight": torch.ones(10, 9)}
     )
-    assert "'head.mlp.0.weight', 'head.mlp.2.weight'; " in said
-    assert "part='backbone' reads the network alone" in said
+    assert "'head.mlp.0.weight', 'head.mlp.2.weight'. " in said
+    assert "part='backbone' to ignore them" in said
     assert (
         read_model(path, model=NAME, model_args=ARGS, part="backbone").identity.model_args["num_classes"] == 0
     )
     two = {"head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
-    assert "part='backbone' reads the network alone" in refused_beside(path, states, two)
+    assert "part='backbone' to ignore them" in refused_beside(path, states, two)
     both = {"model.cls_head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
     torch.save({**under("model.backbone.", without_head(states[0])), **both}, path)
     assert "may belong to it" in refusal(path, model=NAME, model_args=ARGS)
     torch.save({**under("backbone.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
-    assert "part='backbone' reads the network alone" in refusal(path, model=NAME, model_args=ARGS)
+    assert "part='backbone' to ignore them" in refusal(path, model=NAME, model_args=ARGS)
     torch.save({**under("backbone.model.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
-    assert "part='backbone' reads the network alone" in refusal(path, model=NAME, model_args=ARGS)
+    assert "part='backbone' to ignore them" in refusal(path, model=NAME, model_args=ARGS)
 
 
 def refused_beside(path, states, tensors):
@@ -261,7 +261,7 @@ def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
     save_file({**under("backbone.", bare), **beside}, path)
     said = refusal(path, model=NAME, model_args=ARGS)
     assert "found other tensors next to 'backbone'" in said
-    assert "part='backbone' reads the network alone" in said
+    assert "part='backbone' to ignore them" in said
     loaded = read_model(path, model=NAME, model_args=ARGS, part="backbone")
     assert loaded.identity.model_args["num_classes"] == 0
     assert any("left out adapter. (2)" in note for note in loaded.notes)

@@ -183,7 +183,7 @@ def test_dtypes_are_those_asked_for(put, model, tmp_path):
 def test_numbers_the_file_could_not_hold_are_not_written(tmp_path, value, dtype, says):
     model = timm.create_model("vit_tiny_patch16_224", **ARGS)
     model.norm.bias.data[0] = value
-    with pytest.raises(OutputError, match=f"'norm.bias': {says}"):
+    with pytest.raises(OutputError, match=f"'norm.bias' {says}"):
         write_slim(
             tmp_path / "x", model, RECORD, dtypes={"norm.bias": dtype}, overwrite=False, input_path=None
         )

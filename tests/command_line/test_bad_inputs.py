@@ -68,7 +68,7 @@ FILES = {
     "13 text": (b"just some text, too long to be small", NO_CHECKPOINT),
     "14 truncated zip": (torch_file({"a": TENSOR})[:-99], "damaged, or not a PyTorch checkpoint"),
     "15 plain zip": (zipped({"../evil.txt": b"x"}), "an uncompressed zip file with 1 data.pkl"),
-    "16 TorchScript": (torchscript, "damaged, or not a PyTorch checkpoint"),
+    "16 TorchScript": (torchscript, "an uncompressed zip file with 1 data.pkl"),
     "18 pickled model": (lambda: torch_file(nn.Linear(2, 2)), "other than weights (torch.nn.modules.linear"),
     "18 protocol 4": (b"\x80\x04garbage", "objects other than weights"),
     "19 numpy arrays": (torch_file({"a": TENSOR, "best": np.ones(3)}), "other than weights (numpy"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -27,6 +28,30 @@ def test_the_versions_of_python_are_stated_alike():
     assert f'target-version = "py3{named[0]}"' in project
     assert f'python_version = "3.{named[0]}"' in project
     assert f"(Python 3.{named[0]}+" in (ROOT / "README.md").read_text()
+
+
+def imported_packages() -> set[str]:
+    """Third-party packages that the package imports at run time."""
+    names: set[str] = set()
+    for path in (ROOT / "mhacut").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        for_types = [
+            node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CH" in ast.dump(node.test)
+        ]
+        skipped = {id(child) for node in for_types for child in ast.walk(node)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import) and id(node) not in skipped:
+                names.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and id(node) not in skipped:
+                names.add(node.module or "")
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"mhacut"}
+
+
+def test_imported_packages_are_declared():
+    project = (ROOT / "pyproject.toml").read_text()
+    declared = {name.lower() for name in re.findall(r'"([A-Za-z_][\w-]*)[><=~]', project)}
+    distributions = {"PIL": "pillow", "yaml": "pyyaml"}
+    assert {distributions.get(name, name) for name in imported_packages()} <= declared
 
 
 @pytest.fixture(scope="module")
