@@ -87,10 +87,9 @@ def test_the_cost_table_is_what_fvcore_counts(name):
 
 
 def uneven_marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Exhaustive: whole models, whose layer alone takes uneven images in most cases."""
     if name in ("twins.LocallyGroupedAttn", "pvt_v2.Attention"):
         return ()
-    return (pytest.mark.exhaustive if name.endswith(", model") else pytest.mark.slow,)
+    return (pytest.mark.slow if name in FAST else pytest.mark.exhaustive,)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=uneven_marks(name)) for name in UNEVEN])

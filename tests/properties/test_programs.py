@@ -30,7 +30,7 @@ def smallest(cases: list[Case]) -> Case:
         pytest.param(
             smallest(list(cases.values())),
             id=f"{cls.__module__}.{cls.__name__}",
-            marks=pytest.mark.slow if cls in IN_CI or cls not in FIRST_MODEL else pytest.mark.exhaustive,
+            marks=pytest.mark.slow if cls in IN_CI else pytest.mark.exhaustive,
         )
         for cls, cases in BY_CLASS.items()
         if cls not in mlps.CASES

@@ -11,16 +11,17 @@ from helpers.models import build, image, relative
 from helpers.plans import random_plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import FIRST_MODEL, MODELS
+from properties.cases import FIRST_MODEL, IN_CI, MODELS
 
 QUICK = {"attention.AttentionRope, half", "swin_transformer_v2.WindowAttention"}
 
 
 def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Fast: two; slow: one model of each class; exhaustive: the others."""
+    """Fast: 2 models. Slow: a model of each class in ``IN_CI``. Exhaustive: the others."""
     if name in QUICK:
         return ()
-    return (pytest.mark.slow if MODELS[name] in FIRST_MODEL.values() else pytest.mark.exhaustive,)
+    in_ci = any(MODELS[name] is FIRST_MODEL.get(cls) for cls in IN_CI)
+    return (pytest.mark.slow if in_ci else pytest.mark.exhaustive,)
 
 
 @pytest.fixture(params=[pytest.param(case, id=name, marks=marks(name)) for name, case in MODELS.items()])
