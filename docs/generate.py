@@ -1,12 +1,12 @@
-"""Write what follows from the code and from measured rows: pages of docs/reference/, and tables of results.
+"""Generate pages of docs/reference/ from the code, and tables of results from measured rows.
 
     python docs/generate.py               # commands and options, Python names, tables of results
-    python docs/generate.py --check       # compare only
+    python docs/generate.py --check       # only compare
     mhacut models --json > models.json    # takes minutes
-    python docs/generate.py models.json   # architectures too
+    python docs/generate.py models.json   # also the architectures
 
-A table of results stands between ``<!-- table NAME -->`` and ``<!-- end -->`` in any page, and holds the rows
-of ``examples/benchmarks/results/``.
+A table of results is between ``<!-- table NAME -->`` and ``<!-- end -->`` in a page. Its rows are in
+``examples/benchmarks/results/NAME.json``.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ REFERENCE = DOCS / "reference"
 EXAMPLES = DOCS.parent / "examples" / "benchmarks"
 RESULTS = EXAMPLES / "results"
 _CODE = re.compile(r"""(torchrun .+? \.\.\.|pip install '[^']+'|(?<![\w`'-])--[a-z][a-z0-9-]*)""")
-"""What is set in code: commands, and names of flags."""
+"""Commands and flags, which are set in code."""
 _ANY_NUMBER = re.compile(r"(, )?(at least -\d{19}|at most (\d{20}|1e\+36))")
-"""Bounds of what Python, torch and files hold, which nobody meets."""
+"""Bounds of integer and float types, which the pages omit."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
 NAMES: Mapping[str, Sequence[str]] = {
     "Verbs": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
@@ -57,7 +57,7 @@ _ERRORS = "\n".join(
         *(f"        - {name}" for name in NAMES["Errors"]),
     ]
 )
-"""Errors as one list without a heading each."""
+"""One list of errors without headings."""
 _COMMON = (
     "`--config`, `--set`, `--json`, `--quiet`, `--verbose` and `--help-all` belong to every command: "
     "[Commands](index.md)."
@@ -69,12 +69,12 @@ _RESEARCH = (
 
 
 def pages() -> dict[str, str]:
-    """Return the pages of the commands and of the Python API, by their paths under docs/reference/."""
+    """Pages of the commands and of the Python API, by path under docs/reference/."""
     return {f"commands/{name}.md": command_page(name) for name in COMMANDS} | {"python.md": python_page()}
 
 
 def python_page() -> str:
-    """Return the reference of the Python API: a table of its names, and directives for mkdocstrings."""
+    """Python reference: a table of names, and directives for mkdocstrings."""
     head = f"""{_WRITTEN}# Python API
 
 Import these names from `mhacut`. Keyword arguments of the verbs are the flags of the
@@ -97,13 +97,13 @@ The sections below the table are filled in from the docstrings when the site is 
 
 
 def _first_sentence(name: str) -> str:
-    """Return the first paragraph of the docstring of a public name, in Markdown."""
+    """First paragraph of a public docstring, in Markdown."""
     paragraph, *_ = (inspect.getdoc(getattr(mhacut, name)) or "").split("\n\n")
     return re.sub(r":\w+:(?=`)", "", " ".join(paragraph.split())).replace("``", "`").replace("|", "\\|")
 
 
 def command_page(name: str) -> str:
-    """Return the reference of one command: what it does, then its options by panel."""
+    """Reference of one command: its help, then its options by panel."""
     known = COMMANDS[name].options()
     arguments = " ".join(stated.placeholder for stated in known.values() if stated.is_argument)
     summary, *paragraphs = _documentation(name)
@@ -171,7 +171,7 @@ def _facts(option: Option) -> Iterator[str]:
 
 
 def _with_code(text: str) -> str:
-    """Set commands and flags in code, and escape what Markdown would take for markup."""
+    """Set commands and flags in code, and escape Markdown characters."""
     return _CODE.sub(r"`\1`", text.replace("|", "\\|").replace("*", "\\*"))
 
 
@@ -225,7 +225,7 @@ METHODS: Mapping[str, str] = {
     "mhacut-tokens-balanced, random": "random weights, mhacut's shape",
     "tp-taylor-uniform, random": "random weights, Torch-Pruning's",
 }
-"""Names of the methods in tables, in their order; rows of others keep their title."""
+"""Names and order of the methods in tables; rows of other methods keep their title."""
 IN_README = ("mhacut-tokens-balanced", "tome", "mhacut-unlabelled-auto-balanced", "corp", "tp-taylor-uniform")
 _FILES = {"readme": "wide430", "in_place_saliency": "in_place"}
 """Files of the tables that show a selection of rows."""
@@ -234,12 +234,12 @@ Row = Mapping[str, Any]
 
 
 def with_tables(text: str) -> str:
-    """Return a page with its tables of results as the rows of today make them."""
+    """Write the tables of results in a page again."""
     return _TABLE.sub(lambda found: found[1] + results_table(found[2]) + found[3], text)
 
 
 def results_table(name: str) -> str:
-    """Return a table, and below it what its rows have in common.
+    """Return a table of results, and below it the machine, versions and commit of its rows.
 
     Args:
         name: a file of results, ``readme`` for the top-1 of wide430 by budget and method, or
@@ -321,7 +321,7 @@ def _in_place(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
 
 
 def _origin(row: Row) -> str:
-    """Return the commit that made a row; rows from before commits were kept have a digest of the code."""
+    """Commit that made a row; older rows have a digest of the code."""
     return f"commit {row['commit']}" if "commit" in row else f"code {row['code'][:8]}"
 
 
@@ -344,7 +344,7 @@ def _readme_title(method: str) -> str:
 
 
 def written() -> dict[Path, str]:
-    """Return all that this script writes without further input, by path."""
+    """All pages that this script writes without the list of models, by path."""
     found = {REFERENCE / path: text for path, text in pages().items()}
     for page in (DOCS.parent / "README.md", EXAMPLES / "README.md", *DOCS.rglob("*.md")):
         text = page.read_text()
@@ -354,12 +354,12 @@ def written() -> dict[Path, str]:
 
 
 def unknown_tables(page: Path) -> list[str]:
-    """Return the first lines of tables on a page that no rows make."""
+    """Header lines of tables that are not made from rows."""
     return re.findall(r"^(\|.*)\n\|---", _TABLE.sub("", page.read_text()), re.MULTILINE)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Write the pages, or with ``--check`` say which of them are not current."""
+    """Write the pages, or with ``--check`` list outdated pages."""
     if arguments == ["--check"]:
         stale = [
             str(path.relative_to(DOCS.parent)) for path, text in written().items() if path.read_text() != text

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
 
 _LONGEST = 80
-"""Columns of a command on a page of the site."""
+"""Columns of a command on the site."""
 _SHELL = re.compile(r"(```bash\n)(.*?)(?=```)", re.DOTALL)
 _VERSION = re.compile(r'__version__ = "(.+)"')
 _ROLE = re.compile(r":(?:func|class|meth|mod|data|attr):(?=<code>)")
@@ -34,18 +34,18 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Leave out the roles of docstrings, :func:`name`, which mkdocstrings shows as text."""
+    """Remove docstring roles such as :func:`name`, which mkdocstrings shows as text."""
     return _ROLE.sub("", html)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Lead links to notebooks in examples/ to the pages made of them, and break long commands at options."""
+    """Point links to notebooks at their pages, and break long commands at options."""
     markdown = re.sub(r"\]\(((?:\.\./)*)\.\./examples/(\w+)\.ipynb\)", r"](\1notebooks/\2.md)", markdown)
     return _SHELL.sub(lambda found: found[1] + "\n".join(map(_broken, found[2].split("\n"))), markdown)
 
 
 def _broken(command: str) -> str:
-    """Return a line of a shell script as several, if it is long, each of which begins with an option."""
+    """Break a long line of a shell script before options."""
     if len(command) <= _LONGEST or "#" in command:
         return command
     text = command.removesuffix("\\").strip()
@@ -61,10 +61,8 @@ def _broken(command: str) -> str:
 
 
 def on_files(files: Files, config: Any, **_: Any) -> Files:
-    """Add a page for each notebook of examples/, with the outputs that are kept in it.
-
-    mkdocs-jupyter would do it too, with 100 MB more to install and 600 KB more in each page.
-    """
+    """Add a page for each notebook of examples/, with its stored outputs."""
+    # mkdocs-jupyter needs 100 MB more to install and makes each page 600 KB larger.
     from mkdocs.structure.files import File
 
     for path in sorted(_EXAMPLES.glob("*.ipynb")):
@@ -76,7 +74,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
 
 
 def _blocks(cell: dict[str, Any]) -> Iterator[str]:
-    """Yield a cell of a notebook, and what it gave, as Markdown."""
+    """Yield a notebook cell and its outputs as Markdown."""
     source = "".join(cell["source"])
     if cell["cell_type"] == "markdown":
         source = _BADGE.sub(_link_of_badge, source)
@@ -94,7 +92,7 @@ def _blocks(cell: dict[str, Any]) -> Iterator[str]:
 
 
 def _link_of_badge(badge: re.Match[str]) -> str:
-    """Return a plain link: the site loads no picture from elsewhere. Nothing while the owner is unknown."""
+    # The site loads no pictures from other servers. While the owner is unknown there is no link.
     return "" if "/OWNER/" in badge[2] else f"[{badge[1]}]{badge[2]}\n\n"
 
 

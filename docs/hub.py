@@ -1,8 +1,8 @@
-"""List the pruned models on the Hugging Face hub whose cards carry the tag ``mhacut``, as a Markdown table.
+"""List models on the Hugging Face hub with the tag ``mhacut``, as a Markdown table.
 
     python docs/hub.py > models.md
 
-``HF_ENDPOINT`` names another hub than huggingface_hub's own.
+``HF_ENDPOINT`` names another hub.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ COLUMNS = {
     "top-1, %": r"^- \*\*Top-1 accuracy:\*\* .*this model (\d[\d.]*) %",
     "dense, %": r"^- \*\*Top-1 accuracy:\*\* dense (\d[\d.]*) %",
 }
-"""Columns that are read from the text of a card, as ``mhacut export --format timm`` writes it.
+"""Columns, read from the text of a model card.
 
-Cards are anybody's: what they say stands in a table only where it is a number or a name.
+Anybody can write a card, so the patterns accept only numbers and names.
 """
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def rows() -> list[list[str]]:
-    """Return a row for each model, those that were downloaded most first."""
+    """One row per model, most downloads first."""
     models = json.loads(fetch("api/models?filter=mhacut&sort=downloads&cardData=true&limit=1000"))
     return [row(model) for model in models if NAME.fullmatch(str(model.get("id")))]
 
 
 def row(model: dict[str, Any]) -> list[str]:
-    """Return the cells of one model: its name, that of the dense one, and what its card says."""
+    """Cells of one model: its name, its base model, and the columns of its card."""
     base = (model.get("cardData") or {}).get("base_model")
     base = base[0] if isinstance(base, list) and base else base
     card = fetch(f"{model['id']}/raw/main/README.md")
@@ -46,12 +46,12 @@ def row(model: dict[str, Any]) -> list[str]:
 
 
 def linked(name: str) -> str:
-    """Return a link to a model."""
+    """Link to a model."""
     return f"[{name}]({ENDPOINT}/{name})"
 
 
 def fetch(path: str) -> str:
-    """Return what the hub has at a path; nothing if there is no such thing, such as a card."""
+    """Return a file of the hub; empty if it is missing or gated."""
     try:
         with urllib.request.urlopen(f"{ENDPOINT}/{path}", timeout=30) as answer:
             return str(answer.read().decode(errors="replace"))

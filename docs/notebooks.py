@@ -1,8 +1,8 @@
-"""Execute the notebooks of examples/ and keep their outputs in them; the site shows these.
+"""Execute the notebooks of examples/ and store their outputs, which the site shows.
 
     python docs/notebooks.py    # needs pip install 'mhacut[dev]'
 
-A test executes them too, and compares.
+A test executes the notebooks and compares the outputs.
 """
 
 from __future__ import annotations
@@ -17,25 +17,15 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def notebooks() -> list[Path]:
-    """Return the paths of all notebooks."""
+    """Paths of all notebooks."""
     return sorted(EXAMPLES.glob("*.ipynb"))
 
 
 def executed(path: Path) -> Any:
-    """Return the notebook at ``path`` as it is after all of its cells ran, in its own folder.
-
-    Outputs that are of no use to readers are left out: times of execution, warnings, bars that are empty
-    at the end, and the text that stands for a table where tables cannot be shown.
-
-    Args:
-        path: the notebook, which is not changed.
-
-    Raises:
-        CellExecutionError: a cell fails.
-    """
+    """Run a copy of the notebook in its folder; drop warnings, progress bars and times."""
     notebook = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": path.parent}}
-    limits = {"startup_timeout": 300, "timeout": 300}  # seconds; on a busy machine it starts late
+    limits = {"startup_timeout": 300, "timeout": 300}  # seconds; a kernel starts late on a busy machine
     client = NotebookClient(notebook, record_timing=False, resources=where, **limits)
     client.execute()
     for cell in notebook.cells:

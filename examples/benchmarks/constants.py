@@ -1,7 +1,7 @@
 r"""What a constant of mhacut is worth: models pruned with other values of it, over several seeds.
 
     python examples/benchmarks/constants.py --subject wide430 --root downloads \
-        --constant mhacut.pruning.fisher.SHRINKAGE --values 0.25 0.5 0.75
+        --constant mhacut.pruning.fisher.SHRINKAGE mhacut.pruning.recover.SHRINKAGE --values 0.25 0.5 0.75
 
 Constants have no flags. The script sets those that ``--constant`` names, prunes by unlabelled images, and
 prints top-1, KL divergence from the dense model and CPU seconds on one half of the validation images, to
