@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import io
 import json
@@ -231,6 +232,29 @@ def test_extras_exist():
     for page in PAGES:
         groups = re.findall(r"pip install (?:-q )?(?:-e )?'(?:mhacut|\.)\[([\w,]+)\]'", page.read_text())
         assert {extra for group in groups for extra in group.split(",")} <= set(extras), named(page)
+
+
+def test_measured_constants_exist():
+    text = (DOCS / "explanation" / "choices.md").read_text()
+    names = re.findall(r"`(\w+(?:/\w+)+)\.([A-Z_]+)`", text)
+    missing = [
+        f"{path}.{name}"
+        for path, name in names
+        if not hasattr(importlib.import_module(f"mhacut.{path.replace('/', '.')}"), name)
+    ]
+    assert names
+    assert not missing
+
+
+def test_source_files_exist():
+    """Paths of Python files on pages are relative to the repository or to the package."""
+    missing = [
+        f"{named(page)}: {path}"
+        for page in PAGES
+        for path in re.findall(r"`([\w.]+(?:/[\w.]+)+\.py)`", page.read_text())
+        if not (ROOT / path).is_file() and not (ROOT / "mhacut" / path).is_file()
+    ]
+    assert not missing
 
 
 def test_versions_agree():
