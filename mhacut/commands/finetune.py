@@ -1,4 +1,4 @@
-"""``mhacut finetune`` as a function: read, train, save as it goes, measure the file."""
+"""The ``finetune`` command as a function."""
 
 from __future__ import annotations
 

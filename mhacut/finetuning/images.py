@@ -1,8 +1,7 @@
-"""Images to train on, augmented by seed, in batches that any number of processes can share.
+"""Augmented training images in batches that any number of processes can share.
 
-The augmentation of an image depends on the run's seed, the epoch and the image alone: neither on the process
-or worker that reads it, nor on the images read before. So a run that is resumed, or continued on other
-machines, sees the same images.
+The augmentation of an image depends only on the seed of the run, the epoch and the image. So a resumed run,
+or a run on other machines, sees the same images.
 """
 
 from __future__ import annotations
@@ -29,50 +28,46 @@ from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 from mhacut.runtime.process import ignore_signals
 
-_TRIES = 10
-"""Largest number of images that are tried for one place in a batch, the intended one included."""
+_MAX_TRIES = 10
+"""Maximum number of images tried for a place in a batch."""
 
 Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
-"""Image (None if none of those tried could be read), its label (-1 without), and the unreadable ones."""
+"""(image or None if no tried image was readable, label or -1, unreadable images)."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one forward pass."""
+    """Images of a forward pass."""
 
     images: Tensor
     """[B, C, H, W], normalised."""
     labels: Tensor
-    """[B] int64; -1 throughout for unlabelled images."""
+    """[B] int64; -1 for unlabelled images."""
     unreadable: tuple[Unreadable, ...]
-    """Images that could not be read and were replaced by others."""
+    """Unreadable images that others replaced."""
 
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """Images to train on."""
-
     samples: Dataset[Sample]
     """Augmented images by index."""
     count: int
-    """Number of images."""
     labelled: bool
-    """Whether they have labels."""
     description: str
-    """Text for readers."""
+    """Description for logs and records."""
     fingerprint: str
-    """Digest of names and labels: equal for equal data, wherever it lies."""
+    """Digest of names and labels, the same wherever the files are."""
     num_classes: int | None = None
-    """Number of classes to check labels against when images are read; None if they are not used."""
+    """Number of classes to check labels against; None without labels."""
 
     def divided(self, count: int, preprocessing: Preprocessing, seed: int) -> tuple[TrainingImages, ...]:
-        """Return all but the last ``count`` of the first epoch; and these, preprocessed as for validation."""
+        """Split off the last ``count`` images of the first epoch, without augmentation."""
         order = StepBatches(self.count, batch_size=self.count, parts=1, seed=seed).of_step(0)[1]
         plain: Any = copy.copy(self.samples)
         plain.transform = preprocessing.transform()
         text, left = f"{self.description}, {count} of them held out", self.count - count
-        kept = replace(self, samples=Subset(self.samples, order[:left]), count=left, description=text)
-        return kept, replace(self, samples=Subset(plain, order[left:]), count=count)
+        remaining = replace(self, samples=Subset(self.samples, order[:left]), count=left, description=text)
+        return remaining, replace(self, samples=Subset(plain, order[left:]), count=count)
 
 
 def training_images(
@@ -84,11 +79,11 @@ def training_images(
     use_labels: bool,
     need_labels: bool,
 ) -> TrainingImages:
-    """Return the images of the training split, listed and checked, none of them opened."""
+    """Return the training split, listed and checked without opening images."""
     transform = training_transform(preprocessing, augmentation)
     use_labels = use_labels and num_classes > 1
     if data.dataset is None and data.data_dir is None:
-        raise UsageError(f"nothing to train on: give {option_name('data_dir')} or {option_name('dataset')}")
+        raise UsageError(f"no training images: give {option_name('data_dir')} or {option_name('dataset')}")
     split = open_split(
         data,
         "train_split",
@@ -99,13 +94,13 @@ def training_images(
     )
     if split.images is None:
         raise DataError(
-            f"images {split.name}: are a stream, which cannot be resumed at a step; unpack its shards "
-            f"into one folder per class ({option_name('data_dir')}), or use hfds/"
+            f"images {split.name}: a stream cannot be resumed at a step; unpack its shards into 1 folder per "
+            f"class ({option_name('data_dir')}), or use hfds/"
         )
     if need_labels and data.dataset is None and not split.labelled:
         raise DataError(
-            f"images without class folders {split.name}, so without labels; "
-            f"give a {option_name('teacher')}, or put them in <class>/<image>"
+            f"images {split.name}: no class folders, so no labels; "
+            f"give a {option_name('teacher')}, or arrange the files as <class>/<image>"
         )
     count = len(split.groups)
     return TrainingImages(
@@ -119,15 +114,13 @@ def training_images(
 
 
 def training_transform(preprocessing: Preprocessing, options: AugmentationOptions) -> Transform:
-    """Return timm's training transform: picture to augmented, normalised [C, H, W] float32.
-
-    Without augmentation, it is the transform of the evaluation.
-    """
+    """Return timm's training transform, from picture to augmented [C, H, W] float32."""
+    # Without augmentation, training uses the transform of the evaluation.
     plain = preprocessing.transform()
     if not options.aug:
         return plain
     try:
-        made: Transform = create_transform(
+        transform: Transform = create_transform(
             input_size=preprocessing.input_size,
             is_training=True,
             scale=options.scale,
@@ -146,12 +139,12 @@ def training_transform(preprocessing: Preprocessing, options: AugmentationOption
     except (AssertionError, KeyError, ValueError) as error:
         values = {"aa": options.aa, "train_interpolation": options.train_interpolation}
         asked = ", ".join(option_name(name, value) for name, value in values.items() if value is not None)
-        raise UsageError(f"{asked}: timm does not know this: {error}") from None
-    return made
+        raise UsageError(f"{asked}: not supported by timm: {error}") from None
+    return transform
 
 
 def mixed_seed(*numbers: int) -> int:
-    """Return a seed in 0..2**63 - 1 that depends on every number and on their order.
+    """Return a seed in 0..2**63 - 1 that depends on all numbers and their order.
 
     >>> mixed_seed(42, 0, 1) == mixed_seed(42, 0, 1), mixed_seed(42, 0, 1) == mixed_seed(42, 1, 0)
     (True, False)
@@ -161,14 +154,14 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, numpy and, on the CPU, torch."""
+    """Seed the generators of Python, NumPy and torch (CPU)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 class _Seeded(Dataset[Drawn]):
-    """Images by (epoch, index), augmented by a seed of these two; unreadable ones are replaced."""
+    """Images by (epoch, index), augmented with a seed of both; other images replace unreadable images."""
 
     def __init__(self, samples: Dataset[Sample], count: int, seed: int) -> None:
         self.samples, self.count, self.seed = samples, count, seed
@@ -176,7 +169,7 @@ class _Seeded(Dataset[Drawn]):
     def __getitem__(self, key: tuple[int, int]) -> Drawn:
         epoch, index = key
         unreadable: list[Unreadable] = []
-        for attempt in range(min(_TRIES, self.count)):
+        for attempt in range(min(_MAX_TRIES, self.count)):
             at = (index + attempt) % self.count
             # timm's transforms draw from all three generators, which belong to whichever process reads.
             seed_everything(mixed_seed(self.seed, epoch, at))
@@ -188,26 +181,25 @@ class _Seeded(Dataset[Drawn]):
 
 
 class StepBatches:
-    """Images of each step: an order per epoch, cut into global batches, each divided into parts.
+    """Images of each step: a random order per epoch, cut into global batches, each split into parts.
 
-    timm's mixup mixes image i of a batch with image i from its end. So a part of even size takes images from
-    both ends of its global batch, and mixes the pairs that the global batch would. A last incomplete batch of
-    an epoch is left out.
+    timm's mixup pairs image i of a batch with image i from the end. So a part of even size takes images from
+    both ends of the global batch, and the pairs do not depend on the number of parts. The last incomplete
+    batch of an epoch is dropped.
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
-        """Prepare the order."""
         self.count, self.batch_size, self.parts, self.seed = count, batch_size, parts, seed
         self.steps_per_epoch = count // (batch_size * parts)
         if self.steps_per_epoch == 0:
             smaller = [option_name("batch_size")] + [option_name("grad_accum_steps")] * (parts > 1)
             raise DataError(
-                f"{count} images to train on are fewer than the {batch_size * parts} of one step; use a "
-                f"smaller {' or '.join(smaller)}"
+                f"{count} training images, but a step takes {batch_size * parts}; use a smaller "
+                f"{' or '.join(smaller)}"
             )
 
     def of_step(self, step: int) -> tuple[int, list[int]]:
-        """Return the epoch of ``step`` and the indices of its global batch; both count from 0."""
+        """Return the epoch of ``step`` and the indices of its global batch, both from 0."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
@@ -216,7 +208,7 @@ class StepBatches:
         return epoch, self._order[within * size : (within + 1) * size].tolist()
 
     def part(self, step: int, number: int) -> list[tuple[int, int]]:
-        """Return (epoch, index) of every image in one part of a step's global batch.
+        """Return (epoch, index) of each image in part ``number`` of a step.
 
         >>> batches = StepBatches(8, batch_size=4, parts=2, seed=0)
         >>> batches.part(step=0, number=1) == [(0, index) for index in batches.of_step(0)[1][2:6]]
@@ -243,7 +235,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Yield the parts ``mine`` of each step's global batch, in order, for steps ``start`` to ``stop`` - 1."""
+    """Yield the parts ``mine`` of the global batches of steps ``start`` to ``stop`` - 1, in order."""
     loader: DataLoader[Drawn] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),
@@ -255,8 +247,8 @@ def training_loader(
     for stacked, labels, unreadable in iter(loader):
         if len(stacked) < len(labels):
             raise DataError(
-                f"{len(unreadable)} images of one batch cannot be read, first {unreadable[0].file}: "
-                f"{unreadable[0].reason}. Repair or remove them"
+                f"{len(unreadable)} images of a batch cannot be read, first {unreadable[0].file}: "
+                f"{unreadable[0].reason}. Repair or remove the files"
             )
         wrong = None if images.num_classes is None else label_outside(labels, images.num_classes)
         if wrong is not None:

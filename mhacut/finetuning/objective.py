@@ -1,4 +1,4 @@
-"""Loss of fine-tuning: distillation from the teacher's outputs and features, and labels."""
+"""Loss of fine-tuning: distillation of the teacher's logits and features, and labels."""
 
 from __future__ import annotations
 
@@ -40,17 +40,15 @@ _OPTIONS = {
     "model_args": "teacher_model_args",
     "part": "teacher_part",
 }
-"""Options of a checkpoint, and those of the teacher."""
+"""Options of a checkpoint, and the matching options of the teacher."""
 
 
 class Blocks:
-    """Outputs of a model's transformer blocks in its latest forward pass."""
+    """Outputs of a model's transformer blocks in the latest forward pass."""
 
     def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
-        """Watch the blocks of ``model``; unless it is ``frozen``, only in passes that are differentiated.
-
-        Outputs of a batch that is only measured would take memory for nothing.
-        """
+        # Unless the model is frozen, only differentiated passes are stored: outputs for validation would
+        # waste memory.
         self.frozen = frozen
         # A prunable layer is blocks.3.attn or blocks.3.mlp: its block is what it lies in.
         layers = [layer.name for layer in find_prunable_layers(model).layers]
@@ -67,13 +65,13 @@ class Blocks:
         return keep
 
     def take(self) -> dict[str, Tensor]:
-        """Return the outputs by block, and drop them here, so that they keep no graph alive."""
+        """Return and forget the outputs by block, so that they do not keep the graph alive."""
         taken, self.outputs = self.outputs, {}
         return taken
 
     @torch.enable_grad()
     def shapes(self, model: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
-        """Run the blocks' ``model`` on an image [1, C, H, W]; return the shape of each block's output."""
+        """Run ``model`` on ``image`` [1, C, H, W] and return the shape of each block's output."""
         training = model.training
         model.eval()(image)
         model.train(training)
@@ -81,7 +79,7 @@ class Blocks:
 
 
 class Teacher:
-    """Frozen model whose outputs the student learns to reproduce for the same images."""
+    """Frozen model whose logits and features the student learns to reproduce."""
 
     def __init__(
         self,
@@ -92,7 +90,6 @@ class Teacher:
         matched: bool,
         sha256: str | None = None,
     ) -> None:
-        """Freeze ``model``."""
         self.sha256 = sha256
         self.model = model.eval().requires_grad_(False)
         # Images of the student are x = (pixel - m) / s, those of the teacher (pixel - M) / S
@@ -108,13 +105,17 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the outputs for images [B, C, H, W] that are normalised for the student."""
+        """Return the outputs for images [B, C, H, W] with the student's normalisation."""
         outputs: Tensor = self.model(images if self._same else images * self._scale + self._shift)
         return outputs
 
 
 class Objective:
-    """Loss of one batch, a mean over its images."""
+    """Loss of a batch, a mean over its images.
+
+    It is the sum of temperature^2 times the divergence of the logits (Hinton et al., arXiv 1503.02531), the
+    weighted cross-entropy, and the weighted error of the blocks' outputs.
+    """
 
     def __init__(
         self,
@@ -123,30 +124,19 @@ class Objective:
         teacher: Teacher | None = None,
         student: Blocks | None = None,
     ) -> None:
-        """Set the parts of the loss and their weights.
-
-        With a teacher, the loss is temperature^2 times the divergence of the outputs (Hinton et al.,
-        arXiv 1503.02531), plus the weighted cross-entropy and the weighted error of the blocks.
-        """
         self.teacher, self.student = teacher, student
         self.label_weight = 1.0 if teacher is None else options.label_weight
         self.feature_weight = options.feature_weight
         self.temperature = options.kd_temperature
         self.smoothing = options.smoothing
+        # Without classes, outputs are no distributions.
         self.divergence = ANSWERS.divergence if classes > 1 else _relative_error
 
     def teacher_targets(self, images: Tensor) -> Tensor | None:
-        """Return the teacher's outputs for ``images``; None without a teacher."""
         return None if self.teacher is None else self.teacher(images)
 
     def __call__(self, outputs: Tensor, labels: Tensor | None, teacher_targets: Tensor | None) -> Tensor:
-        """Return the loss.
-
-        Args:
-            outputs: outputs of the student, [B, classes].
-            labels: classes [B], or probabilities of classes [B, classes]; None without labels.
-            teacher_targets: outputs of the teacher, [B, classes]; None without one.
-        """
+        """Return the loss for student outputs [B, classes] and labels [B] or probabilities [B, classes]."""
         outputs = outputs.float()
         loss = outputs.new_zeros(())
         if teacher_targets is not None:
@@ -166,22 +156,16 @@ class Objective:
 
 
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
-    """Mean over images of the squared error in units of the teacher's variance of the same image.
-
-    With the variance of the whole batch the loss would depend on how processes share a step's images. A
-    single value has no variance within its image; its error has the unit of the output.
-
-    Args:
-        outputs: [B, ...].
-        teacher: [B, ...].
-    """
+    """Return the mean over images of the squared error, relative to the teacher's variance in the image."""
+    # The variance of the whole batch would depend on the number of processes. A single value has no variance,
+    # so its error keeps its unit.
     error = (outputs - teacher).flatten(1).square().mean(1)  # [B]
     values = teacher.flatten(1)
     return (error / values.var(1).clamp_min(1e-12) if values.shape[1] > 1 else error).mean()
 
 
 class Mixing:
-    """timm's mixup and cutmix, drawn once per step, with the same draw for all parts of a step."""
+    """timm's mixup and cutmix, with the same random draw for all parts of a step."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
@@ -196,12 +180,7 @@ class Mixing:
         )
 
     def __call__(self, images: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Mix images [B, C, H, W] in place, drawing from ``seed``, unless mixup and cutmix are off.
-
-        Returns:
-            The images, and the labels: classes [B] as given, or, if images are mixed, [B, classes]; None
-            without labels.
-        """
+        """Mix images [B, C, H, W] in place; labels of mixed images become [B, classes]."""
         if not self.on:
             return images, labels
         np.random.seed(seed % 2**32)  # timm draws from numpy's generator
@@ -211,7 +190,7 @@ class Mixing:
 
 
 def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Reporter) -> FinetuneOptions:
-    """Return options whose teacher is the model that a slim file was cut from, where its file is at hand."""
+    """Return options with the slim file's dense model as teacher, if its file is found."""
     if options.teacher is None and options.resume is None and options.find_teacher:
         history = () if slim.record is None else slim.record.history
         first = history[0] if history else {}
@@ -224,13 +203,15 @@ def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Repor
                 found = replace(options, teacher=str(path), teacher_part=part)
                 opened = _teacher_file(found, slim)
                 same = opened.sha256 == first.get("source_sha256")
-                # Of a slim model that was given another classifier, it can teach nothing.
+                # A teacher with other classes cannot teach the slim model's classifier.
                 if same and classifier_size(opened.skeleton) == classifier_size(slim.skeleton):
                     labels = option_name("find_teacher", False)
-                    reporter.log(f"learning from the dense model, {path} ({labels}: from labels alone)")
+                    reporter.log(f"distilling from the dense model {path} ({labels} trains on labels only)")
                     return found
         asked = option_name("teacher", name or "PATH")
-        reporter.log(f"learning from labels alone; the dense model usually brings more: {asked}")
+        reporter.log(
+            f"training on labels only; distilling the dense model usually gives more accuracy: {asked}"
+        )
     for name, needed in (("labels", not options.labels), ("feature_weight", options.feature_weight > 0)):
         held = options.teacher is not None or not needed
         require(name, getattr(options, name), held, f"a {option_name('teacher')}")
@@ -244,22 +225,22 @@ def make_objective(
     preprocessing: Preprocessing,
     reporter: Reporter,
 ) -> Objective:
-    """Open the teacher, if there is one, and return the loss of the run."""
+    """Open the teacher, if any, and return the loss of the run."""
     blocks = Blocks(student) if options.feature_weight > 0 else None
     teacher = None
     if options.teacher is not None:
         teacher = _open_teacher(options, slim, student, preprocessing)
         history = () if slim.record is None else slim.record.history
         if history and teacher.sha256 != history[0].get("source_sha256"):
-            reporter.log("the teacher is not the file that the slim model was cut from")
+            reporter.log("the teacher is another file than the dense model of the slim file")
         if blocks is not None and teacher.blocks is not None:
-            # Features of other shapes would fail in the first step, once the directory is made.
+            # Checked here, before files are written: other shapes would fail in the first step.
             image = torch.zeros(1, *preprocessing.input_size, device=next(student.parameters()).device)
             shapes = blocks.shapes(student, image)
             if not shapes or shapes != teacher.blocks.shapes(teacher.model, image):
                 raise UsageError(
-                    f"{option_name('feature_weight')}: the teacher's blocks differ from the slim model's in "
-                    "number, or in the shapes of their outputs; leave it out"
+                    f"{option_name('feature_weight')}: the slim model and the teacher differ in the number "
+                    "of blocks or the shapes of their outputs; leave the option out"
                 )
     return Objective(options, classifier_size(student), teacher, blocks)
 
@@ -282,7 +263,7 @@ def _open_teacher(
 
 @contextmanager
 def _options_of_teacher() -> Iterator[None]:
-    """Let messages about a checkpoint name the options of the teacher, until the block is left."""
+    """Make messages about a checkpoint name the options of the teacher inside the block."""
 
     def write(name: str, *value: object) -> str:
         if name == "num_classes":  # an argument of the model: the teacher has no option for it
@@ -294,7 +275,7 @@ def _options_of_teacher() -> Iterator[None]:
 
 
 def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
-    """Open the teacher; a file that does not state its architecture is the slim file's dense model."""
+    """Open the teacher. If its architecture is unknown, the slim file's architecture is used."""
     assert options.teacher is not None
     model, args = options.teacher_model, dict(options.teacher_model_args)
     if model is None and not states_its_model(options.teacher, options.teacher_part):
@@ -305,34 +286,34 @@ def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
 
 @torch.no_grad()
 def _check_fits(teacher: Checkpoint, classes: int, size: tuple[int, ...]) -> None:
-    """Raise a :class:`CheckpointError` if the teacher has other classes, or fails on images of this size."""
+    """Raise a :class:`CheckpointError` if the teacher has other classes or fails on this input size."""
     teacher_classes = classifier_size(teacher.model)
     if teacher_classes != classes:
         raise CheckpointError(
             f"{option_name('teacher', teacher.source)}: has {teacher_classes} classes, the slim model "
-            f"{classes}; give a teacher of the same classes"
+            f"has {classes}; give a teacher with the same classes"
         )
     try:
         teacher.model(torch.zeros(1, *size))
     except (AssertionError, RuntimeError, ValueError) as error:
         raise CheckpointError(
-            f"{teacher.source}: the teacher cannot take the slim model's images, {'x'.join(map(str, size))} "
-            f"({str(error).splitlines()[0]:.120}); give the dense model that it was cut from"
+            f"{teacher.source}: the teacher fails on the slim model's input size {'x'.join(map(str, size))} "
+            f"({str(error).splitlines()[0]:.120}); give the dense model of the slim file"
         ) from error
 
 
 def _with_tokens_of(student: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Return a teacher of equal outputs, whose last block computes the tokens that the student's does."""
+    """Return an equivalent teacher whose last block computes the same tokens as the student's."""
     tokens = tokens_of(student)
     if tokens.merged:
         raise UsageError(
-            f"{option_name('feature_weight')}: the blocks of a model that merges tokens match no teacher's "
-            "blocks; leave it out"
+            f"{option_name('feature_weight')}: not possible for a model that merges tokens, because the "
+            "teacher's blocks have other tokens; leave the option out"
         )
     try:
         return with_tokens(teacher, replace(tokens_of(teacher), output_tokens=tokens.output_tokens))
     except (PlanError, UnsupportedModelError) as error:
         raise UsageError(
-            f"{option_name('feature_weight')}: the last block of the slim model computes only the tokens "
-            f"that its classifier reads, and the teacher's last block cannot do so: {error}; leave it out"
+            f"{option_name('feature_weight')}: the slim model's last block computes only the tokens that its "
+            f"classifier reads, but the teacher's cannot: {error}; leave the option out"
         ) from error

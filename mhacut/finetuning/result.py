@@ -1,4 +1,4 @@
-"""Progress of a run of fine-tuning, its summary by epoch, and its result."""
+"""Progress and result of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -16,56 +16,54 @@ from mhacut.text import safe_table
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """One line of ``summary.csv``."""
+    """A line of ``summary.csv``."""
 
     epoch: int
     """Number of the epoch, from 0."""
     train_loss: float
-    """Mean loss over the images of the epoch, each computed in its step."""
+    """Mean training loss over the images of the epoch."""
     eval_loss: float | None
-    """Cross-entropy on the validation images; loss on held-out training images without any."""
+    """Cross-entropy on validation images; without them, the loss on held-out training images."""
     eval_top1: float | None
-    """Top-1 accuracy on validation images, %; None without any."""
+    """Top-1 accuracy on validation images in percent; None without them."""
     eval_top5: float | None
-    """Top-5 accuracy on them, %."""
+    """Top-5 accuracy on validation images in percent."""
     lr: float
-    """Learning rate of the epoch's last step."""
+    """Learning rate of the last step of the epoch."""
 
 
 @dataclass
 class Progress:
-    """Progress of a run besides its weights, the same in every process except for ``unreadable``."""
+    """Progress of a run besides its weights. Only ``unreadable`` differs between processes."""
 
     step: int = 0
-    """Number of steps taken."""
+    """Number of completed steps."""
     saved: int | None = None
-    """Step of the last save; None before the first."""
-    scheduled: int = 0
-    """Step that the schedule of the learning rate began at: not 0 once a finished run is prolonged."""
+    """Step of the last save; None before the first save."""
     start: float | None = None
-    """Score of the weights that were read; see :func:`mhacut.finetuning.judge.measured_score`."""
+    """Score of the initial weights, by :func:`mhacut.finetuning.held_out.measured_score`."""
     best: float | None = None
-    """Best score so far, before training or after an epoch; None before the first measurement."""
+    """Best score so far; None before the first measurement."""
     before: Evaluation | None = None
-    """Accuracy of the slim file that was read."""
+    """Accuracy of the initial weights."""
     epoch_loss: float = 0.0
-    """Sum of the losses of this epoch's images."""
+    """Sum of losses over the images of the current epoch."""
     epoch_images: int = 0
-    """Number of images trained on in this epoch."""
+    """Number of training images in the current epoch so far."""
     rows: list[EpochSummary] = field(default_factory=list)
-    """Summary of each finished epoch."""
+    """Summary of each completed epoch."""
     unreadable: dict[str, None] = field(default_factory=dict)
-    """Names of images that could not be read, in order; those of all processes after a save."""
+    """Names of unreadable images in order; after a save, those of all processes."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Return the progress that ``dataclasses.asdict`` described."""
+        """Return the progress from its ``dataclasses.asdict``."""
         before = None if state["before"] is None else Evaluation(**state["before"])
         return cls(**{**state, "before": before, "rows": [EpochSummary(**row) for row in state["rows"]]})
 
     @property
     def improved(self) -> bool | None:
-        """Whether the score after an epoch was better than before training; None if it is not measured."""
+        """Whether training improved the score; None if it is not measured."""
         return None if self.start is None or self.best is None else self.best > self.start
 
     def summary(self) -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ class Progress:
         return [asdict(row) for row in self.rows]
 
     def add_step(self, loss: float, images: int) -> None:
-        """Count a step with the sum of its losses over ``images``."""
+        """Count a step with the sum of its ``loss`` over ``images``."""
         self.step += 1
         self.epoch_loss += loss
         self.epoch_images += images
@@ -81,48 +79,46 @@ class Progress:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """Result of :func:`mhacut.finetune`: the file to use, accuracy before and after, and speed."""
+    """Result of :func:`mhacut.finetune`: the written file, accuracy before and after, and speed."""
 
     folder: Path
-    """Directory of the run."""
+    """Folder of the run."""
     output: Path
-    """The slim file to use: the best on validation images, or the last if there are none. If no epoch
-    improved the accuracy, it holds the weights that were read; see :attr:`improved`."""
+    """Slim file to use: the best weights by validation images or held-out images, else the last weights."""
     architecture: str
     """timm's name of the dense model."""
     before: Evaluation | None
-    """Accuracy of the slim file that was read; None without labelled validation images."""
+    """Accuracy of the input file; None without labelled validation images."""
     after: Evaluation | None
-    """Accuracy of ``output``, measured on the file as read back."""
+    """Accuracy of ``output``, measured after reading the file."""
     losses: tuple[float, float] | None
-    """Loss on held-out training images of the file that was read and of ``output``; None where accuracy was
-    measured, or nothing was."""
+    """Loss of the input file and of ``output`` on held-out training images; None if accuracy was measured."""
     epochs: tuple[EpochSummary, ...]
     """Summary of each epoch."""
     improved: bool | None
-    """Whether an epoch was better than the file that was read; None without validation images."""
+    """Whether an epoch was better than the input file; None if it was not measured."""
     steps: int
-    """Number of steps, those before the run was resumed included."""
+    """Number of steps in total, including steps before a resume."""
     flops: int
-    """FLOPs of the model, which training does not change."""
+    """FLOPs of the model; training does not change them."""
     data: str
     """Description of the training images."""
     preprocessing: Preprocessing
-    """Preprocessing of the validation images; that of training adds augmentation."""
+    """Preprocessing of the validation images. Training adds augmentation."""
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     unreadable: tuple[str, ...]
-    """Images that could not be read and were replaced by others."""
+    """Unreadable images that others replaced."""
     images_per_second: float
-    """Training speed of this call, over all processes, without measuring and saving."""
+    """Training speed of this call over all processes, without validation and saving."""
     device: str
     processes: int
     """Number of processes."""
     seconds: float
-    """Time that this call took."""
+    """Duration of this call."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the cells of a table that compares the model before and after, headings first."""
+        """Return the cells of a table of the model before and after, header first."""
         rows = [(self.architecture, "before", "after", "")]
         if self.before is not None and self.after is not None:
             best = " (best epoch)" if len(self.epochs) > 1 and self.improved else ""

@@ -1,4 +1,4 @@
-"""A run of fine-tuning, read and checked, as one process sees it."""
+"""Setup of a fine-tuning run in one process."""
 
 from __future__ import annotations
 
@@ -34,72 +34,68 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
 
 RATES = (3e-4, 1e-4, 3e-5, 1e-5)
-"""Learning rates to try, the highest first, until one helps."""
+"""Learning rates to try, in this order, until one is accepted."""
 _FEW_STEPS = 1000
-"""Steps of 64 images, below which smaller ones are better: 16 images, four times as many steps."""
+"""If a run has fewer steps of 64 images, steps of 16 images are better."""
 _MAX_HELD_OUT = 256
-"""Largest number of images that are held out; a tenth of them, where that is less."""
+"""Maximum number of held-out images; at most 1/10 of the images."""
 
 
 @dataclass
 class Run:
-    """Everything that a run needs, and its progress."""
+    """State of a fine-tuning run."""
 
     options: FinetuneOptions
     processes: Processes
     reporter: Reporter
     loaded: Checkpoint
-    """The slim file; its model is the one that is trained."""
+    """The slim file with the model to train."""
     folder: RunFolder
     preprocessing: Preprocessing
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     flops: int
-    """FLOPs of the model."""
     images: TrainingImages
     batches: StepBatches
     total_steps: int
     validation: EvaluationLoader | None
-    """This process's share of the labelled validation images, where there are any."""
+    """This process's part of the labelled validation images; None without."""
     trainer: Trainer
     new_trainer: Callable[..., Trainer]
-    """Makes a trainer of the same weights, for other ``options`` and ``total_steps``."""
+    """Returns a trainer of the same model for other ``options`` and ``total_steps``."""
     held_out: TrainingImages | None
-    """Training images that the learning rate is chosen on and, without validation images, the weights; None
-    if not needed, or if there are too few."""
+    """Training images that choose the learning rate and, without validation images, the best weights. None if
+    not needed or too few."""
     teacher_sha256: str | None
-    """Digest of the teacher's file; None without a teacher."""
     progress: Progress = field(default_factory=Progress)
     lock: int | None = None
-    """Lock of the folder, in the first process, where there is one."""
+    """Lock of the folder, in the first process."""
     targets: list[Tensor | None] = field(default_factory=list)
-    """Outputs of the teacher for each batch of the held-out images, once they were computed."""
+    """Teacher outputs for each batch of held-out images, computed when first needed."""
     request: StopRequest = field(default_factory=StopRequest)
-    """Whether a signal asked to stop."""
+    """Stop request by a signal."""
 
     @property
     def images_per_step(self) -> int:
-        """Number of images of a step, over all processes."""
+        """Number of images of a step over all processes."""
         return self.batches.batch_size * self.batches.parts
 
     def release(self) -> None:
-        """Let other processes have the folder, and let go of the group of processes."""
+        """Unlock the folder and release the process group."""
         unlock(self.lock)
         self.lock = None
         self.trainer.disconnect()
 
     def measure(self, model: nn.Module) -> Evaluation:
-        """Return the accuracy of ``model`` over the validation images of all processes.
-
-        Every process must call this. It is measured in float32 also where training is in mixed precision, so
-        that it compares with what ``prune`` and ``evaluate`` report.
-        """
+        """Return the accuracy of ``model`` on the validation images. Every process must call this."""
         assert self.validation is not None
         with self.processes.fail_together():
-            part = evaluate(model, self.validation, device=self.processes.device, progress=self._measured)
+            part = evaluate(
+                model, self.validation, device=self.processes.device, progress=self.reporter.advance
+            )
         if self.processes.size == 1:
             return part
-        # Accuracies are percentages of this process's images: add up what was right, not the percentages.
+        # Processes may have different numbers of images: sums of correct images are exact.
         shares = [part.top1 / 100, (part.top5 or 0.0) / 100, part.loss or 0.0, 1.0]
         top1, top5, loss, images = self.processes.total([share * part.images for share in shares])
         return Evaluation(
@@ -110,44 +106,18 @@ class Run:
             loss=loss / images,
         )
 
-    def _measured(self, done: int, total: int) -> None:
-        self.reporter.advance(done, total)
-        if self.request.asked and not self.request.answered:
-            self.request.answered = True
-            self.reporter.log("stopping once this is measured and saved; interrupt again to stop at once")
-
 
 def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:
     """Read the slim file, the teacher and the lists of images, and check that they fit together."""
     if options.amp and options.amp_dtype == "bfloat16":
         warn_of_slow_amp(processes.device, reporter.log)
     reporter.start("reading")
-    source = os.fspath(options.checkpoint)
-    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
-        raise CheckpointError(
-            f"{source}: is not a slim file; prune it first: mhacut prune {source} --flops 50%"
-        )
-    loaded = read_model(source)
-    for note in loaded.notes:
-        reporter.log(note)
+    loaded = _read_slim(options, reporter)
     options = with_dense_model(options, loaded, reporter)
     classes = classifier_size(loaded.model)
     preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
-    has_teacher = options.teacher is not None
-    if classes < 2 and not has_teacher:
-        head = "no classifier" if classes == 0 else "a single output"
-        raise UsageError(
-            f"{options.checkpoint}: has {head}, so labels teach it nothing; give a {option_name('teacher')}"
-        )
-    images = training_images(
-        options,
-        preprocessing,
-        options,
-        num_classes=classes,
-        use_labels=options.labels and not (has_teacher and options.label_weight == 0),
-        need_labels=not has_teacher,
-    )
+    images = _training_images(options, preprocessing, classes)
     parts = processes.size * options.grad_accum_steps
     few = options.steps is None and options.epochs * images.count < 64 * parts * _FEW_STEPS
     size = options.batch_size or (16 if few else 64)
@@ -156,11 +126,11 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         evaluation_loader, preprocessing, options, num_classes=classes, batch_size=max(size, 64)
     )
     validation = _validation_images(options, labelled, classes, processes, reporter)
-    spare = min(_MAX_HELD_OUT, images.count // 10, images.count - size * parts)
-    held_out = None
+    held_out, spare = None, min(_MAX_HELD_OUT, images.count // 10, images.count - size * parts)
     if spare > 0 and (validation is None or options.lr is None):
-        kept, held_out = images.divided(spare, preprocessing, options.seed)
-        images = kept if validation is None else images  # else they are of no use once the rate is chosen
+        remaining, held_out = images.divided(spare, preprocessing, options.seed)
+        # With validation images, held-out images only choose the learning rate, and training uses all.
+        images = remaining if validation is None else images
     if held_out is None and options.lr is None:
         options = replace(options, lr=RATES[1])
     batches = StepBatches(images.count, batch_size=size, parts=parts, seed=options.seed)
@@ -172,16 +142,18 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
     if origins.hint is not None:
         reporter.log(origins.hint)
     model = _with_shared_batch_norm(loaded.model.to(processes.device), processes, reporter)
-    objective = make_objective(options, loaded, model, preprocessing, reporter)
     new_trainer = partial(
         Trainer,
         model,
-        objective,
+        make_objective(options, loaded, model, preprocessing, reporter),
         Mixing(options, classes),
         processes=processes,
         labelled=images.labelled,
         steps_per_epoch=batches.steps_per_epoch,
     )
+    # Created here, so that invalid options fail before files are written.
+    trainer = new_trainer(options if options.lr else replace(options, lr=RATES[0]), total_steps=total_steps)
+    teacher = trainer.objective.teacher
     return Run(
         options=options,
         processes=processes,
@@ -195,13 +167,39 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
         batches=batches,
         total_steps=total_steps,
         validation=validation,
-        # Made at once, so that options that make no sense are refused before anything is written.
-        trainer=new_trainer(
-            options if options.lr else replace(options, lr=RATES[0]), total_steps=total_steps
-        ),
+        trainer=trainer,
         new_trainer=new_trainer,
         held_out=held_out,
-        teacher_sha256=None if objective.teacher is None else objective.teacher.sha256,
+        teacher_sha256=None if teacher is None else teacher.sha256,
+    )
+
+
+def _read_slim(options: FinetuneOptions, reporter: Reporter) -> Checkpoint:
+    source = os.fspath(options.checkpoint)
+    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
+        raise CheckpointError(
+            f"{source}: not a slim file; prune the model first: mhacut prune {source} --flops 50%"
+        )
+    loaded = read_model(source)
+    for note in loaded.notes:
+        reporter.log(note)
+    return loaded
+
+
+def _training_images(options: FinetuneOptions, preprocessing: Preprocessing, classes: int) -> TrainingImages:
+    has_teacher = options.teacher is not None
+    if classes < 2 and not has_teacher:
+        head = "no classifier" if classes == 0 else "a single output"
+        raise UsageError(
+            f"{options.checkpoint}: has {head}, so it needs a {option_name('teacher')} to learn from"
+        )
+    return training_images(
+        options,
+        preprocessing,
+        options,
+        num_classes=classes,
+        use_labels=options.labels and not (has_teacher and options.label_weight == 0),
+        need_labels=not has_teacher,
     )
 
 
@@ -212,12 +210,12 @@ def _validation_images(
     processes: Processes,
     reporter: Reporter,
 ) -> EvaluationLoader | None:
-    """Return this process's share of the labelled validation images; None where there are none."""
+    """Return this process's part of the labelled validation images; None without."""
     if options.eval_images == 0 or classes < 2:  # one class has no accuracy that could fall
         return None
     if not has_split(options, options.val_split):
         reporter.log(
-            f"accuracy is not measured: no split {options.val_split!r} in {options.data_dir} "
+            f"accuracy is not measured: found no split {options.val_split!r} in {options.data_dir} "
             f"({option_name('val_split')})"
         )
         return None
@@ -225,23 +223,22 @@ def _validation_images(
         return labelled(limit=options.eval_images, part=(processes.rank, processes.size))
     except WithoutLabels as error:
         if options.eval_images is not None:
-            raise  # somebody asked for accuracy
+            raise  # the user asked for accuracy
         reporter.log(f"accuracy is not measured: {error}")
         return None
 
 
 def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Reporter) -> nn.Module:
-    """Return ``model`` with batch norms that see the images of all processes, where that is possible."""
+    """Return ``model`` with batch statistics over all processes, if possible."""
     if processes.size == 1 or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     if processes.device.type == "cuda":
         shared: nn.Module = convert_sync_batchnorm(model)
         return shared
-    reporter.log("batch norms use the images of one process each: processes on CPUs cannot share statistics")
+    reporter.log("batch norms use the images of 1 process each: only CUDA processes share batch statistics")
     return model
 
 
 def record_of(loaded: Checkpoint) -> SlimRecord:
-    """Return the record of a slim file that was read."""
     assert loaded.record is not None
     return loaded.record

@@ -1,4 +1,4 @@
-"""The steps of a run, one after another, until all are done or a signal asks to stop; and its logs."""
+"""The training loop, and logs to TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from typing import Any
 
 from mhacut.errors import Interrupted, MhacutError, option_name
 from mhacut.finetuning.folder import BEST, TENSORBOARD
+from mhacut.finetuning.held_out import measured_score, parts_of
 from mhacut.finetuning.images import Batch
-from mhacut.finetuning.judge import measured_score, parts_of
 from mhacut.finetuning.result import EpochSummary
 from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import portable, save, write_weights
 
-_NAMED = 10
-"""Number of unreadable images that are logged by name; the result counts and lists all."""
+_MAX_NAMED = 10
+"""Maximum number of unreadable images in the log. The result lists all."""
 
 
 def train(run: Run) -> float:
-    """Take all steps that are left; every process must call this."""
+    """Take the remaining steps; return training images per second. Every process must call this."""
     loader = parts_of(run, run.images, run.batches, range(run.progress.step, run.total_steps))
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
@@ -41,9 +41,9 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
     while progress.step < run.total_steps:
         began = time.perf_counter()
         # Lazily: the next part is read while the network works on this one.
-        batches = _noting_unreadable(run, islice(loader, options.grad_accum_steps))
+        batches = _log_unreadable(run, islice(loader, options.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
-        # All stop after the same step, whichever process received the signal.
+        # All processes stop after the same step, also if only 1 received the signal.
         loss, seen, stop = run.processes.total([loss, count, float(run.request.asked)])
         _check_finite(run, loss)
         progress.add_step(loss, int(seen))
@@ -53,10 +53,10 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         epoch, epochs = (step - 1) // per_epoch + 1, -(-run.total_steps // per_epoch)
         detail = f"epoch {epoch}/{epochs} loss {loss / seen:.4f} {images / seconds:.0f} images/s"
         run.reporter.advance(step, run.total_steps, detail)
-        # With --steps, the last epoch may be cut short: it has a line in the summary all the same.
+        # With --steps, the last epoch may be incomplete; it is summarised like others.
         if step % per_epoch == 0 or progress.step == run.total_steps:
             _end_epoch(run, logs)
-            # Measuring may have taken long: look again whether somebody asked meanwhile.
+            # A signal may have arrived during the measurement.
             (stop,) = run.processes.total([float(run.request.asked)])
             run.reporter.start("training")
         elif stop or (options.save_every and progress.step % options.save_every == 0):
@@ -65,21 +65,21 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
             run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
         if stop:
             raise Interrupted(
-                f"stopped after step {progress.step} of {run.total_steps}; everything is saved. "
-                f"{_how_to_go_on(run)}"
+                f"stopped after step {progress.step} of {run.total_steps}; the run is saved. "
+                f"{_resume_command(run)}"
             )
     return images / seconds if seconds else 0.0
 
 
-def _noting_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pass on ``batches``, and collect the images that others had to replace."""
+def _log_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Pass on ``batches``, and collect and log unreadable images."""
     unreadable = run.progress.unreadable
     for batch in batches:
         for bad in batch.unreadable:
             if bad.file not in unreadable:
                 unreadable[bad.file] = None
-                if len(unreadable) <= _NAMED:
-                    run.reporter.log(f"unreadable, replaced by another image: {bad.file}: {bad.reason}")
+                if len(unreadable) <= _MAX_NAMED:
+                    run.reporter.log(f"{bad.file}: unreadable, replaced by another image ({bad.reason})")
         yield batch
 
 
@@ -89,11 +89,11 @@ def _check_finite(run: Run, loss: float) -> None:
     advice = f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}"
     if run.progress.step == 0:
         teacher = "" if run.options.teacher is None else f" and of {option_name('teacher')}"
-        advice = f"No weight has changed yet: look at the outputs of the model{teacher} on these images"
+        advice = f"Weights are unchanged: check the outputs of the model{teacher} for these images"
     if run.options.amp:
-        advice += f", or go without {option_name('amp')}"
+        advice += f", or train without {option_name('amp')}"
     saved = run.progress.saved
-    state = "no step was saved yet" if saved is None else f"{run.folder.path} has what step {saved} saved"
+    state = "no step was saved yet" if saved is None else f"{run.folder.path} holds step {saved}"
     with (
         run.processes.fail_together()
     ):  # the loss is the sum over all: each process is here, and one reports it
@@ -102,8 +102,8 @@ def _check_finite(run: Run, loss: float) -> None:
         )
 
 
-def _how_to_go_on(run: Run) -> str:
-    """Return the command line that resumes the run, with as many processes on this machine."""
+def _resume_command(run: Run) -> str:
+    """Return the command that resumes the run with the same number of processes."""
     size, launcher = run.processes.size, ""
     if size > 1:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
@@ -111,7 +111,7 @@ def _how_to_go_on(run: Run) -> str:
 
 
 def _end_epoch(run: Run, logs: Logs) -> None:
-    """Measure, write the best and the last weights, and add a line to the summary."""
+    """Measure the model, write the weights, and add a line to the summary."""
     progress = run.progress
     score, evaluation = measured_score(run)
     row = EpochSummary(
@@ -136,23 +136,20 @@ def _end_epoch(run: Run, logs: Logs) -> None:
 
 
 def check_logs(names: tuple[str, ...]) -> None:
-    """Raise a :class:`MhacutError` that names the package to install, if a log lacks one."""
+    """Raise a :class:`MhacutError` if the package of a log is not installed."""
     for name in names:  # which is also the name of its module, and of the extra of mhacut that installs it
         if importlib.util.find_spec(name) is None:
-            asked = option_name("log", name)
-            raise MhacutError(f"{asked}: needs the package {name}; pip install 'mhacut[{name}]'")
+            option = option_name("log", name)
+            raise MhacutError(f"{option}: requires the package {name}: pip install 'mhacut[{name}]'")
 
 
 class Logs:
-    """TensorBoard and Weights & Biases, if they were asked for; leaving the context closes them.
-
-    A log that fails ends with a message, and training continues.
-    """
+    """Logs to TensorBoard and Weights & Biases. If a log fails, training continues without it."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._open: dict[str, Any] = {}
-        """Each log: TensorBoard's writer, and the run of Weights & Biases."""
+        """TensorBoard writer or Weights & Biases run, by name."""
 
     def __enter__(self) -> Logs:
         for name in self._run.options.logs if self._run.processes.first else ():
@@ -164,7 +161,6 @@ class Logs:
             self._guarded(name, log.close if name == "tensorboard" else log.finish)
 
     def write(self, row: Mapping[str, float | None]) -> None:
-        """Write the summary of an epoch, one metric per column."""
         values = {name: value for name, value in row.items() if value is not None}
         for name, log in list(self._open.items()):
             self._guarded(name, partial(_send, log, name, values))
@@ -186,8 +182,8 @@ class Logs:
             call()
         except Exception as error:  # third parties' disks, networks and accounts fail in many ways
             self._open.pop(name, None)
-            asked, reason = option_name("log", name), f"{type(error).__name__}: {error!s:.200}"
-            self._run.reporter.log(f"{asked}: stopped logging, training continues: {reason}")
+            option, reason = option_name("log", name), f"{type(error).__name__}: {error!s:.200}"
+            self._run.reporter.log(f"{option}: logging stopped, training continues ({reason})")
 
 
 def _send(log: Any, name: str, values: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""One optimiser step: optimiser, schedule, moving average and precision."""
+"""An optimiser step: optimiser, learning rate schedule, weight averaging and precision."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from mhacut.runtime.device import has_bfloat16, refusing_compile
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
-"""Numbers that keep the seeds of the model and of mixing apart."""
+"""Keep the random numbers of the model and of mixup apart."""
 
 
 class Trainer:
-    """A model with its optimiser, schedule and moving average."""
+    """Model with its optimiser, learning rate schedule and weight average."""
 
     def __init__(
         self,
@@ -43,7 +43,6 @@ class Trainer:
         total_steps: int,
         steps_per_epoch: int,
     ) -> None:
-        """Make optimiser and schedule for ``model``."""
         self.model, self.objective, self.mixing = model, objective, mixing
         self.options, self.processes, self.labelled = options, processes, labelled
         self.device = processes.device
@@ -51,8 +50,7 @@ class Trainer:
         if options.grad_checkpointing:
             _checkpoint_gradients(model)
         self.optimizer = _optimizer(model, options)
-        self._steps_per_epoch = steps_per_epoch
-        self.schedule_from(0, total_steps)
+        self.schedule = _schedule(self.optimizer, options, total_steps, steps_per_epoch)
         self.average = (
             ModelEmaV3(model, decay=options.model_ema_decay, use_warmup=options.model_ema_warmup)
             if options.model_ema
@@ -61,39 +59,32 @@ class Trainer:
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
-        """Module that is called in a step: the model, or what :meth:`connect` wraps it in."""
-
-    def schedule_from(self, first: int, total_steps: int) -> None:
-        """Let the learning rate's schedule begin at step ``first`` and end with ``total_steps``."""
-        self._first = first
-        self.schedule = _schedule(self.optimizer, self.options, total_steps - first, self._steps_per_epoch)
+        """The model, or the wrapper that :meth:`connect` made."""
 
     def connect(self) -> None:
-        """Share gradients among processes, and compile if asked; every process must call this first."""
+        """Share gradients among processes, and compile if requested. Every process must call this."""
         self.network = _network(self.model, self.options, self.processes)
 
     def disconnect(self) -> None:
-        """Undo :meth:`connect`, before the group of processes is destroyed.
-
-        The wrapper holds that group. If it were freed last, Python would hold its global lock and wait for a
-        thread of the group, which may itself wait for the lock: now and then one process never ended.
-        """
+        """Undo :meth:`connect` before the process group is destroyed."""
+        # The wrapper holds the process group. If it were freed last, Python would wait for a thread of the
+        # group while holding the lock the thread needs: sometimes a process never ended.
         self.network = self.model
 
     @property
     def result(self) -> nn.Module:
-        """Model to measure and to write."""
+        """Model to measure and write: the weight average if there is one."""
         return self.model if self.average is None else self.average.module
 
     @property
     def lr(self) -> float:
-        """Largest learning rate of all parameter groups."""
+        """Maximum learning rate over parameter groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Take one step on this process's part of its images."""
+        """Take step ``number`` on ``batches``; return the sum of losses and the number of images."""
         options = self.options
-        self.schedule.step_update(number - self._first)
+        self.schedule.step_update(number)
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
@@ -138,7 +129,7 @@ class Trainer:
         return self.objective(outputs, labels, teacher_targets)
 
     def _gradients_shared(self, shared: bool) -> AbstractContextManager[object]:
-        """Context in which a backward pass sums gradients over processes, if ``shared``."""
+        """Return a context in which a backward pass sums gradients over processes if ``shared``."""
         if self.processes.size > 1 and not shared:
             unshared: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
             return unshared
@@ -154,7 +145,6 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load the result of :meth:`state_dict` of a run with the same options."""
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.model.load_state_dict(state["model"])
@@ -163,10 +153,7 @@ class Trainer:
 
 
 def set_drop_path(model: nn.Module, rate: float) -> None:
-    """Give ``model`` stochastic depth that grows linearly from 0 to ``rate`` over its blocks.
-
-    Source: Huang et al., ECCV 2016, arXiv 1603.09382.
-    """
+    """Set stochastic depth that grows linearly from 0 to ``rate`` over the blocks (arXiv 1603.09382)."""
     # A block is a module with places for it: some have one, after attention or the MLP, most have one each.
     blocks = []
     for module in model.modules():
@@ -179,7 +166,7 @@ def set_drop_path(model: nn.Module, rate: float) -> None:
             blocks.append(places)
     if rate > 0 and not blocks:
         raise UsageError(
-            f"{option_name('drop_path', rate)}: this model has no stochastic depth; leave it out"
+            f"{option_name('drop_path', rate)}: this model has no stochastic depth; leave the option out"
         )
     for number, places in enumerate(blocks):
         share = rate * number / max(1, len(blocks) - 1)
@@ -192,7 +179,7 @@ def _checkpoint_gradients(model: Any) -> None:
         model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError) as error:  # timm's answers where a model lacks it
         raise UsageError(
-            f"{option_name('grad_checkpointing', True)}: this model does not support it; leave it out"
+            f"{option_name('grad_checkpointing', True)}: this model does not support it; leave the option out"
         ) from error
 
 
@@ -203,7 +190,7 @@ def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimi
         raise UsageError(f"{option_name('opt', options.opt)}: {unknown}")
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
         asked = option_name("layer_decay", options.layer_decay)
-        raise UsageError(f"{asked}: timm does not know the order of this model's layers; leave it out")
+        raise UsageError(f"{asked}: timm does not define layer groups for this model; leave the option out")
     try:
         made: torch.optim.Optimizer = create_optimizer_v2(
             model,
@@ -217,7 +204,7 @@ def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimi
         raise UsageError(f"{option_name('opt', options.opt)}: cannot be created: {error}") from error
     if getattr(made, "is_second_order", False):
         raise UsageError(
-            f"{option_name('opt', options.opt)}: needs second derivatives; use another optimiser"
+            f"{option_name('opt', options.opt)}: requires second derivatives; use another optimiser"
         )
     return made
 
@@ -225,14 +212,14 @@ def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimi
 def _schedule(
     optimizer: torch.optim.Optimizer, options: FinetuneOptions, total_steps: int, steps_per_epoch: int
 ) -> Any:
-    """Return timm's schedule in units of steps; it depends on the step alone, so it has no state to save."""
+    """Return timm's learning rate schedule in steps. It has no state: it depends only on the step."""
     # timm counts epochs, of which fractions are lost; here a step takes their place.
     epochs, rate = options.warmup_epochs, options.lr or 0.0  # which is chosen by now
     # Adam's first steps go by the sign of a single gradient.
     warmup = total_steps // 10 if epochs is None else round(epochs * steps_per_epoch)
     if warmup >= total_steps:
         asked = option_name("warmup_epochs", options.warmup_epochs)
-        raise UsageError(f"{asked}: is {warmup} steps, but the run has {total_steps}")
+        raise UsageError(f"{asked}: warm-up takes {warmup} steps, the run has {total_steps}; use less")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,
@@ -249,7 +236,7 @@ def _schedule(
 
 
 def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -> Any:
-    """Wrap the model: gradients shared if there are several processes, compiled if asked."""
+    """Return the model wrapped for several processes and compiled if requested."""
     network: Any = model
     if processes.size > 1:
         ids = [processes.device.index] if processes.device.type == "cuda" else None
@@ -260,11 +247,11 @@ def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -
 
 
 def check_precision(options: FinetuneOptions, device: torch.device) -> None:
-    """Raise a :class:`MhacutError` if ``device`` lacks the precision that ``options`` ask for."""
+    """Raise a :class:`MhacutError` if ``device`` does not support the requested precision."""
     if not options.amp:
         return
     if device.type == "cpu" and options.amp_dtype == "float16":
-        raise UsageError(f"{option_name('amp_dtype', 'float16')}: needs CUDA; CPUs have bfloat16")
+        raise UsageError(f"{option_name('amp_dtype', 'float16')}: requires CUDA; use bfloat16 on the CPU")
     if device.type == "cuda" and options.amp_dtype == "bfloat16" and not has_bfloat16(device):
         float16 = option_name("amp_dtype", "float16")
-        raise MhacutError(f"{option_name('amp', True)}: this GPU has no bfloat16; use {float16}")
+        raise MhacutError(f"{option_name('amp', True)}: this GPU does not support bfloat16; use {float16}")

@@ -163,9 +163,9 @@ class FinetuneKeywords(
     output: PathLike | None = option(None, metavar="DIR")
     """Folder of the run. Default: SLIM's name plus -finetuned, in the working directory."""
     overwrite: bool = False
-    """Start a new run in a folder that holds a run. The earlier run is moved to its subfolder old."""
+    """Replace the run in the folder."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Continue the run in this folder with its options. More epochs or steps prolong a finished run."""
+    """Continue the run in this folder with its options."""
     save_every: int = option(0, at_least=0)
     """Steps between saves within an epoch; 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")

@@ -57,27 +57,23 @@ def calibrate(
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics.
-
-    Several processes share the batches. Each process returns the full result.
-    """
+    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics, in each process."""
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device
-    differentiated = images[held:][: 0 if fisher is None else fisher.images]
+    fisher = fisher or FisherOptions(0)
+    differentiated = images[held:][: fisher.images]
     counter = Counter(reporter, len(differentiated) + count)
-    asked = None if fisher is None else fisher.preserved
-    preserved = (asked or Preserved.outputs_of(model)).fitted(model, images[held:], batch_size, processes)
-    information = FisherInformation()
-    if fisher is not None and len(differentiated) > 0:
-        information = measure_fisher(
-            model,
-            prunable,
-            differentiated,
-            batch_size=batch_size,
-            options=replace(fisher, preserved=preserved),
-            counter=counter,
-            processes=processes,
-        )
+    preserved = fisher.preserved or Preserved.outputs_of(model)
+    preserved = preserved.fitted(model, images[held:], batch_size, processes)
+    information = measure_fisher(
+        model,
+        prunable,
+        differentiated,
+        batch_size=batch_size,
+        options=replace(fisher, preserved=preserved),
+        counter=counter,
+        processes=processes,
+    )
     preserved = preserved.thinned(model, images[:1].to(device), count)
     spill = spill_for(prunable, device, processes)
     gathered = {
@@ -91,14 +87,8 @@ def calibrate(
     def feed(unit: Unit, hook: str, channels: Tensor) -> None:
         gathered[unit.key].feed(hook, channels, size, held_batch)
 
-    parts = (held, count), (0, held)  # a batch is held out, or it is not
-    batches = [
-        (start, min(start + batch_size, last))
-        for first, last in parts
-        for start in range(first, last, batch_size)
-    ]
     with capturing(model, prunable.units(), feed):
-        for number, (start, stop) in enumerate(batches):
+        for number, (start, stop) in enumerate(_batches(held, count, batch_size)):
             if number % processes.size == processes.rank:
                 size, held_batch = stop - start, start < held
                 outputs = preserved.outputs(model, images[start:stop].to(device)).float().cpu()
@@ -106,21 +96,35 @@ def calibrate(
                     sums["outputs"] = torch.zeros(count, *outputs.shape[1:])  # 0 where others have outputs
                 sums["outputs"][start:stop] = outputs
             counter.add(stop - start)
-    for number, each in enumerate(gathered.values()):
-        sums |= {f"{number} {name}": part for name, part in each.sums.items()}
-    sums = processes.summed(sums)
-    for number, each in enumerate(gathered.values()):
-        prefix = f"{number} "
-        each.sums = {
-            name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)
-        }
-    check_outputs(sums["outputs"])
+    outputs = _sum_over_processes(gathered, sums, processes)
+    check_outputs(outputs)
     statistics = {}
-    for key, each in gathered.items():
-        statistics[key] = each.statistics(model.get_submodule(key[0]))
+    for key, unit_sums in gathered.items():
+        statistics[key] = unit_sums.statistics(model.get_submodule(key[0]))
         if spill is not None:
             spill.drop()
-    moments: Mapping[UnitKey, UnitMoments] = {key: each.moments() for key, each in gathered.items()}
+    moments: Mapping[UnitKey, UnitMoments] = {key: unit_sums.moments() for key, unit_sums in gathered.items()}
     if spill is not None:
         moments = SpilledMoments(moments, spill)
-    return Calibration(held, moments, statistics, information, sums["outputs"].cpu(), preserved)
+    return Calibration(held, moments, statistics, information, outputs.cpu(), preserved)
+
+
+def _batches(held: int, count: int, size: int) -> list[tuple[int, int]]:
+    """Return the (start, stop) of batches of which none mixes held-out with other images."""
+    parts = (held, count), (0, held)
+    return [(start, min(start + size, last)) for first, last in parts for start in range(first, last, size)]
+
+
+def _sum_over_processes(
+    gathered: Mapping[UnitKey, UnitSums], sums: dict[str, Tensor], processes: Processes
+) -> Tensor:
+    """Add up the sums of all units in one exchange, and return the outputs of all images."""
+    for number, unit_sums in enumerate(gathered.values()):
+        sums |= {f"{number} {name}": part for name, part in unit_sums.sums.items()}
+    sums = processes.summed(sums)
+    for number, unit_sums in enumerate(gathered.values()):
+        prefix = f"{number} "
+        unit_sums.sums = {
+            name.removeprefix(prefix): part for name, part in sums.items() if name.startswith(prefix)
+        }
+    return sums["outputs"]

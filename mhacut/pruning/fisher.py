@@ -85,6 +85,8 @@ def measure_fisher(
     processes: Processes,
 ) -> FisherInformation:
     """Estimate the Fisher information of all layers in one forward and backward pass over ``images``."""
+    if len(images) == 0:
+        return FisherInformation()
     # One random projection of the outputs per image gives an unbiased estimate from a single backward pass.
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved

@@ -72,8 +72,6 @@ class StopRequest:
 
     asked: bool = False
     """Whether a stop signal came."""
-    answered: bool = False
-    """Whether the user was told that the run stops after the current step."""
 
 
 @contextmanager

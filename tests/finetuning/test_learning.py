@@ -70,8 +70,9 @@ def test_the_learning_rate_is_tried_and_nothing_else_depends_on_the_trial(tune, 
     undo()
     resume(tmp_path / "run", reporter=reporter)
     rate = yaml.safe_load((tmp_path / "run" / "args.yaml").read_text())["lr"]
-    (told,) = [text for text in reporter.messages if text.startswith(f"learning rate {rate:g}: 3 steps")]
-    before, after = re.findall(r"from (.+) to (.+)$", told)[0]
+    begin = f"learning rate {rate:g}: after 3 steps"
+    (message,) = [text for text in reporter.messages if text.startswith(begin)]
+    after, before = re.findall(r"images (\S+) \(before (\S+)\)$", message)[0]
     assert float(after) < float(before)
     assert same(weights(tmp_path / "run"), weights(tune("given", lr=rate).folder))
 
@@ -102,7 +103,7 @@ def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_p
 
     digest = open_checkpoint(dense).sha256
     said, teacher = tuned("beside", "--no-labels")
-    assert f"learning from the dense model, {dense} (--no-find-teacher: from labels alone)" in said
+    assert f"distilling from the dense model {dense} (--no-find-teacher trains on labels only)" in said
     assert (teacher, resume(tmp_path / "beside").steps) == (digest, 1)
     assert tuned("off", "--no-find-teacher", "--label-weight", "1")[1] is None
     other = mhacut.load_model(slim)  # given another classifier, of which the dense model knows nothing
@@ -115,7 +116,10 @@ def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_p
     dense.write_bytes(slim.read_bytes())  # another file of that name is not what it was cut from
     (tmp_path / "dense.safetensors").unlink()
     said, teacher = tuned("other")
-    assert "learning from labels alone; the dense model usually brings more: --teacher dense.saf" in said
+    assert (
+        "training on labels only; distilling the dense model usually gives more accuracy: --teacher dense.saf"
+        in said
+    )
     assert teacher is None
 
 
@@ -283,7 +287,7 @@ def test_a_single_output_is_learnt_from_the_teacher_and_not_from_labels(tiny_vit
     losses = [row.train_loss for row in result.epochs]
     assert 0 < losses[-1] < 0.7 * losses[0]
     assert result.after is None  # all images are of the only class
-    with pytest.raises(UsageError, match="has a single output, so labels teach it nothing; give a teacher"):
+    with pytest.raises(UsageError, match="has a single output, so it needs a teacher to learn from"):
         mhacut.finetune(slim, output=tmp_path / "labels", **given)
 
 

@@ -127,7 +127,7 @@ def test_a_command_that_is_asked_to_stop_can_go_on(programs, slim, images, tmp_p
             os.kill(run.pid, number)
         assert run.end(200) == 130
         stderr = run.stderr.read()
-    assert "everything is saved. Continue with: " in stderr
+    assert "the run is saved. Continue with: " in stderr
     assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
     step = RunFolder(tmp_path / "cut").read_state()["progress"]["step"]
     assert f"stopped after step {step} of 1200" in stderr

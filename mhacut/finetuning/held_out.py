@@ -1,4 +1,4 @@
-"""Weights judged on validation images or on held-out training images, and the learning rate by a trial."""
+"""Scores of the weights on validation or held-out images, and the choice of the learning rate."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from mhacut.measuring.accuracy import Evaluation
 from mhacut.runtime.process import worker_count
 
 _STEPS = 25
-"""Largest number of steps that a learning rate is tried for."""
-_MOST = 1.2
-"""Largest share of the loss before that they may leave: the run mends more than that."""
+"""Maximum number of steps in a trial of a learning rate."""
+_MAX_RISE = 1.2
+"""Accept a learning rate if the trial raises the held-out loss by at most 20 %: the full run recovers from
+more."""
 _BATCH = 64
-"""Largest number of held-out images in one forward pass."""
+"""Maximum number of held-out images in a forward pass."""
 
 
 def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
-    """Return a score of the run's weights, the higher the better, and their accuracy; None if not measured.
+    """Return (score, accuracy) of the weights; None if not measured. Every process must call this.
 
-    The score is the top-1 accuracy on the validation images; without any, the negative loss on held-out
-    training images. Every process must call this.
+    The score is the top-1 accuracy on the validation images. Without them, it is the negative loss on
+    held-out training images.
     """
     if run.validation is not None:
         run.reporter.start("evaluating")
@@ -36,17 +37,17 @@ def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
     return (None, None) if run.held_out is None else (-_held_out_loss(run), None)
 
 
-def choose_rate(run: Run) -> float:
-    """Return the highest learning rate that hardly raises the held-out loss in a few steps, or the lowest.
+def find_learning_rate(run: Run) -> float:
+    """Return the highest learning rate that hardly raises the held-out loss, else the lowest rate.
 
-    Not the one that leaves least: few steps favour low rates, and many need a higher one. The weights are
-    left as they were. Every process must call this.
+    The least loss after a few steps would favour low rates, but long runs need higher rates. Weights are
+    restored. Every process must call this.
     """
     assert run.held_out is not None
     run.reporter.start("trying learning rates")
     model = run.trainer.model
     start = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    # Held-out images are the last of the first epoch, where all are trained on later.
+    # Held-out images are the last of the first epoch, so the trial does not train on them.
     steps = max(1, (run.images.count - run.held_out.count) // run.images_per_step)
     steps = min(_STEPS, run.total_steps, steps)
     before = after = _held_out_loss(run)
@@ -61,11 +62,11 @@ def choose_rate(run: Run) -> float:
         run.trainer.disconnect()
         after = _held_out_loss(run)
         model.load_state_dict(start)
-        if after <= _MOST * before:
+        if after <= _MAX_RISE * before:
             break
     run.reporter.log(
-        f"learning rate {rate:g}: {steps} steps take the loss on {run.held_out.count} held-out images from "
-        f"{before:.3f} to {after:.3f}"
+        f"learning rate {rate:g}: after {steps} steps, loss on {run.held_out.count} held-out images "
+        f"{after:.3f} (before {before:.3f})"
     )
     return rate
 
@@ -73,7 +74,7 @@ def choose_rate(run: Run) -> float:
 def parts_of(
     run: Run, images: TrainingImages, batches: StepBatches, steps: range, mine: Sequence[int] = ()
 ) -> Generator[Batch, None, None]:
-    """Yield the parts ``mine`` of each of these steps, by default those of this process."""
+    """Yield the parts ``mine`` of each step, by default the parts of this process."""
     size, rank = run.processes.size, run.processes.rank
     return training_loader(
         images,
@@ -87,10 +88,7 @@ def parts_of(
 
 
 def _held_out_loss(run: Run) -> float:
-    """Return the mean loss on the held-out images, features left out; infinite where it is not finite.
-
-    Every process must call this; the first computes it.
-    """
+    """Return the mean loss on held-out images without features; infinite if it is not finite."""
     images, objective, model = run.held_out, run.trainer.objective, run.trainer.result
     assert images is not None
     batches = StepBatches(images.count, batch_size=min(_BATCH, images.count), parts=1, seed=0)
@@ -108,5 +106,6 @@ def _held_out_loss(run: Run) -> float:
             losses.append(float(objective(model(pixels), labels, run.targets[number])))
         return sum(losses) / len(losses)
 
+    # Every process must call this, but only the first computes the loss.
     loss = run.processes.from_first(mean)
     return loss if math.isfinite(loss) else math.inf
