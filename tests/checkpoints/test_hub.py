@@ -96,6 +96,7 @@ def test_a_hub_out_of_reach_is_asked_once(cache, monkeypatch):
     assert max(asked) <= 5
 
 
+@pytest.mark.slow
 def test_timm_names_are_checked_before_anything_is_fetched(cache):
     assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
     assert "has no pretrained tag 'x'; it has augreg" in refusal(f"timm:{NAME}.x")

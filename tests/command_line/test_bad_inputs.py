@@ -141,6 +141,7 @@ LIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LIES)
 def test_metadata_that_lies(slim, tmp_path, case):
     change, says = LIES[case]

@@ -61,6 +61,7 @@ def test_divergences_of_features_are_called_what_they_are(tiny_vit, flags, headi
     assert [line.split(maxsplit=6)[6] for line in costs] == [unit, unit]
 
 
+@pytest.mark.slow
 def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
     arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", *FAST]
     result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
@@ -156,6 +157,7 @@ def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code,
     assert message in refusal(tmp_path, "prune", *tiny_vit.flags, f"--flops={budget}", *FAST, code=code)
 
 
+@pytest.mark.slow
 def test_existing_output_is_kept(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
     out.write_bytes(b"precious")

@@ -64,6 +64,7 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
     assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("side", "logits_at"), [(320, 4), (576, 8)])
 def test_what_runs_is_told_with_zeros_that_pad_the_attention_of_large_images(tmp_path, side, logits_at):
     """Of 3 heads of 24 channels in all: q and k keep 4 of 8 channels, v all of them."""

@@ -117,6 +117,7 @@ def test_models_whose_tokens_are_all_read_keep_them_and_the_log_says_why(tmp_pat
     assert not result.plan.tokens
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
     result, _ = prune(dense, tmp_path / "slim.safetensors", VIT, flops="95%")

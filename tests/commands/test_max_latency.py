@@ -110,6 +110,7 @@ def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
     assert result.output.stat().st_size <= 220_000
 
 
+@pytest.mark.slow
 def test_a_time_that_does_not_bind_beside_another_budget_is_stated(tiny_vit, tmp_path, clock):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", max_latency="9ms")
     (flops, time) = result.targets
@@ -118,6 +119,7 @@ def test_a_time_that_does_not_bind_beside_another_budget_is_stated(tiny_vit, tmp
     assert time.measured["predicted"] == pytest.approx(time.reached, rel=0.02)
 
 
+@pytest.mark.slow
 def test_what_layers_do_not_foresee_is_corrected(tiny_vit, tmp_path, clock):
     clock.unforeseen = lambda share: 1.08 if 0.55 < share < 0.9 else 1.0  # not at half nor at least widths
     result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")

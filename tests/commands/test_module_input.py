@@ -51,6 +51,7 @@ def test_a_module_gives_the_file_that_its_checkpoint_gives(tiny_vit, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_load_model_gives_needs_no_arguments(tiny_vit, tmp_path):
     model = mhacut.load_model(tiny_vit.path, tiny_vit.architecture, **tiny_vit.args)
     found = mhacut.prune(model, output=tmp_path / "module.safetensors", **QUICK)

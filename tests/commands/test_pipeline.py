@@ -92,6 +92,7 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
         mhacut.evaluate(result.output, data_dir=folder)
 
 
+@pytest.mark.slow
 def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
     first = pruned
     second = mhacut.prune(first.output, flops="70%", output=tmp_path / "second.safetensors", **BALANCED)
@@ -135,6 +136,7 @@ def test_a_file_whose_model_gives_other_outputs_never_appears(tiny_vit, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_same_seed_same_file(tiny_vit, pruned, tmp_path):
     # Often enough that an order left to chance would show.
     files = {prune(tiny_vit, tmp_path / f"{name}.safetensors").output.read_bytes() for name in "ab"}

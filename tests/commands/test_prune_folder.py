@@ -33,6 +33,7 @@ def written(folder, name, dtype=torch.float32, **sizes):
     return folder
 
 
+@pytest.mark.slow
 def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     folder, out = written(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3), tmp_path / "out"
     write_split(tmp_path / "images" / "val")
@@ -71,6 +72,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     assert "is the input" in refusal(tmp_path, "prune", folder, *QUICK, "-o", folder, "--overwrite")
 
 
+@pytest.mark.slow
 def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
     folder, out = written(tmp_path / "dense", "Dinov2Model", torch.float16), tmp_path / "out"
     result = mhacut.prune(folder, as_="huggingface", flops="70%", effort="fast", output=out)

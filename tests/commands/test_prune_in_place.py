@@ -100,6 +100,7 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
         mhacut.load_model(file)
 
 
+@pytest.mark.slow
 def test_batches_come_in_all_forms(images):
     plans, batches, called = [], images.split(8), build()
     loader = iter(batches)
@@ -175,6 +176,7 @@ class Reading(nn.Module):
         return {"masks": features if isinstance(features, torch.Tensor) else torch.cat(list(features))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options", "kept"),
     [
@@ -252,6 +254,7 @@ def test_a_classifier_keeps_its_answers(images):
         assert result.preserved == (kept,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cls", "size"), [(Segmenter, 16), (Reading, 32)])
 def test_a_loss_says_what_must_stay(cls, size):
     model = build(cls)

@@ -32,6 +32,7 @@ def test_rejected_training_is_logged(tiny_vit, tmp_path, lr):
     assert result.fidelity.images == 2
 
 
+@pytest.mark.slow
 def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
     from PIL import Image
 
@@ -46,6 +47,7 @@ def test_a_missing_validation_split_is_logged(tiny_vit, tmp_path):
     assert any("accuracy is not measured: no labelled split 'val'" in note for note in reporter.messages)
 
 
+@pytest.mark.slow
 def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_for(tiny_vit, tmp_path):
     root, slim = tmp_path / "images", tmp_path / "slim.safetensors"
     for split in ("train", "val"):
@@ -64,6 +66,7 @@ def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_fo
         prune(tiny_vit, slim, data_dir=root, workers=0, overwrite=True, max_drop=1.0, flops=None)
 
 
+@pytest.mark.slow
 def test_budgets_may_be_numbers(tiny_vit, tmp_path):
     flops = 900_000
     assert prune(tiny_vit, tmp_path / "slim.safetensors", flops=flops, dry_run=True).budget == flops
@@ -117,6 +120,7 @@ def test_unsupported_attention_is_refused_by_class(tmp_path):
     assert not (tmp_path / "slim.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_lowest_budget_that_is_named_works(tiny_vit, tmp_path):
     with pytest.raises(BudgetError) as refusal:
         prune(tiny_vit, tmp_path / "slim.safetensors", flops="1%")

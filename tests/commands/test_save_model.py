@@ -61,6 +61,7 @@ def test_names_of_other_classes_are_not_kept(pruned, tmp_path, classes):
     assert torch.equal(other.model(x), model.eval()(x))
 
 
+@pytest.mark.slow
 def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     slim = pruned.output
     other = prune_quickly(tiny_vit, tmp_path / "other.safetensors", flops="90%", **BALANCED).output
@@ -77,6 +78,7 @@ def test_saving_needs_the_file_the_model_came_from(tiny_vit, pruned, tmp_path):
     assert not (tmp_path / "new.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_weights_of_a_slim_module_alone_are_refused_with_what_to_call(digits_vit, pruned, tmp_path):
     merging = {"scope": "attention+mlp+tokens", "dry_run": True, **QUICK}
     for model in (pruned.model(), mhacut.prune(digits_vit[1], flops="80%", **merging).model()):
@@ -101,6 +103,7 @@ def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
     assert not (tmp_path / "other.safetensors").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "args"), [("efficientvit_m0", {}), ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)})]
 )

@@ -25,6 +25,7 @@ def pruned(case, output, **options):
     return result, [line for line in reporter.messages if line.startswith("scope: ")]
 
 
+@pytest.mark.slow
 def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
     result, (line,) = pruned(VIT, tmp_path / "slim.safetensors", flops="35%")
     assert line == (
@@ -35,6 +36,7 @@ def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
     assert last_step(result.output)["options"]["scope"] == "attention+mlp+tokens"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "options", "reason"),
     [
@@ -69,6 +71,7 @@ def test_a_scope_that_is_given_is_taken(tmp_path):
     assert all(unit.keeps_all for unit in result.plan if unit.kind == "hidden")
 
 
+@pytest.mark.slow
 def test_flops_by_merging_and_fewer_parameters_go_together(tmp_path):
     result, _ = pruned(VIT, tmp_path / "slim.safetensors", flops="40%", params="60%")
     assert [target.name for target in result.targets] == ["flops", "params"]
@@ -76,6 +79,7 @@ def test_flops_by_merging_and_fewer_parameters_go_together(tmp_path):
     assert sum(result.plan.tokens.merged) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "flops", "options"),
     [

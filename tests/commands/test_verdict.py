@@ -80,6 +80,7 @@ def test_a_loss_within_a_bound_is_no_warning(digits):
     assert (document["much_lost"], document["advice"]) == (False, [])
 
 
+@pytest.mark.slow
 def test_python_shows_the_verdict_in_its_own_notation(digits_vit, few_digits, tmp_path):
     options = {"effort": "fast", "calibration_images": 8, "latency": False, "workers": 0}
     results = mhacut.prune_many(
@@ -109,6 +110,7 @@ def test_python_shows_the_verdict_in_its_own_notation(digits_vit, few_digits, tm
     assert f"<div>{first}</div>" in results._repr_html_()
 
 
+@pytest.mark.slow
 def test_what_merged_tokens_leave_of_the_file_is_told(tmp_path):
     torch.manual_seed(0)
     sizes = {"depth": 3, "embed_dim": 48, "num_heads": 3}

@@ -114,6 +114,7 @@ def test_half_precision_behind_float32_images(exported, slim_of, tmp_path):
     assert program.module()(torch.randn(2, 3, 32, 32)).dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_a_dense_file_can_be_exported(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = mhacut.export(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args, format="pt2")

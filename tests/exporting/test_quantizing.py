@@ -90,6 +90,7 @@ def test_the_rest_stays_float32(exported):
     assert {node.op_type for node in nodes} >= {"Softmax", "LayerNormalization", "DynamicQuantizeLinear"}
 
 
+@pytest.mark.slow
 def test_it_runs_at_any_batch_and_states_what_it_is(exported, slim_of):
     result = exported
     session = onnxruntime.InferenceSession(result.output)

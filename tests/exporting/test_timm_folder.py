@@ -166,6 +166,7 @@ def test_gradients_can_be_checkpointed(folder):
     torch.testing.assert_close(model.blocks[0].attn.qkv.weight.grad, plain)
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_cut(exported):
     folder = exported("swin").output
     card = (folder / "README.md").read_text()

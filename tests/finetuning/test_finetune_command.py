@@ -152,6 +152,7 @@ def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, at
     assert mhacut.load_model(tmp_path / "out" / "best.safetensors") is not None  # the start
 
 
+@pytest.mark.slow
 def test_logs_receive_rows_and_do_not_end_the_training(tune, monkeypatch):
     sent, reporter = [], Recorder()
 

@@ -27,6 +27,7 @@ from mhacut.finetuning.objective import Blocks
 from mhacut.finetuning.training import Trainer, _checkpoint_gradients
 
 
+@pytest.mark.slow
 def test_labels_alone_are_learnt(tune, slim):
     result = tune(epochs=8, aug=False, lr=3e-3)
     assert result.steps == 24
@@ -48,6 +49,7 @@ def test_the_start_is_the_best_where_no_epoch_is_better(tune, slim):
     assert open_checkpoint(result.output).record.history[-1]["steps"] == 0
 
 
+@pytest.mark.slow
 def test_without_validation_images_the_best_is_judged_on_held_out_ones(tune, slim):
     better = tune("better", eval_images=0, lr=3e-3, epochs=6, aug=False)
     assert better.data == "42 images under train/ (with labels), 4 of them held out"
@@ -62,6 +64,7 @@ def test_without_validation_images_the_best_is_judged_on_held_out_ones(tune, sli
     assert all(torch.equal(tensor, start[name]) for name, tensor in weights(worse.folder, BEST).items())
 
 
+@pytest.mark.slow
 def test_the_learning_rate_is_tried_and_nothing_else_depends_on_the_trial(tune, tmp_path, at_call):
     reporter = Recorder()
     undo = at_call(Trainer, "step", 2)  # in the trial
@@ -209,6 +212,7 @@ def test_a_model_without_grad_checkpointing_says_so():
         _checkpoint_gradients(model)
 
 
+@pytest.mark.slow
 def test_the_average_is_what_is_written(tune):
     tune("plain")
     averaged = tune("average", model_ema=True, model_ema_decay=0.9, model_ema_warmup=False)

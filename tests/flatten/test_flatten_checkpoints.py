@@ -86,7 +86,7 @@ def same(model, expected):
         torch.testing.assert_close(model(batch), expected(batch))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except({NAMES[0]}, NAMES))
 def test_training_checkpoints_open_without_yacs(name, tmp_path):
     path = training_file(tmp_path / "ckpt.pth", official(name))
     loaded = read_model(path, model=name, model_args=SMALL[name])
@@ -97,7 +97,7 @@ def test_training_checkpoints_open_without_yacs(name, tmp_path):
     assert loaded.dtypes.keys() == loaded.model.state_dict().keys()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except({NAMES[0]}, NAMES))
 def test_weights_alone_open_from_either_format(name, tmp_path):
     state = official(name)
     torch.save({"model": state}, tmp_path / "a.pth")
@@ -127,7 +127,7 @@ def test_the_image_size_is_known_before_arguments_must_fit_it(tmp_path):
     assert loaded.identity.model_args["img_size"] == 128
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", slow_except({NAMES[0]}, NAMES))
 def test_another_resolution_is_resized_and_noted(name, tmp_path):
     save_file(official(name), tmp_path / "a.safetensors")
     args = {**SMALL[name], "img_size": 128}

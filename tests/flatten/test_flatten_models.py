@@ -70,6 +70,7 @@ def test_logits_are_those_of_the_official_model(name):
             torch.testing.assert_close(found, expected, rtol=0, atol=30 * tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_except({"flatten_pvt_v2_b0"}, PROBED))
 @torch.no_grad()
 def test_every_attention_block_and_merge_gives_what_the_official_one_gives(name):

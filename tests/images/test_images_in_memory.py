@@ -233,6 +233,7 @@ def test_without_labels_no_accuracy_is_measured(digits):
     assert found.model()(images[:2]).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_accuracy_is_that_of_the_folder(digits):
     expected = mhacut.evaluate(DIGITS / "model", data_dir=DIGITS / "images").evaluation
     found = mhacut.evaluate(DIGITS / "model", images=digits).evaluation

@@ -186,6 +186,7 @@ def digits_of_imagenet(tmp_path):
     return [tmp_path / "bare.safetensors", "--model", "vit_tiny_patch16_224", "--model-arg", "num_heads=3"]
 
 
+@pytest.mark.slow
 def test_nothing_wrong_is_written_in_silence(digits_of_imagenet, tmp_path):
     """Without labels nothing is seen; with them, what writes a file stops, and names the flags to give."""
     for image in DIGITS.glob("images/*/*/*[0-2].png"):

@@ -53,7 +53,7 @@ MERGING = {
 """Models and what they merge."""
 
 
-@pytest.fixture(params=MERGING)
+@pytest.fixture(params=slow_except({"read", "averaging", "copied back", "copied back, registers"}, MERGING))
 def case(request):
     return MERGING[request.param]
 

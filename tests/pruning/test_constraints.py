@@ -109,6 +109,7 @@ def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_pat
     assert sum(nats) > 0.2 * both
 
 
+@pytest.mark.slow
 def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", equal_qkv=True, round_to=2, flops="55%")
     widths = result.plan.widths()

@@ -203,6 +203,7 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     assert curve[12] > 0.01 * curve[1] > 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_errors_of_a_pooling_head_are_those_before_its_mlp():
     case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})

@@ -84,6 +84,7 @@ def tiny(**options):
     return recorder.messages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [lambda images: images, lambda images: DataLoader(list(images), 5, True)])
 def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
     monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))

@@ -48,6 +48,7 @@ def expected(model, tmp_path_factory):
     return images, slim
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_a_context_changes_nothing(model, expected, tmp_path, context):
     images, slim = expected
