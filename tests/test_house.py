@@ -19,7 +19,7 @@ LINES = {
     "cli": 1440,
     "commands": 3689,
     "data": 1518,
-    "exporting": 1300,
+    "exporting": 1290,
     "finetuning": 1960,
     "flatten": 1505,
     "inspection": 650,

@@ -1,1 +1,1 @@
-"""Checkpoints for other programs: ONNX Runtime, OpenVINO, ``torch.export``, timm, the hub."""
+"""Export to ONNX, OpenVINO, ``torch.export``, timm and the Hugging Face hub."""

@@ -1,4 +1,4 @@
-"""Model card of a folder for timm and the hub. It states only what the checkpoint shows or records."""
+"""Model card of a folder for timm and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mhacut.plan import Plan, TokenPlan
 from mhacut.runtime.files import REMOTE
 from mhacut.surgery.flops import count_parameters, measure_flops
 
-_MOST = 10**18
+_MAX_FLOPS = 10**18
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -29,14 +29,14 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
     title = "Architecture" if record is None else "Dense architecture"
     flops = format_flops(measure_flops(loaded.model, preprocessing.input_size))
     before = record.history[0].get("flops_before") if record is not None and record.history else None
-    if is_int(before) and 0 < before < _MOST:
-        flops += f", dense {format_flops(before)}"
+    if is_int(before) and 0 < before < _MAX_FLOPS:
+        flops += f" (dense: {format_flops(before)})"
     details = {
         title: architecture,
         "Classes": classes,
         "Image size": "x".join(map(str, preprocessing.input_size[1:])),
         "Preprocessing": provenance(loaded, PreprocessingOptions()).describe(preprocessing),
-        "FLOPs (multiply-accumulates, attention included)": flops,
+        "FLOPs (multiply-accumulates, with attention)": flops,
         "Parameters": format_flops(count_parameters(loaded.model)),
         **_accuracy(record),
     }
@@ -59,31 +59,30 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
 
 
 def _cut(plan: Plan) -> str:
-    """Return which parts lost channels."""
+    """Return the parts that lost channels."""
     kinds = {unit.kind for unit in plan if not unit.keeps_all}
     parts = ["attention"] * bool(kinds - {"hidden"}) + ["MLPs"] * ("hidden" in kinds)
     if not parts:
         return "pruned by mhacut"
     lost = " and ".join(parts)
-    return f"with channels of its {lost} cut away by mhacut: the matrices are smaller, nothing is masked"
+    return f"pruned by mhacut. Channels of its {lost} are removed: the weight matrices are smaller"
 
 
 def _tokens(tokens: TokenPlan) -> str:
-    """Return sentences on tokens that are merged or not computed; empty if all are computed to the end."""
     text = ""
     if tokens.merged:
         counts = ", ".join(map(str, tokens.merged))
-        text += f" Similar tokens are averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..."
+        text += f" Token merging averages {sum(tokens.merged)} similar tokens, by block: {counts}."
     if tokens.output_tokens is not None:
-        count = "one" if tokens.output_tokens == 1 else str(tokens.output_tokens)
-        text += f" The last block computes only the tokens that the head reads, the first {count}: the model "
-        text += "has no patch features."
+        count = "1 token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
+        text += f" The last block computes only the {count} that the head reads, so the model has no patch "
+        text += "features."
     return text
 
 
 def _header(classifies: bool, record: SlimRecord | None, license: str | None) -> list[str]:
     task = "image-classification" if classifies else "image-feature-extraction"
-    # timm opens a pruned model only after mhacut is imported; a dense one is timm's alone.
+    # timm needs mhacut to open a pruned model.
     library = "timm" if record is None else "mhacut"
     lines = ["---", "tags:", *(f"- {tag}" for tag in dict.fromkeys((task, "timm", library)))]
     stated = {
@@ -96,11 +95,11 @@ def _header(classifies: bool, record: SlimRecord | None, license: str | None) ->
 
 
 def _base_model(record: SlimRecord | None) -> str | None:
-    """Return the hub's name of the model that was cut, if it came from there; any history may be forged."""
+    """Return the hub name of the dense model, if the (untrusted) history says that it came from the hub."""
     source = record.history[0].get("source") if record is not None and record.history else None
     kind, _, name = str(source).partition(":")
     if kind == "timm":
-        with suppress(RuntimeError):  # timm has no weights of this name any more
+        with suppress(RuntimeError):  # timm no longer has weights of this name
             cfg = timm.get_pretrained_cfg(name)
             name = "" if cfg is None else cfg.hf_hub_id or ""
     name = name.partition("@")[0]  # a revision
@@ -108,16 +107,16 @@ def _base_model(record: SlimRecord | None) -> str | None:
 
 
 def _accuracy(record: SlimRecord | None) -> dict[str, str]:
-    """Return top-1 of the dense and of the pruned model, as far as a slim file's history states it."""
+    """Return the top-1 accuracy of the dense and the pruned model from the history."""
     history = () if record is None else record.history
     stated = [entry["accuracy"] for entry in history if isinstance(entry.get("accuracy"), dict)]
-    # After a step that measured nothing, the accuracy before it is not this model's.
+    # Every step must have measured it: a later step changes the model.
     if not stated or len(stated) < len(history):
         return {}
     figures = {"dense": (stated[0], "top1_before"), "this model": (stated[-1], "top1_after")}
     known = [
-        f"{who} {entry[key]:.2f} % of {entry['images']} images"
-        for who, (entry, key) in figures.items()
+        f"{model} {entry[key]:.2f} % of {entry['images']} images"
+        for model, (entry, key) in figures.items()
         if is_number(entry.get(key)) and 0 <= entry[key] <= 100 and is_int(entry.get("images"))
     ]
     return {"Top-1 accuracy": ", ".join(known)} if known else {}
@@ -136,11 +135,15 @@ def _usage(source: str, *, cut: bool) -> list[str]:
 
 
 def _widths(record: SlimRecord) -> str:
-    """Return a table of the widths of every layer that was cut, Markdown; empty if none was."""
     cut = [unit for unit in record.plan if not unit.keeps_all]
     if not cut:
         return ""
-    lines = ["", "## What was cut", "", "| layer | kind | heads | width | dense width | basis |"]
+    lines = [
+        "",
+        "## Widths of the pruned layers",
+        "",
+        "| layer | kind | heads | width | dense width | basis |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for unit in cut:
         heads = "" if unit.kind == "hidden" else str(unit.heads)

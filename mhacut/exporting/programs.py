@@ -1,4 +1,4 @@
-"""Models, and single layers, as programs of the runtimes in which latency is measured."""
+"""Models and layers as functions of a runtime, for measuring latency."""
 
 from __future__ import annotations
 
@@ -29,31 +29,29 @@ from mhacut.runtime.device import resolve_device
 
 @dataclass(frozen=True)
 class Conditions:
-    """Conditions that models are timed under."""
-
     runtime: Runtime
     device: torch.device
     threads: int
     """Number of CPU threads."""
     dtype: ExportDtype = "float32"
-    """Type that whole models compute in; OpenVINO and single layers compute in float32."""
+    """Type of whole models in PyTorch and ONNX Runtime. OpenVINO and layers use float32."""
 
 
 def timing_device(runtime: Runtime, device: str) -> torch.device:
     """Return the device on which ``runtime`` computes."""
     if runtime not in ("onnx", "openvino"):
         return resolve_device(device)
-    asked = option_name("runtime", runtime)
-    require_packages(asked, runtime)
+    option = option_name("runtime", runtime)
+    require_packages(option, runtime)
     if device not in ("auto", "cpu"):
-        raise UsageError(f"{option_name('device', device)}: {asked} is measured on the CPU only")
+        raise UsageError(f"{option_name('device', device)}: {option} is measured on the CPU only")
     return torch.device("cpu")
 
 
 def model_program(
     model: nn.Module, size: tuple[int, int, int], conditions: Conditions
 ) -> Callable[[Tensor], object]:
-    """Return ``model`` as a function of float32 images on the device, of any batch size."""
+    """Return ``model`` as a function of float32 images [B, C, H, W] on the device."""
     if conditions.runtime == "openvino":
         return openvino_runner(model, size, threads=conditions.threads)
     if conditions.runtime == "onnx":
@@ -68,27 +66,25 @@ def model_program(
 def int8_program(
     model: nn.Module, size: tuple[int, int, int], threads: int
 ) -> tuple[Callable[[Tensor], object], int]:
-    """Return ``model`` with its linear layers in INT8, as ``mhacut export --int8`` quantizes without images.
-
-    Layers whose inputs have outliers for images of noise stay float32.
-    """
+    """Return a function of images and the file size in bytes of ``model`` in INT8 (ONNX Runtime)."""
     content = onnx_content(model, size)
-    fragile = layers_with_outliers(content, [fixed_images(4, size)])
-    content = quantize(content, exclude=fragile)
+    # On noise, as ``mhacut export --int8`` does without images.
+    outlier_layers = layers_with_outliers(content, [fixed_images(4, size)])
+    content = quantize(content, exclude=outlier_layers)
     return onnx_runner(content, threads), len(content)
 
 
 def part_run(
     part: nn.Module, inputs: tuple[Tensor, ...], conditions: Conditions, *, int8: bool = False
 ) -> Callable[[], object]:
-    """Return a function that runs a part of a model once, on ``inputs`` on the CPU, in float32."""
+    """Return a function that runs a part of a model once, in float32, on CPU tensors ``inputs``."""
     if conditions.runtime in ("onnx", "openvino"):
         content = part_content(part, inputs)
         if conditions.runtime == "openvino":
             return openvino_program(content, inputs, conditions.threads)
         if int8:
-            # Outliers are not looked for: a part is run on noise, in which there are none.
-            with suppress(NothingToQuantizeError):  # it stays float32 in the model too
+            # No search for outliers: the inputs are noise and have no outliers.
+            with suppress(NothingToQuantizeError):  # the model keeps such layers in float32 too
                 content = quantize(content)
         return onnx_program(content, inputs, conditions.threads)
     placed: Callable[..., object] = part.to(conditions.device)
@@ -99,11 +95,11 @@ def part_run(
 
 
 @contextmanager
-def using_threads(asked: int | None) -> Iterator[int]:
-    """A block in which torch computes with ``asked`` CPU threads; yields their number."""
+def using_threads(threads: int | None) -> Iterator[int]:
+    """Set the number of CPU threads of torch inside the block, and yield their number."""
     before = torch.get_num_threads()
-    if asked is not None:
-        torch.set_num_threads(asked)
+    if threads is not None:
+        torch.set_num_threads(threads)
     try:
         yield torch.get_num_threads()
     finally:

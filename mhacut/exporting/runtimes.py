@@ -1,4 +1,4 @@
-"""Files that run without mhacut and timm, and programs of them: ONNX, ``torch.export`` and OpenVINO IR."""
+"""Export to ONNX, ``torch.export`` and OpenVINO IR, and runners of such files."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import AnyPath, show, write_file
 
 METADATA = "mhacut"
-"""Key of the JSON in an exported file that describes it."""
+"""Key of the JSON in an exported file that describes the model."""
 INPUT, OUTPUT = "images", "logits"
-"""Names of the input and the output of an exported file."""
+"""Names of the input and output of an exported file."""
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
 """Endings of default output names."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BATCH = 2**31 - 1
-"""Largest batch of an exported file; torch may fail to export without a bound."""
+"""Largest batch size of an exported file. Without a bound, torch may fail to export."""
 
 _OPSET = 18
-"""ONNX opset of models that are timed or converted, the default of ``mhacut export``."""
+"""Default ONNX opset."""
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
-"""Key of torch's in a node: lines of code, with folders of this machine."""
+"""Key of the source lines of a node, with folders of this machine."""
 _F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-"""Precision of inference. By default OpenVINO computes in bfloat16 on CPUs that have it."""
+"""OpenVINO's default is bfloat16 on CPUs that have it."""
 
 Runner = Callable[[Tensor], Tensor]
-"""Runs an exported program: images [B, C, H, W] to outputs [B, classes], float32."""
+"""Exported model: images [B, C, H, W] to outputs [B, classes], float32."""
 
 
 def require_packages(option: str, runtime: str) -> None:
-    """Raise a :class:`MhacutError` that says what to install for ``option``, unless it is installed."""
+    """Raise a :class:`MhacutError` unless the packages of ``runtime`` are installed."""
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
     missing = [name for name in needed.get(runtime, ()) if not importlib.util.find_spec(name)]
     if missing:
@@ -52,33 +52,32 @@ def require_packages(option: str, runtime: str) -> None:
 
 
 class _InDtype(nn.Module):
-    """Model that computes in another dtype behind a float32 interface."""
+    """Model with float32 inputs and outputs that computes in another dtype."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model.to(dtype), dtype
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images [B, C, H, W] to outputs [B, classes], both float32."""
-        # float32 outside: callers need not know the type, and no softmax of logits rounds once more.
+        # float32 logits, so that a softmax does not round again.
         logits: Tensor = self.model(images.to(self.dtype))
         return logits.float()
 
 
 def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """Return ``model``, or a copy that computes in ``dtype``; images and outputs are float32 either way."""
+    """Return ``model``, or a copy that computes in ``dtype`` with float32 inputs and outputs."""
     return model if dtype == "float32" else _InDtype(copy.deepcopy(model), DTYPES[dtype]).eval()
 
 
 @contextmanager
 def refusing(what: str, advice: str) -> Iterator[None]:
-    """Raise a :class:`MhacutError` where translators and runtimes fail, in whatever way, on a model."""
+    """Turn any error of an exporter or runtime into a :class:`MhacutError`: ``what: reason; advice``."""
     try:
         yield
     except Exception as error:
         cause: BaseException = error
         while not isinstance(cause, (MhacutError, MemoryError)) and cause.__cause__ is not None:
-            cause = cause.__cause__  # translators wrap the reason in advice to developers
+            cause = cause.__cause__  # exporters wrap the cause in advice for developers
         if isinstance(cause, (MhacutError, MemoryError)):
             raise cause from None
         reason = ": ".join([type(cause).__name__, *str(cause).strip().split("\n")[:1]])
@@ -86,8 +85,8 @@ def refusing(what: str, advice: str) -> Iterator[None]:
 
 
 def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tensor, Any]:
-    """Return images to trace with, [B, C, H, W], and which of their sizes may change."""
-    # Sizes 0 and 1 would be taken for constants.
+    """Return example images [B, C, H, W] for tracing, and their dynamic shapes."""
+    # 2 images: torch treats sizes 0 and 1 as constants.
     images = torch.zeros(fixed_batch or 2, *size)
     if fixed_batch is not None:
         return images, None
@@ -97,10 +96,10 @@ def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tenso
 def pt2_file(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    """Return ``model`` as a file of ``torch.export``, and a runner of it; arguments as :func:`onnx_file`."""
+    """Return ``model`` as a ``torch.export`` file, and a runner of the file."""
     images, shapes = _example(size, options.fixed_batch)
-    asked = option_name("format", "pt2")
-    with refusing(f"{asked}: torch.export fails", f"try {option_name('format', 'onnx')}"):
+    option = option_name("format", "pt2")
+    with refusing(f"{option}: torch.export fails", f"try {option_name('format', 'onnx')}"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch's own, of its own pytrees
             program = torch.export.export(model, (images,), dynamic_shapes=shapes, strict=False)
@@ -109,7 +108,7 @@ def pt2_file(
                 node.meta.pop("stack_trace", None)  # names folders of this machine
         written = io.BytesIO()
         torch.export.save(program, written, extra_files={f"{METADATA}.json": about})
-        # Run from what was written, not from what was traced: the two are to be compared.
+        # Loaded again, so that the comparison runs the file, not the traced program.
         again: Any = torch.export.load(io.BytesIO(written.getvalue())).module()
     return written.getvalue(), lambda x: again(x)
 
@@ -117,39 +116,32 @@ def pt2_file(
 def onnx_file(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    """Return ``model`` as an ONNX file, and a runner of it.
-
-    Args:
-        model: model to export, images to outputs.
-        size: size of the images, [C, H, W].
-        about: JSON that describes the model.
-        options: options of the command.
-    """
-    asked, advice = option_name("format", "onnx"), f"try {option_name('format', 'pt2')}"
-    # An opset that was asked for is the likelier cause.
+    """Return ``model`` as an ONNX file with ``about`` (JSON) in its metadata, and a runner of the file."""
+    option, advice = option_name("format", "onnx"), f"try {option_name('format', 'pt2')}"
+    # An unusual opset is a likely cause.
     if options.opset != _OPSET:
-        asked, advice = (
+        option, advice = (
             option_name("opset", options.opset),
             f"try {option_name('opset', _OPSET)}, the default",
         )
-    with refusing(f"{asked}: onnxscript or ONNX Runtime fails", advice):
+    with refusing(f"{option}: onnxscript or ONNX Runtime fails", advice):
         images, shapes = _example(size, options.fixed_batch)
         content = _onnx_content(model, images, shapes, about, options.opset)
         return content, onnx_runner(content)
 
 
 RUNTIMES: Mapping[str, Callable[..., tuple[bytes, Runner]]] = {"onnx": onnx_file, "pt2": pt2_file}
-"""Functions that return the content of a file and a runner of it, by format."""
+"""Exporters by format."""
 
 
 def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
-    """Return ``model`` as an ONNX file that describes nothing, for any batch size unless one is fixed."""
+    """Return ``model`` as an ONNX file without a description."""
     with refusing("the model cannot be run as ONNX", "PyTorch may run it"):
         return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET)
 
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    """Return a part of a model as an ONNX file, which takes inputs of the shapes of ``inputs`` only."""
+    """Return a part of a model as an ONNX file for inputs of fixed shapes."""
     with refusing("a layer cannot be run as ONNX", "PyTorch may run it"):
         program = _exported(part, inputs, _OPSET, input_names=list(_by_name(inputs)))
         content: bytes = program.model_proto.SerializeToString()
@@ -165,20 +157,17 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
             node.metadata_props.pop(_STACK_TRACE, None)
     proto = program.model_proto
     written = max(entry.version for entry in proto.opset_import if entry.domain == "")
-    if written != opset:  # an opset beyond those that it can convert to leaves the model as it was
+    if written != opset:  # onnxscript silently ignores an opset that it cannot convert to
         raise ValueError(f"the installed onnxscript writes opset {written} instead")
     content: bytes = proto.SerializeToString()
     return content
 
 
 def _exported(model: nn.Module, inputs: tuple[Tensor, ...], opset: int, **options: Any) -> Any:
-    """Translate ``model`` by torch, its attention as products and a softmax.
-
-    torch's own translation of ``scaled_dot_product_attention`` fails on tensors of five dimensions (Twins,
-    Hiera, SAM) and, while gradients are recorded, on biases (BEiT, MaxViT, merged tokens).
-    """
-    for name in ("onnx_ir", "onnxscript"):  # they log every step that simplifies the graph
+    for name in ("onnx_ir", "onnxscript"):  # they log every simplification of the graph
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Attention is exported as products and a softmax: torch fails to export scaled_dot_product_attention with
+    # 5 dimensions (Twins, Hiera, SAM) and, with gradients, with biases (BEiT, MaxViT, merged tokens).
     fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
     try:
         for module in fused:
@@ -198,12 +187,9 @@ def _by_name(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
 
 
 def _arrays(inputs: tuple[Tensor, ...], names: Collection[str]) -> dict[str, Any]:
-    """Return the NumPy arrays that a program of :func:`part_content` takes.
-
-    By name, since runtimes leave out inputs that do not change the result, as OpenVINO does.
-    """
-    given = _by_name(inputs)
-    return {name: given[name].numpy() for name in names}
+    # By name, because OpenVINO drops inputs that do not change the result.
+    tensors = _by_name(inputs)
+    return {name: tensors[name].numpy() for name in names}
 
 
 def _session(content: bytes, threads: int | None) -> Any:
@@ -219,18 +205,17 @@ def _session(content: bytes, threads: int | None) -> Any:
 def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of :func:`part_content` once."""
     session = _session(content, threads)
-    given = _arrays(inputs, [place.name for place in session.get_inputs()])
-    return lambda: session.run(None, given)
+    arrays = _arrays(inputs, [place.name for place in session.get_inputs()])
+    return lambda: session.run(None, arrays)
 
 
 def onnx_runner(content: bytes, threads: int | None = None) -> Runner:
-    """Return a runner of an ONNX file in ONNX Runtime on the CPU."""
     session = _session(content, threads)
     return lambda x: torch.from_numpy(session.run([OUTPUT], {INPUT: x.numpy()})[0])
 
 
 def weights_file(target: AnyPath) -> Path:
-    """Return the second file of the OpenVINO IR whose first is ``target``."""
+    """Return the weights file (.bin) of an OpenVINO IR graph (.xml)."""
     return Path(target).with_suffix(".bin")
 
 
@@ -244,19 +229,9 @@ def write_ir(
     input_path: Path | None,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write ``model`` as OpenVINO IR: both files, or none if ``compare`` raises.
+    """Write ``model`` as OpenVINO IR, if ``compare`` accepts a runner of the files.
 
-    Each file is replaced whole, the weights first. A process that is killed between the two leaves new
-    weights beside an old graph; where that matters, write to a new name.
-
-    Args:
-        target: the ``.xml`` file; the ``.bin`` file stands beside it.
-        model: float32, images to outputs.
-        size: size of the images, [C, H, W].
-        about: JSON that describes the model, kept as runtime information ``mhacut``.
-        options: options of the command; with ``dtype`` float16 only the storage of the weights is float16.
-        input_path: the checkpoint, which is never replaced.
-        compare: called with a runner of the files; raises if its outputs differ from the model's.
+    float16 is the type of the stored weights only.
     """
     import openvino
 
@@ -264,22 +239,19 @@ def write_ir(
     converted.set_rt_info(about, [METADATA])
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder, "model.xml")
-        # All that OpenVINO says of a full disk is "iostream error".
+        # On a full disk, OpenVINO only says "iostream error".
         advice = "is the disk full? TMPDIR chooses another"
         with refusing(f"{show(target)}: OpenVINO cannot write to {folder}", advice):
-            # Stated, because OpenVINO stores float16 by default.
+            # OpenVINO's default is float16.
             openvino.save_model(converted, written, compress_to_fp16=options.dtype == "float16")
         compare(_openvino_runner(openvino.Core().read_model(written), None))
-        # The weights first: a reader looks for the .xml file.
+        # The weights first: a process killed in between must not leave a new graph with old weights.
         for file, source in ((weights_file(target), weights_file(written)), (target, written)):
             write_file(file, source.read_bytes(), overwrite=options.overwrite, input_path=input_path)
 
 
 def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: int) -> Runner:
-    """Return a runner of ``model`` in OpenVINO on the CPU in float32, compiled for the batch it is given.
-
-    With an open batch size, OpenVINO computes the shapes of merged tokens as it runs.
-    """
+    # With an open batch size, OpenVINO would compute the shapes of merged tokens at run time.
     converted = _openvino_model(onnx_content(model, size))
 
     @functools.lru_cache(maxsize=1)
@@ -293,19 +265,19 @@ def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: in
 def openvino_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
     """Return a function that runs an ONNX file of :func:`part_content` once, in OpenVINO on the CPU."""
     compiled = _compiled(_openvino_model(content), threads)
-    given = _arrays(inputs, [place.any_name for place in compiled.inputs])
-    return lambda: compiled(given)
+    arrays = _arrays(inputs, [place.any_name for place in compiled.inputs])
+    return lambda: compiled(arrays)
 
 
 def _openvino_model(content: bytes) -> Any:
-    """Convert from ONNX: OpenVINO's own conversion of torch programs takes ten times as long."""
+    """Convert from ONNX. OpenVINO's conversion of torch programs takes 10 times as long."""
     import openvino
 
     try:
         return openvino.Core().read_model(content)
     except RuntimeError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-        named = [line for line in lines if "operations:" in line]  # what it cannot convert
+        named = [line for line in lines if "operations:" in line]  # names of unsupported operations
         reason = (named or lines[-1:] or ["no reason given"])[0]
         raise MhacutError(
             f"OpenVINO cannot convert the model: {reason:.200}; ONNX Runtime may run it"
@@ -314,7 +286,7 @@ def _openvino_model(content: bytes) -> Any:
 
 def _openvino_runner(converted: Any, threads: int | None) -> Runner:
     compiled = _compiled(converted, threads)
-    # Copied, because the next run writes into the same memory.
+    # A copy, because the next run writes into the same memory.
     return lambda x: torch.from_numpy(compiled(x.numpy())[0].copy())
 
 

@@ -1,8 +1,8 @@
-"""Time models, and single layers, in turns, under the conditions that options state.
+"""Time models and layers in turns.
 
-A cut model that must meet a budget of time is timed in a new process, as its user will run it: how the memory
-allocator of a process serves large activations depends on what the process did before. The ratio of a cut
-DeiT-S at batch size 8 was .479 in the process that pruned it and .509 to .514 in four new ones.
+A model that must meet a latency budget is timed in a new process, as its user will run it: a process's memory
+allocator depends on earlier work. A pruned DeiT-S (batch size 8) had .479 of the dense model's time in the
+process that pruned it, and .509 to .514 in 4 new processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mhacut.surgery.hooks import Replay
 
 
 class Stopwatch:
-    """Times models in turns with the dense one."""
+    """Times models in turns with the dense model, which is not changed."""
 
     def __init__(
         self,
@@ -52,19 +52,11 @@ class Stopwatch:
         device: torch.device,
         reporter: Reporter = SILENT,
     ) -> None:
-        """Take the dense model, which is not changed.
-
-        Args:
-            timing: where and how to measure.
-            dense: float32, eval mode.
-            size: [C, H, W] of an image.
-            device: device to measure on, unless the runtime computes on the CPU.
-            reporter: receives messages.
-        """
+        """Take the dense model (float32), the size of an image [C, H, W], and the device of the model."""
         self.timing, self.size, self.dense, self.reporter = timing, size, dense, reporter
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
         self.latency_model: TimeTable | TimeCurve | None = None
-        """Times by which plans are made, once they are measured for a budget of time."""
+        """Predicted times of plans, once measured for a latency budget."""
         self._dense_run: Run | None = None
         self._logged_busy = False
 
@@ -77,13 +69,16 @@ class Stopwatch:
         precision: float | None = None,
         dense: bool = True,
     ) -> Comparison:
-        """Time ``models``, and ``parts`` of models, in turns with the dense one, which is the first."""
+        """Time the dense model, ``models``, and ``parts`` from :meth:`as_run`, ``seconds`` for all together.
+
+        With ``precision`` (relative standard error of the ratios), timing may take 5 times as long.
+        """
         with (
             using_threads(self.timing.threads) as threads,
             many_compiled(),
             refusing_compile(option_name("runtime", "compile")),
         ):
-            # Made once: to compile or translate a model takes longer than to time it.
+            # Kept, because compiling or exporting a model takes longer than timing it.
             if dense and self._dense_run is None:
                 self._dense_run = self._run(self.dense, threads)
             runs = [self._dense_run] if dense and self._dense_run is not None else []
@@ -98,13 +93,12 @@ class Stopwatch:
     def compare_in_new_process(
         self, model: nn.Module, records: Mapping[str, SlimRecord], *, seconds: float, precision: float
     ) -> Comparison:
-        """Time one model in turns with the dense one in a new process, both read from files.
+        """Time a pruned model in turns with the dense model in a new process.
 
-        If no such process gives a result (it knows no models that this one has registered), or compiles
-        first, they are timed in this process.
+        ``records`` has the records of ``dense`` and ``slim``, by which the new process opens both files.
         """
         result = None
-        if self.timing.runtime == "eager":  # other runtimes keep their memory: both ways agree
+        if self.timing.runtime == "eager":  # other runtimes manage their own memory
             job = {
                 "timing": {**self.timing.values(), "threads": self.timing.threads or torch.get_num_threads()},
                 "matmul_precision": torch.get_float32_matmul_precision(),
@@ -116,33 +110,33 @@ class Stopwatch:
             try:
                 with tempfile.TemporaryDirectory(prefix="mhacut-times-") as folder:
                     files = {name: f"{folder}/{name}.safetensors" for name in records}
-                    # As files: a forked process would inherit the memory that times depend on.
+                    # Files, not a fork: a forked process would inherit the allocator's state.
                     for name, written in (("dense", self.dense), ("slim", model)):
                         save_slim(Path(files[name]), written, records[name], {})
                     result = in_new_process(__name__, "write_comparison", {**job, "files": files})
             except (MhacutError, OSError):
                 pass
-        if result is None:
+        if result is None:  # for example, the new process does not know a model class of the caller
             return self.compare([model], seconds=seconds, precision=precision)
         comparison = Comparison(**result)
         self._log_busy(comparison)
         return comparison
 
     def as_run(self, part: Replay) -> Run:
-        """Return a function that runs a part of a model, which is moved to the device, once."""
+        """Return a function that runs a part of a model once. The part is moved to the device."""
         with using_threads(self.timing.threads) as threads:
             conditions = Conditions(self.timing.runtime, self.device, threads)
             return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
 
     def conditions(self) -> dict[str, Any]:
-        """Return the conditions that times are measured under, with the names that records give them."""
-        asked = self.timing
+        """Return the timing conditions for records."""
+        timing = self.timing
         return {
-            "runtime": asked.runtime,
-            "int8": asked.int8,
-            "batch_size": asked.latency_batch_size,
+            "runtime": timing.runtime,
+            "int8": timing.int8,
+            "batch_size": timing.latency_batch_size,
             "device": str(self.device),
-            "threads": asked.threads or torch.get_num_threads(),
+            "threads": timing.threads or torch.get_num_threads(),
             "machine": machine(self.device),
         }
 
@@ -150,14 +144,14 @@ class Stopwatch:
         if not comparison.steady and not self._logged_busy:
             self._logged_busy = True
             self.reporter.log(
-                "this machine is busy: the time of the same program varied by "
-                f"{100 * comparison.drift:.0f} % while it was measured"
+                "this machine is busy: during the measurement, the time of the same model varied by "
+                f"{100 * comparison.drift:.0f} %"
             )
 
     def _run(self, model: nn.Module, threads: int) -> Run:
         images = fixed_images(self.timing.latency_batch_size, self.size)
-        device = torch.empty(0, device=self.device).device  # "cuda" has a number then, as models on it
-        if next(model.parameters()).device != device:  # where it is, it may be at work
+        device = torch.empty(0, device=self.device).device  # "cuda" becomes "cuda:0"
+        if next(model.parameters()).device != device:  # a copy: the original may be in use
             model = copy.deepcopy(model).to(self.device)
         if self.timing.int8:
             return run_of(int8_program(model, self.size, threads)[0], images)
@@ -166,9 +160,9 @@ class Stopwatch:
 
 
 def write_comparison() -> None:
-    """Time what stdin names, and write the comparison to stdout; called in a process of its own."""
+    """Read a job from stdin, time its models, and print the comparison. Runs in a new process."""
     job = json.load(sys.stdin)
-    # A setting of the caller's process, by which a GPU multiplies in TF32 or not.
+    # The caller's setting for TF32 on GPUs.
     torch.set_float32_matmul_precision(job["matmul_precision"])
     dense, slim = (load_model(job["files"][name]) for name in ("dense", "slim"))
     timing, device = TimingOptions.of(**job["timing"]), torch.device(job["device"])
@@ -178,10 +172,10 @@ def write_comparison() -> None:
 
 
 def machine(device: torch.device) -> str:
-    """Return the name of the processor, or of the GPU, that computes."""
+    """Return the name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = []  # on Linux, platform.processor() is empty or no more than "x86_64"
+    lines = []  # platform.processor() is empty or "x86_64" on Linux
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()

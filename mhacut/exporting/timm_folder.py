@@ -1,4 +1,4 @@
-"""Write a folder that timm opens, with a card that says what was cut, and push it to the Hugging Face hub."""
+"""Write a folder with model card that timm opens, and push it to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ FILES = (WEIGHTS, CONFIG, CARD)
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
-    """Raise an :class:`OutputError` if the folder must not be written to."""
+    """Raise an :class:`OutputError` if the folder must not be written."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
-    real = Path(os.path.realpath(target))  # a link may name a folder that is yet to be made
+    real = Path(os.path.realpath(target))  # the target of a link may not exist yet
     check_outputs([real / name for name in FILES], overwrite=True, input_paths=(input_path,))
-    # Any file counts, not only those of these names: the folder may be something else's.
+    # Any file counts: the folder may belong to another program.
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise OutputError(
             f"{target}: exists already; choose another name, or {option_name('overwrite', True)}"
@@ -50,7 +50,7 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write a folder that timm opens: a new one whole or not at all, an old one file by file."""
+    """Write a folder that timm opens, if ``compare`` accepts a runner of timm's model."""
     target = Path(os.path.realpath(target))
     model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
@@ -58,8 +58,8 @@ def write_folder(
     source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
 
     def fill(folder: Path) -> None:
-        # timm's own writer decides what its reader finds. It writes no weights, neither as a pickle (False)
-        # nor as safetensors (True): it cannot where a module has several names, or the disk is full.
+        # timm's writer writes the configuration that timm's reader expects, and no weights (None: neither
+        # pickle nor safetensors), because it fails on modules with several names.
         save_for_hf(model, str(folder), safe_serialization=cast(Any, None))
         if loaded.record is None:
             tensors = {
@@ -71,7 +71,7 @@ def write_folder(
             save_slim(folder / WEIGHTS, model, loaded.record, dtypes)
         card = model_card(source, loaded, preprocessing, options.license)
         (folder / CARD).write_text(card, encoding="utf-8")
-        # timm initialises a model before it loads it: the caller's random numbers stay as they are.
+        # timm initialises the model, which must not change the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
         opened = opened.eval().requires_grad_(False)
@@ -81,18 +81,18 @@ def write_folder(
 
 
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
-    """Build the model by timm's factory, which keeps the arguments that timm's writer needs."""
+    """Build the model with timm's factory, which stores the arguments that timm's writer needs."""
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
     for name in WEIGHTS_CFG_KEYS:
-        # timm fills in labels, license and origin of its own weights of the architecture: not of these. Those
-        # of slim weights are never those of the dense ones.
+        # timm fills in labels, license and origin of its own pretrained weights, which these are not. The
+        # origin of dense weights is not that of slim weights.
         if name not in identity.pretrained_cfg or (name in PROVENANCE_CFG_KEYS and loaded.record is not None):
             given.pop(name, None)
     given["license"] = license
     arguments = dict(identity.model_args)
     built_for = model_input_size(loaded.model, identity.pretrained_cfg, arguments)
     if given.get("fixed_input_size") and tuple(given.get("input_size", built_for)) != built_for:
-        # timm would build it for the images that it now sees.
+        # timm would build the model for the size in the configuration.
         arguments.setdefault("img_size", list(built_for[1:]))
     made: Any
     if loaded.record is None:
@@ -117,20 +117,20 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
 
 
 def check_hub(options: ExportOptions) -> None:
-    """Raise a :class:`MhacutError` unless the hub answers and accepts the token; nothing is uploaded."""
+    """Raise a :class:`MhacutError` unless the Hugging Face hub accepts the token."""
     from huggingface_hub import whoami
 
     try:
         whoami()
-    except Exception as error:  # the hub and the network fail in types of their own libraries
+    except Exception as error:  # huggingface_hub and its network libraries have many error types
         raise MhacutError(
-            f"{option_name('push_to_hub', options.push_to_hub)}: the Hugging Face hub takes no upload "
-            f"({_reason(error)}); run hf auth login, or export without it and upload the folder later"
+            f"{option_name('push_to_hub', options.push_to_hub)}: the Hugging Face hub refuses uploads "
+            f"({_reason(error)}). Run hf auth login, or export without the option and upload the folder later"
         ) from error
 
 
 def push_folder(folder: Path, options: ExportOptions) -> str:
-    """Create the repository if there is none, and commit the files of :func:`write_folder` to it."""
+    """Commit the files of :func:`write_folder` to the hub, and return the address of the commit."""
     from huggingface_hub import create_repo, upload_folder
 
     repository = str(options.push_to_hub)
@@ -144,8 +144,8 @@ def push_folder(folder: Path, options: ExportOptions) -> str:
         )
     except Exception as error:  # as above
         raise MhacutError(
-            f"{option_name('push_to_hub', repository)}: failed ({_reason(error)}); {folder} was written and "
-            f"stays: try again with hf upload {repository} {quote(str(folder))}"
+            f"{option_name('push_to_hub', repository)}: failed ({_reason(error)}). {folder} was written. "
+            f"Try again with hf upload {repository} {quote(str(folder))}"
         ) from error
     return str(pushed.commit_url)
 

@@ -85,8 +85,8 @@ def test_a_model_card_states_what_is_merged_and_not_computed(merged_file, tmp_pa
     mhacut.export(merged_file, format="timm", output=tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     counts = ", ".join(map(str, tokens.merged))
-    assert f"averaged, {sum(tokens.merged)} in all: {counts} in blocks 0, 1, ..." in card
-    assert ("the head reads, the first one: the model has no patch features" in card) == (
+    assert f"averages {sum(tokens.merged)} similar tokens, by block: {counts}." in card
+    assert ("1 token that the head reads, so the model has no patch features." in card) == (
         tokens.output_tokens == 1
     )
 
