@@ -1,4 +1,4 @@
-"""Cut channels out of the multi-head attention and the MLPs of trained vision transformers.
+"""Prune trained vision transformers: remove channels of attention and MLPs, and merge tokens.
 
 import mhacut
 
@@ -91,10 +91,10 @@ _NAMES = {
     "mhacut.finetuning.result": ["FinetuneResult"],
     "mhacut.plan": ["Plan"],
 }
-"""Modules, and the names in each that are imported when they are first asked for."""
+"""Public names by module, imported on first use."""
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
-register_with_timm()  # timm.create_model("flatten_swin_tiny_224")
+register_with_timm()  # for timm.create_model("flatten_swin_tiny_224")
 
 
 def __dir__() -> list[str]:
@@ -102,7 +102,7 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is first used: torch and timm take seconds."""
+    """Import a public name on first use, because torch and timm take seconds to import."""
     if name not in _HOMES:
         raise AttributeError(f"module 'mhacut' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -1,7 +1,6 @@
-"""Models of mhacut in timm's registry as soon as both are imported, without importing timm for that.
+"""Register models of mhacut with timm, before or after timm is imported, without importing timm.
 
-timm and torch take seconds, and ``mhacut --help`` needs neither: whoever imports timm, before or after
-mhacut, finds our models there; whoever does not, does not pay for it.
+Importing timm and torch takes seconds, and ``mhacut --help`` needs neither.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ _MODELS = ("mhacut.flatten", "mhacut.exporting.timm_model")
 
 
 def register_with_timm() -> None:
-    """Register our models now if timm is imported already, else right after it is."""
+    """Register the models now if timm is imported, or else when timm is imported."""
     if "timm" in sys.modules:
         _import_models()
     elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
@@ -29,12 +28,12 @@ def _import_models() -> None:
 
 
 class _TimmFinder:
-    """Lets the finders after it find timm, and has our models imported once it has run."""
+    """Import finder that registers the models after timm has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
             return None
-        # Found by the others and executed as always: only the end of its execution is watched.
+        # The other finders find timm as usual. This finder only adds a step after its execution.
         others = [finder for finder in sys.meta_path if finder is not self]
         found = (finder.find_spec(name, path, target) for finder in others)
         spec = next((spec for spec in found if spec is not None), None)
@@ -43,15 +42,13 @@ class _TimmFinder:
         return spec
 
     def _follow(self, loader: Any) -> None:
-        """Patch this one loader, which stays what it is to everyone who asks it for source or data.
-
-        Being found is not being imported: others look whether timm is installed. So this finder goes only
-        when timm has run.
-        """
+        """Register the models after ``loader`` has executed timm."""
+        # The finder stays until timm has run: a program may look for timm without importing it. The loader is
+        # patched, not wrapped, because others use it to read source and data.
         execute = loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
-            del loader.exec_module  # the class's own again
+            del loader.exec_module  # restores the method of the class
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)

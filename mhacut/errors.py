@@ -1,7 +1,4 @@
-"""Errors of mhacut, and the notation of options in their messages.
-
-A message says what happened, where, what was expected, what was found and what to do next.
-"""
+"""Errors of mhacut, and the spelling of options in messages."""
 
 from __future__ import annotations
 
@@ -11,27 +8,27 @@ from contextlib import contextmanager
 
 
 class MhacutError(Exception):
-    """A failure that mhacut expects: the command line shows the message without a traceback and exits 1."""
+    """An expected failure. The command line shows the message without a traceback, and exits with 1."""
 
 
 class UsageError(MhacutError):
-    """An option that cannot be understood (``flops="2,0G"``) or does not fit: the command line exits 2."""
+    """An option with an invalid value (``flops="2,0G"``). The command line exits with 2."""
 
 
 class CheckpointError(MhacutError):
-    """A checkpoint that cannot be read, recognised, or trusted."""
+    """A checkpoint that cannot be read or recognised, or is not safe to read."""
 
 
 class UnsupportedModelError(MhacutError):
-    """A model with an attention class that mhacut cannot cut, or without attention."""
+    """A model without attention, or with an attention class that mhacut cannot prune."""
 
 
 class PlanError(MhacutError):
-    """A plan that contradicts itself or does not fit the model."""
+    """A plan that is inconsistent or does not fit the model."""
 
 
 class BudgetError(MhacutError):
-    """A budget that cannot be reached, or that the model already meets."""
+    """A budget that cannot be reached, or that the dense model already meets."""
 
 
 class DataError(MhacutError):
@@ -39,26 +36,22 @@ class DataError(MhacutError):
 
 
 class OutputError(MhacutError):
-    """A file that cannot or must not be written."""
+    """A file that cannot be written, or must not be overwritten."""
 
 
 class Interrupted(MhacutError):
-    """A run that was asked to stop and saved everything: the command line exits 130."""
+    """A run that stopped on a signal and saved its state. The command line exits with 130."""
 
 
 class PeerFailed(MhacutError):
-    """The end of this process because another process of the run failed, which reports the reason."""
+    """Another process of the run failed and reports the reason."""
 
 
 OptionWriter = Callable[..., str]
-"""Takes what :func:`option_name` takes."""
 
 
 def option_name(name: str, *value: object) -> str:
-    """Return an option, with or without a value, in the notation of whoever reads the message.
-
-    Every message names options by this function: readers in Python see arguments, those of the command line
-    flags (see :func:`options_written_by`).
+    """Return an option for a message: an argument in Python, a flag on the command line.
 
     >>> option_name("round_to"), option_name("round_to", 8), option_name("labels", False)
     ('round_to', 'round_to=8', 'labels=False')
@@ -68,11 +61,8 @@ def option_name(name: str, *value: object) -> str:
 
 @contextmanager
 def options_written_by(writer: OptionWriter) -> Iterator[OptionWriter]:
-    """Let ``writer`` do what :func:`option_name` does, in all threads, until the block is left.
-
-    Yields the writer of before, which ``writer`` may call.
-    """
-    # Global, not a context variable: what other threads say names options in the same notation.
+    """Replace :func:`option_name` by ``writer`` inside the block, and yield the previous writer."""
+    # Global, not a context variable, so that other threads name options the same way.
     global _write
     before, _write = _write, writer
     try:

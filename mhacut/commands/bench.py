@@ -1,4 +1,4 @@
-"""``mhacut bench`` as a function: time checkpoints in turns, and measure their memory."""
+"""``mhacut bench`` as a function: speed, memory and costs of checkpoints."""
 
 from __future__ import annotations
 
@@ -40,39 +40,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Speed of one checkpoint at one batch size."""
+    """Speed of a checkpoint at one batch size."""
 
     batch_size: int
     median_ms: float
     """Median time of a batch."""
     spread_ms: float
-    """Half of the range that holds the middle half of the runs."""
+    """Half of the interquartile range of the runs."""
     ratio: float
-    """Median over rounds of the time relative to the first checkpoint's in the same round."""
+    """Median over rounds of the time divided by the first checkpoint's time in the same round."""
     saving_realised: float | None
-    """Fraction of time saved relative to the first checkpoint, divided by the fraction of FLOPs saved; None
-    if no FLOPs were saved."""
+    """Saved fraction of time divided by saved fraction of FLOPs, compared with the first checkpoint. None if
+    that fraction is 0."""
     executed: float | None
-    """Multiply-accumulates that run, relative to the first checkpoint's; in eager PyTorch on CPUs only."""
+    """FLOPs that run, padding included, divided by the first checkpoint's. Only for eager PyTorch on CPUs."""
     peak_mib: float | None
-    """Peak memory on a GPU of its weights, its images and what a run takes; None on the CPU."""
+    """Peak GPU memory of a run, with weights and images. None on the CPU."""
     runs: int
 
 
 @dataclass(frozen=True)
 class BenchedModel:
-    """Costs of one checkpoint."""
+    """Costs and speed of a checkpoint."""
 
     source: str
     architecture: str
     flops: int
     parameters: int
     file_bytes: int | None
-    """Size of the file, of its shards, or of an ONNX file in INT8; None for ``timm:NAME``."""
+    """Size of the checkpoint, or of the ONNX file for INT8. None for ``timm:NAME``."""
     timings: tuple[Timing, ...]
-    """Speed at each batch size."""
     int8: bool = False
-    """Whether this is the checkpoint in INT8."""
+    """Whether the checkpoint was quantized to INT8."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +79,7 @@ class BenchResult:
     """Result of :func:`bench`."""
 
     models: tuple[BenchedModel, ...]
-    """Checkpoints in the order given, then each in INT8 if that was asked for; ratios compare with the
-    first."""
+    """Checkpoints in the given order, then the same in INT8 if requested. Ratios refer to the first."""
     runtime: str
     dtype: str
     device: str
@@ -90,14 +88,14 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A checkpoint, ready to be timed."""
+    """A checkpoint as a function of images."""
 
     checkpoint: Checkpoint
     size: tuple[int, int, int]
     """Input size, [C, H, W]."""
     flops: int
     program: Callable[[Tensor], object]
-    """Takes float32 images on the device."""
+    """Function of float32 images on the device."""
     file_bytes: int | None
     int8: bool = False
 
@@ -110,16 +108,16 @@ def bench(
     reporter: Reporter | None = None,
     **options: Unpack[BenchKeywords],
 ) -> BenchResult:
-    """Time checkpoints in turns, so that other load on the machine slows all of them alike.
+    """Compare the speed of checkpoints, timed in turns so that other load slows all of them equally.
 
     Args:
-        checkpoints: whatever ``mhacut prune`` reads or writes; the others are compared with the first.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+        checkpoints: files or names that ``mhacut prune`` reads or writes. The first is the baseline.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
+        MhacutError: a subclass in :mod:`mhacut.errors`.
     """
     with reporting(reporter, progress) as shown:
         return run_bench(BenchOptions.of(checkpoints=checkpoints, **options), shown)
@@ -146,7 +144,7 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
             reporter.advance(len(entries), len(checkpoints))
         if options.int8:
             reporter.start("quantizing")
-            for entry in tuple(entries):  # as ``mhacut export`` makes it without images
+            for entry in tuple(entries):
                 program, file_bytes = int8_program(entry.checkpoint.model, entry.size, threads)
                 entries.append(replace(entry, program=program, file_bytes=file_bytes, int8=True))
         timings = []
@@ -175,7 +173,7 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
 
 
 def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
-    """Return the input size of each; dense models take that of the slim ones, if they can."""
+    """Return the input sizes. Dense models take the size of the slim models, if possible."""
     sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in checkpoints]
     slim_sizes = {size for one, size in zip(checkpoints, sizes, strict=True) if one.record is not None}
     if len(slim_sizes) == 1:
@@ -189,14 +187,13 @@ def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[
         listed = ", ".join(
             f"{one.source} {size[1]}x{size[2]}" for one, size in zip(checkpoints, sizes, strict=True)
         )
-        reporter.log(f"image sizes differ ({listed}), so ratios compare sizes as well as models")
+        reporter.log(f"image sizes differ ({listed}), so ratios depend on the sizes too")
     return sizes
 
 
 def _timings(
     entries: Sequence[_Entry], batch_size: int, seconds: float, conditions: Conditions
 ) -> list[Timing]:
-    """Time all checkpoints at one batch size."""
     device = conditions.device
     images = [fixed_images(batch_size, entry.size).to(device) for entry in entries]
     runs = [run_of(entry.program, x) for entry, x in zip(entries, images, strict=True)]
@@ -209,7 +206,7 @@ def _timings(
             batch_size,
             per_run,
             times[0],
-            saved_flops=0 if entry.int8 else 1 - entry.flops / entries[0].flops,  # INT8 saves time otherwise
+            saved_flops=0 if entry.int8 else 1 - entry.flops / entries[0].flops,  # INT8 saves time, not FLOPs
             executed=executed[index] / executed[0] if counts else None,
             peak_mib=_peak_mib(entry, run, batch_size, device) if device.type == "cuda" else None,
         )
@@ -226,7 +223,7 @@ def timing_of(
     executed: float | None = None,
     peak_mib: float | None,
 ) -> Timing:
-    """Summarise the runs of one checkpoint."""
+    """Summarise the runs of a checkpoint. Times are in seconds, ``first`` is of the first checkpoint."""
     low, _, high = statistics.quantiles(times, n=4)
     ratio = statistics.median(one / other for one, other in zip(times, first, strict=True))
     return Timing(
@@ -242,11 +239,10 @@ def timing_of(
 
 
 def _peak_mib(entry: _Entry, run: Callable[[], object], batch_size: int, device: torch.device) -> float:
-    """Return the GPU memory of a model's weights, its images and what a run takes."""
-    held = torch.cuda.memory_allocated(device)  # by all checkpoints, and their images
+    allocated = torch.cuda.memory_allocated(device)  # by all checkpoints and their images
     torch.cuda.reset_peak_memory_stats(device)
     run()
-    taken = torch.cuda.max_memory_allocated(device) - held
+    taken = torch.cuda.max_memory_allocated(device) - allocated
     model = entry.checkpoint.model
     weights = sum(part.nbytes for part in (*model.parameters(), *model.buffers()))
     images = torch.float32.itemsize * batch_size * math.prod(entry.size)

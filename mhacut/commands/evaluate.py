@@ -1,4 +1,4 @@
-"""``mhacut evaluate`` as a function: a checkpoint and labelled images in, its accuracy out."""
+"""``mhacut evaluate`` as a function: accuracy of a checkpoint on labelled images."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mhacut.text import safe_table
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Accuracy of a checkpoint, and what it was measured on."""
+    """Accuracy of a checkpoint, and the conditions of the measurement."""
 
     source: str
     architecture: str
@@ -41,13 +41,13 @@ class EvaluateResult:
     parameters: int
     preprocessing: Preprocessing
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
+    """Origin of each value of ``preprocessing``."""
     data: str
     """Description of the images."""
     device: str
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the figures as a table's cells."""
+        """Return the results as (name, value)."""
         top5 = self.evaluation.top5
         return [
             ("top-1", f"{self.evaluation.top1:.2f}%{self.evaluation.doubt}"),
@@ -84,27 +84,26 @@ def evaluate(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> EvaluateResult:
-    """Measure the accuracy of ``checkpoint`` on labelled images of a validation split or in memory.
+    """Measure the accuracy of ``checkpoint`` on a validation split, or on labelled images in memory.
 
     Args:
-        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a timm module,
-            which is copied.
-        images: in place of ``data_dir``, all images to measure on, normalised as the model expects: a tuple
-            of images, float [N, C, H, W], and labels, int [N]; or a ``DataLoader``, or any iterable, of such
-            tuples.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+        checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a timm module
+            (copied).
+        images: images instead of ``data_dir``, normalised as the model expects: a tuple of images, float
+            [N, C, H, W], and labels, int [N], or a ``DataLoader`` or iterable of such tuples.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`: the checkpoint or the images cannot be read,
-            or do not fit together.
+        MhacutError: a subclass in :mod:`mhacut.errors`: the checkpoint or the images cannot be read, or the
+            labels do not fit the model.
     """
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
     path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    given = EvaluateOptions.of(checkpoint=path, **options)
-    with reporting(reporter, progress) as shown:
-        return run_evaluate(given, shown, module, images)
+    parsed = EvaluateOptions.of(checkpoint=path, **options)
+    with reporting(reporter, progress) as active:
+        return run_evaluate(parsed, active, module, images)
 
 
 def run_evaluate(
@@ -113,11 +112,11 @@ def run_evaluate(
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
 ) -> EvaluateResult:
-    """Run ``mhacut evaluate``, on a copy of ``module`` if there is no checkpoint."""
+    """Run :func:`evaluate` with its options in one object."""
     check_one_source(images, options)
     if images is None and not options.has_images:
         raise UsageError(
-            f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
+            f"no images to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
     device = resolve_device(options.device)
     if options.amp:
@@ -132,7 +131,7 @@ def run_evaluate(
     classes = classifier_size(loaded.model)
     if classes < 2:
         what = "one output" if classes else "no classifier"
-        raise MhacutError(f"{loaded.source}: the model has {what}, so it has no accuracy")
+        raise MhacutError(f"{loaded.source}: the model has {what}, but accuracy needs at least 2 classes")
     preprocessing = resolve_preprocessing(loaded, options)
     flops = measure_flops(loaded.model, preprocessing.input_size)
     origins = provenance(loaded, options)
@@ -146,7 +145,7 @@ def run_evaluate(
         sample = partial(opened, limit=SAMPLE)
         origins = with_hint(origins, loaded.model, preprocessing, sample, device, refuse=False)
     else:
-        # They were normalised elsewhere: there is nothing to check.
+        # The caller has normalised the images, so the preprocessing is not checked.
         loader = InMemoryBatches(images, Expected(preprocessing.input_size, classes), options.batch_size)
     reporter.start("evaluating")
     evaluation = measure_accuracy(

@@ -1,4 +1,4 @@
-"""``mhacut export`` as a function: write a checkpoint for another program, run it and compare its outputs."""
+"""``mhacut export`` as a function: write a checkpoint for another program, and compare the outputs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ from mhacut.runtime.files import check_outputs, write_file
 from mhacut.runtime.progress import Reporter, Reporting, reporting
 
 _BATCH_SIZES = (1, 2, 5)
-"""Batch sizes at which a file for any batch size is compared."""
+"""Batch sizes for comparing a file without a fixed batch size."""
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest difference from the float32 model that rounding explains, relative to the largest output."""
+"""Largest accepted difference from the float32 model, relative to the largest output."""
 
 
 @dataclass(frozen=True)
@@ -46,24 +46,24 @@ class ExportResult:
     """Result of :func:`export`."""
 
     output: Path
-    """The file, or the folder of format ``timm``."""
+    """File, or folder of format ``timm``."""
     format: str
     architecture: str
     dtype: str
     input_size: tuple[int, int, int]
-    """[C, H, W], normalised as ``preprocessing`` says."""
+    """[C, H, W]."""
     fixed_batch: int | None
     preprocessing: Mapping[str, Any]
-    """Preprocessing of images; the exported file states it too."""
+    """Preprocessing of images. The exported file contains it too."""
     file_bytes: int
-    """Size of the file, or of the files written into the folder."""
+    """Size of the file, or of the written files of a folder."""
     difference: Mapping[int, float]
-    """Largest difference of the exported program's output from the model's at each batch size compared,
-    relative to the largest output. For INT8, it is measured on random images, without a bound."""
+    """Largest difference from the model's outputs by batch size, relative to the largest output. INT8 has no
+    limit for it."""
     int8: Quantization | None = None
-    """Comparison of INT8 with float32; None for other files."""
+    """Comparison of INT8 with float32. None without INT8."""
     pushed: str | None = None
-    """Address of the commit on the hub; None where nothing was pushed."""
+    """Address of the commit on the Hugging Face hub."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,16 @@ def export(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> ExportResult:
-    """Write a checkpoint, dense or slim, for another program, and compare the outputs of the two.
+    """Write a dense or slim checkpoint for another program, and compare the outputs with the model's.
 
     Args:
-        checkpoint: whatever ``mhacut prune`` reads or writes.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+        checkpoint: a file or name that ``mhacut prune`` reads or writes.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written, except a folder that the
-            hub refused.
+        MhacutError: a subclass in :mod:`mhacut.errors`. Nothing was written, except if the upload failed.
     """
     with reporting(reporter, progress) as shown:
         return run_export(ExportOptions.of(checkpoint=checkpoint, **options), shown)
@@ -138,9 +137,8 @@ def _write(
     options: ExportOptions,
     reporter: Reporter,
 ) -> tuple[dict[int, float], Quantization | None]:
-    """Write the file or folder; return its differences from the model, and how INT8 compares."""
+    """Write the file or folder. Return its differences from the model, and the comparison of INT8."""
     model, size = loaded.model, preprocessing.input_size
-    # How to prepare images, and what was done to the model.
     history = () if loaded.record is None else loaded.record.history
     stated = {"architecture": loaded.identity.architecture, "preprocessing": preprocessing.to_json()}
     about = json.dumps({**stated, "history": [dict(entry) for entry in history]}, sort_keys=True)
@@ -174,7 +172,6 @@ def _write(
 
 
 def _files(target: Path, options: ExportOptions) -> list[Path]:
-    """Return the files that were written."""
     if options.format == "timm":
         return [target / name for name in FILES]
     return [target, weights_file(target)] if options.format == "openvino" else [target]
@@ -196,14 +193,9 @@ def _differences(
     options: ExportOptions,
     bound: float,
 ) -> dict[int, float]:
-    """Return the difference of ``run`` from ``model`` at each batch size, relative to the largest output.
+    """Return the difference of ``run`` from ``model`` by batch size, relative to the largest output.
 
-    Args:
-        model: the model that was exported.
-        run: the runner of what was written.
-        size: size of the images, [C, H, W].
-        options: options of the command.
-        bound: largest difference allowed.
+    A difference above ``bound`` or NaN is an error.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}
@@ -212,11 +204,11 @@ def _differences(
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
         differences[count] = float((run(images) - expected).abs().max() / largest)
-        if not differences[count] <= bound:  # nor is NaN
+        if not differences[count] <= bound:  # also NaN
             hint = f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else ""
             raise MhacutError(
                 f"the exported {options.format} model differs from the original by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}; at most {bound:g} was expected in "
-                f"{options.dtype}; no file was kept{hint}"
+                f"of the largest output at batch size {count}, expected at most {bound:g} in "
+                f"{options.dtype}; nothing was written{hint}"
             )
     return differences

@@ -1,4 +1,4 @@
-"""``mhacut inspect`` as a function: open a checkpoint, measure its heads, write the report."""
+"""``mhacut inspect`` as a function: describe a checkpoint, and write a report."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from mhacut.runtime.files import check_outputs
 from mhacut.runtime.progress import Reporter, Reporting, reporting
 from mhacut.surgery.find import find_prunable_layers
 
-_NAMED = 8
+_MAX_NAMES = 8
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,15 @@ class InspectResult:
     """Result of :func:`inspect`."""
 
     inspection: Inspection
-    """Description of the whole model."""
+    """Description of the model."""
     verdict: str
     """Summary in one line."""
     chosen: tuple[LayerReport, ...]
-    """Layers that were asked for, in the order asked for."""
+    """Selected layers in the selected order."""
     comparison: Comparison | None = None
-    """Comparison with a dense model, where one was given."""
+    """Comparison with a dense model, if given."""
     written: tuple[Path, ...] = ()
-    """Files that the report was written to."""
+    """Files of the report."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,16 @@ def inspect(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> InspectResult:
-    """Describe every head of ``checkpoint``: its cost, how similar its channels are, how many are useful.
+    """Describe the layers of ``checkpoint``: cost, similarity of channels, and number of useful channels.
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, or ``timm:NAME``.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
+        MhacutError: a subclass in :mod:`mhacut.errors`.
     """
     with reporting(reporter, progress) as shown:
         return run_inspect(InspectOptions.of(checkpoint=checkpoint, **options), shown)
@@ -80,7 +80,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
     for note in options.unmet_needs().values():
         reporter.log(note)
     reporter.start("reading")
-    # Weights are read only where the model is going to be run.
+    # Weights are needed only to run the model.
     opened = open_from_options(options, reporter, weights=options.sees_images)
     names = [layer.name for layer in find_prunable_layers(opened.skeleton).layers]
     wanted = _wanted(names, options.layer)
@@ -134,16 +134,16 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
         return names
     wanted = fnmatch.filter(names, pattern)
     if not wanted:
-        shown = ", ".join(names[:_NAMED]) + (", ..." if len(names) > _NAMED else "")
+        names_shown = ", ".join(names[:_MAX_NAMES]) + (", ..." if len(names) > _MAX_NAMES else "")
         raise UsageError(
-            f"{option_name('layer', pattern)}: no layer has such a name; the model has {shown} (quote "
-            "patterns: 'blocks.1*.attn')"
+            f"{option_name('layer', pattern)}: no layer has this name. The model has {names_shown}. Quote "
+            "patterns: 'blocks.1*.attn'"
         )
     return wanted
 
 
 def _order(sort: str) -> Callable[[LayerReport], float]:
-    """Return a sort key that puts the largest first; layers without such a number come last, in order."""
+    """Return a sort key, largest value first. Layers without a value come last."""
 
     def key(layer: LayerReport) -> float:
         if sort == "layer":

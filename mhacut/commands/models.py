@@ -1,4 +1,4 @@
-"""``mhacut models`` as a function: find out which models of timm can be cut, without their weights."""
+"""``mhacut models`` as a function: prunable parts of timm's architectures, found without weights."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mhacut.surgery.find import find_prunable_layers
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """One architecture of timm, and what can be cut in it."""
+    """Prunable parts of an architecture of timm."""
 
     architecture: str
     attention: tuple[str, ...]
-    """Attention classes that can be cut, wholly or in part; empty where the architecture is refused."""
+    """Attention classes that can be pruned."""
     kinds: tuple[str, ...]
-    """Kinds of channels that can be cut: ``qk``, ``v``, ``hidden``."""
+    """Prunable kinds of channels: ``qk``, ``v``, ``hidden``."""
     not_prunable: tuple[str, ...]
-    """Units that cannot be cut, and why."""
+    """Units that cannot be pruned, with reasons."""
     refusal: str | None
-    """Reason why nothing can be cut; None if something can."""
+    """Reason why nothing can be pruned, or None."""
     tags: tuple[str, ...]
     """Tags of timm's pretrained weights."""
     transformer: bool
-    """Whether there is attention in its body, pooling heads aside."""
+    """Whether the body has attention, apart from pooling heads."""
 
 
 def catalogue(
@@ -49,7 +49,7 @@ def catalogue(
 
 
 def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
-    """Return the pretrained tags of each of timm's dense architectures whose name matches ``pattern``."""
+    """Return the pretrained tags of timm's dense architectures that match ``pattern``."""
     tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name != NAME}
     for tagged in timm.list_pretrained():
         name, _, tag = tagged.partition(".")
@@ -59,7 +59,7 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
 
 
 def build_weightless(name: str) -> nn.Module:
-    """Build the architecture ``name`` of timm on the meta device."""
+    """Build an architecture of timm on the meta device."""
     with warnings.catch_warnings(), without_values():
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name)
@@ -67,7 +67,7 @@ def build_weightless(name: str) -> nn.Module:
 
 
 def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry:
-    """Find out what can be cut in ``model``, the architecture ``name``, on any device."""
+    """Describe the prunable parts of ``model``, the architecture ``name``."""
     try:
         prunable = find_prunable_layers(model)
     except UnsupportedModelError as error:
@@ -84,7 +84,6 @@ def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry
 
 
 def _attends(module: nn.Module) -> bool:
-    """Whether there is attention in ``module``, pooling heads aside."""
     if is_pooling_head(module):
         return False
     return is_attention(module) or looks_like_attention(module) or any(map(_attends, module.children()))

@@ -36,7 +36,7 @@ def test_small_models_see_whole_images(tiny_vit, slim, images):
 def test_evaluate_needs_images(slim):
     result = run("evaluate", slim)
     assert result.exit_code == 2
-    assert "nothing to evaluate on: give --data-dir or --dataset\n" in result.stderr
+    assert "no images to evaluate on: give --data-dir or --dataset\n" in result.stderr
 
 
 def test_image_size_the_model_does_not_take(slim, images):

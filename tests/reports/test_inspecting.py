@@ -156,7 +156,7 @@ def test_sorted_layers_fall(slim_of, sort):
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
         (
             {"layer": "blocks.7.*"},
-            r"layer='blocks.7.\*': no layer has such a name; the model has blocks.0.attn",
+            r"layer='blocks.7.\*': no layer has this name. The model has blocks.0.attn",
         ),
     ],
 )
