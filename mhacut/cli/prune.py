@@ -12,19 +12,19 @@ from mhacut.budget import format_amount
 from mhacut.cli.flags import command
 from mhacut.cli.measure import preprocessing_lines
 from mhacut.cli.running import Console
-from mhacut.commands.prune_names import check_files
+from mhacut.commands.prune_names import check_output_paths
 from mhacut.errors import option_name
 from mhacut.options.prune import PruneOptions
 from mhacut.text import safe, safe_table
 
 if TYPE_CHECKING:
-    from mhacut.commands.prune_attempt import Reached
+    from mhacut.commands.prune_attempt import TargetResult
     from mhacut.commands.prune_result import PruneResult
     from mhacut.measuring.accuracy import ModelFigures
-    from mhacut.pruning.preserve import Measure
+    from mhacut.pruning.preserve import OutputMetric
 
 _WIDTHS = ("layer", "kind", "heads", "dense_width", "width")
-_UNITS: Mapping[Measure, str] = {
+_UNITS: Mapping[OutputMetric, str] = {
     "answers": "nats",
     "features": "of the features' variance",
     "dense": "nats per token",
@@ -34,7 +34,7 @@ _UNITS: Mapping[Measure, str] = {
 _USUAL = ("flops", "params", "max_latency", "max_drop", "data_dir", "output", "effort", "scope", "preserve")
 
 
-@command(PruneOptions, usual=(*_USUAL, "model", "device", "overwrite"), check_outputs=check_files)
+@command(PruneOptions, usual=(*_USUAL, "model", "device", "overwrite"), check_outputs=check_output_paths)
 def prune(options: PruneOptions, console: Console) -> None:
     """Prune CHECKPOINT to a budget.
 
@@ -70,7 +70,7 @@ def _text(result: PruneResult) -> str:
     lines = [*map(safe, result.verdict_lines()), "", safe_table(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
-    unit = _UNITS[result.divergence_of]
+    unit = _UNITS[result.metric]
     if any(target.name in ("max_kl", "max_drop") for target in result.targets):
         unit += " at these FLOPs"  # the bound holds with and without the constraint; FLOPs differ
     lines += [
@@ -91,10 +91,10 @@ def _text(result: PruneResult) -> str:
     return "\n".join(lines)
 
 
-def _target(target: Reached) -> str:
+def _target(target: TargetResult) -> str:
     """Return the lines about a target."""
-    most, reached = target.texts
-    line = f"{option_name(target.name, target.asked)}: {reached} of at most {most}"
+    limit, reached = target.labels
+    line = f"{option_name(target.name, target.spec)}: {reached} of at most {limit}"
     if not target.measured:
         return line
     about = target.measured
@@ -131,7 +131,7 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
         "divergence": _finite(result.divergence),
-        "divergence_of": result.divergence_of,
+        "divergence_of": result.metric,
         "agreement": result.fidelity.agreement,
         "judged_on": result.fidelity.images,
         "judged_images": result.fidelity.sample,

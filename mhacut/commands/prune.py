@@ -16,7 +16,14 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
-from mhacut.commands.prune_attempt import PROBED, SECONDS, Attempt, Reached, cut_model, recover_model
+from mhacut.commands.prune_attempt import (
+    CHECK_IMAGES,
+    TIMING_SECONDS,
+    Attempt,
+    TargetResult,
+    cut_model,
+    recover_model,
+)
 from mhacut.commands.prune_folder import prune_folder
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
@@ -179,7 +186,7 @@ def run_prune(
             inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
             _ = inputs.validation.dense
-        job = replace(inputs.job, taught=[] if others or options.bounds_loss else None)
+        job = replace(inputs.job, teacher_cache=[] if others or options.bounds_loss else None)
         calibration = job.calibrate(processes)  # 2. calibrate
         models: list[nn.Module] = []
 
@@ -222,7 +229,7 @@ def _meet(targets: Targets, planner: Planner) -> Attempt:
             targets.measure(attempt)
         best, limits = targets.better(best, attempt), targets.next(attempt)
     assert best is not None
-    if best.ratio > 1:
+    if best.worst_ratio > 1:
         raise targets.missed(best)
     if not targets.bounds_loss:
         recover_model(best, targets.inputs.dtypes, planner)
@@ -236,11 +243,11 @@ def _write(
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
     dense, slim = loaded.model, slim.to(job.device)
-    answers = attempt.answers or inputs.validation.answers_of(slim)  # 7. measure
+    answers = attempt.predictions or inputs.validation.predictions_of(slim)  # 7. measure
     evaluation = None if answers is None else answers.evaluation
     timer.start("comparing")
     held_out = job.held_out(planner.calibration)
-    measure = held_out.preserved.measure
+    measure = held_out.preserved.metric
     if answers is not None and measure == "answers":
         fidelity = inputs.validation.fidelity(answers)
     else:
@@ -252,19 +259,19 @@ def _write(
         times = timed.measured["dense"], timed.reached
     elif options.latency:
         timer.start("timing")
-        times = inputs.stopwatch.compare([slim], seconds=SECONDS).wall
+        times = inputs.stopwatch.compare([slim], seconds=TIMING_SECONDS).wall
     slim = slim.cpu()
 
     budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
 
-    def record_of(reached: tuple[Reached, ...]) -> SlimRecord:
+    def record_of(reached: tuple[TargetResult, ...]) -> SlimRecord:
         lines = [one.to_json() for one in reached if options.flops is None or len(reached) > 1]
         return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, fidelity, lines)
 
-    def with_size(size: int) -> tuple[Reached, ...]:
+    def with_size(size: int) -> tuple[TargetResult, ...]:
         shown = format_amount(size, "size")
         return tuple(
-            replace(one, reached=size, texts=(one.texts[0], shown)) if one.name == "size" else one
+            replace(one, reached=size, labels=(one.labels[0], shown)) if one.name == "size" else one
             for one in attempt.reached
         )
 
@@ -298,7 +305,7 @@ def _write(
         curves=planned.curves,
         fidelity=fidelity,
         preserved=held_out.preserved.to_json(),
-        divergence_of=measure,
+        metric=measure,
         targets=reached,
         constraints=planned.constraints,
         _write=partial(write_slim, record=record, dtypes=inputs.dtypes, input_path=loaded.path),
@@ -316,7 +323,7 @@ def _write(
         figures = [row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))]
         figures.append(("file", format_amount(dense_size, "size"), format_amount(size, "size")))
         for one in reached:
-            figures.append((f"target {one.name} {one.asked}", f"at most {one.texts[0]}", one.texts[1]))
+            figures.append((f"target {one.name} {one.spec}", f"at most {one.labels[0]}", one.labels[1]))
         both = job.prunable, find_prunable_layers(slim)
         likeness = fidelity if measure == "answers" else None
         origins, verdict = inputs.provenance, result.verdict_lines()
@@ -334,7 +341,7 @@ def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> 
 
     def check(file: Path) -> None:
         reloaded.append(load_model(file))
-        if not same_outputs(reloaded[0], slim, inputs.images.images[:PROBED]):
+        if not same_outputs(reloaded[0], slim, inputs.images.images[:CHECK_IMAGES]):
             raise MhacutError(
                 f"{show(target)}: outputs of the file differ from those of the model in memory; no file was "
                 "written. This is a bug in mhacut. Please report the architecture and its arguments"

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mhacut.commands.prune_inputs import Answers
+from mhacut.commands.prune_inputs import Predictions
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
@@ -18,43 +18,43 @@ from mhacut.surgery.costs import Dtypes, round_to_stored
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
-PROBED = 4
+CHECK_IMAGES = 4
 """Number of images on which the cut and the written model are checked."""
-SECONDS = 3.0
+TIMING_SECONDS = 3.0
 """Time to measure latency in, after the warm-up."""
 
 
 @dataclass(frozen=True)
-class Reached:
+class TargetResult:
     """One target, and the amount that the slim model reached."""
 
     name: str
     """Name of the option."""
-    asked: str
+    spec: str
     """Text as the user wrote it."""
-    most: float
+    limit: float
     """Largest amount allowed: FLOPs, parameters, bytes, milliseconds, nats, or points."""
     reached: float
     standard_error: float | None = None
     """Standard error of ``reached``, where it is estimated on images."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """For a time: the conditions under which ``reached`` was measured, and the prediction."""
-    texts: tuple[str, str] = ("", "")
-    """``most`` and ``reached`` for readers, with units."""
+    labels: tuple[str, str] = ("", "")
+    """``limit`` and ``reached`` as text with units."""
 
     @property
     def ratio(self) -> float:
         """Amount relative to the largest allowed; the target is met at 1 or less."""
         if self.reached <= 0:
             return 0.0
-        return self.reached / self.most if self.most else math.inf
+        return self.reached / self.limit if self.limit else math.inf
 
     def to_json(self) -> dict[str, Any]:
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
         return {
             "target": self.name,
-            "asked": self.asked,
-            "most": self.most,
+            "asked": self.spec,
+            "most": self.limit,
             "reached": self.reached,
             **error,
             **self.measured,
@@ -74,14 +74,14 @@ class Attempt:
     """The cut model; it merges tokens, and is healed, once it is recovered."""
     masked: Tensor
     """Outputs of the masked model of the dense shape, for the first images."""
-    reached: tuple[Reached, ...] = ()
-    answers: Answers | None = None
-    """Answers to the validation images, where accuracy is a target."""
+    reached: tuple[TargetResult, ...] = ()
+    predictions: Predictions | None = None
+    """Predictions to the validation images, where accuracy is a target."""
 
     @property
-    def ratio(self) -> float:
-        """Largest ratio of all targets; all are met at 1 or less."""
-        return max(one.ratio for one in self.reached)
+    def worst_ratio(self) -> float:
+        """Largest ratio of all targets. All targets are met if it is at most 1."""
+        return max(result.ratio for result in self.reached)
 
 
 def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
@@ -89,7 +89,7 @@ def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -
     planner.reporter.start("cutting")
     ready, job = planned.ready, planner.job
     model = ready.model.cpu()
-    masked = masked_outputs(job, ready, job.images[:PROBED])
+    masked = masked_outputs(job, ready, job.images[:CHECK_IMAGES])
     cut(model, ready.plan, ready.channel_scales, job.prunable)
     return Attempt(number, limits, planned.without_model(), model, masked)
 
@@ -100,7 +100,7 @@ def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
     # Masked and sliced are compared before training, which changes what the slim model computes.
     most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
     check_flops(attempt.model, job, planned, most)  # 5. check
-    check_exact(attempt.model, attempt.masked, job.images[:PROBED])
+    check_exact(attempt.model, attempt.masked, job.images[:CHECK_IMAGES])
     layers = find_prunable_layers(attempt.model)
     known = {layer.name for layer in job.prunable.layers}
     others = [layer.name for layer in layers.layers if layer.name not in known]

@@ -17,9 +17,9 @@ from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
 from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
 from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned, write_pruned
 from mhacut.checkpoint.preprocessing import Provenance
-from mhacut.commands.prune_attempt import PROBED, SECONDS
+from mhacut.commands.prune_attempt import CHECK_IMAGES, TIMING_SECONDS
 from mhacut.commands.prune_in_place import prune_
-from mhacut.commands.prune_inputs import Answers, Validation, read_images
+from mhacut.commands.prune_inputs import Predictions, Validation, read_images
 from mhacut.commands.prune_names import options_of_each
 from mhacut.commands.prune_result import PruneResult
 from mhacut.data import ImagesInMemory, Preprocessing
@@ -101,17 +101,17 @@ def prune_folder(
             model, "" if answers else None, images=batches, flops=str(options.flops), reporter=timer, **search
         )
         model.to(dtype).float()  # what the file holds
-        slim_answers, fidelity = validation.answers_of(whole), cut.fidelity
-        if slim_answers is not None and cut.divergence_of == "answers":
+        slim_answers, fidelity = validation.predictions_of(whole), cut.fidelity
+        if slim_answers is not None and cut.metric == "answers":
             fidelity = validation.fidelity(slim_answers)
         stopwatch = Stopwatch(options.only(TimingOptions), dense, size, processes.device, timer)
         times: Any = (None, None)
         if options.latency:
             timer.start("timing")
-            times = stopwatch.compare([whole], seconds=SECONDS).wall
+            times = stopwatch.compare([whole], seconds=TIMING_SECONDS).wall
 
     def figures(
-        whole: ImageClassifier, flops: int, ms: float | None, answers: Answers | None
+        whole: ImageClassifier, flops: int, ms: float | None, answers: Predictions | None
     ) -> ModelFigures:
         stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
         return ModelFigures(flops, count_parameters(whole), ms, getattr(answers, "evaluation", None), stored)
@@ -132,7 +132,7 @@ def prune_folder(
         timing=stopwatch.conditions() if options.latency else {},
         fidelity=fidelity,
         preserved={"what": "answers" if answers else "tokens", "outputs": list(cut.preserved)},
-        divergence_of=cut.divergence_of,
+        metric=cut.metric,
         _model=model.cpu(),
         _write=lambda file, slim, overwrite: save_pruned(slim.to(dtype), file, overwrite=overwrite),
     )
@@ -143,7 +143,7 @@ def prune_folder(
         with (written / CARD).open("a", encoding="utf-8") as card:
             card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
         opened = ImageClassifier(load_pruned(written).float(), size)
-        if not same_outputs(opened, whole.float(), found.images[:PROBED]):
+        if not same_outputs(opened, whole.float(), found.images[:CHECK_IMAGES]):
             raise MhacutError(
                 f"{show(target)}: outputs of the folder differ from those of the model in memory; nothing "
                 f"was written. This is a bug in mhacut. Please report the class {name}"

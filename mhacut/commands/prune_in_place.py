@@ -28,7 +28,7 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Constraints
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.preserve import ANSWERS, Measure, Preserved
+from mhacut.pruning.preserve import ANSWERS, OutputMetric, Preserved
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.channels import output_weights
@@ -58,7 +58,7 @@ class InPlaceResult:
     """Names of the outputs that were preserved."""
     fidelity: Fidelity
     """Likeness of these to the dense ones on held-out images."""
-    divergence_of: Measure
+    metric: OutputMetric
     """Kind of their divergence, see :class:`mhacut.pruning.preserve.Preserved`."""
 
     @property
@@ -73,7 +73,7 @@ class InPlaceResult:
             f"{shown(self.part)}: {before} -> {after} FLOPs ({self.flops_after / self.flops_before:.1%}), "
             f"{f'{merged} tokens merged and copied back, ' if merged else ''}"
             f"divergence of {', '.join(self.preserved)} {self.divergence:.2g}"
-            f"{' nats per token' if self.divergence_of == 'dense' and self.preserved != ('loss',) else ''}"
+            f"{' nats per token' if self.metric == 'dense' and self.preserved != ('loss',) else ''}"
         )
 
 
@@ -147,7 +147,7 @@ def prune_(
     plan = Plan(units, planned.tokens)
     before, after = job.table.dense, attempt.planned.flops
     cut_part(module, name, plan, slim.module.state_dict(), flops_before=before, flops_after=after)
-    return InPlaceResult(name, plan, before, after, names, fidelity, held.preserved.measure)
+    return InPlaceResult(name, plan, before, after, names, fidelity, held.preserved.metric)
 
 
 def _part_of(model: nn.Module, part: str | None) -> str:
@@ -233,7 +233,7 @@ def _job(
         images=images,
         options=options,
         reporter=reporter,
-        fewest=fewest,
+        all_merged_costs=fewest,
         preserved=preserved,
         unmerge=fewest is not None,
         constraints=Constraints(equal_qkv=bool(narrow)),
@@ -247,7 +247,7 @@ def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preser
         return option_name("scope", scope)
     if options.allocation != "curves":
         return option_name("allocation", options.allocation)
-    if preserved.measure == "features":
+    if preserved.metric == "features":
         return "one vector is all that is preserved"
     return why_not_merged(model, unmerge=True)
 

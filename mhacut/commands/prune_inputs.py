@@ -26,7 +26,7 @@ from mhacut.checkpoint.preprocessing import (
     with_hint,
 )
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.commands.prune_names import check_files, options_of_each
+from mhacut.commands.prune_names import check_output_paths, options_of_each
 from mhacut.data import (
     CalibrationImages,
     EvaluationLoader,
@@ -75,8 +75,8 @@ _VALIDATION, _SEARCHED = "validation images", "images of the set searched on"
 
 
 @dataclass(frozen=True)
-class Answers:
-    """Answers of a model to the validation images."""
+class Predictions:
+    """Predictions of a model to the validation images."""
 
     logits: Tensor
     """[n, classes], on the CPU."""
@@ -102,15 +102,15 @@ class Validation:
     reporter: Reporter
 
     @cached_property
-    def dense(self) -> Answers:
-        """Answers of the dense model, computed in the first process when they are first asked for.
+    def dense(self) -> Predictions:
+        """Predictions of the dense model, computed in the first process when they are first asked for.
 
         A budget that is out of reach need not take these minutes.
         """
-        answers = self.answers_of(self.model) if self.processes.first else None
-        return answers or Answers(torch.empty(0))
+        answers = self.predictions_of(self.model) if self.processes.first else None
+        return answers or Predictions(torch.empty(0))
 
-    def answers_of(self, model: nn.Module) -> Answers | None:
+    def predictions_of(self, model: nn.Module) -> Predictions | None:
         """Return the answers of ``model``, which is moved to the device; None without images."""
         if self.batches is None:
             return None
@@ -121,9 +121,9 @@ class Validation:
         )
         logits, labels = map(torch.cat, zip(*answers, strict=True))
         named = None if self.no_accuracy else replace(evaluation, sample=self.sample)
-        return Answers(logits, named, tuple((logits.argmax(1) == labels).tolist()))
+        return Predictions(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
-    def fidelity(self, answers: Answers) -> Fidelity:
+    def fidelity(self, answers: Predictions) -> Fidelity:
         """Return how like those of the dense model the answers of a slim model are."""
         likeness = agreement(self.dense.logits, answers.logits, classes=True)
         assert likeness.kl is not None
@@ -191,8 +191,8 @@ class PruneInputs:
         }
         if preserved is not None and preserved.what != "answers":
             entry["preserved"] = preserved.to_json()
-        if preserved is not None and preserved.measure != "answers":
-            entry["divergence_of"] = preserved.measure
+        if preserved is not None and preserved.metric != "answers":
+            entry["divergence_of"] = preserved.metric
         entry |= self.provenance.to_history()
         entry |= accuracy_for_history(self.validation.dense.evaluation, evaluation)
         if fidelity is not None and math.isfinite(fidelity.divergence):  # JSON has no infinity
@@ -222,7 +222,7 @@ def read_inputs(
 ) -> tuple[PruneInputs, ...]:
     """Read the checkpoint and the images; measure the dense model."""
     check_one_source(given, options)
-    check_files(options)  # the command line did; Python did not
+    check_output_paths(options)  # the command line did; Python did not
     reporter.start("reading")
     for note in options.unmet_needs().values():
         reporter.log(note)
@@ -238,7 +238,7 @@ def read_inputs(
         loaded = rebuilt_module(module, hints)
         for note in loaded.notes:
             reporter.log(note)
-    check_files(options, loaded.stem, loaded.path)  # default names may be known only now
+    check_output_paths(options, loaded.stem, loaded.path)  # default names may be known only now
     dense = loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, options)
     stopwatch = Stopwatch(
@@ -250,7 +250,7 @@ def read_inputs(
     dense.to(processes.device)
     reporter.start("loading images")
     classes = classifier_size(dense)
-    compares = job.preserved is not None and job.preserved.measure == "answers"
+    compares = job.preserved is not None and job.preserved.metric == "answers"
     judged = partial(Validation, model=dense, processes=processes, reporter=reporter)
     images, validation = read_images(options, preprocessing, given, val_given, judged, compares=compares)
     reporter.log(f"searching on {images.description}")
@@ -276,7 +276,7 @@ def read_inputs(
         model=job.model.to(processes.device),
         images=images.images,
         labels=images.labels,
-        more=images.rest,
+        extra_images=images.rest,
         workers=worker_count(options.workers) if given is None and images.rest is not None else 0,
     )
     shared = PruneInputs(options, loaded, preprocessing, origins, images, validation, job, stopwatch)
@@ -375,7 +375,7 @@ def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, report
         reason = option_name("allocation", options.allocation)
     elif not options.bounds_work:
         reason = "token merging does not reduce parameters or file size"
-    elif preserved.measure == "features" or (options.keep_dead_tokens and not preserved.dense):
+    elif preserved.metric == "features" or (options.keep_dead_tokens and not preserved.dense):
         reason = "merged tokens have no separate features"
     else:
         reason = why_not_merged(dense, preserved.dense) or _not_copied(preserved)
@@ -441,7 +441,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
         round_to=options.round_to or (_GPU_MULTIPLE if on_gpu and wide else MULTIPLE),
         amp=options.amp,
         reporter=reporter,
-        fewest=fewest,
+        all_merged_costs=fewest,
         preserved=preserved,
         merged=merged,
         unmerge=unmerge,

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mhacut.adapters.base import Layer
-from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_targets import Amount, Cost
 from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.latency import fixed_images
@@ -64,14 +64,14 @@ class Latency(Amount):
         times, job = self.times, self.job
         if isinstance(times, TimeTable):
             return times.at
-        assert job.fewest is not None
-        tables = ((job.table, False), (job.fewest, True))
+        assert job.all_merged_costs is not None
+        tables = ((job.table, False), (job.all_merged_costs, True))
         return lambda widths: min(times.at(int(t.flops(widths)), merges=merges) for t, merges in tables)
 
     def lowest(self, cost: Cost) -> int:
         return math.ceil(super().lowest(cost) / self.aim)  # so that a new measurement meets it too
 
-    def measure(self, attempt: Attempt) -> Reached:
+    def measure(self, attempt: Attempt) -> TargetResult:
         reached = super().measure(attempt)  # in nanoseconds
         measured = {
             "predicted": attempt.planned.time(self.times) / 1e6,
@@ -80,7 +80,7 @@ class Latency(Amount):
             "corrections": attempt.number - 1,
             **self.stopwatch.conditions(),
         }
-        return replace(reached, most=self.most / 1e6, reached=self.amount / 1e6, measured=measured)
+        return replace(reached, limit=self.most / 1e6, reached=self.amount / 1e6, measured=measured)
 
     def count(self, attempt: Attempt) -> int:
         inputs, planned = self.inputs, attempt.planned
@@ -106,13 +106,15 @@ class Latency(Amount):
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
     """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not."""
-    assert job.fewest is not None
+    assert job.all_merged_costs is not None
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
     models = [job.model, _cut(job.model, job, least)]
     models += [with_all_merged(model, job.input_size, job.unmerge) for model in models]
     comparison = stopwatch.compare(models, seconds=_MODEL_SECONDS)
-    flops = [int(table.flops(widths)) for table in (job.table, job.fewest) for widths in ({}, least)]
+    flops = [
+        int(table.flops(widths)) for table in (job.table, job.all_merged_costs) for widths in ({}, least)
+    ]
     times = list(zip(flops, comparison.ratios[1:], strict=True))
     cut_only = [time for time in times[:2] if time[0] < job.table.dense]
     dense = round(1e6 * comparison.milliseconds[0])

@@ -15,7 +15,7 @@ from torch import nn
 from mhacut.budget import format_amount, format_flops
 from mhacut.checkpoint.load import load_model
 from mhacut.checkpoint.preprocessing import Provenance
-from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Params, Targets
 from mhacut.data import Preprocessing
 from mhacut.errors import BudgetError, option_name
@@ -28,7 +28,7 @@ from mhacut.pruning.curves import Curve
 from mhacut.pruning.limits import Constraint
 from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.pruning.planner import Planner
-from mhacut.pruning.preserve import Measure
+from mhacut.pruning.preserve import OutputMetric
 from mhacut.pruning.repair import UnitRepair
 from mhacut.report.choices import Choice, choice_charts, choice_rows, html_lines, html_table
 from mhacut.surgery.tokens import why_not_merged
@@ -43,7 +43,7 @@ _PARAMS = "60%"
 
 _SHARED = ("data_dir", "dataset", "class_map", "train_split", "val_split", "labels")
 """Options of the data that fine-tuning has too."""
-_DIVERGENCE: Mapping[Measure, str] = {
+_DIVERGENCE: Mapping[OutputMetric, str] = {
     "answers": "KL to dense",
     "features": "error of features, of their variance",
     "dense": "divergence of features, nats per token",
@@ -92,12 +92,12 @@ class PruneResult:
     fidelity: Fidelity
     """Likeness of the slim model's outputs to those of the dense one: on validation images where there are
     any, else on held-out images, which also chose how strongly to refit."""
-    divergence_of: Measure
+    metric: OutputMetric
     """KL divergence in nats of a classifier's outputs, squared error of pooled features over their variance,
     or divergence of dense features in nats per token."""
     preserved: Mapping[str, Any]
     """Preserved outputs, by ``what``; with ``layers`` or ``levels`` where these were chosen."""
-    targets: tuple[Reached, ...] = ()
+    targets: tuple[TargetResult, ...] = ()
     """Budgets and bounds that were asked for, and what was reached."""
     constraints: tuple[Constraint, ...] = ()
     """Constraints on widths, and what each is expected to cost; empty unless curves chose the widths."""
@@ -108,13 +108,13 @@ class PruneResult:
 
     @property
     def divergence(self) -> float:
-        """Divergence of the slim model from the dense one, see :attr:`fidelity` and :attr:`divergence_of`."""
+        """Divergence of the slim model from the dense one, see :attr:`fidelity` and :attr:`metric`."""
         return self.fidelity.divergence
 
     @property
     def much_lost(self) -> bool:
         """Whether a classifier lost more than 5 points, or .5 nats, without a bound on the loss."""
-        if self.divergence_of != "answers" or any(target.name in BOUNDS for target in self.targets):
+        if self.metric != "answers" or any(target.name in BOUNDS for target in self.targets):
             return False
         before, after = self.dense.evaluation, self.slim.evaluation
         lost = 0.0 if before is None or after is None else before.top1 - after.top1
@@ -176,7 +176,7 @@ class PruneResult:
         judged_on, same = self.fidelity.judged_on, self.fidelity.agreement
         if same is not None:
             rows.append((f"same as dense, % of {judged_on}", "", f"{100 * same:.2f}", ""))
-        label = _DIVERGENCE[self.divergence_of]
+        label = _DIVERGENCE[self.metric]
         rows.append((f"{label} ({judged_on})", "", f"{self.divergence:.2g}", ""))
         return rows
 
@@ -222,7 +222,7 @@ class PruneResults(tuple[PruneResult, ...]):
 
     def rows(self) -> list[list[str]]:
         """Return the dense model and those of all budgets as a table's cells, the headings first."""
-        return choice_rows(choices_of(self), _DIVERGENCE[self[0].divergence_of])
+        return choice_rows(choices_of(self), _DIVERGENCE[self[0].metric])
 
     def __repr__(self) -> str:
         return safe_table(self.rows(), self._notes()) if self else "no results"
@@ -243,7 +243,7 @@ def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
     """Return the dense model and those of each budget, to compare."""
     choices = [Choice("dense", results[0].dense, None)]
     for result in results:
-        asked = next(target.asked for target in result.targets if target.name == "flops")
+        asked = next(target.spec for target in result.targets if target.name == "flops")
         page = "" if result.report is None else result.report.name
         choices.append(Choice(asked, result.slim, result.divergence, page, result.fidelity.judged_on))
     return tuple(choices)

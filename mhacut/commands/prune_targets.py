@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
-from mhacut.commands.prune_attempt import Attempt, Reached
+from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
@@ -78,11 +78,11 @@ class Target(ABC):
         return self.limit
 
     @abstractmethod
-    def measure(self, attempt: Attempt) -> Reached:
+    def measure(self, attempt: Attempt) -> TargetResult:
         """Return what the model of the attempt reaches."""
 
     @abstractmethod
-    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
         """Return a corrected limit for another plan; None if the target is met, and used up."""
 
 
@@ -125,8 +125,8 @@ class Targets:
         if self.bounds_loss or (corrected and not enough):
             flops = attempt.planned.flops
             share = 100 * flops / self.inputs.job.table.dense
-            shown = ", ".join(f"{one.texts[1]} (limit {one.texts[0]})" for one in attempt.reached)
-            judged = "within the bound" if attempt.ratio <= 1 else "above the bound"
+            shown = ", ".join(f"{one.labels[1]} (limit {one.labels[0]})" for one in attempt.reached)
+            judged = "within the bound" if attempt.worst_ratio <= 1 else "above the bound"
             judged = judged if self.bounds_loss else "planning again"
             self.inputs.job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
         return together if corrected and not enough else None
@@ -139,8 +139,8 @@ class Targets:
         """
 
         def rank(one: Attempt) -> tuple[float, ...]:
-            if one.ratio > 1:
-                return 0, -one.ratio
+            if one.worst_ratio > 1:
+                return 0, -one.worst_ratio
             both = zip(self.all, one.reached, strict=True)
             unsafe = [reached.ratio for target, reached in both if reached.ratio > target.safety]
             if unsafe:
@@ -156,7 +156,7 @@ class Targets:
         both = zip(self.all, nearest.reached, strict=True)
         missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
-        has = ", ".join(f"{one.texts[1]}, limit {one.texts[0]}" for _, one in missed)
+        has = ", ".join(f"{one.labels[1]}, limit {one.labels[0]}" for _, one in missed)
         return BudgetError(
             f"{', '.join(target.option for target, _ in missed)}: no model that was tried meets the target; "
             f"the nearest, with {share:.1f}% of the FLOPs, has {has}"
@@ -201,12 +201,12 @@ class Amount(Target):
         """Return an amount for readers, with its unit."""
         return f"{format_amount(amount, self.name)} {KINDS[self.name].noun}".rstrip()
 
-    def measure(self, attempt: Attempt) -> Reached:
+    def measure(self, attempt: Attempt) -> TargetResult:
         self.amount = self.count(attempt)
-        texts = self.text(self.most), format_amount(self.amount, self.name)
-        return Reached(self.name, self.asked, self.most, self.amount, texts=texts)
+        labels = self.text(self.most), format_amount(self.amount, self.name)
+        return TargetResult(self.name, self.asked, self.most, self.amount, labels=labels)
 
-    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
         if self.limit is None:
             return None
         # What the cut model has beyond the prediction is taken off what was asked (a secant of slope 1).
@@ -243,12 +243,12 @@ class Flops(Amount):
         return self.job.table.flops
 
     def lowest(self, cost: Cost) -> int:
-        return lowest_flops(self.job.allowed, (self.job.fewest or self.job.table).flops)
+        return lowest_flops(self.job.allowed, (self.job.all_merged_costs or self.job.table).flops)
 
     def count(self, attempt: Attempt) -> int:
         return attempt.planned.flops
 
-    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
         return None  # there is nothing to correct, merges or not
 
 
@@ -313,7 +313,7 @@ class _Loss(Target):
 
     def prepare(self) -> None:
         self.most = float(self.asked)
-        self.lowest = lowest_flops(self.job.allowed, (self.job.fewest or self.job.table).flops)
+        self.lowest = lowest_flops(self.job.allowed, (self.job.all_merged_costs or self.job.table).flops)
         classes = classifier_size(self.inputs.loaded.model)
         if classes < 2:
             what = "one output" if classes else "no classifier"
@@ -343,18 +343,18 @@ class _Loss(Target):
         )
         return Limit(job.table.flops, next(self._search))
 
-    def next(self, attempt: Attempt, reached: Reached) -> Limit | None:
+    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
         try:
             budget = self._search.send(Trial(attempt.planned.flops, reached.ratio))
         except StopIteration:
             return None
         return Limit(self.job.table.flops, budget)
 
-    def reached(self, loss: float, error: float | None = None) -> Reached:
+    def reached(self, loss: float, error: float | None = None) -> TargetResult:
         """Return the loss that was measured, and its standard error where it has one."""
         asked, shown = f"{self.most:g}", self.format.format(loss)
         shown += "" if error is None else f" (standard error {error:.2f})"
-        return Reached(self.name, asked, self.most, loss, error, texts=(asked, shown))
+        return TargetResult(self.name, asked, self.most, loss, error, labels=(asked, shown))
 
 
 class MaxKL(_Loss):
@@ -371,7 +371,7 @@ class MaxKL(_Loss):
                 f"{self.option}: bounds the classifier's outputs and cannot be combined with {what}"
             )
 
-    def measure(self, attempt: Attempt) -> Reached:
+    def measure(self, attempt: Attempt) -> TargetResult:
         model = attempt.model.to(self.job.device)
         return self.reached(self.job.held_out(self.planner.calibration).divergence_of(model))
 
@@ -399,11 +399,11 @@ class MaxDrop(_Loss):
                 f"preprocessing ({option_name('mean')}, {option_name('std')})"
             )
 
-    def measure(self, attempt: Attempt) -> Reached:
+    def measure(self, attempt: Attempt) -> TargetResult:
         validation = self.inputs.validation
-        attempt.answers = validation.answers_of(attempt.model)
-        assert attempt.answers is not None
-        before, right = validation.dense.right, attempt.answers.right
+        attempt.predictions = validation.predictions_of(attempt.model)
+        assert attempt.predictions is not None
+        before, right = validation.dense.right, attempt.predictions.right
         drop = 100 * (sum(before) - sum(right)) / len(right)
         error = standard_error_of_drop(before, right)
         return self.reached(drop, error)

@@ -84,8 +84,8 @@ class MergeSearch:
         self.last = merging_blocks(job.model, self.tokens)
         self.law = law or self._fitted_law(calibration)
         self._tables: dict[Schedule, CostTable] = {(): job.table}
-        if job.fewest is not None:
-            self._tables[most_merged(self.tokens, self.last)] = job.fewest
+        if job.all_merged_costs is not None:
+            self._tables[most_merged(self.tokens, self.last)] = job.all_merged_costs
 
     @torch.no_grad()
     def _fitted_law(self, calibration: Calibration) -> MergeLaw:

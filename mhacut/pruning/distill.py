@@ -64,7 +64,7 @@ class Distillation:
             outputs = self.preserved.outputs(model, images).float()
             total += float(self.preserved.divergence(outputs, teacher)) * len(images)
             same += float((outputs.argmax(1) == teacher.argmax(1)).sum())
-        count, answers = len(self.images), self.preserved.measure == "answers"
+        count, answers = len(self.images), self.preserved.metric == "answers"
         # Rounding makes the divergence of equal outputs less than 0.
         return max(total, 0.0) / count, same / count if answers else None
 

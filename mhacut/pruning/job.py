@@ -46,7 +46,7 @@ class Job:
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
-    fewest: CostTable | None = None
+    all_merged_costs: CostTable | None = None
     """FLOPs with all mergeable tokens merged, where channels and tokens share the budget; None otherwise."""
     preserved: Preserved | None = None
     """Outputs of the model to preserve; None for the model's own outputs."""
@@ -57,11 +57,11 @@ class Job:
     """Whether merged tokens are copied back to their patches where features leave the slim model."""
     constraints: Constraints = NO_CONSTRAINTS
     """Constraints on the widths, in the plans of curves and of uniform widths."""
-    more: Dataset[Sample] | None = None
+    extra_images: Dataset[Sample] | None = None
     """Images besides ``images`` to tune answers on, [C, H, W] each, read when needed; None for none."""
     workers: int = 0
     """Number of processes that read them; 0 for images in memory."""
-    taught: list[tuple[Tensor, Tensor]] | None = None
+    teacher_cache: list[tuple[Tensor, Tensor]] | None = None
     """Answers of the dense model for the first batches of tuning, which budgets share; None for one."""
 
     @property
@@ -96,7 +96,7 @@ class Job:
     @property
     def merges_tokens(self) -> bool:
         """Whether the budget is shared by channels and tokens."""
-        return self.fewest is not None
+        return self.all_merged_costs is not None
 
     def limits_on_widths(self, limits: Limits, table: CostTable | None = None) -> Limits:
         """Return ``limits`` on the widths of the model with the merges of ``table``, by default the job's.
@@ -136,7 +136,7 @@ class Job:
     def distillation(self, calibration: Calibration) -> Distillation:
         """Return the calibration images with the dense model's outputs, held-out images first."""
         preserved = calibration.preserved
-        labels = self.labels if preserved.measure == "answers" else None  # features are no classes
+        labels = self.labels if preserved.metric == "answers" else None  # features are no classes
         return Distillation(
             self.images, calibration.teacher, labels, self.options, preserved=preserved, amp=self.amp
         )

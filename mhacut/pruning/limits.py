@@ -86,7 +86,7 @@ class Constraint:
     """Value of the option."""
     nats: float
     """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
-    answers are preserved, in the unit of ``PruneResult.divergence_of`` otherwise."""
+    answers are preserved, in the unit of ``PruneResult.metric`` otherwise."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ KEPT = 0.1
 effect."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
-Measure = Literal["answers", "features", "dense"]
+OutputMetric = Literal["answers", "features", "dense"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Preserved:
     """Outputs of the dense model that the pruned model must preserve."""
 
     what: What
-    measure: Measure
+    metric: OutputMetric
     """Divergence: ``answers``: KL in nats of class probabilities; ``features``: squared error relative to the
     variance; ``dense``: KL in nats per token of Gaussians (:class:`Whitening`), the
     mean over tokens and over layers or levels."""
@@ -108,7 +108,7 @@ class Preserved:
     @property
     def dense(self) -> bool:
         """Whether the features of all tokens are preserved."""
-        return self.measure == "dense"
+        return self.metric == "dense"
 
     def outputs(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
@@ -130,11 +130,11 @@ class Preserved:
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
         """Return the mean divergence of ``outputs`` from the dense model's outputs, a scalar."""
-        if self.measure == "answers":
+        if self.metric == "answers":
             return F.kl_div(
                 outputs.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean"
             )
-        if self.measure == "dense":
+        if self.metric == "dense":
             return (outputs - dense).square().sum(-1).mean() / 2
         return (outputs - dense).square().mean() / self.variance
 
@@ -143,18 +143,18 @@ class Preserved:
 
         For logits, sum_c eps_c sqrt(p_c) log p_c: then E[g g^T] is the Fisher information of the logits.
         """
-        if self.measure == "answers":
+        if self.metric == "answers":
             # E = sum_c p_c grad(log p_c) grad(log p_c)^T; sqrt(p_c) is a weight here, and takes no gradient.
             logs = outputs.float().log_softmax(-1)
             return (noise * logs.detach().mul(0.5).exp() * logs).sum()
-        if self.measure == "dense":
+        if self.metric == "dense":
             return (noise * outputs).sum()
         return (noise * outputs.float()).sum() / math.sqrt(self.variance * outputs[0].numel() / 2)
 
     @torch.no_grad()
     def fitted(self, model: nn.Module, images: Tensor, batch_size: int, processes: Processes) -> Preserved:
         """Return a copy with the whitening or variance of the dense model's features."""
-        if self.measure == "answers":
+        if self.metric == "answers":
             return self
         device = next(model.parameters()).device
         sums: dict[str, Tensor] = {}

@@ -73,7 +73,7 @@ def recover(
         set_merged(slim, merged, job.unmerge)
     if not (heal_steps or tune_steps):
         return slim.cpu()
-    answers = calibration.preserved.measure == "answers"
+    answers = calibration.preserved.metric == "answers"
     lost = job.held_out(calibration).divergence_of(slim) if answers else math.inf
     # Healing gains little where merged tokens are copied back, tuning more (docs/explanation/choices.md).
     unmerges = calibration.preserved.dense and unmerge_of(slim)
@@ -95,7 +95,7 @@ def recover(
 def _unseen(job: Job, calibration: Calibration) -> Distillation:
     """Return the images that measure a step: held-out images, for classifiers random crops of these."""
     unseen, size = job.held_out(calibration), job.options.batch_size
-    if calibration.preserved.measure != "answers" or job.images.ndim != 4:
+    if calibration.preserved.metric != "answers" or job.images.ndim != 4:
         return unseen
     # The dense model was often trained on these images, and the repair chose its ridges on them. Crops are
     # less familiar to both.

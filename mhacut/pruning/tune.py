@@ -86,7 +86,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     _log_time(job, "all weights", steps, size, len(images), *both)
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        kept = [] if job.taught is None else job.taught
+        kept = [] if job.teacher_cache is None else job.teacher_cache
         if number < len(kept):
             return kept[number]
         with torch.no_grad():
@@ -175,7 +175,7 @@ def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Ca
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
     """Return the names of the blocks of a plain timm ViT that classifies by its class token."""
     stack = stack_of(model)
-    if stack is None or preserved.measure != "answers" or getattr(stack.vit, "global_pool", "") != "token":
+    if stack is None or preserved.metric != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []
     return [f"{stack.name}.{number}" for number in range(len(stack.blocks))]
 
@@ -217,4 +217,4 @@ def _images(job: Job, calibration: Calibration) -> ConcatDataset[Sample]:
     """Return all images that are not held out."""
     near = job.images[calibration.held :]
     parts: list[Dataset[Any]] = [TensorDataset(near, torch.zeros(len(near), dtype=torch.long))]
-    return ConcatDataset(parts if job.more is None else [*parts, job.more])
+    return ConcatDataset(parts if job.extra_images is None else [*parts, job.extra_images])

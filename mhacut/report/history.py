@@ -14,7 +14,7 @@ from mhacut.budget import format_flops
 from mhacut.limits import is_number
 from mhacut.plan import UNIT_KINDS, Plan, UnitKey
 from mhacut.pruning.curves import Curve, sampled_widths
-from mhacut.pruning.preserve import Measure
+from mhacut.pruning.preserve import OutputMetric
 from mhacut.text import safe
 
 _LARGEST = 1e18
@@ -99,7 +99,7 @@ class StoredCurves:
     curves: tuple[StoredCurve, ...] = ()
     budget: int | None = None
     """Budget of the cut in FLOPs."""
-    measure: Measure | None = "answers"
+    metric: OutputMetric | None = "answers"
     """Divergence that the curves are of; None where the file does not say."""
 
 
@@ -128,8 +128,8 @@ def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
             known = int(budget) if is_number(budget) and 0 <= budget < _LARGEST else None
             # The metric is only in files of cuts that preserved something other than logits.
             stated = entry.get("divergence_of", None if "preserved" in entry else "answers")
-            measure = next((measure for measure in get_args(Measure) if measure == stated), None)
-            last = StoredCurves(curves, known, measure) if curves else StoredCurves()
+            metric = next((metric for metric in get_args(OutputMetric) if metric == stated), None)
+            last = StoredCurves(curves, known, metric) if curves else StoredCurves()
     return last
 
 

@@ -11,7 +11,7 @@ from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
 from mhacut.plan import UNIT_KINDS, UnitKind
-from mhacut.pruning.preserve import Measure
+from mhacut.pruning.preserve import OutputMetric
 from mhacut.report.charts import (
     DEPTHS,
     Line,
@@ -25,7 +25,7 @@ from mhacut.report.history import StoredCurves
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP"}
 _ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
-_DIVERGENCE: Mapping[Measure | None, tuple[str, str]] = {
+_DIVERGENCE: Mapping[OutputMetric | None, tuple[str, str]] = {
     "answers": ("KL divergence, nats", "KL divergence from"),
     "features": ("squared error over variance", "relative squared error of the features, compared with"),
     "dense": ("divergence, nats per token", "divergence of the features of all tokens from"),
@@ -214,7 +214,7 @@ def _curves(contents: Contents) -> Section | None:
     sensitivity = contents.sensitivity
     if not sensitivity.curves:
         return None
-    axis, divergence = _DIVERGENCE[sensitivity.measure]
+    axis, divergence = _DIVERGENCE[sensitivity.metric]
     charts = []
     for kind, name in _NAMES.items():
         curves = [curve for curve in sensitivity.curves if curve.kind == kind]

@@ -85,7 +85,7 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert target.reached == pytest.approx(clock.time(slim, dense), rel=1e-6)
     assert target.measured["dense"] == pytest.approx(clock.time(dense, dense), rel=1e-6)
     most = Budget.parse(asked, "max_latency").amount(round(1e6 * clock.time(dense, dense))) / 1e6
-    assert target.most == pytest.approx(most, rel=1e-6)
+    assert target.limit == pytest.approx(most, rel=1e-6)
     assert 0.9 * most <= target.reached <= most
     assert target.measured["predicted"] == pytest.approx(target.reached, rel=0.02)
     assert result.slim.latency_ms == target.reached
@@ -105,8 +105,8 @@ def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
         tiny_vit, tmp_path / "s.safetensors", max_latency="85%", flops="70%", params="70%", size="220KB"
     )
     assert [target.name for target in result.targets] == ["flops", "params", "size", "max_latency"]
-    assert all(target.reached <= target.most for target in result.targets)
-    assert max(target.reached / target.most for target in result.targets) > 0.9
+    assert all(target.reached <= target.limit for target in result.targets)
+    assert max(target.reached / target.limit for target in result.targets) > 0.9
     assert result.output.stat().st_size <= 220_000
 
 
@@ -114,8 +114,8 @@ def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
 def test_a_time_that_does_not_bind_beside_another_budget_is_stated(tiny_vit, tmp_path, clock):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", flops="60%", max_latency="9ms")
     (flops, time) = result.targets
-    assert flops.reached <= flops.most
-    assert time.reached < time.measured["dense"] < time.most == 9
+    assert flops.reached <= flops.limit
+    assert time.reached < time.measured["dense"] < time.limit == 9
     assert time.measured["predicted"] == pytest.approx(time.reached, rel=0.02)
 
 
@@ -124,7 +124,7 @@ def test_what_layers_do_not_foresee_is_corrected(tiny_vit, tmp_path, clock):
     clock.unforeseen = lambda share: 1.08 if 0.55 < share < 0.9 else 1.0  # not at half nor at least widths
     result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%")
     (target,) = result.targets
-    assert target.reached <= target.most
+    assert target.reached <= target.limit
     assert target.measured["corrections"] > 0
 
 
@@ -154,7 +154,7 @@ def test_a_model_just_within_the_budget_is_taken_if_no_other_is_safer(
     clock.shares, reporter = [0.85 * share for share in shares], Recorder()
     options = {"max_latency": "85%", "dry_run": True, "reporter": reporter}
     (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", **options).targets
-    assert target.reached == pytest.approx(kept * target.most)
+    assert target.reached == pytest.approx(kept * target.limit)
     assert reporter.stages.count("cutting") == plans
     assert target.measured["corrections"] == shares.index(kept)
     assert len([line for line in reporter.messages if line.endswith("planning again")]) == plans - 1
@@ -164,7 +164,7 @@ def test_a_model_just_within_the_budget_is_taken_if_no_other_is_safer(
 def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, tmp_path, clock):
     clock.shares = [0.85 * share for share in (1.1, 0.85)]
     (target,) = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="85%", dry_run=True).targets
-    assert 0.9 * target.most <= target.reached <= target.most
+    assert 0.9 * target.limit <= target.reached <= target.limit
     assert target.measured["corrections"] == 2
 
 
@@ -199,7 +199,7 @@ def test_the_lowest_time_that_is_named_works(tiny_vit, tmp_path, clock):
         prune(tiny_vit, tmp_path / "slim.safetensors", max_latency="1%")
     for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
         result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=budget, dry_run=True)
-        assert result.targets[0].reached <= result.targets[0].most
+        assert result.targets[0].reached <= result.targets[0].limit
 
 
 @pytest.mark.slow
@@ -216,7 +216,7 @@ def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
     names = [result.output.name for result in results]
     assert names == ["slim-90pct-latency88pct.safetensors", "slim-60pct-latency88pct.safetensors"]
     for result in results:
-        assert all(target.reached <= target.most for target in result.targets)
+        assert all(target.reached <= target.limit for target in result.targets)
 
 
 # --- as it is printed ---

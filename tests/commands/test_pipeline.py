@@ -80,7 +80,7 @@ def test_a_head_with_one_output_is_judged_by_its_output(tiny_vit, tmp_path):
     )
     (scales,) = (note for note in reporter.messages if note.startswith("training channel scales"))
     assert float(re.search(r"images (\S+) before", scales)[1]) > 0
-    assert result.divergence_of == "features"
+    assert result.metric == "features"
     assert result.divergence > 0
     # Nor have labels a meaning for it, whatever classes a folder has.
     folder = tmp_path / "images"

@@ -76,7 +76,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
 def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
     folder, out = written(tmp_path / "dense", "Dinov2Model", torch.float16), tmp_path / "out"
     result = mhacut.prune(folder, as_="huggingface", flops="70%", effort="fast", output=out)
-    assert result.divergence_of == "dense"
+    assert result.metric == "dense"
     assert {tensor.dtype for tensor in load_file(out / "pruned.safetensors").values()} == {torch.float16}
     x = torch.randn(2, 3, 28, 28)
     first, second = (

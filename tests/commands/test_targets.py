@@ -251,14 +251,14 @@ def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
     assert set(reached) == targets.keys() - {"round_to"}
     found = {"flops": result.slim.flops, "params": result.slim.parameters, "size": result.slim.size}
     for name, target in reached.items():
-        assert target.asked == str(targets[name])
-        assert target.reached == found[name] <= target.most
+        assert target.spec == str(targets[name])
+        assert target.reached == found[name] <= target.limit
     # A step of a width is a few per cent of so small a model; some budget is nearly used up.
-    assert max(target.reached / target.most for target in result.targets) > 0.93
-    assert size <= reached["size"].most if "size" in reached else True
+    assert max(target.reached / target.limit for target in result.targets) > 0.93
+    assert size <= reached["size"].limit if "size" in reached else True
     entry = last_step(result.output)
     assert {name: entry["options"][name] for name in reached} == {
-        name: target.asked for name, target in reached.items()
+        name: target.spec for name, target in reached.items()
     }
     assert [target["target"] for target in entry["targets"]] == list(reached)
 
@@ -285,7 +285,7 @@ def test_a_share_of_the_size_is_one_of_the_file_in_half_precision(tiny_vit, tmp_
     size = sum(tensor.nbytes for tensor in load_file(half).values())
     output = tmp_path / "slim.safetensors"
     (target,) = prune_quickly(tiny_vit, output, checkpoint=half, size="90%", dry_run=True).targets
-    assert target.most == int(0.9 * size)
+    assert target.limit == int(0.9 * size)
 
 
 def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
@@ -322,7 +322,7 @@ def test_the_lowest_target_that_is_named_works(tiny_vit, tmp_path, name):
         prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **{name: "1%"})
     for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
         result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", **{name: budget}, dry_run=True)
-        assert result.targets[0].reached <= result.targets[0].most
+        assert result.targets[0].reached <= result.targets[0].limit
 
 
 @pytest.mark.slow

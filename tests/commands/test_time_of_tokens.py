@@ -75,8 +75,8 @@ def test_a_time_is_met_by_merging_used_and_recorded(model, tmp_path, clock):
     result = prune(model, tmp_path / "slim.safetensors", max_latency="40%")
     (target,) = result.targets
     assert sum(result.plan.tokens.merged) > 0
-    assert target.most == pytest.approx(0.4 * clock.time(model), rel=1e-5)
-    assert 0.9 * target.most <= target.reached <= target.most
+    assert target.limit == pytest.approx(0.4 * clock.time(model), rel=1e-5)
+    assert 0.9 * target.limit <= target.reached <= target.limit
     assert target.reached == pytest.approx(clock.time(mhacut.load_model(result.output)), rel=1e-5)
     assert target.measured["predicted"] == pytest.approx(target.reached, rel=0.1)
     (entry,) = last_step(result.output)["targets"]
@@ -89,7 +89,7 @@ def test_what_is_not_foreseen_is_corrected(model, tmp_path, clock):
     result = prune(model, tmp_path / "slim.safetensors", max_latency="65%")
     (target,) = result.targets
     assert target.measured["corrections"] > 0
-    assert 0.9 * target.most <= target.reached <= target.most
+    assert 0.9 * target.limit <= target.reached <= target.limit
 
 
 @pytest.mark.slow
@@ -98,7 +98,7 @@ def test_a_time_that_is_used_too_little_is_corrected_again(model, tmp_path, cloc
     result = prune(model, tmp_path / "slim.safetensors", max_latency="50%")
     (target,) = result.targets
     assert target.measured["corrections"] == 1
-    assert 0.9 * target.most <= target.reached <= target.most
+    assert 0.9 * target.limit <= target.reached <= target.limit
 
 
 @pytest.mark.slow
@@ -108,9 +108,9 @@ def test_where_merging_takes_longer_than_it_saves_channels_go(model, tmp_path, c
     result = prune(model, tmp_path / "slim.safetensors", max_latency=asked)
     (target,) = result.targets
     assert not any(result.plan.tokens.merged)
-    assert target.reached <= target.most
+    assert target.reached <= target.limit
     uncut = 0.68 * clock.time(model)  # its last block computes the class token alone
-    assert target.reached > 0.9 * min(target.most, uncut)
+    assert target.reached > 0.9 * min(target.limit, uncut)
 
 
 @pytest.mark.slow
@@ -118,12 +118,12 @@ def test_flops_and_time_are_both_met(model, tmp_path, clock):
     clock.matching = 1.0
     both = prune(model, tmp_path / "both.safetensors", max_latency="80%", flops="45%")
     flops, time = both.targets
-    assert flops.reached <= flops.most
-    assert time.reached < 0.95 * time.most  # the FLOPs decide
+    assert flops.reached <= flops.limit
+    assert time.reached < 0.95 * time.limit  # the FLOPs decide
     late = prune(model, tmp_path / "late.safetensors", max_latency="60%", flops="95%")
     flops, time = late.targets
-    assert flops.reached < 0.9 * flops.most
-    assert 0.9 * time.most <= time.reached <= time.most
+    assert flops.reached < 0.9 * flops.limit
+    assert 0.9 * time.limit <= time.reached <= time.limit
 
 
 @pytest.mark.slow
@@ -135,7 +135,7 @@ def test_times_out_of_reach_name_the_lowest_which_works(model, tmp_path, clock):
     assert "tokens" in str(error.value)
     lowest = str(error.value).partition("the lowest is ")[2].split()[0]
     result = prune(model, tmp_path / "slim.safetensors", max_latency=lowest)
-    assert all(target.reached <= target.most for target in result.targets)
+    assert all(target.reached <= target.limit for target in result.targets)
 
 
 @pytest.mark.slow
@@ -156,9 +156,9 @@ def test_a_time_goes_with_several_budgets_a_size_and_a_dry_run(model, tmp_path, 
     results = mhacut.prune_many(model, output=tmp_path / "slim-{}.safetensors", **given, **options)
     for result in results:
         assert [target.name for target in result.targets] == ["flops", "size", "max_latency"]
-        assert all(target.reached <= target.most for target in result.targets)
+        assert all(target.reached <= target.limit for target in result.targets)
     tried = prune(model, tmp_path / "no.safetensors", max_latency="50%", dry_run=True)
-    assert tried.targets[0].reached <= tried.targets[0].most
+    assert tried.targets[0].reached <= tried.targets[0].limit
     assert not (tmp_path / "no.safetensors").exists()
 
 

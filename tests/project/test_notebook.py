@@ -35,7 +35,7 @@ def comparable(cell) -> list[str]:
     return texts
 
 
-BRIEF_TIMES = "import mhacut.commands.prune as pruning; pruning.SECONDS = 0.1"
+BRIEF_TIMES = "import mhacut.commands.prune as pruning; pruning.TIMING_SECONDS = 0.1"
 """What the kernel runs first: notebooks show times, and nothing here depends on how steady they are."""
 
 

@@ -204,7 +204,7 @@ def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path)
     (line,) = (each for each in messages if each.startswith("the model has no classifier: "))
     assert "all tokens" in line
     assert "preserve='pooled'" in line
-    assert (result.divergence_of, dict(result.preserved)) == ("dense", {"what": "tokens"})
+    assert (result.metric, dict(result.preserved)) == ("dense", {"what": "tokens"})
     with safe_open(result.output, "pt") as file:
         (entry,) = json.loads(file.metadata()["mhacut"])["history"]
     assert (entry["preserved"], entry["divergence_of"]) == ({"what": "tokens"}, "dense")
@@ -271,7 +271,7 @@ def test_pooled_features_do_not_learn_from_labels(tmp_path, classes):
 def test_a_classifier_preserves_its_answers(tmp_path):
     model = build(ModelCase(VIT.architecture, SMALL))
     result, _ = pruned(model, tmp_path, ARGS)
-    assert (result.divergence_of, dict(result.preserved)) == ("answers", {"what": "answers"})
+    assert (result.metric, dict(result.preserved)) == ("answers", {"what": "answers"})
     assert result.plan.tokens.output_tokens == 1
     with safe_open(result.output, "pt") as file:
         assert "preserved" not in json.loads(file.metadata()["mhacut"])["history"][0]

@@ -164,7 +164,7 @@ def test_a_bound_on_the_divergence_finds_what_a_sweep_finds(tiny_vit, tmp_path):
     alone = {"scope": "attention+mlp"}
     found = prune_quickly(tiny_vit, tmp_path / "found.safetensors", max_kl=bound, **alone)
     (target,) = found.targets
-    assert (target.name, target.asked, target.most) == ("max_kl", "0.0001", bound)
+    assert (target.name, target.spec, target.limit) == ("max_kl", "0.0001", bound)
     assert target.reached == pytest.approx(found.divergence, abs=1e-7)  # what float32 resolves of logarithms
     assert found.divergence <= bound
     # The same model as that of the budget that was found; the next ones down, a step at a time, are outside.
@@ -289,7 +289,7 @@ def test_a_bound_needs_classes(averaging, classes, found, bound):
     model, args = averaging
     model = copy.deepcopy(model)
     model.reset_classifier(classes)
-    with pytest.raises(UsageError, match=f"^{bound}=0.1: expected .* classes; the model has {found}$"):
+    with pytest.raises(UsageError, match=f"^{bound}=0.1: expected .* classes, found {found}$"):
         mhacut.prune(model, model_args=args, **{bound: 0.1}, dry_run=True, **QUICK)
 
 

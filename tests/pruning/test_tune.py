@@ -144,10 +144,10 @@ def test_nothing_is_trained_where_nothing_is_lost(tmp_path):
 
 def test_models_share_what_the_dense_model_gives():
     bench, options = Bench(VIT, dtype=torch.float32), SearchOptions(tuning_steps=3, batch_size=5)
-    shared = replace(job_of(bench.dense, bench.images, options=options), taught=[])
+    shared = replace(job_of(bench.dense, bench.images, options=options), teacher_cache=[])
     first, again = (tune.tuned(bench.slim, shared, bench.calibration, 1.0).head.weight for _ in range(2))
     assert torch.equal(first, again)
-    shared.taught[:] = [(-outputs, tokens) for outputs, tokens in shared.taught]
+    shared.teacher_cache[:] = [(-outputs, tokens) for outputs, tokens in shared.teacher_cache]
     assert not torch.equal(first, tune.tuned(bench.slim, shared, bench.calibration, 1.0).head.weight)
 
 

@@ -198,7 +198,7 @@ def test_curves_come_back_from_a_history():
     )
     sensitivity = stored_curves([{"command": "older"}, entry, {"command": "finetune"}])
     (found,) = sensitivity.curves
-    assert (sensitivity.budget, sensitivity.measure) == (7, "answers")
+    assert (sensitivity.budget, sensitivity.metric) == (7, "answers")
     assert (found.layer, found.kind, found.chosen) == ("blocks.0.attn", "v", 3)
     assert dict(found.points) == {width: pytest.approx(curve[width], rel=1e-3) for width, _ in found.points}
     assert {3, 8} <= dict(found.points).keys()
@@ -239,7 +239,7 @@ def test_curves_that_make_no_sense_are_left_out(wrong):
 )
 def test_curves_are_named_by_what_they_measure(contents, entry, measure, axis):
     sensitivity = stored_curves([{"curves": [GOOD], **entry}])
-    assert sensitivity.measure == measure
+    assert sensitivity.metric == measure
     shown = page(dataclasses.replace(contents, sensitivity=sensitivity))
     text = Reader(shown).text("text")
     assert axis in text
@@ -275,7 +275,7 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     record = open_checkpoint(tmp_path / "slim.safetensors").record
     assert "report" not in record.history[-1]["options"]
     sensitivity = stored_curves(record.history)
-    assert (sensitivity.budget, sensitivity.measure) == (result.budget, "answers")
+    assert (sensitivity.budget, sensitivity.metric) == (result.budget, "answers")
     assert {(curve.layer, curve.kind): curve.chosen for curve in sensitivity.curves} == result.plan.widths()
     for curve in sensitivity.curves:
         known = result.curves[curve.layer, curve.kind]
