@@ -15,10 +15,10 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 5562,
+    "checkpoint": 5070,
     "cli": 1440,
     "commands": 3689,
-    "data": 1518,
+    "data": 1340,
     "exporting": 1290,
     "finetuning": 1960,
     "flatten": 1505,

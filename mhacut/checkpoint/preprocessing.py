@@ -209,8 +209,8 @@ def with_hint(
     flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
     names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
     hint = (
-        f"the normalisation seems wrong: top-1 on {better.images} images is {better.own_top1:.1f} %, and "
-        f"{top1:.1f} % with {flags} ({usual.name}{names})"
+        f"the normalisation seems wrong: top-1 on {better.images} images is {better.own_top1:.1f} %, with "
+        f"{flags} {top1:.1f} % ({usual.name}{names})"
     )
     if refuse and better.certain:
         own = option_name("mean", preprocessing.mean)

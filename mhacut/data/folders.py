@@ -68,7 +68,7 @@ def split_folder(root: Path, split: str) -> Path | None:
 def subfolders(root: Path) -> list[str]:
     """Visible folders in ``root``, in timm's class order."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    # The name itself last, or the file system would have the order of "a" and "A".
+    # The name itself breaks ties between "a" and "A".
     return sorted(names, key=lambda name: (_natural(name), name))
 
 
@@ -101,7 +101,7 @@ def scan(folder: Path) -> Folder:
     files += [
         (path.relative_to(folder).as_posix(), name) for name in classes for path in _images(folder / name)
     ]
-    # by name, so that no choice depends on the order in which a file system lists files
+    # Sorted, so that random choices do not depend on the file system.
     files.sort()
     return Folder(folder, tuple(file for file, _ in files), tuple(name for _, name in files), tuple(classes))
 
@@ -111,7 +111,7 @@ def _is_image(file: str) -> bool:
 
 
 def _images(start: Path) -> Iterator[Path]:
-    seen = set[str]()  # or links in a circle would never end
+    seen = set[str]()  # stops at circular links
     for path, folders, files in os.walk(start, followlinks=True):
         place = os.path.realpath(path)
         folders[:] = [] if place in seen else sorted(name for name in folders if not name.startswith("."))
@@ -125,7 +125,7 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     path = Path(file)
     check_class_map(path)
     try:
-        # Editors on Windows begin a file with a mark that would become part of the first name.
+        # utf-8-sig: editors on Windows write a byte order mark.
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: class map cannot be read: {error} ({option_name('class_map')})") from None
@@ -147,12 +147,12 @@ def label_images(
     if "" in folder.names:
         stray = folder.images[folder.names.index("")]
         raise DataError(
-            f"{folder.path}: {stray} lies beside the class folders {listed(folder.classes)}; "
+            f"{folder.path}: {stray} lies next to the class folders {listed(folder.classes)}; "
             f"expected every image in the folder of its class{hint}"
         )
     if class_map is not None:
         index = read_class_map(class_map, num_classes)
-        # Names without a folder are no fault: a subset of ImageNet's classes is often all there is.
+        # Class names without a folder are allowed: data sets often have a subset of ImageNet's classes.
         unknown = [name for name in folder.classes if name not in index and name not in folder.empty]
         if unknown:
             raise DataError(
@@ -160,12 +160,11 @@ def label_images(
                 f"({option_name('class_map')})"
             )
         return [index[name] for name in folder.names]
-    # Without a map, a class is the place of its folder among the sorted ones, as in training with timm.
+    # Without a map, the label is the index of the sorted class folder, as in training with timm.
     if folder.empty:
         raise DataError(
-            f"{folder.path}: class folders without images: {listed(folder.empty)}; without them the classes "
-            "after them would shift. Fill them, or name the classes in the head's order with "
-            f"{option_name('class_map')}"
+            f"{folder.path}: class folders without images: {listed(folder.empty)}. Fill them, or name the "
+            f"classes in the head's order with {option_name('class_map')}"
         )
     if num_classes is not None and len(folder.classes) != num_classes:
         raise DataError(
@@ -177,12 +176,11 @@ def label_images(
     theirs = [] if second is None else subfolders(second)
     here = [name for name in folder.classes if name not in theirs]
     there = [name for name in theirs if name not in folder.classes]
-    # One renamed folder shifts labels silently. Names that all differ may mean the same classes in one order.
+    # One renamed folder silently shifts labels. If all names differ, the order may still be the same.
     if len(here) == len(there) and 0 < len(here) < len(theirs):
         raise DataError(
             f"{folder.path}: class folders are not those of {second}: {listed(here)} only here, "
-            f"{listed(there)} only there. Labels are the places of the sorted names; give both the same "
-            f"folders{hint}"
+            f"{listed(there)} only there. Labels follow the sorted names: use the same folders in both{hint}"
         )
     index = {name: number for number, name in enumerate(folder.classes)}
     return [index[name] for name in folder.names]

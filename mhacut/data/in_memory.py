@@ -46,8 +46,8 @@ class Expected:
         images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor):
             raise DataError(
-                f"{where}: expected a tensor of images, or (images, labels), found {_shown(batch)}; "
-                "torch.as_tensor makes a tensor of an array"
+                f"{where}: expected a tensor of images or (images, labels), found {_describe(batch)}. "
+                "Convert arrays with torch.as_tensor"
             )
         self._check_images(images, where)
         images = images.detach()
@@ -59,29 +59,27 @@ class Expected:
         shape, (channels, height, width) = list(images.shape), self.size
         if len(shape) != 4 or tuple(shape[1:]) != self.size:
             raise DataError(
-                f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}; resize them, "
-                "or reorder the dimensions"
+                f"{where}: expected images [N, {channels}, {height}, {width}], found {shape}. Resize them or "
+                "reorder the dimensions"
             )
         if len(images) == 0:
             raise DataError(f"{where}: holds no images")
         if not images.is_floating_point():
             raise DataError(
-                f"{where}: expected floating-point images, normalised for the model, found "
-                f"{dtype_name(images.dtype)}; for bytes that is (images / 255 - mean) / std"
+                f"{where}: expected normalised float images, found {dtype_name(images.dtype)}. Convert bytes "
+                "with (images / 255 - mean) / std"
             )
 
     def _check_labels(self, labels: Any, count: int, classes: int, where: str) -> Tensor:
         fits = isinstance(labels, Tensor) and labels.shape == (count,) and not labels.is_floating_point()
         if not fits:
-            raise DataError(
-                f"{where}: expected one whole number per image as labels, [{count}], found {_shown(labels)}"
-            )
+            raise DataError(f"{where}: expected integer labels [{count}], found {_describe(labels)}")
         numbers: Tensor = labels.to("cpu", torch.int64)
         wrong = label_outside(numbers, classes)
         if wrong is not None:
             raise DataError(
-                f"{where}: found label {wrong}; the model's head has {classes} classes, counted from 0. "
-                "Without labels, give the images alone"
+                f"{where}: found label {wrong}, expected 0 to {classes - 1}. To ignore labels, give only the "
+                "images"
             )
         return numbers
 
@@ -103,8 +101,7 @@ class InMemoryBatches:
         for where, images, labels in _batches(self._given, self._expected):
             if labels is None:
                 raise DataError(
-                    f"{where}: images without labels, which accuracy needs; give "
-                    f"images=(images, labels), or batches of both"
+                    f"{where}: accuracy needs labels. Give images=(images, labels), or batches of both"
                 )
             parts = (images, labels)
             size = self._batch_size if _is_whole(self._given) else max(len(images), 1)
@@ -117,7 +114,7 @@ def check_one_source(images: ImagesInMemory | None, data: LabelledImages) -> Non
     if images is None or not data.has_images:
         return
     other = "data_dir" if data.data_dir is not None else "dataset"
-    raise UsageError(f"images and {option_name(other)} are both given; leave one out")
+    raise UsageError(f"images and {option_name(other)} are both given. Leave one out")
 
 
 def split_in_memory(
@@ -137,7 +134,7 @@ def split_in_memory(
     source, unread = _spread(given, count + measured, seed)
     images, labels, more = _collected(source, expected, count, measured)
     total = len(images)
-    # Calibration has the first claim, but leaves a quarter where accuracy could not be measured otherwise.
+    # Calibration comes first, but leaves a quarter of the images for accuracy.
     left = 0 if labels is None else min(measured, max(total - count, total // _MEASURED))
     groups = [0] * total if labels is None else labels.tolist()
     order = list(balanced_order(groups, seed))
@@ -169,19 +166,18 @@ def _collected(
     total, enough = 0, False
     for where, some, their_labels in _batches(given, expected):
         if labels and (labels[0] is None) != (their_labels is None):
-            raise DataError(f"{where}: some batches have labels, and others have none")
+            raise DataError(f"{where}: expected labels in all batches or in none")
         images.append(some)
         labels.append(their_labels)
         total += len(some)
-        # A DataLoader of ImageNet is not read to its end for 256 images.
         enough = total >= count + (0 if their_labels is None else measured)
         if enough:
             break
     if not total:
         raise DataError("images: holds no images")
-    known = [one for one in labels if one is not None]
-    whole = images[0] if len(images) == 1 else torch.cat([one.cpu() for one in images])
-    return whole.cpu(), torch.cat(known) if known else None, enough and not _is_whole(given)
+    present = [batch for batch in labels if batch is not None]
+    joined = images[0] if len(images) == 1 else torch.cat([batch.cpu() for batch in images])
+    return joined.cpu(), torch.cat(present) if present else None, enough and not _is_whole(given)
 
 
 def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemory, _Images | None]:
@@ -194,7 +190,7 @@ def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemor
     order = torch.randperm(total, generator=torch.Generator().manual_seed(seed)).tolist()
     kept = ("batch_size", "num_workers", "collate_fn", "worker_init_fn", "multiprocessing_context")
     chosen = Subset(given.dataset, order[:count])
-    # What a function of the user's makes of items is known of batches alone.
+    # A custom collate_fn works on batches only, so single items cannot be read.
     unread = _Images(given.dataset, order[count:]) if given.collate_fn is default_collate else None
     return DataLoader(chosen, **{name: getattr(given, name) for name in kept}), unread
 
@@ -229,7 +225,7 @@ def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, T
         return
     if not isinstance(given, Iterable) or isinstance(given, str | bytes | dict):
         raise UsageError(
-            f"{name}: expected a tensor, (images, labels), or a DataLoader, found {_shown(given)}"
+            f"{name}: expected a tensor, (images, labels), or a DataLoader, found {_describe(given)}"
         )
     for number, batch in enumerate(given, 1):
         where = f"{name}, batch {number}"
@@ -238,10 +234,10 @@ def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, T
 
 def _check_finite(images: Tensor, where: str) -> None:
     if not bool(images.isfinite().all()):
-        raise DataError(f"{where}: an image holds NaN or infinite values; check the normalisation")
+        raise DataError(f"{where}: an image holds NaN or infinite values. Check the normalisation")
 
 
-def _shown(value: object) -> str:
+def _describe(value: object) -> str:
     if isinstance(value, Tensor):
         return f"a tensor {list(value.shape)} of {dtype_name(value.dtype)}"
     if isinstance(value, tuple | list):

@@ -44,7 +44,7 @@ class NamedImages(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         reader = getattr(self.opened, "reader", None)
         try:
-            # Past timm's ImageDataset, which puts the next image in place of one it cannot read.
+            # Not through timm's ImageDataset, which replaces an unreadable image by the next one.
             source, target = (self.opened if reader is None else reader)[index]
             if isinstance(source, Image.Image):
                 picture = with_channels(source, self._channels)
@@ -79,28 +79,27 @@ def open_named(
     check_classes: bool,
 ) -> Any:
     name = str(data.dataset)
-    kind, asked = _kind(name), option_name("dataset", name)
+    kind, option = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
     if kind == "torch" and mapped is not None:
-        raise UsageError(f"{asked}: torchvision's datasets take no {option_name('class_map')}")
-    # Joined to "", a shard "pipe:COMMAND" of _info.json would stay one, and webdataset would run it.
+        raise UsageError(f"{option}: torchvision's datasets take no {option_name('class_map')}")
+    # Security: with root "", a shard "pipe:COMMAND" in _info.json would be run by webdataset.
     root = None if data.data_dir is None else os.fspath(data.data_dir) or os.curdir
     streamed: dict[str, Any] = {}
     if kind not in ("torch", "hfds"):  # seeds of NumPy and TensorFlow, which are never negative
         streamed = {"seed": (seed or 0) % 2**32, "is_training": seed is not None}
     try:
         opened = create_dataset(name, root=root, split=split, class_map=mapped, **streamed)
-    # Third parties' loaders raise anything, from a refused connection to an assertion.
     except Exception as error:
         raise DataError(
-            f"{asked}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "
+            f"{option}, split {split!r}: cannot be opened: {type(error).__name__}: {error} "
             f"(splits are chosen with {option_name('train_split')} and {option_name('val_split')})"
         ) from error
     reader = getattr(opened, "reader", None)
     known = getattr(opened, "classes", None) or getattr(reader, "class_to_idx", None)
     if check_classes and mapped is None and num_classes is not None and known and len(known) != num_classes:
         raise DataError(
-            f"{asked}: {len(known)} classes, the model's head has {num_classes}. "
+            f"{option}: {len(known)} classes, the model's head has {num_classes}. "
             f"Name the classes in the head's order with {option_name('class_map')}"
         )
     return opened
@@ -108,17 +107,17 @@ def open_named(
 
 def _kind(name: str) -> str:
     """Return the prefix of a dataset's name, and check that its package is installed."""
-    asked = option_name("dataset", name)
+    option = option_name("dataset", name)
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
     if not (slash and rest) or prefix not in _EXTRAS:
         raise UsageError(
-            f"{asked}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
+            f"{option}: expected hfds/NAME, hfids/NAME, wds/NAME, tfds/NAME or torch/NAME; "
             f"for a folder use {option_name('data_dir')}"
         )
     module, package = _EXTRAS[prefix]
     if importlib.util.find_spec(module) is None:
-        raise DataError(f"{asked}: needs the package {module}; pip install '{package}'")
+        raise DataError(f"{option}: needs {module}: pip install '{package}'")
     return prefix
 
 
@@ -135,7 +134,7 @@ def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
 def targets_of(name: str, opened: Any) -> list[object]:
     """Return one label per image if labels are available without decoding images; else zeros."""
     reader: Any = getattr(opened, "reader", None)
-    # Asking for each label by index would decode each image.
+    # Labels by index would decode every image.
     if hasattr(reader, "iter_targets"):
         return list(_with_labels(name, reader.iter_targets()))
     targets = getattr(opened, "targets", None)

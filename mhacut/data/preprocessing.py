@@ -100,14 +100,14 @@ class Preprocessing:
             raise DataError(f"input size {size}: expected (channels, height, width)")
         if overrides.img_size is not None:
             size = (size[0], overrides.img_size, overrides.img_size)
-        # Explicit values are laid over the result: timm would assert on a wrong number of channels.
+        # Explicit values are added afterwards: timm would assert on a wrong number of channels.
         config = resolve_data_config({"input_size": size}, pretrained_cfg=dict(pretrained_cfg)) | explicit
         # A crop of 0.875 would cut four pixels off each side of a CIFAR image, which fills its frame.
         if "crop_pct" not in explicit and is_too_small_to_crop(pretrained_cfg, size):
             config["crop_pct"] = 1.0
         try:
             for name in ("mean", "std"):
-                # Those of red, green and blue serve a model of other channels by their average.
+                # RGB statistics are averaged for other channels.
                 if name not in explicit and len(config[name]) == 3 != size[0]:
                     config[name] = (sum(config[name]) / 3,)
             return cls(**{name: config[name] for name in cls.__dataclass_fields__})
@@ -133,8 +133,7 @@ class Preprocessing:
     def check_channels(self, hint: str = "") -> None:
         if self.input_size[0] not in (1, 3):
             raise DataError(
-                f"the model takes images of {self.input_size[0]} channels, but image files are read with 1 "
-                f"or 3{hint}"
+                f"the model takes images of {self.input_size[0]} channels, and image files have 1 or 3{hint}"
             )
 
     def transform(self) -> Transform:

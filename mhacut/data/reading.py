@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
 
-# EPS files are programs, which Pillow would hand to Ghostscript. Leaving the format out of Image.open is not
-# enough: an IPTC file can hold one, and timm and torchvision open images themselves.
+# Security: EPS files are programs, which Pillow would run with Ghostscript. Excluding the format in
+# Image.open is not enough: IPTC files can hold EPS, and timm and torchvision open images themselves.
 EpsImagePlugin.gs_binary = EpsImagePlugin.gs_windows_binary = False
 _SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose mode I means unsigned 16 bits."""
@@ -29,7 +29,7 @@ def open_image(file: Any, channels: int) -> Image.Image:
         opened.load()
         picture: Image.Image = opened
         if picture.mode == "F" or (picture.mode == "I" and opened.format not in _SIXTEEN_BITS):
-            raise ValueError("pixels are floating point or 32-bit numbers, their range is unknown")
+            raise ValueError("pixels are floats or 32-bit integers of unknown range")
         if picture.mode.startswith("I"):
             # 16 bits: Pillow's own conversion would clip everything above 255 to white
             picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
@@ -77,7 +77,7 @@ class ImageFiles(Dataset[Sample]):
 
 def reason_of(error: BaseException, path: object = "") -> str:
     """Return Pillow's message without the path."""
-    if "Ghostscript" in str(error):  # Pillow says that there is none
+    if "Ghostscript" in str(error):
         return "is PostScript, which mhacut does not run"
     return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
 
@@ -109,7 +109,7 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
     members: dict[object, list[int]] = {}
     for index in torch.randperm(len(groups), generator=generator).tolist():
         members.setdefault(groups[index], []).append(index)
-    # A turn takes one image of each class that has any left, so that rare classes are there from the start.
+    # Each turn takes one image of each remaining class, so rare classes come early.
     for turn in range(max(map(len, members.values()), default=0)):
         left = [indices[turn] for indices in members.values() if turn < len(indices)]
         for position in torch.randperm(len(left), generator=generator).tolist():

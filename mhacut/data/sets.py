@@ -86,14 +86,14 @@ def open_split(
     folder = scan(find_folder(data.data_dir, split, option))
     if not folder.images:
         raise DataError(
-            f"{folder.path}: no images found; folders there: {listed(folder.classes)}. The names of image "
-            f"files end in {', '.join(sorted(IMAGE_SUFFIXES))}"
+            f"{folder.path}: no images found; folders there: {listed(folder.classes)}. Image files end in "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     labels = [-1] * len(folder.images)
     labelled = use_labels and any(folder.names)
     if labelled:
         hint = f", or leave labels out with {option_name('labels', False)}" if option == "train_split" else ""
-        # Commands that read both splits compare them when they read the one to train on, if with its labels.
+        # Commands that read both splits compare their class folders once, for the training split.
         reads_both = isinstance(data, DataOptions)
         other = data.val_split if option == "train_split" else None if reads_both else "train"
         labels = label_images(folder, data, num_classes, hint, other=other)
@@ -139,10 +139,10 @@ def calibration_images(
     if not data.has_images:
         size = _, height, width = preprocessing.input_size
         images = synthetic_images(count, size, preprocessing.mean, preprocessing.std, seed)
-        shown = f"{count} synthetic images of shapes ({height}x{width})"
-        return CalibrationImages(images, None, shown, synthetic=True)
-    given = f"{option_name('data_dir')} and {option_name('dataset')}"
-    preprocessing.check_channels(f"; leave {given} out, no images are needed")
+        description = f"{count} synthetic images of shapes ({height}x{width})"
+        return CalibrationImages(images, None, description, synthetic=True)
+    options = f"{option_name('data_dir')} and {option_name('dataset')}"
+    preprocessing.check_channels(f". Leave {options} out: no images are needed")
     split = open_split(
         data, "train_split", preprocessing, num_classes=num_classes, use_labels=use_labels, seed=seed
     )
@@ -180,16 +180,16 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, S
         good.append((image, label))
         if len(good) == count:
             break
-    # A few damaged files are left out; half of them missing means the folder is not what it seems.
+    # A few damaged files are skipped. If half of them are unreadable, the folder is probably wrong.
     needed = min(count, len(split.groups))
     if 2 * len(good) < needed:
         raise DataError(
-            f"{len(bad)} of {len(bad) + len(good)} images {split.name} cannot be read, which leaves "
-            f"{len(good)} of the {needed} needed. First: {bad[0].file}: {bad[0].reason}"
+            f"{len(bad)} of {len(bad) + len(good)} images {split.name} cannot be read; {needed} are needed. "
+            f"First: {bad[0].file}: {bad[0].reason}"
         )
     description = f"{len(good)} of {len(split.groups)} images {split.name} ({split.label_note})"
     if bad:
-        # This text ends up in slim files, which need not know where somebody keeps their images.
+        # The text goes into slim files, so it must not contain the user's folders.
         first = "/".join(Path(bad[0].file).parts[-2:])
         description += f", {len(bad)} unreadable left out (first {first}: {bad[0].reason})"
     images, labels, _ = collate(good)
@@ -231,7 +231,7 @@ class EvaluationLoader:
         self.labelled = labelled
         """Whether labels are read."""
         self._batch_size, self._num_classes = batch_size, num_classes
-        # Not shuffled: the images arrive in the order of ``samples``, as pairwise comparisons need.
+        # Not shuffled: pairwise comparisons need a fixed order.
         self._loader: DataLoader[Sample] = DataLoader(
             samples,
             batch_size=batch_size,
@@ -258,21 +258,17 @@ class EvaluationLoader:
             wrong = label_outside(labels, self._num_classes)
             if wrong is not None:
                 raise DataError(
-                    f"{self.description}: found label {wrong}, the model's head has "
-                    f"{self._num_classes} classes, counted from 0. Map the classes with "
-                    f"{option_name('class_map')}"
+                    f"{self.description}: found label {wrong}, and the model has {self._num_classes} "
+                    f"classes. Map them with {option_name('class_map')}"
                 )
             yield images, labels
         if bad:
             raise DataError(
-                f"{self.description}: {len(bad)} of {seen + len(bad)} images cannot be read, so no accuracy "
-                f"is given. First: {bad[0].file}: {bad[0].reason}. Repair or remove them"
+                f"{self.description}: {len(bad)} of {seen + len(bad)} images cannot be read. Repair or "
+                f"remove them. First: {bad[0].file}: {bad[0].reason}"
             )
         if self.images and seen != self.images:
-            raise DataError(
-                f"{self.description}: {self.images} images were announced, {seen} arrived; no accuracy is "
-                "given"
-            )
+            raise DataError(f"{self.description}: expected {self.images} images, read {seen}")
         if not seen:
             raise DataError(f"{self.description}: no images arrived")
 
@@ -290,19 +286,19 @@ def evaluation_loader(
     """Return the labelled images of ``data.val_split``."""
     if data.dataset is None and data.data_dir is None:
         raise UsageError(
-            f"nothing to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
+            f"no images to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
         )
     split = open_split(data, "val_split", preprocessing, num_classes=num_classes, use_labels=use_labels)
     if use_labels and not split.labelled:
         assert data.data_dir is not None
         raise WithoutLabels(
-            f"images without class folders {split.name}; accuracy needs {data.val_split}/<class>/<image>. "
+            f"images without class folders {split.name}: accuracy needs {data.val_split}/<class>/<image>. "
             f"Folders in {os.fspath(data.data_dir)}: {listed(subfolders(Path(data.data_dir)))}"
         )
     samples: Dataset[Sample]
     if split.images is None:
         if part[1] > 1:
-            raise DataError(f"images {split.name}: are a stream, which several processes cannot share")
+            raise DataError(f"images {split.name}: several processes cannot share a stream")
         total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images {split.name}"
@@ -311,8 +307,8 @@ def evaluation_loader(
         chosen = _spread(split.groups, limit)
         if len(chosen) < part[1]:
             raise DataError(
-                f"{len(chosen)} images {split.name} are fewer than the {part[1]} processes that share them; "
-                f"start fewer processes, or change {option_name('eval_images')}"
+                f"{len(chosen)} images {split.name} are fewer than {part[1]} processes. Start fewer "
+                f"processes, or change {option_name('eval_images')}"
             )
         mine = chosen[part[0] :: part[1]]
         total = len(mine)
@@ -322,7 +318,7 @@ def evaluation_loader(
         samples,
         total=total,
         batch_size=batch_size,
-        # Shards are divided among workers unevenly, and a stream's images could then not be counted.
+        # Workers would share the shards of a stream unevenly, so its images could not be counted.
         workers=0 if split.images is None else worker_count(data.workers),
         num_classes=num_classes,
         description=description,

@@ -242,7 +242,7 @@ def test_a_classifier_of_other_features_is_refused(tmp_path, states):
     assert "part='backbone' to ignore them" in refused_beside(path, states, two)
     both = {"model.cls_head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
     torch.save({**under("model.backbone.", without_head(states[0])), **both}, path)
-    assert "may belong to it" in refusal(path, model=NAME, model_args=ARGS)
+    assert "found other tensors next to" in refusal(path, model=NAME, model_args=ARGS)
     torch.save({**under("backbone.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
     assert "part='backbone' to ignore them" in refusal(path, model=NAME, model_args=ARGS)
     torch.save({**under("backbone.model.", states[0]), "fc.weight": torch.ones(3, 10)}, path)

@@ -78,23 +78,23 @@ def test_a_file_opens_in_a_model_that_is_built_anew(pruned, images, tmp_path):
     assert alone.layer[0].mlp.fc1.out_features == model.backbone.layer[0].mlp.fc1.out_features
     with pytest.raises(UsageError, match="`backbone` was pruned already"):
         mhacut.apply_pruned(fresh, file)
-    with pytest.raises(UsageError, match="`backbone` was pruned already; take the dense model"):
+    with pytest.raises(UsageError, match="`backbone` was pruned already"):
         mhacut.prune_(model, images=images, **QUICK)
     with pytest.raises(UsageError, match="`backbone` was pruned already"):
         mhacut.prune_(model, "backbone.layer", images=images, **QUICK)
-    with pytest.raises(CheckpointError, match="no folder of save_pruned; apply_pruned opens"):
+    with pytest.raises(CheckpointError, match="expected a folder of save_pruned"):
         mhacut.load_pruned(file)
     other = build(TinyBackbone, 32, 4)
-    with pytest.raises(CheckpointError, match=r"is not of this TinyBackbone: .* 4 heads"):
+    with pytest.raises(CheckpointError, match=r"does not fit this TinyBackbone: .* 4 heads"):
         mhacut.apply_pruned(other, file)
     assert other.layer[0].attention.head_dim == 8  # as it was
-    with pytest.raises(CheckpointError, match="holds a pruned TinyBackbone; the Linear has none"):
+    with pytest.raises(CheckpointError, match="holds a pruned TinyBackbone, and the Linear has none"):
         mhacut.apply_pruned(nn.Linear(2, 2), file)
     with pytest.raises(CheckpointError, match="not found"):
         mhacut.load_pruned(tmp_path / "other")
-    with pytest.raises(UsageError, match="expected one pruned part, found none: prune_ makes one"):
+    with pytest.raises(UsageError, match="expected 1 pruned submodule, found none"):
         mhacut.save_pruned(before, file)
-    with pytest.raises(UsageError, match="expected a name that ends in"):
+    with pytest.raises(UsageError, match="expected a name ending in"):
         mhacut.save_pruned(model, tmp_path / "folder")
     with pytest.raises(CheckpointError, match="apply_pruned"):
         mhacut.load_model(file)

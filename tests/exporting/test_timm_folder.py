@@ -223,7 +223,7 @@ def test_a_bare_file_has_no_license_and_no_tag_but_what_is_given(tiny_vit, tmp_p
     assert "license" not in card
     assert "mhacut" not in card
     assert config["pretrained_cfg"].keys().isdisjoint({"license", "tag", "origin_url", "paper_ids"})
-    assert "timm's default for vit_tiny_patch16_224; the file states none" in card
+    assert "timm's default for vit_tiny_patch16_224; the file has none" in card
     card, config = carded(tiny_vit.path, tmp_path / "given", license="cc-by-4.0", **options)
     assert "\nlicense: cc-by-4.0\n---\n" in card
     assert config["pretrained_cfg"]["license"] == "cc-by-4.0"

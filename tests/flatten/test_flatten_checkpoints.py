@@ -132,7 +132,7 @@ def test_another_resolution_is_resized_and_noted(name, tmp_path):
     save_file(official(name), tmp_path / "a.safetensors")
     args = {**SMALL[name], "img_size": 128}
     loaded = read_model(tmp_path / "a.safetensors", model=name, model_args=args)
-    assert any("position embeddings were for another image size" in note for note in loaded.notes)
+    assert any("position embeddings were resized" in note for note in loaded.notes)
     with torch.no_grad():
         assert loaded.model(torch.randn(1, 3, 128, 128)).isfinite().all()
     # The same through timm's loader.

@@ -125,8 +125,8 @@ def test_other_channels_are_synthetic_or_refused(root, channels) -> None:
     assert torch.isfinite(images).all()
     own = Preprocessing.resolve({"mean": range(channels), "std": [1.0] * channels}, (channels, 16, 16))
     assert own.mean == tuple(range(channels))
-    message = f"takes images of {channels} channels, but image files are read with 1 or 3"
-    with pytest.raises(DataError, match=f"{message}; leave data_dir and dataset out, no images are needed$"):
+    message = f"takes images of {channels} channels, and image files have 1 or 3"
+    with pytest.raises(DataError, match=f"{message}. Leave data_dir and dataset out: no images"):
         calibrated(many, count=1, seed=0, data_dir=root)
     with pytest.raises(DataError, match=f"{message}$"):  # who measures accuracy needs images
         evaluated(many, data_dir=root, batch_size=1, workers=0, num_classes=3)

@@ -110,8 +110,8 @@ def test_a_bare_file_does_not_say(tiny_vit):
     assert not found.normalisation_is_stated
     assert found.origins["mean"] == found.origins["interpolation"] == "default"
     assert (found.origins["input_size"], found.origins["crop_pct"]) == ("model", "size")
-    assert f"std 0.5,0.5,0.5 (timm's default for {tiny_vit.architecture}; the file states none)" in text
-    assert "32x32 (the model's); crop 1 center (small images are not cropped)" in text
+    assert f"std 0.5,0.5,0.5 (timm's default for {tiny_vit.architecture}; the file has none)" in text
+    assert "32x32 (of the model); crop 1 center (small images are not cropped)" in text
 
 
 def test_what_is_given_is_called_by_its_option(tiny_vit):
@@ -234,7 +234,7 @@ def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):
     assert result.exit_code == 0, result.stderr
     assert hint in result.stdout
     assert hint in result.stderr  # before the search
-    assert "preprocessing: 32x32 (the model's)" in result.stdout
+    assert "preprocessing: 32x32 (of the model)" in result.stdout
     assert hint in page.read_text()
     assert "Preprocessing: 32x32" in page.read_text()
     tuned = ["finetune", out, "--steps", "1", "--batch-size", "7", "-o", tmp_path / "run"]
