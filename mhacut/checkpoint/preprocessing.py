@@ -205,7 +205,7 @@ def with_hint(
     better = better_normalisation(model, batches, preprocessing.mean, preprocessing.std, device)
     if better is None:
         return stated
-    (usual, top1), *others = better.found
+    (usual, top1), *others = better.ranked
     flags = f"{option_name('mean', usual.mean)} {option_name('std', usual.std)}"
     names = "".join(f"; {other.name} {percent:.1f} %" for other, percent in others)
     hint = (

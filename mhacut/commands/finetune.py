@@ -23,12 +23,12 @@ from mhacut.runtime.progress import Reporter, Reporting, Silent, reporting
 
 
 @dataclass(frozen=True)
-class _Call(Reporting, FinetuneKeywords):
+class FinetuneCall(Reporting, FinetuneKeywords):
     checkpoint: PathLike | None = None
 
 
 @default_torch()
-@takes_keywords(_Call)
+@takes_keywords(FinetuneCall)
 def finetune(
     checkpoint: PathLike | None = None,
     *,
@@ -53,9 +53,9 @@ def finetune(
         Interrupted: the run was asked to stop; everything is saved.
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
-    given = options if checkpoint is None else {"checkpoint": checkpoint, **options}
-    with reporting(reporter, progress) as shown:
-        return run_finetune(FinetuneOptions.of(**completed(given)), shown)
+    values = options if checkpoint is None else {"checkpoint": checkpoint, **options}
+    with reporting(reporter, progress) as active:
+        return run_finetune(FinetuneOptions.of(**completed(values)), active)
 
 
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
@@ -82,7 +82,7 @@ def _finetune(run: Run) -> FinetuneResult:
     run.trainer.connect()
     if run.progress.step < run.total_steps:
         run.reporter.log(f"training on {run.images.description}")
-    with stop_request() as run.request:
+    with stop_request() as run.stop:
         images_per_second = train(run)
     output = run.folder.file(BEST if run.progress.best is not None else LAST)
     after, losses = None, None

@@ -84,7 +84,7 @@ class Teacher:
     def __init__(
         self,
         model: nn.Module,
-        stated: Preprocessing,
+        own: Preprocessing,
         student: Preprocessing,
         *,
         matched: bool,
@@ -96,11 +96,11 @@ class Teacher:
         # = x * (s / S) + (m - M) / S.
         device = next(model.parameters()).device
         m, s, M, S = (
-            torch.tensor(each, device=device).view(-1, 1, 1)
-            for each in (student.mean, student.std, stated.mean, stated.std)
+            torch.tensor(values, device=device).view(-1, 1, 1)
+            for values in (student.mean, student.std, own.mean, own.std)
         )
         self._scale, self._shift = s / S, (m - M) / S
-        self._same = (student.mean, student.std) == (stated.mean, stated.std)
+        self._same = (student.mean, student.std) == (own.mean, own.std)
         self.blocks = Blocks(model, frozen=True) if matched else None
 
     @torch.no_grad()
@@ -184,8 +184,8 @@ class Mixing:
         if not self.on:
             return images, labels
         np.random.seed(seed % 2**32)  # timm draws from numpy's generator
-        given = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
-        mixed, targets = self._mixup(images, given)
+        targets = images.new_zeros(len(images), dtype=torch.int64) if labels is None else labels
+        mixed, targets = self._mixup(images, targets)
         return mixed, None if labels is None else targets
 
 
@@ -200,17 +200,17 @@ def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Repor
         # Anybody can write a record: only a file of this digest is taken, and of its name the last part.
         for path in (folder / Path(name).name, Path(name).name) if name else ():
             with suppress(CheckpointError):
-                found = replace(options, teacher=str(path), teacher_part=part)
-                opened = _teacher_file(found, slim)
-                same = opened.sha256 == first.get("source_sha256")
+                with_teacher = replace(options, teacher=str(path), teacher_part=part)
+                dense = _teacher_file(with_teacher, slim)
+                same = dense.sha256 == first.get("source_sha256")
                 # A teacher with other classes cannot teach the slim model's classifier.
-                if same and classifier_size(opened.skeleton) == classifier_size(slim.skeleton):
+                if same and classifier_size(dense.skeleton) == classifier_size(slim.skeleton):
                     labels = option_name("find_teacher", False)
                     reporter.log(f"distilling from the dense model {path} ({labels} trains on labels only)")
-                    return found
-        asked = option_name("teacher", name or "PATH")
+                    return with_teacher
+        option = option_name("teacher", name or "PATH")
         reporter.log(
-            f"training on labels only; distilling the dense model usually gives more accuracy: {asked}"
+            f"training on labels only; distilling the dense model usually gives more accuracy: {option}"
         )
     for name, needed in (("labels", not options.labels), ("feature_weight", options.feature_weight > 0)):
         held = options.teacher is not None or not needed
@@ -253,12 +253,12 @@ def _open_teacher(
         _ = loaded.model
         # A file alone states no preprocessing; it is taken to have that of the slim file.
         alone = loaded.record is None and loaded.header is not None and loaded.header.config is None
-        stated = preprocessing if alone else resolve_preprocessing(loaded, options)
+        own = preprocessing if alone else resolve_preprocessing(loaded, options)
     _check_fits(loaded, classifier_size(student), preprocessing.input_size)
     matched = options.feature_weight > 0
     model = _with_tokens_of(student, loaded.model) if matched else loaded.model
     device = next(student.parameters()).device
-    return Teacher(model.to(device), stated, preprocessing, matched=matched, sha256=loaded.sha256)
+    return Teacher(model.to(device), own, preprocessing, matched=matched, sha256=loaded.sha256)
 
 
 @contextmanager

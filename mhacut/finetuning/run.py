@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from threading import Event
 
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -28,7 +29,6 @@ from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import REMOTE, unlock
-from mhacut.runtime.process import StopRequest
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
@@ -72,8 +72,8 @@ class Run:
     """Lock of the folder, in the first process."""
     targets: list[Tensor | None] = field(default_factory=list)
     """Teacher outputs for each batch of held-out images, computed when first needed."""
-    request: StopRequest = field(default_factory=StopRequest)
-    """Stop request by a signal."""
+    stop: Event = field(default_factory=Event)
+    """Set when a signal asks to stop."""
 
     @property
     def images_per_step(self) -> int:

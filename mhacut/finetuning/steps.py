@@ -44,7 +44,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         batches = _log_unreadable(run, islice(loader, options.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
         # All processes stop after the same step, also if only 1 received the signal.
-        loss, seen, stop = run.processes.total([loss, count, float(run.request.asked)])
+        loss, seen, stop = run.processes.total([loss, count, float(run.stop.is_set())])
         _check_finite(run, loss)
         progress.add_step(loss, int(seen))
         seconds += time.perf_counter() - began
@@ -57,7 +57,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         if step % per_epoch == 0 or progress.step == run.total_steps:
             _end_epoch(run, logs)
             # A signal may have arrived during the measurement.
-            (stop,) = run.processes.total([float(run.request.asked)])
+            (stop,) = run.processes.total([float(run.stop.is_set())])
             run.reporter.start("training")
         elif stop or (options.save_every and progress.step % options.save_every == 0):
             save(run)

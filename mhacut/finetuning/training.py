@@ -189,8 +189,8 @@ def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimi
         unknown = unknown_option(options.opt, known, "optimiser")
         raise UsageError(f"{option_name('opt', options.opt)}: {unknown}")
     if options.layer_decay is not None and not hasattr(model, "group_matcher"):
-        asked = option_name("layer_decay", options.layer_decay)
-        raise UsageError(f"{asked}: timm does not define layer groups for this model; leave the option out")
+        option = option_name("layer_decay", options.layer_decay)
+        raise UsageError(f"{option}: timm does not define layer groups for this model; leave the option out")
     try:
         made: torch.optim.Optimizer = create_optimizer_v2(
             model,
@@ -218,8 +218,8 @@ def _schedule(
     # Adam's first steps go by the sign of a single gradient.
     warmup = total_steps // 10 if epochs is None else round(epochs * steps_per_epoch)
     if warmup >= total_steps:
-        asked = option_name("warmup_epochs", options.warmup_epochs)
-        raise UsageError(f"{asked}: warm-up takes {warmup} steps, the run has {total_steps}; use less")
+        option = option_name("warmup_epochs", options.warmup_epochs)
+        raise UsageError(f"{option}: warm-up takes {warmup} steps, the run has {total_steps}; use less")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,

@@ -85,10 +85,10 @@ def effective_rank(energies: Tensor, share: float) -> Tensor:
     return (held < wanted).sum(-1).clamp_max(energies.shape[-1] - 1) + 1
 
 
-def _between(one: Tensor, other: Tensor) -> Tensor:
-    """Return the eigenvalues of R other R, descending, where R is the root of ``one``."""
-    values, vectors = torch.linalg.eigh(one)
+def _between(first: Tensor, second: Tensor) -> Tensor:
+    """Return the eigenvalues of R ``second`` R, descending, where R is the root of ``first``."""
+    values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (H, d, d); R up to a rotation
-    inner = root.mT @ other @ root
-    # Symmetric but for rounding, and the solver reads one triangle only.
+    inner = root.mT @ second @ root
+    # Symmetric but for rounding, and the solver reads only one triangle.
     return falling_eigenvalues((inner + inner.mT) / 2)

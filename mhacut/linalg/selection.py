@@ -113,10 +113,10 @@ def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
     lost, priced = (
         torch.cat(parts, 1) for parts in zip(*((step.lost, step.priced) for step in steps), strict=True)
     )
-    each = (weighed_by(fisher, lost) * priced).sum(0)
-    sizes = torch.tensor([len(step.channels) for step in steps], device=each.device)
+    errors = (weighed_by(fisher, lost) * priced).sum(0)
+    sizes = torch.tensor([len(step.channels) for step in steps], device=errors.device)
     # index_add sums in no fixed order on GPUs.
-    return torch.segment_reduce(each, "mean", lengths=sizes).repeat_interleave(sizes)
+    return torch.segment_reduce(errors, "mean", lengths=sizes).repeat_interleave(sizes)
 
 
 def _solve(system: Tensor, target: Tensor) -> Tensor:

@@ -46,10 +46,10 @@ USUAL = (
 
 
 @dataclass(frozen=True)
-class Better:
+class BetterNormalisations:
     """Normalisations with clearly higher accuracy than the model's own normalisation."""
 
-    found: tuple[tuple[Normalisation, float], ...]
+    ranked: tuple[tuple[Normalisation, float], ...]
     """Normalisations with their accuracy in percent, best first; at least 1."""
     own_top1: float
     """Accuracy with the model's own normalisation on the same images, in percent."""
@@ -65,7 +65,7 @@ Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 @torch.inference_mode()
 def better_normalisation(
     model: nn.Module, batches: Batches, mean: Sequence[float], std: Sequence[float], device: torch.device
-) -> Better | None:
+) -> BetterNormalisations | None:
     """Return common normalisations that are better than ``mean`` and ``std`` by 2 standard errors.
 
     A quarter of the images selects candidates. Only if there are candidates, the other images compare them,
@@ -78,7 +78,7 @@ def better_normalisation(
     # Choosing candidates and comparing them on the same images would favour whoever was lucky on these.
     screened = _right(model, batches, own, (own, *candidates), device, screening=True)
     more = (screened[1:].sum(dim=1) > screened[0].sum()).tolist()
-    chosen = [one for one, is_more in zip(candidates, more, strict=True) if is_more]
+    chosen = [candidate for candidate, is_more in zip(candidates, more, strict=True) if is_more]
     if not chosen:
         return None
     compared = _right(model, batches, own, (own, *chosen), device, screening=False)
@@ -87,10 +87,10 @@ def better_normalisation(
     own_top1, *top1 = (100 * counts / images).tolist()
     # Several may be better: CLIP's and ImageNet's are close to each other.
     errors = [_standard_errors(right, compared[0]) for right in compared[1:]]
-    clear = [one for one in zip(chosen, top1, errors, strict=True) if one[2] > _CLEAR]
-    clear.sort(key=lambda one: -one[1])
-    found = tuple((one, percent) for one, percent, _ in clear)
-    return Better(found, own_top1, images, max(errors) > _CERTAIN) if clear else None
+    clear = [candidate for candidate in zip(chosen, top1, errors, strict=True) if candidate[2] > _CLEAR]
+    clear.sort(key=lambda candidate: -candidate[1])
+    found = tuple((candidate, percent) for candidate, percent, _ in clear)
+    return BetterNormalisations(found, own_top1, images, max(errors) > _CERTAIN) if clear else None
 
 
 def _nearly_equal(first: Normalisation, second: Normalisation) -> bool:

@@ -96,14 +96,14 @@ class _PairTimes:
         unequal = sorted((pair for pair in times if pair[0] > pair[1]), reverse=True)
         skew, extra = {equal[-1][0]: 0.0}, []
         for wide, narrow in unequal:
-            one, other = times[wide, narrow], times[narrow, wide]
+            wide_qk, wide_v = times[wide, narrow], times[narrow, wide]
             if narrow in skew:
-                skew[wide] = skew[narrow] + one - other
+                skew[wide] = skew[narrow] + wide_qk - wide_v
             else:
                 at_wide = skew.setdefault(wide, _between(sorted(skew.items()), wide))
-                skew[narrow] = at_wide - (one - other)
+                skew[narrow] = at_wide - (wide_qk - wide_v)
             as_equal = (_between(equal, wide) + _between(equal, narrow)) / 2
-            extra.append((float(wide - narrow), max((one + other) / 2 - as_equal, 0.0)))
+            extra.append((float(wide - narrow), max((wide_qk + wide_v) / 2 - as_equal, 0.0)))
         return cls(equal, sorted(skew.items()), sorted(extra))
 
     def at(self, qk: int, v: int) -> float:

@@ -136,8 +136,8 @@ def _solve(
             continue
         price = {
             key: sum(
-                share / parts * each[key] / limit.most
-                for share, each, limit in zip(shares, prices, limits, strict=True)
+                share / parts * unit_prices[key] / limit.most
+                for share, unit_prices, limit in zip(shares, prices, limits, strict=True)
             )
             for key in choices
         }

@@ -174,7 +174,7 @@ class MergeSearch:
             at_index = choice(index)
             return math.inf if at_index is None else at_index.predicted
 
-        # Too few merges cost channels, too many cost tokens: there is one valley, whose left side may be
+        # Too few merges cost channels, too many cost tokens: the cost has one valley, whose left side may be
         # infinite. It is searched by thirds.
         low, high = 0, len(schedules) - 1
         while high - low > 2:
@@ -188,7 +188,7 @@ class MergeSearch:
         ranked = sorted({0, *near, len(schedules) - 1}, key=worth)
         chosen = next(filter(None, (choice(index, close_gap) for index in ranked)), None)
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
-            schedule = min((schedules[0], schedules[-1]), key=lambda one: excess(self.table(one)))
+            schedule = min((schedules[0], schedules[-1]), key=lambda candidate: excess(self.table(candidate)))
             return choice_of(schedule, self.table(schedule), job.least_widths)
         if not close_gap:
             return chosen

@@ -91,8 +91,8 @@ def measure_fisher(
     generator = torch.Generator().manual_seed(options.seed)
     device, preserved = next(model.parameters()).device, options.preserved
     assert preserved is not None
-    kept, shape = _kept_of(model, images[:1].to(device), preserved)
-    at_once = max(1, MAX_BYTES // max(kept, 1))
+    kept_bytes, shape = _backward_bytes(model, images[:1].to(device), preserved)
+    at_once = max(1, MAX_BYTES // max(kept_bytes, 1))
     gradients = _Gradients()
     with gradients.captured(model, prunable.layers):
         for number, batch in enumerate(torch.split(images, batch_size)):
@@ -192,12 +192,12 @@ def _information(sums: Mapping[str, Tensor], images: int) -> FisherInformation:
         mean = torch.cat(list(grids.values())).mean()
         reached = mean > 0  # by gradients
         importance[layer] = {
-            grid: SHRINKAGE + (1 - SHRINKAGE) * each / mean for grid, each in grids.items() if reached
+            grid: SHRINKAGE + (1 - SHRINKAGE) * total / mean for grid, total in grids.items() if reached
         }
     return FisherInformation(matrices, importance)
 
 
-def _kept_of(model: nn.Module, image: Tensor, preserved: Preserved) -> tuple[int, torch.Size]:
+def _backward_bytes(model: nn.Module, image: Tensor, preserved: Preserved) -> tuple[int, torch.Size]:
     """Return the bytes that a backward pass needs for ``image``, and the shape of its output."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     sizes: dict[int, int] = {}
@@ -208,8 +208,8 @@ def _kept_of(model: nn.Module, image: Tensor, preserved: Preserved) -> tuple[int
             sizes[storage.data_ptr()] = storage.nbytes()
         return tensor.detach()  # itself, it would hold the pass that made it, which holds it, for ever
 
-    kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-    with torch.enable_grad(), ordered_attention(image.device), kept:
+    noting = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+    with torch.enable_grad(), ordered_attention(image.device), noting:
         outputs = preserved.outputs(model, image.detach().requires_grad_(True))
-    # Until the outputs go nothing that was kept is freed, and no address is used twice.
+    # The outputs keep all storages alive, so that addresses are unique.
     return sum(sizes.values()), outputs.shape[1:]

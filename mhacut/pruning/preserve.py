@@ -122,8 +122,8 @@ class Preserved:
             return features[0]
         with torch.autocast(images.device.type, enabled=False):
             parts = []
-            for each, whitening in zip(features, self.whitenings, strict=True):
-                tokens = each[:, :: self.steps]  # (B, tokens, C)
+            for level, whitening in zip(features, self.whitenings, strict=True):
+                tokens = level[:, :: self.steps]  # (B, tokens, C)
                 tokens = tokens.float() if tokens.dtype.itemsize < 4 else tokens
                 parts.append((whitening(tokens) * (len(features) * tokens.shape[1]) ** -0.5).flatten(1))
             return torch.cat(parts, 1)
@@ -186,8 +186,8 @@ class Preserved:
         """Return a copy with fewer tokens, so that the features of ``images`` images fit into memory."""
         if not self.dense:
             return self
-        each = sum(features[0].numel() * 4 for features in self.features.of(model, image))
-        return replace(self, steps=max(1, -(-each * images // MAX_BYTES)))
+        image_bytes = sum(features[0].numel() * 4 for features in self.features.of(model, image))
+        return replace(self, steps=max(1, -(-image_bytes * images // MAX_BYTES)))
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = {"what": self.what}

@@ -190,7 +190,7 @@ def _fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _BlockCall:
     """A call of a block in the slim model, with the dense model's output as target."""
 
     args: tuple[Any, ...]
@@ -207,20 +207,22 @@ class _Call:
             return _run(block, self.args, self.kwargs).to(self.aim.dtype)
 
 
-def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_Call]:
+def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_BlockCall]:
     """Run both models to ``block``; return the slim model's calls and their target outputs."""
-    given = cut.run_up_to(block.name)
+    calls = cut.run_up_to(block.name)
     module = cut.model.get_submodule(block.name)
-    matches: list[Match | None] = [None] * len(given)
-    # Where the dense model merges nothing, blocks need not agree on what they merge.
+    matches: list[Match | None] = [None] * len(calls)
+    # If the dense model does not merge, its blocks need no matches of the slim model.
     if isinstance(getattr(dense.model.get_submodule(block.name), "matcher", None), nn.Module):
         with cut.paused(), torch.no_grad(), captured_outputs(module, ["matcher"]) as outputs:
-            for args, kwargs in given:
+            for args, kwargs in calls:
                 _run(module, args, kwargs)
         matches = outputs.get("matcher", [])
     _answer(dense, block, matches)
     aims = [unmerged(output) for output in dense.run_through(block.name)]
-    return [_Call(*arguments, aim, match) for arguments, aim, match in zip(given, aims, matches, strict=True)]
+    return [
+        _BlockCall(*arguments, aim, match) for arguments, aim, match in zip(calls, aims, matches, strict=True)
+    ]
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
@@ -284,16 +286,17 @@ def _comparable(
         return [output for (output,) in _outputs(slim, [block.name for block in comparable], images).values()]
 
     dims = channel_dims(slim, run, [block.layer for block in comparable], image)
-    # At a block each of the two models holds its input and its output, at most twice the largest output.
-    # Besides, a pass keeps the outputs of all blocks that have run, unless a Sequential has passed them on,
-    # and whatever was kept before the first block.
+    # At a block, both models hold its input and output: at most twice the largest output. A pass also stores
+    # everything before the first block, and the outputs of finished blocks that are not in a Sequential.
     within = [slim.get_submodule(block.name.rpartition(".")[0]) for block in comparable]
-    kept = sum(size for size, one in zip(sizes, within, strict=True) if not isinstance(one, nn.Sequential))
-    waiting = 2 * (2 * max(sizes) + kept)
+    stored = sum(
+        size for size, outer in zip(sizes, within, strict=True) if not isinstance(outer, nn.Sequential)
+    )
+    waiting = 2 * (2 * max(sizes) + stored)
     for model in (slim, dense):
-        with ResumableModel(model, [image]) as one:
-            one.run_up_to(comparable[0].name)
-            waiting += one.nbytes
+        with ResumableModel(model, [image]) as resumable:
+            resumable.run_up_to(comparable[0].name)
+            waiting += resumable.nbytes
     return [replace(block, channel_dim=dim) for block, dim in zip(comparable, dims, strict=True)], waiting
 
 
@@ -317,7 +320,7 @@ class _Error:
 
     @classmethod
     def of(
-        cls, calls: Sequence[_Call], block: Block, fisher: FisherInformation, last: bool, prefix: int
+        cls, calls: Sequence[_BlockCall], block: Block, fisher: FisherInformation, last: bool, prefix: int
     ) -> _Error:
         """Return the error with weights from the targets of ``calls``.
 
@@ -363,8 +366,8 @@ def _by_token(output: Tensor, channel_dim: int) -> Tensor:
 def _train(
     model: nn.Module,
     name: str,
-    unseen: Sequence[_Call],
-    fit: Sequence[_Call],
+    unseen: Sequence[_BlockCall],
+    fit: Sequence[_BlockCall],
     error: _Error,
     job: Job,
     generator: torch.Generator,
@@ -399,7 +402,7 @@ def _train(
 
 
 @torch.no_grad()
-def _mean_error(block: nn.Module, calls: Sequence[_Call], error: _Error) -> float:
+def _mean_error(block: nn.Module, calls: Sequence[_BlockCall], error: _Error) -> float:
     """Return the mean error of ``block`` over images."""
     total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
     return total / sum(len(call.aim) for call in calls)

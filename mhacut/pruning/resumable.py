@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 
 @dataclass
-class _Call:
+class _ModuleCall:
     """A call of a module during a pass."""
 
     module: nn.Module
@@ -28,7 +28,7 @@ class _Call:
     value: Any
     """(args, kwargs) of an unfinished call, output of a finished call."""
     finished: bool = False
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[_ModuleCall] = field(default_factory=list)
     """Calls inside an unfinished call, in order."""
     position: int = 0
     """Number of ``calls`` that the current run has passed."""
@@ -73,9 +73,9 @@ class ResumableModel:
     def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:
         self.model = model
         # Around the call of forward lies one of the model itself, with its hooks.
-        self._stacks = [[_Call(nn.Module(), model, ((batch,), {}))] for batch in batches]
+        self._stacks = [[_ModuleCall(nn.Module(), model, ((batch,), {}))] for batch in batches]
         """Unfinished calls of each batch, innermost last."""
-        self._stack: list[_Call] = []
+        self._stack: list[_ModuleCall] = []
         """Stack of the running batch."""
         self._until: nn.Module | None = None
         """Module that ends the run after its next call."""
@@ -133,7 +133,7 @@ class ResumableModel:
         finally:
             self.__enter__()
 
-    def _run(self, stack: list[_Call], name: str) -> Any:
+    def _run(self, stack: list[_ModuleCall], name: str) -> Any:
         """Run a batch to module ``name`` and return the value of its call."""
         self._stack = stack
         try:
@@ -146,7 +146,7 @@ class ResumableModel:
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self._stack[-1]
         if outer.position == len(outer.calls) or outer.calls[outer.position].overwritten:
-            outer.calls[outer.position :] = [_Call(module, forward, (args, kwargs))]
+            outer.calls[outer.position :] = [_ModuleCall(module, forward, (args, kwargs))]
         call = outer.calls[outer.position]
         outer.position += 1
         if not call.finished:

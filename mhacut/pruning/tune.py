@@ -67,10 +67,10 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     batches = enumerate(_batches(images, steps, size, job))
     blocks = _hinting(slim, preserved)
 
-    def run(each: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
+    def run(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the preserved outputs, and the class token after each hinting block, [blocks, B, C]."""
-        with captured_outputs(each, blocks, lambda _, output: unmerged(output)[:, 0]) as hints:
-            outputs = preserved.outputs(each, batch).float()
+        with captured_outputs(network, blocks, lambda _, output: unmerged(output)[:, 0]) as hints:
+            outputs = preserved.outputs(network, batch).float()
         tokens = [token.float() for (token,) in hints.values()]
         return outputs, torch.stack(tokens) if tokens else outputs.new_zeros(0)
 
@@ -81,19 +81,19 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 
-    shown = job.images[:size].to(device)
-    both = (lambda: run(job.model, shown)[0]), (lambda: run(slim, shown)[0])
+    sample = job.images[:size].to(device)
+    both = (lambda: run(job.model, sample)[0]), (lambda: run(slim, sample)[0])
     _log_time(job, "all weights", steps, size, len(images), *both)
 
     def dense_of(batch: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        kept = [] if job.teacher_cache is None else job.teacher_cache
-        if number < len(kept):
-            return kept[number]
+        cache = [] if job.teacher_cache is None else job.teacher_cache
+        if number < len(cache):
+            return cache[number]
         with torch.no_grad():
-            given = run(job.model, batch)
-        if number == len(kept) and (number + 1) * sum(each.nbytes for each in given) <= KEPT_BYTES:
-            kept.append(given)
-        return given
+            outputs = run(job.model, batch)
+        if number == len(cache) and (number + 1) * sum(output.nbytes for output in outputs) <= KEPT_BYTES:
+            cache.append(outputs)
+        return outputs
 
     def loss() -> Tensor:
         number, batch = next(batches)

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
@@ -66,18 +65,10 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 """Signals of Ctrl-C and of schedulers."""
 
 
-@dataclass
-class StopRequest:
-    """State of a request to stop the run."""
-
-    asked: bool = False
-    """Whether a stop signal came."""
-
-
 @contextmanager
-def stop_request() -> Iterator[StopRequest]:
-    """Turn the first stop signal inside the block into a request. A second signal ends the process."""
-    request = StopRequest()
+def stop_request() -> Iterator[threading.Event]:
+    """Set an event at the first stop signal inside the block. A second signal ends the process."""
+    request = threading.Event()
     # Python handles signals only in the main thread.
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -90,7 +81,7 @@ def stop_request() -> Iterator[StopRequest]:
 
     def ask(number: int, frame: FrameType | None) -> None:
         # No exception: it could interrupt a write, or an exchange that other processes wait for.
-        request.asked = True
+        request.set()
         restore()
 
     for number in STOP_SIGNALS:

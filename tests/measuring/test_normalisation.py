@@ -19,7 +19,7 @@ from helpers.data import write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
 from mhacut.data import Preprocessing
-from mhacut.measuring.normalisation import USUAL, Better, better_normalisation
+from mhacut.measuring.normalisation import USUAL, BetterNormalisations, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_one_of_training_is_found(trained, size):
     taken = IMAGENET if trained is INCEPTION else INCEPTION
     model = Hundredths(trained)
     better = better_normalisation(model, sample(taken, size=size), taken.mean, taken.std, CPU)
-    assert better.found[0] == (trained, 100)
+    assert better.ranked[0] == (trained, 100)
     assert better.own_top1 < 60
     assert better.images == 256
 
@@ -221,7 +221,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def always_better(monkeypatch):
-    better = Better(((CLIP, 76.2), (IMAGENET, 76.0)), 50.65, 256, certain=False)
+    better = BetterNormalisations(((CLIP, 76.2), (IMAGENET, 76.0)), 50.65, 256, certain=False)
     monkeypatch.setattr("mhacut.checkpoint.preprocessing.better_normalisation", lambda *_: better)
 
 

@@ -82,7 +82,7 @@ def test_a_signal_while_a_worker_starts_costs_no_image_in_a_block_that_takes_req
     with stop_request() as request:
         assert sorted(training_labels()) == list(range(12))
     assert signalled
-    assert not request.asked  # the worker handled its signal
+    assert not request.is_set()  # the worker handled its signal
 
 
 READING = """
