@@ -1,4 +1,4 @@
-"""Text for people: unsafe characters escaped, runs of indices shortened, cells in columns."""
+"""Text for terminals: escaped characters, ranges of indices, tables."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def safe(text: object) -> str:
-    r"""``text`` with control, bidi and other invisible characters shown as escapes.
+    r"""Escape control, bidi and other invisible characters.
 
-    Names in a checkpoint are anyone's text: printed as they are they can clear the screen, set the window's
-    title or turn the reading order. Brackets stay: nothing here is ever parsed as rich markup.
+    Names in a checkpoint are untrusted: control characters could clear the screen or reverse the text.
 
     >>> print(safe("blocks.0\x1b[2J[red]\u202e"))
     blocks.0\x1b[2J[red]\u202e
@@ -30,7 +29,7 @@ def dtype_name(dtype: object) -> str:
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first ``most`` names as text, and how many more there are.
+    """Return the first ``most`` names as text, and the number of further names.
 
     >>> listed(["a", "b", "c"], most=2), listed([])
     ('a, b and 1 more', 'none')
@@ -40,7 +39,7 @@ def listed(names: Sequence[str], most: int = 10) -> str:
 
 
 def ranges(indices: Sequence[int]) -> str:
-    """Ascending indices with neighbours drawn together.
+    """Format ascending indices as ranges.
 
     >>> ranges([0, 1, 2, 5, 7, 8])
     '0-2, 5, 7-8'
@@ -57,7 +56,7 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows in aligned columns; never cut to a width, so that a pipe gets whole names.
+    """Return rows in aligned columns: ``left`` columns left-aligned, the others right-aligned.
 
     >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
            dense   slim
@@ -74,5 +73,5 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def safe_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Return a :func:`table`, and any lines below it, of text made safe."""
+    """Return a :func:`table` and lines below it, with unsafe characters escaped."""
     return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])

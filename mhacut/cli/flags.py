@@ -89,8 +89,14 @@ class Command(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
-        rows |= {one.name: (one.placeholder, one.help) for one in self.known.values() if one.is_argument}
-        panels = {panel: [one.name for one in _flags(self.known) if one.panel == panel] for panel in PANELS}
+        rows |= {
+            option.name: (option.placeholder, option.help)
+            for option in self.known.values()
+            if option.is_argument
+        }
+        panels = {
+            panel: [option.name for option in _flags(self.known) if option.panel == panel] for panel in PANELS
+        }
         shows_all = ctx.meta.get(_SHOWS_ALL, False)
         if not shows_all:
             panels = {"Arguments": panels["Arguments"], "Options": list(self.usual) or panels["Models"]}
@@ -99,8 +105,10 @@ class Command(TyperCommand):
             if shown := [rows[name] for name in names if rows.get(name)]:
                 with formatter.section(panel):
                     formatter.write_dl(shown, col_max=28)
-        hidden = sum(not one.is_argument and one.name not in self.usual for one in _flags(self.known))
-        research = sum(one.panel == RESEARCH for one in self.known.values())
+        hidden = sum(
+            not option.is_argument and option.name not in self.usual for option in _flags(self.known)
+        )
+        research = sum(option.panel == RESEARCH for option in self.known.values())
         notes = []
         if hidden and self.usual and not shows_all:
             notes.append(f"--help-all shows {hidden} more options.")
@@ -116,8 +124,8 @@ class Command(TyperCommand):
 
 def _flags(known: Mapping[str, Option]) -> list[Option]:
     """Return the options that are flags or arguments, the budget of FLOPs first."""
-    flags = (one for one in known.values() if one.panel != RESEARCH)
-    return sorted(flags, key=lambda one: (PANELS.index(one.panel), one.name != "flops"))
+    flags = (option for option in known.values() if option.panel != RESEARCH)
+    return sorted(flags, key=lambda option: (PANELS.index(option.panel), option.name != "flops"))
 
 
 def _removed(known: Mapping[str, Option], flag: str, value: str) -> str | None:
@@ -158,11 +166,13 @@ def command(
             config, pairs = common["config"], common["set"] or []
             # Flags that were not given may stand in the YAML file: their defaults are for the help.
             sources = {name: context.get_parameter_source(name) for name in flags}
-            given = {n: flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"}
+            from_flags = {
+                n: flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"
+            }
             display = {name: common[name] for name in ("quiet", "verbose")}
             console = Console(body.__name__, as_json=common["json"], **display)
             with running(console, flag_writer(known), known):
-                made = options.of(**complete(_values(known, config, pairs, given)))
+                made = options.of(**complete(_values(known, config, pairs, from_flags)))
                 try:
                     check_paths(made)
                     if check_outputs is not None:
@@ -193,12 +203,12 @@ def command(
 
 def check_paths(options: Options) -> None:
     """Raise the command's own error now, before torch is imported, if a path cannot be read."""
-    for name, one in options.options().items():
+    for name, option in options.options().items():
         value = getattr(options, name)
-        if value is not None and one.reads is not None:
-            for path in value if one.element else (value,):
+        if value is not None and option.reads is not None:
+            for path in value if option.element else (value,):
                 if not os.fspath(path).startswith(REMOTE):
-                    _CHECKS[one.reads](path)
+                    _CHECKS[option.reads](path)
 
 
 def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
@@ -216,12 +226,12 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
             return f"--set {name}={_yaml_text(value[0])}" if value and value[0] is not None else name
         if not value or value[0] is True or value[0] is None:
             return flag
-        (stated,) = value
-        if stated is False:
+        (setting,) = value
+        if setting is False:
             return "--no-" + flag.removeprefix("--")
-        if isinstance(stated, Mapping):
-            return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in stated.items())
-        return f"{flag} {shlex.quote(_as_text(stated))}"
+        if isinstance(setting, Mapping):
+            return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in setting.items())
+        return f"{flag} {shlex.quote(_as_text(setting))}"
 
     return write
 
@@ -231,7 +241,7 @@ def _yaml_text(value: Any) -> str:
 
 
 def _values(
-    options: Mapping[str, Option], config: str | None, pairs: Sequence[str], given: Mapping[str, Any]
+    options: Mapping[str, Option], config: str | None, pairs: Sequence[str], from_flags: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a YAML file, overridden by ``--set``, overridden by flags."""
     values: dict[str, Any] = {}
@@ -245,7 +255,7 @@ def _values(
         if not equals:
             raise UsageError(f"--set {pair}: expected KEY=VALUE")
         values |= read_options({key: yaml_value(text)}, options, f"--set {pair}")
-    for name, value in given.items():
+    for name, value in from_flags.items():
         if options[name].kind is bool:  # a switch has one spelling, which changes the default
             value = not options[name].default
         checked = options[name].check(value)
@@ -253,25 +263,25 @@ def _values(
     return values
 
 
-def _flag(one: Option) -> inspect.Parameter:
+def _flag(option: Option) -> inspect.Parameter:
     """Make one flag, or argument."""
     # All but switches are text to Typer: Option.check reads flags, YAML and Python alike.
-    kind: Any = bool if one.kind is bool else list[str] if one.repeats or one.takes_pairs else str
+    kind: Any = bool if option.kind is bool else list[str] if option.repeats or option.takes_pairs else str
     info: Any
-    text = one.off or one.help
-    if not all(choice in text for choice in one.choices):
-        text += f" One of {', '.join(one.choices)}."
-    if one.is_argument:
-        kind = list[str] if one.element else str
-        info = typer.Argument(help=text, metavar=one.placeholder, show_default=False)
+    text = option.off or option.help
+    if not all(choice in text for choice in option.choices):
+        text += f" One of {', '.join(option.choices)}."
+    if option.is_argument:
+        kind = list[str] if option.element else str
+        info = typer.Argument(help=text, metavar=option.placeholder, show_default=False)
     else:
-        spelled = one.switch if kind is bool else one.flag
-        flags = [spelled, SHORT[one.name]] if one.name in SHORT else [spelled]
-        info = typer.Option(*flags, help=text, metavar=one.placeholder or None)
-    default = None if one.required or one.default in (None, (), {}) else one.default
+        spelled = option.switch if kind is bool else option.flag
+        flags = [spelled, SHORT[option.name]] if option.name in SHORT else [spelled]
+        info = typer.Option(*flags, help=text, metavar=option.placeholder or None)
+    default = None if option.required or option.default in (None, (), {}) else option.default
     info.show_default = default is not None and kind is not bool
     default = False if kind is bool else None if default is None else _as_text(default)
-    return _parameter(one.name, Annotated[kind | None, info], default)
+    return _parameter(option.name, Annotated[kind | None, info], default)
 
 
 def _as_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Surroundings of a command: the only printer, quiet libraries, signals and errors as exit codes."""
+"""Environment of a command: output, library logs, signals, and errors as exit codes."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from mhacut.runtime.progress import SILENT, StageDisplay, StageTimer
 from mhacut.text import safe, table
 
 SCHEMA_VERSION = 1
-"""Version of the JSON that every command prints under ``--json``."""
+"""Version of the ``--json`` output."""
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""Words of a RuntimeError of torch on the CPU, and of the system."""
+"""Parts of out-of-memory messages of torch (CPU) and the operating system."""
 _SECONDS_TO_SAY_WHY = 10
-"""Delay before a process that fails because of another exits: torchrun ends all processes at the first
-failure, and the process that reports the reason must be first."""
+"""Delay before a process exits because another process failed. torchrun ends all processes at the first exit,
+and the process that reports the error must be the first."""
 
 
 class Console:
-    """Shows one command to one user; a :class:`mhacut.runtime.progress.Reporter`.
+    """Output of a command; a :class:`mhacut.runtime.progress.Reporter`.
 
-    Of several processes, all but the first print errors only.
+    If a run has several processes, only the first process prints more than errors.
     """
 
     def __init__(
@@ -61,13 +61,7 @@ class Console:
         self._has_bar = False
 
     def result(self, text: str, document: Mapping[str, Any]) -> None:
-        """Print ``text``, or ``document`` under ``--json``; a reader that went away is no error.
-
-        What every command states is added to ``document``; the seconds of each stage are shown with ``-v``.
-
-        Raises:
-            OutputError: stdout cannot be written.
-        """
+        """Print ``text``, or ``document`` with ``--json``. With ``-v``, print seconds per stage as well."""
         self.finish()
         if self.rank > 0:
             return
@@ -79,7 +73,7 @@ class Console:
             about = {"schema_version": SCHEMA_VERSION, "command": self.command, "mhacut": __version__}
             document = {**about, **document, "stage_seconds": seconds}
             text = json.dumps(document, allow_nan=False, indent=2, default=os.fspath)
-        encoding = sys.stdout.encoding or "ascii"  # which may lack characters of a file's name
+        encoding = sys.stdout.encoding or "ascii"  # may lack characters of a file name
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
             if self.as_json or not sys.stdout.isatty():
@@ -88,9 +82,9 @@ class Console:
                 _print_in_colour(text)
         except OSError as error:
             null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, sys.stdout.fileno())  # else Python tries to write the rest again at its end
-            if not isinstance(error, BrokenPipeError):  # of `| head`
-                raise OutputError(f"the output cannot be written: {error.strerror or error}") from error
+            os.dup2(null, sys.stdout.fileno())  # else Python tries to write the rest at exit
+            if not isinstance(error, BrokenPipeError):  # the reader, such as `| head`, has closed the pipe
+                raise OutputError(f"cannot write to stdout: {error.strerror or error}") from error
 
     def log(self, message: str) -> None:
         if not self.quiet:
@@ -112,31 +106,30 @@ class Console:
             self._display.advance(done, total, detail)
 
     def finish(self) -> None:
-        """End the last stage, and take the bar off the terminal."""
+        """End the last stage and remove the progress bar."""
         self._timer.stop()
         if self._display is not None:
             self._display.close()
             self._display, self._has_bar = None, False
 
     def error(self, text: str) -> None:
-        """Print ``text`` whatever the verbosity."""
         self.finish()
         self.say(text if self.rank == 0 else f"process {self.rank}: {text}")
 
     def say(self, text: str) -> None:
-        """Print lines on stderr, made safe, above the bar if there is one."""
+        """Print escaped lines on stderr, above the progress bar."""
         lines = "\n".join(map(safe, text.split("\n")))
         if self._display is not None and self._has_bar:
             from rich.text import Text
 
             self._display.console.print(Text(lines), soft_wrap=True)
         else:
-            with suppress(OSError):  # nobody reads on, or the disk is full: there is nowhere to say so
+            with suppress(OSError):  # stderr is closed or the disk is full
                 print(lines, file=sys.stderr, flush=True)
 
 
 def _print_in_colour(text: str) -> None:
-    """Print ``text`` on a terminal, lines that begin with "warning: " in colour."""
+    """Print ``text`` on a terminal, with warnings in colour."""
     from rich.console import Console as Terminal
     from rich.text import Text
 
@@ -147,11 +140,10 @@ def _print_in_colour(text: str) -> None:
 
 @contextmanager
 def running(console: Console, writer: OptionWriter, known: Collection[str]) -> Iterator[None]:
-    """Turn the errors of a command's body into messages and exit codes.
+    """Convert the errors of a command's body into messages and exit codes.
 
-    Messages name options as ``writer`` writes them, and of those that save memory only ``known`` ones.
-    mhacut's own errors are shown as one message; any other error is a bug and shows its traceback.
-    ``MHACUT_DEBUG=1`` shows every traceback.
+    An error that is not a :class:`MhacutError` is a bug and is printed with its traceback. ``MHACUT_DEBUG=1``
+    prints all tracebacks. ``known`` are the options of the command, for advice about memory.
     """
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
@@ -161,18 +153,18 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
         except (KeyboardInterrupt, Interrupted) as error:
             code = INTERRUPTED
             if console.rank == 0:  # all processes stop for the same reason
-                console.error(str(error) or "interrupted; nothing was left half written")
+                console.error(str(error) or "interrupted; no incomplete file was left")
         except PeerFailed:
-            code = FAILED  # the process that knows why says so
+            code = FAILED  # the failed process reports the error
             time.sleep(_SECONDS_TO_SAY_WHY)
         except Exception as error:
             code = USAGE if isinstance(error, UsageError) else FAILED
             message = str(error) if isinstance(error, MhacutError) else _out_of_memory(error, known)
             if debug or not message:
                 console.error(traceback.format_exc().rstrip())
-            kind = type(error).__name__
-            unforeseen = f"mhacut did not foresee this {kind}; please report it with the lines above"
-            console.error(f"error: {message or unforeseen}")
+            bug = f"unexpected {type(error).__name__}: this is a bug in mhacut. "
+            bug += "Please report it with the traceback above."
+            console.error(f"error: {message or bug}")
         finally:
             console.finish()
     if code:
@@ -180,8 +172,8 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
 
 
 def _out_of_memory(error: Exception, known: Collection[str]) -> str:
-    """Return that memory was short, and what to do; empty for an error of another kind."""
-    # By name: this module must not import torch, nor wait for it.
+    """Return a message and advice for out-of-memory errors; empty for other errors."""
+    # Compared by name, because this module must not import torch.
     by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not by_type and not any(words in str(error) for words in _NO_MEMORY):
         return ""
@@ -193,10 +185,8 @@ def _out_of_memory(error: Exception, known: Collection[str]) -> str:
 
 @contextmanager
 def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, unless somebody handles it.
-
-    Of several processes it ends each at once: one that waits for the others would see no exception.
-    """
+    """Handle SIGTERM like Ctrl-C, unless a handler is installed or the run has several processes."""
+    # A process that waits for other processes in a collective operation would not see the exception.
     ours = threading.current_thread() is threading.main_thread() and world_size() == 1
     if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -209,7 +199,7 @@ def _sigterm_as_interrupt() -> Iterator[None]:
 
 
 class _ToConsole(logging.Handler):
-    """Handler that shows log records above the progress display."""
+    """Handler that prints log records above the progress display."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -221,7 +211,7 @@ class _ToConsole(logging.Handler):
 
 @contextmanager
 def _library_logs(console: Console) -> Iterator[None]:
-    """Show warnings and logs of torch, timm and others on stderr with ``-v`` only."""
+    """Hide warnings and logs of libraries unless ``-v`` is given."""
     before = logging.root.manager.disable
     handler = _ToConsole(console)
     with warnings.catch_warnings():
@@ -231,7 +221,7 @@ def _library_logs(console: Console) -> Iterator[None]:
             logging.root.setLevel(logging.DEBUG if console.verbose > 1 else logging.INFO)
         else:
             warnings.simplefilter("ignore")
-            logging.disable(logging.WARNING)  # errors of libraries are shown in any case
+            logging.disable(logging.WARNING)  # errors are always shown
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         try:
             yield

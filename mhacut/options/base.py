@@ -13,27 +13,27 @@ __all__ = ["PathLike"]
 Runtime = Literal["eager", "compile", "onnx", "openvino"]
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 REQUIRED: Any = MISSING
-"""Default of an option that must be given."""
+"""Default of a required option."""
 IN_MEMORY = ""
 """Placeholder for the checkpoint of a command that is given a module."""
 NEEDS_IMAGES = {"data_dir": GIVEN, "dataset": GIVEN}
 HIGHEST_RATE = 1e36
-"""Learning rates above it overflow float32 in Adam's first step, which divides them by 0.1."""
+"""Largest learning rate: in Adam's first step, which divides by 0.1, larger values overflow float32."""
 
 
 def seed_option() -> int:
-    """State a random seed; torch takes the numbers within these bounds."""
+    """Return the option of a random seed, with torch's bounds."""
     return option(42, panel="Computing", at_least=-(2**63), at_most=2**64 - 1)
 
 
 def threads_option() -> int | None:
-    """State a number of threads of the CPU."""
+    """Return the option of a number of CPU threads."""
     return option(None, at_least=1, at_most=MAX_PARALLEL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions(Options, panel="Model"):
-    """Architecture of checkpoints that do not state it, and the part of them that holds the model."""
+    """Architecture of a checkpoint, and its part that holds the model."""
 
     model: str | None = None
     """timm architecture, if the checkpoint does not name it."""
@@ -45,7 +45,7 @@ class ArchitectureOptions(Options, panel="Model"):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(ArchitectureOptions, panel="Model"):
-    """Facts about one model that its file does not state."""
+    """Facts about a model that its checkpoint does not state."""
 
     num_classes: int | None = option(None, at_least=0)
     """Expected number of classes; any other is an error. 0 drops the classifier."""
@@ -53,7 +53,7 @@ class ModelOptions(ArchitectureOptions, panel="Model"):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(ModelOptions, panel="Arguments"):
-    """Checkpoint, and facts that its file does not state."""
+    """Checkpoint, and facts that the checkpoint does not state."""
 
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
     """Dense or slim model: a .safetensors or .pth file, a timm folder, timm:NAME or hf-hub:OWNER/NAME."""
@@ -67,7 +67,7 @@ class DeviceOptions(Options, panel="Computing"):
     """Device: auto, cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
-        if self.device is not None:  # torch.device("cpu") is a name, too, and torch is not imported here
+        if self.device is not None:  # a torch.device becomes its name; torch is not imported here
             object.__setattr__(self, "device", str(self.device))
         super().__post_init__()
 
@@ -83,13 +83,12 @@ class ImageSource(Options, panel="Data"):
 
     @property
     def has_images(self) -> bool:
-        """Whether a source is given."""
         return self.data_dir is not None or self.dataset is not None
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
-    """Source of images to measure accuracy on."""
+    """Validation images."""
 
     class_map: PathLike | None = option(None, metavar="FILE", reads="class_map")
     """Text file with the class names in the order of the classifier's outputs."""
@@ -101,7 +100,7 @@ class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
-    """Source of images to measure accuracy on, and of those to calibrate or train on."""
+    """Validation images, and calibration or training images."""
 
     train_split: str = "train"
     """Split with the calibration or training images."""
@@ -109,7 +108,7 @@ class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions(Options, panel="Preprocessing"):
-    """Overrides of the checkpoint's own preprocessing; None keeps the checkpoint's value."""
+    """Overrides of the checkpoint's preprocessing; None keeps the checkpoint's value."""
 
     mean: tuple[float, ...] | None = None
     """Mean per colour channel, for pixel values in 0..1. Default: the checkpoint's."""
@@ -124,14 +123,14 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
 
     @property
     def given(self) -> frozenset[str]:
-        """Names of the options of preprocessing that are given."""
-        names = (one.name for one in fields(PreprocessingOptions))
+        """Names of the preprocessing options that are set."""
+        names = (each.name for each in fields(PreprocessingOptions))
         return frozenset(name for name in names if getattr(self, name) is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_latency": GIVEN}):
-    """Conditions under which ``mhacut prune`` measures latency."""
+    """Conditions of the latency measurements of ``mhacut prune``."""
 
     latency: bool = option(True, needs={}, off="Measure no latency.")
     """Measure the latency of the dense and the pruned model."""
@@ -147,5 +146,5 @@ class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_lat
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the runtime computes on the CPU, whatever the device."""
+        """Whether the runtime always computes on the CPU."""
         return self.runtime in ("onnx", "openvino")

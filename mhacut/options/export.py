@@ -76,9 +76,19 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
         expected = f"another name, or {option_name('format', by_ending)}"
         require("output", self.output, by_ending == self.format, expected)
         named = not output or self.format != "openvino" or output.endswith(".xml")
-        require("output", self.output, named, "a name that ends in .xml; the weights are in .bin beside it")
+        require(
+            "output",
+            self.output,
+            named,
+            "a name that ends in .xml; the weights are written to .bin next to it",
+        )
         batched = self.fixed_batch is None or self.format != "timm"
-        require("fixed_batch", self.fixed_batch, batched, "another format: timm takes any number of images")
+        require(
+            "fixed_batch",
+            self.fixed_batch,
+            batched,
+            "another format: a timm folder works with any batch size",
+        )
         for name, pattern, expected in (
             ("license", LICENSE, "a name such as apache-2.0, in lower case"),
             ("push_to_hub", REPOSITORY, "OWNER/NAME"),
@@ -86,10 +96,10 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
             value = getattr(self, name)
             if value is not None:
                 require(name, value, pattern.fullmatch(value) is not None, expected)
-                card = f"{option_name('format', 'timm')}, which writes a card"
+                card = f"{option_name('format', 'timm')}, the only format with a model card"
                 require(name, value, self.format == "timm", card)
         known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
-        require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few kernels for others")
+        require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few bfloat16 kernels")
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")

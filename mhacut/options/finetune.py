@@ -1,4 +1,4 @@
-"""Options of ``mhacut finetune``; where timm has a name for something, it is timm's."""
+"""Options of ``mhacut finetune``. Names are those of timm's train.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _MIXES = {"mixup": GIVEN, "cutmix": GIVEN}
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
-    """Teacher that the model learns from besides labels."""
+    """Teacher for distillation."""
 
     teacher: PathLike | None = option(None, metavar="CHECKPOINT", reads="checkpoint")
     """Checkpoint of the teacher: the dense model, or a model with the same classes. Default: the dense model,
@@ -104,7 +104,7 @@ class TrainingOptions(Options, panel="Training"):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions(Options, panel="Augmentation"):
-    """Variation of training images by timm's transforms; validation images are never varied."""
+    """Augmentation of the training images by timm's transforms."""
 
     aug: bool = option(
         True, off="Preprocess training images as for validation. Mixup and CutMix still apply."
@@ -145,7 +145,7 @@ class AugmentationOptions(Options, panel="Augmentation"):
         super().__post_init__()
         for name in ("scale", "ratio"):
             value = getattr(self, name)
-            require(name, value, len(value) == 2 and value[0] <= value[1], "the smallest, then the largest")
+            require(name, value, len(value) == 2 and value[0] <= value[1], "2 numbers, the smaller first")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,14 +192,13 @@ class FinetuneKeywords(
         for log in self.logs:
             known = ("tensorboard", "wandb")
             require("log", log, log in known, "one of " + ", ".join(known))
-        # timm mixes each image with the one at the mirrored place of the batch; none may be left over.
+        # timm mixes image i with image N-1-i of the batch, so N must be even.
         even = (self.batch_size or 64) % 2 == 0 or not (self.mixup or self.cutmix)
         expected = f"an even number with {option_name('mixup')} or {option_name('cutmix')}"
         require("batch_size", self.batch_size, even, expected)
 
     @property
     def logs(self) -> tuple[str, ...]:
-        """Names in ``log``."""
         return tuple(name.strip() for name in self.log.split(",")) if self.log else ()
 
 

@@ -19,9 +19,9 @@ from mhacut.options.option import GIVEN, PathLike, option
 
 Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 INSPECTED_IMAGES = 64
-"""Default number of images; some thousand tokens."""
+"""Default number of images, with some thousand tokens."""
 _RUNS = {**NEEDS_IMAGES, "compare": GIVEN}
-"""Options with which the model is run on images."""
+"""Options that make the command run the model on images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,20 +59,16 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
         others = [name for name in ("compare", "data_dir", "dataset") if getattr(self, name) is not None]
         if others:
             needing = " and ".join(map(option_name, others))
-            raise UsageError(f"{shapes} reads no weights, which {needing} would need: leave one of them out")
+            raise UsageError(f"{shapes} cannot be combined with {needing}, because it reads no weights")
         if self.sort in ("similarity", "rank"):
-            raise UsageError(
-                f"{option_name('sort', self.sort)}: is not known from shapes alone; leave {shapes} out"
-            )
+            raise UsageError(f"{option_name('sort', self.sort)} needs weights; leave out {shapes}")
 
     @property
     def sees_images(self) -> bool:
-        """Whether the model is run on images."""
         return self.has_images or self.compare is not None
 
     @property
     def images_wanted(self) -> int:
-        """``calibration_images``, or the default."""
         return INSPECTED_IMAGES if self.calibration_images is None else self.calibration_images
 
 

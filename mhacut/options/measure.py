@@ -62,7 +62,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
         super().__post_init__()
         for name in ("checkpoints", "batch_sizes"):
             if not getattr(self, name):
-                raise UsageError(f"{option_name(name)}: expected at least one")
+                raise UsageError(f"{option_name(name)}: expected at least 1")
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
@@ -71,7 +71,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
 
 
 class BenchKeywords(TypedDict, total=False):
-    """Keywords of :func:`mhacut.bench`: beside ``*checkpoints``, no type is inferred from a dataclass."""
+    """Keywords of :func:`mhacut.bench`. A dataclass cannot type them next to ``*checkpoints``."""
 
     model: str | None
     model_args: Mapping[str, Any]

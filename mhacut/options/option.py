@@ -1,4 +1,4 @@
-"""Options: fields of dataclasses, from which flags, YAML keys, Python keywords, bounds and help follow."""
+"""Options as fields of dataclasses: source of flags, YAML keys, Python keywords, bounds and help."""
 
 from __future__ import annotations
 
@@ -43,53 +43,52 @@ T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound="Options")
 PathLike = str | os.PathLike[str]
 GIVEN: Any = ...
-"""Stands in ``needs`` for any value but None, False, 0 and nothing."""
+"""Stands in ``needs`` for any true value."""
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
 _METAVARS: Mapping[Any, str] = {int: "N", float: "X", bool: "", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
 _MOST = {int: 2**31 - 1, float: 1e30}
-"""Largest values where an option states no upper bound: the libraries overflow above."""
+"""Largest values of options without an upper bound: above, the libraries overflow."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Everything that is known about one option."""
+    """Name, type, default, bounds and help of an option."""
 
     name: str
     """Name in Python and in YAML."""
     type: Any
     default: Any
     owner: type[Options]
-    """Class that states the option; its docstring under the field is the help."""
+    """Class with the field; the docstring under the field is the help."""
     panel: str
-    """Heading in ``--help``; "Arguments" stand on the command line without a flag."""
+    """Heading in ``--help-all``; options of the panel "Arguments" have no flag."""
     metavar: str = ""
-    """Placeholder of the value in ``--help``; by default it follows from the type."""
+    """Placeholder of the value in the help. Default: from the type."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    """Bounds; they hold for each element of a tuple; None as a value is always within."""
+    """Bounds of the value, or of each element of a tuple."""
     endings: tuple[str, ...] = ()
-    """Endings of which a file's name must have one, in upper or lower case."""
+    """Allowed file name endings, in upper or lower case."""
     reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
-    """Kind of what is read from the path, or from each of several."""
+    """Kind of input at the path or paths."""
     repeats: bool = False
-    """Whether the flag may be given several times, for as many values."""
+    """Whether the flag can be repeated."""
     off: str = ""
     """Help of the flag ``--no-NAME`` of a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
-    """Values of other options, one of which must be given for this option to have an effect."""
+    """Values of other options. The option has no effect unless at least one of them is set."""
 
     @property
     def help(self) -> str:
-        """Sentences for ``--help`` and the reference."""
         return _field_docstrings(self.owner.__module__).get((self.owner.__name__, self.name), "")
 
     @property
     def flag(self) -> str:
-        """Long flag. Each ``KEY=VALUE`` has one of its own: ``model_args`` is ``--model-arg``."""
+        """Long flag. A mapping has a flag per ``KEY=VALUE``: ``--model-arg`` for ``model_args``."""
         name = self.name.removesuffix("s") if self.takes_pairs else self.name.rstrip("_")  # as_
         return "--" + name.replace("_", "-")
 
@@ -109,39 +108,37 @@ class Option:
 
     @property
     def is_argument(self) -> bool:
-        """Whether the option stands on the command line without a flag."""
         return self.panel == "Arguments"
 
     @property
     def kind(self) -> Any:
-        """Type without its alternatives: ``int`` for ``int | None``."""
+        """Type without None: ``int`` for ``int | None``."""
         return _main(self.type)
 
     @property
     def takes_pairs(self) -> bool:
-        """Whether the value is a mapping, ``KEY=VALUE`` on the command line."""
+        """Whether the value is a mapping (``KEY=VALUE`` on the command line)."""
         return get_origin(self.kind) is Mapping
 
     @property
     def element(self) -> Any:
-        """Type of each of several values; None where there is one value only."""
+        """Type of the elements of a tuple; None for other types."""
         return _main(get_args(self.kind)[0]) if get_origin(self.kind) is tuple else None
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Possible values, where they can be listed."""
         return get_args(self.kind) if get_origin(self.kind) is Literal else ()
 
     @property
     def placeholder(self) -> str:
-        """Placeholder of the value, ``N`` or ``PATH``; empty for a switch."""
-        one = self.element or self.kind
-        known = _METAVARS.get(get_origin(one) or one, "NAME")
+        """Placeholder of the value: ``N``, ``PATH``; empty for a switch."""
+        spec = self.element or self.kind
+        known = _METAVARS.get(get_origin(spec) or spec, "NAME")
         return self.metavar or (f"{known},{known}" if self.element and not self.repeats else known)
 
     @property
     def limits(self) -> str:
-        """Bounds in words; empty if there are none."""
+        """Bounds in words, such as ``at least 1``."""
         bounds = {
             "at least": self.at_least,
             "above": self.above,
@@ -155,33 +152,34 @@ class Option:
         )
 
     def check(self, value: Any) -> Any:
-        """Return ``value``, from a flag, YAML or Python, in the option's type.
+        """Convert ``value`` to the option's type, or raise a :class:`UsageError`.
 
-        Text is read as a flag's: ``"0.5,0.4"`` are two numbers, ``"img_size=32"`` is a mapping. Numbers of
-        NumPy become Python's, which JSON can hold.
+        Text is parsed: ``"0.5,0.4"`` becomes 2 numbers, ``"img_size=32"`` a mapping.
         """
+        # NumPy's numbers become Python's, because JSON cannot hold them.
         value = _plain(value)
         if value is None and type(None) in get_args(self.type):
             return None
         if self.takes_pairs:
             return self._pairs(value)
         if self.element is None:
-            return self._one(value, self.kind)
-        # One text is one of several values, not several letters; one number is a list of one.
+            return self._single(value, self.kind)
+        # A string is iterable, but a single value.
         if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
             value = [value]
         if self.element is not os.PathLike and str not in _alternatives(self.type):  # names may have commas
-            value = [text for one in value for text in (one.split(",") if isinstance(one, str) else [one])]
-        return tuple(self._one(one, self.element) for one in value)
+            value = [
+                text for spec in value for text in (spec.split(",") if isinstance(spec, str) else [spec])
+            ]
+        return tuple(self._single(spec, self.element) for spec in value)
 
-    def _one(self, value: Any, kind: Any) -> Any:
-        """Return one value in its type, within the bounds."""
+    def _single(self, value: Any, kind: Any) -> Any:
         value = _plain(value)
         if self.choices:
             require(self.name, value, value in self.choices, "one of " + ", ".join(self.choices))
         elif kind is bool:
             require(self.name, value, value in (True, False), _NOUNS[bool])
-            value = bool(value)  # of 0 and 1, which are equal to them
+            value = bool(value)  # 0 and 1 are allowed
         elif kind in (int, float):
             value = self._number(value, kind)
         else:
@@ -196,7 +194,7 @@ class Option:
 
     def _number(self, value: Any, kind: type) -> Any:
         number: Any = None
-        # True is a whole number to Python, and 8.0 none; text is a number, since YAML reads 1e-3 as text.
+        # bool is a subclass of int. YAML reads 1e-3 as text, so text is allowed.
         if isinstance(value, str | (Integral if kind is int else Real)) and not isinstance(value, bool):
             try:
                 number = kind(value)
@@ -227,7 +225,7 @@ class Option:
 
 
 def option(default: T, **facts: Any) -> T:
-    """State an option, in more than type and default, as a field of an :class:`Options` dataclass.
+    """Return a field of an :class:`Options` dataclass, with facts about the option such as its bounds.
 
     >>> @dataclass(frozen=True, kw_only=True)
     ... class CutOptions(Options, panel="Result"):
@@ -245,92 +243,87 @@ def option(default: T, **facts: Any) -> T:
 class Options:
     """Options of a command; flags, YAML keys and keywords have the names of the fields.
 
-    A subclass is a frozen dataclass with a docstring, the help, under each field. Commands inherit options
-    that they share. Types and bounds are checked when an object is made.
+    A subclass is a frozen dataclass with the help as a docstring under each field. Commands share options by
+    inheritance. Creating an object checks types and bounds.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _shared: ClassVar[dict[str, Any]]
-    """Facts about every option that the class itself states; a field's own facts win."""
+    """Default facts for the fields of the class; inherited fields keep those of their class."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
         cls._shared = {"panel": panel, "needs": needs or {}}
 
     def __post_init__(self) -> None:
-        for name, stated in self.options().items():  # frozen for everybody but this
-            object.__setattr__(self, name, stated.check(getattr(self, name)))
+        for name, option in self.options().items():  # the dataclass is frozen
+            object.__setattr__(self, name, option.check(getattr(self, name)))
 
     @classmethod
     @cache  # reading annotations takes milliseconds
     def options(cls) -> Mapping[str, Option]:
-        """Every option by its name, in the order of the fields."""
+        """Options by name, in the order of the fields."""
         types = get_type_hints(cls)
-        # A class's panel and needs go with what it states itself, not with what it inherits.
+        # Panel and needs of a class apply to its own fields, not to inherited fields.
         owners: dict[str, Any] = {
             name: kind for kind in reversed(cls.__mro__) for name in inspect.get_annotations(kind)
         }
         return {
-            one.name: Option(
-                name=one.name,
-                type=types[one.name],
-                default=one.default if one.default_factory is MISSING else one.default_factory(),
-                owner=owners[one.name],
-                **{**owners[one.name]._shared, **one.metadata},
+            spec.name: Option(
+                name=spec.name,
+                type=types[spec.name],
+                default=spec.default if spec.default_factory is MISSING else spec.default_factory(),
+                owner=owners[spec.name],
+                **{**owners[spec.name]._shared, **spec.metadata},
             )
-            for one in fields(cls)
+            for spec in fields(cls)
         }
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
-        """Values of the options that are not given; those that must be given are left out."""
-        return {name: copy.copy(one.default) for name, one in cls.options().items() if not one.required}
+        """Defaults of all options except required options."""
+        return {name: copy.copy(spec.default) for name, spec in cls.options().items() if not spec.required}
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make the options from values by name.
-
-        Raises:
-            UsageError: a name that is no option, with the one it resembles; an option that must be given is
-                missing; a value out of bounds.
-        """
+        """Make the options from values by name, or raise a :class:`UsageError`."""
         known = cls.options()
         for name in values:
             if name not in known:
                 raise UsageError(unknown_option(name, tuple(known)))
-        for name, one in known.items():
-            if one.required and name not in values:
-                raise UsageError(f"{option_name(name)} is missing. {one.help}")
+        for name, spec in known.items():
+            if spec.required and name not in values:
+                raise UsageError(f"{option_name(name)} is missing. {spec.help}")
         return cls(**values)
 
     def values(self) -> dict[str, Any]:
-        """Return the arguments of :meth:`of`; paths as text, for a record that JSON can hold."""
+        """Return the arguments of :meth:`of`, with paths as text for JSON."""
         values = {name: getattr(self, name) for name in self.options()}
         paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
         return values | paths
 
     def only(self, kind: type[OptionsT]) -> OptionsT:
-        """Return those of the options that ``kind``, one of the classes they inherit, has."""
+        """Return the options that belong to the base class ``kind``."""
         return kind(**{name: getattr(self, name) for name in kind.options()})
 
     def files_read(self) -> tuple[str, ...]:
-        """Files, and folders of checkpoints, that the options name to be read; also names on the hub.
+        """Return input files, checkpoint folders and hub names.
 
-        Not folders of images: a file that is written can never be one, and may lie in one.
+        Image folders are left out, because an output file may lie in them.
         """
         paths: list[str] = []
-        for name, one in self.options().items():
+        for name, spec in self.options().items():
             value = getattr(self, name)
-            if one.reads not in (None, "data_dir") and value:
-                paths += map(os.fspath, value if one.element else (value,))
+            if spec.reads not in (None, "data_dir") and value:
+                paths += map(os.fspath, value if spec.element else (value,))
         return tuple(paths)
 
     def changed(self) -> list[str]:
         """Names of the options that differ from their defaults."""
-        return [name for name, one in self.options().items() if getattr(self, name) != one.default]
+        return [name for name, spec in self.options().items() if getattr(self, name) != spec.default]
 
     def unmet_needs(self) -> dict[str, str]:
-        """Options that were changed to no effect, each with a sentence about what it needs."""
+        """Changed options without effect, and a sentence that names the missing option."""
         notes = {}
         for name in self.changed():
             needs = self.options()[name].needs
@@ -349,8 +342,8 @@ class Options:
 @cache
 def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
     """Docstrings under the fields of a module's classes, by class and field."""
-    # Python keeps no docstrings of fields, so they are read from the source, as pydantic does. Only help and
-    # some messages need them: options work where sources are not shipped.
+    # Python drops docstrings of fields, so they are parsed from the source, as pydantic does. Options work
+    # without the source; help and some messages do not.
     tree = ast.parse(inspect.getsource(sys.modules[module]))
     return {
         (kind.name, ast.unparse(above.target)): " ".join(str(below.value.value).split())
@@ -364,33 +357,33 @@ def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def _plain(value: Any) -> Any:
-    """Return a number or an array of NumPy or torch as Python's own numbers; anything else as it is."""
+    """Convert numbers and arrays of NumPy and torch to Python numbers."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Return the types of which ``kind`` is one, without None."""
+    """Return the members of a union, without None."""
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return tuple(part for part in parts if part is not type(None))
 
 
 def _main(kind: Any) -> Any:
-    """Return the type that text is read as: of alternatives the tuple, else the last."""
+    """Return the type to parse text as: the tuple in a union, else the last member."""
     parts = _alternatives(kind)
     main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
     return os.PathLike if get_origin(main) is os.PathLike else main
 
 
 def unknown_option(name: str, known: tuple[str, ...], kind: str = "option") -> str:
-    """Say that there is no option, or other ``kind`` of thing, ``name``, and which it resembles."""
+    """Return a message about an unknown name, with the closest known name."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise a :class:`UsageError` that names the option and its value unless ``holds``."""
+    """Raise a :class:`UsageError` with the option, its value and ``expected`` unless ``holds``."""
     if not holds:
-        # A whole model, or a list that aliases of YAML blow up, is shortened.
+        # Models, and lists that YAML aliases expand to millions of elements, are shortened.
         short = isinstance(value, str | int | float | os.PathLike) and len(str(value)) <= 200
         shown = option_name(name, value) if short else f"{option_name(name)}={_SHORT.repr(value)}"
         raise UsageError(f"{shown}: expected {expected}")
@@ -461,9 +454,9 @@ def _unknown_key(key: str, options: Mapping[str, Option]) -> str:
 
 
 def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Give a function of ``**options`` the signature of the dataclass ``call``, and its docstring their help.
+    """Give a function of ``**options`` the signature of ``call`` (a dataclass) and the help of the options.
 
-    Type checkers and editors see each keyword with its type; ``help()`` and notebooks also its default.
+    Editors and ``help()`` then show each keyword with its type and default.
     """
 
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
@@ -481,9 +474,9 @@ def lists_options(options: type[Options]) -> Callable[[Callable[P, R]], Callable
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         lines = [
-            f"    {name}: {one.help}{'' if one.default is None else f' Default: {one.default!r}.'}"
-            for name, one in options.options().items()
-            if not one.required
+            f"    {name}: {spec.help}{'' if spec.default is None else f' Default: {spec.default!r}.'}"
+            for name, spec in options.options().items()
+            if not spec.required
         ]
         text = inspect.cleandoc(function.__doc__ or "")
         function.__doc__ = "\n".join([text, "", "Options:", *lines])

@@ -33,8 +33,8 @@ Method = Literal["mhacut", "paper"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of steps that train channel scales without a repair. After a repair there are none: the
-small gain on the calibration images hardly transfers to other images."""
+"""Default number of training steps for channel scales without repair. After a repair, the small gain on the
+calibration images hardly transfers to other images, so the default is 0."""
 METHODS: Mapping[Method, Mapping[str, object]] = {
     "mhacut": {},
     "paper": {
@@ -46,21 +46,21 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
         "tuning_steps": 0,
     },
 }
-"""Values of the options that a method decides, unless they are given."""
+"""Defaults of the research switches, by method."""
 _INDICATORS = {"allocation": "indicator"}
 _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
-"""Options with which channel scales are trained."""
+"""Values of options that make channel scales trainable."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Amount of work that an effort stands for."""
+    """Search work of an effort."""
 
     calibration_images: int
     heal_steps: int
     tuning_steps: int
     replayed_images: int = 16
-    """Images on which layers are run again for their curves."""
+    """Number of images for the sensitivity curves."""
 
 
 # docs/guides/prune.md has the accuracy, time and memory of each, docs/explanation/choices.md the reasons.
@@ -71,15 +71,15 @@ EFFORTS: Mapping[str, Work] = {
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
-"""Options that state a budget, that bound a loss, and all targets and constraints but FLOPs."""
+"""Options that set a budget, options that bound the loss, and all targets and constraints except FLOPs."""
 _OTHERS = ("amp", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
 OF_TIMM = {*OTHER_TARGETS, *PreprocessingOptions.options(), *ModelOptions.options(), "runtime", *_OTHERS}
-"""Options that are for models of timm alone."""
+"""Options for timm models only."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options, panel="Research switches"):
-    """Search for the plan; every ingredient can be switched off for ablation."""
+    """Search for the plan. Research switches turn off parts of the method, for ablations."""
 
     effort: Effort = option("balanced", panel="Result")
     """Search effort. DeiT-S on 2 cores: fast about 1 min, balanced 1.5 to 8 min, best longer."""
@@ -138,17 +138,16 @@ class SearchOptions(Options, panel="Research switches"):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.selection == "indicator" and self.by_indicators:
-            expected = f"channel with {option_name('selection', 'indicator')}, whose choice it keeps"
+            expected = f"channel or auto with {option_name('selection', 'indicator')}"
             require("basis", self.basis, self.basis != "principal", expected)
 
     @property
     def by_indicators(self) -> bool:
-        """Whether indicators are trained."""
         return self.allocation == "indicator"
 
     @property
     def trained_gain_steps(self) -> int:
-        """Steps that train only channel scales."""
+        """Training steps of the channel scales."""
         if not self.reweight:
             return 0
         if self.gain_steps is not None:
@@ -157,17 +156,16 @@ class SearchOptions(Options, panel="Research switches"):
 
     @property
     def work(self) -> Work:
-        """Amount of work that the effort stands for."""
         return EFFORTS[self.effort]
 
     @property
     def healed_steps(self) -> int:
-        """Steps that train each block by itself."""
+        """Healing steps per block."""
         return self.work.heal_steps if self.heal_steps is None else self.heal_steps
 
     @property
     def tuned_steps(self) -> int:
-        """Steps that train all weights at once."""
+        """Tuning steps of all weights."""
         return self.work.tuning_steps if self.tuning_steps is None else self.tuning_steps
 
 
@@ -246,14 +244,14 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make the options from values by name; the method decides some that are not given."""
-        # An unknown method is refused below, with the names of those that exist.
+        """Make the options from values by name, with the method's defaults."""
+        # The super class raises the error for an unknown method.
         preset = METHODS.get(values.get("method", "mhacut"), {})
         return super().of(**{**preset, **values})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.flops, tuple):  # one budget is one, however it was given
+        if isinstance(self.flops, tuple):  # a tuple of 1 budget becomes the budget
             several = self.flops
             object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
             for text in several:
@@ -263,13 +261,14 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
         if not budgets and not bounds:
             others = ", ".join(map(option_name, (*BUDGETS[1:], *BOUNDS[:-1])))
             raise UsageError(
-                f"{option_name('flops')} is missing. {self.options()['flops'].help} In its place you can "
-                f"give {others} or {option_name(BOUNDS[-1])}"
+                f"{option_name('flops')} is missing. {self.options()['flops'].help} "
+                f"Alternatives: {others} or {option_name(BOUNDS[-1])}"
             )
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
             raise UsageError(
-                f"{bound} searches for the smallest model, but {budget} fixes its size; leave one out"
+                f"{bound} and {budget} cannot be combined: a loss bound searches for the smallest model, "
+                "a budget sets its size"
             )
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
@@ -277,7 +276,7 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
         self._check_allocation()
 
     def _check_kind(self) -> None:
-        """Raise a :class:`UsageError` for options that do not go with the kind of model."""
+        """Raise a :class:`UsageError` for options that do not work with a model of transformers."""
         timm = self.as_ == "timm"
         fits = self.output is None or os.fspath(self.output).lower().endswith(".safetensors") == timm
         require("output", self.output, fits, "a name that ends in .safetensors" if timm else "a folder")
@@ -286,24 +285,24 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
         asked = option_name("as_", self.as_)
         for name in self.changed():
             if name in OF_TIMM:
-                raise UsageError(f"{option_name(name, getattr(self, name))} does not go with {asked}")
+                raise UsageError(f"{option_name(name, getattr(self, name))} does not work with {asked}")
         if self.several:
-            raise UsageError(f"{option_name('flops', self.several)}: expected one budget with {asked}")
+            raise UsageError(f"{option_name('flops', self.several)}: expected 1 budget with {asked}")
         for name, values in (("preserve", (None, "answers", "tokens")), ("scope", ("auto", "attention+mlp"))):
             value = getattr(self, name)
             require(name, value, value in values, f"{values[-2]} or {values[-1]} with {asked}")
 
     def _check_allocation(self) -> None:
-        """Raise a :class:`UsageError` unless the budget is divided in a way that knows the targets."""
-        # Indicators are trained towards a budget of FLOPs alone.
+        """Raise a :class:`UsageError` unless the allocation supports the targets."""
+        # Indicators support a FLOPs budget only.
         if self.scope.endswith("+tokens"):
-            expected = f"curves with {option_name('scope', self.scope)}, which compares merges by the curves"
+            expected = f"curves with {option_name('scope', self.scope)}"
             require("allocation", self.allocation, self.allocation == "curves", expected)
             if not self.bounds_work:
                 raise UsageError(
                     f"{option_name('scope', self.scope)}: expected {option_name('flops')}, "
                     f"{option_name('max_latency')}, {option_name('max_kl')} or {option_name('max_drop')}; "
-                    "merging tokens changes neither the number of parameters nor the size of the file"
+                    "token merging does not change the parameters or the file size"
                 )
         for name in set(OTHER_TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")
@@ -312,25 +311,25 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
 
     @property
     def flops_of_each(self) -> tuple[str | None, ...]:
-        """Budget of FLOPs of each file to write; None where there is none."""
+        """FLOPs budget per output file; None without a FLOPs budget."""
         return self.flops if isinstance(self.flops, tuple) else (self.flops,)
 
     @property
     def several(self) -> tuple[str, ...]:
-        """Several budgets of FLOPs, each for a file of its own; empty for one or none."""
+        """FLOPs budgets, if there are at least 2; otherwise empty."""
         return self.flops if isinstance(self.flops, tuple) else ()
 
     @property
     def bounds_work(self) -> bool:
-        """Whether merged tokens help to meet the targets; they leave parameters and bytes as they are."""
+        """Whether token merging can help to meet the targets. It does not change parameters or bytes."""
         return self.flops is not None or self.max_latency is not None or self.bounds_loss
 
     @property
     def bounds_loss(self) -> bool:
-        """Whether the smallest model within a bound on the loss is to be found."""
+        """Whether the search is for the smallest model within a loss bound."""
         return self.max_kl is not None or self.max_drop is not None
 
     @property
     def images_wanted(self) -> int:
-        """``calibration_images``, or the number that the effort stands for."""
+        """``calibration_images``, or the number set by the effort."""
         return self.calibration_images or self.work.calibration_images

@@ -74,7 +74,7 @@ def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):
     arguments, name = WRITERS[command]
     monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
     message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
-    assert message.endswith("interrupted; nothing was left half written\n")
+    assert message.endswith("interrupted; no incomplete file was left\n")
 
 
 def test_the_input_is_no_output(slim, tmp_path):  # 47

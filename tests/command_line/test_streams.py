@@ -14,7 +14,7 @@ from helpers.cli import run
 @pytest.mark.parametrize(
     ("streams", "code", "said"),
     [
-        (">/dev/full", 1, "error: the output cannot be written: No space left on device\n"),
+        (">/dev/full", 1, "error: cannot write to stdout: No space left on device\n"),
         ("2>/dev/full", 0, ""),
         (">&-", 0, ""),
         ("2>&-", 0, ""),

@@ -174,7 +174,7 @@ def test_the_command(hub, slim_of, tmp_path):
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"push_to_hub": "some/vit"}, "expected format='timm', which writes a card"),
+        ({"push_to_hub": "some/vit"}, "expected format='timm', the only format with a model card"),
         ({"push_to_hub": "vit", "format": "timm"}, "push_to_hub='vit': expected OWNER/NAME"),
         ({"push_to_hub": "../../vit", "format": "timm"}, "expected OWNER/NAME"),
     ],

@@ -282,7 +282,9 @@ def test_a_card_states_of_any_history_what_makes_sense(tiny_vit, tmp_path, entry
 def test_a_license_is_a_name_and_stands_in_a_card(tiny_vit):
     with pytest.raises(UsageError, match=r"license='MIT License': expected a name such as apache-2\.0"):
         mhacut.export(tiny_vit.path, format="timm", license="MIT License")
-    with pytest.raises(UsageError, match="license='mit': expected format='timm', which writes a card"):
+    with pytest.raises(
+        UsageError, match="license='mit': expected format='timm', the only format with a model card"
+    ):
         mhacut.export(tiny_vit.path, license="mit")
 
 

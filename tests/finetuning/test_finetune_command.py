@@ -40,7 +40,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
         ({"labels": False}, "labels=False: expected a teacher"),
         ({"feature_weight": 1.0}, "feature_weight=1.0: expected a teacher"),
         ({"scale": (0.5, 1.5)}, "scale=1.5: expected above 0, at most 1"),
-        ({"scale": (0.9, 0.5)}, "the smallest, then the largest"),
+        ({"scale": (0.9, 0.5)}, "2 numbers, the smaller first"),
         ({"aa": "nonsense-m9"}, "^aa='nonsense-m9': not supported by timm"),
         ({"amp": True, "amp_dtype": "float16", "device": "cpu"}, "requires CUDA"),
         ({"warmup_epochs": 3.0}, "warmup_epochs=3.0: warm-up takes 9 steps"),
@@ -66,7 +66,7 @@ def test_a_dense_file_is_sent_to_prune(tiny_vit, images):
 
 
 def test_the_command_and_its_files(slim, images, tmp_path):
-    (tmp_path / "run.yaml").write_text("lr: 1e-3\nbatch-size: 12\nremode: rand\nworkers: 0\nno-amp: true\n")
+    (tmp_path / "run.yaml").write_text("lr: 1e-3\nbatch_size: 12\nremode: rand\nworkers: 0\namp: false\n")
     out = tmp_path / "out"
     given = ["finetune", slim, "--data-dir", images, "-o", out, "--config", tmp_path / "run.yaml"]
     result = run(*given, "--epochs", "2", "--scale", "0.7,1", "--json")

@@ -116,7 +116,7 @@ def test_one_path_is_one_of_several():
 def test_each_of_several_values_is_checked():
     with pytest.raises(UsageError, match="batch_sizes=0: expected at least 1"):
         BenchOptions(checkpoints=("a",), batch_sizes=(8, 0))
-    with pytest.raises(UsageError, match="checkpoints: expected at least one"):
+    with pytest.raises(UsageError, match="checkpoints: expected at least 1"):
         BenchOptions(checkpoints=())
 
 

@@ -151,8 +151,11 @@ def test_sorted_layers_fall(slim_of, sort):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": True, "data_dir": "d"}, "shapes=True reads no weights, which data_dir would need"),
-        ({"shapes": True, "sort": "rank"}, "sort='rank': is not known from shapes alone"),
+        (
+            {"shapes": True, "data_dir": "d"},
+            "shapes=True cannot be combined with data_dir, because it reads no weights",
+        ),
+        ({"shapes": True, "sort": "rank"}, "sort='rank' needs weights; leave out shapes=True"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
         (
             {"layer": "blocks.7.*"},
