@@ -133,7 +133,7 @@ def test_unforeseen_errors_ask_for_a_report(instead_of_prune):
     result = run("prune", __file__, "--flops", "1G")
     assert result.exit_code == 1
     assert "Traceback" in result.stderr
-    assert "please report it" in result.stderr
+    assert "Please report it" in result.stderr
     assert_harmless(result.stderr)
 
 

@@ -23,7 +23,7 @@ def research(**values: object) -> list[str]:
 
 
 def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
-    """Run ``mhacut`` with ``arguments``; what it did not foresee is raised."""
+    """Run ``mhacut`` with ``arguments``; unexpected errors are raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
