@@ -63,15 +63,15 @@ def infer_from_shapes(
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     else:
         model, further = _with_visible_args(ModelIdentity(name, args, dict(cfg)), tensors)
-        args |= {one.name: one.value for one in further}
+        args |= {arg.name: arg.value for arg in further}
         inferred += further
     # The shapes of the file decide, whatever size the configuration was written for.
     last = [] if "num_classes" in args else [visible_classes(model, _shapes_for(model, tensors))]
     size_shown = None if "img_size" in args else visible_img_size(model, shapes)
     last += [] if size_shown is None else [size_shown]
-    args |= {one.name: one.value for one in last}
+    args |= {arg.name: arg.value for arg in last}
     # TimmSpec again only where it differs: a model takes a tenth of a second.
-    if any(one.value != getattr(model, one.name, None) for one in last):
+    if any(arg.value != getattr(model, arg.name, None) for arg in last):
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     inferred += last
     infos = infos_by_model_names(tensors, model)
@@ -81,9 +81,9 @@ def infer_from_shapes(
         notes += left_out
     identity = identity_of(model, name, args)
     if cfg and "crop_pct" not in cfg:
-        identity.pretrained_cfg.pop("crop_pct", None)  # timm fills in one that is of no model
+        identity.pretrained_cfg.pop("crop_pct", None)  # timm's fallback, not this model's
     return ResolvedModel(
-        identity, model, infos, tuple(notes), inferred=frozenset(one.name for one in inferred)
+        identity, model, infos, tuple(notes), inferred=frozenset(arg.name for arg in inferred)
     )
 
 
@@ -105,13 +105,13 @@ def _with_visible_args(
     try:
         model = build_skeleton(identity)
     except CheckpointError:
-        # The number of heads may divide the width of the file, and not the default one.
+        # The given num_heads may divide the file's width but not the default width.
         args = {name: value for name, value in given.items() if name != "num_heads"}
         if args == given:
             raise
         model = build_skeleton(dataclasses.replace(identity, model_args=args))
     inferred = visible_args(model, _shapes_for(model, tensors), given)
-    further = {**given, **{one.name: one.value for one in inferred}}
+    further = {**given, **{arg.name: arg.value for arg in inferred}}
     if further == args:
         return model, ()
     try:

@@ -82,20 +82,20 @@ def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> l
     """Return suggestions: the arguments that the shapes show."""
     shapes = {name: info.shape for name, info in tensors.items()}
     # Given arguments are inferred too, because they may be wrong.
-    shown = visible_args(model, shapes, {})
+    inferred = visible_args(model, shapes, {})
     hints = []
-    if shown:
-        args = option_name("model_args", {one.name: one.value for one in shown})
-        hints.append(f"shapes show {'; '.join(map(str, shown))}: try {args}")
+    if inferred:
+        args = option_name("model_args", {arg.name: arg.value for arg in inferred})
+        hints.append(f"shapes show {'; '.join(map(str, inferred))}: try {args}")
     classes = visible_classes(model, shapes)
     if classes.value != getattr(model, "num_classes", classes.value):
         hints.append(f"the classifier differs: try {option_name('num_classes', classes.value)}")
     # Shapes do not show the number of heads, and a width needs it.
     with_heads = visible_args(model, shapes, {"num_heads": None})
-    if width := [one for one in with_heads if one.name == "embed_dim"]:
+    if width := [arg for arg in with_heads if arg.name == "embed_dim"]:
         num_heads = option_name("model_args", {"num_heads": "N"})
         hints.append(f"shapes show {width[0]}. The number of heads is unknown: give {num_heads}")
-    elif any(map(_ABOUT_POSITIONS.search, other)) and not any(one.name == "patch_size" for one in shown):
+    elif any(map(_ABOUT_POSITIONS.search, other)) and not any(arg.name == "patch_size" for arg in inferred):
         side = option_name("model_args", {"img_size": "SIDE"})
         hints.append(
             f"the image size, the window size or the number of heads differs: try {side}, window_size or "

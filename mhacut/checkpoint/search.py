@@ -79,7 +79,7 @@ def _of_flatten(names: Collection[str]) -> Iterator[str]:
 
 def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) -> list[ResolvedModel]:
     built = []
-    # The table may be of another timm than the one that is installed.
+    # The table may list models that the installed timm lacks.
     for name in filter(known_model, names):
         try:
             built.append(infer_from_shapes(name, args, {}, header.tensors))
@@ -92,10 +92,10 @@ def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[Resolve
     """Return the matching models with the fewest inferred arguments."""
     positions = position_shapes(header.tensors)
     fits = [
-        one
-        for one in built
-        if position_shapes(one.tensors) == positions
-        and shapes_of(one.skeleton) == {name: info.shape for name, info in one.tensors.items()}
+        model
+        for model in built
+        if position_shapes(model.tensors) == positions
+        and shapes_of(model.skeleton) == {name: info.shape for name, info in model.tensors.items()}
     ]
     # The fewer arguments differ from timm's own, the likelier is the model.
     least = min(map(_distance, fits), default=0)
@@ -169,7 +169,7 @@ def _nothing_fits(header: FileHeader, args: Mapping[str, Any], built: Sequence[R
     plain_vits = [] if built else _build(header, args, [_PLAIN_VIT])
     candidates = [
         *built,
-        *(one for one in plain_vits if not is_foreign(shapes_of(one.skeleton), header.shapes)),
+        *(vit for vit in plain_vits if not is_foreign(shapes_of(vit.skeleton), header.shapes)),
     ]
     nearest = max(candidates, key=_tensors_in_common, default=None)
     if nearest is not None:
@@ -181,6 +181,6 @@ def _nothing_fits(header: FileHeader, args: Mapping[str, Any], built: Sequence[R
     return text
 
 
-def _tensors_in_common(one: ResolvedModel) -> int:
-    expected = shapes_of(one.skeleton)
-    return sum(expected.get(name) == info.shape for name, info in one.tensors.items())
+def _tensors_in_common(model: ResolvedModel) -> int:
+    expected = shapes_of(model.skeleton)
+    return sum(expected.get(name) == info.shape for name, info in model.tensors.items())

@@ -58,12 +58,12 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
     )
     # timm swallows unknown arguments in some models and fails in others: only those that it names are used.
     accepted = _parameters(type(model)) - set(given)
-    return tuple(one for rule in rules for one in rule if one.name in accepted)
+    return tuple(arg for rule in rules for arg in rule if arg.name in accepted)
 
 
 def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
     """Whether most names in the file do not exist in the model."""
-    ours, theirs = ({re.sub(r"\.\d+\.", ".", name) for name in one} for one in (expected, names))
+    ours, theirs = ({re.sub(r"\.\d+\.", ".", name) for name in side} for side in (expected, names))
     return len(ours & theirs) < len(theirs) / 2
 
 
