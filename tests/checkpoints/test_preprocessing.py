@@ -36,6 +36,7 @@ def slim(loaded, path, **preprocessing):
     return read_model(path)
 
 
+@pytest.mark.slow
 def test_a_slim_file_is_read_at_the_size_it_was_cut_for(tmp_path):
     dense = opened(tmp_path, "mobilevit_xxs")
     assert resolve_preprocessing(dense, PreprocessingOptions()).input_size == (3, 256, 256)

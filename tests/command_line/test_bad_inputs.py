@@ -175,6 +175,7 @@ def exported(slim: Path, path: Path, format: str) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 24
     exported(slim, tmp_path / "out", "timm")
     reported = run("inspect", tmp_path / "hostile.safetensors", "--html", tmp_path / "page.html")

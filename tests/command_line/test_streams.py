@@ -27,6 +27,7 @@ def test_streams_of_a_shell(slim, streams, code, said):
     assert ("FLOPs" in done.stdout) == streams.startswith("2")
 
 
+@pytest.mark.slow
 def test_a_lone_rank_is_ignored(slim, tmp_path):
     for rank in ("1", "x", "9" * 5000):
         result = run("inspect", slim, "-q", env={"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": None})

@@ -197,6 +197,7 @@ def test_models_at_the_edge(case, basis):
     assert_sound(model, images(model), basis)
 
 
+@pytest.mark.slow
 @bases
 @pytest.mark.parametrize("case", slow_except({"black images"}, IMAGES))
 def test_images_at_the_edge(case, basis):

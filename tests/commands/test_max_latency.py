@@ -17,7 +17,7 @@ import mhacut
 from helpers.cli import run
 from helpers.jobs import Recorder
 from helpers.models import slow_except
-from helpers.pruning import QUICK, last_step, prune_quickly
+from helpers.pruning import last_step, prune_quickly
 from mhacut.budget import Budget
 from mhacut.checkpoint.load import read_model
 from mhacut.errors import BudgetError, MhacutError, UsageError
@@ -168,6 +168,7 @@ def test_a_correction_that_leaves_much_of_a_time_unused_is_corrected(tiny_vit, t
     assert target.measured["corrections"] == 2
 
 
+@pytest.mark.slow
 def test_a_target_that_is_always_missed_fails_and_leaves_nothing(tiny_vit, tmp_path, clock):
     clock.shares = 4 * [0.9]
     out = tmp_path / "new" / "slim.safetensors"
@@ -200,23 +201,6 @@ def test_the_lowest_time_that_is_named_works(tiny_vit, tmp_path, clock):
     for budget in re.search(r"the lowest is (\S+) \((\S+%) of", str(refusal.value)).groups():
         result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=budget, dry_run=True)
         assert result.targets[0].reached <= result.targets[0].limit
-
-
-@pytest.mark.slow
-def test_several_files_meet_one_time(tiny_vit, tmp_path, clock):
-    results = mhacut.prune_many(
-        tiny_vit.path,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        flops=["90%", "60%"],
-        max_latency="88%",
-        output=tmp_path / "slim-{}.safetensors",
-        **{**QUICK, "latency": True},
-    )
-    names = [result.output.name for result in results]
-    assert names == ["slim-90pct-latency88pct.safetensors", "slim-60pct-latency88pct.safetensors"]
-    for result in results:
-        assert all(target.reached <= target.limit for target in result.targets)
 
 
 # --- as it is printed ---
@@ -257,14 +241,6 @@ def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock, options, labe
     stated = asked | {name: value for name, value in options.items() if name in result.timing}
     assert stated.items() <= result.timing.items()
     assert result.timing["machine"]
-
-
-@pytest.mark.slow
-def test_the_conditions_of_latency_are_printed(tiny_vit, tmp_path, clock):
-    flags = ["--flops", "60%", "--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--json"]
-    arguments = ["prune", *tiny_vit.flags, *flags, "--dry-run", "--threads", "3"]
-    assert json.loads(run(*arguments).stdout)["timing"]["threads"] == 3
-    assert json.loads(run(*arguments, "--no-latency").stdout)["timing"] == {}
 
 
 @pytest.mark.exhaustive

@@ -220,6 +220,7 @@ def test_channels_alone_are_cut_where_that_is_asked_for():
     assert type(model.vit) is timm.models.VisionTransformer
 
 
+@pytest.mark.slow
 def test_tokens_are_tuned_on_as_they_are(images):
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, num_classes=3)
     model = build(nn.Sequential, vit)
@@ -240,6 +241,7 @@ def test_a_function_that_never_runs_the_part_is_not_called_for_ever(images):
         mhacut.prune_(model, "teacher", images=run, **QUICK)
 
 
+@pytest.mark.slow
 def test_a_classifier_keeps_its_answers(images):
     class Classifier(nn.Module):
         def __init__(self):

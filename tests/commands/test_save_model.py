@@ -15,6 +15,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.errors import CheckpointError, OutputError
 
 
+@pytest.mark.slow
 def test_a_trained_slim_model_goes_back_into_a_file(pruned, tmp_path):
     slim = pruned.output
     model = mhacut.load_model(slim)
@@ -121,6 +122,7 @@ def test_pooling_may_be_a_module_or_the_head_s(architecture, args, tmp_path):
         mhacut.save_model(model, tmp_path / "max.safetensors", like=slim)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrapped", [torch.compile, torch.nn.DataParallel])
 def test_wrappers_of_torch_are_left_out(pruned, tmp_path, wrapped):
     model = mhacut.load_model(pruned.output)

@@ -59,6 +59,7 @@ def test_elsewhere_channels_are_cut_alone(tmp_path, case, options, reason):
     assert last_step(result.output)["options"]["scope"] == "attention+mlp"
 
 
+@pytest.mark.slow
 def test_the_paper_cuts_channels_alone(tmp_path):
     result, lines = pruned(VIT, tmp_path / "slim.safetensors", method="paper", steps=1, gain_steps=1)
     assert lines == []

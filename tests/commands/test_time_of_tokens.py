@@ -11,7 +11,6 @@ import mhacut
 from helpers.clocks import Counting
 from helpers.models import ModelCase, build
 from helpers.pruning import last_step
-from mhacut.checkpoint.load import read_model
 from mhacut.errors import BudgetError
 from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.surgery.flops import measure_flops
@@ -136,15 +135,6 @@ def test_times_out_of_reach_name_the_lowest_which_works(model, tmp_path, clock):
     lowest = str(error.value).partition("the lowest is ")[2].split()[0]
     result = prune(model, tmp_path / "slim.safetensors", max_latency=lowest)
     assert all(target.reached <= target.limit for target in result.targets)
-
-
-@pytest.mark.slow
-def test_a_file_of_the_command_line_is_opened_with_its_merges(model, tmp_path, clock):
-    clock.matching = 1.02
-    result = prune(model, tmp_path / "slim.safetensors", max_latency="40%")
-    slim = read_model(result.output).model
-    assert result.plan.tokens.merged
-    assert tuple(merged_of(slim)) == result.plan.tokens.merged
 
 
 @pytest.mark.slow

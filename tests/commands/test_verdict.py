@@ -74,6 +74,7 @@ def test_without_labels_the_divergence_is_judged(digits):
     assert not any("finetune" in way for way in document["advice"])  # a dry run writes nothing to train
 
 
+@pytest.mark.slow
 def test_a_loss_within_a_bound_is_no_warning(digits):
     document = document_of(*digits, "--max-drop", "60", *HARSH, "--dry-run")
     assert document["dense"]["top1"] - document["slim"]["top1"] > 5

@@ -28,6 +28,7 @@ def test_shapes_have_edges_and_their_power_falls_as_that_of_photographs() -> Non
     assert float((steps > 0.1).float().mean()) > 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(3, 32, 32), (3, 48, 80), (1, 31, 31), (5, 8, 8)])
 def test_pixels_are_plausible_and_channels_agree(size) -> None:
     images = synthetic_images(64, size, (0.0,) * size[0], (1.0,) * size[0], 1)

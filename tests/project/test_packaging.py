@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -91,43 +90,6 @@ def test_the_wheel_holds_the_package(built):
     assert "License-Expression: Apache-2.0" in metadata
     assert "Requires-Dist: timm>=1.0.31" in metadata
     assert "mhacut = mhacut.cli:main" in entry_points
-
-
-@pytest.mark.exhaustive  # .ci/run runs that command after a plain pip install
-def test_the_wheel_alone_runs_the_command_of_the_readme(built, tmp_path):
-    """With the dependencies of the tests; tests/tools/wheels.py tries it with its own."""
-    wheel, place = built / f"mhacut-{VERSION}-py3-none-any.whl", tmp_path / "site"
-    install = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        place,
-        wheel,
-    ]
-    subprocess.run(install, check=True)
-    (tmp_path / "examples").mkdir()
-    shutil.copytree(ROOT / "examples" / "digits", tmp_path / "examples" / "digits")
-    environment = {**os.environ, "PYTHONPATH": str(place)}
-    code = "import runpy, mhacut; print(mhacut.__file__); runpy.run_module('mhacut', run_name='__main__')"
-    marked = (ROOT / "README.md").read_text().split("<!-- main-job -->")[1].split("\n```")[1]
-    arguments = marked.split("mhacut ")[-1].split()
-    ran = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--effort", "fast", "--no-latency"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines()[0] == str(place / "mhacut" / "__init__.py")
-    assert re.search(r"^FLOPs +32\.6M +16\.\dM +49\.\d%$", ran.stdout, re.MULTILINE)
-    assert (tmp_path / "model-50pct.safetensors").is_file()
 
 
 @pytest.mark.slow

@@ -60,6 +60,7 @@ def test_a_plain_row_normalises_q_and_k_where_the_class_does():
     torch.testing.assert_close(cut(x), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", BY_CLASS, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
 def test_cases_are_of_their_class(cls):
     for case in BY_CLASS[cls].values():

@@ -148,6 +148,7 @@ def test_errors_of_dense_features_add_up_and_those_of_answers_grow_faster():
         assert divergence_by_cut(0.2, dense) == pytest.approx(grows * divergence_by_cut(0.1, dense))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("share", "level"), [(0.65, 1), (0.65, 0.01), (0.5, 3)])
 def test_flops_of_schedules_that_are_ranked_are_nearly_those_counted(model, share, level):
     job = job_of(model, image(VIT, batch=2), counted=True)

@@ -131,6 +131,7 @@ def test_one_pattern_is_one_however_it_is_given(given):
     assert PruneOptions.of(checkpoint="m", flops="50%", exclude=given).exclude == ("*.mlp",)
 
 
+@pytest.mark.slow
 def test_constraints_are_flags(tiny_vit, tmp_path):
     out = tmp_path / "slim.safetensors"
     flags = [

@@ -70,8 +70,7 @@ class Bench:
 
 
 @each_case
-@pytest.mark.parametrize("repair", [True, False])
-@pytest.mark.parametrize("basis", ["channel", "principal"])
+@pytest.mark.parametrize(("repair", "basis"), [(True, "principal"), (False, "channel")])
 def test_what_is_cut_computes_what_was_reconstructed(case, basis, repair):
     bench = Bench(case, basis, share=0.6)
     before = [tensor.clone() for tensor in bench.model.state_dict().values()]

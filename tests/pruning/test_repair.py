@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.models import build, image, relative
+from helpers.models import build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
 from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.reconstruction import refit_logits
@@ -36,7 +36,7 @@ each_case = pytest.mark.parametrize(
 
 
 @each_case
-@pytest.mark.parametrize("basis", get_args(BasisChoice))
+@pytest.mark.parametrize("basis", slow_except({"principal"}, get_args(BasisChoice)))
 def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
     model = build(case, dtype=torch.float64).requires_grad_(False)
     x = image(case, batch=6, dtype=torch.float64)

@@ -211,6 +211,7 @@ def test_a_bound_on_accuracy_is_judged_on_labelled_images(digits_vit, tmp_path):
     assert found.slim.flops < 0.6 * found.dense.flops
 
 
+@pytest.mark.slow
 def test_bounds_that_no_cut_keeps_are_refused_with_the_nearest(tiny_vit, tmp_path):
     # Repaired, the smallest cut of this untrained model may lose less than float32 resolves.
     options = {"max_kl": 1e-30, "keep_dead_tokens": True, "repair": False}

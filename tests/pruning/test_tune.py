@@ -151,6 +151,7 @@ def test_models_share_what_the_dense_model_gives():
     assert not torch.equal(first, tune.tuned(bench.slim, shared, bench.calibration, 1.0).head.weight)
 
 
+@pytest.mark.slow
 def test_a_model_is_tuned_by_a_calibration_that_was_stored(monkeypatch):
     """It measures answers by an equal object, not by the same one."""
     calibrate = job.calibrate

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from helpers.files import cut_into_file
-from helpers.models import build
+from helpers.models import build, slow_except
 from helpers.plans import random_plan
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.cli.app import app
@@ -53,7 +53,7 @@ def test_flops_without_weights_are_flops(case):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["vit", "swin", "flatten"])
+@pytest.mark.parametrize("name", slow_except({"vit"}, ["vit", "swin", "flatten"]))
 def test_layer_by_layer_is_as_in_the_whole_model(slim_of, name):
     path = slim_of(name)
     assert inspect_model(open_checkpoint(path)) == inspect_model(read_model(path))
@@ -128,7 +128,7 @@ def test_one_layer_head_by_head(tiny_vit):
     assert len(layer["units"]["v"]["heads"]) == 3
 
 
-@pytest.mark.parametrize("sort", ["flops", "params", "qk", "v", "similarity", "rank"])
+@pytest.mark.parametrize("sort", ["params", "qk", "rank"])
 def test_sorted_layers_fall(slim_of, sort):
     path = slim_of("flatten")
     found = inspect(path, sort=sort)

@@ -24,6 +24,7 @@ from mhacut.surgery.hooks import cost_key
 from mhacut.surgery.slice import cut
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "giga"),
     [("deit_tiny_patch16_224", 1.26), ("deit_small_patch16_224", 4.61), ("deit_base_patch16_224", 17.58)],
@@ -46,6 +47,7 @@ def test_the_table_is_differentiable_in_the_widths():
     assert float(width.grad) == table.flops({key: 64}) - table.flops({key: 63})
 
 
+@pytest.mark.slow
 def test_a_layer_that_runs_three_times_costs_as_often():
     # The parallel blocks of CoaT share one MLP among three resolutions.
     args = {"img_size": 64, "parallel_depth": 1, "serial_depths": (1, 1, 1, 1)}
@@ -167,6 +169,7 @@ def test_contractions_that_cannot_be_counted_are_an_error_too(equation):
         measure_flops(Contracts(equation).eval(), (2, 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "args", "size"),
     [
