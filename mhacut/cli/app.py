@@ -1,4 +1,4 @@
-"""The program ``mhacut``, with all commands."""
+"""The program ``mhacut``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     name="mhacut",
     no_args_is_help=True,
     rich_markup_mode=None,  # plain text fits 80 columns, pipes and screen readers
-    pretty_exceptions_enable=False,  # tracebacks are shown by mhacut.cli.running
+    pretty_exceptions_enable=False,  # mhacut.cli.running prints tracebacks
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in _COMMANDS:

@@ -41,10 +41,10 @@ def export(options: ExportOptions, console: Console) -> None:
 
 
 BFLOAT16 = (
-    "compared in float32; OpenVINO itself computes in bfloat16 on CPUs that have it, "
-    "unless compile_model is given {'INFERENCE_PRECISION_HINT': 'f32'}"
+    "compared in float32. On CPUs with bfloat16, OpenVINO computes in bfloat16, "
+    "unless compile_model gets {'INFERENCE_PRECISION_HINT': 'f32'}"
 )
-"""Line about the precision of OpenVINO files."""
+"""Note about the precision of OpenVINO files."""
 
 
 def _text(result: ExportResult) -> str:
@@ -52,9 +52,9 @@ def _text(result: ExportResult) -> str:
     batch = "any batch" if result.fixed_batch is None else f"batch {result.fixed_batch}"
     rows = [["batch", "difference"]]
     rows += [[str(count), f"{difference:.1e}"] for count, difference in result.difference.items()]
-    dtype, what = result.dtype, "between the outputs of the two"
+    dtype, what = result.dtype, "between the outputs of both models"
     if result.int8 is not None:
-        dtype, what = "INT8", "of outputs in INT8 from those in float32"
+        dtype, what = "INT8", "between INT8 and float32 outputs"
     lines = [
         table(rows),
         "",
@@ -78,11 +78,11 @@ def _int8_lines(int8: Quantization, file_bytes: int) -> list[str]:
         "",
         f"INT8 compared with float32, on {safe(int8.compared_on)}: {agreed}",
         *(
-            [f"kept in float32 because of outliers: {safe(', '.join(kept))}"]
-            if (kept := int8.float32_layers)
+            [f"in float32 because of outliers: {safe(', '.join(layers))}"]
+            if (layers := int8.float32_layers)
             else []
         ),
-        f"{int8.speedup:.2f} times as fast: {int8.int8_ms:.2f} ms of CPU time per image, float32 "
-        f"{int8.float32_ms:.2f} ms, in turns in ONNX Runtime, {int8.threads} thread(s)",
-        f"{int8.float32_bytes / file_bytes:.2f} times as small: float32 {int8.float32_bytes / 1e6:.1f} MB",
+        f"{int8.speedup:.2f}x faster: {int8.int8_ms:.2f} ms of CPU time per image, float32 "
+        f"{int8.float32_ms:.2f} ms (ONNX Runtime, {int8.threads} thread(s))",
+        f"{int8.float32_bytes / file_bytes:.2f}x smaller: float32 {int8.float32_bytes / 1e6:.1f} MB",
     ]

@@ -46,8 +46,8 @@ def _text(result: FinetuneResult) -> str:
     lines = [safe_table(result.rows()), ""]
     if result.improved is False:
         lines.append(
-            "no epoch was better than the start, so the file holds the weights that training began with; the "
-            f"weights of the last step are in {safe(result.folder / LAST)}"
+            "no epoch improved on the start: the saved file holds the initial weights. "
+            f"The weights of the last step are in {safe(result.folder / LAST)}"
         )
     processes = "" if result.processes == 1 else f"{result.processes} x "
     speed = f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
@@ -55,12 +55,12 @@ def _text(result: FinetuneResult) -> str:
         f"saved {safe(result.output)}",
         f"loads with: mhacut.load_model({str(result.output)!r})",
         f"trained {result.steps} steps on {safe(result.data)}"
-        + (speed if result.images_per_second else "; nothing was left to train"),
+        + (speed if result.images_per_second else "; the run was already complete"),
     ]
     lines += preprocessing_lines(result.preprocessing, result.provenance)
     if result.unreadable:
         lines.append(
-            f"{len(result.unreadable)} images could not be read and were replaced by others; first "
+            f"{len(result.unreadable)} unreadable images were replaced by other images; the first is "
             f"{safe(result.unreadable[0])}"
         )
     return "\n".join(lines)

@@ -48,7 +48,6 @@ def inspect(options: InspectOptions, console: Console) -> None:
 
 
 def _text(result: InspectResult, *, heads: bool) -> str:
-    """Return the whole report."""
     inspection = result.inspection
     parts = ["\n".join(_filled(safe(result.verdict), ""))]
     attention = [layer for layer in result.chosen if layer.heads is not None]
@@ -68,7 +67,9 @@ def _text(result: InspectResult, *, heads: bool) -> str:
 
 def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
     scores = ["sim", "r99"] if judged else []
-    mlps = ["hidden"] if any("hidden" in layer.units for layer in layers) else []  # in blocks that hold both
+    mlps = (
+        ["hidden"] if any("hidden" in layer.units for layer in layers) else []
+    )  # blocks with attention and MLP in one module
     rows = [["attention", "heads", "qk", *scores, "v", *scores, *mlps, "FLOPs", "params"]]
     for layer in layers:
         cells = [safe(layer.name), str(layer.heads)]
@@ -88,7 +89,7 @@ def _mlp_table(layers: Sequence[LayerReport]) -> str:
 
 
 def _layer(layer: LayerReport) -> str:
-    """One attention layer, head by head."""
+    """Format an attention layer, one row per head."""
     heads = layer.heads or 1
     share = f"{_percent(layer.share)} of FLOPs, {_percent(layer.parameter_share)} of parameters"
     title = f"{safe(layer.name)} ({layer.module}), {heads} heads: {share}"
@@ -112,7 +113,7 @@ def _layer(layer: LayerReport) -> str:
 
 
 def _channels(unit: UnitReport) -> list[str]:
-    """Channels that a slim file kept and lost, head by head."""
+    """List the kept and removed channels of a slim file, one line per head."""
     lines = []
     if unit.kept is not None:
         basis = "principal" if unit.basis == "principal" else "original"
@@ -126,14 +127,14 @@ def _channels(unit: UnitReport) -> list[str]:
 
 
 def _filled(line: str, indent: str) -> list[str]:
-    """Wrap a line of prose for a terminal; names too long for one line stay unbroken."""
+    """Wrap a line of prose at 80 columns, without breaking names."""
     return textwrap.wrap(
         line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 
 def _means(layer: LayerReport, kind: Any) -> list[str]:
-    """Mean over heads of similarity and rank."""
+    """Mean similarity and rank over heads."""
     unit = layer.units.get(kind)
     if unit is None or not unit.heads:
         return ["", ""]
@@ -149,7 +150,7 @@ def _findings(head: HeadFindings) -> list[str]:
 
 
 def _similarity(value: float) -> str:
-    """Format as ``.31``: further digits make no difference."""
+    """Format as ``.31``."""
     return f"{value:.2f}".removeprefix("0")
 
 
@@ -191,8 +192,8 @@ def _comparison(comparison: Comparison, names: Sequence[str]) -> str:
         f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
         f"({_percent(left / weights)})",
         f"outputs on {safe(comparison.data)}: {_agreement(comparison)}",
-        "error: relative error of the layer's output inside the pruned model; own: the same, but with the "
-        "dense model's input; agree: mean cosine similarity of tokens",
+        "error: relative error of the layer's output in the pruned model; own error: with the dense model's "
+        "input; agree: mean cosine similarity of tokens",
     ]
     return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
 
@@ -215,13 +216,13 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
         f"{' and '.join(inspection.dtypes)}",
     ]
     if any(unit.now != unit.dense for layer in inspection.layers for unit in layer.units.values()):
-        lines.append("qk, v, hidden: channels per head (of the MLP) now/before the cut")
+        lines.append("qk, v, hidden: channels per head (of the MLP), pruned/dense")
     if inspection.judged_by is not None:
         lines += [
-            "sim: mean similarity of a channel to the others of its head, from 0 (unlike) to 1 (alike)",
+            "sim: mean similarity between channels of a head, from 0 (different) to 1 (equal)",
             ("r90, r99" if heads else "r99")
-            + f": principal channels that hold {'90, ' if heads else ''}99 % of the energy",
-            f"assessed on: {safe(inspection.judged_by)}",
+            + f": principal channels with {'90, ' if heads else ''}99 % of the energy",
+            f"computed from: {safe(inspection.judged_by)}",
         ]
     described = inspection.provenance.describe(inspection.preprocessing)
     lines.append(f"preprocessing: {safe(described)}")
@@ -231,7 +232,7 @@ def _about(inspection: Inspection, heads: bool) -> list[str]:
 
 
 def _document(result: InspectResult) -> dict[str, Any]:
-    """Return the report as one JSON object; a slim file's history is passed on unchanged."""
+    """Return the report as a JSON object."""
     inspection = result.inspection
     return {
         "checkpoint": inspection.source,

@@ -45,7 +45,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
 
 
 def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) -> list[str]:
-    """Describe preprocessing, where it comes from, and which one would be better."""
+    """Describe the preprocessing and its source, and suggest a better preprocessing."""
     lines = [f"preprocessing: {safe(provenance.describe(preprocessing))}"]
     return lines if provenance.hint is None else [*lines, safe(provenance.hint)]
 
@@ -104,8 +104,8 @@ def _benched(result: BenchResult) -> str:
             table(list(zip(*filled, strict=True))),
             "",
             f"{result.runtime}, {result.dtype} on {safe(result.device)}, {result.threads} thread(s)",
-            "ratio: median time relative to [1] in the same round; saved: share of the saved FLOPs that "
-            "became saved time",
+            "ratio: median time relative to [1] in the same round",
+            "saved: saved time as a percentage of the saved FLOPs",
             *["executed: multiply-accumulates that run, padding included, relative to [1]"] * told,
         ]
     )
@@ -149,7 +149,7 @@ def models(options: ModelsOptions, console: Console) -> None:
     if not entries:
         hint = f"*{options.pattern.strip('*')}*"
         hint = "" if hint == options.pattern else f"; try {hint!r}"
-        raise UsageError(f"{options.pattern!r}: no model in timm has a name like this{hint}")
+        raise UsageError(f"{options.pattern!r}: no matching model in timm{hint}")
     console.result(_listed(entries, options.refused), {"models": [asdict(entry) for entry in entries]})
 
 
@@ -177,15 +177,15 @@ def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
     tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
     lines = [table(rows), ""] if len(rows) > 1 else []
     if not attending:
-        several = f"none of these {len(entries)} architectures has attention"
+        several = f"{len(entries)} architectures, all without attention"
         return several if len(entries) > 1 else f"{entries[0].architecture} has no attention"
     lines.append(
-        f"{len(cut)} of {len(attending)} architectures with attention can be cut ({tags[0]} of {tags[1]} "
-        f"pretrained tags), attention itself in {sum(bool(entry.attention) for entry in cut)}; "
+        f"{len(cut)} of {len(attending)} architectures with attention can be pruned ({tags[0]} of {tags[1]} "
+        f"pretrained tags); attention channels in {sum(bool(entry.attention) for entry in cut)}; "
         f"{len(entries) - len(attending)} have no attention"
     )
     if len(cut) < len(attending) and not refused:
-        lines.append("-: refused; --refused says why")
+        lines.append("-: refused; --refused shows the reasons")
     if any(entry.not_prunable for entry in cut) and not refused:
-        lines.append("*: part of it is not prunable; --json names the part and the reason")
+        lines.append("*: partly prunable; --json shows the parts and reasons")
     return "\n".join(lines)

@@ -72,10 +72,10 @@ def _text(result: PruneResult) -> str:
         lines += map(_target, result.targets)
     unit = _UNITS[result.metric]
     if any(target.name in ("max_kl", "max_drop") for target in result.targets):
-        unit += " at these FLOPs"  # the bound holds with and without the constraint; FLOPs differ
+        unit += " at these FLOPs"  # with a loss bound, constraints cost FLOPs
     lines += [
-        f"{option_name(one.name, one.value)}: costs an estimated {one.nats:.2g} {unit}"
-        for one in result.constraints
+        f"{option_name(cost.name, cost.value)}: costs an estimated {cost.nats:.2g} {unit}"
+        for cost in result.constraints
     ]
     if result.output is None:
         lines.append("dry run: no model was written")
@@ -92,7 +92,7 @@ def _text(result: PruneResult) -> str:
 
 
 def _target(target: TargetResult) -> str:
-    """Return the lines about a target."""
+    """Format a target and its latency measurement."""
     limit, reached = target.labels
     line = f"{option_name(target.name, target.spec)}: {reached} of at most {limit}"
     if not target.measured:
@@ -105,7 +105,7 @@ def _target(target: TargetResult) -> str:
     corrected = f"; corrected {about['corrections']} time(s)" if about["corrections"] else ""
     where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
     machine = safe(about["machine"])
-    if (about["device"], about["threads"]) == ("cpu", 1):  # else it is the time above
+    if (about["device"], about["threads"]) == ("cpu", 1):
         machine += f"; the pruned model's wall time is {wall}"
     return (
         f"{line}, {share:.1f}% of the dense model's {dense}; predicted {predicted}{corrected}\n"
@@ -126,7 +126,8 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "budget": result.budget,
         "targets": [target.to_json() for target in result.targets],
         "constraints": [
-            {"option": one.name, "value": one.value, "nats": _finite(one.nats)} for one in result.constraints
+            {"option": cost.name, "value": cost.value, "nats": _finite(cost.nats)}
+            for cost in result.constraints
         ],
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
@@ -158,5 +159,5 @@ def _figures(figures: ModelFigures) -> dict[str, Any]:
 
 
 def _finite(value: float) -> float | None:
-    """Replace NaN, which JSON does not have, by None, so that the rest of the log is kept."""
+    """Replace NaN and infinity, which JSON does not support, by None."""
     return value if math.isfinite(value) else None

@@ -40,9 +40,9 @@ def test_the_command():
     assert result.exit_code == 0, result.stderr
     assert "bat_resnext26ts" in result.stdout
     assert result.stdout.splitlines()[-2:] == [
-        "0 of 1 architectures with attention can be cut (0 of 1 pretrained tags), attention itself in 0; "
+        "0 of 1 architectures with attention can be pruned (0 of 1 pretrained tags); attention channels in 0; "
         "0 have no attention",
-        "-: refused; --refused says why",
+        "-: refused; --refused shows the reasons",
     ]
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
@@ -55,9 +55,7 @@ def test_the_command():
     assert entry["transformer"] is False
     nothing = run("models", "nothing_like_it")
     assert nothing.exit_code == 2
-    assert (
-        "'nothing_like_it': no model in timm has a name like this; try '*nothing_like_it*'" in nothing.stderr
-    )
+    assert "'nothing_like_it': no matching model in timm; try '*nothing_like_it*'" in nothing.stderr
     assert "try" not in run("models", "*nothing_like_it*").stderr
 
 

@@ -208,9 +208,9 @@ def test_the_command(slim_of, few_digits, tmp_path):
     assert result.exit_code == 0, result.stderr
     for words in (
         "INT8 compared with float32, on 4 held-out",
-        "times as fast",
-        "times as small",
-        ", INT8\ndifference: largest difference of outputs in INT8 from those in float32",
+        "x faster",
+        "x smaller",
+        ", INT8\ndifference: largest difference between INT8 and float32 outputs",
     ):
         assert words in result.stdout
     assert "WARNING" not in result.stderr

@@ -93,7 +93,7 @@ def test_what_was_no_use_is_said(slim, images, tmp_path):
     given = ["finetune", slim, "--data-dir", images, "-o", tmp_path / "out", "-b", "12", "-j", "0"]
     result = run(*given, "--epochs", "2", "--lr", "1e-12")
     assert result.exit_code == 0, result.stderr
-    assert "no epoch was better than the start" in result.stdout
+    assert "no epoch improved on the start" in result.stdout
     assert "best epoch" not in result.stdout
     resumed = run("finetune", "--resume", tmp_path / "out", "--json")
     assert json.loads(resumed.stdout)["improved"] is False

@@ -107,7 +107,7 @@ def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, i
     done = run(*command, "-j", "0")
     assert done.exit_code == 0, done.stderr
     # Some of the thirteen are among the images held out to choose the learning rate.
-    found = re.search(r"(\d+) images could not be read and were replaced by others; first ", done.stdout)
+    found = re.search(r"(\d+) unreadable images were replaced by other images; the first is ", done.stdout)
     assert 10 <= int(found[1]) <= 13
     assert done.stderr.count(": unreadable, replaced by another image (") == 10
     command = ["prune", slim, "--data-dir", root, "--flops", "50%", "-o", tmp_path / "smaller.safetensors"]
