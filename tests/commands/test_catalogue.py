@@ -40,8 +40,8 @@ def test_the_command():
     assert result.exit_code == 0, result.stderr
     assert "bat_resnext26ts" in result.stdout
     assert result.stdout.splitlines()[-2:] == [
-        "0 of 1 architectures with attention can be pruned (0 of 1 pretrained tags); attention channels in 0; "
-        "0 have no attention",
+        "0 of 1 architectures with attention can be pruned (0 of 1 pretrained tags); "
+        "attention channels in 0; 0 have no attention",
         "-: refused; --refused shows the reasons",
     ]
     why = run("models", "bat_resnext26*", "--refused").stdout
