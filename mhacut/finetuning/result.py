@@ -100,9 +100,7 @@ class FinetuneResult:
     steps: int
     """Number of steps in total, including steps before a resume."""
     flops: int
-    """FLOPs of the model; training does not change them."""
     data: str
-    """Description of the training images."""
     preprocessing: Preprocessing
     """Preprocessing of the validation images. Training adds augmentation."""
     provenance: Provenance

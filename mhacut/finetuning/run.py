@@ -15,7 +15,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
-from mhacut.checkpoint.record import SlimRecord
 from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluation_loader, has_split
 from mhacut.errors import CheckpointError, UsageError, option_name
 from mhacut.finetuning.folder import RunFolder, folder_of
@@ -237,8 +236,3 @@ def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Re
         return shared
     reporter.log("batch norms use the images of 1 process each: only CUDA processes share batch statistics")
     return model
-
-
-def record_of(loaded: Checkpoint) -> SlimRecord:
-    assert loaded.record is not None
-    return loaded.record

@@ -14,7 +14,7 @@ from mhacut.errors import CheckpointError, DataError, option_name
 from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.held_out import find_learning_rate, measured_score
 from mhacut.finetuning.result import Progress
-from mhacut.finetuning.run import Run, record_of
+from mhacut.finetuning.run import Run
 from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import software_versions
@@ -144,7 +144,8 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
 
 def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
     """Return the record of the input file with a new entry in its history."""
-    earlier = record_of(run.loaded)
+    earlier = run.loaded.record
+    assert earlier is not None
     entry = {
         "command": "finetune",
         "options": portable(run.options),

@@ -94,9 +94,8 @@ def _check_finite(run: Run, loss: float) -> None:
         advice += f", or train without {option_name('amp')}"
     saved = run.progress.saved
     state = "no step was saved yet" if saved is None else f"{run.folder.path} holds step {saved}"
-    with (
-        run.processes.fail_together()
-    ):  # the loss is the sum over all: each process is here, and one reports it
+    # The loss is a sum over processes, so that all fail here, and one of them reports the error.
+    with run.processes.fail_together():
         raise MhacutError(
             f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {state}. {advice}"
         )
