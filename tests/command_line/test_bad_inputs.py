@@ -300,7 +300,7 @@ def test_folders_of_images_that_are_not_meant(slim, tmp_path):  # 51 to 53
     assert "6 class folders" in evaluate(slim, tmp_path)
     (tmp_path / "val" / "class6").mkdir()
     message = evaluate(slim, tmp_path)
-    assert "class folders without images: class6; " in message
+    assert "class folders without images: class6. " in message
     assert "--class-map" in message
 
 
