@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4260,
     "report": 1030,
     "runtime": 910,
-    "surgery": 2880,
+    "surgery": 2702,
     "top": 823,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

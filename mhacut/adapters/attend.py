@@ -21,20 +21,9 @@ def attend(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Return the attention output, [B, H, N, d_v].
-
-    PyTorch's fused CPU kernel is fast for one width only. With two, logits are computed, for a few images at
-    a time; of large images, and in training, the smaller of d_qk and d_v is padded with zeros instead.
-
-    Args:
-        q: [B, H, N, d_qk]; k likewise.
-        k: [B, H, M, d_qk].
-        v: [B, H, M, d_v].
-        scale: factor on the logits; explicit, because SDPA would derive another from the width it is given.
-        fused: allow ``scaled_dot_product_attention``.
-        attn_mask: boolean (True attends) or additive, broadcastable to [B, H, N, M].
-        dropout_p: on the attention weights; 0 outside training.
-    """
+    """Return attention [B, H, N, d_v] of q [B, H, N, d_qk], k [B, H, M, d_qk] and v [B, H, M, d_v]."""
+    # PyTorch's fused CPU kernel is fast only if d_qk == d_v. Otherwise logits are computed for a few images
+    # at a time. For large images, and in training, zeros pad the smaller width.
     d_qk, d_v = q.shape[-1], v.shape[-1]
     unequal_on_cpu = d_qk != d_v and q.device.type == "cpu"
     if not fused or (unequal_on_cpu and products_are_faster(q, k)):
@@ -59,32 +48,29 @@ def attend(
 
 
 def _images_at_once(q: Tensor, k: Tensor) -> int:
-    """Return the number of images whose logits to compute together; 0 to compute none."""
+    """Number of images whose logits are computed together; 0 to use the fused kernel."""
     logits = q[0].shape[:-1].numel() * k.shape[-2]
     keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
-    return 0 if keeps_all or logits > _MOST_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
+    return 0 if keeps_all or logits > _MAX_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
 
 
 def weights_of(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
-    """Return the weights of attention, [B, H, N, M]; arguments are those of :func:`attend`."""
+    """Attention weights, [B, H, N, M]."""
     logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
     logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
     return logits.softmax(dim=-1)
 
 
 def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Return the output of :func:`attend` with scale, kernel and dropout of ``module``, [B, H, N, d_v].
-
-    A module without a ``scale`` has scaled q itself. Where k and v have fewer heads than q, each serves
-    several heads of q that follow one another.
-    """
+    """Return :func:`attend` with the scale, kernel and dropout of ``module``, [B, H, N, d_v]."""
+    # Heads of k and v may each serve several consecutive heads of q.
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
     return attend(
         q,
         k,
         v,
-        scale=getattr(module, "scale", 1.0),
+        scale=getattr(module, "scale", 1.0),  # without a scale, the module has scaled q
         fused=getattr(module, "fused_attn", False),
         attn_mask=attn_mask,
         dropout_p=module.attn_drop.p if module.training and hasattr(module, "attn_drop") else 0.0,
@@ -94,7 +80,7 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 def cls_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output of :func:`attend_as`, and the weights of the first token, [B, H, M]."""
+    """Return the output of :func:`attend_as` and the attention weights of the first token, [B, H, M]."""
     if module.fused_attn and not products_are_faster(q, k):
         first = weights_of(q[:, :, :1], k, module.scale, attn_mask)
         return attend_as(module, q, k, v, attn_mask), first[:, :, 0]
@@ -103,23 +89,21 @@ def cls_attention(
 
 
 def graph_is_recorded() -> bool:
-    """Whether an exporter, a compiler or the counter of FLOPs runs the model."""
+    """Whether an exporter, a compiler or the FLOP counter runs the model."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 FEW_LOGITS = 2**19
-"""Number up to which the CPU computes logits, and their softmax, as fast as the fused kernel avoids them."""
-_LOGITS_AT_ONCE, _MOST_LOGITS = 2**18, 2**22
-"""Number of logits that stay in the cache, and that of one image above which the fused kernel is faster."""
+"""Number of logits up to which explicit logits on the CPU are as fast as the fused kernel."""
+_LOGITS_AT_ONCE, _MAX_LOGITS = 2**18, 2**22
+"""Number of logits that fit the CPU cache; number per image above which the fused kernel is faster."""
 
 
 def products_are_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether attention that computes logits is as fast as the fused kernel, or faster.
-
-    So it is while a graph is recorded: exporters decompose SDPA anyway, and padding would stay.
-    """
+    """Whether explicit logits are at least as fast as the fused kernel."""
     if q.device.type != "cpu":
         return False
+    # Exporters decompose SDPA anyway, and padding would stay in the graph.
     if graph_is_recorded():
         return True
     return q.shape[:-1].numel() * k.shape[-2] <= FEW_LOGITS

@@ -65,7 +65,7 @@ class Twin(nn.Module):
     rows are head by head, and what they are, with heads and channels of those."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Compute what the class does; arguments are those of its own forward."""
+        """Compute the output of the class; arguments are those of its own forward."""
         spec: Softmax = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         query, source = spec.inputs(self, x, *args)
@@ -80,12 +80,11 @@ class Twin(nn.Module):
 class FreshBiases:
     """Position biases gathered anew in every call.
 
-    timm caches them in eval mode, with the graph that made them: a second backward pass in eval mode, as in
-    healing, fails on that graph, or sees the biases of the first.
+    timm caches the biases in eval mode together with their autograd graph. A second backward pass in eval
+    mode, as in healing, then fails or uses old biases.
     """
 
     def get_attention_biases(self: Any, device: torch.device) -> Tensor:
-        """Return the biases, [H, N, M]."""
         return self.attention_biases[:, self.attention_bias_idxs]
 
     def train(self: Any, mode: bool = True) -> Any:
@@ -158,7 +157,7 @@ class Softmax(Adapter):
         self.twin = mixed("Slim", *self.mixins, self.cls, spec=self) if self.mixins else self.cls
         self.module_classes = (self.cls, self.twin)
         further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
-        self.arguments = tuple((one.name, one.default) for one in further)
+        self.arguments = tuple((parameter.name, parameter.default) for parameter in further)
         masks = [name for name, _ in self.arguments if "mask" in name or "causal" in name]
         if masks and self.logits is unmasked and Twin in self.mixins:
             raise TypeError(
@@ -166,16 +165,14 @@ class Softmax(Adapter):
             )
 
     def heads(self, module: Any) -> int:
-        """Number of heads of q."""
         heads: int = getattr(module, "num_heads", getattr(module, "heads", 1))
         return heads * self.query_heads
 
     def reader(self, module: Any) -> Projection:
-        """The projection that reads v."""
         return Projection.of(module, self.read_by if isinstance(self.read_by, str) else self.read_by(module))
 
     def writers(self, module: Any) -> Mapping[str, str]:
-        """Return those of ``written_by`` that ``module`` has."""
+        """Entries of ``written_by`` that ``module`` has."""
         return {
             name: letters
             for name, letters in self.written_by.items()
@@ -183,21 +180,21 @@ class Softmax(Adapter):
         }
 
     def v_size(self, module: Any) -> tuple[int, int]:
-        """Heads of v, and channels of each."""
+        """Heads of v, and channels per head."""
         heads = self.heads(module) // self.query_heads
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        """Heads of q, k, v and ``g``, and channels of each."""
+        """Heads of q, k, v and ``g``, and channels per head."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
-        # v is known from what the output projection reads; what is left of a fused projection are q and k.
+        # The output projection gives the size of v. The other rows of a fused projection are q and k.
         rows = Projection.of(module, name).writes - v[0] * v[1] * letters.count("v")
         qk = heads, rows // (heads * (letters.count("q") + letters.count("k")))
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, HeadRows]:
-        """Return the rows that write q, k, v and ``g``."""
+        """Rows that write q, k, v and ``g``."""
         sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0
@@ -209,7 +206,7 @@ class Softmax(Adapter):
         return parts
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        """Kinds that are not prunable, and why."""
+        """Kinds that cannot be cut, with the reason."""
         reasons: dict[UnitKind, str] = {}
         if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
             reasons["qk"] = NORMALISED
@@ -229,7 +226,6 @@ class Softmax(Adapter):
         return Layer(name, self, tuple(units), reasons, channel_dim, self.result)
 
     def qk(self, name: str, module: Any) -> Unit:
-        """The unit of q and k."""
         query, key = self.axes(module, "q"), self.axes(module, "k")
         hooks = {"query": self.hook(module, "q"), "key": self.hook(module, "k")}
         heads, width = self.sizes(module)["q"]
@@ -250,7 +246,6 @@ class Softmax(Adapter):
         )
 
     def v(self, name: str, module: Any) -> Unit:
-        """The unit of v."""
         reader, size = self.reader(module), self.v_size(module)
         # A gate multiplies single channels of v: they can be selected and refitted, not mixed.
         tied = "g" in self.parts(module)
@@ -268,7 +263,6 @@ class Softmax(Adapter):
         return axes[:1] if letter == "k" else (axes[0], ChannelAxis(f"{letter}_bias", 0))
 
     def hook(self, module: Any, letter: str) -> ActivationHook:
-        """Return the hook on ``letter``, one of ``q``, ``k`` and ``v``."""
         part, spread = self.parts(module)[letter], self.spread or (lambda m, x: x)
         if _has_split_bias(module):  # no module outputs it: it is computed from the layer's input
             return ActivationHook(
@@ -287,7 +281,7 @@ class Softmax(Adapter):
             setattr(module, attribute, values[value])
         if _has_split_bias(module):
             module.k_bias = module.k_bias.new_zeros(len(module.q_bias))
-        # timm's own code where it will do: it is what other programs recognise, and fuse.
+        # timm's own class where it suffices: other programs recognise and fuse it.
         module.__class__ = self.cls if self.fits(module, qk, v) else self.twin
         if isinstance(module, Twin):
             per_head = self._per_head(module)
@@ -304,7 +298,7 @@ class Softmax(Adapter):
             )
 
     def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
-        """q, k and v, each [B, H, N, d]; None for what no projection of the layer writes."""
+        """q, k and v, [B, H, N, d]; q is None if no projection of the layer writes it."""
         by_letter: dict[str, Tensor] = {}
         for name, conv, per_head, letters, sizes in m.written_by:
             x = query if "q" in letters else source

@@ -14,7 +14,7 @@ from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Unit
 
 
 def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Axes of ``unit``, including those in the batch norms after them."""
+    """Axes of ``unit``, including the batch norms behind them."""
     axes: list[ChannelAxis] = []
     for axis in unit.axes:
         axes.append(axis)
@@ -24,19 +24,18 @@ def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
 
 
 def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
-    """Return a copy of the unit's channels in one tensor, [H, d, copies, ...]."""
+    """Copy of the unit's channels in one tensor, [H, d, copies, ...]."""
     tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
     return tensor[axis.rows(unit.heads, unit.width).to(tensor.device)]
 
 
 def set_channels(module: nn.Module, unit: Unit, axis: ChannelAxis, channels: Tensor) -> None:
-    """Write ``channels``, of the shape that :func:`channels_of` returns, into one tensor in place."""
+    """Write ``channels`` [H, d, copies, ...] into one tensor in place."""
     tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
     tensor[axis.rows(unit.heads, unit.width).to(tensor.device)] = channels.to(tensor.dtype)
 
 
 def tensor_of(module: nn.Module, name: str) -> Tensor:
-    """Return a parameter or buffer of ``module`` by its dotted name."""
     owner, _, last = name.rpartition(".")
     tensor = getattr(module.get_submodule(owner), last)
     assert isinstance(tensor, Tensor), name
@@ -44,37 +43,33 @@ def tensor_of(module: nn.Module, name: str) -> Tensor:
 
 
 def has_tensor(module: nn.Module, name: str) -> bool:
-    """Whether ``module`` has a parameter or buffer of this name that is not None."""
     owner, _, last = name.rpartition(".")
     return isinstance(getattr(module.get_submodule(owner), last, None), Tensor)
 
 
 def norm_axis(axis: ChannelAxis, tensor: str) -> ChannelAxis:
-    """Axis of the same channels in one tensor of the batch norm behind ``axis``."""
+    """Axis of the same channels in a tensor of the batch norm behind ``axis``."""
     return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
 
 
 def select_heads(axis: ChannelAxis, values: Tensor) -> Tensor:
-    """Return the part of ``values`` [H, ...] of the heads whose channels lie along ``axis``."""
-    if axis.shared:  # all alike
+    """Part of ``values`` [H, ...] for the heads that ``axis`` covers."""
+    if axis.shared:  # one row serves all heads
         return values[:1]
     return values if axis.heads is None else values[slice(*axis.heads)]
 
 
 def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """Output projection of the unit, times the scale or batch norm after it, [out, heads * width], float64.
-
-    It maps errors of the unit's channels to errors of the layer's output. Where a channel is read at several
-    places (by a convolution, or for several queries) it is [places * out, heads * width], place by place:
-    squared errors sum to that of one place of the output if errors at the places are independent.
-    """
+    """Output projection times the scale or batch norm behind it, [(places *) out, heads * width], float64."""
+    # The matrix maps errors of the channels to errors of the output. A convolution, or several queries, read
+    # a channel at several places: squared errors add up if the errors at the places are independent.
     assert unit.output_projection is not None
     columns = output_weights(module, unit).detach().double()
     projection = module.get_submodule(unit.output_projection.tensor.rpartition(".")[0])
     if isinstance(projection, nn.ConvTranspose2d):
         assert unit.output_scale is None
         assert unit.output_norm is None
-        columns = columns / math.prod(projection.stride) ** 0.5  # an error spreads over so many more places
+        columns = columns / math.prod(projection.stride) ** 0.5  # an error spreads over prod(stride) outputs
     if unit.output_scale is not None:
         columns = module.get_parameter(unit.output_scale).detach().double()[:, None] * columns
     if unit.output_norm is None:
@@ -83,7 +78,7 @@ def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 
 def output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """Output projection of the unit, [(places *) out, heads * width], as it is stored."""
+    """Output projection of the unit, [(places *) out, heads * width]."""
     assert unit.output_projection is not None
     weight = module.get_parameter(unit.output_projection.tensor).movedim(unit.output_projection.dim, -1)
     columns = unit.output_projection.rows(unit.heads, unit.width).to(weight.device)  # (H, d, copies)
@@ -94,10 +89,7 @@ def output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 @torch.no_grad()
 def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
-    """Add ``constant``, [out] or [places * out], to the output of the unit's projection, in place.
-
-    It goes into the bias after the projection, or the mean of the batch norm; without either, it is lost.
-    """
+    """Add ``constant`` [(places *) out] to the output of the unit's projection, in place."""
     if unit.output_bias is not None:
         bias = module.get_parameter(unit.output_bias)
         bias.add_(constant.view(-1, len(bias)).sum(0).to(bias))
@@ -117,16 +109,9 @@ def norm_factor(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
-    """Change the basis of the unit's channels in place; the layer computes the same as before.
-
-    Args:
-        module: the layer.
-        unit: one of its units, whose mixing is ``rotate``.
-        basis: A, [H, d, d], invertible: scale axes are multiplied by A, the other axes by A^-T. The same for
-            all heads where their channels are tied.
-    """
+    """Change the basis of the channels by ``basis`` [H, d, d], in place; outputs do not change."""
     assert unit.mixing == "rotate"
-    # (A q) . (A^-T k) = q . k, and the same for the rows of v and the columns that read them.
+    # (A q) . (A^-T k) = q . k. Likewise for the rows of v and the columns of the output projection.
     inverse = torch.linalg.inv(basis).mT
     for axis in unit.axes:
         mix(module, unit, axis, basis if axis in unit.scale_axes else inverse)
@@ -134,12 +119,10 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
 
 @torch.no_grad()
 def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> None:
-    """Multiply the unit's channels in one tensor, and the batch norm behind it, by ``mixing`` [H, d, d].
-
-    A batch norm scales single channels, so its factor moves into the rows first. Its variances become those
-    of the mixed rows, as if the rows were independent, and its weight undoes them: in eval mode it scales by
-    1, and in training its statistics stay about what they are.
-    """
+    """Multiply the unit's channels in one tensor, and the batch norm behind it, by ``mixing`` [H, d, d]."""
+    # A batch norm scales single channels, so its factor moves into the rows before they mix. Its variances
+    # become those of the mixed rows (taken as independent) and its weight cancels them. The factor is then 1
+    # in eval mode, and the statistics stay about right in training.
     linear, mixing = [axis], select_heads(axis, mixing)
     if axis.norm is not None:
         norm: Any = module.get_submodule(axis.norm)

@@ -1,10 +1,4 @@
-"""Cost tables: FLOPs, parameters or bytes of a model as functions of its widths, fitted to counts.
-
-Bytes that fit no polynomial are counted width by width. Parameters and bytes are compared with the whole
-model, dense and cut to the least widths on the meta device: they are exact if neither heads nor layers share
-tensors. Otherwise they are never too small, since copies that parts get when they are cut are counted at all
-widths.
-"""
+"""Cost tables: FLOPs, parameters or bytes of a model as functions of its widths, fitted to a few counts."""
 
 from __future__ import annotations
 
@@ -30,12 +24,9 @@ from mhacut.surgery.slice import cut, slice_layer
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Cost of a layer (FLOPs of one run, parameters) that depends on its widths w, channels per head by kind.
+    """Cost of a layer as a quadratic polynomial of its widths (channels per head, by kind)."""
 
-    ``sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b])``: exact for whole numbers, and
-    differentiable for tensors.
-    """
-
+    # sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b]): exact for int, tensors get gradients.
     per_channel: Mapping[UnitKind, int]
     per_pair: Mapping[tuple[UnitKind, UnitKind], int]
 
@@ -49,60 +40,50 @@ class Polynomial:
 
 
 class Cost(Protocol):
-    """Cost of a layer at widths, channels per head by kind."""
-
     def at(self, widths: Mapping[UnitKind, Any]) -> Any: ...
 
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer that depends on its widths."""
+    """Cost of one layer as a function of its widths."""
 
     layer: Layer
     runs: tuple[Cost, ...]
     """FLOPs of each run of the layer for one image; for storage, a single cost."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Cost of all runs at ``widths`` (channels per head; units not named stay as they are)."""
+        """Cost of all runs at ``widths``, channels per head; other units keep their width."""
         by_kind = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
         return sum(run.at(by_kind) for run in self.runs)
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """FLOPs of a model at any widths of its units."""
+    """FLOPs of a model as a function of the widths of its units."""
 
     fixed: int
-    """FLOPs that no width changes."""
+    """FLOPs that do not depend on widths."""
     layers: tuple[LayerCost, ...]
     """Layers that run, in the order of the model's modules."""
     dense: int
-    """FLOPs of the model as it stands, counted by fvcore; in a job, those of the model with all tokens."""
+    """FLOPs at the present widths, counted by fvcore; in a job, FLOPs of the model with all tokens."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Total at ``widths`` (channels per head; units not named stay as they are)."""
+        """FLOPs at ``widths``, channels per head; other units keep their width."""
         total: Any = self.fixed
         for layer in self.layers:
             total = total + layer.at(widths)
         return total
 
     def by_layer(self) -> dict[str, int]:
-        """FLOPs that widths change, by layer, at the widths of the model as it stands."""
+        """FLOPs that depend on widths, by layer, at the present widths."""
         return {cost.layer.name: int(cost.at({})) for cost in self.layers}
 
 
 def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, ...]) -> CostTable:
-    """Count ``model`` once, and copies of its distinct layers at a few widths.
-
-    A layer's FLOPs are a polynomial of degree 2 in its widths with whole coefficients, which a few counts
-    determine; one more count at other widths checks them. Layers alike in shapes and inputs are counted once,
-    also in later tables.
-
-    Args:
-        model: in eval mode.
-        prunable: prunable layers of ``model``.
-        input_size: [C, H, W].
-    """
+    """Count ``model`` once, and each distinct layer at a few widths."""
+    # FLOPs of a layer are a quadratic polynomial of its widths with integer coefficients: a few counts
+    # determine it, and one more count checks it.
     with recorded_calls(model, [layer.name for layer in prunable.layers]) as calls:
         dense = measure_flops(model, input_size)
     costs: list[LayerCost] = []
@@ -115,11 +96,11 @@ def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tup
 
 
 _FITTED: dict[tuple[Any, ...], Polynomial] = {}
-"""Polynomials of layers that were counted, by everything that determines them."""
+"""Cache of fitted polynomials, by module, inputs and device."""
 
 
 def _fitted(module: nn.Module, layer: Layer, call: Call) -> Polynomial:
-    """FLOPs of one run of a layer; counted once for all that are alike."""
+    """FLOPs of one run of a layer; layers with equal shapes and inputs are counted once."""
     meta = next(module.parameters()).is_meta
     key = (cost_key(module), repr(call), meta)
     if key not in _FITTED:
@@ -127,8 +108,8 @@ def _fitted(module: nn.Module, layer: Layer, call: Call) -> Polynomial:
 
         def count(widths: Mapping[UnitKind, int]) -> int:
             slim = cut_to_widths(outline, layer, widths)
-            # Weights are not needed, but tracing a layer on the meta device fails in torch's own shape
-            # checks. A model that is there already can be traced there, or it could not have been counted.
+            # Tracing on the meta device fails in shape checks of torch for some layers, so the layer moves to
+            # the CPU without weights. A model that is on the meta device has been traced there before.
             if not meta:
                 take_weights(slim)
             replay = Replay(slim, call).eval()
@@ -141,14 +122,13 @@ def _fitted(module: nn.Module, layer: Layer, call: Call) -> Polynomial:
 
 
 class _Counts:
-    """Cost of a layer that is counted at any widths, at each of them once."""
+    """Counts of a layer by widths, each counted once."""
 
     def __init__(self, uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
         self._uncut, self._count = uncut, count
         self._known: dict[tuple[int, ...], int] = {}
 
     def at(self, changed: Mapping[UnitKind, int]) -> int:
-        """Return the cost at ``changed`` widths; kinds not named stay as they are."""
         widths = {**self._uncut, **changed}
         key = tuple(widths.values())
         if key not in self._known:
@@ -162,14 +142,14 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Interpolate counts, without squares of widths if possible, and check the result at other widths."""
+    """Fit a polynomial to counts, if possible without squares, and check it at other widths."""
     chance = random.Random(0)
-    # Below half the widths, where squares that were left out all add to the count.
+    # Below half the widths, missing squares change the count in one direction and cannot cancel out.
     other: dict[UnitKind, int] = {
         kind: chance.choice([w for w in range(1, _half(width)) if w != _half(width) // 2] or [1])
         for kind, width in uncut.items()
     }
-    # Squares (relative positions, gates of a width) are rare, and cost one more count for each kind.
+    # Squares are rare (relative positions, quadratic gates) and need one more count per kind.
     for squares in (False, True):
         polynomial = _interpolate(uncut, count, squares=squares)
         expected = count({}) + polynomial.at(other) - polynomial.at(uncut)
@@ -177,16 +157,16 @@ def fit_polynomial(
             return polynomial
     at = ", ".join(f"{kind} {width} of {uncut[kind]}" for kind, width in other.items())
     raise UnsupportedModelError(
-        f"{name}: its {counted} do not follow from its widths as those of other layers do (at {at} there are "
-        f"{count(other)}, expected {expected}), so that no budget can be planned; this is a gap in "
-        "mhacut: please report the architecture and its arguments"
+        f"{name}: its {counted} are no quadratic polynomial of its widths (at {at}: expected "
+        f"{expected}, found {count(other)}), so no budget can be planned. "
+        "Please report the architecture and its arguments"
     )
 
 
 def _interpolate(
     uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
 ) -> Polynomial:
-    """Polynomial through counts at whole, half and (for ``squares``) quarter widths: divided differences."""
+    """Polynomial through counts at whole, half and, for ``squares``, quarter widths."""
     # Newton's divided differences, in fractions: coefficients of counts are whole, and stay exact.
     dense = count({})
     near = {kind: _half(width) for kind, width in uncut.items() if width > 1}
@@ -203,7 +183,7 @@ def _interpolate(
         per_channel[kind] = slope - curvature * (width + half)
     for first, second in itertools.combinations(near, 2):
         a, b = near[first], near[second]
-        # Of all terms, this second difference leaves the product of both widths alone.
+        # This second difference cancels all terms except the product of both widths.
         both = count({first: a, second: b}) - count({first: a}) - count({second: b}) + dense
         per_pair[first, second] = Fraction(both, (a - uncut[first]) * (b - uncut[second]))
         per_channel[first] -= per_pair[first, second] * uncut[second]
@@ -223,19 +203,19 @@ Dtypes = Mapping[str, torch.dtype]
 
 
 def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
-    """Return the dtype in which a tensor is stored: counters and index tables keep theirs."""
+    # Counters and index tables keep their integer dtype.
     return dtypes.get(name, tensor.dtype) if tensor.is_floating_point() else tensor.dtype
 
 
 @torch.no_grad()
 def round_to_stored(model: nn.Module, dtypes: Dtypes) -> None:
-    """Round the tensors of ``model`` in place to what a file in ``dtypes`` holds of them."""
+    """Round the tensors of ``model`` in place to the values that a file in ``dtypes`` can hold."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(tensor.to(stored_dtype(name, tensor, dtypes)))
 
 
 def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
-    """Return the bytes of the tensors of ``module`` in a file, without the file's header."""
+    """Bytes of the tensors of ``module`` in a file, without its header."""
     return sum(
         tensor.numel() * stored_dtype(prefix + name, tensor, dtypes).itemsize
         for name, tensor in module.state_dict().items()
@@ -250,7 +230,7 @@ def storage_cost(
     *,
     copies: bool,
 ) -> Callable[[Mapping[UnitKey, int]], int]:
-    """Return a function from widths to the number of parameters or file bytes."""
+    """Return a function from widths to the number of parameters or, if ``dtypes`` is given, of bytes."""
 
     def amount(module: nn.Module, prefix: str = "") -> int:
         return count_parameters(module) if dtypes is None else count_bytes(module, dtypes, prefix)
@@ -270,7 +250,7 @@ def storage_cost(
         counts = _Counts(kinds, count)
         try:
             return fit_polynomial(layer.name, kinds, counts.at, "parameters or bytes")
-        except UnsupportedModelError:  # such as a weight with room for the wider of q/k and v
+        except UnsupportedModelError:  # for example a weight as wide as the wider of q/k and v
             return counts
 
     outline, units = copy.deepcopy(model).to("meta"), [unit for unit in prunable.units() if unit.key in least]
@@ -282,7 +262,8 @@ def storage_cost(
     smallest = copy.deepcopy(outline)
     cut(smallest, Plan(tuple(first(unit, least[unit.key]) for unit in units)), prunable=prunable)
     uncut = {unit.key: unit.width for unit in units}
-    # The rest is the larger of two: copies that a cut makes are counted at all widths.
+    # A cut may copy tensors that heads or layers share. The larger rest counts the copies at all widths, so
+    # the cost is never too small.
     rest = max(
         total - sum(int(layer.at(widths)) for layer in layers)
         for total, widths in ((amount(smallest), least), (amount(model), uncut))

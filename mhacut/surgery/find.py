@@ -39,7 +39,7 @@ def model_input_size(
 
 
 def patch_embedding(model: nn.Module) -> Any:
-    """Return the module of ``model`` that embeds patches of the image and knows its size, or None."""
+    """Return the module that embeds image patches and knows the image size, or None."""
     # CoaT's is the first of several. Visformer's first embeds the output of a stem.
     first: Any = getattr(model, "patch_embed1", None)
     sees_it = getattr(getattr(first, "proj", None), "in_channels", None) == getattr(model, "in_chans", None)
@@ -47,36 +47,34 @@ def patch_embedding(model: nn.Module) -> Any:
 
 
 def classifier_size(model: Any) -> int:
-    """Number of classes of the head; 0 for a model that outputs features."""
+    """Number of classes; 0 if the model gives features."""
     return int(getattr(model, "num_classes", 0) or 0)
 
 
 def gives_probabilities(model: Any) -> bool:
-    """Whether the outputs are logits of several classes; the softmax over a single one is always 1."""
+    # The softmax over a single class is always 1.
     return classifier_size(model) > 1
 
 
 @dataclass(frozen=True)
 class PrunableLayers:
-    """Layers of a model that can be cut, and what cannot."""
+    """Layers of a model that can be cut, and reasons for the others."""
 
     layers: tuple[Layer, ...]
     """Layers in the order of the model's modules."""
     skipped: tuple[str, ...]
-    """Modules outside these layers that hold channels but are not cut: name, class and reason."""
+    """Other modules with channels: name, class and the reason why they are not cut."""
 
     def units(self, kinds: Iterable[UnitKind] = UNIT_KINDS) -> tuple[Unit, ...]:
-        """Units of these ``kinds``, layer by layer."""
         wanted = set(kinds)
         return tuple(unit for layer in self.layers for unit in layer.units if unit.kind in wanted)
 
     def without(self, names: Collection[str], reason: str) -> PrunableLayers:
-        """Return the same without the layers of these ``names``, which are skipped for ``reason``."""
+        """Return a copy in which the layers ``names`` are skipped for ``reason``."""
         layers = tuple(layer for layer in self.layers if layer.name not in names)
         return PrunableLayers(layers, (*self.skipped, *(f"{name}: {reason}" for name in names)))
 
     def unit(self, key: UnitKey) -> Unit:
-        """Return the unit named ``key``."""
         for unit in self.units():
             if unit.key == key:
                 return unit
@@ -84,7 +82,7 @@ class PrunableLayers:
 
     @property
     def not_prunable(self) -> tuple[str, ...]:
-        """One line per reason why channels cannot be cut, with the layers or modules it holds for."""
+        """One line per reason, with the layers or modules that it applies to."""
         layers: dict[str, list[str]] = {}
         for layer in self.layers:
             for kind, reason in layer.not_prunable.items():
@@ -99,19 +97,18 @@ class PrunableLayers:
 
 
 def find_prunable_layers(model: nn.Module) -> PrunableLayers:
-    """Return the layers of ``model`` that can be cut, as their adapters describe them."""
     walk = _Walk()
     walk.visit("", model)
     if walk.unknown:
         listed = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
         raise UnsupportedModelError(
-            f"attention class not supported: {listed}; mhacut does not prune a model with attention that it "
-            "does not know. `mhacut models` lists what can be cut"
+            f"attention class not supported: {listed}. A model with unknown attention is not "
+            "pruned. `mhacut models` lists the supported models"
         )
     if not any(layer.adapter.family == "attention" for layer in walk.layers):
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no attention layer mhacut can cut; "
-            "`mhacut models` lists what can be cut"
+            f"{type(model).__name__} has no attention layer that mhacut can cut. "
+            "`mhacut models` lists the supported models"
         )
     for mlp, names in walk.unknown_mlps.items():
         of_several = f" ({len(names)} layers)" if len(names) > 1 else ""
@@ -120,7 +117,7 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
 
 
 class _Walk:
-    """A walk through the modules of a model, and what it found."""
+    """Search through the modules of a model."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
@@ -141,7 +138,7 @@ class _Walk:
         elif adapter is not None:
             earlier = self._names.setdefault(id(module), name)
             if earlier != name:
-                raise UnsupportedModelError(f"{name} and {earlier} are one shared module; not supported")
+                raise UnsupportedModelError(f"{name} and {earlier} share one module, which is not supported")
             self.layers.append(adapter.describe(name, module))
         else:
             self._visit_children(name, module)
@@ -162,21 +159,21 @@ class _Walk:
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
-    """Check that every unit of ``plan`` is a unit of the model, of the same size."""
+    """Raise a :class:`PlanError` if the model does not have the units of ``plan`` in the same sizes."""
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
         if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):
             raise PlanError(
                 f"plan of {unit.layer!r} ({unit.kind}): the model has {unit.heads} heads of {unit.width} "
-                f"channels, the plan is for {unit_plan.heads} of {unit_plan.dense_width}"
+                f"channels, the plan expects {unit_plan.heads} of {unit_plan.dense_width}"
             )
         shared = [axis.tensor for axis in unit.axes if axis.shared]
         if shared and not unit_plan.unshared and len(set(unit_plan.kept)) > 1:
-            or_unshared = ", or the plan states unshared" if unit.sharing == "copied" else ""
+            or_unshared = ", or set unshared" if unit.sharing == "copied" else ""
             raise PlanError(
-                f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)}: they keep the "
-                f"same channels{or_unshared}; found different ones"
+                f"plan of {unit.layer!r} ({unit.kind}): its heads share {', '.join(shared)} but "
+                f"keep different channels; keep the same ones{or_unshared}"
             )
         if unit_plan.unshared and unit.sharing != "copied":
-            why = "what its heads share cannot be copied" if shared else "its heads share nothing"
+            why = "tensors of its heads cannot be copied" if shared else "its heads share no tensor"
             raise PlanError(f"plan of {unit.layer!r} ({unit.kind}): unshared, but {why}")

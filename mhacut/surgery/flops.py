@@ -45,31 +45,24 @@ _PER_ELEMENT = {
 
 
 def measure_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
-    """Count the FLOPs of one image through ``model``; see :func:`measure_flops_by_module`."""
     return measure_flops_by_module(model, input_size)[""]
 
 
 def executed_flops(run: Callable[[], object]) -> int:
-    """Count the multiply-accumulates of matrix products in ``run()``, zeros that pad attention included."""
+    """Count the multiply-accumulates of matrix products in ``run()``, including zeros that pad attention."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return int(counter.get_total_flops()) // 2
 
 
 def measure_flops_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
-    """Count the FLOPs of one image through each module of ``model``, by name; the model itself is ``""``.
-
-    Args:
-        model: in eval mode, on any device.
-        input_size: [C, H, W], or of tokens [N, C].
-    """
+    """Count the FLOPs of one image of ``input_size`` [C, H, W] by module name; ``""`` is the whole model."""
     parameter = next(model.parameters())
     image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
     return count_flops(model, (image,))
 
 
 def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
-    """Count the FLOPs of ``model(*inputs)`` by module; see :func:`measure_flops_by_module`."""
     with warnings.catch_warnings():
         # fvcore stands on torch.jit.trace, which torch has deprecated; there is no release without it.
         warnings.simplefilter("ignore")
@@ -95,20 +88,17 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """Copy ``model``, which may be on the meta device, so that it runs on the CPU and takes no memory.
-
-    Each of its tensors is one zero, expanded: its outputs mean nothing, its FLOPs can be counted. (Tracing a
-    model on the meta device fails in torch's own shape checks.)
-    """
+    """Copy ``model``, which may be on the meta device, to the CPU with tensors that take no memory."""
+    # Tracing on the meta device fails in shape checks of torch.
     stand_in = copy.deepcopy(model)
     take_weights(stand_in)
     return stand_in.eval()
 
 
 def take_weights(model: nn.Module) -> None:
-    """Make ``model`` weightless in place; see :func:`weightless`."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
+            # A single zero, expanded to the shape: outputs are meaningless, FLOPs are right.
             zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
             module.register_parameter(name, nn.Parameter(zeros, requires_grad=False))
         for name, buffer in module.named_buffers(recurse=False):
@@ -126,16 +116,14 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _count_padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
-    """Products of a convolution whose padding is a word: those of a kernel for each place and image."""
-    places = outputs[0].type().sizes()
-    return int(math.prod(inputs[1].type().sizes()) * places[0] * math.prod(places[2:]))
+    """Count a convolution whose padding is a string, such as "same"."""
+    output = outputs[0].type().sizes()  # (B, C, height, width)
+    return int(math.prod(inputs[1].type().sizes()) * output[0] * math.prod(output[2:]))
 
 
 def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Products of a contraction of two tensors: one per element of the output and index that is summed.
-
-    fvcore's own count is to four digits.
-    """
+    """Count one product per element of the output and per index that is summed."""
+    # fvcore itself counts einsum to 4 digits only.
     equation = inputs[0].toIValue().replace(" ", "")
     shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]
     operands, arrow, result = equation.partition("->")
@@ -153,5 +141,4 @@ def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of ``model``."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Capture what modules get and give while a model runs, and run single layers again at other widths."""
+"""Forward hooks: capture activations, and record calls of layers to run them again at other widths."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Capture = Callable[[Unit, str, Tensor], None]
 def captured_outputs(
     model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
 ) -> Iterator[Mapping[str, list[Any]]]:
-    """Capture the outputs of the named modules while ``model`` runs in the block."""
+    """Capture ``take(args, output)`` of each call of the named modules while ``model`` runs in the block."""
     captured: dict[str, list[Any]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -39,7 +39,7 @@ def captured_outputs(
 
 @contextmanager
 def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks when the block ends, or if one of them cannot be registered."""
+    """Remove hooks when the block ends, or if a registration fails."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -48,10 +48,7 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iterator[None]:
-    """Call ``capture`` for every hook of ``units`` whenever ``model`` runs in the block.
-
-    Activations are detached, with channels moved last and split by head.
-    """
+    """Call ``capture`` for every hook of ``units`` while ``model`` runs in the block."""
     with registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
 
@@ -68,7 +65,7 @@ def _hooks_of(model: nn.Module, unit: Unit, capture: Capture) -> Iterator[Remova
 
 
 class _JoinHeads:
-    """Capture of an activation whose heads are computed one after the other; passes all heads on at once."""
+    """Capture for heads that run one after the other: joins them and passes on all heads at once."""
 
     def __init__(self, unit: Unit, name: str, capture: Capture) -> None:
         self._unit, self._name, self._capture = unit, name, capture
@@ -94,11 +91,11 @@ def _register(
 
 
 def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation: Tensor) -> Tensor:
-    """The unit's channels in ``activation``, [..., heads, width]."""
+    """The unit's channels in ``activation``, detached, [..., heads, width]."""
     if hook.then is not None:
         activation = hook.then(submodule, activation)
     channels = activation.detach().movedim(hook.channel_dim, -1)  # (..., C)
-    if channels.dim() == 2:  # of one token, which timm's class attention takes out by its number
+    if channels.dim() == 2:  # timm's class attention selects its token by index, without a token dimension
         channels = channels[:, None]
     width = hook.width or unit.width
     stride = hook.stride or width
@@ -107,8 +104,8 @@ def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation:
 
 
 @dataclass(frozen=True)
-class Shape:
-    """Stand-in for a tensor of which only the shape matters."""
+class TensorShape:
+    """Shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -116,7 +113,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one run of a layer, tensors as :class:`Shape`."""
+    """Arguments of one run of a layer, with tensors replaced by :class:`TensorShape`."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -124,7 +121,6 @@ class Call:
 
 @contextmanager
 def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
-    """Record the calls of the named modules while ``model`` runs in the block."""
     calls: dict[str, list[Call]] = {name: [] for name in names}
     with registered(
         model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
@@ -134,7 +130,7 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
 
 
 def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
-    # A function, not a partial: copies of the model that count its FLOPs share it, with its list.
+    # A function, because deepcopy keeps functions. A partial would be copied, and its list with it.
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append(Call(*tree_map(_shape_only, (args, kwargs))))
 
@@ -144,13 +140,13 @@ def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
 def _shape_only(leaf: Any) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    if leaf.dim() == 0 and not leaf.is_floating_point():  # a size, which is a tensor while torch traces
+    if leaf.dim() == 0 and not leaf.is_floating_point():  # sizes are tensors while torch traces
         return int(leaf)
-    return Shape(tuple(int(size) for size in leaf.shape), leaf.dtype)
+    return TensorShape(tuple(int(size) for size in leaf.shape), leaf.dtype)
 
 
 class Replay(nn.Module):
-    """One recorded call of a layer, as a module whose inputs are the tensors of that call."""
+    """Recorded call of a layer as a module, whose inputs are the tensors of the call."""
 
     def __init__(self, module: nn.Module, call: Call) -> None:
         super().__init__()
@@ -158,34 +154,31 @@ class Replay(nn.Module):
         self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
 
     def zeros(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return inputs of the call's shapes that are 0."""
-        return tuple(torch.zeros(each.shape, dtype=each.dtype, device=device) for each in self._shapes())
+        return tuple(torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self._shapes())
 
     def noise(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return inputs of the call's shapes to time it on: numbers are normal noise, all else is 0."""
+        """Inputs for timing: Gaussian noise, and 0 for integers."""
         generator = torch.Generator().manual_seed(0)
         return tuple(
-            torch.randn(each.shape, generator=generator).to(device, each.dtype)
-            if each.dtype.is_floating_point
-            else torch.zeros(each.shape, dtype=each.dtype, device=device)
-            for each in self._shapes()
+            torch.randn(leaf.shape, generator=generator).to(device, leaf.dtype)
+            if leaf.dtype.is_floating_point
+            else torch.zeros(leaf.shape, dtype=leaf.dtype, device=device)
+            for leaf in self._shapes()
         )
 
-    def _shapes(self) -> list[Shape]:
-        return [leaf for leaf in self._leaves if isinstance(leaf, Shape)]
+    def _shapes(self) -> list[TensorShape]:
+        return [leaf for leaf in self._leaves if isinstance(leaf, TensorShape)]
 
     def forward(self, *tensors: Tensor) -> Any:
-        given = iter(tensors)
-        leaves = [next(given) if isinstance(leaf, Shape) else leaf for leaf in self._leaves]
+        inputs = iter(tensors)
+        leaves = [next(inputs) if isinstance(leaf, TensorShape) else leaf for leaf in self._leaves]
         args, kwargs = tree_unflatten(leaves, self._structure)
         return self.module(*args, **kwargs)
 
 
 def cost_key(module: nn.Module) -> tuple[Any, ...]:
-    """Key of all modules that cost the same for the same inputs: classes, shapes, functions, switches.
-
-    Fractions (probabilities of dropout, scales) change no shape and are left out.
-    """
+    """Key that is equal for modules with the same cost: classes, shapes, functions, switches."""
+    # Floats (dropout probabilities, scales) do not change the cost.
     parts: list[Any] = []
     for name, part in module.named_modules():
         attributes = vars(part).items()
@@ -201,7 +194,7 @@ def cost_key(module: nn.Module) -> tuple[Any, ...]:
 
 
 def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int]) -> nn.Module:
-    """Return a copy of a layer with the first channels of each head, as many as ``widths`` says by kind."""
+    """Return a copy of a layer that keeps the first ``widths[kind]`` channels of each head."""
     plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
     slim = copy.deepcopy(module)
     slice_layer(slim, layer, plans)

@@ -14,11 +14,9 @@ from mhacut.surgery.find import PrunableLayers
 
 
 def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
-    """Factor on the logits of the masked model, so that their temperature is that of a cut to ``width``.
-
-    Logits are scaled by 1/sqrt(width) instead of 1/sqrt(dense width), which compensates for the removed
-    channels. In the PCA basis the kept channels hold most of the logits' energy: the factor is 1.
-    """
+    """Factor on the logits of the masked model that gives the softmax temperature of a cut to ``width``."""
+    # Logits divided by sqrt(width) instead of sqrt(dense width) compensate for the removed channels. In the
+    # PCA basis the kept channels hold most of the energy of the logits, so no factor is needed.
     if basis == "principal" or not unit.softmax_scaled:
         return 1.0
     return float((unit.width / width) ** 0.5)
@@ -27,16 +25,7 @@ def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
 def masked_tensors(
     model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors of the masked model that differ from those of ``model``, by name, for :func:`run_with`.
-
-    A scale of 0 removes a channel exactly as :func:`mhacut.surgery.slice.cut` does. Differentiable in the
-    channel scales.
-
-    Args:
-        model: the dense model.
-        prunable: its prunable layers.
-        channel_scales: [heads, width] per unit; units not named are left out.
-    """
+    """Tensors of the masked model that differ from ``model``; ``channel_scales`` are [heads, width]."""
     masked: dict[str, Tensor] = {}
     for layer in prunable.layers:
         for unit in layer.units:
@@ -51,7 +40,7 @@ def masked_tensors(
                 masked[bias] = model.get_parameter(bias) + constant_lost(module, unit, channel_scale)
             for axis in scaled_axes(unit):
                 name = f"{layer.name}.{axis.tensor}"
-                # Units share tensors (q, k and v the rows of qkv): scales of this one multiply those before.
+                # q, k and v share the rows of qkv: the scales of several units multiply one tensor.
                 tensor = masked.get(name)
                 if tensor is None:
                     tensor = model.get_parameter(name)
@@ -60,10 +49,7 @@ def masked_tensors(
 
 
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Run ``model`` with the named tensors substituted; the model is not modified.
-
-    A module with several names needs only one of them; a tensor that several modules share needs all of them.
-    """
+    """Run ``model`` with the named tensors substituted."""
     # tie_weights=True leaves a substitute behind in a module of several names.
     outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)
     return outputs
@@ -71,7 +57,7 @@ def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) ->
 
 @torch.no_grad()
 def scale(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
-    """Multiply the contribution of the unit's channels by ``channel_scale`` [heads, width], in place."""
+    """Multiply the unit's contribution by ``channel_scale`` [heads, width], in place."""
     flat = channel_scale.reshape(-1)  # (H * d)
     for axis in scaled_axes(unit):
         parameter = module.get_parameter(axis.tensor)
@@ -80,17 +66,14 @@ def scale(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
 
 
 def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
-    """Put ``channel_scale`` [heads, width] into the unit's gate."""
     assert unit.gate is not None
     owner, _, name = unit.gate.rpartition(".")
     setattr(module.get_submodule(owner), name, channel_scale.reshape(-1))
 
 
 def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Axes that channel scales multiply: ``unit.scale_axes``, or the batch norms behind them.
-
-    In training, a batch norm would undo a scale on the rows in front of it.
-    """
+    """Axes that channel scales multiply: ``unit.scale_axes``, or the batch norms behind them."""
+    # In training, a batch norm would undo a scale on the rows before it.
     axes: list[ChannelAxis] = []
     for axis in unit.scale_axes:
         axes += [axis] if axis.norm is None else [norm_axis(axis, "weight"), norm_axis(axis, "bias")]
@@ -98,7 +81,6 @@ def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
 
 
 def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, channel_scale: Tensor) -> Tensor:
-    """``tensor`` with the unit's entries along ``axis`` times ``channel_scale`` [heads * width]."""
     size = tensor.shape[axis.dim]
     rows = axis.rows(unit.heads, unit.width).to(channel_scale.device)
     channel_scale = select_heads(axis, channel_scale.view(unit.heads, unit.width)).reshape(-1)
@@ -120,13 +102,7 @@ def kept_channels(unit_plan: UnitPlan) -> Tensor:
 
 
 def constant_lost(module: nn.Module, unit: Unit, channel_scale: Tensor) -> Tensor:
-    """Constant that the output bias must absorb when channels are scaled, [out].
-
-    Args:
-        module: the layer.
-        unit: one of its units, with ``constants``.
-        channel_scale: [heads * width].
-    """
+    """Constant [out] that the output bias must absorb for ``channel_scale`` [heads * width]."""
     columns = output_weights(module, unit)
     lost = columns.new_zeros(len(columns))
     for axis in unit.constants:

@@ -1,8 +1,8 @@
-"""Tokens that no output reads are not computed: a transformation of the dense model, before it is cut.
+"""Last blocks that compute only the tokens that the head reads.
 
-A class-token classifier reads the first tokens of its last block. Nothing reads what that block writes into
-the other tokens, so its queries, output projection and MLP need to run for the first tokens only. The logits
-do not change.
+A class-token classifier reads only the first tokens of the last block, so the queries, the output projection
+and the MLP of that block need to run for those tokens only. The logits do not change. The dense model is
+transformed before its channels are cut.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 
 class OutputTokenBlock:
-    """Mixed into a block's class, in front of it: only the first tokens are read."""
+    """Mixin for a block class: the block computes only the tokens that the head reads."""
 
     attn: Any
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
+        """Map all tokens [B, N, C] to the output tokens [B, n, C]; other arguments go to attention."""
         y = self.attn(self.norm1(x), *args, **options)  # (B, read, C)
         x = x[:, : self.attn.output_tokens] + self.drop_path1(_scaled(self, 1, y))
         out: Tensor = x + self.drop_path2(_scaled(self, 2, self.mlp(self.norm2(x))))
@@ -38,10 +38,10 @@ class OutputTokenBlock:
 
 
 class OutputTokenBlockPostNorm(OutputTokenBlock):
-    """The same for blocks that normalise behind attention and MLP."""
+    """The same for blocks that normalise after attention and after the MLP."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Map all tokens [B, N, C] to those that are read [B, read, C]; further arguments are attention's."""
+        """Map all tokens [B, N, C] to the output tokens [B, n, C]; other arguments go to attention."""
         y = self.attn(x, *args, **options)  # (B, read, C)
         x = x[:, : self.attn.output_tokens] + self.drop_path1(self.norm1(y))
         out: Tensor = x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -49,7 +49,7 @@ class OutputTokenBlockPostNorm(OutputTokenBlock):
 
 
 def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
-    """Apply the block's LayerScale to a branch, 1 or 2: a module, or a parameter or None."""
+    """Apply the LayerScale of branch 1 or 2, which is a module, a parameter or None."""
     layer_scale = getattr(block, f"ls{branch}", None)
     if layer_scale is not None:
         scaled: Tensor = layer_scale(y)
@@ -59,36 +59,36 @@ def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
 
 
 class OutputTokenModel:
-    """Mixed into timm's model, in front of it: outputs that need tokens that are not there are refused."""
+    """Mixin for timm's models: refuses outputs that need tokens which the last block does not compute."""
 
     def forward_intermediates(
         self: Any, x: Tensor, indices: int | list[int] | None = None, *args: Any, **options: Any
     ) -> Any:
-        """Return what timm's model does, for blocks that compute all tokens."""
+        """Return the features of timm's method, from blocks that compute all tokens."""
         self.check_features(indices)
         return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
 
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, *args: Any, **options: Any
     ) -> None:
-        """Replace the classifier, as timm's model does, by one that reads the same tokens."""
+        """Replace the classifier; the new one reads the same tokens."""
         if global_pool not in (None, self.global_pool):
             raise UnsupportedModelError(
                 f"global_pool={global_pool!r}: this model computes only the tokens that global_pool="
-                f"{self.global_pool!r} reads, not those of patches; leave it, or prune with "
+                f"{self.global_pool!r} reads. Keep global_pool, or prune with "
                 f"{option_name('keep_dead_tokens', True)}"
             )
         super().reset_classifier(num_classes, global_pool, *args, **options)  # type: ignore[misc]
 
     def check_features(self: Any, indices: int | list[int] | None) -> None:
-        """Check that blocks, as ``forward_intermediates`` numbers them, compute all tokens."""
+        """Raise an error if a block of ``indices`` (timm's numbering) computes output tokens only."""
         taken, _ = feature_take_indices(len(self.blocks), indices)
         short = [index for index in taken if isinstance(self.blocks[index], OutputTokenBlock)]
         if short:
             keep = option_name("keep_dead_tokens", True)
             raise UnsupportedModelError(
-                f"block {short[0]} of this model computes only the tokens that its classifier reads, not "
-                f"those of patches; ask for earlier blocks, or prune with {keep}"
+                f"block {short[0]} of this model has no patch features: it computes only the tokens that the "
+                f"classifier reads. Use earlier blocks, or prune with {keep}"
             )
 
 
@@ -102,7 +102,7 @@ OUTPUT_TOKEN_MODELS: Mapping[type[nn.Module], Any] = {
         relpos.VisionTransformerRelPos,
     )
 }
-"""Models whose forward pass reads the last block only by its pooling, and their class with fewer tokens."""
+"""Model classes whose heads read the last block only by pooling, and their classes with fewer tokens."""
 OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     cls: mixed("OutputToken", mixin, cls)
     for mixin, classes in {
@@ -115,26 +115,25 @@ OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     }.items()
     for cls in classes
 }
-"""Blocks of a residual attention and a residual MLP, each with its class that computes only the first
-tokens."""
+"""Block classes of a residual attention and a residual MLP, and their classes for output tokens only."""
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:
-    """Return the class that ``model`` has, or had before :func:`set_output_tokens`."""
+    """Class of ``model`` before :func:`set_output_tokens`."""
     return next((dense for dense, few in OUTPUT_TOKEN_MODELS.items() if few is type(model)), type(model))
 
 
 def output_tokens_of(model: nn.Module) -> int | None:
-    """Return the number of tokens that the last block of ``model`` computes; None for all."""
+    """Number of tokens that the last block computes; None for all."""
     blocks: Any = getattr(model, "blocks", ())
     last = blocks[-1] if isinstance(model, OutputTokenModel) else None
     return last.attn.output_tokens if isinstance(last, OutputTokenBlock) else None
 
 
 def tokens_read_by_head(model: nn.Module) -> int:
-    """Return the number of first tokens of the last block that the head of ``model`` reads."""
+    """Number of first tokens of the last block that the head reads; an error if it reads all."""
     if type(model) not in OUTPUT_TOKEN_MODELS and not isinstance(model, OutputTokenModel):
-        raise UnsupportedModelError(f"which tokens a {type(model).__name__} reads is not known")
+        raise UnsupportedModelError(f"the tokens that the head of {type(model).__name__} reads are unknown")
     head: Any = model
     if head.global_pool != "token" or getattr(head, "attn_pool", None) is not None:
         raise UnsupportedModelError(f"the head reads all tokens (global_pool={head.global_pool!r})")
@@ -152,29 +151,26 @@ def _check_last(block: Any) -> None:
 
 
 def _dense_class(attention: nn.Module) -> Any:
-    """Return timm's class of an attention layer that may be cut."""
+    """Timm's class of an attention layer that may be cut."""
     return getattr(adapter_for(attention), "cls", None)
 
 
-def set_output_tokens(model: Any, read: int) -> None:
-    """Change ``model`` in place so that its last block computes its first ``read`` tokens only."""
+def set_output_tokens(model: Any, count: int) -> None:
+    """Make the last block of ``model`` compute only its first ``count`` tokens, in place."""
     expected = tokens_read_by_head(model)
-    if read != expected:
-        raise PlanError(f"plan of tokens: the head reads {expected} tokens, the plan is for {read}")
+    if count != expected:
+        raise PlanError(f"token plan: the head reads {expected} tokens, the plan expects {count}")
     block = model.blocks[-1]
-    attend_from_output_tokens(block.attn, read)
+    attend_from_output_tokens(block.attn, count)
     block.__class__ = OUTPUT_TOKEN_BLOCKS[type(block)]
     model.__class__ = OUTPUT_TOKEN_MODELS[type(model)]
 
 
 @torch.no_grad()
-def attend_from_output_tokens(attention: Any, read: int) -> None:
-    """Change an attention layer in place so that it computes its first ``read`` tokens only.
-
-    A fused ``qkv`` is split into the projections that the row of its new class names.
-    """
+def attend_from_output_tokens(attention: Any, count: int) -> None:
+    """Make an attention layer compute queries for the first ``count`` tokens only, in place."""
     attention.__class__ = OUTPUT_TOKENS[_dense_class(attention)]
-    attention.output_tokens = read
+    attention.output_tokens = count
     adapter = adapter_for(attention)
     assert isinstance(adapter, Softmax)
     if attention.qkv is not None:
@@ -183,7 +179,7 @@ def attend_from_output_tokens(attention: Any, read: int) -> None:
 
 
 def _split(attention: Any, written_by: Mapping[str, str]) -> None:
-    """Replace ``qkv``, and biases in parts, by projections of their names and the rows of their letters."""
+    """Replace the fused ``qkv`` by the projections of ``written_by``."""
     # q and k are equally wide; v is as wide as what the output projection reads.
     qkv, v_rows = attention.qkv, attention.proj.in_features
     q_rows = (qkv.out_features - v_rows) // 2
@@ -204,7 +200,7 @@ def _split(attention: Any, written_by: Mapping[str, str]) -> None:
 
 
 def _rows(linear: nn.Linear, first: int, last: int) -> nn.Linear:
-    """Return a linear layer of some of the rows of another."""
+    """Return a linear layer with the rows ``first`` to ``last`` of another."""
     part = nn.Linear(linear.in_features, last - first, bias=linear.bias is not None, device="meta")
     for name, parameter in linear.named_parameters():
         rows = nn.Parameter(parameter[first:last].clone(), requires_grad=parameter.requires_grad)

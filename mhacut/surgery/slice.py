@@ -16,17 +16,14 @@ from mhacut.surgery.find import PrunableLayers, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.tokens import apply_tokens, tokens_of
 
-_LEAST_GATE = 1e-60
-"""Least scale of a kept channel with a gate. Only positive scales can be merged into parameters, so a channel
-whose scale was trained to 0 keeps this much. Its features get the sixth root, 1e-10: little beside the 1e-6
-that the layer adds to them."""
+_MIN_GATE = 1e-60
+"""Minimum scale of a kept channel with a gate: parameters can absorb positive scales only. The features
+get the sixth root, 1e-10, which is small against the 1e-6 that the layer adds to them."""
 
 
 def exact_scale(unit: Unit, width: int) -> float:
-    """Factor on the channels of a cut to ``width`` that keeps the softmax temperature of the dense layer.
-
-    A softmax layer derives its temperature from its width: at k of d channels its logits grow by sqrt(d / k).
-    """
+    """Factor on the channels of a cut to ``width`` that keeps the softmax temperature of the dense layer."""
+    # The layer divides logits by sqrt(width): at k of d channels they grow by sqrt(d / k).
     return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
 
 
@@ -37,10 +34,8 @@ def cut(
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
     prunable: PrunableLayers | None = None,
 ) -> None:
-    """Cut ``model`` in place to ``plan``; it then computes what the masked model of the same scales does.
-
-    Works on the meta device too, which is how the shapes of a slim file are checked before it is loaded.
-    """
+    """Cut ``model`` in place to ``plan``; afterwards it equals the masked model with the same scales."""
+    # On the meta device, this gives the expected shapes of a slim file before it is loaded.
     if plan.tokens and tokens_of(model) != plan.tokens:
         apply_tokens(model, plan.tokens)
         prunable = None
@@ -52,14 +47,14 @@ def cut(
         module = model.get_submodule(layer.name)
         _scale_kept(module, layer, by_layer[layer.name], channel_scales or {})
         slice_layer(module, layer, by_layer[layer.name])
-    # Once all layers are cut: a module may refer to what several of them shared.
+    # Only after all layers are cut, because several layers may share a module.
     for adapter in dict.fromkeys(layer.adapter for layer in cut_layers):
         adapter.fix_shared_modules(model)
 
 
 @torch.no_grad()
 def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Slice the tensors of one layer in place; the numbers in them stay."""
+    """Slice the tensors of one layer in place, without changing their values."""
     for unit in layer.units:
         if unit.kind in unit_plans:
             layer.adapter.record_kept(module, unit, torch.tensor(unit_plans[unit.kind].kept))
@@ -74,7 +69,6 @@ def _scale_kept(
     unit_plans: Mapping[UnitKind, UnitPlan],
     channel_scales: Mapping[UnitKey, Tensor],
 ) -> None:
-    """Multiply the contribution of every channel of a layer by its scale, which is 0 for removed channels."""
     for unit in layer.units:
         unit_plan = unit_plans.get(unit.kind)
         if unit_plan is None:
@@ -86,12 +80,12 @@ def _scale_kept(
         if unit.constants:
             add_constant(module, unit, constant_lost(module, unit, channel_scale.reshape(-1)))
         if unit.gate is not None:
-            layer.adapter.merge_gate(module, unit, channel_scale.clamp_min(_LEAST_GATE) * kept)
+            layer.adapter.merge_gate(module, unit, channel_scale.clamp_min(_MIN_GATE) * kept)
         scale(module, unit, channel_scale)
 
 
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Index every tensor of the layer by the channels that its units keep; units may share a dimension."""
+    """Index every tensor of the layer by the channels that its units keep."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
     order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for unit in layer.units:
@@ -104,7 +98,7 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
                 copies = [unit.heads if dim == axis.dim else 1 for dim in range(parameter.dim())]
                 _replace(module, axis.tensor, parameter.detach().repeat(copies))
         gone = ~kept_channels(unit_plans[unit.kind])
-        # Units share dimensions (q, k and v the rows of qkv), so that rows are gathered first, then cut once.
+        # q, k and v share the rows of qkv: rows of all units are collected first, then cut at once.
         for axis in axes_of(unit):
             first, last = axis.heads or (0, unit.heads)
             if axis.shared and unshared:
@@ -118,14 +112,14 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
             )
             removed.setdefault(place, []).append(rows[cut_here].flatten())
             stays = rows[~cut_here].flatten()
-            # The layer reads channels in the order of their new numbers. Where channels are not side by side
-            # and heads keep different ones, that is not the order in which they stand.
+            # The layer reads channels by their new numbers. If channels of a head are not side by side and
+            # heads keep different channels, that order differs from the order in memory.
             number = (~cut_here).cumsum(1)[..., None] - 1
             moved = rows + (number - torch.arange(unit.width)[:, None]) * axis.channel_step
             order.setdefault(place, []).append(
                 (stays.sort().values, stays[moved[~cut_here].flatten().argsort()])
             )
-    # Rows are numbered as in the uncut tensor, so that all cuts of a dimension must be one.
+    # Row numbers refer to the uncut tensor, so each dimension is cut only once.
     for (name, dim), gone_parts in removed.items():
         tensor = tensor_of(module, name)
         keep = torch.ones(tensor.shape[dim], dtype=torch.bool)
@@ -137,7 +131,6 @@ def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPl
 
 
 def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace a parameter or buffer of ``module``."""
     owner_name, _, tensor_name = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     old, tensor = getattr(owner, tensor_name), tensor.contiguous()
@@ -148,7 +141,7 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _update_sizes(owner: nn.Module) -> None:
-    """Set the size attributes of a linear, convolution or batch norm layer to those of its tensors."""
+    """Set the size attributes of a standard layer from its tensors."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.ConvTranspose2d):

@@ -42,17 +42,17 @@ def elsewhere(units):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"plan": widened}, "the model has 1 heads of 192 channels, the plan is for 1 of 1000000000"),
+        ({"plan": widened}, "the model has 1 heads of 192 channels, the plan expects 1 of 1000000000"),
         ({"plan": one_less}, "0 missing, 0 unexpected, 3 of another shape\n"),
         ({"plan": elsewhere}, "the model has no unit"),
         ({"plan": lambda units: []}, "metadata and tensors do not match"),
         (
             {"architecture": "resnet18", "model_args": {}, "pretrained_cfg": {}},
-            "no attention layer mhacut can cut",
+            "no attention layer that mhacut can cut",
         ),
         ({"architecture": "no_such_model"}, "timm has no model 'no_such_model'"),
         ({"model_args": {**ARGS, "num_classes": 11}}, "2 of another shape"),
-        ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "the plan is for 1 of 192"),
+        ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "the plan expects 1 of 192"),
         ({"model_args": {**ARGS, "depth": 10**6}}, "is far too large for the tensors"),
         ({"format_version": 3}, "Upgrade mhacut"),
     ],

@@ -213,7 +213,10 @@ def test_a_model_without_attention(tmp_path):  # 29
     path = tmp_path / "model.safetensors"
     save_file(timm.create_model("resnet18").state_dict(), path)
     message = refusal(tmp_path, "inspect", path, "--model", "resnet18")
-    assert "ResNet has no attention layer mhacut can cut; `mhacut models` lists what can be cut" in message
+    assert (
+        "ResNet has no attention layer that mhacut can cut. `mhacut models` lists the supported models"
+        in message
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

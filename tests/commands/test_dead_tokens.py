@@ -239,7 +239,7 @@ def test_layers_are_compared_token_by_token(dense, slim, images):
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ({"read": 2}, "the head reads 1 tokens, the plan is for 2"),
+        ({"read": 2}, "the head reads 1 tokens, the plan expects 2"),
         ({"read": 0}, "read is at least 1"),
         ({"read": 1, "merged": [9, 0, 0], "rule": "weights"}, "merges at most"),
         ({"written": 1}, "at most the keys"),
