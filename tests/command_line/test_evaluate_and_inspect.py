@@ -43,7 +43,7 @@ def test_image_size_the_model_does_not_take(slim, images):
     result = run("evaluate", slim, "--data-dir", images, "--img-size", "64")
     assert result.exit_code == 2
     assert "takes only images of 32x32" in result.stderr
-    assert "or build the dense model with --model-arg img_size=64" in result.stderr
+    assert "Build the dense model with --model-arg img_size=64" in result.stderr
 
 
 def test_inspect_dense(tiny_vit):
