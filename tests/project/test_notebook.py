@@ -74,7 +74,7 @@ def shows_a_cut_in_memory(outputs: str) -> None:
 
 def shows_pictures_of_both_models(outputs: str) -> None:
     assert outputs.count("data:image/png") == 3 * 11
-    assert int(re.search(r"the same answer on (\d+) of 300", outputs)[1]) >= 290
+    assert int(re.search(r"same prediction for (\d+) of 300", outputs)[1]) >= 290
     assert float(re.search(r"similarity of the maps: ([\d.]+)", outputs)[1]) > 0.9
 
 
