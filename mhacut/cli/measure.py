@@ -159,7 +159,7 @@ def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
     if refused:
         rows = [["architecture", "tags", "why"]]
         rows += [
-            [entry.architecture, str(len(entry.tags)), entry.refusal.partition(";")[0]]
+            [entry.architecture, str(len(entry.tags)), entry.refusal.partition(". ")[0]]
             for entry in attending
             if entry.refusal
         ]

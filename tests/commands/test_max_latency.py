@@ -53,9 +53,9 @@ def test_what_is_no_time_is_refused(text):
     [
         (
             {"max_latency": "50%", "max_kl": 0.1},
-            "max_kl=0.1 searches for the smallest model, but max_latency=",
+            "max_kl=0.1 and max_latency='50%' cannot be combined",
         ),
-        ({"max_latency": "50%", "max_drop": 1.0}, "max_drop=1.0 searches for the smallest model"),
+        ({"max_latency": "50%", "max_drop": 1.0}, "max_drop=1.0 and max_latency='50%' cannot be combined"),
         ({"max_latency": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or"),
         ({"max_latency": "50%", "int8": True}, "int8=True: expected runtime='onnx'"),
         ({"max_latency": "50%", "runtime": "tensorrt"}, "runtime='tensorrt': expected one of eager,"),

@@ -81,13 +81,13 @@ def test_default_names_state_what_is_bounded(given, name):
         ({}, "flops is missing"),
         ({"flops": ()}, "flops is missing"),
         ({"flops": ("50%", "50%")}, "flops='50%': expected each budget once"),
-        ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 searches for the smallest model, but flops='50%'"),
-        ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 searches for the smallest model"),
+        ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 and flops='50%' cannot be combined"),
+        ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 and params='50%' cannot be combined"),
         ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
         ({"params": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or uniform"),
         (
             {"size": "6MB", "scope": "attention+mlp+tokens"},
-            "expected flops, max_latency, max_kl or max_drop; merging tokens",
+            "expected flops, max_latency, max_kl or max_drop; token merging",
         ),
     ],
 )

@@ -150,10 +150,10 @@ def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_pa
     given = ["finetune", slim, "--data-dir", images, "-b", "12", "-j", "0", "-o", tmp_path / "run"]
     seven = ["--teacher-model-arg", "num_classes=7"]
     for teacher, flags, message in (
-        (save_dense(deeper, tmp_path / "3.safetensors"), [], ": --teacher-model-arg depth=3?"),
-        (save_dense(wider, tmp_path / "9.safetensors"), seven, ": --teacher-model-arg num_classes=9?"),
-        (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: there is no such part"),
-        ("timm:resnet18", ["--teacher-model", "x"], "names its model; leave --teacher-model out"),
+        (save_dense(deeper, tmp_path / "3.safetensors"), [], "try --teacher-model-arg depth=3"),
+        (save_dense(wider, tmp_path / "9.safetensors"), seven, "try --teacher-model-arg num_classes=9"),
+        (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: no such part"),
+        ("timm:resnet18", ["--teacher-model", "x"], "names its model. Leave --teacher-model out"),
     ):
         result = run(*given, "--teacher", teacher, *flags)
         assert (result.exit_code, result.stdout) == (1, "")
@@ -168,7 +168,7 @@ def test_the_teacher_is_the_part_that_is_named(tune, tiny_vit, tmp_path):
     with pytest.raises(CheckpointError, match="has 3 classes, the slim model has 7"):
         tune(teacher=path)
     assert tune("student", teacher=path, teacher_part="student", steps=1).steps == 1
-    with pytest.raises(CheckpointError, match=": teacher_part='pupil': there is no such part"):
+    with pytest.raises(CheckpointError, match=": teacher_part='pupil': no such part"):
         tune("pupil", teacher=path, teacher_part="pupil")
 
 

@@ -49,6 +49,7 @@ FLAGS_OF_OTHERS = {
     "--model-kwargs",  # timm
     "--strict",  # mkdocs
     "--check",  # ruff format
+    "--hypothesis-profile",  # pytest
     "--data-binary", "--local-dir",  # curl, hf
 }  # fmt: skip
 QUICK = {

@@ -156,7 +156,7 @@ def test_a_part_is_the_dense_models(slim_of, tmp_path):
     ).comparison
     assert model.layers == plain.layers
     assert inspect(slim_of("vit"), **given).comparison.layers != plain.layers  # the average comes first
-    with pytest.raises(CheckpointError, match="part='pupil': there is no such part"):
+    with pytest.raises(CheckpointError, match="part='pupil': no such part"):
         inspect(slim_of("vit"), part="pupil", **given)
 
 
