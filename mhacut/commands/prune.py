@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,21 @@ from mhacut.commands.prune_attempt import (
     TIMING_SECONDS,
     Attempt,
     TargetResult,
-    cut_model,
-    recover_model,
 )
 from mhacut.commands.prune_folder import prune_folder
 from mhacut.commands.prune_inputs import PruneInputs, read_inputs
 from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import PruneResult, PruneResults, advice, choices_of
-from mhacut.commands.prune_targets import Flops, MaxDrop, MaxKL, Params, Size, Targets
+from mhacut.commands.prune_targets import (
+    Flops,
+    MaxDrop,
+    MaxKL,
+    Params,
+    Size,
+    Targets,
+    meet_budgets,
+    smallest_within_loss,
+)
 from mhacut.data import ImagesInMemory
 from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
@@ -36,7 +44,6 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
 from mhacut.options.prune import BUDGETS, PruneKeywords, PruneOptions
 from mhacut.pruning.check import same_outputs
-from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planner
 from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
@@ -185,7 +192,7 @@ def run_prune(
         with processes.fail_together():
             inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
             files = [Targets(one, TARGETS) for one in (inputs, *others)]
-            _ = inputs.validation.dense
+            inputs.validation.evaluate_dense()
         job = replace(inputs.job, teacher_cache=[] if others or options.bounds_loss else None)
         calibration = job.calibrate(processes)  # 2. calibrate
         models: list[nn.Module] = []
@@ -194,7 +201,8 @@ def run_prune(
             planner = Planner(job, calibration)
             results = []
             for targets in files:
-                attempt = _meet(targets, planner)  # 3. to 6.
+                meet = smallest_within_loss if options.bounds_loss else meet_budgets
+                attempt = meet(targets, planner)  # 3. to 6.
                 result, model = _write(targets, attempt, planner, timer)  # 7. and 8.
                 results.append(result)
                 models.append(model)
@@ -205,35 +213,8 @@ def run_prune(
             return tuple(results)
 
         results = processes.from_first(in_first_process)
-        for result, model in zip(results, models, strict=False):  # other processes find them in the files
-            result._model = model
-        return results
-
-
-def _meet(targets: Targets, planner: Planner) -> Attempt:
-    """Plan, cut, recover and measure until all targets are met, and used up as far as they can be."""
-    limits: Limits | None = targets.first(planner)
-    attempt: Attempt | None = None
-    best: Attempt | None = None
-    number = 0
-    while limits is not None:
-        planned, number = planner.plan(limits), number + 1  # 3. plan
-        if attempt is not None and planned.plan == attempt.planned.plan:
-            if not targets.bounds_loss:  # no width lies between these limits and those before
-                break
-            attempt = replace(attempt, number=number, limits=limits)  # a trial of the search all the same
-        else:
-            attempt = cut_model(planned, limits, number, planner)  # 4. cut
-            if targets.bounds_loss:  # the loss is that of the recovered model
-                recover_model(attempt, targets.inputs.dtypes, planner)
-            targets.measure(attempt)
-        best, limits = targets.better(best, attempt), targets.next(attempt)
-    assert best is not None
-    if best.worst_ratio > 1:
-        raise targets.missed(best)
-    if not targets.bounds_loss:
-        recover_model(best, targets.inputs.dtypes, planner)
-    return best
+        # The other processes have no model: their results load the files.
+        return tuple(replace(result, _model=model) for result, model in zip_longest(results, models))
 
 
 def _write(

@@ -41,6 +41,8 @@ class TargetResult:
     """For a time: the conditions under which ``reached`` was measured, and the prediction."""
     labels: tuple[str, str] = ("", "")
     """``limit`` and ``reached`` as text with units."""
+    amount: int = 0
+    """Exact amount of a budget in its unit, for example nanoseconds; 0 for a bound on the loss."""
 
     @property
     def ratio(self) -> float:

@@ -103,12 +103,13 @@ class Validation:
 
     @cached_property
     def dense(self) -> Predictions:
-        """Predictions of the dense model, computed in the first process when they are first asked for.
+        """Predictions of the dense model, computed at the first access and in the first process only."""
+        predictions = self.predictions_of(self.model) if self.processes.first else None
+        return predictions or Predictions(torch.empty(0))
 
-        A budget that is out of reach need not take these minutes.
-        """
-        answers = self.predictions_of(self.model) if self.processes.first else None
-        return answers or Predictions(torch.empty(0))
+    def evaluate_dense(self) -> None:
+        """Compute the predictions of the dense model now: targets must be checked before these minutes."""
+        _ = self.dense
 
     def predictions_of(self, model: nn.Module) -> Predictions | None:
         """Return the answers of ``model``, which is moved to the device; None without images."""

@@ -20,6 +20,7 @@ from mhacut.measuring.predicted_time import LayerTimes, Point, TimeCurve, TimeTa
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
+from mhacut.pruning.planner import Planner
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
@@ -71,8 +72,8 @@ class Latency(Amount):
     def lowest(self, cost: Cost) -> int:
         return math.ceil(super().lowest(cost) / self.aim)  # so that a new measurement meets it too
 
-    def measure(self, attempt: Attempt) -> TargetResult:
-        reached = super().measure(attempt)  # in nanoseconds
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
+        reached = super().measure(attempt, planner)  # in nanoseconds
         measured = {
             "predicted": attempt.planned.time(self.times) / 1e6,
             "dense": self._scale / 1e6,
@@ -80,7 +81,7 @@ class Latency(Amount):
             "corrections": attempt.number - 1,
             **self.stopwatch.conditions(),
         }
-        return replace(reached, limit=self.most / 1e6, reached=self.amount / 1e6, measured=measured)
+        return replace(reached, limit=self.most / 1e6, reached=reached.amount / 1e6, measured=measured)
 
     def count(self, attempt: Attempt) -> int:
         inputs, planned = self.inputs, attempt.planned

@@ -1,4 +1,4 @@
-"""Targets of ``mhacut prune``: what a plan must keep, what its model reaches, and what to plan next.
+"""Targets of ``mhacut prune``, and the 2 loops that meet them: budgets, and bounds on the loss.
 
 To add a budget, write a subclass of :class:`Amount`: how much the dense model has, how much a model of any
 widths has, at least nearly, and how to count it on the cut model; then name it in ``TARGETS`` of
@@ -12,11 +12,12 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from mhacut.budget import KINDS, Budget, format_amount, format_flops
 from mhacut.checkpoint.write import file_size
-from mhacut.commands.prune_attempt import Attempt, TargetResult
+from mhacut.commands.prune_attempt import Attempt, TargetResult, cut_model, recover_model
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
@@ -73,17 +74,9 @@ class Target(ABC):
         options = [option_name(*each) for each in named]
         return f"{', '.join(options[:-1])} and {options[-1]}"
 
-    def first(self, planner: Planner) -> Limit | None:
-        """Return the limit that the first plan must keep; None if any plan meets the target."""
-        return self.limit
-
     @abstractmethod
-    def measure(self, attempt: Attempt) -> TargetResult:
-        """Return what the model of the attempt reaches."""
-
-    @abstractmethod
-    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
-        """Return a corrected limit for another plan; None if the target is met, and used up."""
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
+        """Return the amount that the model of the attempt reaches."""
 
 
 class Targets:
@@ -94,62 +87,37 @@ class Targets:
         asked = [(kind, getattr(inputs.options, kind.name)) for kind in kinds]
         self.all = [kind(inputs, value) for kind, value in asked if value is not None]
         self.inputs = inputs
-        self.bounds_loss = inputs.options.bounds_loss
-        """Whether the smallest model within bounds on losses is searched; each is healed, then measured."""
-        # Bounds share one search, by the loss that is nearest to its bound, or beyond it.
-        self._planning = self.all[:1] if self.bounds_loss else self.all
         budgets = [target for target in self.all if isinstance(target, Amount)]
         if budgets and all(budget.limit is None for budget in budgets):
             within = " and ".join(f"{one.text(one.dense)} are already within {one.asked}" for one in budgets)
             raise BudgetError(f"nothing to prune: the model's {within}")
 
-    def first(self, planner: Planner) -> Limits:
-        """Return the limits of the first plan."""
-        return tuple(filter(None, (target.first(planner) for target in self._planning)))
+    def measure(self, attempt: Attempt, planner: Planner) -> tuple[TargetResult, ...]:
+        return tuple(target.measure(attempt, planner) for target in self.all)
 
-    def measure(self, attempt: Attempt) -> None:
-        """Measure what the model of the attempt reaches."""
-        attempt.reached = tuple(target.measure(attempt) for target in self.all)
-
-    def next(self, attempt: Attempt) -> Limits | None:
-        """Return the limits of another plan; None if there is no need for one, or there were enough."""
-        reached = attempt.reached
-        if self.bounds_loss:
-            reached = (max(reached, key=lambda one: one.ratio),)
-        both = zip(self._planning, reached, strict=True)
-        limits = (target.next(attempt, one) for target, one in both)
+    def corrected(self, attempt: Attempt) -> Limits | None:
+        """Return corrected limits for another plan, or None if every budget is met and used up."""
+        both = zip(self.all, attempt.reached, strict=True)
+        limits = (target.next(attempt, result) for target, result in both if isinstance(target, Amount))
         corrected = {limit.resource: limit for limit in limits if limit is not None}
-        enough = attempt.number > CORRECTIONS and not self.bounds_loss
-        # Limits of targets that are met stay as they were: beside a tighter one they mostly stay met.
-        together = tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
-        if self.bounds_loss or (corrected and not enough):
-            flops = attempt.planned.flops
-            share = 100 * flops / self.inputs.job.table.dense
-            shown = ", ".join(f"{one.labels[1]} (limit {one.labels[0]})" for one in attempt.reached)
-            judged = "within the bound" if attempt.worst_ratio <= 1 else "above the bound"
-            judged = judged if self.bounds_loss else "planning again"
-            self.inputs.job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {shown}, {judged}")
-        return together if corrected and not enough else None
+        if not corrected:
+            return None
+        # Limits of budgets that are met do not change: next to a tighter limit they mostly stay met.
+        return tuple(corrected.get(limit.resource, limit) for limit in attempt.limits)
 
-    def better(self, best: Attempt | None, attempt: Attempt) -> Attempt:
-        """Return the better of two attempts: one that meets all targets, else the nearest.
+    def log(self, attempt: Attempt, conclusion: str) -> None:
+        job, flops = self.inputs.job, attempt.planned.flops
+        share = 100 * flops / job.table.dense
+        results = ", ".join(f"{result.labels[1]} (limit {result.labels[0]})" for result in attempt.reached)
+        job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {results}, {conclusion}")
 
-        Of those within a bound on the loss it is the smaller, of those within budgets the larger; the nearest
-        where none is likely to meet the targets when it is measured again.
-        """
-
-        def rank(one: Attempt) -> tuple[float, ...]:
-            if one.worst_ratio > 1:
-                return 0, -one.worst_ratio
-            both = zip(self.all, one.reached, strict=True)
-            unsafe = [reached.ratio for target, reached in both if reached.ratio > target.safety]
-            if unsafe:
-                return 1, -max(unsafe)
-            if self.bounds_loss:  # of two budgets that led to one model, the lower is stated
-                return 2, -one.planned.flops, -one.limits[0].most
-            return 2, one.planned.flops
-
-        return max([attempt] if best is None else [best, attempt], key=rank)
+    def rank(self, attempt: Attempt) -> tuple[float, ...]:
+        """Return the sort key of an attempt: models that meet all budgets with a margin, then the largest."""
+        if attempt.worst_ratio > 1:
+            return 0, -attempt.worst_ratio
+        both = zip(self.all, attempt.reached, strict=True)
+        without_margin = [result.ratio for target, result in both if result.ratio > target.safety]
+        return (1, -max(without_margin)) if without_margin else (2, attempt.planned.flops)
 
     def missed(self, nearest: Attempt) -> BudgetError:
         """Return the error that no attempt meets all targets."""
@@ -201,17 +169,17 @@ class Amount(Target):
         """Return an amount for readers, with its unit."""
         return f"{format_amount(amount, self.name)} {KINDS[self.name].noun}".rstrip()
 
-    def measure(self, attempt: Attempt) -> TargetResult:
-        self.amount = self.count(attempt)
-        labels = self.text(self.most), format_amount(self.amount, self.name)
-        return TargetResult(self.name, self.asked, self.most, self.amount, labels=labels)
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
+        amount = self.count(attempt)
+        labels = self.text(self.most), format_amount(amount, self.name)
+        return TargetResult(self.name, self.asked, self.most, amount, labels=labels, amount=amount)
 
     def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
         if self.limit is None:
             return None
         # What the cut model has beyond the prediction is taken off what was asked (a secant of slope 1).
         (limit,) = (each for each in attempt.limits if each.resource == self.name)
-        corrected = attempt.planned.corrected(limit, self.limit, self.amount)
+        corrected = attempt.planned.corrected(limit, self.limit, reached.amount)
         # The first plan may use too little of a budget that was predicted too high; so may a correction.
         unused = corrected.most >= limit.most / NEAR and (attempt.number == 1 or reached.ratio <= _USED)
         if limit.curve is not None:  # unless another limit decides
@@ -324,8 +292,9 @@ class _Loss(Target):
                 f"nothing to prune with {self.allowed_by()}: the model's {have} FLOPs are the lowest"
             )
 
-    def first(self, planner: Planner) -> Limit:
-        job, self.planner = self.job, planner
+    def search(self, planner: Planner) -> Search:
+        """Return the search over budgets of FLOPs for the smallest model within the bound."""
+        job = self.job
         # No two plans differ by less than a width step: the dearest one is what a trial is worth.
         highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
         dense = {key: widths[-1] for key, widths in job.allowed.items()}
@@ -338,17 +307,8 @@ class _Loss(Target):
             limit = Limit(job.table.flops, budget)
             return planner.expected_divergence((limit,)) if by_curves else 1 - budget / job.table.dense
 
-        self._search: Search = smallest_within(
-            range(self.lowest, highest + 1, step), expected, self.nats_per_unit * max(self.most, self.floor)
-        )
-        return Limit(job.table.flops, next(self._search))
-
-    def next(self, attempt: Attempt, reached: TargetResult) -> Limit | None:
-        try:
-            budget = self._search.send(Trial(attempt.planned.flops, reached.ratio))
-        except StopIteration:
-            return None
-        return Limit(self.job.table.flops, budget)
+        budgets = range(self.lowest, highest + 1, step)
+        return smallest_within(budgets, expected, self.nats_per_unit * max(self.most, self.floor))
 
     def reached(self, loss: float, error: float | None = None) -> TargetResult:
         """Return the loss that was measured, and its standard error where it has one."""
@@ -371,9 +331,9 @@ class MaxKL(_Loss):
                 f"{self.option}: bounds the classifier's outputs and cannot be combined with {what}"
             )
 
-    def measure(self, attempt: Attempt) -> TargetResult:
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
         model = attempt.model.to(self.job.device)
-        return self.reached(self.job.held_out(self.planner.calibration).divergence_of(model))
+        return self.reached(self.job.held_out(planner.calibration).divergence_of(model))
 
 
 class MaxDrop(_Loss):
@@ -399,7 +359,7 @@ class MaxDrop(_Loss):
                 f"preprocessing ({option_name('mean')}, {option_name('std')})"
             )
 
-    def measure(self, attempt: Attempt) -> TargetResult:
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
         validation = self.inputs.validation
         attempt.predictions = validation.predictions_of(attempt.model)
         assert attempt.predictions is not None
@@ -407,3 +367,67 @@ class MaxDrop(_Loss):
         drop = 100 * (sum(before) - sum(right)) / len(right)
         error = standard_error_of_drop(before, right)
         return self.reached(drop, error)
+
+
+def meet_budgets(targets: Targets, planner: Planner) -> Attempt:
+    """Plan, cut and measure until every budget is met and used up; recover the best model."""
+    limits: Limits = tuple(target.limit for target in targets.all if target.limit is not None)
+    attempt: Attempt | None = None
+    best: Attempt | None = None
+    for number in range(1, CORRECTIONS + 2):
+        planned = planner.plan(limits)
+        if attempt is not None and planned.plan == attempt.planned.plan:
+            break  # no width lies between these limits and the previous ones
+        attempt = cut_model(planned, limits, number, planner)
+        attempt.reached = targets.measure(attempt, planner)
+        best = max([attempt] if best is None else [best, attempt], key=targets.rank)
+        corrected = targets.corrected(attempt)
+        if corrected is None or number > CORRECTIONS:
+            break
+        targets.log(attempt, "planning again")
+        limits = corrected
+    assert best is not None
+    if best.worst_ratio > 1:
+        raise targets.missed(best)
+    recover_model(best, targets.inputs.dtypes, planner)
+    return best
+
+
+def smallest_within_loss(targets: Targets, planner: Planner) -> Attempt:
+    """Search for the smallest model within every bound on the loss."""
+    # All bounds share the search of the first bound. A trial is judged by the worst ratio of all bounds.
+    search = next(target.search(planner) for target in targets.all if isinstance(target, _Loss))
+    attempt: Attempt | None = None
+    best: Attempt | None = None
+    number, budget = 1, _next_budget(search, None)
+    while budget is not None:
+        limits = (Limit(planner.job.table.flops, budget),)
+        planned = planner.plan(limits)
+        if attempt is not None and planned.plan == attempt.planned.plan:
+            attempt = replace(attempt, number=number, limits=limits)  # the same model is a trial, too
+        else:
+            attempt = cut_model(planned, limits, number, planner)
+            recover_model(attempt, targets.inputs.dtypes, planner)  # the loss is that of the recovered model
+            attempt.reached = targets.measure(attempt, planner)
+        targets.log(attempt, "within the bound" if attempt.worst_ratio <= 1 else "above the bound")
+        best = max([attempt] if best is None else [best, attempt], key=_rank_within_loss)
+        budget = _next_budget(search, Trial(attempt.planned.flops, attempt.worst_ratio))
+        number += 1
+    assert best is not None
+    if best.worst_ratio > 1:
+        raise targets.missed(best)
+    return best
+
+
+def _rank_within_loss(attempt: Attempt) -> tuple[float, ...]:
+    if attempt.worst_ratio > 1:
+        return 0, -attempt.worst_ratio
+    return 1, -attempt.planned.flops, -attempt.limits[0].most  # of 2 budgets for one model, the lower
+
+
+def _next_budget(search: Search, trial: Trial | None) -> int | None:
+    """Send a trial to the search, or None to start it; return its next budget, or None at its end."""
+    try:
+        return next(search) if trial is None else search.send(trial)
+    except StopIteration:
+        return None
