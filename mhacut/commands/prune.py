@@ -55,7 +55,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 
 TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
-"""Every kind of target, by the option of its name."""
+"""Target classes. The option of a target has the name of the class."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def run_prune(
     images: ImagesInMemory | None = None,
     val_images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
-    """Run ``mhacut prune``, on a copy of ``module`` if there is no checkpoint."""
+    """Run ``mhacut prune``. A ``module`` is copied and replaces the checkpoint."""
     if options.as_ == "huggingface":
         return (prune_folder(options, reporter, images, val_images),)
     with gathered(options.device) as processes:
@@ -220,7 +220,7 @@ def run_prune(
 def _write(
     targets: Targets, attempt: Attempt, planner: Planner, timer: StageTimer
 ) -> tuple[PruneResult, nn.Module]:
-    """Measure the model, write its file and, where that is asked for, the page about it."""
+    """Measure the model, write its file and its report."""
     inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
     options, loaded, job = inputs.options, inputs.loaded, inputs.job
     dense, slim = loaded.model, slim.to(job.device)
@@ -317,7 +317,7 @@ def _write(
 
 @torch.no_grad()
 def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file if the model in it is that in memory; return the former."""
+    """Write the slim file, read it back, and compare the outputs. Return the model from the file."""
     target, reloaded = inputs.target, list[nn.Module]()
 
     def check(file: Path) -> None:

@@ -19,26 +19,26 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
 CHECK_IMAGES = 4
-"""Number of images on which the cut and the written model are checked."""
+"""Number of images for comparing the cut model and the written model with the plan."""
 TIMING_SECONDS = 3.0
-"""Time to measure latency in, after the warm-up."""
+"""Seconds of latency measurement after the warm-up."""
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """One target, and the amount that the slim model reached."""
+    """A target and the amount that the slim model reached."""
 
     name: str
     """Name of the option."""
     spec: str
     """Text as the user wrote it."""
     limit: float
-    """Largest amount allowed: FLOPs, parameters, bytes, milliseconds, nats, or points."""
+    """Largest allowed amount: FLOPs, parameters, bytes, milliseconds, nats, or points."""
     reached: float
     standard_error: float | None = None
-    """Standard error of ``reached``, where it is estimated on images."""
+    """Standard error of ``reached``, if images were sampled."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """For a time: the conditions under which ``reached`` was measured, and the prediction."""
+    """For a latency budget: conditions of the measurement, and the predicted time."""
     labels: tuple[str, str] = ("", "")
     """``limit`` and ``reached`` as text with units."""
     amount: int = 0
@@ -46,7 +46,7 @@ class TargetResult:
 
     @property
     def ratio(self) -> float:
-        """Amount relative to the largest allowed; the target is met at 1 or less."""
+        """Reached amount divided by the limit. The target is met at 1 or less."""
         if self.reached <= 0:
             return 0.0
         return self.reached / self.limit if self.limit else math.inf
@@ -65,20 +65,20 @@ class TargetResult:
 
 @dataclass
 class Attempt:
-    """A plan, and the model that was cut by it."""
+    """A plan and the model cut by the plan."""
 
     number: int
-    """Number of plans for the file, this one included."""
+    """Number of plans so far, including this plan."""
     limits: Limits
-    """Limits that the plan keeps."""
+    """Limits of the plan."""
     planned: Planned
     model: nn.Module
-    """The cut model; it merges tokens, and is healed, once it is recovered."""
+    """The cut model. Recovery adds token merging and trains the weights."""
     masked: Tensor
-    """Outputs of the masked model of the dense shape, for the first images."""
+    """Outputs of the dense model with masked channels, for the first calibration images."""
     reached: tuple[TargetResult, ...] = ()
     predictions: Predictions | None = None
-    """Predictions to the validation images, where accuracy is a target."""
+    """Predictions for the validation images, if ``--max-drop`` is a target."""
 
     @property
     def worst_ratio(self) -> float:
@@ -97,7 +97,7 @@ def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -
 
 
 def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
-    """Check the cut model, and recover it; its tensors are then those that the file holds."""
+    """Check the cut model and recover its accuracy. Tensors are rounded to the dtypes of the file."""
     job, planned = planner.job, attempt.planned
     # Masked and sliced are compared before training, which changes what the slim model computes.
     most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)

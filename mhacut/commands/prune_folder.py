@@ -39,11 +39,11 @@ from mhacut.surgery.flops import count_parameters
 
 
 class ImageClassifier(nn.Module):
-    """A model of transformers as a function of images [B, C, H, W] to its logits, or else its features."""
+    """A transformers model as a function from images [B, C, H, W] to logits, or to features."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
-        """Take the model, and the size of an image, [C, H, W], on which it is tried."""
+        """Wrap the model. ``size`` is the [C, H, W] of a test image."""
         super().__init__()
         self.model = model
         try:
@@ -67,10 +67,9 @@ def prune_folder(
     images: ImagesInMemory | None = None,
     val_images: ImagesInMemory | None = None,
 ) -> PruneResult:
-    """Prune the model of transformers in a folder in place, by :func:`mhacut.prune_`; write a folder of it.
+    """Prune the model in a transformers folder with :func:`mhacut.prune_` and write a folder.
 
-    FLOPs are those of the vision transformer inside, other figures those of the whole model. Arguments are
-    those of :func:`mhacut.commands.prune.run_prune`.
+    FLOPs count the vision transformer, parameters and latency count the complete model.
     """
     asked = option_name("as_", "huggingface")
     if not options.checkpoint:
@@ -157,7 +156,7 @@ def prune_folder(
 
 
 def _preprocessing(folder: Path, model: Any) -> Preprocessing:
-    """Return the preprocessing that a folder states; images have the size that it, or the model, states."""
+    """Return the folder's preprocessing. The image size comes from the folder or the model."""
     stated = preprocessor_of(folder)
     if stated is None:
         raise CheckpointError(

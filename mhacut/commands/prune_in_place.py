@@ -40,30 +40,30 @@ from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown,
 from mhacut.surgery.tokens import why_not_merged
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
-"""Batches that the model takes, or a function that runs one."""
+"""Batches for the model, or a function that runs 1 batch."""
 
 
 @dataclass(frozen=True)
 class InPlaceResult:
-    """Outcome of :func:`prune_`."""
+    """Result of :func:`prune_`."""
 
     part: str
-    """Name of the pruned submodule; empty for the model."""
+    """Name of the pruned submodule; empty if the complete model was pruned."""
     plan: Plan
-    """The cut, with names of layers in the submodule."""
+    """The plan. Layer names are relative to the submodule."""
     flops_before: int
-    """FLOPs of one of its calls, per image."""
+    """FLOPs of 1 call of the submodule, per image."""
     flops_after: int
     preserved: tuple[str, ...]
-    """Names of the outputs that were preserved."""
+    """Names of the preserved outputs."""
     fidelity: Fidelity
-    """Likeness of these to the dense ones on held-out images."""
+    """Similarity of the preserved outputs to the dense outputs, on held-out images."""
     metric: OutputMetric
-    """Kind of their divergence, see :class:`mhacut.pruning.preserve.Preserved`."""
+    """Metric of ``fidelity``, see :class:`mhacut.pruning.preserve.Preserved`."""
 
     @property
     def divergence(self) -> float:
-        """Divergence from the dense ones; of a loss, its estimated squared error over its variance."""
+        """Divergence from the dense outputs. For a loss: its estimated squared error over its variance."""
         return self.fidelity.divergence
 
     def __repr__(self) -> str:
@@ -169,7 +169,7 @@ def _part_of(model: nn.Module, part: str | None) -> str:
 
 
 def _check_kind(module: nn.Module, name: str) -> None:
-    """Raise an :class:`UnsupportedModelError` unless a submodule holds layers that can be cut."""
+    """Raise an :class:`UnsupportedModelError` if the submodule has no prunable layer."""
     try:
         layers = find_prunable_layers(module).layers
     except UnsupportedModelError as error:
@@ -185,7 +185,7 @@ def _of_transformers_4() -> str:
 def _job(
     dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, scope: str, reporter: Reporter
 ) -> tuple[Job, tuple[str, ...]]:
-    """Return the job of pruning ``dense`` alone, and the names of the outputs to preserve."""
+    """Return the pruning job of ``dense`` and the names of the preserved outputs."""
     images, cls = recorded.images, type(dense).__name__
     one = images[:1].to(next(dense.parameters()).device)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def _job(
 
 
 def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preserved: Preserved) -> str:
-    """Return the reason why channels alone are cut; empty if tokens are merged, too."""
+    """Return the reason for pruning channels only; empty if tokens are merged too."""
     if scope != "auto":
         return option_name("scope", scope)
     if options.allocation != "curves":
@@ -259,7 +259,7 @@ def _preserved(
     model: nn.Module,
     loss: Loss | None,
 ) -> Preserved:
-    """Return what to preserve: class probabilities, one vector, or the features of all tokens."""
+    """Return the outputs to preserve: class probabilities, 1 vector, or the features of all tokens."""
     if loss is None and [each.ndim for each in maps.values()] == [2]:
         answers = "logits" in maps or gives_probabilities(dense)
         return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
@@ -273,7 +273,7 @@ def _preserved(
 
 
 def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:
-    """Give functions that each run one batch of ``images``."""
+    """Return functions that each run 1 batch of ``images``."""
     if callable(images):
         while True:
             yield images

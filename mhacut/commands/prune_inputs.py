@@ -65,39 +65,39 @@ from mhacut.surgery.output_tokens import tokens_read_by_head
 from mhacut.surgery.tokens import tokens_of, why_not_merged, with_tokens
 
 _GPU_MULTIPLE, _LEAST_TILES = 16, 4
-"""Divisor of all widths where the time on a GPU counts, and how often it must fit into each of them."""
+"""Multiple of all widths on a GPU, and the smallest dense width in such multiples."""
 # Where files lie on the machine that made a slim file is nobody else's business.
 _PATHS = ("checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "as_", "dry_run", "overwrite", "workers"))
 _NEWER = frozenset((*OTHER_TARGETS, "preserve", "runtime", "int8", "threads"))
-"""Options that a slim file states only where they were given."""
+"""Options that a slim file records only if the user set them."""
 _VALIDATION, _SEARCHED = "validation images", "images of the set searched on"
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of a model to the validation images."""
+    """Logits of a model for the validation images."""
 
     logits: Tensor
     """[n, classes], on the CPU."""
     evaluation: Evaluation | None = None
     """Accuracy; None without labels."""
     right: tuple[bool, ...] = ()
-    """Whether the top-1 class of each image is its label."""
+    """For each image: whether the top-1 class is the label."""
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Images that a result is judged on, and the dense model's answers to them."""
+    """Validation images and the dense model's logits for them."""
 
     batches: Iterable[tuple[Tensor, Tensor]] | None
-    """Images and labels, the same in every pass; the label -1 stands for none. None without images."""
+    """Images and labels, in the same order in every pass. Label -1: no label. None: no images."""
     sample: str
-    """Name of the images, for readers."""
+    """Name of the images in texts for users."""
     no_accuracy: str
-    """Reason that they have no labels, or that there are none; empty if accuracy is measured."""
+    """Reason for measuring no accuracy; empty if accuracy is measured."""
     model: nn.Module
-    """The dense model, a classifier."""
+    """The dense classifier."""
     processes: Processes
     reporter: Reporter
 
@@ -112,7 +112,7 @@ class Validation:
         _ = self.dense
 
     def predictions_of(self, model: nn.Module) -> Predictions | None:
-        """Return the answers of ``model``, which is moved to the device; None without images."""
+        """Return the predictions of ``model`` after moving it to the device; None without images."""
         if self.batches is None:
             return None
         self.reporter.start("evaluating")
@@ -125,7 +125,7 @@ class Validation:
         return Predictions(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
     def fidelity(self, answers: Predictions) -> Fidelity:
-        """Return how like those of the dense model the answers of a slim model are."""
+        """Compare the predictions of a slim model with the dense model's."""
         likeness = agreement(self.dense.logits, answers.logits, classes=True)
         assert likeness.kl is not None
         return Fidelity(likeness.kl, likeness.same_answer, likeness.images, self.sample)
@@ -133,28 +133,27 @@ class Validation:
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """Everything that ``mhacut prune`` reads to write one file."""
+    """Everything that ``mhacut prune`` reads for 1 output file."""
 
     options: PruneOptions
-    """Options that would write this file alone."""
+    """Options of this file: 1 budget, 1 output path."""
     loaded: Checkpoint
     preprocessing: Preprocessing
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     images: CalibrationImages
     validation: Validation
-    """Images to judge the result on."""
     job: Job
     stopwatch: Stopwatch
 
     @property
     def target(self) -> Path:
-        """Slim file to write."""
+        """Path of the slim file."""
         return Path(str(self.options.output))
 
     @property
     def dtypes(self) -> Dtypes:
-        """Dtype of each tensor in the slim file: that of the tensor it was read from."""
+        """Dtype of each tensor in the slim file, equal to the dtype in the checkpoint."""
         read, dtypes = self.loaded.dtypes, {}
         for name, tensor in self.job.model.state_dict().items():
             # Tensors that are only there where tokens are left out are stored as the rest of their layer.
@@ -172,7 +171,7 @@ class PruneInputs:
         fidelity: Fidelity | None = None,
         targets: Sequence[Mapping[str, Any]] = (),
     ) -> SlimRecord:
-        """Return what the slim file states about itself."""
+        """Return the record that the slim file stores about its origin."""
         options, loaded, preserved = self.options, self.loaded, self.job.preserved
         changed = options.changed()
         stated = {
@@ -221,7 +220,7 @@ def read_inputs(
     given: ImagesInMemory | None = None,
     val_given: ImagesInMemory | None = None,
 ) -> tuple[PruneInputs, ...]:
-    """Read the checkpoint and the images; measure the dense model."""
+    """Read the checkpoint and the images. Several budgets give inputs that differ in the options only."""
     check_one_source(given, options)
     check_output_paths(options)  # the command line did; Python did not
     reporter.start("reading")
@@ -296,7 +295,7 @@ def read_images(
     *,
     compares: bool,
 ) -> tuple[CalibrationImages, Validation]:
-    """Return images to search on, and images to judge the result on."""
+    """Return the calibration images and the validation images."""
     classes, batch_size, seed = classifier_size(judged.keywords["model"]), options.batch_size, options.seed
     use_labels, count = options.labels and classes > 1, options.eval_images if classes > 1 else 0
     no_accuracy = "" if use_labels or classes < 2 else option_name("labels", False)
@@ -339,7 +338,7 @@ def read_images(
 def _validation_split(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, no_labels: str
 ) -> tuple[EvaluationLoader | None, str, str]:
-    """Return the images of the validation split, if there is one, their name, and why they have no labels."""
+    """Return the images of the validation split, their name, and the reason for missing labels."""
     split = options.val_split
     if not has_split(options, split):
         where = f"{options.data_dir} ({option_name('val_split')})"
@@ -369,7 +368,7 @@ def _validation_split(
 
 
 def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, reporter: Reporter) -> Scope:
-    """Return the scope that is asked for, or that ``auto`` stands for: merged tokens wherever they may be."""
+    """Resolve ``--scope auto``: merge tokens in every model that allows merging."""
     if options.scope != "auto":
         return options.scope
     if options.allocation != "curves":
@@ -393,13 +392,13 @@ def _scope(options: PruneOptions, dense: nn.Module, preserved: Preserved, report
 
 
 def _not_copied(preserved: Preserved) -> str:
-    """Return the reason why tokens that merge are not copied back for ``preserved``; empty if they are."""
+    """Return why ``preserved`` outputs cannot be copied back from merged tokens, or an empty text."""
     inside = [name for name in preserved.features.layers if not re.fullmatch(r"blocks\.\d+|norm", name)]
     return f"tokens in {inside[0]!r} are not copied back, those after blocks are" if inside else ""
 
 
 def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserved: Preserved) -> Job:
-    """Return the job, still without images."""
+    """Return the pruning job without images."""
     size, reporter = stopwatch.size, stopwatch.reporter
     all_tokens, merges = preserved.dense or options.keep_dead_tokens, options.scope.endswith("+tokens")
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
@@ -453,7 +452,7 @@ def _job(options: PruneOptions, dense: nn.Module, stopwatch: Stopwatch, preserve
 def _preserved(
     options: PruneOptions, dense: nn.Module, size: tuple[int, int, int], reporter: Reporter
 ) -> Preserved:
-    """Return the outputs to preserve: those of ``--preserve``, else answers, else features of all tokens."""
+    """Return the outputs to preserve: ``--preserve``, or logits, or without a classifier all tokens."""
     asked, classes, image = options.preserve, classifier_size(dense), torch.zeros(1, *size)
     if asked == "pooled":
         return Preserved("pooled", "features", Features("pooled" if classes else "output"))
@@ -496,7 +495,7 @@ def _preserved(
 
 
 def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
-    """Return the plan of tokens of a classifier whose last block computes only those that are read."""
+    """Return the token plan of a classifier: the last block computes only the tokens that the head reads."""
     applied = tokens_of(dense)
     if applied.output_tokens is not None or not classifier_size(dense):
         return applied

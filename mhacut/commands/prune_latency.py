@@ -27,18 +27,21 @@ from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _MODEL_SECONDS = 4.0
-"""Time to measure models in, after the warm-up."""
+"""Seconds for timing complete models, after the warm-up."""
 _PRECISION = 0.005
-"""Relative standard error of the time of a cut model; a noisy machine is measured on for longer."""
+"""Target for the relative standard error of a measured time. A noisy machine needs more time."""
 _LAYER_SECONDS = 0.12
-"""Time to measure one width of a layer in, after the warm-up."""
+"""Seconds for timing 1 width of a layer, after the warm-up."""
 _PLACES = (0.5, 0.0)
-"""Places, among the allowed widths of every unit, of cut models that are measured as a check on the sum of
-their layers. If programs take longer to build than to run, only the last one is measured."""
+"""Positions in each unit's list of widths.
+
+Models of these widths calibrate the sum of layer times. If building a program takes longer than running it,
+only the last position is timed.
+"""
 
 
 class Latency(Amount):
-    """Budget of time per batch, in nanoseconds; what is stated is in milliseconds."""
+    """Budget of time per batch, in nanoseconds. Texts show milliseconds."""
 
     name = "max_latency"
     aim = 0.97  # in another process, times differ a little
@@ -61,7 +64,7 @@ class Latency(Amount):
         return self.times.dense
 
     def cost(self) -> Cost:
-        """Return the nanoseconds per batch at widths; if tokens may be merged, with all of them or none."""
+        """Return nanoseconds per batch at the given widths, with all tokens merged or none."""
         times, job = self.times, self.job
         if isinstance(times, TimeTable):
             return times.at
@@ -106,7 +109,7 @@ class Latency(Amount):
 
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
-    """Return times by FLOPs: of models with all channels and with the narrowest layers, merging or not."""
+    """Measure time as a function of FLOPs, on 4 models: all or fewest channels, merging or not."""
     assert job.all_merged_costs is not None
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
@@ -123,9 +126,9 @@ def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
 
 
 def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
-    """Return the times of the job's layers at a few widths, and of a few whole models.
+    """Measure the times of layers at a few widths, and of a few complete models.
 
-    Layers that cost the same are timed once. Their times count relative to the dense model's.
+    Layers of equal cost are timed once. Times are relative to the dense model's.
     """
     # Merges and dead tokens make layers faster: those of the model as it will be cut are timed.
     tokens = replace(tokens_of(job.model), merged=job.merged, unmerge=job.unmerge)
@@ -165,7 +168,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
 
 
 class _LayerCall:
-    """One run of a layer in one pass of the model."""
+    """A call of a layer during 1 forward pass of the model."""
 
     def __init__(
         self, model: nn.Module, layer: Layer, call: Call, choices: dict[str, tuple[int, ...]]
@@ -177,13 +180,13 @@ class _LayerCall:
         """Equal for runs that cost the same."""
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
-        """Return a copy cut to ``widths``, to run alone."""
+        """Return a copy of the layer with these widths, as a separate module."""
         all_widths = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
         return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call).eval()
 
 
 def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_LayerCall]:
-    """Return the runs of prunable layers in one pass of ``counted``, in order."""
+    """Return the calls of prunable layers in 1 forward pass of ``counted``, in order."""
     choices: dict[str, dict[str, tuple[int, ...]]] = {}
     for (name, kind), widths in job.choices.items():
         choices.setdefault(name, {})[kind] = widths
@@ -198,7 +201,7 @@ def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_La
 
 
 def _cut(model: nn.Module, job: Job, widths: Mapping[UnitKey, int]) -> nn.Module:
-    """Return a copy of ``model`` with the first channels of each head; what it computes means nothing."""
+    """Return a copy of ``model`` with the first channels of each head. Only its speed is meaningful."""
     slim = copy.deepcopy(model)
     cut(slim, Plan(tuple(unit.keep_first(widths[unit.key]) for unit in job.units)))
     return slim

@@ -13,11 +13,11 @@ from mhacut.options.prune import PruneOptions
 from mhacut.runtime.files import check_outputs, stem_of
 
 PLACE = "{}"
-"""Placeholder in an output's name for the budget of each of several files."""
+"""Placeholder for the budget in ``--output``."""
 
 
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
-    """Return the options with which each file would be written alone, its name among them."""
+    """Return the options of each output file."""
     ending = ".safetensors" if options.as_ == "timm" else ""
     output, page = str(options.output or f"{stem}-{PLACE}{ending}"), options.report
     if options.several and PLACE not in Path(output).name:
@@ -50,7 +50,7 @@ def check_output_paths(options: PruneOptions, stem: str | None = None, read: Pat
 
 
 def _label(options: PruneOptions) -> str:
-    """Return the targets for a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
+    """Return the targets as part of a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
     given = ((resource, getattr(options, resource)) for resource in KINDS)
     labels = [Budget.parse(text, resource).label for resource, text in given if text is not None]
     bounds = (("kl", options.max_kl), ("drop", options.max_drop))

@@ -35,14 +35,14 @@ from mhacut.surgery.tokens import why_not_merged
 from mhacut.text import safe, safe_table
 
 MUCH_POINTS, MUCH_NATS = 5.0, 0.5
-"""Loss of top-1 in points, or KL divergence in nats, above which the verdict is a warning."""
+"""A larger loss of top-1 (points) or KL divergence (nats) turns the verdict into a warning."""
 _STEP = 5
-"""Step in percent between the budgets that are tried in place of one that costs much."""
+"""Step, in percent of the dense FLOPs, between advised budgets."""
 _PARAMS = "60%"
-"""Budget of parameters that is proposed where merged tokens leave the file as large as it was."""
+"""Advised budget of parameters if token merging left the file large."""
 
 _SHARED = ("data_dir", "dataset", "class_map", "train_split", "val_split", "labels")
-"""Options of the data that fine-tuning has too."""
+"""Data options that ``mhacut finetune`` has too."""
 _DIVERGENCE: Mapping[OutputMetric, str] = {
     "answers": "KL to dense",
     "features": "error of features, of their variance",
@@ -58,51 +58,51 @@ class PruneResult:
     """The slim file; None after a dry run."""
     architecture: str
     plan: Plan
-    """Plan of the cut, in the indices of the model that was read."""
+    """Plan of the cut. Indices refer to the input model."""
     budget: int
-    """Budget of FLOPs; the FLOPs of the dense model if none was given."""
+    """Budget of FLOPs; the dense FLOPs if the user set none."""
     dense: ModelFigures
-    """Figures of the model that was read."""
+    """Figures of the input model."""
     slim: ModelFigures
-    """Figures of the file that was written, or after a dry run of the model in memory."""
+    """Figures of the slim model."""
     data: str
     """Description of the calibration images."""
     preprocessing: Preprocessing
-    """Preprocessing of all images, which the slim file states."""
+    """Preprocessing of all images. The slim file stores it."""
     provenance: Provenance
     """Origin of each value in ``preprocessing``."""
     not_prunable: tuple[str, ...]
-    """Lines that name layers or channels that were not cut, each with the reason."""
+    """Layers or channels that were not pruned, with reasons."""
     repairs: Mapping[UnitKey, UnitRepair] = field(default_factory=dict)
-    """Outcome of the repair of each unit; empty without repair."""
+    """Outcome of the repair per unit; empty without repair."""
     device: str
     latency_batch_size: int
     """Images per batch of ``latency_ms``."""
     timing: Mapping[str, Any]
-    """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads`` and
-    ``machine``; empty where no latency was measured."""
+    """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads``,
+    ``machine``. Empty if no latency was measured."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time of each stage, by its name. Stages that several budgets share are counted for the first."""
+    """Wall time per stage. Stages that several budgets share count for the first budget."""
     log: tuple[SearchStep, ...] = ()
-    """Training steps of the indicators, if they were trained."""
+    """Training steps of the indicators, with ``--method paper``."""
     curves: Mapping[UnitKey, Curve] = field(default_factory=dict)
-    """Estimated KL divergence in nats at each width of every unit; empty where no curve was needed."""
+    """Estimated KL divergence (nats) at each width of every unit; empty if no curve was needed."""
     report: Path | None = None
-    """HTML page about the run; None if it was not asked for."""
+    """HTML report, with ``--report``."""
     fidelity: Fidelity
-    """Likeness of the slim model's outputs to those of the dense one: on validation images where there are
-    any, else on held-out images, which also chose how strongly to refit."""
+    """Similarity of the slim model's outputs to the dense outputs, on validation images or on held-out
+    calibration images. The held-out images also chose the strength of the repair."""
     metric: OutputMetric
     """KL divergence in nats of a classifier's outputs, squared error of pooled features over their variance,
     or divergence of dense features in nats per token."""
     preserved: Mapping[str, Any]
-    """Preserved outputs, by ``what``; with ``layers`` or ``levels`` where these were chosen."""
+    """Preserved outputs: ``what``, with ``layers`` or ``levels`` if the user chose some."""
     targets: tuple[TargetResult, ...] = ()
-    """Budgets and bounds that were asked for, and what was reached."""
+    """Budgets and bounds with the reached amounts."""
     constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, and what each is expected to cost; empty unless curves chose the widths."""
+    """Constraints on widths with their estimated cost; empty unless curves chose the widths."""
     advice: tuple[str, ...] = ()
-    """Ways to lose less, where much is lost, and to a smaller file, where merged tokens leave it as large."""
+    """Advice for losing less accuracy, or for a smaller file."""
     _model: nn.Module | None = field(default=None, compare=False)
     _write: Callable[..., None] | None = field(default=None, compare=False)
 
@@ -113,7 +113,10 @@ class PruneResult:
 
     @property
     def much_lost(self) -> bool:
-        """Whether a classifier lost more than 5 points, or .5 nats, without a bound on the loss."""
+        """Whether a classifier lost over 5 points or .5 nats.
+
+        A bound on the loss switches the warning off.
+        """
         if self.metric != "answers" or any(target.name in BOUNDS for target in self.targets):
             return False
         before, after = self.dense.evaluation, self.slim.evaluation
@@ -149,12 +152,12 @@ class PruneResult:
         return ", ".join(parts)
 
     def verdict_lines(self) -> list[str]:
-        """Return the verdict, as a warning where much is lost, and a line for each advice."""
+        """Return the verdict, as a warning if much is lost, and 1 line per advice."""
         warning = "warning: large loss: " * self.much_lost
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the cells of a table that compares the dense and the slim model, headings first."""
+        """Return table rows that compare the dense and the slim model. The first row has the headings."""
         dense, slim = self.dense, self.slim
         rows = [(self.architecture, "dense", "slim", "ratio")]
         if dense.evaluation and slim.evaluation:
@@ -216,12 +219,12 @@ class PruneResult:
 
 
 class PruneResults(tuple[PruneResult, ...]):
-    """Results of several budgets, in their order; notebooks show them as a table and charts."""
+    """Results of several budgets. Notebooks show a table and charts."""
 
     __slots__ = ()
 
     def rows(self) -> list[list[str]]:
-        """Return the dense model and those of all budgets as a table's cells, the headings first."""
+        """Return table rows: headings, the dense model, 1 row per budget."""
         return choice_rows(choices_of(self), _DIVERGENCE[self[0].metric])
 
     def __repr__(self) -> str:
@@ -232,7 +235,7 @@ class PruneResults(tuple[PruneResult, ...]):
         return "".join([html_table(self.rows(), self._notes()), *charts])
 
     def warnings(self) -> list[str]:
-        """Return the verdicts, with advice, of the budgets at which much is lost."""
+        """Return the verdicts and the advice of budgets with much loss."""
         return [line for result in self if result.much_lost for line in result.verdict_lines()]
 
     def _notes(self) -> list[str]:
@@ -240,7 +243,7 @@ class PruneResults(tuple[PruneResult, ...]):
 
 
 def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
-    """Return the dense model and those of each budget, to compare."""
+    """Return the dense model and the result of each budget as rows of a comparison."""
     choices = [Choice("dense", results[0].dense, None)]
     for result in results:
         asked = next(target.spec for target in result.targets if target.name == "flops")
@@ -250,7 +253,7 @@ def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
 
 
 def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> tuple[str, ...]:
-    """Return what the user can do where much is lost, and where merged tokens leave the file as large."""
+    """Return advice for the user if much accuracy is lost or the file is still large."""
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
     alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
     if alone and _mostly_merged(result):
@@ -264,7 +267,7 @@ def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Pla
 
 
 def _mostly_merged(result: PruneResult) -> bool:
-    """Whether most of the FLOPs were saved by merging tokens, which leaves the file as large as it was."""
+    """Whether token merging saved most of the FLOPs. Merging leaves the file size unchanged."""
     saved = 1 - result.slim.flops / result.dense.flops
     return any(result.plan.tokens.merged) and _file_saved(result) < saved / 2
 
@@ -302,9 +305,9 @@ def _ways_to_lose_less(
 
 
 def _milder(divergence: float, targets: Targets, attempt: Attempt, planner: Planner) -> str:
-    """Return the budget, in steps, at which about one point is expected to be lost; empty if there is none.
+    """Return the smallest budget with an expected loss of about 1 point; empty if there is none.
 
-    The loss that the curves predict is scaled by what was measured, relative to the prediction, at this one.
+    The predicted loss is scaled by measured loss over predicted loss at this budget.
     """
     if len(targets.all) != 1 or len(attempt.limits) != 1:
         return ""

@@ -31,42 +31,41 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
 
 Cost = Callable[[Mapping[UnitKey, int]], int]
-"""Amount that a model of given widths has."""
+"""Function from widths to an amount, for example FLOPs."""
 CORRECTIONS = 3
-"""Largest number of plans after the first to meet budgets; a search within a bound ends by itself."""
+"""Maximum number of corrected plans for budgets."""
 KL_PER_POINT = 0.025
-"""KL divergence in nats at which a classifier has lost about one point of top-1: an ImageNet ViT-Ti."""
+"""KL divergence (nats) that cost an ImageNet ViT-Ti about 1 point of top-1."""
 _USED = 0.93
-"""Fraction of a budget above which a correction has used it up; of a time, any plan that may merge tokens."""
+"""Accept a corrected plan if it uses at least this fraction of the budget."""
 _SPARE, _SPARE_OF_TIME = 600, 500
-"""Bytes reserved in a file's header for results known at the end: accuracy and targets, and conditions of a
-measured time."""
+"""Bytes reserved in the file's header for late results: accuracy and targets, latency conditions."""
 
 
 class Target(ABC):
-    """A budget, or a bound on the loss, of one file."""
+    """A budget, or a bound on the loss, of 1 output file."""
 
     name: ClassVar[str]
     """Name of the option."""
     limit: Limit | None = None
-    """Limit before any correction; None if any plan keeps it."""
+    """Limit of the first plan; None if every plan meets the target."""
     safety: ClassVar[float] = 1.0
-    """Fraction of the target up to which a model is likely to meet it when it is measured again."""
+    """A model that uses at most this fraction of the target meets the target again in a new measurement."""
     advice: ClassVar[str] = ""
-    """Advice at the end of the error that no plan meets the target."""
+    """Advice in the error message if no plan meets the target."""
 
     def __init__(self, inputs: PruneInputs, asked: Any) -> None:
-        """Take the value of the option; errors are those of :meth:`prepare`."""
+        """Parse the value of the option and call :meth:`prepare`."""
         self.inputs, self.job, self.asked = inputs, inputs.job, f"{asked}"
         self.option = option_name(self.name, asked)
         self.prepare()
 
     @abstractmethod
     def prepare(self) -> None:
-        """Find out what the option allows, before the calibration."""
+        """Resolve the option's value before the calibration."""
 
     def allowed_by(self) -> str:
-        """Return the options that decide how low a budget may be, for errors."""
+        """Return the options that set the lowest reachable budget, for error messages."""
         job, merges = self.job, "+tokens" if self.job.merges_tokens else ""
         scope = "attention+mlp" if any(unit.kind == "hidden" for unit in job.units) else "attention"
         named: list[tuple[str, object]] = [("scope", scope + merges), ("round_to", job.round_to)]
@@ -76,14 +75,13 @@ class Target(ABC):
 
     @abstractmethod
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
-        """Return the amount that the model of the attempt reaches."""
+        """Return the amount of the attempt's model."""
 
 
 class Targets:
-    """All targets of one file."""
+    """All targets of 1 output file."""
 
     def __init__(self, inputs: PruneInputs, kinds: Sequence[type[Target]]) -> None:
-        """Take the targets that the options name."""
         asked = [(kind, getattr(inputs.options, kind.name)) for kind in kinds]
         self.all = [kind(inputs, value) for kind, value in asked if value is not None]
         self.inputs = inputs
@@ -112,7 +110,7 @@ class Targets:
         job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {results}, {conclusion}")
 
     def rank(self, attempt: Attempt) -> tuple[float, ...]:
-        """Return the sort key of an attempt: models that meet all budgets with a margin, then the largest."""
+        """Return the sort key of an attempt: first a margin in all budgets, then the size of the model."""
         if attempt.worst_ratio > 1:
             return 0, -attempt.worst_ratio
         both = zip(self.all, attempt.reached, strict=True)
@@ -120,7 +118,7 @@ class Targets:
         return (1, -max(without_margin)) if without_margin else (2, attempt.planned.flops)
 
     def missed(self, nearest: Attempt) -> BudgetError:
-        """Return the error that no attempt meets all targets."""
+        """Return the error for targets that no attempt meets."""
         both = zip(self.all, nearest.reached, strict=True)
         missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
@@ -133,7 +131,7 @@ class Targets:
 
 
 class Amount(Target):
-    """A budget of an amount that grows with every width: the base of all budgets."""
+    """Base class of budgets: an amount that grows with every width."""
 
     aim: ClassVar[float] = 1.0
     """Fraction of the budget that a plan aims at."""
@@ -151,22 +149,22 @@ class Amount(Target):
 
     @abstractmethod
     def dense_amount(self) -> int:
-        """Return the amount of the model as it was read."""
+        """Return the amount of the input model."""
 
     @abstractmethod
     def cost(self) -> Cost:
-        """Return the amount at any widths, as nearly as is known before the cut."""
+        """Return the function from widths to the predicted amount."""
 
     @abstractmethod
     def count(self, attempt: Attempt) -> int:
         """Return the exact amount of a cut model."""
 
     def lowest(self, cost: Cost) -> int:
-        """Return the least budget that can be met."""
+        """Return the smallest reachable budget."""
         return lowest_flops(self.job.allowed, cost)
 
     def text(self, amount: float) -> str:
-        """Return an amount for readers, with its unit."""
+        """Return an amount as text, with its unit."""
         return f"{format_amount(amount, self.name)} {KINDS[self.name].noun}".rstrip()
 
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
@@ -200,7 +198,7 @@ class Amount(Target):
 
 
 class Flops(Amount):
-    """Budget of FLOPs; the plan counts them exactly, merges included."""
+    """Budget of FLOPs. Plans count FLOPs exactly, token merging included."""
 
     name = "flops"
 
@@ -237,7 +235,7 @@ class Params(Amount):
 
 
 class Size(Amount):
-    """Budget for the bytes of the file, in the dtypes of the checkpoint."""
+    """Budget of bytes for the file, in the checkpoint's dtypes."""
 
     name = "size"
 
@@ -246,9 +244,9 @@ class Size(Amount):
         return count_bytes(loaded.model, loaded.dtypes)
 
     def cost(self) -> Cost:
-        """Return the bytes of the tensors, and of the header of the smallest model.
+        """Return the bytes of tensors and of the smallest header.
 
-        The header of another names more channels; what the first plan gets wrong so, the next corrects.
+        A larger header is corrected by the next plan.
         """
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
@@ -270,13 +268,13 @@ class Size(Amount):
 
 
 class _Loss(Target):
-    """A bound on the loss, within which the smallest model is searched: the base of both."""
+    """Base class of bounds on the loss: search for the smallest model within the bound."""
 
     name: ClassVar[str]
     nats_per_unit: ClassVar[float] = 1.0
-    """Nats at which the search begins, per unit of the bound."""
+    """Nats per unit of the bound, for the start of the search."""
     floor: ClassVar[float] = 0.0
-    """Least bound at which the search begins: a drop of 0 has no nats."""
+    """Smallest bound for the start of the search: a bound of 0 points gives no nats."""
     format: ClassVar[str]
 
     def prepare(self) -> None:
@@ -293,7 +291,7 @@ class _Loss(Target):
             )
 
     def search(self, planner: Planner) -> Search:
-        """Return the search over budgets of FLOPs for the smallest model within the bound."""
+        """Start the search over FLOPs for the smallest model within the bound."""
         job = self.job
         # No two plans differ by less than a width step: the dearest one is what a trial is worth.
         highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
@@ -311,14 +309,14 @@ class _Loss(Target):
         return smallest_within(budgets, expected, self.nats_per_unit * max(self.most, self.floor))
 
     def reached(self, loss: float, error: float | None = None) -> TargetResult:
-        """Return the loss that was measured, and its standard error where it has one."""
+        """Return the measured loss with its standard error, if known."""
         asked, shown = f"{self.most:g}", self.format.format(loss)
         shown += "" if error is None else f" (standard error {error:.2f})"
         return TargetResult(self.name, asked, self.most, loss, error, labels=(asked, shown))
 
 
 class MaxKL(_Loss):
-    """Bound on the KL divergence of the answers on held-out images."""
+    """Bound on the KL divergence of the logits on held-out images."""
 
     name, format = "max_kl", "KL {:.3g}"
 
@@ -337,7 +335,7 @@ class MaxKL(_Loss):
 
 
 class MaxDrop(_Loss):
-    """Bound on the points of top-1 that are lost on labelled images."""
+    """Bound on the loss of top-1, in points, on labelled validation images."""
 
     name, format = "max_drop", "{:.2f} points of top-1 lost"
     nats_per_unit, floor = KL_PER_POINT, 0.1
@@ -426,7 +424,10 @@ def _rank_within_loss(attempt: Attempt) -> tuple[float, ...]:
 
 
 def _next_budget(search: Search, trial: Trial | None) -> int | None:
-    """Send a trial to the search, or None to start it; return its next budget, or None at its end."""
+    """Send a trial to the search and return the next budget, or None at the end.
+
+    ``trial=None`` starts the search.
+    """
     try:
         return next(search) if trial is None else search.send(trial)
     except StopIteration:
