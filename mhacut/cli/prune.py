@@ -31,10 +31,14 @@ _UNITS: Mapping[OutputMetric, str] = {
 }
 
 
-_USUAL = ("flops", "params", "max_latency", "max_drop", "data_dir", "output", "effort", "scope", "preserve")
+_USUAL = ("flops", "params", "size", "max_latency", "max_drop", "data_dir", "output", "effort", "scope")
 
 
-@command(PruneOptions, usual=(*_USUAL, "model", "device", "overwrite"), check_outputs=check_output_paths)
+@command(
+    PruneOptions,
+    usual=(*_USUAL, "preserve", "model", "device", "overwrite"),
+    check_outputs=check_output_paths,
+)
 def prune(options: PruneOptions, console: Console) -> None:
     """Prune CHECKPOINT to a budget.
 

@@ -186,8 +186,7 @@ class PruneKeywords(
     size: str | None = option(None, metavar="BUDGET")
     """Budget for the size of the written file: 6MB, 5.5MiB or 50%."""
     max_latency: str | None = option(None, metavar="TIME")
-    """Budget for the wall time per batch: 12ms or 50%. Dense and pruned model are timed on the chosen
-    device."""
+    """Budget for the time per batch: 12ms, or 50% of the dense model's time. Both models are timed."""
     max_kl: float | None = option(None, above=0, metavar="NATS")
     """Find the smallest model with at most this KL divergence (nats) from the dense model, on held-out
     calibration images."""
