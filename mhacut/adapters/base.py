@@ -126,7 +126,7 @@ class Unit:
     output_projection: ChannelAxis | None = None
     """Columns that read the channels (v, hidden); None for qk."""
     output_bias: str | None = None
-    """Bias added behind those columns."""
+    """Bias of the output projection whose input columns are the unit's channels."""
     output_norm: str | None = None
     """Batch norm behind those columns and their bias."""
     output_scale: str | None = None
@@ -175,7 +175,7 @@ class Unit:
 
     @property
     def constants_pass(self) -> bool:
-        """Whether a bias or norm behind the projection can take up the mean of removed channels."""
+        """Whether a bias or norm after the output projection can absorb the mean of removed channels."""
         return self.output_bias is not None or self.output_norm is not None
 
 

@@ -139,7 +139,7 @@ def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> t
 
 
 def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """The biases of the layer and of the model [H, N, N] add up."""
+    """Return the sum of the layer's relative position bias and the bias that all layers share, [H, N, N]."""
     if m.relative_position_bias_table is None:
         return q, k, shared
     bias = m._get_rel_pos_bias()

@@ -46,7 +46,7 @@ class ExportResult:
     """Result of :func:`export`."""
 
     output: Path
-    """File, or folder of format ``timm``."""
+    """Path of the exported file, or of the folder for format ``timm``."""
     format: str
     architecture: str
     dtype: str

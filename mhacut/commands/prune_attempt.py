@@ -29,7 +29,7 @@ class TargetResult:
     """A target and the amount that the slim model reached."""
 
     name: str
-    """Name of the option."""
+    """Name of the option that set the target, such as ``flops``."""
     spec: str
     """Text as the user wrote it."""
     limit: float

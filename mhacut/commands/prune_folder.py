@@ -156,7 +156,7 @@ def prune_folder(
 
 
 def _preprocessing(folder: Path, model: Any) -> Preprocessing:
-    """Return the folder's preprocessing. The image size comes from the folder or the model."""
+    """Return the preprocessing of the model folder. The image size is the folder's, or else the model's."""
     stated = preprocessor_of(folder)
     if stated is None:
         raise CheckpointError(

@@ -160,7 +160,7 @@ def split_in_memory(
 def _collected(
     given: ImagesInMemory, expected: Expected, count: int, measured: int
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Return images, labels, and whether there may be more."""
+    """Read up to ``count`` images. Return images, labels, and whether the source may hold more images."""
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     total, enough = 0, False

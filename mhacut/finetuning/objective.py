@@ -314,6 +314,7 @@ def _with_tokens_of(student: nn.Module, teacher: nn.Module) -> nn.Module:
         return with_tokens(teacher, replace(tokens_of(teacher), output_tokens=tokens.output_tokens))
     except (PlanError, UnsupportedModelError) as error:
         raise UsageError(
-            f"{option_name('feature_weight')}: the slim model's last block computes only the tokens that its "
-            f"classifier reads, but the teacher's cannot: {error}; leave the option out"
+            f"{option_name('feature_weight')}: the outputs of the last blocks cannot be compared. "
+            "The slim model computes only the tokens that its classifier reads, "
+            f"the teacher computes more tokens: {error}. Leave the option out"
         ) from error

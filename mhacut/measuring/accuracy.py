@@ -16,7 +16,7 @@ from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
 _MANY = 1000
-"""Number of images at which the standard error is about a point; tables state it below this number."""
+"""Tables show the standard error of the accuracy for fewer images. It is about 1 point at this number."""
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
 
 
 def _relative_error(values: Sequence[float]) -> float:
-    """Return the relative standard error of the median of ``values``, as of a Gaussian."""
+    """Return the relative standard error of the median of ``values``, assuming a Gaussian distribution."""
     middle = statistics.median(values)
     deviation = statistics.median(abs(value - middle) for value in values)
     return _DEVIATION * deviation / middle / math.sqrt(len(values))

@@ -144,8 +144,8 @@ class TimeTable:
     uncut: float
     """Time of the model with all channels relative to the dense model; below 1 if tokens are left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """(time saved by the layers, time saved by the model) of timed models, relative to the dense model's
-    time."""
+    """A pair per timed model: the sum of the time saved in its layers, and the time saved by the complete
+    model. Both are fractions of the dense model's time."""
     dense: int = 10**9
     """Time of the dense model in nanoseconds per batch, measured last."""
 

@@ -169,7 +169,10 @@ class FinetuneKeywords(
     save_every: int = option(0, at_least=0)
     """Steps between saves within an epoch; 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
-    """Learn from labels, if the images have any. Accuracy is measured in both cases."""
+    """Also learn from the labels, if the images have any.
+
+    Accuracy is measured with or without this option.
+    """
     eval_images: int | None = option(None, at_least=0, panel="Data")
     """Number of validation images. Default: all; 0 turns validation off."""
     amp: bool = option(False, panel="Computing")

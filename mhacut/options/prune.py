@@ -49,7 +49,7 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
 """Defaults of the research switches, by method."""
 _INDICATORS = {"allocation": "indicator"}
 _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
-"""Values of options that make channel scales trainable."""
+"""Option values, by option name, that train the channel scales."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ MAX_BYTES = 2**31
 """Maximum memory for activations kept for a backward pass. Larger batches are split."""
 
 Grid = tuple[int, ...]
-"""Shape of a layer's output for 1 image without channels, such as (1, 65) or (windows, tokens)."""
+"""Shape of a layer's output for 1 image without the channel axis."""
 
 
 @dataclass(frozen=True)

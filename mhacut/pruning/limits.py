@@ -81,7 +81,7 @@ class Constraint:
     """One constraint, and what it is expected to cost."""
 
     name: str
-    """Name of the option."""
+    """Name of the option that set the constraint, such as ``min_width``."""
     value: str | bool | int
     """Value of the option."""
     nats: float

@@ -42,11 +42,12 @@ class Tokens:
 
 @dataclass(frozen=True)
 class MergeLaw:
-    """Divergence of a model with merged tokens, as a function of the schedule.
+    """Predict the divergence of a model with merged tokens from the schedule.
 
-    ``sum(c_i ** (1 / g)) ** g`` with ``c_i = exp(level - decay * sqrt(i / depth)) * f_i ** power * (N / n_i)
-    ** crowding`` and ``g = coupling``. Block i merges the fraction f_i of its tokens and leaves n_i of N
-    tokens. ``decay``, ``power`` and ``coupling`` are stored as logarithms.
+    Block i merges the fraction f_i of its tokens and leaves n_i of N tokens. The block contributes
+    ``c_i = exp(level - decay * sqrt(i / depth)) * f_i ** power * (N / n_i) ** crowding``.
+    The divergence is ``sum(c_i ** (1 / g)) ** g`` with ``g = coupling``. ``decay``, ``power`` and
+    ``coupling`` are stored as logarithms.
     """
 
     level: float

@@ -27,10 +27,7 @@ _STAGES = (0.5, 1.0)
 
 @torch.no_grad()
 def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the token of each patch, int [B, patches], after each block that merges, by matcher name.
-
-    ``images`` are normalised, [B, C, H, W].
-    """
+    """Return the token index of each patch, int [B, patches], by matcher name and merging block."""
     matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
     with captured_outputs(model, matchers) as found:
         model(images)

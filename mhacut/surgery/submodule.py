@@ -236,9 +236,9 @@ def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iter
 
 
 def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note, loss: Loss | None) -> dict[str, int]:
-    """Run a batch; return names and numbers of the outputs of ``part`` on which the result, or loss, depends.
+    """Run a batch and return names and indices of the outputs of ``part`` that the result or loss uses.
 
-    Those of all its calls, or all outputs where the model runs without gradients.
+    All calls of ``part`` count. A model that runs without gradients gives all outputs.
     """
     leaves: list[tuple[str, int, Tensor]] = []
 

@@ -100,7 +100,9 @@ def test_the_indicators_choice_of_channels_is_kept_where_that_is_asked_for(dense
     result = check(dense, tmp_path, **options)
     assert {unit.basis for unit in result.plan} == {"channel"}
     assert result.repairs
-    with pytest.raises(UsageError, match="basis='principal': expected channel with selection='indicator'"):
+    with pytest.raises(
+        UsageError, match="basis='principal': expected channel or auto with selection='indicator'"
+    ):
         check(dense, tmp_path, basis="principal", **options)
 
 
