@@ -58,7 +58,7 @@ def test_a_validation_split_without_labels_is_logged_unless_accuracy_is_asked_fo
     result = prune(tiny_vit, slim, data_dir=root, workers=0, reporter=reporter)
     assert result.slim.evaluation is None
     assert [note for note in reporter.messages if note.startswith("accuracy is not measured")] == [
-        f"accuracy is not measured: images without class folders under val/; accuracy needs "
+        f"accuracy is not measured: images without class folders under val/: accuracy needs "
         f"val/<class>/<image>. Folders in {root}: train, val"
     ]
     with pytest.raises(
