@@ -128,8 +128,18 @@ def _flags(known: Mapping[str, Option]) -> list[Option]:
     return sorted(flags, key=lambda option: (PANELS.index(option.panel), option.name != "flops"))
 
 
+_REMOVED = {
+    "--calibration": "repeat --flops, because several budgets share the calibration",
+    "--quantization": "use --int8, which quantizes activations dynamically",
+    "--reduce-range": "use --int8, and compare its outputs on this machine",
+}
+"""Replacement of each removed flag."""
+
+
 def _removed(known: Mapping[str, Option], flag: str, value: str) -> str | None:
-    """Return what to use in place of a research switch or of the spelling that states a default."""
+    """Return the replacement of a removed flag, of a research switch, or of a default's spelling."""
+    if flag in _REMOVED:
+        return f"{flag} was removed: {_REMOVED[flag]}"
     for option in known.values():
         positive, negative = option.flag, f"--no-{option.flag.removeprefix('--')}"
         if option.is_argument or flag not in (positive, negative):
