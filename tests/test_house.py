@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
     "checkpoint": 5070,
-    "cli": 1440,
+    "cli": 1450,
     "commands": 3689,
     "data": 1340,
     "exporting": 1290,
