@@ -20,7 +20,7 @@ LINES = {
     "commands": 3689,
     "data": 1340,
     "exporting": 1290,
-    "finetuning": 1955,
+    "finetuning": 1865,
     "flatten": 1505,
     "inspection": 650,
     "linalg": 815,

@@ -129,6 +129,7 @@ def _flags(known: Mapping[str, Option]) -> list[Option]:
 
 
 _REMOVED = {
+    "--feature-weight": "distill logits with --teacher, which gave higher accuracy",
     "--calibration": "repeat --flops, because several budgets share the calibration",
     "--quantization": "use --int8, which quantizes activations dynamically",
     "--reduce-range": "use --int8, and compare its outputs on this machine",

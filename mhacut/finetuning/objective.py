@@ -1,12 +1,11 @@
-"""Loss of fine-tuning: distillation of the teacher's logits and features, and labels."""
+"""Loss of fine-tuning: distillation of the teacher's logits, and labels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
 from mhacut.errors import (
     CheckpointError,
-    PlanError,
-    UnsupportedModelError,
-    UsageError,
     option_name,
     options_written_by,
 )
@@ -31,8 +27,7 @@ from mhacut.options.finetune import AugmentationOptions, FinetuneOptions
 from mhacut.options.option import require
 from mhacut.pruning.preserve import ANSWERS
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.find import classifier_size, find_prunable_layers
-from mhacut.surgery.tokens import tokens_of, with_tokens
+from mhacut.surgery.find import classifier_size
 
 _OPTIONS = {
     "checkpoint": "teacher",
@@ -43,52 +38,11 @@ _OPTIONS = {
 """Options of a checkpoint, and the matching options of the teacher."""
 
 
-class Blocks:
-    """Outputs of a model's transformer blocks in the latest forward pass."""
-
-    def __init__(self, model: nn.Module, *, frozen: bool = False) -> None:
-        # Unless the model is frozen, only differentiated passes are stored: outputs for validation would
-        # waste memory.
-        self.frozen = frozen
-        # A prunable layer is blocks.3.attn or blocks.3.mlp: its block is what it lies in.
-        layers = [layer.name for layer in find_prunable_layers(model).layers]
-        self.names = tuple(dict.fromkeys(name.rpartition(".")[0] or name for name in layers))
-        self.outputs: dict[str, Tensor] = {}
-        for name in self.names:
-            model.get_submodule(name).register_forward_hook(self._hook(name))
-
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(module: nn.Module, arguments: object, output: object) -> None:
-            if isinstance(output, Tensor) and (self.frozen or torch.is_grad_enabled()):
-                self.outputs[name] = output
-
-        return keep
-
-    def take(self) -> dict[str, Tensor]:
-        """Return and forget the outputs by block, so that they do not keep the graph alive."""
-        taken, self.outputs = self.outputs, {}
-        return taken
-
-    @torch.enable_grad()
-    def shapes(self, model: nn.Module, image: Tensor) -> dict[str, tuple[int, ...]]:
-        """Run ``model`` on ``image`` [1, C, H, W] and return the shape of each block's output."""
-        training = model.training
-        model.eval()(image)
-        model.train(training)
-        return {name: tuple(output.shape) for name, output in self.take().items()}
-
-
 class Teacher:
-    """Frozen model whose logits and features the student learns to reproduce."""
+    """Frozen model whose logits the student learns to reproduce."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        own: Preprocessing,
-        student: Preprocessing,
-        *,
-        matched: bool,
-        sha256: str | None = None,
+        self, model: nn.Module, own: Preprocessing, student: Preprocessing, *, sha256: str | None = None
     ) -> None:
         self.sha256 = sha256
         self.model = model.eval().requires_grad_(False)
@@ -101,7 +55,6 @@ class Teacher:
         )
         self._scale, self._shift = s / S, (m - M) / S
         self._same = (student.mean, student.std) == (own.mean, own.std)
-        self.blocks = Blocks(model, frozen=True) if matched else None
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -113,20 +66,13 @@ class Teacher:
 class Objective:
     """Loss of a batch, a mean over its images.
 
-    It is the sum of temperature^2 times the divergence of the logits (Hinton et al., arXiv 1503.02531), the
-    weighted cross-entropy, and the weighted error of the blocks' outputs.
+    It is the sum of temperature^2 times the divergence of the logits (Hinton et al., arXiv 1503.02531) and
+    the weighted cross-entropy.
     """
 
-    def __init__(
-        self,
-        options: FinetuneOptions,
-        classes: int,
-        teacher: Teacher | None = None,
-        student: Blocks | None = None,
-    ) -> None:
-        self.teacher, self.student = teacher, student
+    def __init__(self, options: FinetuneOptions, classes: int, teacher: Teacher | None = None) -> None:
+        self.teacher = teacher
         self.label_weight = 1.0 if teacher is None else options.label_weight
-        self.feature_weight = options.feature_weight
         self.temperature = options.kd_temperature
         self.smoothing = options.smoothing
         # Without classes, outputs are no distributions.
@@ -147,11 +93,6 @@ class Objective:
             # Probabilities come from timm's mixup, which has smoothed them.
             smoothing = self.smoothing if labels.dim() == 1 else 0.0
             loss = loss + self.label_weight * F.cross_entropy(outputs, labels, label_smoothing=smoothing)
-        if self.student is not None and self.teacher is not None and self.teacher.blocks is not None:
-            ours, theirs = self.student.take(), self.teacher.blocks.take()  # none where no gradient is needed
-            errors = [_relative_error(ours[name].float(), theirs[name].float()) for name in ours]
-            if errors:
-                loss = loss + self.feature_weight * torch.stack(errors).mean()
         return loss
 
 
@@ -212,9 +153,8 @@ def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Repor
         reporter.log(
             f"training on labels only; distilling the dense model usually gives more accuracy: {option}"
         )
-    for name, needed in (("labels", not options.labels), ("feature_weight", options.feature_weight > 0)):
-        held = options.teacher is not None or not needed
-        require(name, getattr(options, name), held, f"a {option_name('teacher')}")
+    if options.teacher is None:
+        require("labels", options.labels, options.labels, f"a {option_name('teacher')}")
     return options
 
 
@@ -226,23 +166,13 @@ def make_objective(
     reporter: Reporter,
 ) -> Objective:
     """Open the teacher, if any, and return the loss of the run."""
-    blocks = Blocks(student) if options.feature_weight > 0 else None
     teacher = None
     if options.teacher is not None:
         teacher = _open_teacher(options, slim, student, preprocessing)
         history = () if slim.record is None else slim.record.history
         if history and teacher.sha256 != history[0].get("source_sha256"):
             reporter.log("the teacher is another file than the dense model of the slim file")
-        if blocks is not None and teacher.blocks is not None:
-            # Checked here, before files are written: other shapes would fail in the first step.
-            image = torch.zeros(1, *preprocessing.input_size, device=next(student.parameters()).device)
-            shapes = blocks.shapes(student, image)
-            if not shapes or shapes != teacher.blocks.shapes(teacher.model, image):
-                raise UsageError(
-                    f"{option_name('feature_weight')}: the slim model and the teacher differ in the number "
-                    "of blocks or the shapes of their outputs; leave the option out"
-                )
-    return Objective(options, classifier_size(student), teacher, blocks)
+    return Objective(options, classifier_size(student), teacher)
 
 
 def _open_teacher(
@@ -255,10 +185,8 @@ def _open_teacher(
         alone = loaded.record is None and loaded.header is not None and loaded.header.config is None
         own = preprocessing if alone else resolve_preprocessing(loaded, options)
     _check_fits(loaded, classifier_size(student), preprocessing.input_size)
-    matched = options.feature_weight > 0
-    model = _with_tokens_of(student, loaded.model) if matched else loaded.model
     device = next(student.parameters()).device
-    return Teacher(model.to(device), own, preprocessing, matched=matched, sha256=loaded.sha256)
+    return Teacher(loaded.model.to(device), own, preprocessing, sha256=loaded.sha256)
 
 
 @contextmanager
@@ -299,22 +227,4 @@ def _check_fits(teacher: Checkpoint, classes: int, size: tuple[int, ...]) -> Non
         raise CheckpointError(
             f"{teacher.source}: the teacher fails on the slim model's input size {'x'.join(map(str, size))} "
             f"({str(error).splitlines()[0]:.120}); give the dense model of the slim file"
-        ) from error
-
-
-def _with_tokens_of(student: nn.Module, teacher: nn.Module) -> nn.Module:
-    """Return an equivalent teacher whose last block computes the same tokens as the student's."""
-    tokens = tokens_of(student)
-    if tokens.merged:
-        raise UsageError(
-            f"{option_name('feature_weight')}: not possible for a model that merges tokens, because the "
-            "teacher's blocks have other tokens; leave the option out"
-        )
-    try:
-        return with_tokens(teacher, replace(tokens_of(teacher), output_tokens=tokens.output_tokens))
-    except (PlanError, UnsupportedModelError) as error:
-        raise UsageError(
-            f"{option_name('feature_weight')}: the outputs of the last blocks cannot be compared. "
-            "The slim model computes only the tokens that its classifier reads, "
-            f"the teacher computes more tokens: {error}. Leave the option out"
         ) from error

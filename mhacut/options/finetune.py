@@ -44,9 +44,6 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     """Part of the teacher's training checkpoint that holds the model, such as state_dict or student."""
     kd_temperature: float = option(1.0, above=0)
     """Distillation temperature. It divides the logits of teacher and student."""
-    feature_weight: float = option(0.0, at_least=0)
-    """Weight of the mean squared error between block outputs of student and teacher, relative to their
-    variance."""
 
 
 @dataclass(frozen=True, kw_only=True)

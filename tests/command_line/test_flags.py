@@ -129,6 +129,7 @@ def test_flags_win_over_the_file(captured, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (["--feature-weight", "1"], "--feature-weight was removed: distill logits"),
         (["--calibration", "a.pt"], "--calibration was removed: repeat --flops"),
         (["--steps", "8"], "--steps is no longer a flag: use --set steps=8, or"),
         (["--steps", "8"], 'put "steps: 8" into a YAML file and pass --config FILE'),

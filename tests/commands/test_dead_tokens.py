@@ -17,7 +17,7 @@ from helpers.data import write_split
 from helpers.files import save_dense
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image, relative, slow_but
-from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError
+from mhacut.errors import CheckpointError, UnsupportedModelError
 from mhacut.finetuning.training import Trainer
 from mhacut.plan import TokenPlan
 from mhacut.surgery.flops import measure_flops
@@ -181,8 +181,7 @@ def test_timm_gives_features_of_earlier_blocks_only(slim, tmp_path):
 
 @pytest.mark.slow
 def test_training_goes_on_where_it_stopped(dense, slim, images, tmp_path, monkeypatch):
-    """With features of a teacher, whose last block then gives the same tokens."""
-    given = {"data_dir": images, "teacher": dense, "feature_weight": 1.0, "workers": 0, "seed": 3}
+    given = {"data_dir": images, "teacher": dense, "workers": 0, "seed": 3}
     given |= {"batch_size": 5, "epochs": 2}
     whole = mhacut.finetune(slim, output=tmp_path / "whole", **given)
     assert tokens_of(mhacut.load_model(whole.output)) == TokenPlan(output_tokens=1)
@@ -202,16 +201,6 @@ def test_training_goes_on_where_it_stopped(dense, slim, images, tmp_path, monkey
     found, expected = (load_file(result.output) for result in (again, whole))
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-@pytest.mark.slow
-def test_a_teacher_that_reads_all_tokens_matches_no_features(slim, images, tmp_path):
-    case = ModelCase(VIT.architecture, {**ARGS, "global_pool": "avg"})
-    teacher = save_dense(build(case), tmp_path / "teacher.safetensors")
-    given = {"teacher": teacher, "teacher_model": case.architecture, "workers": 0, "data_dir": images}
-    given |= {"teacher_model_args": case.args, "epochs": 1, "batch_size": 5}
-    with pytest.raises(UsageError, match=r"feature_weight: .* Leave the option out"):
-        mhacut.finetune(slim, output=tmp_path / "run", feature_weight=1.0, **given)
 
 
 @pytest.mark.slow

@@ -38,7 +38,6 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
         ({"epochs": 0}, "epochs=0"),
         ({"mixup": 1.0, "batch_size": 7}, "batch_size=7: expected an even number with mixup or cutmix"),
         ({"labels": False}, "labels=False: expected a teacher"),
-        ({"feature_weight": 1.0}, "feature_weight=1.0: expected a teacher"),
         ({"scale": (0.5, 1.5)}, "scale=1.5: expected above 0, at most 1"),
         ({"scale": (0.9, 0.5)}, "2 numbers, the smaller first"),
         ({"aa": "nonsense-m9"}, "^aa='nonsense-m9': not supported by timm"),

@@ -127,23 +127,6 @@ def test_a_teacher_that_does_not_fit_is_refused(tune, tmp_path):
         tune(teacher=tmp_path / "other.safetensors", **given)
 
 
-@pytest.mark.parametrize("change", [{"embed_dim": 24}, {"depth": 3}])
-def test_a_teacher_of_other_blocks_has_no_features_to_match(tune, tiny_vit, tmp_path, change):
-    args = {**tiny_vit.args, **change}
-    other = timm.create_model(tiny_vit.architecture, num_classes=CLASSES, **args)
-    teacher = save_dense(other, tmp_path / "other.safetensors")
-    given = {
-        "teacher": teacher,
-        "teacher_model": tiny_vit.architecture,
-        "teacher_model_args": args,
-        "steps": 1,
-    }
-    with pytest.raises(UsageError, match=r"feature_weight: the slim model and the teacher differ .* leave"):
-        tune("matched", **given, feature_weight=1.0)
-    assert not (tmp_path / "matched").exists()
-    assert tune(**given).steps == 1
-
-
 def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_path):
     deeper = timm.create_model(tiny_vit.architecture, num_classes=CLASSES, **{**tiny_vit.args, "depth": 3})
     wider = timm.create_model(tiny_vit.architecture, num_classes=9, **tiny_vit.args)

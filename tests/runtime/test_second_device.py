@@ -75,7 +75,7 @@ def test_a_model_is_fine_tuned_there(few_digits, tmp_path):
     dense, slim = save(tiny(), tmp_path / "dense.safetensors"), tmp_path / "slim.safetensors"
     mhacut.prune(dense, flops="60%", effort="fast", output=slim, model_args=ARGS, model=ARCHITECTURE, **QUICK)
     mixing = {"mixup": 0.2, "cutmix": 0.2, "reprob": 0.5, "clip_grad": 1.0}
-    training = {"steps": 1, "batch_size": 4, "workers": 0, "feature_weight": 1.0, "teacher": dense}
+    training = {"steps": 1, "batch_size": 4, "workers": 0, "teacher": dense}
     data = {"data_dir": few_digits, "device": NAME, "teacher_model": ARCHITECTURE, "teacher_model_args": ARGS}
     run = mhacut.finetune(slim, output=tmp_path / "run", **training, **mixing, **data)
     assert run.output.exists()
