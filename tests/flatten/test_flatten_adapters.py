@@ -16,10 +16,10 @@ from helpers.models import build, double, relative
 from helpers.plans import random_plan
 from mhacut.adapters.base import Unit
 from mhacut.errors import PlanError
-from mhacut.flatten.attention import FocusedLinearAttention, focus, scale_with_gate
+from mhacut.flatten.attention import focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.mask import masked_tensors, set_gate
+from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut
 from properties.cases import CASES
 
@@ -109,13 +109,3 @@ def test_scales_that_were_trained_away_leave_nothing_of_a_kept_channel(name):
     masked = functional_call(model, masked_tensors(model, prunable, channel_scales), (x,))
     cut(model, plan, channel_scales)
     assert relative(model(x), masked) < 1e-9
-
-
-def test_a_gate_is_open_in_a_model_at_rest():
-    model = build(FLATTEN["flatten_swin_tiny_224"])
-    layer, qk, _ = focused_layers(model)[0]
-    assert isinstance(layer, FocusedLinearAttention)
-    assert layer.feature_gate is None
-    set_gate(layer, qk, torch.ones(qk.heads, qk.width))
-    assert layer.feature_gate.shape == (qk.heads * qk.width,)
-    assert not [key for key in model.state_dict() if "gate" in key]

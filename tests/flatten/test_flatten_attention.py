@@ -160,15 +160,6 @@ def test_stripes_attend_within_themselves(grid):
 
 
 @torch.no_grad()
-def test_parameters_come_in_the_official_order():
-    names = [name for name, _ in SeparateFocusedAttention(8, 2, (2, 2)).named_parameters()]
-    order = ["scale", "positional_encoding", "q", "kv", "proj", "dwc"]
-    assert list(dict.fromkeys(name.partition(".")[0] for name in names)) == order
-    names = [name for name, _ in FocusedLepeAttention(8, 2, (2, 2)).named_parameters()]
-    assert list(dict.fromkeys(name.partition(".")[0] for name in names)) == [*order[:2], "get_v", "dwc"]
-
-
-@torch.no_grad()
 def test_a_map_of_equally_many_tokens_but_another_form_is_refused():
     module = SeparateFocusedAttention(8, 2, (4, 4))
     with pytest.raises(AssertionError, match="a map of 2x8 tokens, expected 4x4"):

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 OFFICIAL = json.loads((Path(__file__).parents[1] / "fixtures" / "flatten_official.json").read_text())
-PROBED = tuple(name for name, facts in OFFICIAL.items() if "probes" in facts)
 REFERENCED = tuple(name for name, facts in OFFICIAL.items() if "logits" in facts)
 
 
