@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
 from pathlib import Path
@@ -29,34 +28,12 @@ _OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamm
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
-@dataclass(frozen=True)
-class Fingerprint:
-    """Digests of the names and shapes of a model's tensors, without classifiers."""
+def fingerprint(shapes: Shapes) -> tuple[str, str]:
+    """Return digests of the names and shapes without classifiers.
 
-    exact: str
-    """Digest of all names and shapes. Position tables count by name only."""
-    any_size: str
-    """Digest that ignores depth, input channels, patch size, image size, pooling and registers."""
-
-
-@dataclass(frozen=True)
-class Table:
-    timm: str
-    groups: Mapping[str, Mapping[str, tuple[str, ...]]]
-    """Names of architectures by :attr:`Fingerprint.any_size`, then by :attr:`Fingerprint.exact`."""
-
-    def exact_matches(self, shapes: Shapes) -> tuple[str, ...]:
-        """Architectures with these tensors for some number of classes and image size."""
-        digests = fingerprint(shapes)
-        return self.groups.get(digests.any_size, {}).get(digests.exact, ())
-
-    def matches_of_any_size(self, shapes: Shapes) -> tuple[str, ...]:
-        """Architectures that may have these tensors with other arguments."""
-        group = self.groups.get(fingerprint(shapes).any_size, {})
-        return tuple(name for names in group.values() for name in names)
-
-
-def fingerprint(shapes: Shapes) -> Fingerprint:
+    The first ignores the shapes of position tables. The second also ignores depth, channels of images, patch
+    size, pooling and registers.
+    """
     exact: set[str] = set()
     any_size: set[str] = set()
     for name, shape in shapes.items():
@@ -71,15 +48,28 @@ def fingerprint(shapes: Shapes) -> Fingerprint:
             kind = re.sub(r"^fc_norm\.", "norm.", kind)
             # Outside of blocks lie the stem and the norms, whose shapes follow from channels and patches.
             any_size.add(f"{kind} {sides}" if _NUMBER.search(name) else kind)
-    return Fingerprint(_digest(exact, 6), _digest(any_size, 4))
+    return _digest(exact, 6), _digest(any_size, 4)
 
 
 def _digest(lines: Iterable[str], size: int) -> str:
     return blake2b("\n".join(sorted(lines)).encode(), digest_size=size).hexdigest()
 
 
+def exact_matches(shapes: Shapes) -> tuple[str, ...]:
+    """Return architectures with these tensors for some number of classes and image size."""
+    exact, any_size = fingerprint(shapes)
+    return read_table()[1].get(any_size, {}).get(exact, ())
+
+
+def matches_of_any_size(shapes: Shapes) -> list[str]:
+    """Return architectures that may have these tensors with other arguments."""
+    group = read_table()[1].get(fingerprint(shapes)[1], {})
+    return [name for names in group.values() for name in names if not name.startswith("test_")]
+
+
 @cache
-def read_table() -> Table:
+def read_table() -> tuple[str, Mapping[str, Mapping[str, tuple[str, ...]]]]:
+    """Return timm's version, and names of architectures by the digest of any size and the exact digest."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     group: dict[str, tuple[str, ...]] = {}
@@ -89,4 +79,4 @@ def read_table() -> Table:
             group[digest] = tuple(names)
         else:
             group = groups.setdefault(digest, {})
-    return Table(first.removeprefix("timm "), groups)
+    return first.removeprefix("timm "), groups

@@ -57,34 +57,32 @@ def infer_from_shapes(
         patch_size = args.get("patch_size", 4)
         size = img_size_of(name, shapes, patch_size if isinstance(patch_size, int) else 4)
         if size is not None:
-            inferred.append(InferredArg("img_size", size, "the shape of positional_encoding"))
+            inferred.append(("img_size", size, "the shape of positional_encoding"))
             args["img_size"] = size
     if bounded:
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     else:
         model, further = _with_visible_args(ModelIdentity(name, args, dict(cfg)), tensors)
-        args |= {arg.name: arg.value for arg in further}
+        args |= {arg: value for arg, value, _ in further}
         inferred += further
     # The shapes of the file decide, whatever size the configuration was written for.
     last = [] if "num_classes" in args else [visible_classes(model, _shapes_for(model, tensors))]
     size_shown = None if "img_size" in args else visible_img_size(model, shapes)
     last += [] if size_shown is None else [size_shown]
-    args |= {arg.name: arg.value for arg in last}
-    # TimmSpec again only where it differs: a model takes a tenth of a second.
-    if any(arg.value != getattr(model, arg.name, None) for arg in last):
+    args |= {arg: value for arg, value, _ in last}
+    # A second build only if an argument differs: a model takes a tenth of a second.
+    if any(value != getattr(model, arg, None) for arg, value, _ in last):
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     inferred += last
     infos = infos_by_model_names(tensors, model)
-    notes = [*map(str, inferred)]
+    notes = [f"{arg} {value}, from {origin}" for arg, value, origin in inferred]
     if headless:
         infos, left_out = _without_classifier(infos, model)
         notes += left_out
     identity = identity_of(model, name, args)
     if cfg and "crop_pct" not in cfg:
         identity.pretrained_cfg.pop("crop_pct", None)  # timm's fallback, not this model's
-    return ResolvedModel(
-        identity, model, infos, tuple(notes), inferred=frozenset(arg.name for arg in inferred)
-    )
+    return ResolvedModel(identity, model, infos, tuple(notes), inferred=frozenset(arg[0] for arg in inferred))
 
 
 def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
@@ -94,7 +92,7 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
     own = model.state_dict()
     kept = {name: info for name, info in infos.items() if name in own or not name.startswith(heads)}
     shapes = {name: info.shape for name, info in infos.items()}
-    classes = visible_classes(model, shapes).value
+    _, classes, _ = visible_classes(model, shapes)
     return kept, [f"its classifier of {classes} classes is left out"] if classes else []
 
 
@@ -111,7 +109,7 @@ def _with_visible_args(
             raise
         model = build_skeleton(dataclasses.replace(identity, model_args=args))
     inferred = visible_args(model, _shapes_for(model, tensors), given)
-    further = {**given, **{arg.name: arg.value for arg in inferred}}
+    further = {**given, **{name: value for name, value, _ in inferred}}
     if further == args:
         return model, ()
     try:

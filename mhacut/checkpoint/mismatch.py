@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from mhacut.checkpoint.fingerprints import read_table
+from mhacut.checkpoint.fingerprints import exact_matches
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
-from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes
+from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes, visible_img_size
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name, listed
 
 _MAX_NAMES = 5
-_ABOUT_POSITIONS = re.compile(r"pos_embed|rel_pos|relative_position|attention_bias")
 
 
 def check_tensors(
@@ -48,9 +46,7 @@ def check_tensors(
     if not missing and not unexpected and not other:
         return
     file_shapes = {name: info.shape for name, info in tensors.items()}
-    fitting = (
-        () if stated else read_table().exact_matches(file_shapes)
-    )  # other architectures with these tensors
+    fitting = () if stated else exact_matches(file_shapes)
     models = "" if identity.architecture in fitting or not fitting else listed(fitting, _MAX_NAMES)
     counts = f"{len(missing)} missing, {len(unexpected)} unexpected, {len(other)} of another shape"
     if not stated and is_foreign(wanted, tensors):
@@ -71,34 +67,24 @@ def check_tensors(
     if stated:
         lines.append("  metadata and tensors do not match: the file is damaged. Prune the dense model again")
     else:
-        lines += [f"  {hint}" for hint in _hints(expected, tensors, other)]
+        lines += _hints(expected, file_shapes)
         if is_cut(file_shapes):
             lines.append(f"  seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}")
     lines += [f"  names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
 
 
-def _hints(model: Any, tensors: Mapping[str, TensorInfo], other: list[str]) -> list[str]:
-    """Return suggestions: the arguments that the shapes show."""
-    shapes = {name: info.shape for name, info in tensors.items()}
-    # Given arguments are inferred too, because they may be wrong.
-    inferred = visible_args(model, shapes, {})
-    hints = []
-    if inferred:
-        args = option_name("model_args", {arg.name: arg.value for arg in inferred})
-        hints.append(f"shapes show {'; '.join(map(str, inferred))}: try {args}")
-    classes = visible_classes(model, shapes)
-    if classes.value != getattr(model, "num_classes", classes.value):
-        hints.append(f"the classifier differs: try {option_name('num_classes', classes.value)}")
-    # Shapes do not show the number of heads, and a width needs it.
-    with_heads = visible_args(model, shapes, {"num_heads": None})
-    if width := [arg for arg in with_heads if arg.name == "embed_dim"]:
-        num_heads = option_name("model_args", {"num_heads": "N"})
-        hints.append(f"shapes show {width[0]}. The number of heads is unknown: give {num_heads}")
-    elif any(map(_ABOUT_POSITIONS.search, other)) and not any(arg.name == "patch_size" for arg in inferred):
-        side = option_name("model_args", {"img_size": "SIDE"})
-        hints.append(
-            f"the image size, the window size or the number of heads differs: try {side}, window_size or "
-            "num_heads"
-        )
-    return hints
+def _hints(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """Return a line with the arguments that the shapes show."""
+    # Without given arguments: they may be wrong. A width needs a number of heads, which shapes do not show.
+    shown = [*visible_args(model, shapes, {"num_heads": None}), visible_classes(model, shapes)]
+    size = visible_img_size(model, shapes)
+    shown += [] if size is None else [size]
+    differing = [arg for arg in shown if arg[1] != getattr(model, arg[0], None)]
+    if not differing:
+        return []
+    args = {name: value for name, value, _ in differing}
+    if "embed_dim" in args:
+        args["num_heads"] = "N"
+    origins = "; ".join(f"{name} {value}, from {origin}" for name, value, origin in differing)
+    return [f"  shapes show {origins}: try {option_name('model_args', args)}"]

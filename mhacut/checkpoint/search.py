@@ -11,19 +11,16 @@ from typing import Any
 from torch import nn
 
 from mhacut.checkpoint.build import known_model, shapes_of
-from mhacut.checkpoint.fingerprints import read_table
+from mhacut.checkpoint.fingerprints import exact_matches, matches_of_any_size
 from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.infer import ResolvedModel, infer_from_shapes, position_shapes
-from mhacut.checkpoint.mismatch import check_tensors
 from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
-from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut, is_foreign
+from mhacut.checkpoint.visible_args import PIXELS, SIZES, is_cut
 from mhacut.errors import CheckpointError, MhacutError, option_name
 from mhacut.runtime.files import show
-from mhacut.surgery.find import model_input_size
 from mhacut.text import listed
 
 _MAX_NAMES = 4
-_PLAIN_VIT = "vit_tiny_patch16_224"
 _NOT_COMPUTED = frozenset(
     (
         *("training", "pretrained_cfg", "default_cfg", "grad_checkpointing", "drop_prob", "p", "init_values"),
@@ -46,16 +43,13 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
 
 def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> ResolvedModel:
     """Return the model with exactly the file's names and shapes and the fewest inferred arguments."""
-    shapes, table = header.shapes, read_table()
-    built = _build(header, args, table.exact_matches(shapes))
-    fits = _nearest(built, header)
-    if not fits:
-        names = [name for name in table.matches_of_any_size(shapes) if not name.startswith("test_")]
-        built += _build(header, args, names)
-        fits = _nearest(built, header)
-    fits = fits or _nearest(_build(header, args, _of_flatten(header.shapes)), header)
-    if not fits:
-        raise CheckpointError(_nothing_fits(header, args, built))
+    similar = matches_of_any_size(header.shapes)
+    for names in (exact_matches(header.shapes), similar, _of_flatten(header.shapes)):
+        fits = _nearest(_build(header, args, names), header)
+        if fits:
+            break
+    else:
+        raise CheckpointError(_nothing_fits(header, similar))
     # If the models differ in heads or activations, a wrong guess would change the logits: ask the user.
     named = {fit.identity.architecture: fit for fit in fits}
     order = sorted(named, key=lambda name: (not name.startswith("vit_"), len(name), name))
@@ -65,8 +59,12 @@ def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = Fa
             f"{show(header.path)}: {len(order)} models with different outputs fit the names and shapes: "
             f"{listed(order, _MAX_NAMES)}. Choose one with {option_name('model', 'NAME')}"
         )
-    notes = [] if normalised else _alternatives(chosen, others)
-    return dataclasses.replace(chosen, notes=(*chosen.notes, *notes))
+    same = [fit.identity.architecture for fit in others]
+    if not same or normalised:
+        return chosen
+    choice = option_name("model", same[0])
+    note = f"tensors also fit {listed(same, _MAX_NAMES)}, trained on other images. To choose, give {choice}"
+    return dataclasses.replace(chosen, notes=(*chosen.notes, note))
 
 
 def _of_flatten(names: Collection[str]) -> Iterator[str]:
@@ -141,46 +139,13 @@ def _text(value: Any) -> str:
     return value.__qualname__ if isinstance(value, type | FunctionType) else type(value).__qualname__
 
 
-def _alternatives(chosen: ResolvedModel, others: Sequence[ResolvedModel]) -> list[str]:
-    """Return a note with models that match but expect another image size or normalisation."""
-    names = [other.identity.architecture for other in others if _images(other) != _images(chosen)]
-    if not names:
-        return []
-    flags = f"{option_name('model', names[0])}, or {option_name('mean')} and {option_name('std')}"
-    return [f"tensors also fit {listed(names, _MAX_NAMES)}, trained on other images. To choose, give {flags}"]
-
-
-def _images(fit: ResolvedModel) -> list[Any]:
-    identity = fit.identity
-    size = model_input_size(fit.skeleton, identity.pretrained_cfg, identity.model_args)
-    return [size, *(identity.pretrained_cfg.get(key) for key in ("mean", "std"))]
-
-
-def _nothing_fits(header: FileHeader, args: Mapping[str, Any], built: Sequence[ResolvedModel]) -> str:
+def _nothing_fits(header: FileHeader, similar: Sequence[str]) -> str:
     where = show(header.path)
     if is_cut(header.shapes):
         return f"{where}: seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}"
-    text = (
+    nearest = f". The nearest are {listed(similar, _MAX_NAMES)}" if similar else ""
+    return (
         f"{where}: no prunable timm model has exactly these {len(header.tensors)} tensors. "
         f"Give {option_name('model', 'NAME')}, and {option_name('model_args', {'KEY': 'VALUE'})} for "
-        "arguments that differ from its defaults"
+        f"arguments that differ from its defaults{nearest}"
     )
-    # A ViT of unusual width has no fingerprint. Compared with any ViT, its shapes show what to give.
-    plain_vits = [] if built else _build(header, args, [_PLAIN_VIT])
-    candidates = [
-        *built,
-        *(vit for vit in plain_vits if not is_foreign(shapes_of(vit.skeleton), header.shapes)),
-    ]
-    nearest = max(candidates, key=_tensors_in_common, default=None)
-    if nearest is not None:
-        text += f". The nearest is {nearest.identity.architecture}"
-        try:
-            check_tensors(where, nearest.tensors, nearest.skeleton, nearest.identity)
-        except CheckpointError as error:
-            text += str(error).removeprefix(where)
-    return text
-
-
-def _tensors_in_common(model: ResolvedModel) -> int:
-    expected = shapes_of(model.skeleton)
-    return sum(expected.get(name) == info.shape for name, info in model.tensors.items())

@@ -6,7 +6,6 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,6 +14,8 @@ from mhacut.checkpoint.build import shapes_of
 from mhacut.checkpoint.foreign.family import mlp_ratio
 
 Shapes = Mapping[str, tuple[int, ...]]
+InferredArg = tuple[str, Any, str]
+"""Name and value of an argument, and the origin of the value in the file."""
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
 """Arguments that depend on the images."""
@@ -26,18 +27,6 @@ _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "cls_token": ("class_token", True, False),
 }
 """Tensors whose presence shows one argument: (argument, value with the tensor, value without)."""
-
-
-@dataclass(frozen=True)
-class InferredArg:
-    """Value of an argument and its origin in the file."""
-
-    name: str
-    value: Any
-    origin: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.value}, from {self.origin}"
 
 
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[InferredArg, ...]:
@@ -58,7 +47,7 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
     )
     # timm swallows unknown arguments in some models and fails in others: only those that it names are used.
     accepted = _parameters(type(model)) - set(given)
-    return tuple(arg for rule in rules for arg in rule if arg.name in accepted)
+    return tuple(arg for rule in rules for arg in rule if arg[0] in accepted)
 
 
 def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
@@ -94,15 +83,15 @@ def _stem(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
         return
     # Behind another convolution, these are not the channels of images.
     if theirs[1] != ours[1] == getattr(model, "in_chans", 3):
-        yield InferredArg("in_chans", theirs[1], f"the shape of {name}")
+        yield "in_chans", theirs[1], f"the shape of {name}"
     if name == "patch_embed.proj.weight" and theirs[2:] != ours[2:] and theirs[2] == theirs[3]:
-        yield InferredArg("patch_size", theirs[2], f"the shape of {name}")
+        yield "patch_size", theirs[2], f"the shape of {name}"
 
 
 def _depth(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     ours, theirs = (_count(r"blocks\.(\d{1,4})\.", names) for names in (expected, file))
     if ours and theirs and ours != theirs:
-        yield InferredArg("depth", theirs, "the numbers of its blocks")
+        yield "depth", theirs, "the numbers of its blocks"
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
@@ -114,14 +103,14 @@ def _count(pattern: str, names: Iterable[str]) -> int:
 def _widths(model: Any, expected: Shapes, file: Shapes, given: Mapping[str, Any]) -> Iterator[InferredArg]:
     width, ours = (_size(shapes, "patch_embed.proj.weight") for shapes in (file, expected))
     if width not in (0, ours) and "num_heads" in given:
-        yield InferredArg("embed_dim", width, "the shape of patch_embed.proj.weight")
+        yield "embed_dim", width, "the shape of patch_embed.proj.weight"
     layer = "blocks.0.mlp.fc1.weight"
     (hidden, width), (our_hidden, ours) = (
         shapes[layer] if len(shapes.get(layer, ())) == 2 else (0, 0) for shapes in (file, expected)
     )
     plain = ours and type(model.blocks[0].mlp).__name__ == "Mlp"
     if plain and hidden and width and hidden * ours != our_hidden * width:
-        yield InferredArg("mlp_ratio", mlp_ratio(hidden, width), f"the shape of {layer}")
+        yield "mlp_ratio", mlp_ratio(hidden, width), f"the shape of {layer}"
 
 
 def _size(shapes: Shapes, name: str) -> int:
@@ -133,14 +122,14 @@ def _switched(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
         if (tensor in file) != (tensor in expected):
             is_there = tensor in file
             origin = tensor if is_there else f"the lack of {tensor}"
-            yield InferredArg(argument, with_it if is_there else without, origin)
+            yield argument, with_it if is_there else without, origin
 
 
 def _tokens(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
     ours, theirs = ((*shapes.get("reg_token", (1, 0)), 0)[1] for shapes in (expected, file))
     if theirs != ours:
         for name in ("reg_tokens", "num_reg_tokens"):  # of ViT, and of EVA
-            yield InferredArg(name, theirs, "the shape of reg_token")
+            yield name, theirs, "the shape of reg_token"
 
 
 def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
@@ -150,13 +139,13 @@ def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg
     pool = getattr(model, "global_pool", None)
     averaged, normed = "fc_norm.weight" in file, "norm.weight" in file
     if differs("attn_pool.latent") and "attn_pool.latent" in file:
-        yield InferredArg("global_pool", "map", "attn_pool")
+        yield "global_pool", "map", "attn_pool"
     elif averaged and not normed and differs("norm.weight"):
-        yield InferredArg("global_pool", "avg", "fc_norm")
+        yield "global_pool", "avg", "fc_norm"
     elif normed and not averaged and differs("fc_norm.weight") and "cls_token" in file:
-        yield InferredArg("global_pool", "token", "norm, in place of fc_norm")
+        yield "global_pool", "token", "norm, in place of fc_norm"
     elif pool == "token" and "cls_token" not in file and differs("cls_token"):
-        yield InferredArg("global_pool", "avg", "the lack of a cls_token")
+        yield "global_pool", "avg", "the lack of a cls_token"
 
 
 def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
@@ -165,8 +154,8 @@ def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
     for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
         classes = _size(shapes, f"{name}.weight")
         if classes:
-            return InferredArg("num_classes", classes, f"the shape of {name}.weight")
-    return InferredArg("num_classes", 0, "the file, which has no classifier")
+            return "num_classes", classes, f"the shape of {name}.weight"
+    return "num_classes", 0, "the file, which has no classifier"
 
 
 def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
@@ -185,9 +174,7 @@ def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
         return None  # patches of another size: the grid would be misread
     # Class and register tokens may have a position of their own.
     side = _side(file[1] - (expected.shape[1] - patches))
-    return (
-        None if side is None else InferredArg("img_size", side * int(patch_size[0]), "the shape of pos_embed")
-    )
+    return None if side is None else ("img_size", side * int(patch_size[0]), "the shape of pos_embed")
 
 
 def _side(patches: int) -> int | None:

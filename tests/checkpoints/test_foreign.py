@@ -187,7 +187,7 @@ def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
 def test_the_classifier_can_be_left_out(folder):
     model = mhacut.load_model(folder(), num_classes=0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 24)
-    assert "the classifier differs: try num_classes=3" in refusal(folder(), num_classes=5)
+    assert "try model_args={'num_classes': 3}" in refusal(folder(), num_classes=5)
 
 
 @pytest.mark.parametrize(

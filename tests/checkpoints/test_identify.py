@@ -143,8 +143,8 @@ def test_an_unknown_model_name_gets_close_matches(dense):
             {"patch_size": 16},
             ["try model_args={'patch_size': 8}", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
         ),
-        ({"img_size": 64}, ["1 of another shape", "try model_args={'img_size': 'SIDE'}"]),
-        ({"num_classes": 5}, ["2 of another shape", "the classifier differs: try num_classes=10"]),
+        ({"img_size": 64}, ["1 of another shape", "try model_args={'img_size': 32}"]),
+        ({"num_classes": 5}, ["2 of another shape", "try model_args={'num_classes': 10}"]),
         ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
     ],
 )

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoints import ARGS, NAME, make_slim, refusal, save
+from helpers.checkpoints import ARGS, NAME, make_slim, refusal
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
 
@@ -69,11 +68,3 @@ def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, ch
     message = refusal(path)
     assert says in message
     assert message.startswith(str(path))
-
-
-def test_tables_of_positions_for_another_image_size_are_told_as_such(tmp_path):
-    args = {"embed_dim": 24, "depths": (1, 1), "num_heads": (2, 2), "window_size": 7, "num_classes": 5}
-    name = "swin_tiny_patch4_window7_224"
-    path = save(timm.create_model(name, img_size=56, **args), tmp_path / "x.safetensors")
-    message = refusal(path, model=name, model_args={**args, "img_size": 32})
-    assert "differs: try model_args={'img_size': 'SIDE'}, window_size or num_heads" in message

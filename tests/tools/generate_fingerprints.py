@@ -7,19 +7,19 @@ from collections.abc import Iterable, Mapping
 import timm
 
 from mhacut.checkpoint.build import shapes_of
-from mhacut.checkpoint.fingerprints import TABLE, Fingerprint, fingerprint
+from mhacut.checkpoint.fingerprints import TABLE, fingerprint
 from mhacut.commands.models import architectures, build_weightless, entry_of
 
 
-def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
+def write_table(timm: str, fingerprints: Mapping[str, tuple[str, str]]) -> str:
     """Return the text of a table, from the fingerprint of each architecture.
 
     A line without indent begins a group with its digest. Below it, each line has a digest of all names and
     shapes and the architectures that share it.
     """
     groups: dict[str, dict[str, list[str]]] = {}
-    for name, digests in sorted(fingerprints.items()):
-        groups.setdefault(digests.any_size, {}).setdefault(digests.exact, []).append(name)
+    for name, (exact, any_size) in sorted(fingerprints.items()):
+        groups.setdefault(any_size, {}).setdefault(exact, []).append(name)
     lines = [f"timm {timm}"]
     for any_size, by_exact in groups.items():
         lines.append(any_size)
@@ -27,7 +27,7 @@ def write_table(timm: str, fingerprints: Mapping[str, Fingerprint]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def prunable_fingerprints(names: Iterable[str]) -> dict[str, Fingerprint]:
+def prunable_fingerprints(names: Iterable[str]) -> dict[str, tuple[str, str]]:
     """Return the fingerprint of each of these architectures of timm in which something can be cut."""
     fingerprints = {}
     for name in names:
