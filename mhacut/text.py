@@ -72,6 +72,12 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
     return "\n".join(lines)
 
 
+def filled_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return rows without the columns that are empty below the heading (the first row)."""
+    columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
 def safe_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
     """Return a :func:`table` and lines below it, with unsafe characters escaped."""
     return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -12,14 +11,12 @@ from mhacut.cli.flags import command
 from mhacut.cli.running import Console
 from mhacut.options.inspect import InspectOptions
 from mhacut.runtime.files import check_outputs
-from mhacut.text import ranges, safe, table
+from mhacut.text import ranges, safe, safe_table
 
 if TYPE_CHECKING:
     from mhacut.commands.inspect import InspectResult
     from mhacut.inspection.compare import Comparison
-    from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
-
-_WIDTH = 80
+    from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 
 
 @command(
@@ -42,191 +39,67 @@ def inspect(options: InspectOptions, console: Console) -> None:
     """
     from mhacut.commands.inspect import run_inspect
 
-    heads = options.heads or options.layer is not None
     result = run_inspect(options, console)
-    console.result(_text(result, heads=heads), _document(result))
+    by_head = options.heads or options.layer is not None
+    console.result(_text(result, by_head=by_head), _document(result))
 
 
-def _text(result: InspectResult, *, heads: bool) -> str:
-    inspection = result.inspection
-    parts = ["\n".join(_filled(safe(result.verdict), ""))]
-    attention = [layer for layer in result.chosen if layer.heads is not None]
-    mlps = [layer for layer in result.chosen if layer.heads is None]
-    if heads:
-        parts += [_layer(layer) for layer in attention]
-    elif attention:
-        parts.append(_attention_table(attention, judged=inspection.judged_by is not None))
-    if mlps:
-        parts.append(_mlp_table(mlps))
-    if result.comparison is not None:
-        parts.append(_comparison(result.comparison, [layer.name for layer in result.chosen]))
-    parts.append("\n".join(line for note in _about(inspection, heads) for line in _filled(note, "  ")))
+def _text(result: InspectResult, *, by_head: bool) -> str:
+    from mhacut.report.tables import COMPARISON_NOTES, comparison_rows, layer_rows
+
+    parts = [safe(result.verdict)]
+    for attends in (True, False):
+        layers = [layer for layer in result.chosen if (layer.heads is not None) == attends]
+        if layers:
+            parts.append(safe_table(layer_rows(layers, by_head=by_head)))
+    if by_head and (kept := list(_kept_channels(result.chosen))):
+        parts.append("\n".join(kept))
+    if (comparison := result.comparison) is not None:
+        by_name = {layer.name: layer for layer in comparison.layers}
+        rows = comparison_rows([by_name[layer.name] for layer in result.chosen])
+        (dense, slim), (before, after) = comparison.flops, comparison.parameters
+        notes = [
+            f"compared with {comparison.dense}: {format_flops(slim)} of {format_flops(dense)} FLOPs, "
+            f"{format_flops(after)} of {format_flops(before)} parameters",
+            f"outputs on {comparison.data}: {comparison.outputs()}",
+            *COMPARISON_NOTES,
+        ]
+        parts.append(safe_table(rows, notes))
+    parts.append("\n".join(map(safe, _about(result.inspection))))
     parts += [f"saved {safe(path)}" for path in result.written]
     return "\n\n".join(parts)
 
 
-def _attention_table(layers: Sequence[LayerReport], *, judged: bool) -> str:
-    scores = ["sim", "r99"] if judged else []
-    mlps = (
-        ["hidden"] if any("hidden" in layer.units for layer in layers) else []
-    )  # blocks with attention and MLP in one module
-    rows = [["attention", "heads", "qk", *scores, "v", *scores, *mlps, "FLOPs", "params"]]
+def _kept_channels(layers: Sequence[LayerReport]) -> Iterator[str]:
+    """Yield a line about the channels of each head of a slim file."""
     for layer in layers:
-        cells = [safe(layer.name), str(layer.heads)]
-        for kind in ("qk", "v"):
-            cells += [_width(layer, kind), *(_means(layer, kind) if judged else [])]
-        cells += [_width(layer, kind) for kind in mlps]
-        rows.append([*cells, _percent(layer.share), _percent(layer.parameter_share)])
-    return table(rows)
+        for kind, unit in layer.units.items():
+            if kind == "hidden":
+                continue  # hundreds of channels
+            for head, kept in enumerate(unit.kept or ()):
+                channels = "principal channels" if unit.basis == "principal" else "channels"
+                removed = ranges(sorted(set(range(unit.dense)) - set(kept)))
+                yield (
+                    f"{safe(layer.name)}, {kind} of head {head}: kept {channels} {ranges(kept)}; "
+                    f"removed {removed}"
+                )
 
 
-def _mlp_table(layers: Sequence[LayerReport]) -> str:
-    rows = [["MLP", "hidden", "FLOPs", "params"]]
-    for layer in layers:
-        shares = [_percent(layer.share), _percent(layer.parameter_share)]
-        rows.append([safe(layer.name), _width(layer, "hidden"), *shares])
-    return table(rows)
-
-
-def _layer(layer: LayerReport) -> str:
-    """Format an attention layer, one row per head."""
-    heads = layer.heads or 1
-    share = f"{_percent(layer.share)} of FLOPs, {_percent(layer.parameter_share)} of parameters"
-    title = f"{safe(layer.name)} ({layer.module}), {heads} heads: {share}"
-    units = [layer.units[kind] for kind in ("qk", "v") if kind in layer.units]
-    judged = any(unit.heads for unit in units)
-    scores = ["sim", "r90", "r99"] if judged else []
-    rows = [["  head", "qk", *scores, "v", *scores, "FLOPs", "params"]]
-    for head in range(heads):
-        cells = [f"  {head}"]
-        for kind in ("qk", "v"):
-            unit = layer.units.get(kind)
-            cells.append("" if unit is not None and head >= unit.head_count else _width(layer, kind))
-            if judged:
-                known = unit is not None and head < len(unit.heads)
-                cells += _findings(unit.heads[head]) if unit is not None and known else ["", "", ""]
-        rows.append([*cells, _percent(layer.share / heads), _percent(layer.parameter_share / heads)])
-    lines = [*_filled(title, "  "), table(rows)]
-    for unit in units:
-        lines += _channels(unit)
-    return "\n".join(lines)
-
-
-def _channels(unit: UnitReport) -> list[str]:
-    """List the kept and removed channels of a slim file, one line per head."""
-    lines = []
-    if unit.kept is not None:
-        basis = "principal" if unit.basis == "principal" else "original"
-        lines.append(f"  {unit.kind}: of {unit.dense} {basis} channels, kept (removed)")
-        for head, kept in enumerate(unit.kept):
-            gone = sorted(set(range(unit.dense)) - set(kept))
-            label = f"    {head}: "
-            indents: Any = {"initial_indent": label, "subsequent_indent": " " * len(label)}
-            lines += textwrap.wrap(f"{ranges(kept)} ({ranges(gone)})", _WIDTH, **indents)
-    return lines
-
-
-def _filled(line: str, indent: str) -> list[str]:
-    """Wrap a line of prose at 80 columns, without breaking names."""
-    return textwrap.wrap(
-        line, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
-
-
-def _means(layer: LayerReport, kind: Any) -> list[str]:
-    """Mean similarity and rank over heads."""
-    unit = layer.units.get(kind)
-    if unit is None or not unit.heads:
-        return ["", ""]
-    count = len(unit.heads)
-    return [
-        _similarity(sum(head.similarity for head in unit.heads) / count),
-        f"{sum(head.rank99 for head in unit.heads) / count:.0f}",
-    ]
-
-
-def _findings(head: HeadFindings) -> list[str]:
-    return [_similarity(head.similarity), str(head.rank90), str(head.rank99)]
-
-
-def _similarity(value: float) -> str:
-    """Format as ``.31``."""
-    return f"{value:.2f}".removeprefix("0")
-
-
-def _width(layer: LayerReport, kind: Any) -> str:
-    if kind in layer.not_prunable:
-        return "whole"
-    if kind in layer.coupled_with:
-        return f"as {layer.coupled_with[kind]}"
-    if kind not in layer.units:
-        return ""
-    unit = layer.units[kind]
-    return str(unit.now) if unit.now == unit.dense else f"{unit.now}/{unit.dense}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}%"
-
-
-def _comparison(comparison: Comparison, names: Sequence[str]) -> str:
-    by_name = {layer.name: layer for layer in comparison.layers}
-    rows = [["dense -> slim", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
-    for name in names:
-        layer = by_name[name]
-        before, after = layer.flops
-        rows.append(
-            [
-                safe(name),
-                " ".join(f"{kind} {dense}>{slim}" for kind, (dense, slim) in layer.widths.items()),
-                format_flops(after),
-                _percent(after / before) if before else "",
-                f"{layer.own_error:.3f}",
-                f"{layer.error:.3f}",
-                f"{layer.agreement:.4f}",
-            ]
-        )
-    (dense, slim), (weights, left) = comparison.flops, comparison.parameters
-    lines = [
-        f"compared with {safe(comparison.dense)}: {format_flops(slim)} of {format_flops(dense)} FLOPs "
-        f"({_percent(slim / dense)}), {format_flops(left)} of {format_flops(weights)} parameters "
-        f"({_percent(left / weights)})",
-        f"outputs on {safe(comparison.data)}: {_agreement(comparison)}",
-        "error: relative error of the layer's output in the pruned model; own error: with the dense model's "
-        "input; agree: mean cosine similarity of tokens",
-    ]
-    return table(rows) + "\n\n" + "\n".join(part for line in lines for part in _filled(line, "  "))
-
-
-def _agreement(comparison: Comparison) -> str:
-    if comparison.agreement is None:
-        return f"features differ by {comparison.divergence:.2g} of their variance"
-    same = f"{_percent(comparison.agreement)} have the same top-1 class"
-    return f"{same}, KL divergence {comparison.divergence:.2g} nats"
-
-
-def _about(inspection: Inspection, heads: bool) -> list[str]:
+def _about(inspection: Inspection) -> list[str]:
     from mhacut.report.history import step
+    from mhacut.report.tables import LAYER_NOTES
 
     channels, height, width = inspection.input_size
     classes = f"{inspection.classes} classes" if inspection.classes else "no classifier"
     lines = [
-        f"{safe(inspection.architecture)}, {channels}x{height}x{width}, {classes}: "
+        f"{inspection.architecture}, {channels}x{height}x{width}, {classes}: "
         f"{format_flops(inspection.flops)} FLOPs, {format_flops(inspection.parameters)} parameters, "
         f"{' and '.join(inspection.dtypes)}",
     ]
-    if any(unit.now != unit.dense for layer in inspection.layers for unit in layer.units.values()):
-        lines.append("qk, v, hidden: channels per head (of the MLP), pruned/dense")
     if inspection.judged_by is not None:
-        lines += [
-            "sim: mean similarity between channels of a head, from 0 (different) to 1 (equal)",
-            ("r90, r99" if heads else "r99")
-            + f": principal channels with {'90, ' if heads else ''}99 % of the energy",
-            f"computed from: {safe(inspection.judged_by)}",
-        ]
-    described = inspection.provenance.describe(inspection.preprocessing)
-    lines.append(f"preprocessing: {safe(described)}")
-    lines += [f"not prunable: {safe(line)}" for line in inspection.not_prunable]
+        lines += [*LAYER_NOTES, f"computed from: {inspection.judged_by}"]
+    lines.append(f"preprocessing: {inspection.provenance.describe(inspection.preprocessing)}")
+    lines += [f"not prunable: {line}" for line in inspection.not_prunable]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines
 

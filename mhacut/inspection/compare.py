@@ -109,6 +109,13 @@ class Comparison:
     data: str
     """Description of the images."""
 
+    def outputs(self) -> str:
+        """Describe how far the outputs of both models agree."""
+        if self.agreement is None:
+            return f"features differ by {self.divergence:.2g} of their variance"
+        same = f"{100 * self.agreement:.1f}% have the same top-1 class"
+        return f"{same}, KL divergence {self.divergence:.2g} nats"
+
 
 @torch.no_grad()
 def compare(

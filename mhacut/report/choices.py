@@ -10,7 +10,7 @@ from typing import Any
 from mhacut.budget import format_amount, format_flops
 from mhacut.measuring.accuracy import ModelFigures
 from mhacut.report.charts import Line, line_chart
-from mhacut.text import safe
+from mhacut.text import filled_columns, safe
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ class Choice:
 def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
     """Return a table with headings. The first choice is the dense model. Empty columns are left out."""
     headings = ["budget", "FLOPs", "of dense", "parameters", "file", "ms", "top-1, %", divergence]
-    rows = [_cells(choice, choices[0].figures.flops) for choice in choices]
-    filled = [column for column in range(len(headings)) if any(row[column] for row in rows)]
-    return [[row[column] for column in filled] for row in [headings, *rows]]
+    return filled_columns([headings, *(_cells(choice, choices[0].figures.flops) for choice in choices)])
 
 
 def _cells(choice: Choice, dense_flops: int) -> list[str]:

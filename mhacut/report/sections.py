@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
 from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
-from mhacut.inspection.layers import HeadFindings, Inspection, LayerReport, UnitReport
-from mhacut.plan import UNIT_KINDS, UnitKind
+from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
 from mhacut.pruning.preserve import OutputMetric
 from mhacut.report.charts import (
     DEPTHS,
@@ -22,9 +21,9 @@ from mhacut.report.charts import (
 )
 from mhacut.report.choices import Choice, choice_charts, choice_rows
 from mhacut.report.history import StoredCurves
+from mhacut.report.tables import COMPARISON_NOTES, LAYER_NOTES, comparison_rows, layer_rows
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP"}
-_ATTENTION_KINDS: tuple[UnitKind, ...] = ("qk", "v")
 _DIVERGENCE: Mapping[OutputMetric | None, tuple[str, str]] = {
     "answers": ("KL divergence, nats", "KL divergence from"),
     "features": ("squared error over variance", "relative squared error of the features, compared with"),
@@ -54,14 +53,6 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Table:
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    links: Sequence[str] = ()
-    """Relative address of a page for each row, or ""."""
-
-
-@dataclass(frozen=True)
 class Section:
     title: str
     text: str = ""
@@ -69,17 +60,19 @@ class Section:
     """Meaning of each colour."""
     charts: Sequence[str] = ()
     """Figures as trusted HTML."""
-    table: Table | None = None
+    table: Sequence[Sequence[str]] = ()
+    """Rows, the first with the headings."""
+    links: Sequence[str] = ()
+    """Relative address of a page for each row, or ""."""
 
 
 def sections(contents: Contents) -> list[Section]:
-    layers = _layers(contents.layers) if contents.comparison is None else _compared(contents.comparison)
     made = (
         _choices(contents.choices),
         _blocks(contents),
         _pictures(contents.pictures),
         _numbers(contents),
-        layers,
+        _layers(contents),
         _curves(contents),
     )
     return [section for section in made if section is not None]
@@ -114,34 +107,27 @@ def headline(contents: Contents) -> list[tuple[str, str]]:
 def _choices(choices: Sequence[Choice]) -> Section | None:
     if not choices:
         return None
-    headings, *rows = choice_rows(choices, "divergence")
     text = "All models share one calibration. Point at a dot to see its numbers."
     text += f" Divergences are measured on {choices[-1].judged_on}."
     # As bytes, because file names may not be UTF-8.
     links = [quote(os.fsencode(choice.page)) for choice in choices]
-    table = Table(headings, rows, links)
-    return Section("Budgets", text, charts=choice_charts(choices), table=table)
+    table = choice_rows(choices, "divergence")
+    return Section("Budgets", text, charts=choice_charts(choices), table=table, links=links)
 
 
 def _numbers(contents: Contents) -> Section:
     inspection, comparison = contents.inspection, contents.comparison
-    rows = [list(row) for row in contents.figures]
-    if comparison is not None:
-        rows.append(["FLOPs", *map(format_flops, comparison.flops)])
-        rows.append(["parameters", *map(format_flops, comparison.parameters)])
-        if comparison.agreement is None:
-            answer = f"squared error of the features over their variance {comparison.divergence:.2g}"
-        else:
-            answer = (
-                f"same top-1 class for {100 * comparison.agreement:.1f} % of the images, "
-                f"KL divergence {comparison.divergence:.2g} nats"
-            )
-        text = f"Comparison with {comparison.dense} on {comparison.data}: {answer}."
-        return Section("In numbers", text, table=Table(["", "dense", "slim"], rows))
-    if rows:
-        return Section("In numbers", table=Table(["", "dense", "slim"], rows))
-    rows = [["FLOPs", format_flops(inspection.flops)], ["parameters", format_flops(inspection.parameters)]]
-    return Section("In numbers", table=Table(["", ""], rows))
+    if comparison is None:
+        costs = [
+            ["FLOPs", format_flops(inspection.flops)],
+            ["parameters", format_flops(inspection.parameters)],
+        ]
+        return Section("In numbers", table=[["", "model"], *costs])
+    rows = [["", "dense", "slim"], *map(list, contents.figures)]
+    rows.append(["FLOPs", *map(format_flops, comparison.flops)])
+    rows.append(["parameters", *map(format_flops, comparison.parameters)])
+    text = f"Comparison with {comparison.dense} on {comparison.data}: {comparison.outputs()}."
+    return Section("In numbers", text, table=rows)
 
 
 def _blocks(contents: Contents) -> Section | None:
@@ -187,29 +173,6 @@ def _needed(unit: UnitReport) -> float | None:
     return sum(head.rank99 for head in unit.heads) / len(unit.heads) if unit.heads else None
 
 
-def _compared(comparison: Comparison) -> Section:
-    layers = comparison.layers
-    rows = [
-        [
-            layer.name,
-            str(layer.tokens),
-            ", ".join(f"{_NAMES[kind]} {dense} to {slim}" for kind, (dense, slim) in layer.widths.items()),
-            *map(format_flops, layer.flops),
-            f"{layer.own_error:.4f}",
-            f"{layer.error:.4f}",
-            f"{layer.agreement:.5f}",
-        ]
-        for layer in layers
-    ]
-    headings = ["layer", "tokens", "widths", "dense FLOPs", "slim FLOPs", "own error", "error", "agreement"]
-    return Section(
-        "Layers",
-        "Error: relative error of the layer's output in the pruned model. Own error: the layer receives the "
-        "dense model's input instead. Agreement: mean cosine similarity of a token's outputs in both models.",
-        table=Table(headings, rows),
-    )
-
-
 def _curves(contents: Contents) -> Section | None:
     sensitivity = contents.sensitivity
     if not sensitivity.curves:
@@ -237,36 +200,9 @@ def _curves(contents: Contents) -> Section | None:
     return Section("Sensitivity", text, legend, [chart for chart in charts if chart])
 
 
-def _layers(layers: Sequence[LayerReport]) -> Section:
-    figures = ("similarity q/k, v", "rank 99 % q/k, v", "FLOPs", "parameters")
-    rows = [
-        [
-            layer.name,
-            "" if layer.heads is None else str(layer.heads),
-            *(_width(layer.units.get(kind)) for kind in UNIT_KINDS),
-            ", ".join(_means(layer, lambda head: head.similarity, ".3f")),
-            ", ".join(_means(layer, lambda head: head.rank99, ".1f")),
-            f"{100 * layer.share:.1f} %",
-            f"{100 * layer.parameter_share:.1f} %",
-        ]
-        for layer in layers
-    ]
+def _layers(contents: Contents) -> Section:
+    if contents.comparison is None:
+        return Section("Layers", ". ".join(LAYER_NOTES) + ".", table=layer_rows(contents.layers))
     return Section(
-        "Layers",
-        "Widths: channels per head, left and dense. Similarity: mean similarity of a channel to the other "
-        "channels of its head. Rank: number of principal channels that hold 99 % of the energy. Means over "
-        "heads.",
-        table=Table(["layer", "heads", *(_NAMES[kind] for kind in UNIT_KINDS), *figures], rows),
+        "Layers", ". ".join(COMPARISON_NOTES) + ".", table=comparison_rows(contents.comparison.layers)
     )
-
-
-def _width(unit: UnitReport | None) -> str:
-    if unit is None:
-        return ""
-    return str(unit.now) if unit.now == unit.dense else f"{unit.now} of {unit.dense}"
-
-
-def _means(layer: LayerReport, figure: Callable[[HeadFindings], float], digits: str) -> list[str]:
-    """Return the mean of a figure over the heads of q/k, and over the heads of v."""
-    units = [layer.units[kind] for kind in _ATTENTION_KINDS if kind in layer.units]
-    return [format(sum(map(figure, unit.heads)) / len(unit.heads), digits) for unit in units if unit.heads]

@@ -111,9 +111,9 @@ def test_what_is_seen_is_read_too(contents):
 
 def test_every_layer_is_in_the_table(contents):
     (section,) = (section for section in sections(contents) if section.title == "Layers")
-    assert [row[0] for row in section.table.rows] == [layer.name for layer in contents.layers]
+    assert [row[0] for row in section.table[1:]] == [layer.name for layer in contents.layers]
     unit = contents.layers[0].units["qk"]
-    assert section.table.rows[0][2] == f"{unit.now} of {unit.dense}"
+    assert section.table[1][2] == f"{unit.now}/{unit.dense}"
 
 
 def test_sections_appear_where_there_is_something(contents):
