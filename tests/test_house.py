@@ -16,7 +16,7 @@ PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
     "checkpoint": 4995,
-    "cli": 1360,
+    "cli": 1330,
     "commands": 3689,
     "data": 1340,
     "exporting": 1290,

@@ -12,6 +12,7 @@ import typer
 from mhacut._version import __version__
 from mhacut.cli.export import export
 from mhacut.cli.finetune import finetune
+from mhacut.cli.flags import show_all
 from mhacut.cli.inspect import inspect
 from mhacut.cli.measure import bench, evaluate, models
 from mhacut.cli.prune import prune
@@ -50,9 +51,13 @@ def root(
             help="Print versions of mhacut, torch and timm.",
         ),
     ] = False,
+    help_all: Annotated[
+        bool, typer.Option("--help-all", is_eager=True, callback=show_all, hidden=True)
+    ] = False,
 ) -> None:
     """Make trained vision transformers smaller and faster: prune channels, merge tokens.
 
     FLOPs are multiply-accumulates, attention included. Results go to stdout, messages to stderr.
-    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. "mhacut COMMAND --help-all" shows all
+    options of a command.
     """

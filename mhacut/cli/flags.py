@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperCommand
 
 from mhacut.cli.running import Console, running
-from mhacut.errors import MhacutError, PeerFailed, UsageError
+from mhacut.errors import MhacutError, PeerFailed
 from mhacut.options.option import Option, Options, read_config, read_options, yaml_value
 from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, check_data_dir
 from mhacut.runtime.process import local_rank
@@ -52,7 +52,8 @@ _SHOWS_ALL = "mhacut.help_all"
 Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
-def _show_all(context: typer.Context, wanted: bool) -> None:
+def show_all(context: typer.Context, wanted: bool) -> None:
+    """Print the help with all options, and exit."""
     if wanted:
         context.meta[_SHOWS_ALL] = True
         typer.echo(context.get_help())
@@ -65,7 +66,7 @@ _COMMON = {
     "json": (bool, False, typer.Option("--json", help="Print one JSON object.")),
     "quiet": (bool, False, typer.Option("--quiet", "-q", help="Show the result and errors only.")),
     "verbose": (int, 0, typer.Option("--verbose", "-v", count=True, show_default=False, help=_VERBOSE)),
-    "help_all": (bool, False, typer.Option("--help-all", is_eager=True, callback=_show_all, help=_ALL)),
+    "help_all": (bool, False, typer.Option("--help-all", is_eager=True, callback=show_all, help=_ALL)),
 }
 """Type, default and flag of the options that every command has."""
 
@@ -78,46 +79,38 @@ class Command(TyperCommand):
     """Options of the short help, in this order."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        for number, argument in enumerate(args):
-            flag, _, value = argument.partition("=")
-            if argument == "--":
-                break
-            following = args[number + 1] if number + 1 < len(args) else "-"
-            if message := _removed(self.known, flag, value or following):
-                ctx.fail(message)
+        replacements = _replacements(self.known)
+        for flag in (argument.partition("=")[0] for argument in args):
+            if flag in replacements:
+                ctx.fail(f"{flag} {replacements[flag]}")
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         rows = {param.name: param.get_help_record(ctx) for param in self.get_params(ctx)}
-        rows |= {
-            option.name: (option.placeholder, option.help)
-            for option in self.known.values()
-            if option.is_argument
-        }
-        panels = {
-            panel: [option.name for option in _flags(self.known) if option.panel == panel] for panel in PANELS
-        }
+        flags = _flags(self.known)
+        arguments = [option for option in flags if option.is_argument]
+        rows |= {option.name: (option.placeholder, option.help) for option in arguments}
         shows_all = ctx.meta.get(_SHOWS_ALL, False)
-        if not shows_all:
-            panels = {"Arguments": panels["Arguments"], "Options": list(self.usual) or panels["Models"]}
+        if shows_all:
+            panels = {panel: [option.name for option in flags if option.panel == panel] for panel in PANELS}
+        else:
+            panels = {"Arguments": [option.name for option in arguments], "Options": list(self.usual)}
         panels["Every command"] = [*_COMMON, "help"]
         for panel, names in panels.items():
-            if shown := [rows[name] for name in names if rows.get(name)]:
+            if names:
                 with formatter.section(panel):
-                    formatter.write_dl(shown, col_max=28)
-        hidden = sum(
-            not option.is_argument and option.name not in self.usual for option in _flags(self.known)
-        )
-        research = sum(option.panel == RESEARCH for option in self.known.values())
-        notes = []
-        if hidden and self.usual and not shows_all:
-            notes.append(f"--help-all shows {hidden} more options.")
-        if research and shows_all:
-            notes.append(
+                    formatter.write_dl([rows[name] for name in names], col_max=28)
+        hidden = len(flags) - len(arguments) - len(self.usual)
+        research = len(self.known) - len(flags)
+        note = ""
+        if shows_all and research:
+            note = (
                 f"{research} research switches have no flag: use --set KEY=VALUE, a --config file or Python. "
                 "The reference page of this command lists them."
             )
-        for note in notes:
+        elif not shows_all and hidden:
+            note = f"--help-all shows {hidden} more options."
+        if note:
             formatter.write_paragraph()
             formatter.write_text(note)
 
@@ -129,32 +122,24 @@ def _flags(known: Mapping[str, Option]) -> list[Option]:
 
 
 _REMOVED = {
-    "--feature-weight": "distill logits with --teacher, which gave higher accuracy",
     "--calibration": "repeat --flops, because several budgets share the calibration",
+    "--feature-weight": "distill logits with --teacher, which gave higher accuracy",
     "--quantization": "use --int8, which quantizes activations dynamically",
-    "--reduce-range": "use --int8, and compare its outputs on this machine",
 }
 """Replacement of each removed flag."""
 
 
-def _removed(known: Mapping[str, Option], flag: str, value: str) -> str | None:
-    """Return the replacement of a removed flag, of a research switch, or of a default's spelling."""
-    if flag in _REMOVED:
-        return f"{flag} was removed: {_REMOVED[flag]}"
+def _replacements(known: Mapping[str, Option]) -> dict[str, str]:
+    """Return what to write instead of a flag that users may expect."""
+    replacements = {flag: f"was removed: {way}" for flag, way in _REMOVED.items()}
     for option in known.values():
-        positive, negative = option.flag, f"--no-{option.flag.removeprefix('--')}"
-        if option.is_argument or flag not in (positive, negative):
-            continue
-        if option.panel == RESEARCH:
-            if option.kind is bool:
-                value = str(flag == positive).lower()
-            elif value.startswith("-") or flag == negative:
-                value = "VALUE"
-            in_file = f'put "{option.key}: {value}" into a YAML file and pass --config FILE'
-            return f"{flag} is no longer a flag: use --set {option.key}={value}, or {in_file}"
-        if option.kind is bool and flag != option.switch:
-            return f"{flag} is the default and no longer a flag: leave it out"
-    return None
+        for flag in (option.flag, option.negative):
+            value = str(flag == option.flag).lower() if option.kind is bool else "VALUE"
+            if option.panel == RESEARCH:
+                replacements[flag] = f"is a research switch: use --set {option.key}={value}"
+            elif option.kind is bool and flag != option.switch:
+                replacements[flag] = "is the default: leave it out"
+    return replacements
 
 
 def command(
@@ -234,10 +219,12 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
         if name in options and options[name].is_argument:
             return options[name].placeholder.removesuffix("...")
         if name in options and options[name].panel == RESEARCH:
-            return f"--set {name}={_yaml_text(value[0])}" if value and value[0] is not None else name
-        if not value or value[0] is True or value[0] is None:
+            setting = value[0] if value else None
+            text = str(setting).lower() if isinstance(setting, bool) else _as_text(setting)
+            return name if setting is None else f"--set {name}={text}"
+        (setting,) = value or (None,)
+        if setting is True or setting is None:
             return flag
-        (setting,) = value
         if setting is False:
             return "--no-" + flag.removeprefix("--")
         if isinstance(setting, Mapping):
@@ -247,24 +234,13 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
     return write
 
 
-def _yaml_text(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else _as_text(value)
-
-
 def _values(
     options: Mapping[str, Option], config: str | None, pairs: Sequence[str], from_flags: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the values of a YAML file, overridden by ``--set``, overridden by flags."""
-    values: dict[str, Any] = {}
-    if config is not None:
-        try:
-            values = read_config(config, options, f"--config {config}")
-        except OSError as error:
-            raise UsageError(f"--config {config}: {error.strerror or error}") from None
+    values = {} if config is None else read_config(config, options, f"--config {config}")
     for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise UsageError(f"--set {pair}: expected KEY=VALUE")
+        key, _, text = pair.partition("=")
         values |= read_options({key: yaml_value(text)}, options, f"--set {pair}")
     for name, value in from_flags.items():
         if options[name].kind is bool:  # a switch has one spelling, which changes the default

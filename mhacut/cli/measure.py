@@ -133,7 +133,7 @@ def _cells(timing: Timing) -> list[str]:
     ]
 
 
-@command(ModelsOptions)
+@command(ModelsOptions, usual=("refused",))
 def models(options: ModelsOptions, console: Console) -> None:
     """List timm models and their prunable channels.
 

@@ -22,7 +22,7 @@ from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
-from mhacut.runtime.files import check_outputs, fill_folder
+from mhacut.runtime.files import check_outputs, exists_already, fill_folder
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import model_input_size
 
@@ -38,9 +38,7 @@ def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> N
     check_outputs([real / name for name in FILES], overwrite=True, input_paths=(input_path,))
     # Any file counts: the folder may belong to another program.
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise OutputError(
-            f"{target}: exists already; choose another name, or {option_name('overwrite', True)}"
-        )
+        raise OutputError(f"{target}: {exists_already(target)}")
 
 
 def write_folder(

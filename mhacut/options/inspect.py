@@ -35,7 +35,7 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
     sort: Sort = "layer"
     """Order of the layers: model order (layer), or largest value of the named column first."""
     shapes: bool = False
-    """Show widths and costs only, from the file header, without reading weights."""
+    """Show widths and costs only. They come from the file header, so large files open fast."""
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
     """Write the report as one HTML page."""
     overwrite: bool = option(False, needs={"html": GIVEN})
@@ -59,7 +59,7 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
         others = [name for name in ("compare", "data_dir", "dataset") if getattr(self, name) is not None]
         if others:
             needing = " and ".join(map(option_name, others))
-            raise UsageError(f"{shapes} cannot be combined with {needing}, because it reads no weights")
+            raise UsageError(f"{shapes} cannot be combined with {needing}, because the model must run")
         if self.sort in ("similarity", "rank"):
             raise UsageError(f"{option_name('sort', self.sort)} needs weights; leave out {shapes}")
 

@@ -93,9 +93,14 @@ class Option:
         return "--" + name.replace("_", "-")
 
     @property
+    def negative(self) -> str:
+        """Flag that turns a switch off."""
+        return f"--no-{self.flag.removeprefix('--')}"
+
+    @property
     def switch(self) -> str:
         """Spelling of a switch that changes its default: ``--overwrite``, ``--no-labels``."""
-        return self.flag if self.default is False else f"--no-{self.flag.removeprefix('--')}"
+        return self.flag if self.default is False else self.negative
 
     @property
     def key(self) -> str:
@@ -418,9 +423,10 @@ def yaml_value(text: str | bytes) -> Any:
 
 def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
     """Read the options in a YAML file, converted to their types."""
-    text = Path(path).read_bytes()
     try:
-        document = yaml_value(text)
+        document = yaml_value(Path(path).read_bytes())
+    except OSError as error:
+        raise UsageError(f"{where}: {error.strerror or error}") from None
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
     if document is not None and not isinstance(document, dict):
@@ -435,22 +441,17 @@ def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], whe
     for key, value in document.items():
         try:
             if key not in names:
-                raise UsageError(_unknown_key(str(key), options))
+                # A user may write the name of a flag: "round-to", "model_arg" or "no-latency".
+                flags = {
+                    flag: option for option in options.values() for flag in (option.flag, option.negative)
+                }
+                option = flags.get("--" + str(key).replace("_", "-"))
+                hint = f"no option {str(key)!r}; write {option.key}: VALUE" if option else ""
+                raise UsageError(hint or unknown_option(str(key), tuple(names)))
             values[names[key]] = options[names[key]].check(value)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
     return values
-
-
-def _unknown_key(key: str, options: Mapping[str, Option]) -> str:
-    """Say which key to write in place of a flag's spelling or a misspelled key."""
-    flag = "--" + key.replace("_", "-")
-    for option in options.values():
-        if flag in (option.flag, f"--{option.key.replace('_', '-')}"):
-            return f"no option {key!r}; write {option.key}: VALUE"
-        if option.kind is bool and flag == f"--no-{option.flag.removeprefix('--')}":
-            return f"no option {key!r}; write {option.key}: false"
-    return unknown_option(key, tuple(option.key for option in options.values()))
 
 
 def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:

@@ -89,6 +89,13 @@ def check_class_map(path: AnyPath) -> None:
 # -- outputs --
 
 
+def exists_already(path: Path) -> str:
+    """Say how to choose another name, or to overwrite."""
+    # A report has an option of its own for its name.
+    name = "" if path.suffix in (".html", ".htm") else f" with {option_name('output')}"
+    return f"exists already; choose another name{name}, or {option_name('overwrite', True)}"
+
+
 def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) -> None:
     """Raise an :class:`OutputError` if ``path`` must not or cannot be written.
 
@@ -102,9 +109,7 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
     if os.path.isdir(target) or str(path).endswith("/"):
         raise OutputError(f"{show(path)}: is a directory; give the name of a file in it")
     if os.path.lexists(target) and not overwrite:
-        raise OutputError(
-            f"{show(path)}: exists already; choose another name, or {option_name('overwrite', True)}"
-        )
+        raise OutputError(f"{show(path)}: {exists_already(target)}")
     # Writing ends with a rename, which would replace a device such as /dev/null.
     if os.path.exists(target) and not os.path.isfile(target):
         raise OutputError(f"{show(path)}: is a device, pipe or socket; choose another name")

@@ -77,7 +77,7 @@ def test_the_mode_follows_the_umask(put, tmp_path, umask, mode):
 def test_an_existing_file_is_kept_unless_it_may_be_overwritten(put, tmp_path):
     path = tmp_path / "slim.safetensors"
     path.write_text("old")
-    with pytest.raises(OutputError, match="exists already; choose another name, or overwrite=True"):
+    with pytest.raises(OutputError, match="exists already; choose another name with output, or overwrite"):
         put(path)
     assert path.read_text() == "old"
     put(path, overwrite=True)

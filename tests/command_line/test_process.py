@@ -60,7 +60,11 @@ WRONG = [
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
     ("prune {file} --flops 50% --data-dir {file}", 1, "no such directory (--data-dir)"),
     ("prune {file} --flops 50% --class-map nowhere", 1, "nowhere: class map cannot be read"),
-    ("prune {file} --flops 50% -o {slim}", 1, "exists already; choose another name, or --overwrite"),
+    (
+        "prune {file} --flops 50% -o {slim}",
+        1,
+        "exists already; choose another name with --output, or --overwrite",
+    ),
     ("prune {slim} --flops 50% -o {slim} --overwrite", 1, "is the input"),
     ("prune {file} --flops 50% --report {file}/a.html", 1, "is not a directory"),
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),
@@ -132,6 +136,10 @@ def test_help_fits_on_a_page(command):
     flags -= {"--config", "--json", "--quiet", "--verbose", "--help-all", "--help", "--set"}
     more = sum(not one.is_argument for one in options) - len(flags)
     assert not more or f"--help-all shows {more} more options." in text
+
+
+def test_help_all_without_a_command_names_the_option_of_commands():
+    assert '"mhacut COMMAND --help-all" shows all options' in " ".join(run("--help-all").stdout.split())
 
 
 def test_version():

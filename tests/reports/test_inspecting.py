@@ -152,7 +152,7 @@ def test_sorted_layers_fall(slim_of, sort):
     [
         (
             {"shapes": True, "data_dir": "d"},
-            "shapes=True cannot be combined with data_dir, because it reads no weights",
+            "shapes=True cannot be combined with data_dir, because the model must run",
         ),
         ({"shapes": True, "sort": "rank"}, "sort='rank' needs weights; leave out shapes=True"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
