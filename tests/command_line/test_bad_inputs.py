@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.checkpoints import Hostile, torch_file, zipped
-from helpers.cli import FAST, refusal, research, run, unchanged
+from helpers.cli import FAST, refusal, run, unchanged
 from helpers.data import lying_png, write_split
 from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.record import METADATA_KEY
@@ -208,17 +207,6 @@ def test_models_that_are_not_meant(tiny_vit, tmp_path):  # 28 to 32, 37
     assert "img_size" in inspect(own, *flags, "--model-arg", "img_size=64")
 
 
-@pytest.mark.slow
-def test_a_model_without_attention(tmp_path):  # 29
-    path = tmp_path / "model.safetensors"
-    save_file(timm.create_model("resnet18").state_dict(), path)
-    message = refusal(tmp_path, "inspect", path, "--model", "resnet18")
-    assert (
-        "ResNet has no attention layer that mhacut can cut. `mhacut models` lists the supported models"
-        in message
-    )
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers(tiny_vit, tmp_path, value):  # 38
     tensors = load_file(tiny_vit.path)
@@ -266,26 +254,6 @@ def test_odd_files_that_are_sound(tiny_vit, tmp_path):  # 12, 32, 33, 36, 39, 41
     again.rename(tmp_path / "again.pth")
     result = run("inspect", tmp_path / "again.pth")
     assert result.exit_code == 0, result.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("basis", ["channel", "principal"])
-def test_scores_that_are_all_equal(tiny_vit, tmp_path, basis):  # 42
-    """A head of zeros, and one whose channels are all the same: cut alike each time, none to nothing."""
-    tensors, path = load_file(tiny_vit.path), tmp_path / "model.safetensors"
-    for name in ("qkv.weight", "qkv.bias"):
-        heads = tensors[f"blocks.0.attn.{name}"].unflatten(0, (3, 3, 16))  # q, k and v of each head
-        heads[:, 0], heads[:, 1] = 0, heads[:, 1, :1].clone()
-    save_file(tensors, path)
-    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
-    with unchanged(path):
-        for file in files:
-            given = ["--flops", "60%", *research(basis=basis), "--effort", "fast", *FAST, "-o", file]
-            result = run("prune", path, *tiny_vit.flags[1:], *given)
-            assert result.exit_code == 0, result.stderr
-    assert files[0].read_bytes() == files[1].read_bytes()
-    plan = open_checkpoint(files[0]).record.plan
-    assert all(kept for unit in plan.units for kept in unit.kept)
 
 
 def evaluate(slim: Path, folder: Path, *more: object) -> str:

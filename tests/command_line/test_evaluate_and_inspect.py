@@ -6,7 +6,6 @@ import json
 import re
 
 import pytest
-from safetensors.torch import save_file
 
 from helpers.cli import run
 
@@ -31,12 +30,6 @@ def test_small_models_see_whole_images(tiny_vit, slim, images):
     for checkpoint in (tiny_vit.flags, [slim]):
         result = run("evaluate", *checkpoint, "--data-dir", images, "--workers", "0", "--json")
         assert json.loads(result.stdout)["preprocessing"]["crop_pct"] == 1.0
-
-
-def test_evaluate_needs_images(slim):
-    result = run("evaluate", slim)
-    assert result.exit_code == 2
-    assert "no images to evaluate on: give --data-dir or --dataset\n" in result.stderr
 
 
 def test_image_size_the_model_does_not_take(slim, images):
@@ -82,20 +75,6 @@ def test_inspect_names_coupled_channels(slim_of):
     assert " as v " in line
     document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
     assert document["layers"][0]["goes_with"] == {"qk": "v"}
-
-
-def test_inspect_counts_what_is_left_whole(tiny_vit, tmp_path):
-    import timm
-
-    model = timm.create_model("vit_tiny_patch16_224", num_classes=7, qk_norm=True, **tiny_vit.args)
-    save_file(model.state_dict(), tmp_path / "norm.safetensors")
-    flags = [tmp_path / "norm.safetensors", *tiny_vit.flags[1:], "--model-arg", "qk_norm=True"]
-    document = json.loads(run("inspect", *flags, "--json").stdout)
-    plain = json.loads(run("inspect", *tiny_vit.flags, "--json").stdout)
-    assert "qk" in document["layers"][0]["left_whole"]
-    assert document["layers"][0]["flops"] >= plain["layers"][0]["flops"]
-    shown = run("inspect", *flags).stdout.splitlines()
-    assert "whole" in next(line for line in shown if line.startswith("blocks.0.attn"))
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,3 @@ def test_config_that_is_not_there():
     result = run("prune", "a", "--flops", "1G", "-c", "nowhere.yaml")
     assert result.exit_code == 2
     assert "error: --config nowhere.yaml: No such file" in result.stderr
-
-
-def test_empty_config_says_nothing(tmp_path):
-    file = tmp_path / "run.yaml"
-    file.write_text("# nothing\n")
-    assert read_config(file, PruneOptions.options(), "run.yaml") == {}

@@ -79,25 +79,6 @@ def test_progress_on_a_terminal(monkeypatch):
     assert "\x1b[2J" not in text
 
 
-@pytest.mark.parametrize("settings", [{"quiet": True}, {"as_json": True}])
-def test_no_progress_when_not_wanted(monkeypatch, settings):
-    with terminal(monkeypatch) as stream:
-        console = Console(**settings)
-        console.start("searching")
-        console.advance(3, 10)
-        console.finish()
-    assert stream.getvalue() == ""
-
-
-def test_stages_are_lines_without_a_terminal(capsys):
-    for verbose in (0, 1):
-        console = Console(verbose=verbose)
-        console.start("searching")
-        console.advance(1, 2, "detail")
-        console.finish()
-        assert capsys.readouterr().err == "searching\n" * verbose
-
-
 def test_seconds_of_stages_are_shown_with_v(capsys):
     for settings, shown in (({}, False), ({"verbose": 1}, True), ({"verbose": 1, "quiet": True}, False)):
         console = Console(as_json=True, **settings)
@@ -107,16 +88,6 @@ def test_seconds_of_stages_are_shown_with_v(capsys):
         printed = capsys.readouterr()
         assert list(json.loads(printed.out)["stage_seconds"]) == ["reading", "evaluating"]
         assert ("all stages" in printed.err) == shown
-
-
-def test_long_stages_give_lines_without_a_terminal_but_not_when_quiet(monkeypatch, capsys):
-    monkeypatch.setattr("mhacut.runtime.progress.SECONDS_BETWEEN_LINES", 0.0)
-    for quiet in (False, True):
-        console = Console(quiet=quiet)
-        console.start("training")
-        console.advance(1, 4, "loss 0.5\x1b[2J")
-        line = r"training: 1/4, loss 0.5\x1b[2J, 0:00:00 elapsed, -:--:-- left"
-        assert capsys.readouterr().err == ("" if quiet else f"{line}\n")
 
 
 def test_stages_are_shown_with_v(slim):

@@ -163,10 +163,6 @@ def test_what_cannot_be_parsed_is_a_usage_error(arguments, message):
     assert message in result.stderr
 
 
-def test_no_arguments_at_all_are_answered_by_help():
-    assert "Make trained vision transformers smaller" in run().output
-
-
 def test_broken_pipe_ends_quietly(programs, slim):
     with unchanged(slim):
         program = programs.start(MAIN, "inspect", slim, "-q")

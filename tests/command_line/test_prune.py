@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 from safetensors import safe_open
@@ -61,16 +60,6 @@ def test_divergences_of_features_are_called_what_they_are(tiny_vit, flags, headi
     assert [line.split(maxsplit=6)[6] for line in costs] == [unit, unit]
 
 
-@pytest.mark.slow
-def test_prune_measures_accuracy_where_it_can(tiny_vit, images, tmp_path):
-    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", *FAST]
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", *arguments)
-    assert result.exit_code == 0, result.stderr
-    assert "top-1, % of 14 images" in result.stdout
-    assert "dry run: no model was written" in result.stdout
-    assert list(Path.cwd().iterdir()) == []
-
-
 def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_path, monkeypatch):
     """When one ends with an error, torchrun ends the others, whatever they still had to say."""
     out = tmp_path / "out.safetensors"
@@ -83,17 +72,6 @@ def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_pat
         assert result.exit_code == 1
         assert ("exists" in result.stderr) == (rank == "0")
         assert waits == expected
-
-
-@pytest.mark.slow
-def test_without_labels_no_accuracy_is_measured(tiny_vit, images, tmp_path):
-    arguments = ["--data-dir", images, "--train-split", "val", "--workers", "0", "--no-labels", *FAST]
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "--dry-run", "--json", *arguments)
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    assert document["dense"]["top1"] is document["slim"]["top1"] is None
-    assert "without labels" in document["data"]
-    assert "accuracy is not measured: --no-labels" in result.stderr
 
 
 def test_prune_json(tiny_vit, tmp_path):
@@ -118,13 +96,6 @@ def test_prune_json(tiny_vit, tmp_path):
         stated = json.loads(file.metadata()["mhacut"])
     assert stated["plan"] == document["plan"]
     assert stated["tokens"] == document["tokens"] == {"read": 1}
-
-
-@pytest.mark.slow
-def test_default_name_is_stem_and_budget(tiny_vit, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert run("prune", *tiny_vit.flags, "--flops", "700K", *FAST).exit_code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny-700K.safetensors"]
 
 
 @pytest.mark.parametrize("budgets", [("60%",), ("80%", "60%")])
@@ -155,19 +126,6 @@ def test_a_default_name_that_exists_is_refused_before_the_checkpoint_is_read(
 def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code, message):  # 44 to 46
     monkeypatch.chdir(tmp_path)
     assert message in refusal(tmp_path, "prune", *tiny_vit.flags, f"--flops={budget}", *FAST, code=code)
-
-
-@pytest.mark.slow
-def test_existing_output_is_kept(tiny_vit, tmp_path):
-    out = tmp_path / "out.safetensors"
-    out.write_bytes(b"precious")
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *FAST)
-    assert result.exit_code == 1
-    assert "--overwrite" in result.stderr
-    assert "searching" not in result.stderr
-    assert out.read_bytes() == b"precious"
-    assert run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--overwrite", *FAST).exit_code == 0
-    assert mhacut.load_model(out).num_classes == 7
 
 
 @pytest.mark.parametrize(

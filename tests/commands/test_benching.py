@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 import torch
@@ -36,11 +35,6 @@ def test_every_run_takes_its_turn():
     assert len(times[0]) == len(times[1]) >= 5
 
 
-def test_times_are_seconds():
-    times = take_turns([lambda: time.sleep(0.01)], seconds=0.0, device=torch.device("cpu"))
-    assert all(0.01 <= seconds < 1 for seconds in times[0])
-
-
 def test_ratios_are_of_the_same_round():
     # The machine became three times slower for both on the way.
     first, own = [1.0, 1.0, 3.0, 3.0, 3.0], [0.5, 0.5, 1.5, 1.5, 1.5]
@@ -65,9 +59,9 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "logits_at"), [(320, 4), (576, 8)])
-def test_what_runs_is_told_with_zeros_that_pad_the_attention_of_large_images(tmp_path, side, logits_at):
+def test_padded_attention_of_large_images_counts_in_what_runs(tmp_path):
     """Of 3 heads of 24 channels in all: q and k keep 4 of 8 channels, v all of them."""
+    side = 576
     case = ModelCase("vit_tiny_patch16_224", {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": side})
     model = build(case)
     dense = save_dense(model, tmp_path / "dense.safetensors")
@@ -84,7 +78,7 @@ def test_what_runs_is_told_with_zeros_that_pad_the_attention_of_large_images(tmp
         return linear + 3 * n * n * (multiplied + 8)
 
     assert first.timings[0].executed == 1
-    expected = products(4, logits_at) / products(8, 8)
+    expected = products(4, 8) / products(8, 8)
     assert second.timings[0].executed == pytest.approx(expected, rel=1e-6)
 
 
@@ -119,6 +113,7 @@ def test_shards_count_as_one_file(tmp_path):
 
 @pytest.mark.slow
 def test_models_beside_each_other(slim_of):
+    before = torch.get_num_threads()
     result = mhacut.bench(slim_of("distilled"), slim_of("vit"), **QUICK, threads=1)
     first, second = result.models
     assert "distilled" in first.architecture
@@ -130,12 +125,6 @@ def test_models_beside_each_other(slim_of):
     assert timing.runs >= 5
     assert first.timings[0].ratio == 1
     assert result.threads == 1
-
-
-@pytest.mark.slow
-def test_threads_are_put_back(slim_of):
-    before = torch.get_num_threads()
-    assert mhacut.bench(slim_of("vit"), **QUICK, threads=before + 1).threads == before + 1
     assert torch.get_num_threads() == before
 
 

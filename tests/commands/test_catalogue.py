@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 
-import timm
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from helpers.cli import run
-from mhacut.commands.models import build_weightless, catalogue
+from mhacut.commands.models import catalogue
 
 
 def test_what_can_be_cut_and_what_is_refused():
@@ -57,28 +54,3 @@ def test_the_command():
     assert nothing.exit_code == 2
     assert "'nothing_like_it': no matching model in timm; try '*nothing_like_it*'" in nothing.stderr
     assert "try" not in run("models", "*nothing_like_it*").stderr
-
-
-class Calls(TorchDispatchMode):
-    """Names of all operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
-def test_models_without_weights_are_alike_and_nothing_initialises_them():
-    with Calls() as calls:
-        found = build_weightless("swin_tiny_patch4_window7_224")
-    assert "empty" in calls.names
-    assert not {"uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"} & calls.names
-    expected = timm.create_model("swin_tiny_patch4_window7_224").state_dict()
-    state = found.state_dict()
-    assert list(state) == list(expected)
-    for name, tensor in state.items():
-        assert tensor.is_meta
-        assert (tensor.shape, tensor.dtype) == (expected[name].shape, expected[name].dtype)

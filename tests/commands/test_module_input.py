@@ -131,22 +131,6 @@ def test_a_module_is_as_accurate_as_its_file(few_digits):
     assert model.training
 
 
-@pytest.mark.slow
-def test_a_slim_module_can_be_evaluated(few_digits, tmp_path):
-    slim = tmp_path / "slim.safetensors"
-    options = {**QUICK, "effort": "fast", "flops": "50%"}
-    pruned = mhacut.prune(DIGITS / "model", data_dir=few_digits, output=slim, **options)
-    found = mhacut.evaluate(mhacut.load_model(slim), data_dir=few_digits)
-    assert found.evaluation.top1 == pruned.slim.evaluation.top1
-    assert found.flops == pruned.slim.flops
-
-
-def test_a_module_that_does_not_keep_its_image_size_is_checked_at_the_size_given():
-    args = {"img_size": 64, "num_classes": 3}
-    model = timm.create_model("levit_128s", **args).eval()
-    assert rebuilt_module(model, ModelHints(model_args=args)).identity.model_args == args
-
-
 def test_another_number_of_classes_is_refused(tiny_vit):
     hints = ModelHints(num_classes=4)
     for opened in (rebuilt_module, copy_of_module):

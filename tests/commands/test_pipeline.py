@@ -88,19 +88,17 @@ def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_stays_half_precision(tiny_vit, tmp_path, dtype):
-    half = tmp_path / "half.safetensors"
+def test_half_precision_stays_half_precision(tiny_vit, tmp_path):
+    dtype, half = torch.bfloat16, tmp_path / "half.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
     result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
     assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
-def test_running_statistics_are_rounded_as_the_file_rounds_them(dtype, tmp_path):
+def test_running_statistics_are_rounded_as_the_file_rounds_them(tmp_path):
     """Repair changes those of batch norms, in single precision."""
-    case = FIRST_MODEL[levit.Attention]
+    dtype, case = torch.float16, FIRST_MODEL[levit.Attention]
     output = tmp_path / "slim.safetensors"
     result = mhacut.prune(build(case).to(dtype), flops="70%", output=output, model_args=case.args, **QUICK)
     stored = {tensor.dtype for tensor in load_file(result.output).values() if tensor.is_floating_point()}
@@ -134,33 +132,6 @@ def test_dry_run_writes_nothing_until_it_is_asked_to(tiny_vit, pruned, tmp_path)
         dry.save(tmp_path / "late.safetensors")
     with pytest.raises(mhacut.OutputError, match="input"):
         dry.save(tiny_vit.path, overwrite=True)
-
-
-@pytest.mark.slow
-def test_the_example_loses_little(tmp_path):
-    result = mhacut.prune(
-        DIGITS / "model",
-        flops="50%",
-        data_dir=DIGITS / "images",
-        calibration_images=100,
-        output=tmp_path / "slim.safetensors",
-        latency=False,
-    )
-    assert result.dense.evaluation.top1 > 96
-    assert result.slim.evaluation.top1 > result.dense.evaluation.top1 - 3
-    # The accuracy is that of the file.
-    from mhacut.data import Preprocessing, evaluation_loader
-    from mhacut.measuring.accuracy import evaluate
-    from mhacut.options.base import LabelledImages
-
-    loaded = read_model(result.output)
-    loader = evaluation_loader(
-        Preprocessing(**loaded.record.preprocessing),
-        LabelledImages(data_dir=DIGITS / "images", workers=0),
-        num_classes=10,
-        batch_size=50,
-    )
-    assert evaluate(loaded.model, loader, device=torch.device("cpu")).top1 == result.slim.evaluation.top1
 
 
 @pytest.mark.slow

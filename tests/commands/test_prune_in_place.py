@@ -180,13 +180,7 @@ class Reading(nn.Module):
 @pytest.mark.parametrize(
     ("method", "options", "kept"),
     [
-        ("forward", {}, ("output",)),
         ("forward_features", {}, ("output",)),
-        (
-            "forward_intermediates",
-            {"indices": [0, 2], "intermediates_only": True},
-            ("output[0]", "output[1]"),
-        ),
         ("get_intermediate_layers", {"n": 2, "norm": True}, ("output[0]", "output[1]")),
     ],
 )
@@ -214,12 +208,6 @@ def test_tokens_of_a_timm_model_are_merged_and_copied_back(method, options, kept
     assert all(p.grad is not None for p in model.vit.blocks[0].parameters())
 
 
-def test_channels_alone_are_cut_where_that_is_asked_for():
-    model, images = build(Reading), torch.randn(4, 3, 32, 32)
-    assert not mhacut.prune_(model, images=images, scope="attention+mlp", **QUICK).plan.tokens
-    assert type(model.vit) is timm.models.VisionTransformer
-
-
 @pytest.mark.slow
 def test_tokens_are_tuned_on_as_they_are(images):
     vit = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=16, num_classes=3)
@@ -227,18 +215,6 @@ def test_tokens_are_tuned_on_as_they_are(images):
     tuned = {"tuning_steps": 2, "batch_size": 4} | QUICK | {"flops": "20%"}
     result = mhacut.prune_(model, "0.blocks", images=images, **tuned)
     assert result.divergence > 0.05  # else nothing is tuned
-
-
-def test_a_function_that_never_runs_the_part_is_not_called_for_ever(images):
-    model, calls = build(Two), []
-
-    def run():
-        calls.append(model(images[:2])["masks"])
-        assert len(calls) < 5
-        return calls[-1]
-
-    with pytest.raises(DataError, match="images: none came to `teacher`"):
-        mhacut.prune_(model, "teacher", images=run, **QUICK)
 
 
 @pytest.mark.slow

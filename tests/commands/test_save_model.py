@@ -32,17 +32,6 @@ def test_a_trained_slim_model_goes_back_into_a_file(pruned, tmp_path):
     assert mhacut.prune(tmp_path / "tuned.safetensors", flops="80%", dry_run=True, **BALANCED).slim.flops > 0
 
 
-def test_a_new_classifier_is_saved_with_the_model(pruned, tmp_path):
-    slim = pruned.output
-    model = mhacut.load_model(slim)
-    model.reset_classifier(3)
-    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
-    assert mhacut.load_model(tmp_path / "other.safetensors")(torch.zeros(1, 3, 32, 32)).shape == (1, 3)
-    with pytest.raises(OutputError, match="exists"):
-        mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
-    mhacut.save_model(model, tmp_path / "other.safetensors", like=slim, overwrite=True)
-
-
 @pytest.mark.parametrize("classes", [0, 3])
 def test_names_of_other_classes_are_not_kept(pruned, tmp_path, classes):
     slim, before, tensors = tmp_path / "slim.safetensors", read_model(pruned.output), load_file(pruned.output)
@@ -106,7 +95,14 @@ def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("architecture", "args"), [("efficientvit_m0", {}), ("tiny_vit_5m_224", {"depths": (1, 1, 1, 1)})]
+    ("architecture", "args"),
+    [
+        pytest.param("efficientvit_m0", {}, marks=pytest.mark.exhaustive),
+        (
+            "tiny_vit_5m_224",
+            {"depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)},
+        ),
+    ],
 )
 def test_pooling_may_be_a_module_or_the_head_s(architecture, args, tmp_path):
     torch.manual_seed(0)
@@ -129,10 +125,3 @@ def test_wrappers_of_torch_are_left_out(pruned, tmp_path, wrapped):
     mhacut.save_model(wrapped(model), tmp_path / "other.safetensors", like=pruned.output)
     saved, before = (load_file(path) for path in (tmp_path / "other.safetensors", pruned.output))
     assert saved.keys() == before.keys()
-
-
-def test_an_empty_name_is_not_the_working_directory(pruned, tmp_path, monkeypatch):
-    monkeypatch.chdir(pruned.output.parent)
-    for take in (mhacut.load_model, mhacut.inspect):
-        with pytest.raises(CheckpointError, match=r"^expected the name of a checkpoint, found an empty one$"):
-            take("")

@@ -59,13 +59,6 @@ def test_elsewhere_channels_are_cut_alone(tmp_path, case, options, reason):
     assert last_step(result.output)["options"]["scope"] == "attention+mlp"
 
 
-@pytest.mark.slow
-def test_the_paper_cuts_channels_alone(tmp_path):
-    result, lines = pruned(VIT, tmp_path / "slim.safetensors", method="paper", steps=1, gain_steps=1)
-    assert lines == []
-    assert not result.plan.tokens.merged
-
-
 def test_a_scope_that_is_given_is_taken(tmp_path):
     result, lines = pruned(VIT, tmp_path / "slim.safetensors", flops="70%", scope="attention")
     assert lines == []

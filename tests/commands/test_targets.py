@@ -288,13 +288,6 @@ def test_a_share_of_the_size_is_one_of_the_file_in_half_precision(tiny_vit, tmp_
     assert target.limit == int(0.9 * size)
 
 
-def test_a_plain_budget_states_nothing_new(tiny_vit, tmp_path):
-    entry = last_step(prune_quickly(tiny_vit, tmp_path / "slim.safetensors", flops="60%").output)
-    assert "targets" not in entry
-    assert entry["options"]["flops"] == "60%"
-    assert not {"params", "size", "max_kl", "max_drop"} & entry["options"].keys()
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -349,13 +342,3 @@ def test_history_and_report_state_targets(tiny_vit, tmp_path):
     assert "target params 60%" in page.read_text()
     both = last_step(prune_quickly(tiny_vit, tmp_path / "both.safetensors", flops="70%", size="200KB").output)
     assert "FLOPs (budget 815K, size 200KB), divergence " in step(both)
-
-
-@pytest.mark.parametrize(
-    "targets",
-    [5, [5], [{}], [{"target": 3, "asked": None}], [{"target": "\x1b[2J", "asked": "x" * 999}] * 99],
-)
-def test_targets_of_a_strange_file_are_shown_safely(targets):
-    line = step({"command": "prune", "flops_before": 5, "flops_after": 4, "targets": targets})
-    assert "\x1b" not in line
-    assert len(line) < 2000

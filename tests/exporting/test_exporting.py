@@ -18,8 +18,7 @@ from torch import nn
 
 import mhacut
 from helpers.cli import run
-from helpers.files import SLIM
-from helpers.models import build, image, slow_but
+from helpers.models import build, image
 from mhacut.checkpoint.load import read_model
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
@@ -32,7 +31,7 @@ from properties.cases import FIRST_MODEL
 
 @pytest.fixture(scope="module")
 def exported(slim_of, tmp_path_factory) -> Callable[[str, str], ExportResult]:
-    """One of SLIM in a format, made when first asked for; nothing else lies beside it."""
+    """One of ``helpers.files.SLIM`` in a format, made when first asked for; nothing else lies beside it."""
 
     def export(name: str, format: str) -> ExportResult:
         output = tmp_path_factory.mktemp(name) / "file"
@@ -45,11 +44,11 @@ def exported(slim_of, tmp_path_factory) -> Callable[[str, str], ExportResult]:
     ("format", "name"),
     [
         ("pt2", "vit"),
-        pytest.param("pt2", "distilled", marks=pytest.mark.slow),
+        pytest.param("pt2", "distilled", marks=pytest.mark.exhaustive),
+        pytest.param("onnx", "vit", marks=pytest.mark.slow),
         *(
-            pytest.param("onnx", name, marks=pytest.mark.exhaustive if name == "swin" else pytest.mark.slow)
-            for name in SLIM
-            if name != "coat"
+            pytest.param("onnx", name, marks=pytest.mark.exhaustive)
+            for name in ("swin", "distilled", "flatten")
         ),
     ],
 )
@@ -61,10 +60,10 @@ def test_the_file_gives_the_model_s_numbers_at_any_batch(format, name, exported)
     assert list(result.output.parent.iterdir()) == [result.output]
 
 
-@pytest.mark.parametrize("format", slow_but({"pt2"}, ["pt2", "onnx"]))
-def test_the_file_names_no_folder_of_this_machine(format, exported):
+@pytest.mark.slow
+def test_the_file_names_no_folder_of_this_machine(exported):
     """As traces of the code that each operation comes from do."""
-    content = exported("vit", format).output.read_bytes()
+    content = exported("vit", "onnx").output.read_bytes()
     assert os.path.dirname(timm.__file__).encode() not in content
 
 
@@ -177,7 +176,7 @@ def test_an_opset_that_nobody_here_knows_is_refused(slim_of, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_attention_of_five_dimensions_is_exported():
     """Twins' has five dimensions, which torch does not translate as one operator."""
     case = FIRST_MODEL[twins.LocallyGroupedAttn]

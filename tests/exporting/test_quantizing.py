@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 import mhacut
 from helpers.checkpoints import ARGS, NAME, save, tiny
 from helpers.cli import run
-from helpers.models import slow_but
 from mhacut.commands.export import ExportResult
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import UsageError
 from mhacut.exporting import quantize
 from mhacut.exporting.quantize import rounding_error
 from mhacut.measuring.accuracy import agreement
@@ -139,7 +138,7 @@ def outlying(path):
     return save(model, path)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_layer_whose_inputs_have_outliers_stays_float32(tmp_path, monkeypatch):
     asked = {"model": NAME, "model_args": ARGS, "overwrite": True, "output": tmp_path / "a.onnx"}
     source = outlying(tmp_path / "a.safetensors")
@@ -170,7 +169,8 @@ def test_the_error_of_a_layer_is_that_of_a_slow_reference(seed, outlier):
     assert rounding_error(x, weight) == pytest.approx(total / 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", slow_but({"flatten"}, ["swin", "flatten"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["swin", "flatten"])
 def test_other_architectures(name, slim_of, few_digits, tmp_path):
     images = {"data_dir": few_digits, "calibration_images": 16}
     result = mhacut.export(slim_of(name), output=tmp_path / "a.onnx", **QUICK, **images)
@@ -189,15 +189,6 @@ def test_other_architectures(name, slim_of, few_digits, tmp_path):
 def test_refused_before_any_work(options, expected):
     with pytest.raises(UsageError, match=expected):
         mhacut.export("no such file", **options)
-
-
-@pytest.mark.slow
-def test_too_few_images_for_a_fixed_batch(slim_of, few_digits, tmp_path):
-    with pytest.raises(MhacutError, match="too few for a comparison"):
-        mhacut.export(
-            slim_of("vit"), output=tmp_path / "a.onnx", fixed_batch=20, data_dir=few_digits, **QUICK
-        )
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -98,16 +98,6 @@ def test_what_was_no_use_is_said(slim, images, tmp_path):
     assert json.loads(resumed.stdout)["improved"] is False
 
 
-def test_the_command_refuses(slim, images, tmp_path):
-    missing = run("finetune", "--data-dir", images)
-    assert missing.exit_code == 2
-    assert "SLIM is missing" in missing.stderr
-    (tmp_path / "bad.yaml").write_text("mixup_alfa: 1\n")
-    bad = run("finetune", slim, "--config", tmp_path / "bad.yaml")
-    assert bad.exit_code == 2
-    assert "no option 'mixup_alfa'; did you mean 'mixup" in bad.stderr
-
-
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_recipes_are_options(recipe):
     values = read_config(recipe, FinetuneOptions.options(), recipe.name)
@@ -198,13 +188,3 @@ def test_the_table_of_fine_tuning_can_be_made_in_parts(slim, images, tiny_vit, t
     second = json.loads((tmp_path / "slim-2-teacher-2" / "finished.json").read_text())
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")
     assert row[4].startswith(f"{(first['after'] + second['after']) / 2:.2f} ± ")
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # timm leaves files open
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_the_throughput_benchmark_runs_both_loops(slim, images, monkeypatch, capsys):
-    given = [slim, "--data-dir", images, "--batch-size", "6", "--steps", "1", "--turns", "2"]
-    benchmark("finetune_throughput", monkeypatch, *given)
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("images per second: mhacut ")
-    assert "median ratio" in lines[-2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import re
 import shutil
 
@@ -20,10 +19,9 @@ from helpers.files import save_dense
 from helpers.finetuning import Killed, resume, same, weights
 from helpers.jobs import Recorder
 from mhacut.checkpoint.load import open_checkpoint
-from mhacut.errors import MhacutError, UsageError
+from mhacut.errors import UsageError
 from mhacut.finetuning.folder import BEST, RunFolder
 from mhacut.finetuning.images import StepBatches
-from mhacut.finetuning.objective import Blocks
 from mhacut.finetuning.training import Trainer, _checkpoint_gradients
 
 
@@ -187,15 +185,6 @@ def test_what_timm_has_can_be_asked_for(tune, options):
     assert all(np.isfinite(row.train_loss) for row in result.epochs)
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_compiler")
-def test_what_cannot_be_compiled_is_one_sentence(tune):
-    with pytest.raises(
-        MhacutError, match=r"^compile=True: torch.compile fails \(backend='fail' raised: Runtime"
-    ):
-        tune(compile=True)
-
-
 def test_a_model_without_grad_checkpointing_says_so():
     model = timm.create_model("convit_tiny", img_size=32, embed_dim=12, depth=1)
     with pytest.raises(UsageError, match="grad_checkpointing=True: this model does not support it"):
@@ -241,10 +230,6 @@ def test_workers_change_nothing(tune):
     assert same(weights(alone.folder), weights(helped.folder))
 
 
-def test_another_seed_is_another_run(tune):
-    assert not same(weights(tune("a").folder), weights(tune("b", seed=1).folder))
-
-
 @pytest.mark.parametrize(("batch_size", "parts"), [(4, 2), (6, 3), (3, 2), (1, 5)])
 def test_every_image_comes_once_an_epoch_and_partners_share_a_part(batch_size, parts):
     batches = StepBatches(47, batch_size=batch_size, parts=parts, seed=3)
@@ -277,19 +262,6 @@ def test_a_single_output_is_learnt_from_the_teacher_and_not_from_labels(tiny_vit
     assert result.after is None  # all images are of the only class
     with pytest.raises(UsageError, match="has a single output, so it needs a teacher to learn from"):
         mhacut.finetune(slim, output=tmp_path / "labels", **given)
-
-
-def test_blocks_of_images_that_are_only_measured_are_not_kept():
-    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32)
-    images = torch.randn(1, 3, 32, 32)
-    student, teacher = Blocks(model), Blocks(copy.deepcopy(model), frozen=True)
-    assert student.shapes(model, images).keys() == {"blocks.0", "blocks.1"}
-    with torch.inference_mode():
-        model(images)
-    assert student.outputs == {}
-    model(images)
-    assert student.outputs.keys() == {"blocks.0", "blocks.1"}
-    assert teacher.outputs == {}
 
 
 def test_clipping_by_agc_leaves_the_head_alone_as_timm_does(tune, slim):

@@ -235,16 +235,6 @@ def test_a_state_runs_nothing(finished, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_without_the_best_weights_a_run_goes_on(tune, at_call, tmp_path):
-    undo = at_call(Trainer, "step", 5)
-    with pytest.raises(Killed):
-        tune("cut")
-    undo()
-    (tmp_path / "cut" / "best.safetensors").unlink()
-    result = resume(tmp_path / "cut")
-    assert result.after.top1 == result.epochs[1].eval_top1
-
-
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_files(tune, tmp_path, at_call):
     at_call(Trainer, "step", 5, nan)
     with pytest.raises(MhacutError, match=r"loss became nan at step 5 of 6; .*holds step 3.*smaller lr"):
@@ -264,15 +254,6 @@ def test_overwriting_replaces_the_run_and_no_other_files(tune, finished):
     tune(overwrite=True, lr=1e-4, steps=2, save_every=1)
     assert names(finished) == {*ALL, "notes.txt"}
     assert same(weights(finished), weights(tune("alone", lr=1e-4, steps=2, save_every=1).folder))
-
-
-def test_a_run_whose_first_measurement_failed_begins_again(tune, tmp_path, at_call):
-    undo = at_call(run_module, "evaluate", 1)
-    with pytest.raises(Killed):
-        tune(steps=1)
-    undo()
-    assert names(tmp_path / "run") == {"args.yaml"}
-    assert names(tune(steps=1).folder) == ALL
 
 
 def test_what_a_run_reads_is_never_replaced(tune, finished, slim, images, tmp_path):

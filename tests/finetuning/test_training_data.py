@@ -70,28 +70,6 @@ def test_classes_that_are_not_the_heads_are_refused(tune, images, tmp_path):
         tune(data_dir=tmp_path / "two")
 
 
-@pytest.mark.exhaustive
-def test_unreadable_images_are_named_and_another_stands_in(tune, images, tmp_path):
-    broken = tmp_path / "broken"
-    for path in images.rglob("*.png"):
-        target = broken / path.relative_to(images)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        bad = path.parts[-3:] == ("train", "c2", "3.png")
-        target.write_bytes(b"no picture" if bad else path.read_bytes())
-    result = tune(data_dir=broken, workers=2)
-    assert [path.endswith("c2/3.png") for path in result.unreadable] == [True]
-    assert result.steps == 6
-    assert repr(result).splitlines()[-1] == f"trained on {result.data}"
-    for label in range(CLASSES):
-        (broken / "train" / f"c{label}" / "0.png").write_bytes(b"no picture")
-    with pytest.raises(DataError, match=r"\d of 42 images cannot be read, first"):
-        tune("many", data_dir=broken)
-    for path in (broken / "train").rglob("*.png"):
-        path.write_bytes(b"no picture")
-    with pytest.raises(DataError, match="a batch cannot be read, first"):
-        tune("all", data_dir=broken)
-
-
 @pytest.mark.slow
 def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, images, tmp_path):
     root, source = tmp_path / "many", images / "train" / "c0" / "0.png"

@@ -111,6 +111,12 @@ RUNS = {
     "hybrid": Run({"flops": "65%"}, HYBRID),
 }
 
+IN_CI = {
+    "vit-flops", "vit-flops-fast", "vit-size", "vit-latency", "tokens-flops", "vit-no-images",
+    "vit-preserve-tokens", "vit-equal", "swin", "rotary",
+}  # fmt: skip
+"""One run of each kind that takes a few seconds; before a release all run."""
+
 
 def prune(name: str, folder: Path) -> list[mhacut.PruneResult]:
     """Run one of RUNS in ``folder``."""
@@ -159,8 +165,13 @@ def summary(result: mhacut.PruneResult) -> dict[str, Any]:
     }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in IN_CI else pytest.mark.exhaustive)
+        for name in RUNS
+    ],
+)
 def test_a_run_gives_the_plan_and_the_logits_it_gave(name, tmp_path, request):
     if RUNS[name].timed:
         request.getfixturevalue("clock")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import ANY
@@ -23,7 +22,7 @@ from mhacut.options.export import ExportOptions
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.inspect import InspectOptions
 from mhacut.options.measure import BenchOptions
-from mhacut.options.option import Option, Options, option
+from mhacut.options.option import Option
 from mhacut.options.prune import PruneOptions, SearchOptions
 
 EVERY: list[Option] = [one for command in COMMANDS.values() for one in command.options().values()]
@@ -182,18 +181,6 @@ def test_options_without_effect_are_found(options, idle):
     assert options.unmet_needs() == idle
 
 
-def test_a_subclass_checks_what_it_inherits():
-    @dataclass(frozen=True, kw_only=True)
-    class More(SearchOptions):
-        share: float = option(0.5, above=0, below=1)
-
-    with pytest.raises(UsageError, match="steps=0"):
-        More(steps=0)
-    with pytest.raises(UsageError, match="share=1: expected above 0, below 1"):
-        More(share=1)
-    assert issubclass(More, Options)
-
-
 # --- messages ---
 
 
@@ -229,12 +216,6 @@ def test_options_are_arguments_in_python_and_flags_on_the_command_line(arguments
     with options_written_by(flag_writer(PruneOptions.options())):
         assert option_name(*arguments) == flag
     assert option_name(*arguments) == argument
-
-
-def test_the_notation_is_python_s_again_after_an_error():
-    with pytest.raises(ValueError), options_written_by(flag_writer({})):
-        raise ValueError
-    assert option_name("seed") == "seed"
 
 
 PACKAGE = Path(mhacut.__file__).parent

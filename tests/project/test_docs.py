@@ -307,13 +307,20 @@ def run_block(block: Block, names: dict[str, object], done: set[str]) -> None:
             done.add(text)
 
 
-def running_pages() -> list[Path]:
-    return [page for page in PAGES if any(block.runs for block in blocks(page))]
+LONGEST_PAGES = {"docs/guides/targets.md", "docs/guides/export.md"}
+"""Their commands search for a long time, or export to several runtimes."""
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("page", running_pages(), ids=named)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=pytest.mark.exhaustive if named(page) in LONGEST_PAGES else pytest.mark.slow)
+        for page in PAGES
+        if any(block.runs for block in blocks(page))
+    ],
+    ids=named,
+)
 def test_blocks_run(page, clone, done, monkeypatch):
     pytest.importorskip("onnxruntime", reason="needs pip install 'mhacut[dev]'")
     monkeypatch.chdir(clone)
@@ -325,18 +332,6 @@ def test_blocks_run(page, clone, done, monkeypatch):
     for block in blocks(page):
         if block.runs and block.mark != "tests":
             run_block(block, names, done)
-
-
-@pytest.mark.slow
-def test_the_quick_start_runs_twice(clone, monkeypatch):
-    monkeypatch.chdir(clone)
-    (written,) = (block for block in blocks(README) if block.mark == "main-job")
-    (slim := clone / "model-50pct.safetensors").write_bytes(b"of the first run")
-    given = mhacut_arguments([*commands(written.text)][-1])
-    result = run(
-        *given, "--effort", "fast", "--scope", "attention+mlp", "--calibration-images", "8", "--no-latency"
-    )
-    assert (result.exit_code, slim.read_bytes() != b"of the first run") == (0, True), result.stderr
 
 
 def test_blocks_that_are_not_run_say_why():

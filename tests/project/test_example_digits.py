@@ -8,9 +8,9 @@ import pytest
 import timm
 import torch
 
-from mhacut.data import Preprocessing, calibration_images, evaluation_loader
+from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.measuring.accuracy import evaluate
-from mhacut.options.base import DataOptions, LabelledImages
+from mhacut.options.base import LabelledImages
 
 DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
@@ -40,18 +40,6 @@ def test_training_and_validation_images_differ() -> None:
     )
     assert len(train) == len(val) == 300
     assert not train & val
-
-
-def test_training_images_calibrate_with_labels(model) -> None:
-    preprocessing = Preprocessing.resolve(model.pretrained_cfg, (3, 32, 32))
-    chosen = calibration_images(
-        preprocessing, DataOptions(data_dir=DIGITS / "images"), count=100, seed=0, num_classes=10
-    )
-    assert chosen.labels is not None
-    assert chosen.labels.bincount().tolist() == [10] * 10
-    with torch.inference_mode():
-        answers = model(chosen.images).argmax(dim=1)
-    assert int((answers == chosen.labels).sum()) >= 95  # it was trained on distorted copies of them
 
 
 def test_the_weights_stay_small() -> None:

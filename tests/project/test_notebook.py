@@ -39,17 +39,8 @@ BRIEF_TIMES = "import mhacut.commands.prune as pruning; pruning.TIMING_SECONDS =
 """What the kernel runs first: notebooks show times, and nothing here depends on how steady they are."""
 
 
-LONGEST = ("before_and_after", "choose_a_budget")
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, marks=pytest.mark.exhaustive if path.stem in LONGEST else pytest.mark.slow)
-        for path in NOTEBOOKS
-    ],
-    ids=lambda path: path.stem,
-)
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path, tmp_path, monkeypatch):
     for needed in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(needed, reason="needs pip install 'mhacut[dev]'")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import os
 import shutil
 import subprocess
@@ -99,16 +98,3 @@ def test_a_release_is_built_when_it_is_ready_and_uploaded_by_hand(served, tmp_pa
         f"{address}/gone: HTTP Error 404",
     ):
         assert fault in text
-
-
-@pytest.mark.slow
-def test_pruned_models_of_the_hub_are_listed(served):
-    folder, address = served
-    card = "- **FLOPs (multiply-accumulates, attention included):** 16.2M, dense 32.6M\n"
-    card += "- **Top-1 accuracy:** dense 97.67 % of 300 images, this model 96.50 % of 300 images\n"
-    found = [{"id": "some/vit", "cardData": {"base_model": "timm/vit"}}, {"id": "b/odd"}, {"id": "c|<b>"}]
-    write(folder, {"api/models": json.dumps(found), "some/vit/raw/main/README.md": card})
-    code, text = run(ROOT / "docs" / "hub.py", HF_ENDPOINT=address)
-    named = f"| [some/vit]({address}/some/vit) | [timm/vit]({address}/timm/vit) "
-    rows = [named + "| 16.2M | 32.6M | 96.50 | 97.67 |", f"| [b/odd]({address}/b/odd) |  |  |  |  |  |"]
-    assert (code, text.splitlines()[2:]) == (0, rows), text

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from helpers.models import slow_but
 from helpers.shell import mhacut_in_path
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "walkthroughs"
@@ -25,10 +24,8 @@ def test_each_is_in_the_table():
     assert all(f"`{name}.sh" in readme for name in ENDS)
 
 
-LONG = {"vit_to_onnx_runtime", "ablation"}
-
-
-@pytest.mark.parametrize("name", slow_but(LONG, ENDS))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ENDS)
 def test_it_runs(name, programs, tmp_path):
     with mhacut_in_path(programs, tmp_path) as path:
         ran = subprocess.run(

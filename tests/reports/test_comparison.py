@@ -69,15 +69,6 @@ def test_layers_are_compared_as_a_slow_reference_does():
     assert found.agreement == sum(int(a.argmax() == b.argmax()) for a, b in zip(p, q, strict=True)) / 5
 
 
-def test_a_model_agrees_with_itself():
-    model = build(CASE)
-    found = compare(model, copy.deepcopy(model), image(CASE), source="a", data="b", batch_size=2)
-    assert (found.agreement, found.divergence) == (1.0, pytest.approx(0.0, abs=1e-6))
-    for layer in found.layers:
-        assert (layer.own_error, layer.error) == (0.0, 0.0)
-        assert layer.agreement == pytest.approx(1.0, abs=1e-6)
-
-
 @pytest.mark.parametrize("dense_merges", [False, True])
 def test_tokens_that_are_merged_are_compared_with_the_same_patches(dense_merges):
     """Each layer against one of the dense model whose tokens are merged as the slim model merges them."""

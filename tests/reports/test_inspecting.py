@@ -134,13 +134,10 @@ def test_sorted_layers_fall(slim_of, sort):
     assert {layer.name for layer in found.chosen} == {layer.name for layer in found.inspection.layers}
 
     def number(layer):
-        heads = [head for unit in layer.units.values() for head in unit.heads]
-        if sort in ("similarity", "rank"):
-            of = {"similarity": lambda head: head.similarity, "rank": lambda head: head.rank99}[sort]
-            return sum(map(of, heads)) / len(heads) if heads else 0
-        if sort in ("flops", "params"):
-            return layer.flops if sort == "flops" else layer.parameters
-        return layer.units[sort].now if sort in layer.units else 0
+        heads = [head.rank99 for unit in layer.units.values() for head in unit.heads]
+        if sort == "rank":
+            return sum(heads) / len(heads) if heads else 0
+        return layer.parameters if sort == "params" else layer.units["qk"].now if "qk" in layer.units else 0
 
     numbers = [number(layer) for layer in found.chosen]
     assert numbers == sorted(numbers, reverse=True)
@@ -167,27 +164,21 @@ def test_what_cannot_be_is_refused(tiny_vit, given, message):
         inspect(tiny_vit.path, **opened(tiny_vit), **given)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "judge"),
     [
-        ("mobilevitv2_050", "weights"),
-        ("mobilevitv2_050", "images"),
-        ("levit_128s", "images"),
-        ("mobilenetv4_hybrid_medium", "weights"),
-        ("gcvit_xxtiny", "images"),
-        ("efficientvit_b0", "weights"),
-        ("efficientvit_b0", "images"),
-        ("efficientvit_m0", "images"),
-        ("swiftformer_xs", "weights"),
-        ("vit_pwee_patch16_reg1_gap_256", "images"),
-        ("halonet26t", "images"),
-        ("halonet26t", "weights"),
+        pytest.param("levit_128s", "images", marks=pytest.mark.slow),  # batch norms behind the readout
+        pytest.param("mobilevitv2_050", "weights", marks=pytest.mark.slow),  # no number of heads
+        pytest.param("efficientvit_b0", "images", marks=pytest.mark.slow),  # heads of several scales
+        pytest.param("swiftformer_xs", "weights", marks=pytest.mark.slow),  # a single unit
+        pytest.param("mobilenetv4_hybrid_medium", "weights", marks=pytest.mark.exhaustive),  # shared keys
+        pytest.param("gcvit_xxtiny", "images", marks=pytest.mark.exhaustive),  # q of another layer
+        pytest.param("efficientvit_m0", "images", marks=pytest.mark.exhaustive),  # heads in a row
+        pytest.param("vit_pwee_patch16_reg1_gap_256", "images", marks=pytest.mark.exhaustive),  # MLP inside
+        pytest.param("halonet26t", "images", marks=pytest.mark.exhaustive),
     ],
 )
 def test_layers_that_are_like_no_others(name, judge, tmp_path, images):
-    # Batch norms behind the readout, no number of heads, keys that heads share, q of another layer, heads of
-    # several scales, heads in a row, a single unit, an MLP inside.
     save_file(timm.create_model(name, num_classes=5).state_dict(), tmp_path / "model.safetensors")
     flags = ["--model", name, "--heads", "--html", str(tmp_path / "page.html"), "-q"]
     if judge == "images":

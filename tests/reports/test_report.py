@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -16,10 +15,8 @@ from mhacut.commands.inspect import inspect
 from mhacut.errors import OutputError, UsageError
 from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model, summary
-from mhacut.measuring.accuracy import ModelFigures
 from mhacut.plan import Plan, TokenPlan, UnitPlan
-from mhacut.report.charts import Line, Share, line_chart, share_table
-from mhacut.report.choices import Choice, choice_charts
+from mhacut.report.charts import Line, line_chart
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves
 from mhacut.report.page import page
 from mhacut.report.sections import Contents, sections
@@ -116,24 +113,6 @@ def test_every_layer_is_in_the_table(contents):
     assert section.table[1][2] == f"{unit.now}/{unit.dense}"
 
 
-def test_sections_appear_where_there_is_something(contents):
-    read = Reader(page(contents))
-    titles = [data for element, data in read.texts if element == "h2"]
-    assert titles == ["Blocks", "In numbers", "Layers", "Sensitivity", "History"]
-    plain = dataclasses.replace(contents, sensitivity=StoredCurves(), figures=())
-    titles = [data for element, data in Reader(page(plain)).texts if element == "h2"]
-    assert titles == ["Blocks", "In numbers", "Layers", "History"]
-
-
-def test_budgets_that_lose_nothing_have_no_logarithm():
-    choices = [
-        Choice(f"{number}", ModelFigures(number, number), 0.0 if number < 3 else None) for number in (1, 2, 3)
-    ]
-    assert choice_charts(choices) == []
-    (chart,) = choice_charts([*choices, Choice("4", ModelFigures(4, 4), 0.1)])
-    assert "divergence against FLOPs" in chart
-
-
 def test_points_lie_where_their_numbers_are():
     """Both ends of a line at the corners of the axes, the middle in between; on a logarithmic axis too."""
     for logarithmic, ys in ((False, (1.0, 2.0, 3.0)), (True, (0.01, 0.1, 1.0))):
@@ -177,18 +156,6 @@ def test_numbers_on_an_axis_differ(ys, logarithmic):
 # --- curves in a file ---
 
 PLAN = Plan((UnitPlan("blocks.0.attn", "v", 8, ((0, 1, 2), (1, 2, 3))),))
-
-
-def test_charts_bring_their_own_look():
-    """Notebooks have no style sheet of ours, and text from files must not become markup there either."""
-    shares = share_table("<b>", {"v": "#123456"}, [("<i>\x1b[2J", {"v": Share(0.5, "<u>", "<u>")})])
-    lines = line_chart("lines", [Line("a", [(0.0, 0.1), (4.0, 1000.0)], marked=(4.0, 1000.0))], "x", "y")
-    for chart in (shares, lines):
-        root = ElementTree.fromstring(chart)
-        assert not re.search(r"<[bius]>|class=|style=|\x1b", chart)
-        drawn = [one for one in root.iter() if one.tag in ("rect", "polyline", "circle", "text")]
-        assert all("fill" in one.attrib for one in drawn)
-    assert [one.get("cx") for one in root.iter("circle")] == ["336"]
 
 
 def test_curves_come_back_from_a_history():

@@ -11,7 +11,7 @@ import torch
 
 from mhacut.data import EvaluationLoader
 from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
-from mhacut.runtime.process import STOP_SIGNALS, in_new_process, stop_request, worker_count
+from mhacut.runtime.process import STOP_SIGNALS, in_new_process, stop_request
 
 
 @pytest.fixture
@@ -112,8 +112,3 @@ def test_a_program_that_fails_where_images_are_read_ends(programs):
     failed = programs.run(READING.format(then="raise RuntimeError('no such image')"))
     assert failed.returncode == 1
     assert "no such image" in failed.stderr
-
-
-def test_the_usual_number_of_processes_is_at_most_two():
-    assert worker_count(None) in (1, 2)
-    assert [worker_count(asked) for asked in (0, 1, 20)] == [0, 1, 20]
