@@ -25,13 +25,6 @@ def test_evaluate(slim, images):
     assert "mean 0.1,0.2,0.3" in shown.stdout
 
 
-def test_small_models_see_whole_images(tiny_vit, slim, images):
-    """The crop of the architecture's 224-pixel weights says nothing about a model of 32 pixels."""
-    for checkpoint in (tiny_vit.flags, [slim]):
-        result = run("evaluate", *checkpoint, "--data-dir", images, "--workers", "0", "--json")
-        assert json.loads(result.stdout)["preprocessing"]["crop_pct"] == 1.0
-
-
 def test_image_size_the_model_does_not_take(slim, images):
     result = run("evaluate", slim, "--data-dir", images, "--img-size", "64")
     assert result.exit_code == 2
@@ -75,17 +68,3 @@ def test_inspect_names_coupled_channels(slim_of):
     assert " as v " in line
     document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
     assert document["layers"][0]["goes_with"] == {"qk": "v"}
-
-
-@pytest.mark.parametrize(
-    ("given", "code", "says"),
-    [
-        (["--std", "0,1,1"], 2, "expected 3 number(s) above 0, for pixels in 0..1"),
-        (["--crop-pct", "0.001"], 2, "crop_pct 0.001: expected at least 0.1, at most 1.25"),
-        (["--val-split", "a" * 5000], 1, "no split 'aaa"),
-    ],
-)
-def test_data_and_preprocessing_out_of_bounds(slim, images, given, code, says):
-    result = run("evaluate", slim, "--data-dir", images, "-j", "0", *given)
-    assert (result.exit_code, result.stdout) == (code, "")
-    assert says in result.stderr

@@ -132,19 +132,10 @@ def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code,
     ("arguments", "message"),
     [
         ([], "CHECKPOINT is missing"),
-        (["a"], "--flops is missing. Budget for the FLOPs"),
         (["a"], "--params, --size, --max-latency, --max-kl or --max-drop"),
-        (
-            ["a", "--flops", "1G", "--scope", "mlp"],
-            "--scope mlp: expected one of auto, attention, attention+mlp",
-        ),
-        (["a", "--flops", "1G", "--round-to", "0"], "--round-to 0: expected at least 1"),
         (["a", "--flops", "1G", "--max-kl", "nan"], "--max-kl nan: expected a number"),
-        (["a", "--flops", "1G", "--mean", "0.5,a"], "--mean a: expected a number"),
         (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
         ([__file__, "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
-        (["a", "--flops", "1G", "--round-to", "x"], "--round-to"),
-        (["a", "--flops", "1G", "--bogus"], "--bogus"),
     ],
 )
 def test_usage_errors_exit_2(arguments, message):

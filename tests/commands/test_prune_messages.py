@@ -6,7 +6,6 @@ import re
 from functools import partial
 
 import pytest
-from safetensors.torch import save_file
 
 import mhacut
 from helpers.data import write_image
@@ -86,30 +85,6 @@ def test_a_budget_out_of_reach_is_refused_before_the_dense_model_is_measured(dig
         mhacut.prune(checkpoint, flops="5%", data_dir=images, reporter=reporter, output=output)
     assert "loading images" in reporter.stages
     assert "evaluating" not in reporter.stages
-
-
-def test_what_is_left_whole_is_logged(tmp_path):
-    import timm
-
-    args = {
-        "depth": 1,
-        "embed_dim": 48,
-        "num_heads": 3,
-        "img_size": 32,
-        "patch_size": 8,
-        "global_pool": "prr",
-    }
-    path = tmp_path / "prr.safetensors"
-    save_file(timm.create_model("vit_tiny_patch16_224", num_classes=5, **args).state_dict(), path)
-    result = mhacut.prune(
-        path,
-        flops="80%",
-        output=tmp_path / "slim.safetensors",
-        model="vit_tiny_patch16_224",
-        model_args=args,
-        **BALANCED,
-    )
-    assert result.not_prunable == ("attn_pool (AttentionPoolPrr): this pooling head is not pruned",)
 
 
 def test_training_on_a_single_image_is_left_out(tiny_vit, tmp_path):

@@ -20,7 +20,6 @@ from helpers.files import SLIM
 from helpers.models import ModelCase, build, slow_except
 from helpers.plans import random_plan
 from helpers.pruning import QUICK, last_step, prune_quickly
-from mhacut.budget import Budget
 from mhacut.commands.prune_names import options_of_each
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
@@ -35,31 +34,7 @@ from mhacut.surgery.flops import count_parameters
 from mhacut.surgery.slice import cut
 from properties.cases import CASES
 
-# --- budgets as people write them ---
-
-
-@pytest.mark.parametrize(
-    ("text", "resource", "amount"),
-    [
-        ("2.8M", "params", 2_800_000),
-        ("50%", "params", 500),
-        ("6MB", "size", 6_000_000),
-        ("1.5MiB", "size", 1_572_864),
-        ("800KB", "size", 800_000),
-        ("12B", "size", 12),
-        ("6e6", "size", 6_000_000),
-    ],
-)
-def test_budgets_of_other_resources(text, resource, amount):
-    assert Budget.parse(text, resource).amount(dense=1000) == amount
-
-
-@pytest.mark.parametrize(
-    ("text", "resource"), [("6MB", "params"), ("6M", "size"), ("6mb", "size"), ("6i", "size")]
-)
-def test_units_of_another_resource_are_refused(text, resource):
-    with pytest.raises(UsageError, match=f"{resource}='{text}' is not a budget; write "):
-        Budget.parse(text, resource)
+# --- names and contradictions ---
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import errno
 import importlib.util
 import json
-import os
 import re
 import sys
 from importlib.machinery import ModuleSpec
@@ -17,14 +15,13 @@ import pytest
 import yaml
 
 import mhacut
-from helpers.cli import run, tree, unchanged
+from helpers.cli import run, unchanged
 from helpers.finetuning import same, weights
 from helpers.jobs import Recorder
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.finetuning.training import Trainer
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
-from mhacut.runtime import files
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 
@@ -105,29 +102,6 @@ def test_recipes_are_options(recipe):
     assert {key: options.values()[key] for key in values} == values
     assert "Cost: " in recipe.read_text()
     assert FinetuneOptions.of(checkpoint="a", teacher="b", data_dir="c", **values).unmet_needs() == {}
-
-
-@pytest.mark.slow
-def test_a_full_disk_leaves_the_last_save(slim, images, finished_run, tmp_path, at_call):  # 48
-    folder, before = tmp_path / "run", {}
-
-    def full(path):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fill():
-        before.update(tree(folder))
-        at_call(files, "sync", 1, lambda: full)
-
-    undo = at_call(Trainer, "step", 5, fill)
-    given = ["--data-dir", images, "-b", "12", "-j", "0", "--epochs", "2", "--lr", "1e-3"]
-    with unchanged(slim, images):
-        result = run("finetune", slim, *given, "--save-every", "1", "-o", folder)
-    assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr.endswith("last.safetensors: cannot be written: No space left on device\n")
-    assert tree(folder) == before
-    undo()
-    assert run("finetune", "--resume", folder).exit_code == 0
-    assert same(weights(folder), weights(finished_run.folder))
 
 
 def test_the_command_stops_when_the_loss_is_no_number(slim, images, tmp_path, at_call):  # 56

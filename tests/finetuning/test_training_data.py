@@ -57,19 +57,6 @@ def test_validation_images_without_labels_are_left_out_unless_accuracy_is_asked_
         tune("asked", eval_images=5, **given)
 
 
-def test_classes_that_are_not_the_heads_are_refused(tune, images, tmp_path):
-    for name in ("c0", "c1"):
-        (tmp_path / "two" / "train" / name).mkdir(parents=True)
-        for number in range(6):
-            source = images / "train" / name / f"{number}.png"
-            (tmp_path / "two" / "train" / name / f"{number}.png").write_bytes(source.read_bytes())
-    with pytest.raises(DataError, match="2 class folders"):
-        tune(data_dir=tmp_path / "two")
-    (tmp_path / "two" / "train" / "empty").mkdir()
-    with pytest.raises(DataError, match="without images: empty"):
-        tune(data_dir=tmp_path / "two")
-
-
 @pytest.mark.slow
 def test_one_in_a_hundred_unreadable_images_is_counted_and_ten_are_named(slim, images, tmp_path):
     root, source = tmp_path / "many", images / "train" / "c0" / "0.png"

@@ -7,18 +7,38 @@ from mhacut.errors import UsageError
 
 
 @pytest.mark.parametrize(
-    ("text", "flops"),
+    ("text", "resource", "amount"),
     [
-        ("2.0G", 2_000_000_000),
-        ("600M", 600_000_000),
-        ("2e9", 2_000_000_000),
-        ("50%", 500),
-        ("12.5%", 125),
-        (".5K", 500),
+        ("2.0G", "flops", 2_000_000_000),
+        ("2e9", "flops", 2_000_000_000),
+        ("12.5%", "flops", 125),
+        (".5K", "flops", 500),
+        ("2.8M", "params", 2_800_000),
+        ("6MB", "size", 6_000_000),
+        ("1.5MiB", "size", 1_572_864),
+        ("12B", "size", 12),
+        ("6e6", "size", 6_000_000),
+        ("12ms", "max_latency", 12_000_000),
+        ("0.012s", "max_latency", 12_000_000),
+        ("800us", "max_latency", 800_000),
+        ("7ns", "max_latency", 7),
     ],
 )
-def test_budgets_as_people_write_them(text, flops):
-    assert Budget.parse(text).amount(dense=1000) == flops
+def test_budgets_as_people_write_them(text, resource, amount):
+    assert Budget.parse(text, resource).amount(dense=1000) == amount
+
+
+@pytest.mark.parametrize(
+    ("text", "resource"),
+    [
+        ("6MB", "params"), ("6M", "size"), ("6mb", "size"), ("6i", "size"), ("12", "max_latency"),
+        ("12m", "max_latency"), ("12 ms", "max_latency"), ("0ms", "max_latency"), ("-1ms", "max_latency"),
+        ("12MB", "max_latency"), ("2.0G", "max_latency"),
+    ],
+)  # fmt: skip
+def test_units_of_another_resource_are_refused(text, resource):
+    with pytest.raises(UsageError, match=f"{resource}='{text}' is not a budget; write "):
+        Budget.parse(text, resource)
 
 
 @pytest.mark.parametrize(
