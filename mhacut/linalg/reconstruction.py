@@ -25,37 +25,22 @@ _NOTHING = 1e-150
 
 
 @dataclass(frozen=True)
-class LinearRefit:
-    """Refit of the columns that read the channels: W_S += W_P B, bias += W_P c."""
+class Refit:
+    """Refit of the output columns, W_S += W_P B and bias += W_P c, or of the logits, q_S C k_S^T."""
 
-    prediction: Tensor
-    """B, [removed, kept]."""
-    constant: Tensor
-    """c, [removed]."""
+    matrix: Tensor
+    """B, [removed, kept], or C, [H, kept, kept]."""
     ridge: float
     """Relative ridge; infinite if the prediction did not help on held-out images."""
     error: float
-    """Squared error of the layer's output on held-out images, relative to plain removal."""
-    left: float
-    """Squared error of the layer's output on held-out images, per row."""
+    """Squared error of the layer's output or logits on held-out images, relative to plain removal."""
+    error_per_row: float
+    """Squared error on held-out images, per row of the output or per pair of rows of q and k."""
+    constant: Tensor | None = None
+    """c, [removed]; None for logits."""
 
 
-@dataclass(frozen=True)
-class LogitRefit:
-    """Refit of the logits of each head: q_S C k_S^T replaces q k^T."""
-
-    mixing: Tensor
-    """C, [H, kept, kept]."""
-    ridge: float
-    error: float
-    """Squared error of the logits on held-out images, relative to plain removal."""
-    left: float
-    """Squared error of the logits on held-out images, per pair of rows."""
-
-
-def refit_linear(
-    fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool
-) -> LinearRefit:
+def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool) -> Refit:
     """Return the best B and c; ``constant`` says whether a bias can absorb W_P c."""
     seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
@@ -66,14 +51,14 @@ def refit_linear(
     offset = torch.zeros(len(gone), dtype=torch.float64, device=kept.device)
     baseline = _brought(lost, _part(held.energy, gone, gone))
     if errors[ridge] > baseline:
-        return LinearRefit(prediction, offset, float("inf"), _share(baseline, baseline), baseline)
+        return Refit(prediction, float("inf"), _share(baseline, baseline), baseline, offset)
     if ridge < float("inf"):
         # Held-out images chose the ridge; the fit itself may use them too.
         every = _centred(both, both, constant)
         prediction = _ridge_solve(_part(every, kept, kept), _part(every, kept, gone), ridge).T
     if constant:
         offset = both.mean[gone] - prediction @ both.mean[kept]
-    return LinearRefit(prediction, offset, ridge, _share(errors[ridge], baseline), errors[ridge])
+    return Refit(prediction, ridge, _share(errors[ridge], baseline), errors[ridge], offset)
 
 
 def linear_error(
@@ -134,11 +119,10 @@ def refit_logits(
     plain: float,
     *,
     mixes: bool = True,
-) -> LogitRefit:
-    """Return the best C for each head, with q and k assumed independent.
+) -> Refit:
+    """Return the best C for each head, with q and k assumed independent; ``kept`` is [H, kept].
 
-    ``kept`` is [H, kept]. ``plain`` is the factor on the logits if the refit does not help. ``mixes`` says
-    whether kept channels may be mixed.
+    ``plain`` is the factor on the logits if the refit does not help. ``mixes`` allows mixing of channels.
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
@@ -153,7 +137,7 @@ def refit_logits(
     mixing = choices[ridge]
     if ridge < float("inf"):
         mixing = _mixing((fit[0] + held[0], fit[1] + held[1]), kept, gone, ridge)
-    return LogitRefit(mixing, ridge, _share(errors[ridge], baseline), errors[ridge])
+    return Refit(mixing, ridge, _share(errors[ridge], baseline), errors[ridge])
 
 
 def output_error(

@@ -32,27 +32,21 @@ class Ranking:
 
     order: Tensor
     """Channel indices, [heads, d]."""
+    error: Tensor | None = None
+    """Error by number of kept channels over all heads, [heads * d + 1], descending to 0. None if unknown."""
 
     def kept(self, width: int) -> Tensor:
         """Return the first ``width`` channels of each head, ascending, [heads, width]."""
         return self.order[:, :width].sort(dim=-1).values
 
 
-@dataclass(frozen=True)
-class Removal(Ranking):
-    """Ranking with the error for each number of channels."""
-
-    error: Tensor
-    """Error by number of kept channels over all heads, [heads * d + 1], descending to 0."""
-
-
 def rank_channels(
     second: Tensor, columns: Tensor, heads: int, smallest: int, fisher: Tensor | None = None
-) -> Removal:
+) -> Ranking:
     """Rank the channels of a layer, given the weights ``columns`` that read them.
 
     ``second`` is [heads * d, heads * d], ``columns`` [places * out, heads * d]. The first ``smallest``
-    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Removal.error`. The order is by
+    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Ranking.error`. The order is by
     plain squared error, since Fisher information from few images is noisy.
     """
     size = second.shape[0]
@@ -60,23 +54,29 @@ def rank_channels(
     inverse = damped_inverse(second)
     weights = columns.to(inverse, copy=True)
     place = torch.arange(size, device=second.device)  # channels of the rows and columns
-    stays = torch.ones_like(place, dtype=torch.bool)  # those of them that are not removed
-    closed = torch.zeros_like(stays)  # those that may not go: they have, or no more of their head may
+    stays = torch.ones_like(place, dtype=torch.bool)  # channels that are not removed yet
+    closed = torch.zeros_like(stays)  # removed channels, and all channels of heads at their smallest width
     excess, remaining = [width - smallest] * heads, size
     owner = (place // width).tolist()
+    # For each step: the removed channels P, the columns W_P that read them, and W_P [G^-1]_PP^-1. W_P was
+    # refitted in earlier steps.
     none = weights.new_empty(len(weights), 0)
-    steps = [_Removed(place[:0], none, none)]
+    removed, lost_columns, solved_columns = [place[:0]], [none], [none]
     while any(excess):
-        price = (weights.square().sum(0) / inverse.diagonal()).nan_to_num()  # below that of the closed ones
+        price = (
+            weights.square().sum(0) / inverse.diagonal()
+        ).nan_to_num()  # finite, so below closed channels
         price = price.masked_fill(closed, float("inf"))
         gone = _cheapest(price, owner, excess, max(1, int(AT_ONCE * remaining)))
         row, lost = inverse[gone], weights[:, gone]
         solved = _solve(row[:, gone], torch.cat([row, lost.mT], dim=1))
         share = solved[:, : len(place)]
-        # A view would keep all of what was solved, as wide as the layer, until the last step.
-        steps.append(_Removed(place[gone], lost, solved[:, len(place) :].mT.clone()))
+        removed.append(place[gone])
+        lost_columns.append(lost)
+        # A view would keep the whole of `solved`, which is as wide as the layer, until the last step.
+        solved_columns.append(solved[:, len(place) :].mT.clone())
         weights.addmm_(lost, share, alpha=-1)
-        inverse.addmm_(row.mT, share, alpha=-1)  # leaves 0 in the rows and columns of those that go
+        inverse.addmm_(row.mT, share, alpha=-1)  # leaves 0 in the rows and columns of removed channels
         remaining -= len(gone)
         stays[gone], closed[gone] = False, True
         for head in {owner[channel] for channel in gone.tolist()}:
@@ -86,35 +86,20 @@ def rank_channels(
             inverse, weights = inverse[stays][:, stays], weights[:, stays]
             place, closed, stays = place[stays], closed[stays], stays[stays]
             owner = (place // width).tolist()
-    removed = torch.cat([step.channels for step in steps])
     error = second.new_zeros(size + 1)
-    error[remaining:size] = _spent(steps, fisher).cumsum(0).flip(0)
-    error[:remaining] = error[remaining].clone()  # not known below
-    sequence = torch.cat([removed, place[stays].flip(0)]).flip(0)
+    error[remaining:size] = _added_errors(lost_columns, solved_columns, fisher).cumsum(0).flip(0)
+    error[:remaining] = error[remaining].clone()  # unknown below the smallest width
+    sequence = torch.cat([*removed, place[stays].flip(0)]).flip(0)
     owners = sequence // width
     order = torch.stack([sequence[owners == number] - number * width for number in range(heads)])
-    return Removal(order, error)
+    return Ranking(order, error)
 
 
-@dataclass(frozen=True)
-class _Removed:
-    """Channels removed in one step."""
-
-    channels: Tensor
-    """Indices, [k]."""
-    lost: Tensor
-    """Columns W_P that read them, refitted on the channels before this step, [out, k]."""
-    priced: Tensor
-    """W_P [G^-1]_PP^-1, [out, k]; its product with W_P^T is the added output error."""
-
-
-def _spent(steps: Sequence[_Removed], fisher: Tensor | None) -> Tensor:
+def _added_errors(lost: list[Tensor], solved: list[Tensor], fisher: Tensor | None) -> Tensor:
     """Return the error added by each channel in order of removal; channels of a step share it equally."""
-    lost, priced = (
-        torch.cat(parts, 1) for parts in zip(*((step.lost, step.priced) for step in steps), strict=True)
-    )
-    errors = (weighed_by(fisher, lost) * priced).sum(0)
-    sizes = torch.tensor([len(step.channels) for step in steps], device=errors.device)
+    # A step adds the output error W_P [G^-1]_PP^-1 W_P^T.
+    errors = (weighed_by(fisher, torch.cat(lost, 1)) * torch.cat(solved, 1)).sum(0)
+    sizes = torch.tensor([columns.shape[1] for columns in lost], device=errors.device)
     # index_add sums in no fixed order on GPUs.
     return torch.segment_reduce(errors, "mean", lengths=sizes).repeat_interleave(sizes)
 
@@ -142,30 +127,16 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
         gone = price.masked_fill(~alive, float("inf")).argmin(-1, keepdim=True)
         alive.scatter_(-1, gone, False)
         removed.append(gone)
-        steps = [side.without(gone, alive) for side in sides]
-        for number, (step, other) in enumerate((steps, steps[::-1])):
-            lost = other.column @ (other.column.mT @ sides[number].reach) / other.pivot
+        terms = [side.terms_of(gone) for side in sides]
+        for number, ((column, row, pivot), (other, _, other_pivot)) in enumerate((terms, terms[::-1])):
+            lost = other @ (other.mT @ sides[number].reach) / other_pivot
             at = crossed[number].gather(-1, gone.unsqueeze(-2).expand(-1, size, 1))
-            less = at - other.column @ (other.column.mT @ step.column) / other.pivot
-            crossed[number] = crossed[number] - lost - less @ step.row / step.pivot
-        for side, step in zip(sides, steps, strict=True):
-            side.take(step)
+            less = at - other @ (other.mT @ column) / other_pivot
+            crossed[number] = crossed[number] - lost - less @ row / pivot
+        for side, (column, row, pivot) in zip(sides, terms, strict=True):
+            side.remove(column, row, pivot, alive)
     stayed = alive.nonzero()[:, 1].view(heads, smallest)
     return Ranking(torch.cat([stayed, *reversed(removed)], dim=-1))
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Removal of 1 channel per head from a :class:`_Side`."""
-
-    column: Tensor
-    """The channel's column of A, [H, d, 1]."""
-    row: Tensor
-    """The channel's row of the inverse, [H, 1, d]."""
-    pivot: Tensor
-    """The channel's diagonal element of the inverse, [H, 1, 1]."""
-    alive: Tensor
-    """Whether a channel is kept, [H, d]."""
 
 
 class _Side:
@@ -179,18 +150,18 @@ class _Side:
         self.energy = self.reach @ second
         """P = A G_S:."""
 
-    def without(self, gone: Tensor, alive: Tensor) -> _Step:
-        """Return the step that removes channels ``gone``, [H, 1]."""
+    def terms_of(self, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return column of A [H, d, 1], row and pivot of the inverse [H, 1, d or 1] of channels [H, 1]."""
         places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
         row = self.inverse.gather(-1, places).mT
         pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(TINY)
-        return _Step(self.reach.gather(-1, places), row, pivot, alive.clone())
+        return self.reach.gather(-1, places), row, pivot
 
-    def take(self, step: _Step) -> None:
-        self.energy = self.energy - step.column @ step.column.mT / step.pivot
-        self.reach = (self.reach - step.column @ step.row / step.pivot) * step.alive.unsqueeze(-2)
-        left = self.inverse - step.row.mT @ step.row / step.pivot
-        self.inverse = left * step.alive.unsqueeze(-1) * step.alive.unsqueeze(-2)
+    def remove(self, column: Tensor, row: Tensor, pivot: Tensor, alive: Tensor) -> None:
+        """Remove 1 channel per head, given its :meth:`terms_of`; ``alive`` [H, d] marks the kept channels."""
+        self.energy = self.energy - column @ column.mT / pivot
+        self.reach = (self.reach - column @ row / pivot) * alive.unsqueeze(-2)
+        self.inverse = (self.inverse - row.mT @ row / pivot) * alive.unsqueeze(-1) * alive.unsqueeze(-2)
 
 
 def rank_parts(second: Tensor) -> Ranking:
@@ -265,7 +236,7 @@ def damped(second: Tensor) -> Tensor:
     ridge = RIDGE * second.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).clamp_min(1e-30)
     # Constant activations, or fewer rows than channels, leave negative eigenvalues by rounding. The ridge
     # grows by powers of 10 until it is at least twice as large.
-    enough = 20 * second.abs().sum(-1).max()  # not for ever, should there be a NaN
+    enough = 20 * second.abs().sum(-1).max()  # a bound, so that a NaN does not loop for ever
     while ridge.max() < enough:
         indefinite = torch.linalg.cholesky_ex(with_ridge(ridge / 2)).info > 0
         if not indefinite.any():

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import Layer, Unit
 from mhacut.linalg.reconstruction import linear_error, output_error, symmetric_root, weighed_by
-from mhacut.linalg.selection import Removal
 from mhacut.plan import UnitKey
 from mhacut.pruning.calibrate import WITHOUT_GRADIENTS, Calibration
 from mhacut.pruning.candidates import Candidate, few_rows
@@ -78,7 +77,7 @@ def _output_curve(
     """Return the curve of v or hidden channels from their moments."""
     unit, ranking, constant = candidate.unit, candidate.ranking, candidate.unit.constants_pass and refit
     few = refit and few_rows(unit, moments)
-    if unit.heads == 1 and isinstance(ranking, Removal) and not few:
+    if unit.heads == 1 and ranking.error is not None and not few:
         return {width: float(ranking.error[width]) / 2 for width in choices}
     in_basis, columns = rotated(moments, unit, candidate.rotation), effective_output_weights(module, unit)
     if candidate.rotation is not None:

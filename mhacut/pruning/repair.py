@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
-from mhacut.linalg.reconstruction import LinearRefit, LogitRefit, refit_linear, refit_logits
+from mhacut.linalg.reconstruction import Refit, refit_linear, refit_logits
 from mhacut.plan import Plan, UnitKey, UnitPlan
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate
@@ -135,10 +135,10 @@ def repair(
             if unit.gate is None:
                 scale(module, unit, kept_channels(choices[0][0]).float())
             continue
-        fits = [_Fit.of(module, unit, *choice, seen) for choice in choices]
-        best = min(fits, key=lambda fit: fit.refit.left)
-        best.apply(module, unit)
-        report[unit.key] = UnitRepair(best.plan, best.refit.ridge, best.refit.error)
+        fits = [(*choice, _refit(module, unit, *choice, seen)) for choice in choices]
+        best_plan, rotation, refit = min(fits, key=lambda fit: fit[-1].error_per_row)
+        _fold(module, unit, best_plan, rotation, refit)
+        report[unit.key] = UnitRepair(best_plan, refit.ridge, refit.error)
     return report
 
 
@@ -159,88 +159,75 @@ def shrink(
     elif unit.linear:
         scale(module, unit, kept)
     elif refit:
-        _Fit.of(module, unit, unit_plan, candidate.rotation, moments).apply(module, unit)
+        best = _refit(module, unit, unit_plan, candidate.rotation, moments)
+        _fold(module, unit, unit_plan, candidate.rotation, best)
     else:
         if candidate.rotation is not None:
             rotate(module, unit, candidate.rotation)
         scale(module, unit, kept * temperature_factor(unit, width, candidate.basis))
 
 
-@dataclass(frozen=True)
-class _Fit:
-    """Best refit of a unit for a choice of channels."""
-
-    plan: UnitPlan
-    rotation: Tensor | None
-    refit: LinearRefit | LogitRefit
-
-    @classmethod
-    def of(
-        cls,
-        module: nn.Module,
-        unit: Unit,
-        unit_plan: UnitPlan,
-        rotation: Tensor | None,
-        moments: UnitMoments,
-    ) -> _Fit:
-        seen = rotated(moments, unit, rotation)
-        kept = torch.tensor(unit_plan.kept, device=seen.fit[0].total.device)
-        if unit.kind == "qk":
-            plain = temperature_factor(unit, unit_plan.width, unit_plan.basis)
-            (query, key), (held_query, held_key) = seen.fit, seen.held
-            logits = refit_logits(
-                (query, key), (held_query, held_key), kept, plain, mixes=unit.mixing != "select"
-            )
-            return cls(unit_plan, rotation, logits)
-        columns = effective_output_weights(module, unit)
-        if rotation is not None:
-            columns = columns @ block_diagonal(rotation).mT
-        linear = refit_linear(
-            seen.fit[0], seen.held[0], _flat(unit, kept), columns, constant=unit.constants_pass
-        )
-        return cls(unit_plan, rotation, linear)
-
-    def apply(self, module: nn.Module, unit: Unit) -> None:
-        """Fold the refit into the layer's weights."""
-        if self.rotation is not None:
-            rotate(module, unit, self.rotation)
-        if isinstance(self.refit, LogitRefit):
-            self._mix_queries(module, unit, self.refit)
-        else:
-            self._move_columns(module, unit, self.refit)
-        if unit.feeds:  # a channel that the output projection does not read may still be read by others
-            scale(module, unit, kept_channels(self.plan).float())
-
-    def _mix_queries(self, module: nn.Module, unit: Unit, refit: LogitRefit) -> None:
-        """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, other rows 0."""
-        mixing = refit.mixing.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
-        for head, kept in enumerate(self.plan.kept):
-            where = torch.tensor(kept, device=mixing.device)
-            mixing[head, where[:, None], where] = refit.mixing[head].T
-        for axis in unit.scale_axes:
-            mix(module, unit, axis, mixing)
-
-    def _move_columns(self, module: nn.Module, unit: Unit, refit: LinearRefit) -> None:
-        """Fold W_S += W_P B and bias += W_P c into the output projection; columns of P become 0."""
-        assert unit.output_projection is not None
-        kept = _flat(unit, torch.tensor(self.plan.kept, device=refit.prediction.device))
-        gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
-        gone[kept] = False
-        projection = unit.output_projection
-        columns = module.get_parameter(projection.tensor).detach().movedim(projection.dim, -1)
-        # columns: (rows, *kernel, inputs). A channel may be read at several places, one a copy, and by a
-        # kernel at several pixels; output_weights lists all of these as rows: out = copies * kernel * rows.
-        copies = projection.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)  # (H * d, copies)
-        lost = output_weights(module, unit).detach().double()[:, gone]  # (out, removed)
-        added = (lost @ refit.prediction).to(columns.dtype)  # (out, kept)
-        added = added.reshape(copies.shape[1], *columns.shape[1:-1], len(columns), -1)
-        for more, places in zip(added, copies.T, strict=True):  # more: (*kernel, rows, kept)
-            columns[..., places[kept]] += more.movedim(-2, 0)
-            columns[..., places[gone]] = 0
-        add_constant(module, unit, lost @ refit.constant)
+def _refit(
+    module: nn.Module, unit: Unit, unit_plan: UnitPlan, rotation: Tensor | None, moments: UnitMoments
+) -> Refit:
+    seen = rotated(moments, unit, rotation)
+    kept = torch.tensor(unit_plan.kept, device=seen.fit[0].total.device)
+    if unit.kind == "qk":
+        plain = temperature_factor(unit, unit_plan.width, unit_plan.basis)
+        (query, key), (held_query, held_key) = seen.fit, seen.held
+        mixes = unit.mixing != "select"
+        return refit_logits((query, key), (held_query, held_key), kept, plain, mixes=mixes)
+    columns = effective_output_weights(module, unit)
+    if rotation is not None:
+        columns = columns @ block_diagonal(rotation).mT
+    kept = _over_all_heads(unit, kept)
+    return refit_linear(seen.fit[0], seen.held[0], kept, columns, constant=unit.constants_pass)
 
 
-def _flat(unit: Unit, kept: Tensor) -> Tensor:
-    """Return indices per head [H, kept] as indices over all heads [H * kept]."""
+def _fold(module: nn.Module, unit: Unit, unit_plan: UnitPlan, rotation: Tensor | None, refit: Refit) -> None:
+    """Fold a refit into the weights of the layer."""
+    if rotation is not None:
+        rotate(module, unit, rotation)
+    if unit.kind == "qk":
+        _mix_queries(module, unit, unit_plan, refit)
+    else:
+        _move_columns(module, unit, unit_plan, refit)
+    if unit.feeds:  # other layers may read a channel that the output projection does not read
+        scale(module, unit, kept_channels(unit_plan).float())
+
+
+def _mix_queries(module: nn.Module, unit: Unit, unit_plan: UnitPlan, refit: Refit) -> None:
+    """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, other rows 0."""
+    mixing = refit.matrix.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
+    for head, kept in enumerate(unit_plan.kept):
+        rows = torch.tensor(kept, device=mixing.device)
+        mixing[head, rows[:, None], rows] = refit.matrix[head].T
+    for axis in unit.scale_axes:
+        mix(module, unit, axis, mixing)
+
+
+def _move_columns(module: nn.Module, unit: Unit, unit_plan: UnitPlan, refit: Refit) -> None:
+    """Fold W_S += W_P B and bias += W_P c into the output projection; columns of P become 0."""
+    projection = unit.output_projection
+    assert projection is not None
+    assert refit.constant is not None
+    kept = _over_all_heads(unit, torch.tensor(unit_plan.kept, device=refit.matrix.device))
+    gone = torch.ones(unit.heads * unit.width, dtype=torch.bool, device=kept.device)
+    gone[kept] = False
+    columns = module.get_parameter(projection.tensor).detach().movedim(projection.dim, -1)
+    # columns: (rows, *kernel, inputs). A channel may be read at several places, with one copy for each, and
+    # by a kernel at several pixels. output_weights lists all of these as rows: out = copies * kernel * rows.
+    copies = projection.rows(unit.heads, unit.width).flatten(0, 1).to(kept.device)  # (H * d, copies)
+    lost = output_weights(module, unit).detach().double()[:, gone]  # (out, removed)
+    added = (lost @ refit.matrix).to(columns.dtype)  # (out, kept)
+    added = added.reshape(copies.shape[1], *columns.shape[1:-1], len(columns), -1)
+    for more, places in zip(added, copies.T, strict=True):  # more: (*kernel, rows, kept)
+        columns[..., places[kept]] += more.movedim(-2, 0)
+        columns[..., places[gone]] = 0
+    add_constant(module, unit, lost @ refit.constant)
+
+
+def _over_all_heads(unit: Unit, kept: Tensor) -> Tensor:
+    """Return channel indices per head [H, kept] as indices into the channels of all heads [H * kept]."""
     heads = torch.arange(unit.heads, device=kept.device)
     return (kept + unit.width * heads[:, None]).reshape(-1)

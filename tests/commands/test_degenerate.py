@@ -281,10 +281,10 @@ def test_a_head_of_zeros_beside_others_is_refitted_to_zeros():
     moments, kept = (Moments.of(x), Moments.of(x.flip(-1))), torch.tensor([[0, 2], [0, 2]])
     found = refit_logits(moments, moments, kept, 1.0)
     assert found.ridge < float("inf")
-    assert found.mixing.isfinite().all()
+    assert found.matrix.isfinite().all()
     alone = tuple(Moments(side.rows, side.total[:1], side.second[:1]) for side in moments)
-    assert torch.allclose(found.mixing[:1], refit_logits(alone, alone, kept[:1], 1.0).mixing)
-    assert torch.equal(found.mixing[1], torch.eye(2).double())
+    assert torch.allclose(found.matrix[:1], refit_logits(alone, alone, kept[:1], 1.0).matrix)
+    assert torch.equal(found.matrix[1], torch.eye(2).double())
 
 
 def test_of_many_equal_channels_the_first_go():

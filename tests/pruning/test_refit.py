@@ -67,7 +67,7 @@ def test_linear_refit_is_least_squares(constant):
     inputs = torch.cat([x[:, kept], torch.ones(400, 1).double()], 1) if constant else x[:, kept]
     solution = torch.linalg.lstsq(inputs, x[:, gone]).solution
     assert found.ridge == 1e-9  # nothing is held out here that a ridge could help with
-    assert torch.allclose(found.prediction, solution[:3].T, atol=1e-5)
+    assert torch.allclose(found.matrix, solution[:3].T, atol=1e-5)
     assert torch.allclose(found.constant, solution[3] if constant else torch.zeros(3).double(), atol=1e-4)
     left = (x[:, gone] - inputs @ solution) @ columns[:, gone].T
     plain = x[:, gone] @ columns[:, gone].T
@@ -81,9 +81,9 @@ def test_few_images_never_make_it_worse_than_removing(seed: int, fitted: int, he
     seen, unseen, kept = exact(x[:fitted]), exact(x[fitted:]), torch.tensor([1, 2, 6])
     found = refit_linear(seen, unseen, kept, columns, constant=constant)
     assert found.error <= 1 + 1e-9
-    assert found.prediction.isfinite().all()
+    assert found.matrix.isfinite().all()
     if found.error == 1.0:
-        assert found.constant.count_nonzero() == found.prediction.count_nonzero() == 0
+        assert found.constant.count_nonzero() == found.matrix.count_nonzero() == 0
 
 
 @given(seed=st.integers(0, 2**31), constant=st.booleans())
@@ -104,7 +104,7 @@ def test_the_error_of_the_best_ridge_is_that_of_its_rows(seed, constant):
             left = ((held - mean)[:, gone] - predicted) @ columns[:, gone].T
             errors.append(float(left.square().sum() / len(held)))
         refit = refit_linear(exact(fit), exact(held), torch.tensor(kept), columns, constant=constant)
-        assert refit.left == pytest.approx(min(errors), rel=1e-6)
+        assert refit.error_per_row == pytest.approx(min(errors), rel=1e-6)
         error = linear_error(exact(fit), exact(held), columns, constant=constant)
         assert error(torch.tensor(kept)) == pytest.approx(min(errors), rel=1e-6)
 
@@ -114,7 +114,7 @@ def test_held_out_images_far_from_the_mean_have_the_error_of_their_rows():
     columns, kept, gone = torch.ones(3, 7).double(), torch.tensor([0, 2]), [1, 3, 4, 5, 6]
     as_zero = float((held[:, gone] @ columns[:, gone].T).square().sum() / len(held))
     refit = refit_linear(exact(fit), exact(held), kept, columns, constant=True)
-    assert refit.left == pytest.approx(as_zero, rel=1e-9)
+    assert refit.error_per_row == pytest.approx(as_zero, rel=1e-9)
 
 
 @given(seed=st.integers(0, 2**31), rank=st.integers(1, 5), width=st.integers(1, 6))
@@ -126,14 +126,14 @@ def test_data_that_leaves_the_solution_open_gives_the_least_error_but_for_the_ri
     kept = torch.randperm(7, generator=generator)[:width].sort().values
     gone = torch.tensor([channel for channel in range(7) if channel not in kept.tolist()])
     found = refit_linear(exact(x), exact(x), kept, columns, constant=False)
-    error = float(((x[:, gone] - x[:, kept] @ found.prediction.T) @ columns[:, gone].T).square().sum())
+    error = float(((x[:, gone] - x[:, kept] @ found.matrix.T) @ columns[:, gone].T).square().sum())
     # No solution beats the one of least norm; a ridge solution has an objective not above that one's.
     solution = torch.linalg.lstsq(x[:, kept], x[:, gone], driver="gelsd").solution
     least = float(((x[:, gone] - x[:, kept] @ solution) @ columns[:, gone].T).square().sum())
     penalty = RIDGES[0] * x[:, kept].square().sum(0).mean() * (solution @ columns[:, gone].T).square().sum()
     rounding = 1e-9 * float(x.square().sum() * columns.square().sum())
     assert least - rounding <= error <= least + float(penalty) + rounding
-    assert 50 * found.left == pytest.approx(error, rel=1e-3, abs=rounding)
+    assert 50 * found.error_per_row == pytest.approx(error, rel=1e-3, abs=rounding)
     promised = 50 * output_error(exact(x).energy, kept, columns, None)
     assert promised == pytest.approx(error, rel=1e-3, abs=rounding)
 
@@ -180,7 +180,7 @@ def test_held_back_images_that_disagree_leave_the_columns_as_they_were(constant)
     columns, kept = torch.ones(2, 4).double(), torch.tensor([0, 1, 2])
     found = refit_linear(exact(x), exact(other), kept, columns, constant=constant)
     assert found.ridge == float("inf")
-    assert found.prediction.count_nonzero() == 0
+    assert found.matrix.count_nonzero() == 0
     # What is known of the removed channel is its mean.
     mean = (x[:, 3].mean() + other[:, 3].mean()) / 2 if constant else torch.tensor(0.0)
     assert found.constant.tolist() == pytest.approx([float(mean)], abs=1e-9)
@@ -197,7 +197,7 @@ def test_held_back_logits_that_disagree_leave_the_queries_as_they_were():
     kept = torch.tensor([[0, 1, 2]])
     found = refit_logits((exact(q), exact(k)), (exact(other), exact(k)), kept, plain=1.25)
     assert found.ridge == float("inf")
-    assert torch.equal(found.mixing, 1.25 * torch.eye(3)[None].double())
+    assert torch.equal(found.matrix, 1.25 * torch.eye(3)[None].double())
     assert found.error == 1.0
 
 
@@ -211,14 +211,14 @@ def test_fewer_rows_than_channels_do_not_blow_up_what_rounding_left_of_the_rest(
     seen = Moments.of(x[:50])
     found = refit_linear(seen, seen, kept, columns, constant=True)
     unseen = x[50:].double()
-    left = unseen[:, gone] - unseen[:, kept] @ found.prediction.T - found.constant
+    left = unseen[:, gone] - unseen[:, kept] @ found.matrix.T - found.constant
     reader = columns[:, gone].double().T
     assert (left @ reader).norm() < (unseen[:, gone] @ reader).norm()
-    assert found.prediction.norm() < 100
+    assert found.matrix.norm() < 100
     heads = Moments.of(x[:50, :64] - x[:50, :64].mean(0))
     heads = Moments(50, heads.total[None], heads.second[None])
     logits = refit_logits((heads, heads), (heads, heads), torch.arange(0, 64, 1)[None, :56], plain=1.0)
-    assert logits.mixing.norm() < 100
+    assert logits.matrix.norm() < 100
 
 
 def test_every_head_is_refitted_for_itself():
@@ -230,9 +230,9 @@ def test_every_head_is_refitted_for_itself():
     for head in range(3):
         own = exact(q[head : head + 1]), exact(k[head : head + 1])
         alone = refit_logits(own, own, kept[head : head + 1], plain=1.0)
-        assert torch.allclose(together.mixing[head], alone.mixing[0], rtol=1e-5)
-        left += alone.left
-    assert together.left == pytest.approx(left, rel=1e-6)
+        assert torch.allclose(together.matrix[head], alone.matrix[0], rtol=1e-5)
+        left += alone.error_per_row
+    assert together.error_per_row == pytest.approx(left, rel=1e-6)
 
 
 def test_logit_refit_is_the_best_of_all_mixings():
@@ -245,9 +245,9 @@ def test_logit_refit_is_the_best_of_all_mixings():
         left = q @ k.transpose(-2, -1) - q[..., kept[0]] @ mixing @ k[..., kept[0]].transpose(-2, -1)
         return float(left.square().sum())
 
-    least = error(found.mixing)
+    least = error(found.matrix)
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        assert error(found.mixing + 0.01 * torch.randn(1, 2, 2, generator=generator).double()) > least
+        assert error(found.matrix + 0.01 * torch.randn(1, 2, 2, generator=generator).double()) > least
     plain = error(torch.eye(2).double())
     assert found.error == pytest.approx(least / plain, rel=1e-6)

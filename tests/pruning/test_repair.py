@@ -135,7 +135,7 @@ def test_the_mixing_of_the_logits_is_folded_into_the_queries_as_it_was_solved():
     plan = Plan((next(each for each in plan_of(prunable, 0) if each.kind == "qk"),))
     repair(model, prunable, plan, {unit.key: seen})
     kept = torch.tensor(plan.units[0].kept)
-    mixing = refit_logits(seen.fit, seen.held, kept, plain=1.0).mixing
+    mixing = refit_logits(seen.fit, seen.held, kept, plain=1.0).matrix
     assert relative(mixing, mixing.mT) > 0.01
     for axis, rows in zip(unit.scale_axes, before, strict=True):
         after = channels_of(module, unit, axis).double()
