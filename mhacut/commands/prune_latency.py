@@ -22,7 +22,7 @@ from mhacut.pruning.choose_merges import with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planner
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
+from mhacut.surgery.hooks import LayerInputs, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
@@ -171,7 +171,7 @@ class _LayerCall:
     """A call of a layer during 1 forward pass of the model."""
 
     def __init__(
-        self, model: nn.Module, layer: Layer, call: Call, choices: dict[str, tuple[int, ...]]
+        self, model: nn.Module, layer: Layer, call: LayerInputs, choices: dict[str, tuple[int, ...]]
     ) -> None:
         self.module, self.layer, self.call = model.get_submodule(layer.name), layer, call
         self.choices = choices

@@ -257,5 +257,5 @@ def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     first = f"{stack.name}.0"
     with recorded_calls(model, [first]) as calls:
         model(torch.zeros(1, *size, device=next(model.parameters()).device))
-    total = calls[first][0].args[0].shape[1]
-    return Tokens(total, stack.prefix, len(stack.blocks))
+    args, _ = calls[first][0]
+    return Tokens(args[0].shape[1], stack.prefix, len(stack.blocks))

@@ -18,7 +18,7 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.plan import Plan, UnitKey, UnitKind, UnitPlan
 from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.flops import count_flops, count_parameters, measure_flops, take_weights
-from mhacut.surgery.hooks import Call, Replay, cost_key, cut_to_widths, recorded_calls
+from mhacut.surgery.hooks import LayerInputs, Replay, cost_key, cut_to_widths, recorded_calls
 from mhacut.surgery.slice import cut, slice_layer
 
 
@@ -99,7 +99,7 @@ _FITTED: dict[tuple[Any, ...], Polynomial] = {}
 """Cache of fitted polynomials, by module, inputs and device."""
 
 
-def _fitted(module: nn.Module, layer: Layer, call: Call) -> Polynomial:
+def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
     """FLOPs of one run of a layer; layers with equal shapes and inputs are counted once."""
     meta = next(module.parameters()).is_meta
     key = (cost_key(module), repr(call), meta)

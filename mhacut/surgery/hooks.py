@@ -111,17 +111,13 @@ class TensorShape:
     dtype: torch.dtype
 
 
-@dataclass(frozen=True)
-class Call:
-    """Arguments of one run of a layer, with tensors replaced by :class:`TensorShape`."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+LayerInputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one run of a layer, with tensors replaced by :class:`TensorShape`."""
 
 
 @contextmanager
-def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Call]]]:
-    calls: dict[str, list[Call]] = {name: [] for name in names}
+def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[LayerInputs]]]:
+    calls: dict[str, list[LayerInputs]] = {name: [] for name in names}
     with registered(
         model.get_submodule(name).register_forward_pre_hook(_recorder(recorded), with_kwargs=True)
         for name, recorded in calls.items()
@@ -129,10 +125,10 @@ def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str,
         yield calls
 
 
-def _recorder(calls: list[Call]) -> Callable[[nn.Module, Any, Any], None]:
+def _recorder(calls: list[LayerInputs]) -> Callable[[nn.Module, Any, Any], None]:
     # A function, because deepcopy keeps functions. A partial would be copied, and its list with it.
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(Call(*tree_map(_shape_only, (args, kwargs))))
+        calls.append(tree_map(_shape_only, (args, kwargs)))
 
     return hook
 
@@ -148,10 +144,10 @@ def _shape_only(leaf: Any) -> Any:
 class Replay(nn.Module):
     """Recorded call of a layer as a module, whose inputs are the tensors of the call."""
 
-    def __init__(self, module: nn.Module, call: Call) -> None:
+    def __init__(self, module: nn.Module, call: LayerInputs) -> None:
         super().__init__()
         self.module = module
-        self._leaves, self._structure = tree_flatten((call.args, call.kwargs))
+        self._leaves, self._structure = tree_flatten(call)
 
     def zeros(self, device: torch.device) -> tuple[Tensor, ...]:
         return tuple(torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self._shapes())
