@@ -28,7 +28,7 @@ def checkpoint_filter(
 
 
 def img_size_of(architecture: str, shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Image size of a checkpoint, where it is not the default of ``architecture``."""
+    """Image size of a checkpoint; None if it is the default of ``architecture``."""
     pyramids = [family for family in FAMILIES if family is not flatten_deit]
     config = next((f.default_cfgs[architecture] for f in pyramids if architecture in f.default_cfgs), None)
     size = encoded_img_size(shapes, patch_size)

@@ -44,15 +44,12 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
     t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions move towards their
     largest channels, lengths stay. Norms are over all C channels, that is over all heads together.
 
-    Args:
-        tokens: [B, N, C], at least float32: (1e-6)^3 is zero in half precision.
-        scale: [1, 1, C].
-        power: focusing factor p.
-        gate: factor on each channel's product of q and k, [C], at least 0. Here it changes the norms only, as
-            if q and k each had a factor of gate^(1/2p) before the power; the caller multiplies q or k by it.
-            A gate of 0 removes the channel exactly, which a factor before the + 1e-6 cannot do, and its
-            gradient does not vanish at 0.
+    ``tokens`` are at least float32, since (1e-6)^3 is 0 in half precision. ``scale`` is [1, 1, C].
     """
+    # The gate [C], at least 0, is a factor on each channel's product of q and k. It changes only the norms
+    # here, as if q and k each had a factor of gate^(1/2p) before the power. The caller multiplies q or k by
+    # the gate. A gate of 0 removes the channel exactly, and its gradient does not vanish at 0. A factor
+    # before the + 1e-6 could do neither.
     features = (F.relu(tokens) + EPSILON) / F.softplus(scale)
     sharpened = features**power
     if gate is None:
@@ -173,7 +170,7 @@ class FocusedLinearAttention(nn.Module):
             init_linear(getattr(self, name))
 
     def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
-        """Make what a family has between its projections and ``dwc``."""
+        """Make the convolutions that a family has between its projections and ``dwc``."""
         return
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -223,9 +220,9 @@ class FusedFocusedAttention(FocusedLinearAttention):
     proj: nn.Linear
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend; timm's ViT passes the other arguments, which must not ask for a mask."""
+        """Attend to all tokens. timm's ViT passes the other arguments; a mask is an error."""
         if attn_mask is not None or is_causal:
-            raise UsageError("focused linear attention has no attention weights that a mask could act on")
+            raise UsageError("focused linear attention does not support attention masks")
         q, k, v = split_qkv(self.qkv(x), self.proj.in_features)
         return self.proj_drop(self.proj(self.attend(q, k, v)))
 

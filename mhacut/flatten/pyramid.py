@@ -85,12 +85,7 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the maps after some stages, [B, C, H, W], as timm's models do.
-
-        Returns:
-            The maps, or, unless ``intermediates_only``, the features of the last stage that was run,
-            [B, H, W, C], and the maps.
-        """
+        """Return the final features [B, H, W, C], unless ``intermediates_only``, and maps [B, C, H, W]."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: only NCHW is supported")
         wanted, last = feature_take_indices(self.num_stages, indices)
@@ -99,8 +94,8 @@ class Pyramid(nn.Module):
         for index in range(end):
             x = self.run_stage(index, x)
             if index in wanted:
-                shown = self.finish(x) if norm and index == self.num_stages - 1 else x
-                taken.append(shown.permute(0, 3, 1, 2).contiguous())
+                features = self.finish(x) if norm and index == self.num_stages - 1 else x
+                taken.append(features.permute(0, 3, 1, 2).contiguous())
         if intermediates_only:
             return taken
         return (self.finish(x) if end == self.num_stages else x), taken

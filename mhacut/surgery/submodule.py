@@ -1,4 +1,4 @@
-"""A part of a model as a model by itself: calls that the whole model makes of it, recorded and repeated."""
+"""Submodules as models: record how the whole model calls a submodule, and repeat the call on other inputs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from mhacut.adapters.registry import adapter_for
 from mhacut.errors import DataError, UnsupportedModelError, UsageError
 
 _PROBES = 4
-"""Number of random projections of what a loss gives."""
+"""Number of random projections of the values of a loss."""
 _DIFFERENTIATED = 64
-"""Number of images, at least, through which it is differentiated."""
+"""Minimum number of images for the gradients of a loss."""
 
 _Note = Callable[[str, Any, Any], None]
 
 
 class SubmoduleFn(nn.Module):
-    """A submodule as a function of the tensor that differs from image to image; all else is as it was."""
+    """A submodule as a function of images or tokens. Its other arguments are those of the recorded call."""
 
     def __init__(self, module: nn.Module, recorded: Recorded, outputs: Iterable[str]) -> None:
-        """Take the submodule, its recorded call, and the names of the outputs to give."""
         super().__init__()
         self.module, self.call, self.place = module, recorded.call, recorded.place
         self.method = recorded.method
@@ -36,7 +35,7 @@ class SubmoduleFn(nn.Module):
         self.read = [recorded.outputs[name] for name in outputs]
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the outputs that are read, each [B, ...], for what the submodule is given, [B, ...]."""
+        """Return the selected outputs, [B, ...] each, for inputs [B, ...] of the submodule."""
         leaves, structure = tree_flatten(self.call)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
@@ -49,9 +48,9 @@ class SubmoduleFn(nn.Module):
         return [outputs[number] for number in self.read]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return all of :meth:`maps` in one tensor."""
+        """Return the outputs of :meth:`maps` in one tensor."""
         maps = self.maps(images)
-        return maps[0] if len(maps) == 1 else torch.cat([each.flatten(1) for each in maps], dim=1)
+        return maps[0] if len(maps) == 1 else torch.cat([output.flatten(1) for output in maps], dim=1)
 
 
 @dataclass(frozen=True)
@@ -59,47 +58,48 @@ class Recorded:
     """Calls of a submodule during runs of the whole model."""
 
     call: Any
-    """Arguments by position and by name, as of the first call, without the tensor that differs."""
+    """Positional and keyword arguments of the first call, with None in place of the images."""
     place: int
-    """Number of the tensor that differs from image to image, among their leaves."""
+    """Index of the images (or tokens) among the leaves of ``call``."""
     alike: tuple[int, ...]
-    """Numbers of tensors with a row for each image, all alike, of which one is kept."""
+    """Indices of leaves with equal rows, 1 row per image. ``call`` has 1 of these rows."""
     images: Tensor
-    """That tensor of all calls, [n, ...], float32, on the CPU."""
+    """Images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int
-    """Number of others, in calls of other shapes."""
+    """Number of images in calls with other shapes or arguments, which are not used."""
     outputs: Mapping[str, int]
-    """Names and numbers of the outputs that the model reads."""
+    """Names and indices of the outputs that the whole model reads."""
     method: str
     """Method that the model calls: ``forward``, or another of :data:`_METHODS`."""
     loss: Loss | None = None
-    """Sensitivity of a loss to these outputs; None where there is no loss."""
+    """Sensitivity of a loss to these outputs; None without a loss."""
 
 
 @dataclass
 class Loss:
-    """A function of the model's outputs, and how far what it gives moves with the outputs of a submodule.
+    """A function of the whole model's outputs, and its sensitivity to the outputs of a submodule.
 
-    For outputs f that move by d, what it gives moves by J d, to first order. E[g g^T] = J^T J for the
-    gradient g = J^T e of a random projection e, of unit variance; tokens are taken to move independently.
+    A change d of the submodule's outputs changes the value of the loss by J d, to first order. For a random
+    projection e of unit variance, the gradient g = J^T e has E[g g^T] = J^T J. Changes of different tokens
+    are assumed to be independent.
     """
 
     of: Callable[[Any], Tensor]
-    """Model's outputs -> what must stay of them, [B, ...]."""
+    """Map from the model's outputs to the values to preserve, [B, ...]."""
     squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     """Sum over images and tokens of g g^T, [C, C], by output and by the dimension of its channels."""
     values: list[Tensor] = field(default_factory=list)
-    """Tensors that it gave, [B, ...] each."""
+    """Values of the loss for each batch, [B, ...] each."""
     images: int = 0
 
     def metric(self, name: str, channel_dim: int) -> Tensor:
         """Return M, [C, C]: the mean over tokens of d^T M d is the squared error relative to the variance."""
-        values = torch.cat([each.flatten() for each in self.values])
+        values = torch.cat([value.flatten() for value in self.values])
         scale = _PROBES * len(values) * values.var().clamp_min(1e-12)
         return self.squares[name, channel_dim] / scale
 
     def gradients(self, output: Any, named: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Differentiate what the loss gives for ``output``; return the gradients of the last projection."""
+        """Add the gradients of the loss for ``output``; return those of the last projection."""
         value, names, leaves = self.of(output), *zip(*named, strict=True)
         if not _is_float(value) or not value.ndim or not value.requires_grad:
             shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -112,12 +112,12 @@ class Loss:
         self.images += len(value)
         for _ in range(_PROBES):
             noise = torch.randn(value.shape, generator=chance).to(value)
-            found = torch.autograd.grad(value, leaves, noise, retain_graph=True, allow_unused=True)
-            for name, gradient in zip(names, found, strict=True):
+            gradients = torch.autograd.grad(value, leaves, noise, retain_graph=True, allow_unused=True)
+            for name, gradient in zip(names, gradients, strict=True):
                 for dim in () if gradient is None else (1, -1)[gradient.ndim != 4 :]:
                     g = gradient.movedim(dim, -1).flatten(0, -2).double()
                     self.squares[name, dim] = self.squares.get((name, dim), 0) + g.mT @ g
-        return list(found)
+        return list(gradients)
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
@@ -125,12 +125,12 @@ _METHODS = ("forward", "forward_features", "forward_intermediates", "get_interme
 
 
 class _StopForward(BaseException):
-    """Ends a run of the whole model. Not an Exception, which the model might catch."""
+    """Ends a run of the whole model. A BaseException, since models may catch Exception."""
 
 
 @contextmanager
 def _stopping_forward(model: nn.Module) -> Iterator[None]:
-    """End a run at :class:`_StopForward`; undo what transformers 4 puts in place of ``forward`` meanwhile."""
+    """End a run at :class:`_StopForward`, and restore each ``forward`` that transformers 4 replaced."""
     before = [(module, vars(module).get("forward")) for module in model.modules()]
     try:
         yield
@@ -150,7 +150,7 @@ def record(
     *,
     stops: bool = False,
 ) -> Recorded:
-    """Run a model until ``count`` images have come to its submodule ``name``; return the calls of that."""
+    """Run a model until its submodule ``name`` was called on ``count`` images, and return these calls."""
     part, found = model.get_submodule(name), Counter[Any]()
     calls: dict[Any, list[Tensor]] = {}
     first: dict[Any, tuple[Any, int, tuple[int, ...]]] = {}
@@ -161,8 +161,8 @@ def record(
         places = [number for number, leaf in enumerate(leaves) if _is_float(leaf) and leaf.ndim > 2]
         if not places:
             raise UnsupportedModelError(
-                f"{shown(name)} is given no images or tokens, float tensors [images, ...]; give those, or "
-                "name a module around it"
+                f"{shown(name)}: expected a call with images or tokens, a float tensor [images, ...], found "
+                "none. Name a module around it"
             )
         images = leaves[places[0]]
         leaves[places[0]] = None
@@ -191,14 +191,14 @@ def record(
                     run()
             else:
                 outputs |= _outputs_read(part, run, note, loss)
-        except StopIteration:  # of a function that has no more batches
+        except StopIteration:  # the function has no more batches
             break
         if not outputs or max(found.values()) >= count:
             break
     if not outputs:
         raise DataError(
-            f"images: none came to {shown(name)}; the model, or else the function that was given, must call "
-            f"it, or its {', '.join(_METHODS[1:])}, rather than modules inside, and read what it gives"
+            f"images: {shown(name)} was not called, or its output was not used. The model (or your function) "
+            f"must call the submodule or its {', '.join(_METHODS[1:])}, not the modules inside"
         )
     key = found.most_common(1)[0][0]
     left_out = found.total() - found[key]
@@ -207,9 +207,9 @@ def record(
 
 @contextmanager
 def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Note the calls that are made of a module and of its :data:`_METHODS`, and change what they give.
+    """Pass calls of the :data:`_METHODS` of a module to ``note``, and their outputs through ``change``.
 
-    Calls that these make of one another are left alone.
+    Calls between these methods are ignored.
     """
     replaced, running = dict(vars(part)), False
 
@@ -283,11 +283,11 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _one_of(tensor: Tensor, name: str) -> Tensor:
-    """Return the first row of a tensor whose rows are alike."""
+    """Return the first row of a tensor with equal rows."""
     if bool((tensor != tensor[:1]).any()):
         raise UnsupportedModelError(
-            f"{shown(name)} is given a second tensor {list(tensor.shape)} that differs from image to image, "
-            "such as a mask; give images of one size, or name a module inside"
+            f"{shown(name)}: expected 1 tensor that differs between images, found a second, "
+            f"{list(tensor.shape)}, such as a mask. Use images of one size, or name a module inside"
         )
     return tensor[:1]
 
@@ -298,7 +298,7 @@ def shown(name: str) -> str:
 
 
 def vision_transformers(model: nn.Module) -> list[str]:
-    """Return the names of the vision transformers in ``model``: what embeds patches and holds attention."""
+    """Return the names of modules in ``model`` that embed patches and contain attention."""
     names = set()
     for name, module in model.named_modules():
         adapter = adapter_for(module)
