@@ -1,4 +1,4 @@
-"""Comparison of a dense model with the one pruned from it, by layer and by output."""
+"""Comparison of a dense model and its pruned model, by layer and by output."""
 
 from __future__ import annotations
 
@@ -32,37 +32,35 @@ from mhacut.surgery.tokens import merged_of, tokens_of, with_tokens
 def read_dense(
     source: PathLike, opened: Checkpoint, reporter: Reporter, part: str | None = None
 ) -> Checkpoint:
-    """Read the checkpoint of ``--compare``.
-
-    A file that does not state its architecture is taken to have that of ``opened``.
-    """
+    """Read the checkpoint of ``--compare``, by default with the architecture of ``opened``."""
     identity = opened.identity
-    stated: dict[str, Any] = {}
+    architecture: dict[str, Any] = {}
     if not states_its_model(source, part):
-        stated = {"model": identity.architecture, "model_args": dense_args(identity)}
-    dense = read_model(source, part=part, **stated)
+        architecture = {"model": identity.architecture, "model_args": dense_args(identity)}
+    dense = read_model(source, part=part, **architecture)
     compared = option_name("compare", dense.source)
     if dense.identity.architecture != identity.architecture:
         raise UsageError(
             f"{compared}: expected the checkpoint's architecture, {identity.architecture}, "
-            f"found {dense.identity.architecture}; give the dense model that it was made from"
+            f"found {dense.identity.architecture}. Use the dense model that the checkpoint was made from"
         )
     if opened.record is None and dense.record is not None:
         raise UsageError(
-            f"{compared}: is a slim file and {opened.source} is dense; inspect the slim one, and compare it "
-            "with the dense one"
+            f"{compared}: expected a dense model, found a slim file. Inspect the slim file, and compare it "
+            f"with {opened.source}"
         )
-    size, expected = (
-        model_input_size(one.skeleton, one.identity.pretrained_cfg, one.identity.model_args)
-        for one in (dense, opened)
+    found, expected = (
+        model_input_size(
+            checkpoint.skeleton, checkpoint.identity.pretrained_cfg, checkpoint.identity.model_args
+        )
+        for checkpoint in (dense, opened)
     )
-    if size != expected:
-        shown, wanted = ("x".join(map(str, each)) for each in (size, expected))
+    if found != expected:
         raise UsageError(
-            f"{compared}: takes images of {shown}, the checkpoint of {wanted}; give the "
-            "dense model that it was made from"
+            f"{compared}: expected image size {'x'.join(map(str, expected))}, "
+            f"found {'x'.join(map(str, found))}. Use the dense model that the checkpoint was made from"
         )
-    # A list: an untrusted history may hold what cannot be in a set.
+    # A list: values of an untrusted history may not be hashable.
     if opened.record is not None and dense.sha256 not in [
         entry.get("source_sha256") for entry in opened.record.history
     ]:
@@ -77,17 +75,17 @@ class LayerComparison:
     name: str
     family: LayerFamily
     widths: Mapping[UnitKind, tuple[int, int]]
-    """Channels per head, dense and slim, of every unit that both have."""
+    """Channels per head, dense and slim, of each unit that both models have."""
     flops: tuple[int, int]
     """FLOPs of the layer, dense and slim."""
     own_error: float
-    """||slim - dense|| / ||dense|| of the layer's output, both given the input of the dense layer."""
+    """||slim - dense|| / ||dense|| of the layer's output if both layers get the input of the dense layer."""
     error: float
-    """The same with each layer in its own model, errors of earlier layers included."""
+    """||slim - dense|| / ||dense|| of the layer's output in each model, with errors of earlier layers."""
     agreement: float
-    """Cosine of the two outputs of a token, each in its own model; mean over tokens."""
+    """Mean over tokens of the cosine between the outputs of the layer in each model."""
     tokens: int = 0
-    """Tokens of an image that the layer of the slim model computes."""
+    """Number of tokens per image that the layer of the slim model computes."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ class Comparison:
     agreement: float | None
     """Share of images with the same top-1 class, in 0..1; None for models that give features."""
     divergence: float
-    """KL(dense || slim) of the class probabilities in nats; for features squared error over variance."""
+    """KL(dense || slim) of the class probabilities in nats, or squared error of features over variance."""
     images: int
     data: str
     """Description of the images."""
@@ -129,17 +127,14 @@ def compare(
     prunable: tuple[PrunableLayers, PrunableLayers] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
-    """Run both models on ``images`` [n, C, H, W] and compare every layer.
-
-    The outputs of all layers for one batch are held in memory.
-    """
-    asked = option_name("compare", source)
-    advice = "give the dense model that the checkpoint was made from"
-    try:  # layers can be compared on equal tokens only
+    """Run both models on ``images`` [n, C, H, W] and compare every layer."""
+    option = option_name("compare", source)
+    advice = "Use the dense model that the checkpoint was made from"
+    try:  # layers are compared token by token, so both models need the same tokens
         same_tokens = with_tokens(dense, tokens_of(slim))
     except (PlanError, UnsupportedModelError) as error:
         raise MhacutError(
-            f"{asked}: leaves out different tokens than the checkpoint ({error}); {advice}"
+            f"{option}: cannot leave out the same tokens as the checkpoint ({error}). {advice}"
         ) from error
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
@@ -154,14 +149,14 @@ def compare(
             expected = dense_output if same_tokens is dense and not merged_of(dense) else dense(batch).float()
             if expected.shape != actual.shape:
                 raise MhacutError(
-                    f"{asked}: its output has {expected.shape[-1]} numbers per image, that of the checkpoint "
-                    f"{actual.shape[-1]}; {advice}"
+                    f"{option}: expected {actual.shape[-1]} outputs per image, found {expected.shape[-1]}. "
+                    f"{advice}"
                 )
             divergence += float(measured.divergence(actual, expected)) * len(batch)
             same += float((expected.argmax(-1) == actual.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
-        raise MhacutError(f"{asked}: one model's outputs are not finite numbers")
+        raise MhacutError(f"{option}: the outputs of 1 of the models are not finite")
     flops = [_flops(model, images) for model in (dense, slim)]
     slim_units = {unit.key: unit for unit in prunable[1].units()}
     layers = []
@@ -193,9 +188,7 @@ def compare(
 
 
 def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:
-    """FLOPs of each module, for images of this size."""
-    channels, height, width = images.shape[1:]
-    return measure_flops_by_module(model, (channels, height, width))
+    return measure_flops_by_module(model, tuple(images.shape[1:]))
 
 
 class _Tally:
@@ -212,12 +205,12 @@ class _Tally:
         self.own_square_error += float((slim - dense).double().square().sum())
 
     def add(self, dense: Any, slim: Any) -> None:
-        """Add the outputs of the layer in either model."""
+        """Add the outputs of the layer in each model."""
         expected, actual = (
             _first(side).movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
         )  # (tokens, channels)
         self.square += float(expected.square().sum())
-        # By sums, so that no output of a layer is kept beyond its batch.
+        # Sums, so that memory holds outputs for 1 batch only.
         self.square_error += float((actual - expected).square().sum())
         self.cosines += float(torch.cosine_similarity(expected, actual, dim=-1, eps=1e-30).sum())
         self.tokens += len(expected)
@@ -236,7 +229,7 @@ class _Tally:
 
 
 def _first(output: Any) -> Any:
-    """Return the output of a layer that may give more, as one does that says what a token looks at."""
+    """Return the output tokens of a layer, which may also return the class token's attention."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -252,14 +245,14 @@ class _LayerHooks:
         self._slim_outputs: dict[str, Tensor] = {}
         self._matches: dict[str, Match] = {}
         self._on_dense_input = False
-        """Whether a slim layer runs by itself, on the input of the dense one."""
+        """Whether a single slim layer runs on the input of the dense layer."""
 
     def register(self) -> Iterator[RemovableHandle]:
         for name in self.tallies:
             for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
                 yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
         for name in [name for name, module in self.slim.named_modules() if isinstance(module, Matcher)]:
-            # The dense model merges what the slim one has merged.
+            # The dense model merges the same tokens as the slim model.
             keep, take = partial(self._matches.__setitem__, name), partial(self._matches.pop, name, None)
             yield self.slim.get_submodule(name).register_forward_hook(lambda *call, keep=keep: keep(call[2]))
             yield self.dense.get_submodule(name).register_forward_hook(lambda *_, take=take: take())
@@ -274,7 +267,7 @@ class _LayerHooks:
     def _dense_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if name not in self._slim_outputs:
-                return  # the dense model runs once more, with its own merges
+                return  # a second run of the dense model, with its own merges
             self.tallies[name].add(output, self._slim_outputs.pop(name))
             self._on_dense_input = True
             try:
@@ -286,12 +279,12 @@ class _LayerHooks:
 
 
 def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:
-    """Raise a :class:`MhacutError` unless both have the same layers, with as many heads."""
+    """Raise a :class:`MhacutError` unless both models have the same layers and numbers of heads."""
     heads = {unit.key: unit.heads for unit in dense.units()}
     odd = {layer.name for layer in slim.layers} ^ {layer.name for layer in dense.layers}
     odd |= {unit.layer for unit in slim.units() if heads.get(unit.key, unit.heads) != unit.heads}
     if odd:
         raise MhacutError(
-            f"{option_name('compare', source)}: expected the checkpoint's layers and heads, found others "
-            f"({min(odd)}); give the dense model that the checkpoint was made from"
+            f"{option_name('compare', source)}: the layer {min(odd)} or its heads differ from the "
+            "checkpoint. Use the dense model that the checkpoint was made from"
         )
