@@ -125,13 +125,14 @@ class Planner:
 
     def _by_indicators(self, limits: Limits) -> Planned:
         self.reporter.start("searching")
-        searched = search(self.job, limits, self.calibration, self.job.distillation(self.calibration))
+        distillation = self.job.distillation(self.calibration)
+        plan, trained_scales, log = search(self.job, limits, self.calibration, distillation)
         by_repair = self.options.repair and self.options.selection == "repair"
         candidates = self.candidates if by_repair else None
         self.reporter.start("repairing")
-        scales = searched.channel_scales if self.options.reweight else None
-        ready = reconstruct(self.job, self.calibration, searched.plan, candidates, scales)
-        return Planned(ready, {}, searched.log, self.job.table, self.job.merged, self.job.unmerge)
+        scales = trained_scales if self.options.reweight else None
+        ready = reconstruct(self.job, self.calibration, plan, candidates, scales)
+        return Planned(ready, {}, log, self.job.table, self.job.merged, self.job.unmerge)
 
     @cached_property
     def candidates(self) -> Candidates:

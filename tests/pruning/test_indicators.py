@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -56,7 +57,11 @@ class Bench:
 
     def search(self, share=0.6, options=SHORT, **more):
         job = self.job(options, **more)
-        return search(job, flops_limit(job, share), self.calibration, job.distillation(self.calibration))
+        return self.searched(job, share, job.distillation(self.calibration))
+
+    def searched(self, job, share, distillation):
+        plan, channel_scales, log = search(job, flops_limit(job, share), self.calibration, distillation)
+        return SimpleNamespace(plan=plan, channel_scales=channel_scales, log=log)
 
     def slim(self, share, options=SHORT):
         """Search and cut."""
@@ -87,7 +92,7 @@ def test_the_budget_weighs_as_much_beside_a_large_loss_as_beside_a_small_one(ben
     louder = job.distillation(bench.calibration)
     masked_loss = louder.masked_loss
     louder.masked_loss = lambda *args: 4096 * masked_loss(*args)
-    again = search(job, flops_limit(job, 0.5), bench.calibration, louder)
+    again = bench.searched(job, 0.5, louder)
     assert [step.flops for step in again.log] == [step.flops for step in found.log]
     assert again.plan == found.plan
 

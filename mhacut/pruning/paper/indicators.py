@@ -53,14 +53,6 @@ class SearchStep:
     """Fraction of all channels that are kept, by kind (``qk``, ``v``, ``hidden``)."""
 
 
-@dataclass(frozen=True)
-class SearchResult:
-    plan: Plan
-    channel_scales: Mapping[UnitKey, Tensor]
-    """Trained scales [heads, dense width] per unit, without masks and temperature."""
-    log: tuple[SearchStep, ...]
-
-
 class _UnitState:
     """Indicators and channel scales of a unit during training."""
 
@@ -96,8 +88,13 @@ class _UnitState:
         return UnitPlan(unit.layer, unit.kind, unit.width, kept, unshared=unshared)
 
 
-def search(job: Job, limits: Limits, calibration: Calibration, distillation: Distillation) -> SearchResult:
-    """Train indicators and channel scales; return the resulting plan, filled up to the budget."""
+def search(
+    job: Job, limits: Limits, calibration: Calibration, distillation: Distillation
+) -> tuple[Plan, dict[UnitKey, Tensor], tuple[SearchStep, ...]]:
+    """Train indicators and channel scales; return the plan, filled up to the budget, scales and the log.
+
+    Scales [heads, dense width] per unit are without masks and temperature.
+    """
     options, budget = job.options, limits[0].most
     states = [_UnitState(unit, job, calibration) for unit in job.units]
     groups = [{"params": [state.indicator for state in states], "lr": options.lr}]
@@ -126,7 +123,7 @@ def search(job: Job, limits: Limits, calibration: Calibration, distillation: Dis
         detail = f"loss {log[-1].loss:.4f}, {format_flops(log[-1].flops)}"
         job.reporter.advance(step + 1, options.steps, detail)
     channel_scales = {state.unit.key: state.channel_scale.detach().cpu() for state in states}
-    return SearchResult(_final_plan(states, job, limits), channel_scales, tuple(log))
+    return _final_plan(states, job, limits), channel_scales, tuple(log)
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
