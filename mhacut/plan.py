@@ -26,7 +26,7 @@ MERGE_RULE, COPY_RULE = "weights", "checkerboard"
 without copies and with them. Files from before merge by the first in both cases."""
 Unmerge = bool | Literal["rows"]
 """Whether merged tokens are copied back to their patches; ``"rows"`` where they merged by the first rule."""
-# Plans come from files: what is looked up in a model is a name of a module, nothing else.
+# Plans come from untrusted files, so that only module names are looked up in a model.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
 
@@ -48,8 +48,8 @@ class UnitPlan:
     basis: Basis = "channel"
     """Basis of the channels: the model's own, or principal components, the strongest first."""
     unshared: bool = False
-    """Whether tensors that all heads share are copied for each head first. Otherwise, heads that share them
-    keep the same channels."""
+    """Whether each head gets its own copy of tensors that heads share. Without copies, these heads keep the
+    same channels."""
 
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
@@ -104,12 +104,12 @@ class UnitPlan:
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
                 f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
             )
-        # Principal components mix channels: which dense channels they came from is no longer a question.
+        # Principal components mix channels, so they have no indices in the dense layer.
         if self.basis == "principal" and not self.keeps_all:
             return UnitPlan(
                 self.layer, self.kind, earlier.dense_width, self.kept, "principal", earlier.unshared
             )
-        # This plan counts the channels that the earlier one left; translate them to those of the dense layer.
+        # Indices of this plan refer to the channels left by the earlier plan; translate to the dense layer.
         kept = tuple(
             tuple(before[channel] for channel in now)
             for before, now in zip(earlier.kept, self.kept, strict=True)
@@ -126,11 +126,11 @@ class TokenPlan:
     """
 
     output_tokens: int | None = None
-    """Number of leading tokens that the last block computes, those that the head reads; None for all."""
+    """Number of leading tokens, read by the head, that the last block computes; None for all tokens."""
     merged: tuple[int, ...] = ()
-    """Number of tokens that each block merges into others; empty where no block merges any."""
+    """Number of tokens that each block merges into others; empty without merging."""
     unmerge: Unmerge = False
-    """Whether features have a token for every patch: that of its group, copied back to its place."""
+    """Whether features have a token for every patch, by copying merged tokens back to their patches."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -141,7 +141,7 @@ class TokenPlan:
             object.__setattr__(self, "merged", ())
             object.__setattr__(self, "unmerge", False)
         if self.unmerge and self.output_tokens is not None:
-            raise PlanError("plan of tokens: those that are not computed cannot be copied back")
+            raise PlanError("plan of tokens: copied needs all tokens in the last block, found read")
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""

@@ -36,20 +36,13 @@ class HeadFindings:
     rank90: int
     """Number of principal channels with 90 % of the energy of the logits (qk) or of the head's output (v)."""
     rank99: int
-    """The same at 99 %."""
+    """Number of principal channels with 99 % of this energy."""
 
 
 def describe_heads(
     module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor
 ) -> tuple[HeadFindings, ...]:
-    """Return the findings of each head of ``unit``.
-
-    Args:
-        module: the layer.
-        unit: qk or v of that layer.
-        moments: moments of the unit's channels.
-        similarity: mean similarity of each channel to the others of its head, [H, d].
-    """
+    """Describe each head of ``unit``; ``similarity`` [H, d] is that of a channel to others of its head."""
     energies = _energies(module, unit, moments)  # (H, d)
     rank90, rank99 = (effective_rank(energies, share).tolist() for share in (0.90, 0.99))
     return tuple(
@@ -58,28 +51,28 @@ def describe_heads(
 
 
 def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
-    """Energies of the principal channels of every head, falling, [H, d]."""
+    """Energies of the principal channels of each head, descending, [H, d]."""
     every = moments.every
-    if unit.linear:  # products of q, k and v: there are no logits, only energy to sum
+    if unit.linear:  # linear attention has no logits
         return falling_eigenvalues(every[0].energy)
     if unit.kind == "qk":
         return logit_energies(every[0].energy, every[1].energy)
     per_head = _per_head(unit, every[0])
-    # A bias behind the projection can take up what channels give on average, so that only changes count.
+    # If a bias can absorb the mean of the channels, only their variation counts.
     second = per_head.covariance if unit.constants_pass else per_head.energy
     return output_energies(second, effective_output_weights(module, unit).view(-1, unit.heads, unit.width))
 
 
 def _per_head(unit: Unit, moments: Moments) -> Moments:
-    """Moments of each head by itself, [H, d, d], from those of all channels at once, [H * d, H * d]."""
-    # Only the blocks on the diagonal: a cut is judged within its head.
+    """Moments of each head, [H, d, d], from the moments of all channels, [H * d, H * d]."""
+    # Heads are cut separately, so products of channels of different heads are not needed.
     blocks = moments.second.view(unit.heads, unit.width, unit.heads, unit.width)
     second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])  # (H, d, d)
     return Moments(moments.rows, moments.total.view(unit.heads, unit.width), second)
 
 
 BY_WEIGHTS = "weights alone, inputs assumed uncorrelated (white)"
-"""Basis of findings if there are no images."""
+"""``judged_by`` of an inspection without images."""
 
 
 @dataclass(frozen=True)
@@ -88,23 +81,23 @@ class UnitReport:
 
     kind: UnitKind
     head_count: int
-    """Number of heads; 1 for ``hidden``, and fewer than the layer has if channels of several are tied."""
+    """Number of heads: 1 for ``hidden``; fewer than in the layer if heads share channels."""
     now: int
     """Channels per head, or of the whole MLP."""
     dense: int
-    """The same before any cut; equal to ``now`` in a dense file."""
+    """Channels before any cut; equal to ``now`` in a dense file."""
     basis: Basis
     """Basis of the channels whose indices ``kept`` holds."""
     kept: tuple[tuple[int, ...], ...] | None
-    """Per head, the dense channels that a slim file still has; None where nothing was cut."""
+    """Indices of the dense channels that each head keeps; None if nothing was cut."""
     heads: tuple[HeadFindings, ...]
-    """Findings about each head. Empty for hidden channels, if only shapes were read, and if there is no
-    evidence: no images, and inputs that must not be assumed white."""
+    """Findings about each head. Empty for hidden channels, if only shapes were read, and without images if
+    inputs cannot be assumed white."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Description of one attention or MLP, of which something can be cut or is refused with a reason."""
+    """Description of an attention layer or MLP."""
 
     name: str
     """Module name, ``blocks.0.attn``."""
@@ -112,11 +105,11 @@ class LayerReport:
     """Name of its class."""
     family: LayerFamily
     heads: int | None
-    """Number of heads; None for an MLP, or if it is not known."""
+    """Number of heads; None for an MLP, or if the number is unknown."""
     units: Mapping[UnitKind, UnitReport]
     """Units that can be cut."""
     not_prunable: Mapping[UnitKind, str]
-    """Kinds of channels that cannot be cut, and why."""
+    """Kinds of channels that cannot be cut, with the reason."""
     coupled_with: Mapping[UnitKind, UnitKind]
     """Kinds whose channels are tied to those of another kind."""
     flops: int
@@ -211,7 +204,9 @@ def inspect_model(
         classes=classifier_size(model),
         flops=flops[""],
         parameters=parameters,
-        dtypes=tuple(sorted({dtype_name(one) for one in opened.dtypes.values() if one.is_floating_point})),
+        dtypes=tuple(
+            sorted({dtype_name(dtype) for dtype in opened.dtypes.values() if dtype.is_floating_point})
+        ),
         layers=tuple(layers),
         not_prunable=prunable.not_prunable,
         preprocessing=resolved,
@@ -261,10 +256,7 @@ def _heads(layer: Layer, module: nn.Module) -> int | None:
 
 
 def summary(inspection: Inspection) -> str:
-    """Return how much the model spends on attention, how much of it was kept, and how redundant it is.
-
-    ``attention 36 % of 4.61G; 99 % of the energy is in 61 % of the channels of qk, 84 % of v``
-    """
+    """Return the share of attention in FLOPs, the kept channels, and their redundancy, in 1 line."""
     spent = sum(layer.share for layer in inspection.layers if layer.heads is not None)
     parts = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
     if inspection.slim:
@@ -286,23 +278,20 @@ def about_tokens(tokens: TokenPlan) -> list[str]:
     if tokens.merged:
         parts.append(f"tokens merged per block: {', '.join(map(str, tokens.merged))}")
     if tokens.output_tokens is not None:
-        shown = "token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
-        parts.append(f"the last block computes only the {shown} that the classifier reads")
+        count = "token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
+        parts.append(f"the last block computes only the {count} that the classifier reads")
     return parts
 
 
 def useful_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of the principal channels of one kind, in 0..1, that hold 99 % of the energy of their head.
-
-    None if it is not known.
-    """
+    """Share of principal channels of a kind, in 0..1, with 99 % of their head's energy; None if unknown."""
     units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
     width = sum(unit.now * len(unit.heads) for unit in units)
     return sum(head.rank99 for unit in units for head in unit.heads) / width if width else None
 
 
 def kept_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of the dense model's channels of one kind that are left, in 0..1; None if it has none of them."""
+    """Share of the dense model's channels of a kind that are left, in 0..1; None without such channels."""
     units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
     dense = sum(unit.dense for unit in units)
     return sum(unit.now for unit in units) / dense if dense else None

@@ -14,15 +14,15 @@ from mhacut.plan import UnitKey
 
 @dataclass(frozen=True)
 class Limit:
-    """Upper bound on one cost, which grows with every width; a time may fall where q/k and v become equal."""
+    """Upper bound on a cost. Costs grow with each width, except that equal q/k and v widths may save time."""
 
     cost: Callable[[Mapping[UnitKey, int]], int]
     """Cost of the model at given widths."""
     most: int
     resource: str = "flops"
-    """Option of the budget that sets it."""
+    """Name of the option of the budget, such as ``max_latency``."""
     curve: TimeCurve | None = None
-    """Where tokens may be merged, a time as a function of FLOPs: it depends on the merges, as FLOPs do."""
+    """Time as a function of FLOPs, for models that may merge tokens: merges change both."""
 
     def with_merges_fixed(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
         """Return the limit on the widths of a model whose merges are fixed; a time becomes one on FLOPs."""
@@ -37,7 +37,7 @@ class Limit:
 
 
 Limits = Sequence[Limit]
-"""Limits of one model, all of which are to be kept; at least one."""
+"""1 or more limits that a model must meet."""
 
 
 def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
@@ -46,7 +46,7 @@ def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
 
 
 MULTIPLE = 8
-"""Usual divisor of all widths but the dense ones."""
+"""Default divisor of all widths below the dense width."""
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ Choices = Mapping[UnitKey, Sequence[int]]
 
 @dataclass(frozen=True)
 class Constraint:
-    """One constraint, and what it is expected to cost."""
+    """A constraint on widths and its expected cost."""
 
     name: str
     """Name of the option that set the constraint, such as ``min_width``."""
@@ -105,10 +105,10 @@ class Constraints:
         return bool(self.exclude or self.min_width or self.equal_qkv)
 
     def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
-        """Return the widths of ``choices`` that are left.
+        """Return the widths of ``choices`` that meet the constraints.
 
-        With equal q/k and v widths, if one of the two must keep all channels, so must the other; the larger
-        of two least widths holds for both; and if only one of the two can be cut, neither is.
+        With ``equal_qkv``, constraints on q/k also apply to v, and the reverse. If only 1 can be cut,
+        both keep all channels.
         """
         left = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:
@@ -141,7 +141,7 @@ class Constraints:
         return left
 
     def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
-        """Name and value of each constraint, and the others without it."""
+        """Yield the name and value of each constraint, and the constraints without it."""
         for name in ("exclude", "min_width"):
             values: tuple[str, ...] = getattr(self, name)
             for value in values:
