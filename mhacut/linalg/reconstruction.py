@@ -71,7 +71,7 @@ def linear_error(
 
     def error(kept: Tensor) -> float:
         gone = others(kept, len(seen))
-        zero, mean = (max(float(_part(each, gone, gone).sum()), 0.0) for each in (as_zero, as_mean))
+        zero, mean = (max(float(_part(weighted, gone, gone).sum()), 0.0) for weighted in (as_zero, as_mean))
         return min(zero, *_errors(seen, unseen, kept, gone, columns[:, gone], mean).values())
 
     return error

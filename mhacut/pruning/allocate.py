@@ -170,7 +170,7 @@ def _worth_tying(
     error, prices = total_error(curves, tied), []
     for limit in limits:
         less = replace(limit, most=int((1 - _LESS) * limit.most))
-        others = [each for each in limits if each is not limit]
+        others = [other for other in limits if other is not limit]
         narrower = _solve(curves, choices, [less, *others], False, pairs)
         saved = limit.cost(tied) - limit.cost(narrower)
         prices.append(max(total_error(curves, narrower) - error, 0.0) / saved if saved > 0 else 0.0)

@@ -275,7 +275,7 @@ def _comparable(
     comparable, sizes = [], []
     for name, outputs in in_slim.items():
         both = [*outputs, *in_dense.get(name, ())]
-        shapes = {each.shape if isinstance(each, Tensor) else None for each in both}
+        shapes = {output.shape if isinstance(output, Tensor) else None for output in both}
         if len(outputs) == 1 and len(both) == 2 and len(shapes) == 1 and getattr(outputs[0], "ndim", 0) > 2:
             comparable.append(named[name])
             sizes.append(outputs[0].nbytes)

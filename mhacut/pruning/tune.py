@@ -77,7 +77,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     if blocks:
         with torch.no_grad():
             seen = job.images[calibration.held :][:FITTED_IMAGES].split(size)
-            known = torch.cat([run(job.model, each.to(device))[1] for each in seen], 1)
+            known = torch.cat([run(job.model, batch.to(device))[1] for batch in seen], 1)
         variance = known.var(1, correction=0, keepdim=True)  # (blocks, 1, C)
         variance = torch.maximum(variance, FLOOR * variance.mean(-1, keepdim=True)).clamp_min(1e-12)
 

@@ -242,7 +242,7 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] |
     if not unit.white_inputs or len(weights) < sides or any(axis.shared or axis.heads for axis in weights):
         return None
     rows = [channels_of(module, unit, axis).flatten(2).double() for axis in weights[:sides]]  # (H, d, in)
-    grams = [each @ each.mT for each in rows]
+    grams = [row @ row.mT for row in rows]
     if unit.kind == "qk":  # keys are centred, so that their bias has no effect
         name, offset = weights[0].tensor.removesuffix("weight") + "bias", weights[0].offset
         for axis in unit.axes:

@@ -114,7 +114,7 @@ class _Reader(nn.Module):
     def forward(self, images: Tensor) -> list[Any]:
         model: Any = self.model
         if self.features.source == "maps":
-            return [each[:, None] if each.ndim == 2 else each for each in model.maps(images)]
+            return [tensor[:, None] if tensor.ndim == 2 else tensor for tensor in model.maps(images)]
         if self.features.source == "tokens":
             return [model.forward_features(images)]
         if self.features.source == "pyramid":
@@ -159,7 +159,7 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
 @torch.no_grad()
 def find_pyramid(model: Any, image: Tensor) -> Features:
     """Return the levels of timm's ``features_only``. Arguments as in :func:`find_token_map`."""
-    info = [each["reduction"] for each in getattr(model, "feature_info", ()) if "reduction" in each]
+    info = [level["reduction"] for level in getattr(model, "feature_info", ()) if "reduction" in level]
     if not info or not hasattr(model, "forward_intermediates"):
         raise UnsupportedModelError(
             "timm has no features_only (forward_intermediates and feature_info) for this architecture; name "
@@ -168,8 +168,8 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
     plain = len(info) > 1 and len(set(info)) == 1
     levels = range(max(len(info) - PLAIN_LEVELS, 0) if plain else 0, len(info))
     features = Features("pyramid", levels=tuple(levels), channel_dims=(1,) * len(levels))
-    for number, each in enumerate(_Reader(model, features)(image)):
-        if not isinstance(each, Tensor) or each.ndim != 4:
+    for number, feature_map in enumerate(_Reader(model, features)(image)):
+        if not isinstance(feature_map, Tensor) or feature_map.ndim != 4:
             raise UnsupportedModelError(f"level {number} of features_only is no map [B, C, H, W]")
     return features
 
@@ -180,23 +180,25 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
     known = dict(model.named_modules())
     for name in names:
         if name not in known or not name:
-            near = difflib.get_close_matches(name, [each for each in known if each], n=3, cutoff=0.5)
+            near = difflib.get_close_matches(
+                name, [known_name for known_name in known if known_name], n=3, cutoff=0.5
+            )
             raise UsageError(
                 f"{option_name('preserve', name)}: expected answers, pooled, tokens, pyramid, or layers; the "
                 "model has none of this name" + (f"; the nearest: {', '.join(near)}" if near else "")
             )
-        within = next((each for each in prunable.layers if name.startswith(f"{each.name}.")), None)
+        within = next((layer for layer in prunable.layers if name.startswith(f"{layer.name}.")), None)
         if within is not None and name != f"{within.name}.{within.result}":
             raise UsageError(
                 f"the output of {name!r} may change its shape when {within.name!r}, which holds it, is cut; "
                 f"name {within.name!r} or a block"
             )
-    for name, each in zip(names, _outputs_of_layers(model, names, image), strict=True):
-        _check_map(each, name, image)
+    for name, output in zip(names, _outputs_of_layers(model, names, image), strict=True):
+        _check_map(output, name, image)
     places = {name: place for place, name in enumerate(known)}
     last: list[Layer | None] = []
     for name in names:
-        end = max(places[each] for each in known if f"{each}.".startswith(f"{name}."))
+        end = max(places[known_name] for known_name in known if f"{known_name}.".startswith(f"{name}."))
         before = [layer for layer in prunable.layers if places[layer.name] <= end]
         last.append(before[-1] if before else None)
     dims = channel_dims(model, lambda images: _outputs_of_layers(model, names, images), last, image)
@@ -204,11 +206,11 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
 
 
 def _check_map(output: object, name: str, image: Tensor) -> None:
-    """Check that ``found``, which ``name`` gives for ``image``, is a map of tokens."""
+    """Check that ``output`` of ``name`` is a map of tokens, 1 map per image."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
-        shown = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(
-            f"{name} gives no map of tokens, [B, tokens, channels] or with rows and columns, but {shown}"
+            f"{name} gives no map of tokens, [B, tokens, channels] or with rows and columns, but {found}"
         )
     if len(output) != len(image):
         raise UnsupportedModelError(
