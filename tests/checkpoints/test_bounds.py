@@ -44,10 +44,7 @@ def shared() -> bytes:
 
 CHECKPOINTS: dict[str, Callable[[], bytes]] = {
     "100,000 tensors": many_tensors,
-    "header of spaces": lambda: header(b"{" + b" " * 99_999_998 + b"}"),
     "deep metadata": deep_metadata,
-    "pickle of lists": lambda: zipped({"m/data.pkl": b"\x80\x02" + b"]" * 2**20 + b".", "m/version": b"3\n"}),
-    "bytes by their number": lambda: b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x40\x85R.",
     "zip of 256 MB in 1": lambda: zipped({"m/data.pkl": b"N.", "m/0": bytes(2**28)}, zipfile.ZIP_DEFLATED),
     "2,000 tensors of one storage": shared,
 }

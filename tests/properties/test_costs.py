@@ -21,7 +21,7 @@ from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.slice import cut
-from properties.cases import CASES
+from properties.cases import BY_CLASS, CASES
 
 FAST = {
     "attention.Attention",
@@ -72,8 +72,12 @@ def assert_the_table_is_what_fvcore_counts(model: nn.Module, size: tuple[int, in
     assert table.flops(plan.widths()) == measure_flops(model, size)
 
 
+FIRST = {next(iter(cases.values())) for cases in BY_CLASS.values()}
 OWN_SIZE = [
-    pytest.param(name, marks=() if name in FAST else pytest.mark.slow)
+    pytest.param(
+        name,
+        marks=() if name in FAST else pytest.mark.slow if case in FIRST else pytest.mark.exhaustive,
+    )
     for name, case in CASES.items()
     if name in FAST or case.fast or isinstance(case, LayerCase)
 ]

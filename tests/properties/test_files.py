@@ -9,7 +9,7 @@ import mhacut
 from helpers.files import save_dense
 from helpers.models import build, image
 from mhacut.surgery.flops import measure_flops
-from properties.cases import FIRST_MODEL, IN_CI, MODELS
+from properties.cases import FIRST_MODEL, MODELS, UNLIKE_ATTENTION
 
 QUICK = {"attention.Attention"}
 UNLIKE = {
@@ -25,10 +25,10 @@ assert QUICK | UNLIKE | set(WIDE) <= set(MODELS)
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    """Fast: one; slow: one model of each class that CI tries; exhaustive: the others."""
+    """Fast: one; slow: a model of each class that differs most from ViTs; exhaustive: the others."""
     if name in QUICK:
         return []
-    slow = name in UNLIKE or any(MODELS[name] is FIRST_MODEL.get(cls) for cls in IN_CI)
+    slow = name in UNLIKE or any(MODELS[name] is FIRST_MODEL.get(cls) for cls in UNLIKE_ATTENTION)
     return [pytest.mark.slow if slow else pytest.mark.exhaustive]
 
 

@@ -16,17 +16,15 @@ from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "shape"),
     [
-        ("vit_tiny_patch16_224", {}),
-        ("deit_tiny_distilled_patch16_224", {}),
-        ("deit3_small_patch16_224", {}),
-        ("vit_small_patch14_reg4_dinov2", {"img_size": 224}),
-        ("vit_base_patch16_siglip_224", {"depth": 2}),
-        ("vit_base_patch32_clip_quickgelu_224", {"depth": 2}),
-        ("aimv2_large_patch14_224", {"depth": 2}),
+        pytest.param("vit_tiny_patch16_224", {}, marks=pytest.mark.slow),
+        pytest.param("deit_tiny_distilled_patch16_224", {}, marks=pytest.mark.slow),
+        pytest.param("deit3_small_patch16_224", {}, marks=pytest.mark.exhaustive),
+        pytest.param("vit_small_patch14_reg4_dinov2", {"img_size": 224}, marks=pytest.mark.exhaustive),
+        pytest.param("vit_base_patch16_siglip_224", {"depth": 2}, marks=pytest.mark.slow),
+        pytest.param("aimv2_large_patch14_224", {"depth": 2}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_at_full_size(architecture, shape):

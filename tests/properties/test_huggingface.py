@@ -27,6 +27,7 @@ SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 3,
     "num_attention_heads": 2,
+    "intermediate_size": 64,
     "image_size": 28,
     "patch_size": 7,
 }
@@ -47,7 +48,7 @@ MODELS = {
     "dinov2": ("Dinov2Model", SIZES),
     "swiglu": ("Dinov2Model", {**SIZES, "use_swiglu_ffn": True}),
     "registers": ("Dinov2WithRegistersModel", SIZES),
-    "dinov3": ("DINOv3ViTModel", {**SIZES, "intermediate_size": 64}),
+    "dinov3": ("DINOv3ViTModel", SIZES),
     "dinov3_gated": ("DINOv3ViTModel", {**SIZES, "use_gated_mlp": True}),
     "dinov2_backbone": ("Dinov2Backbone", {**SIZES, **STAGES}),
     "dinov3_backbone": ("DINOv3ViTBackbone", {**SIZES, **STAGES}),

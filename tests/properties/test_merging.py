@@ -279,7 +279,8 @@ def matrices(content: bytes) -> int:
 
 
 @pytest.mark.parametrize(
-    "name", slow_but({"averaging", "copied back"}, ["read", "averaging", "copied back", "distilled"])
+    "name",
+    slow_but({"averaging", "copied back", "distilled"}, ["read", "averaging", "copied back", "distilled"]),
 )
 @torch.no_grad()
 def test_onnx_programs_compute_the_same_without_scatter(name):

@@ -11,17 +11,17 @@ from helpers.models import build, image, relative
 from helpers.plans import random_plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import FIRST_MODEL, IN_CI, MODELS
+from properties.cases import FIRST_MODEL, MODELS, UNLIKE_ATTENTION
 
 QUICK = {"attention.AttentionRope, half", "swin_transformer_v2.WindowAttention"}
 
 
 def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Fast: 2 models. Slow: a model of each class in ``IN_CI``. Exhaustive: the others."""
+    """Fast: 2 models. Slow: a model of each class in ``UNLIKE_ATTENTION``. Exhaustive: the others."""
     if name in QUICK:
         return ()
-    in_ci = any(MODELS[name] is FIRST_MODEL.get(cls) for cls in IN_CI)
-    return (pytest.mark.slow if in_ci else pytest.mark.exhaustive,)
+    slow = any(MODELS[name] is FIRST_MODEL.get(cls) for cls in UNLIKE_ATTENTION)
+    return (pytest.mark.slow if slow else pytest.mark.exhaustive,)
 
 
 @pytest.fixture(params=[pytest.param(case, id=name, marks=marks(name)) for name, case in MODELS.items()])

@@ -13,7 +13,7 @@ import mhacut
 from helpers.flatten import FLATTEN
 from helpers.healing import CASES, HELD, MERGING, SWIN, VIT, Bench
 from helpers.jobs import job_of
-from helpers.models import build
+from helpers.models import build, slow_but
 from mhacut.adapters.base import Layer
 from mhacut.options.prune import EFFORTS, SearchOptions
 from mhacut.pruning import recover as heal
@@ -350,8 +350,7 @@ def test_the_effort_decides_unless_steps_are_given():
     assert SearchOptions(effort="best", heal_steps=3).healed_steps == 3
 
 
-@pytest.mark.parametrize("case", ["class token", "windows", "sizes"])
-@pytest.mark.slow
+@pytest.mark.parametrize("case", slow_but({"sizes"}, ["class token", "sizes"]))
 def test_a_run_is_nearer_to_the_dense_model_once_healed(case):
     module, args = build(CASES[case]), dict(CASES[case].args)
     del args["img_size"]

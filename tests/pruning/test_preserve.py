@@ -293,7 +293,7 @@ def test_dead_tokens_stay_where_their_features_are_preserved(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["tokens", "pyramid", "blocks.0, blocks.1"])
+@pytest.mark.parametrize("what", ["tokens", "blocks.0, blocks.1"])
 def test_tokens_whose_features_are_preserved_merge_and_are_copied_back(tmp_path, what):
     """With no classifier and with one; in the file, in what is pruned from it, and exported."""
     args = {**SMALL, "img_size": 32, "num_classes": 0 if what == "tokens" else 5}
@@ -376,9 +376,10 @@ def test_what_a_model_does_not_give_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["tokens", "pyramid", "pooled"])
 @pytest.mark.parametrize(
-    ("case", "args"), [(SWIN, SWIN_ARGS), (FLATTEN, FLATTEN_ARGS)], ids=["swin", "flatten"]
+    ("case", "args", "what"),
+    [(SWIN, SWIN_ARGS, "tokens"), (SWIN, SWIN_ARGS, "pooled"), (FLATTEN, FLATTEN_ARGS, "pyramid")],
+    ids=["swin-tokens", "swin-pooled", "flatten-pyramid"],
 )
 def test_pyramids_can_be_pruned(tmp_path, case, args, what):
     result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)

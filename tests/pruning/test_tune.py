@@ -65,7 +65,7 @@ def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     assert before > max(after, 1.1 * plain.divergence)  # on crops, of which the model knows less
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
     again, _ = pruned(tmp_path / "again.safetensors", tuning_steps=45, workers=2)
     assert digest(again.output) == digest(tuned[0].output)

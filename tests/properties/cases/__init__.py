@@ -10,7 +10,6 @@ from timm.models import convit, levit, maxxvit, metaformer, pvt_v2, swin_transfo
 from torch import nn
 
 from helpers.models import Case, ModelCase
-from mhacut.adapters.registry import ADAPTERS
 from properties.cases import flatten, mlps, other_attention, pyramid_attention, vit_attention
 
 BY_CLASS: dict[type[nn.Module], dict[str, Case]] = {
@@ -46,19 +45,7 @@ UNLIKE_ATTENTION = {
     metaformer.Attention,
     convit.GPSA,
 }
-"""Classes of softmax attention that differ most from the ViT's."""
-
-
-def _one_per_adapter() -> set[type[nn.Module]]:
-    served = {cls: type(adapter) for adapter in ADAPTERS for cls in adapter.module_classes}
-    first: dict[type, type[nn.Module]] = {}
-    for cls in FIRST_MODEL:
-        first.setdefault(served[cls], cls)
-    return set(first.values())
-
-
-IN_CI = _one_per_adapter() | UNLIKE_ATTENTION
-"""Classes that CI tries what takes seconds for each on; the others are tried before a release."""
+"""Classes of softmax attention that differ most from the ViT's: CI tries what takes seconds on these."""
 
 VITS = {note or "plain": case for note, case in BY_CLASS[Attention].items() if note != "vitamin"}
 """Plain ViTs in all their variety; ``VITS["plain"]`` is the plainest."""
