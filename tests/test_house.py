@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 2971,
-    "checkpoint": 4995,
+    "checkpoint": 4860,
     "cli": 1330,
     "commands": 3689,
     "data": 1340,

@@ -127,21 +127,6 @@ def timm_folder(folder: Path, model: Any) -> Path:
     return folder
 
 
-def beside(network: str, layer: str) -> Callable[..., Path]:
-    """A network without classifier, and its classifier beside it, as whoever fine-tunes writes them."""
-
-    def write(folder: Path, model: Any) -> Path:
-        classifier = model.default_cfg["classifier"] + "."
-        state = {
-            (layer + key.removeprefix(classifier) if key.startswith(classifier) else network + key): tensor
-            for key, tensor in model.state_dict().items()
-        }
-        torch.save(state, folder / "model.pth")
-        return folder / "model.pth"
-
-    return write
-
-
 def sharded(folder: Path, model: Any) -> Path:
     timm_folder(folder, model)
     (folder / "model.safetensors").unlink()
@@ -292,8 +277,6 @@ FILES = (
         of_timm(VIT, num_classes=0),
         plain("model.safetensors", "backbone."),
     ),
-    File(f"torch, {VIT}, backbone., beside it head.", of_timm(VIT, **TEN), beside("backbone.", "head.")),
-    File(f"torch, {SWIN}, model., beside it fc.", of_timm(SWIN, **TEN), beside("model.", "fc.")),
     File(
         "safetensors, xcit_nano_12_p16_384",
         of_timm("xcit_nano_12_p16_384", **TEN),
@@ -328,6 +311,7 @@ FILES = (
         "DINO, vit_small_patch16_224",
         of_timm("vit_small_patch16_224", num_classes=0),
         checkpoint("checkpoint0080.pth", dino),
+        {"part": "teacher"},
     ),
     File(
         f"tutorial's dict, {VIT}",

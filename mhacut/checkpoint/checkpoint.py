@@ -111,8 +111,7 @@ class Checkpoint:
         notes, header = list(self._resolve().notes), self.header
         if header is None:
             return tuple(notes)
-        naming = header.naming.note(header.part, header.other_parts)
-        notes += [] if naming is None else [naming]
+        notes += [] if header.note is None else [header.note]
         dtypes = sorted({dtype_name(dtype) for dtype in header.dtypes.values() if dtype.is_floating_point})
         if dtypes not in ([], ["float32"]):
             notes.append(f"weights are {' and '.join(dtypes)}; mhacut computes in float32")

@@ -20,7 +20,7 @@ from mhacut.checkpoint.folder import MERGE_ADAPTER_ADVICE, open_folder
 from mhacut.checkpoint.header import DTYPES, FileHeader, Format, TensorInfo, infos
 from mhacut.checkpoint.record import METADATA_KEY
 from mhacut.checkpoint.torch_file import torch_header, torch_tensors
-from mhacut.checkpoint.wrapping import Naming, unwrap
+from mhacut.checkpoint.wrapping import unwrap
 from mhacut.errors import CheckpointError
 from mhacut.runtime.files import regular_size, show
 
@@ -52,22 +52,22 @@ def _file_header(path: Path, part: str | None = None) -> FileHeader:
 def _named(header: FileHeader) -> FileHeader:
     """Rename tensors to the model's names and drop tensors outside the model."""
     if METADATA_KEY in header.metadata:
-        return dataclasses.replace(header, naming=Naming({name: name for name in header.tensors}))
+        return dataclasses.replace(header, names={name: name for name in header.tensors})
     of_timm = header.config is None or "architecture" in header.config
     requested_part = (
         None if header.requested_part in (header.part or "").split(".") else header.requested_part
     )
     parts = () if header.part is None else (header.part, *header.other_parts)
-    naming = unwrap(
+    names, note = unwrap(
         show(header.path), header.shapes, part=requested_part, parts=parts, layers_only=not of_timm
     )
-    adapter = next((file for file, name in naming.names.items() if _OF_ADAPTER.search(name)), None)
+    adapter = next((file for file, name in names.items() if _OF_ADAPTER.search(name)), None)
     if adapter is not None:
         raise CheckpointError(
             f"{show(header.path)}: holds an adapter ({adapter!r:.150}). {MERGE_ADAPTER_ADVICE}"
         )
-    tensors = {name: header.tensors[file] for file, name in naming.names.items()}
-    return dataclasses.replace(header, tensors=tensors, naming=naming)
+    tensors = {name: header.tensors[file] for file, name in names.items()}
+    return dataclasses.replace(header, tensors=tensors, names=names, note=note)
 
 
 def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
@@ -81,7 +81,7 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
     """Read the tensors in ``header`` on the CPU, in the file's dtypes."""
-    names = header.naming.names
+    names = header.names
     tensors: dict[str, Tensor] = {}
     stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
     for path, inside in stored.items():

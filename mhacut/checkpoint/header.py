@@ -10,8 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mhacut.checkpoint.wrapping import Naming
-
 Format = Literal["safetensors", "torch"]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -57,7 +55,10 @@ class FileHeader:
     """Untrusted ``preprocessor_config.json`` of a transformers folder."""
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
     """Tensors of each shard; empty for a single file."""
-    naming: Naming = field(default_factory=lambda: Naming({}))
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names in the file of the tensors to read, mapped to names in the model."""
+    note: str | None = None
+    """Log line: the part that was read, and the tensors that were dropped."""
     part: str | None = None
     """Entry of a training checkpoint that was read, for example ``model_ema``."""
     other_parts: tuple[str, ...] = ()

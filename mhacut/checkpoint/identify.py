@@ -70,7 +70,6 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
-    naming = header.naming
     foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
     if foreign is not None:
         model = _from_conversion(header, foreign, args, hints)
@@ -79,11 +78,6 @@ def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
     else:
         model = _from_file(header, args, hints)
     check_tensors(show(header.path), model.tensors, model.skeleton, model.identity)
-    if naming.head is not None and model.identity.model_args["num_classes"]:
-        pool = getattr(model.skeleton, "global_pool", None)
-        features = f" of its pooled features (global_pool={pool})" if isinstance(pool, str) else ""
-        text = f"{naming.head}. next to {naming.backbone}. is used as the classifier{features}"
-        model = _with_notes(model, f"{text}; {option_name('part', naming.backbone)} drops it")
     if foreign is None and position_shapes(model.tensors) != position_shapes(header.tensors):
         note = "position embeddings were resized to the model's image size"
         model = _with_notes(model, note)

@@ -169,21 +169,6 @@ def test_a_bare_file_is_recognised_by_its_names(folder):
     assert "(converted from ViT of transformers). Give the folder with its configuration" in refusal(path)
 
 
-def test_a_classifier_may_lie_beside_a_network_of_another_library(tmp_path):
-    path = tmp_path / "model.safetensors"
-    names = {name: re.sub("^vit", "backbone", name).replace("classifier", "fc") for name in vit_tensors()}
-    tensors = {names[name]: tensor for name, tensor in vit_tensors().items()}
-    save_file(tensors, path)
-    args = {"embed_dim": 24, "depth": 2, "num_heads": 3, "patch_size": 8, "mlp_ratio": mlp_ratio(50, 24)}
-    given = {"model": "vit_base_patch16_224", "model_args": args}
-    said = refusal(path, **given)
-    assert "the classifier may read the pooler, which timm does not have" in said
-    assert "num_classes=0 drops both" in said
-    assert read_model(path, **given, num_classes=0).identity.model_args["num_classes"] == 0
-    save_file({name: tensor for name, tensor in tensors.items() if "pooler" not in name}, path)
-    assert torch.equal(read_model(path, **given).model.state_dict()["head.weight"], tensors["fc.weight"])
-
-
 def test_the_classifier_can_be_left_out(folder):
     model = mhacut.load_model(folder(), num_classes=0)
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 24)

@@ -58,8 +58,6 @@ IN_TORCH_FILES = {
     ),
     "any name": (lambda w, o: {"my_weights": w, "my_epoch": 4}, "read the part 'my_weights'"),
     "nested": (lambda w, o: {"model": {"state_dict": under("net.", w)}}, "read the part 'model.state_dict'"),
-    "dino": (dino, "part 'teacher' of the checkpoint; removed the prefix backbone. from"),
-    "dino's head": (dino, "left out head. (2); part='student' reads another part"),
     "i-jepa": (
         lambda w, o: {
             "encoder": under("module.", w),
@@ -68,10 +66,6 @@ IN_TORCH_FILES = {
         },
         "read the part 'encoder' of the checkpoint; removed the prefix module. from the tensor names; "
         "part='target_encoder' reads another part",
-    ),
-    "distilled": (
-        lambda w, o: {"student": w, "teacher": {"blocks.0.x": torch.ones(9), "head.y": torch.ones(9)}},
-        "read the part 'student' of the checkpoint; part='teacher' reads another part",
     ),
 }
 IN_ANY_FILE = {
@@ -91,26 +85,10 @@ IN_ANY_FILE = {
         | {"ema_model.n_averaged": torch.tensor(3)},
         "left out model. (32), n_averaged (1); part='model' reads another part",
     ),
-    "dinov2": (
-        lambda w, o: {**under("teacher.backbone.", w), **under("teacher.dino_head.", HEAD)}
-        | {**under("student.backbone.", o), **under("student.dino_head.", HEAD)},
-        "removed the prefix teacher.backbone. from the tensor names; left out dino_head. (2), student. ",
-    ),
-    "lightly": (
-        lambda w, o: {**under("teacher_backbone.", w), **under("student_backbone.", o)}
-        | {f"{word}_head.layers.0.weight": torch.ones(3, 2) for word in ("student", "teacher")}
-        | {f"{word}_head.last_layer.weight_g": torch.ones(3, 1) for word in ("student", "teacher")},
-        "part='student_backbone' reads another part",
-    ),
     "solo-learn": (
-        lambda w, o: {**under("backbone.", without_head(w)), **under("momentum_backbone.", without_head(o))}
-        | {f"classifier.{kind}": w[f"head.{kind}"] for kind in ("weight", "bias")}
+        lambda w, o: {**under("backbone.", w), **under("momentum_backbone.", o)}
         | {"projector.0.weight": torch.ones(3, 2), "momentum_projector.0.weight": torch.ones(3, 2)},
-        "left out momentum_backbone. (30), momentum_projector. (1), projector. (1); part='momentum_backbone'",
-    ),
-    "distilling": (
-        lambda w, o: {**under("model.", w), **under("teacher.", {"stem.weight": torch.ones(2)})},
-        "the prefix model. from the tensor names; left out teacher. (1); part='teacher' reads another part",
+        "left out momentum_backbone. (32), momentum_projector. (1), projector. (1); part='momentum_backbone'",
     ),
 }  # fmt: skip
 
@@ -135,39 +113,55 @@ def test_each_layout_opens_as_the_plain_file(tmp_path, states, layout, kind):
     assert [note for note in notes if line in note], notes
 
 
+def dinov2(w, other):
+    heads = {**under("teacher.dino_head.", HEAD), **under("student.dino_head.", HEAD)}
+    return {**under("teacher.backbone.", w), **under("student.backbone.", other), **heads}
+
+
+def taught(w, other):
+    return lightning(w, other, state_dict={**under("teacher.", w), **under("model.", other)})
+
+
+def lightly(w, other):
+    return {**under("x.teacher_backbone.model.", w), **under("x.student_backbone.model.", other)}
+
+
+@pytest.mark.parametrize(
+    ("make", "student", "teacher"),
+    [
+        (dino, "student", "teacher"),
+        (dinov2, "student", "teacher"),
+        (lightly, "student_backbone", "teacher_backbone"),
+        (
+            lambda w, o: lightning(w, o, state_dict=under("teacher.", w) | under("model.", o)),
+            "model",
+            "teacher",
+        ),
+    ],
+    ids=["dino", "dinov2", "lightly", "lightning"],
+)
+def test_of_a_student_and_a_teacher_the_user_chooses(tmp_path, states, make, student, teacher):
+    path = tmp_path / "model.pth"
+    torch.save(make(*states), path)
+    said = refusal(path, model=NAME, model_args=ARGS)
+    assert f"found 2 networks. Choose with part={student!r} or part={teacher!r}" in said
+    for part, state in zip((teacher, student), states, strict=True):
+        assert torch.equal(logits_of(path, part=part)[0], logits_with(state))
+    said = refusal(path, model=NAME, model_args=ARGS, part="pupil")
+    assert "part='pupil': no such part" in said or "found 2 networks" in said
+
+
 def test_the_user_chooses_another_part(tmp_path, states):
-    path = tmp_path / "dino.pth"
-    torch.save(dino(*states), path)
-    found, notes = logits_of(path, part="student")
-    assert torch.equal(found, logits_with(states[1]))
-    assert any("read the part 'student'" in note for note in notes)
+    path = tmp_path / "model.pth"
     torch.save(IN_TORCH_FILES["i-jepa"][0](*states), path)
-    assert torch.equal(logits_of(path, part="target_encoder")[0], logits_with(states[1]))
-    torch.save(IN_ANY_FILE["dinov2"][0](*states), path)
-    assert torch.equal(logits_of(path, part="student")[0], logits_with(states[1]))
-    assert torch.equal(load_model(path, NAME, part="teacher", **ARGS)(IMAGES), logits_with(states[0]))
+    found, notes = logits_of(path, part="target_encoder")
+    assert torch.equal(found, logits_with(states[1]))
+    assert any("read the part 'target_encoder'" in note for note in notes)
     said = refusal(path, model=NAME, model_args=ARGS, part="pupil")
     assert "part='pupil': no such part. Choose from" in said
-    assert "'student'" in said
-
-
-TAUGHT = {
-    "model": lambda w, o: lightning(w, o, state_dict={**under("model.", w), **under("teacher.", o)}),
-    "student": lambda w, o: {"student": under("module.", w), "teacher": o, "epoch": 3},
-    "student_backbone": lambda w, o: (
-        {**under("x.student_backbone.model.", w), **under("x.teacher_backbone.model.", o)}
-    ),
-}
-
-
-@pytest.mark.parametrize("own", TAUGHT)
-def test_a_teacher_with_a_classifier_may_be_another_network(tmp_path, states, own):
-    path, teacher = tmp_path / "model.pth", "teacher_backbone" if "_" in own else "teacher"
-    torch.save(TAUGHT[own](*states), path)
-    found, notes = logits_of(path)
-    assert torch.equal(found, logits_with(states[0]))
-    assert any(f"part={teacher!r} reads another part" in note for note in notes)
-    assert torch.equal(logits_of(path, part=teacher)[0], logits_with(states[1]))
+    assert "'target_encoder'" in said
+    torch.save(dinov2(*states), path)
+    assert torch.equal(load_model(path, NAME, part="teacher", **ARGS)(IMAGES), logits_with(states[0]))
 
 
 def test_what_has_no_parts_says_so(tmp_path, states):
@@ -183,75 +177,22 @@ def without_head(state):
 
 
 @pytest.mark.parametrize(
-    ("network", "layer", "trunk", "word"),
+    ("network", "layer", "part"),
     [
-        ("backbone.", "head.", "backbone", "head"),
-        ("backbone.", "fc.", "backbone", "fc"),
-        ("model.backbone.", "model.classifier.", "backbone", "classifier"),
-        ("module.encoder.", "module.linear.", "encoder", "linear"),
-        ("model.", "head.1.", "model", "head"),
-        ("model.", "heads.0.", "model", "heads"),
-        ("backbone.model.", "head.", "backbone", "head"),
+        ("backbone.", "head.", "backbone"),
+        ("model.backbone.", "model.classifier.", "backbone"),
+        ("module.encoder.", "module.linear.", "encoder"),
+        ("model.", "head.1.", "model"),
+        ("backbone.model.", "head.", "backbone"),
     ],
 )
-def test_a_linear_layer_beside_a_network_is_its_classifier(tmp_path, states, network, layer, trunk, word):
+def test_a_classifier_beside_a_network_is_left_out_on_request(tmp_path, states, network, layer, part):
     path = tmp_path / "model.pth"
     classifier = {f"{layer}{kind}": states[0][f"head.{kind}"] for kind in ("weight", "bias")}
     torch.save({**under(network, without_head(states[0])), **classifier}, path)
-    found, notes = logits_of(path)
-    assert torch.equal(found, logits_with(states[0]))
-    line = f"{word}. next to {trunk}. is used as the classifier of its pooled features (global_pool=token); "
-    assert f"{line}part='{trunk}' drops it" in notes, notes
-    alone = read_model(path, model=NAME, model_args=ARGS, part=trunk)
+    assert f"Use part={part!r} to ignore them" in refusal(path, model=NAME, model_args=ARGS)
+    alone = read_model(path, model=NAME, model_args=ARGS, part=part)
     assert alone.identity.model_args["num_classes"] == 0
-    assert not any("is used as" in note for note in alone.notes)
-
-
-@pytest.mark.parametrize(
-    ("network", "layer"), [("", "head.1."), ("model.", "model.head.0."), ("backbone.", "fc.2.")]
-)
-def test_a_classifier_may_be_the_only_layer_of_a_sequence(tmp_path, states, network, layer):
-    path = tmp_path / "model.pth"
-    classifier = {f"{layer}{kind}": states[0][f"head.{kind}"] for kind in ("weight", "bias")}
-    torch.save({**under(network, without_head(states[0])), **classifier}, path)
-    assert torch.equal(logits_of(path)[0], logits_with(states[0]))
-    torch.save(
-        {**without_head(states[0]), "head.0.weight": torch.ones(48, 48), "head.2.weight": torch.ones(10, 48)},
-        path,
-    )
-    assert "'head.2.weight'" in refusal(path, model=NAME, model_args=ARGS)
-
-
-def test_a_classifier_of_other_features_is_refused(tmp_path, states):
-    path = tmp_path / "model.pth"
-    torch.save({**under("backbone.", without_head(states[0])), "head.weight": torch.ones(10, 96)}, path)
-    said = refusal(path, model=NAME, model_args=ARGS)
-    assert "'head.weight' expected [10, 48], found [10, 96]" in said
-    assert "part='backbone' to ignore them" in refused_beside(
-        path, states, {"head.0.weight": torch.ones(9, 48), "head.2.weight": torch.ones(10, 9)}
-    )
-    said = refused_beside(
-        path, states, {"head.mlp.0.weight": torch.ones(9, 48), "head.mlp.2.weight": torch.ones(10, 9)}
-    )
-    assert "'head.mlp.0.weight', 'head.mlp.2.weight'. " in said
-    assert "part='backbone' to ignore them" in said
-    assert (
-        read_model(path, model=NAME, model_args=ARGS, part="backbone").identity.model_args["num_classes"] == 0
-    )
-    two = {"head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
-    assert "part='backbone' to ignore them" in refused_beside(path, states, two)
-    both = {"model.cls_head.weight": torch.ones(10, 48), "fc.weight": torch.ones(10, 48)}
-    torch.save({**under("model.backbone.", without_head(states[0])), **both}, path)
-    assert "found other tensors next to" in refusal(path, model=NAME, model_args=ARGS)
-    torch.save({**under("backbone.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
-    assert "part='backbone' to ignore them" in refusal(path, model=NAME, model_args=ARGS)
-    torch.save({**under("backbone.model.", states[0]), "fc.weight": torch.ones(3, 10)}, path)
-    assert "part='backbone' to ignore them" in refusal(path, model=NAME, model_args=ARGS)
-
-
-def refused_beside(path, states, tensors):
-    torch.save({**under("backbone.", without_head(states[0])), **tensors}, path)
-    return refusal(path, model=NAME, model_args=ARGS)
 
 
 def test_what_may_belong_to_the_model_is_not_left_out(tmp_path, states):
@@ -278,4 +219,4 @@ def test_models_that_have_such_names_themselves_keep_them(name):
     with without_values():
         model = timm.create_model(name, num_classes=0)
     shapes = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    assert unwrap("x", shapes).names == {key: key for key in shapes}
+    assert unwrap("x", shapes) == ({key: key for key in shapes}, None)

@@ -93,7 +93,7 @@ def test_a_part_is_that_of_dense_checkpoints(slim_of, tmp_path):
     assert second.parameters < first.parameters
     (student,) = mhacut.bench(training, part="student", **asked).models
     assert student.parameters == sum(parameter.numel() for parameter in small.parameters())
-    with pytest.raises(CheckpointError, match="no such part"):
+    with pytest.raises(CheckpointError, match="found 2 networks"):
         mhacut.bench(training, part="pupil", **asked)
 
 

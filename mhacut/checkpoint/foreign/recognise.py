@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -107,8 +107,6 @@ def _is_wrapped(tensors: Mapping[str, object]) -> bool:
 
 
 def _conversion(header: FileHeader, family: Family, config: Config | None, headless: bool) -> Conversion:
-    if header.naming.head is not None:
-        family = _with_linear_head(family)
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
     # Converted on the meta device to get shapes and dtypes under timm's names.
@@ -134,19 +132,6 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
     return Conversion(family, headless, tensors, spec, cfg, tuple(notes))
-
-
-def _with_linear_head(family: Family) -> Family:
-    """Return the family for a file with a linear classifier next to the backbone."""
-    head = family.names.get("classifier", family.names.get("heads.head", ("head",)))
-    names = {"head": head, **family.names}
-    refused = dict(family.refused)
-    if "pooler" in family.left_out:
-        refused["pooler"] = (
-            "the classifier may read the pooler, which timm does not have. "
-            f"{option_name('num_classes', 0)} drops both"
-        )
-    return replace(family, names=names, refused=refused)
 
 
 def _cfg(
