@@ -13,7 +13,7 @@ from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation, FisherOptions, check_outputs, measure_fisher
 from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import ANSWERS, Preserved
-from mhacut.pruning.unit_moments import SpilledMoments, UnitMoments, UnitSums, output_gram_of, spill_for
+from mhacut.pruning.unit_moments import UnitMoments, UnitSums, output_gram_of
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import SILENT, Counter, Reporter
 from mhacut.surgery.find import PrunableLayers
@@ -75,9 +75,8 @@ def calibrate(
         processes=processes,
     )
     preserved = preserved.thinned(model, images[:1].to(device), count)
-    spill = spill_for(prunable, device, processes)
     gathered = {
-        unit.key: UnitSums(unit, information, output_gram_of(model, layer) if unit.linear else None, spill)
+        unit.key: UnitSums(unit, information, output_gram_of(model, layer) if unit.linear else None)
         for layer in prunable.layers
         for unit in layer.units
     }
@@ -98,14 +97,10 @@ def calibrate(
             counter.add(stop - start)
     outputs = _sum_over_processes(gathered, sums, processes)
     check_outputs(outputs)
-    statistics = {}
-    for key, unit_sums in gathered.items():
-        statistics[key] = unit_sums.statistics(model.get_submodule(key[0]))
-        if spill is not None:
-            spill.drop()
-    moments: Mapping[UnitKey, UnitMoments] = {key: unit_sums.moments() for key, unit_sums in gathered.items()}
-    if spill is not None:
-        moments = SpilledMoments(moments, spill)
+    statistics = {
+        key: unit_sums.statistics(model.get_submodule(key[0])) for key, unit_sums in gathered.items()
+    }
+    moments = {key: unit_sums.moments() for key, unit_sums in gathered.items()}
     return Calibration(held, moments, statistics, information, outputs.cpu(), preserved)
 
 

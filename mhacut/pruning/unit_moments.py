@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from mhacut.adapters.base import ChannelAxis, Layer, Unit
 from mhacut.linalg.moments import Moments, linear_attention_energy, linear_contributions
-from mhacut.plan import UnitKey
 from mhacut.pruning.fisher import FisherInformation
 from mhacut.pruning.paper.statistics import (
     UnitStatistics,
@@ -19,13 +17,7 @@ from mhacut.pruning.paper.statistics import (
     output_energy,
     redundancy,
 )
-from mhacut.runtime.distributed import Processes
-from mhacut.runtime.tensor_files import Spill, return_freed
 from mhacut.surgery.channels import channels_of, effective_output_weights
-from mhacut.surgery.find import PrunableLayers
-
-MAX_BYTES = 2**30
-"""Memory limit for moments on the CPU; larger ones are stored in a temporary file."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +68,8 @@ class UnitSums:
     ``gram`` and ``energy`` over all images give :class:`UnitStatistics`.
     """
 
-    def __init__(
-        self,
-        unit: Unit,
-        fisher: FisherInformation,
-        output_gram: Tensor | None = None,
-        spill: Spill | None = None,
-    ) -> None:
-        self.unit, self.fisher, self.output_gram, self.spill = unit, fisher, output_gram, spill
+    def __init__(self, unit: Unit, fisher: FisherInformation, output_gram: Tensor | None = None) -> None:
+        self.unit, self.fisher, self.output_gram = unit, fisher, output_gram
         self.sums: dict[str, Tensor] = {}
         self._waiting: dict[str, Tensor] = {}
 
@@ -144,14 +130,10 @@ class UnitSums:
         self._add(f"rows {name}", torch.tensor(moments.rows, device=moments.total.device))
         self._add(f"total {name}", moments.total)
         self._add(f"second {name}", moments.second)
-        if self.spill is not None:
-            self.spill.drop()
 
     def _add(self, name: str, value: Tensor) -> None:
         if name in self.sums:
             self.sums[name] += value  # in place, which for wide layers saves much copying
-        elif self.spill is not None and name.startswith("second"):
-            self.sums[name] = self.spill.keep(value)
         else:
             self.sums[name] = value
 
@@ -182,37 +164,6 @@ class UnitSums:
             columns = effective_output_weights(module, unit).view(-1, unit.heads, unit.width)  # (out, H, d)
             energy = output_energy(second.diagonal().view(unit.heads, unit.width), columns)
         return UnitStatistics(redundancy(*map(cosine_similarity, grams)).cpu(), energy.sqrt().cpu())
-
-
-class SpilledMoments(Mapping[UnitKey, UnitMoments]):
-    """Moments in a file; only the last requested unit is in memory."""
-
-    def __init__(self, moments: Mapping[UnitKey, UnitMoments], spill: Spill) -> None:
-        self._moments, self._spill = moments, spill
-
-    def __getitem__(self, key: UnitKey) -> UnitMoments:
-        self._spill.drop()
-        return_freed()
-        return self._moments[key]
-
-    def __iter__(self) -> Iterator[UnitKey]:
-        return iter(self._moments)
-
-    def __len__(self) -> int:
-        return len(self._moments)
-
-
-def spill_for(prunable: PrunableLayers, device: torch.device, processes: Processes) -> Spill | None:
-    """Return a file for moments larger than :data:`MAX_BYTES`; None keeps them in memory."""
-    if device.type != "cpu" or processes.size > 1:  # sums of several processes are exchanged in memory
-        return None
-    return Spill() if sum(map(_moment_bytes, prunable.units())) > MAX_BYTES else None
-
-
-def _moment_bytes(unit: Unit) -> int:
-    """Return the bytes of a unit's second moments for fitting and held-out images."""
-    numbers = 2 * unit.heads * unit.width**2 if unit.kind == "qk" else (unit.heads * unit.width) ** 2
-    return 2 * 8 * (unit.heads * unit.width**2 if unit.linear else numbers)
 
 
 def output_gram_of(model: nn.Module, layer: Layer) -> Tensor:
