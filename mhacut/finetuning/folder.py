@@ -191,12 +191,9 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
         raise UsageError(
             f"{option_name('output', output)}: a resumed run writes to {folder}; leave the option out"
         )
-    try:
-        saved = read_config(Path(folder) / ARGUMENTS, FinetuneOptions.options(), f"{folder}/{ARGUMENTS}")
-    except OSError as error:
-        raise UsageError(
-            f"{option_name('resume', folder)}: no run to resume; {ARGUMENTS}: {error.strerror or error}"
-        ) from None
+    if not Path(folder, ARGUMENTS).is_file():
+        raise UsageError(f"{option_name('resume', folder)}: no run to resume, found no {ARGUMENTS}")
+    saved = read_config(Path(folder, ARGUMENTS), FinetuneOptions.options(), f"{folder}/{ARGUMENTS}")
     before = fixed_options(FinetuneOptions.of(**saved))
     for name, value in fixed_options(FinetuneOptions.of(**{**saved, **options})).items():
         if value != before[name]:

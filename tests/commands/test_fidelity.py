@@ -129,6 +129,6 @@ def test_the_report_has_the_figure_of_the_table(tiny_vit, images, tmp_path):
     page = tmp_path / "report.html"
     result = prune(tiny_vit, None, images=images[:16], val_images=images[16:], dry_run=True, report=page)
     text = page.read_text()
-    same = f"same top-1 class for {100 * result.fidelity.agreement:.1f} % of the images, "
+    same = f"{100 * result.fidelity.agreement:.1f}% have the same top-1 class, "
     assert f"on 24 validation images: {same}KL divergence {result.divergence:.2g} nats" in text
     assert text.count(" nats.") == 1
