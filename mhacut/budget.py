@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from mhacut.errors import UsageError, option_name
@@ -42,16 +41,14 @@ KINDS: Mapping[str, Kind] = {
 nanoseconds per batch."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """A budget: an amount of a resource, or a share of what the model has now."""
+class Budget(str):
+    """A budget as the user wrote it, with its meaning: an amount of a resource, or a share of the model's."""
 
-    text: str
-    """Text as the user wrote it."""
+    __slots__ = ("relative", "resource", "value")
     value: float
     """Amount, or a fraction in (0, 1] when ``relative``."""
     relative: bool
-    resource: str = "flops"
+    resource: str
     """Name of the option."""
 
     @classmethod
@@ -67,20 +64,20 @@ class Budget:
         >>> Budget.parse("12ms", "max_latency").amount(dense=20_000_000)
         12000000
         """
-        text = str(text)
-        match = _BUDGET.fullmatch(text)
+        budget = cls(text)
+        match = _BUDGET.fullmatch(budget)
         units = {**KINDS[resource].units, "%": 0.01}
         value = 0.0
         if match is not None and match["unit"] in units:
             value = float(match["number"]) * units[match["unit"]]
         if match is None or not 0 < value < float("inf"):
-            asked = option_name(resource, text)
-            raise UsageError(f"{asked} is not a budget; write {KINDS[resource].forms}")
-        relative = match["unit"] == "%"
-        if relative and value > 1:
-            asked = option_name(resource, text)
-            raise UsageError(f"{asked} is more than the model has; a share is at most 100%")
-        return cls(text, value, relative, resource)
+            raise UsageError(f"{option_name(resource, text)} is not a budget; write {KINDS[resource].forms}")
+        budget.value, budget.resource, budget.relative = value, resource, match["unit"] == "%"
+        if budget.relative and value > 1:
+            raise UsageError(
+                f"{option_name(resource, text)} is more than the model has; a share is at most 100%"
+            )
+        return budget
 
     def amount(self, dense: int) -> int:
         """The budget in units of its resource for a model that has ``dense``."""
@@ -90,7 +87,7 @@ class Budget:
     @property
     def label(self) -> str:
         """The text for a file name: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
-        text = self.text.replace("%", "pct")
+        text = self.replace("%", "pct")
         return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 
 

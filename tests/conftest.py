@@ -69,8 +69,7 @@ def short_stacks() -> None:
 def brief_times() -> Iterator[None]:
     """Let ``prune`` and the quantizer time models for a moment: no test here depends on how steady it is."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("prune", "prune_folder"):
-            patch.setattr(f"mhacut.commands.{module}.TIMING_SECONDS", 0.1)
+        patch.setattr("mhacut.commands.prune.TIMING_SECONDS", 0.1)
         patch.setattr("mhacut.exporting.quantize._SECONDS", 0.1)
         yield
 

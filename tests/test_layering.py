@@ -18,8 +18,9 @@ LAYERS = """
     checkpoint pruning
     surgery
     adapters
-    flatten data measuring linalg plan budget
+    flatten data measuring linalg plan
     options runtime
+    budget
     errors limits text _version _timm_hook
 """.strip().splitlines()
 """From top to bottom. Packages of one layer do not know each other."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
-from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +12,9 @@ from torch import nn
 
 from mhacut.budget import format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import load_model
-from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.write import file_size, write_slim
-from mhacut.commands.prune_attempt import (
-    CHECK_IMAGES,
-    TIMING_SECONDS,
-    Attempt,
-    TargetResult,
-)
-from mhacut.commands.prune_folder import prune_folder
-from mhacut.commands.prune_inputs import PruneInputs, read_inputs
+from mhacut.commands.prune_attempt import CHECK_IMAGES, TIMING_SECONDS, Attempt
+from mhacut.commands.prune_folder import check_folder, read_folder
+from mhacut.commands.prune_inputs import CheckpointSource, PruneInputs, SlimFile, Source, read_inputs
 from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import PruneResult, PruneResults, advice, choices_of
 from mhacut.commands.prune_targets import (
@@ -42,15 +32,14 @@ from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
-from mhacut.options.prune import BUDGETS, PruneKeywords, PruneOptions
+from mhacut.options.prune import PruneKeywords, PruneOptions
 from mhacut.pruning.check import same_outputs
-from mhacut.pruning.planner import Planner
+from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
 from mhacut.runtime.progress import SILENT, Reporter, Reporting, StageTimer, reporting
-from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 
@@ -171,10 +160,9 @@ def _prune_all(
     options: Mapping[str, Any],
 ) -> tuple[PruneResult, ...]:
     module = checkpoint if isinstance(checkpoint, nn.Module) else None
-    read = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
-    amounts = {name: str(options[name]) for name in BUDGETS[1:] if options.get(name) is not None}
-    given = PruneOptions.of(checkpoint=read, flops=flops, **{**options, **amounts})
-    return run_prune(given, reporter, module, images, val_images)
+    path = IN_MEMORY if isinstance(checkpoint, nn.Module) else checkpoint
+    parsed = PruneOptions.of(checkpoint=path, flops=flops, **options)
+    return run_prune(parsed, reporter, module, images, val_images)
 
 
 def run_prune(
@@ -185,156 +173,160 @@ def run_prune(
     val_images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
     """Run ``mhacut prune``. A ``module`` is copied and replaces the checkpoint."""
-    if options.as_ == "huggingface":
-        return (prune_folder(options, reporter, images, val_images),)
+    folder = options.as_ == "huggingface"
+    if folder:
+        check_folder(options)
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.fail_together():
-            inputs, *others = read_inputs(options, processes, timer, module, images, val_images)  # 1. read
-            files = [Targets(one, TARGETS) for one in (inputs, *others)]
-            inputs.validation.evaluate_dense()
-        job = replace(inputs.job, teacher_cache=[] if others or options.bounds_loss else None)
+            inputs: tuple[PruneInputs, ...]  # 1. read
+            if folder:
+                inputs = (read_folder(options, processes, timer, images, val_images),)
+            else:
+                inputs = read_inputs(options, processes, timer, module, images, val_images)
+            files = [Targets(of_file, TARGETS) for of_file in inputs]
+            inputs[0].validation.dense_predictions()  # minutes of work: targets are checked before
+        shared = len(files) > 1 or options.bounds_loss
+        job = replace(inputs[0].job, teacher_cache=[] if shared else None)
         calibration = job.calibrate(processes)  # 2. calibrate
-        models: list[nn.Module] = []
 
         def in_first_process() -> tuple[PruneResult, ...]:
             planner = Planner(job, calibration)
-            results = []
-            for targets in files:
-                meet = smallest_within_loss if options.bounds_loss else meet_budgets
-                attempt = meet(targets, planner)  # 3. to 6.
-                result, model = _write(targets, attempt, planner, timer)  # 7. and 8.
-                results.append(result)
-                models.append(model)
+            results = tuple(_prune_to(targets, planner, timer) for targets in files)
             if options.report is not None and options.several:
-                dense, prunable = inputs.loaded, find_prunable_layers(inputs.loaded.model)
-                choices, warnings = choices_of(results), PruneResults(results).warnings()
-                write_overview(options, dense, prunable, choices, inputs.provenance, warnings)
-            return tuple(results)
+                _write_overview(options, inputs[0].checkpoint, results)
+            return results
 
-        results = processes.from_first(in_first_process)
-        # The other processes have no model: their results load the files.
-        return tuple(replace(result, _model=model) for result, model in zip_longest(results, models))
+        return processes.from_first(in_first_process)
 
 
-def _write(
-    targets: Targets, attempt: Attempt, planner: Planner, timer: StageTimer
-) -> tuple[PruneResult, nn.Module]:
-    """Measure the model, write its file and its report."""
-    inputs, planned, slim = targets.inputs, attempt.planned, attempt.model
-    options, loaded, job = inputs.options, inputs.loaded, inputs.job
-    dense, slim = loaded.model, slim.to(job.device)
-    answers = attempt.predictions or inputs.validation.predictions_of(slim)  # 7. measure
-    evaluation = None if answers is None else answers.evaluation
-    timer.start("comparing")
-    held_out = job.held_out(planner.calibration)
-    measure = held_out.preserved.metric
-    if answers is not None and measure == "answers":
-        fidelity = inputs.validation.fidelity(answers)
-    else:
-        sample = f"held-out {'synthetic ' if inputs.images.synthetic else ''}images"
-        fidelity = Fidelity(*held_out.divergence_and_agreement(slim), len(held_out.images), sample)
-    timed = next((one for one in attempt.reached if one.name == "max_latency"), None)
-    times: tuple[float, ...] | tuple[None, None] = (None, None)
-    if timed is not None:
-        times = timed.measured["dense"], timed.reached
-    elif options.latency:
-        timer.start("timing")
-        times = inputs.stopwatch.compare([slim], seconds=TIMING_SECONDS).wall
-    slim = slim.cpu()
-
-    budget = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=None)
-
-    def record_of(reached: tuple[TargetResult, ...]) -> SlimRecord:
-        lines = [one.to_json() for one in reached if options.flops is None or len(reached) > 1]
-        return inputs.record(planned.plan, planned.curves, planned.flops, budget, evaluation, fidelity, lines)
-
-    def with_size(size: int) -> tuple[TargetResult, ...]:
-        shown = format_amount(size, "size")
-        return tuple(
-            replace(one, reached=size, labels=(one.labels[0], shown)) if one.name == "size" else one
-            for one in attempt.reached
-        )
-
-    size = file_size(slim, record_of(attempt.reached), inputs.dtypes)
-    record = record_of(with_size(size))  # which states a few bytes more than the file has
+def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneResult:
+    """Write the slim model of 1 output file."""
+    options, source = targets.inputs.options, targets.inputs.source
+    meet = smallest_within_loss if options.bounds_loss else meet_budgets
+    attempt = meet(targets, planner)  # 3. plan, 4. cut, 5. check, 6. recover
+    slim, planned = source.slim(attempt, planner.job)
+    result = _measure(targets, attempt, planned, slim, planner)  # 7. measure
     if not options.dry_run:
         timer.start("writing")  # 8. write
-        slim = _write_checked(inputs, slim, record)
-        size = inputs.target.stat().st_size
-    reached, dense_accuracy = with_size(size), inputs.validation.dense.evaluation
-    parameters, dense_size = count_parameters(dense), count_bytes(dense, loaded.dtypes)
-    before = ModelFigures(job.table.dense, parameters, times[0], dense_accuracy, dense_size)
-    after = ModelFigures(planned.flops, count_parameters(slim), times[1], evaluation, size)
-    conditions = inputs.stopwatch.conditions()
-    result = PruneResult(
-        output=None if options.dry_run else inputs.target,
-        architecture=loaded.identity.architecture,
+        result = _write(result, source, slim, options)
+    result = replace(result, advice=advice(result, targets, attempt, planner))
+    if options.report is not None:
+        timer.start("reporting")
+        result = replace(result, report=_write_report(result, targets.inputs))
+    return replace(result, seconds=timer.taken())
+
+
+def _measure(
+    targets: Targets, attempt: Attempt, planned: Planned, slim: nn.Module, planner: Planner
+) -> PruneResult:
+    """Compare the slim model with the dense model: accuracy, fidelity, FLOPs, time, size."""
+    inputs, job = targets.inputs, planner.job
+    options, source, validation = inputs.options, inputs.source, inputs.validation
+    classifier = source.classifier(slim.to(job.device))
+    predictions = attempt.predictions(validation, classifier)
+    job.reporter.start("comparing")
+    held_out = job.held_out(planner.calibration)
+    metric = held_out.preserved.metric
+    if predictions is not None and metric == "answers":
+        fidelity = validation.fidelity(predictions)
+    else:
+        sample = f"held-out {'synthetic ' if source.images.synthetic else ''}images"
+        divergence, agreement = held_out.divergence_and_agreement(attempt.model.to(job.device))
+        fidelity = Fidelity(divergence, agreement, len(held_out.images), sample)
+    latency = next((target for target in attempt.reached if target.name == "max_latency"), None)
+    dense_ms = slim_ms = None
+    if latency is not None:
+        dense_ms, slim_ms = latency.measured["dense"], latency.reached
+    elif options.latency:
+        job.reporter.start("timing")
+        dense_ms, slim_ms = source.stopwatch.compare([classifier], seconds=TIMING_SECONDS).wall
+    slim = slim.cpu()
+    before = validation.dense_predictions().evaluation
+    after = None if predictions is None else predictions.evaluation
+    output = source.output(inputs, attempt, after, fidelity)
+    flops, size = attempt.planned.flops, output.size(slim)
+    return PruneResult(
+        output=None,
+        architecture=source.name,
         plan=planned.plan,
-        budget=job.table.dense if budget is None else budget,
-        dense=before,
-        slim=after,
-        data=inputs.images.description,
-        preprocessing=inputs.preprocessing,
-        provenance=inputs.provenance,
+        budget=job.table.dense if attempt.flops_limit is None else attempt.flops_limit,
+        dense=ModelFigures(job.table.dense, count_parameters(source.model), dense_ms, before, source.size()),
+        slim=ModelFigures(flops, count_parameters(slim), slim_ms, after, size),
+        data=source.images.description,
+        preprocessing=source.preprocessing,
+        provenance=source.provenance,
         not_prunable=job.prunable.not_prunable,
         repairs=planned.ready.repairs,
         device=str(job.device),
         latency_batch_size=options.latency_batch_size,
-        timing={} if after.latency_ms is None else conditions,
+        timing={} if slim_ms is None else source.stopwatch.conditions(),
         log=planned.log,
         curves=planned.curves,
         fidelity=fidelity,
-        preserved=held_out.preserved.to_json(),
-        metric=measure,
-        targets=reached,
+        preserved=source.preserved(held_out.preserved),
+        metric=metric,
+        targets=tuple(target.with_size(size) for target in attempt.reached),
         constraints=planned.constraints,
-        _write=partial(write_slim, record=record, dtypes=inputs.dtypes, input_path=loaded.path),
+        _model=slim,
+        _files=output,
     )
-    result.advice = advice(result, targets, attempt, planner)
-    if options.report is not None:
-        timer.start("reporting")
-        pruned = Checkpoint.of_model(
-            slim.to(job.device),
-            loaded.identity,
-            source=f"{inputs.target} (dry run)" if options.dry_run else str(inputs.target),
-            record=record,
-            dtypes=inputs.dtypes,
-        )
-        figures = [row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))]
-        figures.append(("file", format_amount(dense_size, "size"), format_amount(size, "size")))
-        for one in reached:
-            figures.append((f"target {one.name} {one.spec}", f"at most {one.labels[0]}", one.labels[1]))
-        both = job.prunable, find_prunable_layers(slim)
-        likeness = fidelity if measure == "answers" else None
-        origins, verdict = inputs.provenance, result.verdict_lines()
-        result.report = write_report(
-            options, loaded, pruned, both, inputs.images, figures, likeness, origins, verdict
-        )
-    result.seconds = timer.taken()
-    return result, slim.cpu()
 
 
 @torch.no_grad()
-def _write_checked(inputs: PruneInputs, slim: nn.Module, record: SlimRecord) -> nn.Module:
-    """Write the slim file, read it back, and compare the outputs. Return the model from the file."""
-    target, reloaded = inputs.target, list[nn.Module]()
+def _write(result: PruneResult, source: Source, slim: nn.Module, options: PruneOptions) -> PruneResult:
+    """Write the slim model, read it back, and compare the outputs. Return the result with the file's size."""
+    output, target, reloaded = result.files, Path(str(options.output)), list[nn.Module]()
 
-    def check(file: Path) -> None:
-        reloaded.append(load_model(file))
-        if not same_outputs(reloaded[0], slim, inputs.images.images[:CHECK_IMAGES]):
+    def check(path: Path) -> None:
+        output.complete(path, result.rows())
+        reloaded.append(output.open(path))
+        images = source.images.images[:CHECK_IMAGES]
+        if not same_outputs(source.classifier(reloaded[0]), source.classifier(slim), images):
             raise MhacutError(
                 f"{show(target)}: outputs of the file differ from those of the model in memory; no file was "
                 "written. This is a bug in mhacut. Please report the architecture and its arguments"
             )
 
-    write_slim(
-        target,
-        slim,
-        record,
-        dtypes=inputs.dtypes,
-        overwrite=inputs.options.overwrite,
-        input_path=inputs.loaded.path,
-        check=check,
+    output.write(target, slim, overwrite=options.overwrite, check=check)
+    size = target.stat().st_size if target.is_file() else result.slim.size
+    targets = tuple(met.with_size(size or 0) for met in result.targets)
+    figures = replace(result.slim, size=size)
+    return replace(result, output=target, slim=figures, targets=targets, _model=reloaded[0])
+
+
+def _write_report(result: PruneResult, inputs: PruneInputs) -> Path:
+    options, source, output = inputs.options, inputs.checkpoint, result.files
+    assert isinstance(output, SlimFile)
+    slim = result.model()
+    where = f"{options.output} (dry run)" if options.dry_run else str(options.output)
+    identity, record = source.loaded.identity, output.record
+    pruned = Checkpoint.of_model(
+        slim.to(inputs.job.device), identity, source=where, record=record, dtypes=output.dtypes
     )
-    return reloaded[0]
+    figures: list[tuple[str, ...]] = [
+        row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))
+    ]
+    sizes = [format_amount(model.size or 0, "size") for model in (result.dense, result.slim)]
+    figures.append(("file", *sizes))
+    for target in result.targets:
+        figures.append(
+            (f"target {target.name} {target.spec}", f"at most {target.labels[0]}", target.labels[1])
+        )
+    return write_report(
+        options,
+        source.loaded,
+        pruned,
+        (inputs.job.prunable, find_prunable_layers(slim)),
+        source.images,
+        figures,
+        result.fidelity if result.metric == "answers" else None,
+        source.provenance,
+        result.verdict_lines(),
+    )
+
+
+def _write_overview(options: PruneOptions, source: CheckpointSource, results: Sequence[PruneResult]) -> None:
+    choices, warnings = choices_of(results), PruneResults(results).warnings()
+    prunable = find_prunable_layers(source.model)
+    write_overview(options, source.loaded, prunable, choices, source.provenance, warnings)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from mhacut.commands.prune_inputs import Predictions
+from mhacut.budget import format_amount
+from mhacut.commands.prune_validation import Predictions, Validation
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
@@ -51,6 +52,12 @@ class TargetResult:
             return 0.0
         return self.reached / self.limit if self.limit else math.inf
 
+    def with_size(self, size: int) -> TargetResult:
+        """Return the result for the written file, whose size the search bounds from above."""
+        if self.name != "size":
+            return self
+        return replace(self, reached=size, labels=(self.labels[0], format_amount(size, "size")))
+
     def to_json(self) -> dict[str, Any]:
         error = {} if self.standard_error is None else {"standard_error": self.standard_error}
         return {
@@ -77,13 +84,23 @@ class Attempt:
     masked: Tensor
     """Outputs of the dense model with masked channels, for the first calibration images."""
     reached: tuple[TargetResult, ...] = ()
-    predictions: Predictions | None = None
-    """Predictions for the validation images, if ``--max-drop`` is a target."""
+    _predictions: Predictions | None = None
+
+    def predictions(self, validation: Validation, model: nn.Module) -> Predictions | None:
+        """Return the predictions of ``model``, the slim model, computed at the first call."""
+        if self._predictions is None:
+            self._predictions = validation.predictions_of(model)
+        return self._predictions
 
     @property
     def worst_ratio(self) -> float:
         """Largest ratio of all targets. All targets are met if it is at most 1."""
         return max(result.ratio for result in self.reached)
+
+    @property
+    def flops_limit(self) -> int | None:
+        """FLOPs that the plan may have; None without a limit on FLOPs."""
+        return min((limit.most for limit in self.limits if limit.resource == "flops"), default=None)
 
 
 def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -> Attempt:
@@ -100,8 +117,8 @@ def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
     """Check the cut model and recover its accuracy. Tensors are rounded to the dtypes of the file."""
     job, planned = planner.job, attempt.planned
     # Masked and sliced are compared before training, which changes what the slim model computes.
-    most = min((limit.most for limit in attempt.limits if limit.resource == "flops"), default=job.table.dense)
-    check_flops(attempt.model, job, planned, most)  # 5. check
+    most = attempt.flops_limit
+    check_flops(attempt.model, job, planned, job.table.dense if most is None else most)  # 5. check
     check_exact(attempt.model, attempt.masked, job.images[:CHECK_IMAGES])
     layers = find_prunable_layers(attempt.model)
     known = {layer.name for layer in job.prunable.layers}

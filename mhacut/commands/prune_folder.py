@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,30 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from mhacut.budget import Budget
 from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
 from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
-from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, save_pruned, write_pruned
+from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, write_pruned
 from mhacut.checkpoint.preprocessing import Provenance
-from mhacut.commands.prune_attempt import CHECK_IMAGES, TIMING_SECONDS
-from mhacut.commands.prune_in_place import prune_
-from mhacut.commands.prune_inputs import Predictions, Validation, read_images
+from mhacut.commands.prune_attempt import Attempt
+from mhacut.commands.prune_in_place import cut_submodule, find_part, record_submodule, submodule_job
+from mhacut.commands.prune_inputs import Output, PruneInputs, Source
 from mhacut.commands.prune_names import options_of_each
-from mhacut.commands.prune_result import PruneResult
+from mhacut.commands.prune_validation import Validation, read_images
 from mhacut.data import ImagesInMemory, Preprocessing
-from mhacut.errors import CheckpointError, MhacutError, UnsupportedModelError, UsageError, option_name
+from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError, option_name
 from mhacut.exporting.stopwatch import Stopwatch
-from mhacut.measuring.accuracy import ModelFigures
-from mhacut.options.base import TimingOptions
-from mhacut.options.prune import PruneOptions, SearchOptions
-from mhacut.pruning.check import same_outputs
-from mhacut.runtime.distributed import gathered
+from mhacut.measuring.accuracy import Evaluation, Fidelity
+from mhacut.options.base import PathLike, TimingOptions
+from mhacut.options.prune import PruneOptions
+from mhacut.pruning.job import Job
+from mhacut.pruning.planner import Planned
+from mhacut.pruning.preserve import Preserved
+from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import check_outputs, show, stem_of
 from mhacut.runtime.process import world_size
-from mhacut.runtime.progress import Reporter, StageTimer
+from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import count_bytes
-from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import count_parameters
 
 
 class ImageClassifier(nn.Module):
@@ -61,98 +61,119 @@ class ImageClassifier(nn.Module):
         return first
 
 
-def prune_folder(
+class Folder(Output):
+    """A folder of a pruned transformers model."""
+
+    def __init__(self, dense_folder: Path, dtype: torch.dtype) -> None:
+        self.dense_folder, self.dtype = dense_folder, dtype
+
+    def size(self, model: nn.Module) -> int:
+        return count_bytes(model, dict.fromkeys(model.state_dict(), self.dtype))
+
+    def write(
+        self,
+        path: PathLike,
+        model: nn.Module,
+        *,
+        overwrite: bool,
+        check: Callable[[Path], None] | None = None,
+    ) -> None:
+        stored = copy.deepcopy(model).to(self.dtype)
+        write_pruned(stored, path, overwrite=overwrite, finish=check or (lambda folder: None))
+
+    def open(self, path: PathLike) -> nn.Module:
+        return load_pruned(path).float()
+
+    def complete(self, path: Path, rows: Sequence[Sequence[str]]) -> None:
+        shutil.copyfile(self.dense_folder / "config.json", path / "config.json")
+        first, *others = ("| " + " | ".join(cells) + " |" for cells in rows)
+        with (path / CARD).open("a", encoding="utf-8") as card:
+            card.write("\n".join(["", first, "|---|---|---|---|", *others, ""]))
+
+
+class FolderSource(Source):
+    """A transformers model, whose slim copy is a folder of the same class."""
+
+    def __init__(self, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch) -> None:
+        """Take the model, which :meth:`slim` cuts in place, and the name of the submodule to prune."""
+        self.transformers_model, self.part, self.folder, self.stopwatch = model, part, folder, stopwatch
+        self.model = stopwatch.dense
+        self.outputs: tuple[str, ...] = ()
+        """Names of the outputs that are preserved."""
+        self.name = type(model).__name__ + (f", FLOPs of {part}" if part else "")
+
+    def size(self) -> int:
+        return self.folder.size(self.model)
+
+    def slim(self, attempt: Attempt, job: Job) -> tuple[nn.Module, Planned]:
+        model = self.transformers_model
+        planned = cut_submodule(model.get_submodule(self.part), self.part, attempt, job)
+        model.to(self.folder.dtype).float()  # the values in the file
+        return model, planned
+
+    def preserved(self, preserved: Preserved) -> dict[str, Any]:
+        what = "answers" if preserved.metric == "answers" else "tokens"
+        return {"what": what, "outputs": list(self.outputs)}
+
+    def classifier(self, model: nn.Module) -> nn.Module:
+        return ImageClassifier(model, self.stopwatch.size)
+
+    def output(
+        self, inputs: PruneInputs, attempt: Attempt, evaluation: Evaluation | None, fidelity: Fidelity
+    ) -> Folder:
+        return self.folder
+
+
+def check_folder(options: PruneOptions) -> None:
+    """Raise a :class:`UsageError` for a module and under torchrun, which are not supported for folders."""
+    kind = option_name("as_", "huggingface")
+    if not options.checkpoint:
+        raise UsageError(f"{kind}: expected a folder of transformers, found a module; see mhacut.prune_")
+    if world_size() > 1:
+        raise UsageError(f"{kind}: expected one process, found {world_size()} of torchrun")
+
+
+def read_folder(
     options: PruneOptions,
+    processes: Processes,
     reporter: Reporter,
-    images: ImagesInMemory | None = None,
-    val_images: ImagesInMemory | None = None,
-) -> PruneResult:
-    """Prune the model in a transformers folder with :func:`mhacut.prune_` and write a folder.
+    images: ImagesInMemory | None,
+    val_images: ImagesInMemory | None,
+) -> PruneInputs:
+    """Read a transformers folder and its images.
 
     FLOPs count the vision transformer, parameters and latency count the complete model.
     """
-    asked = option_name("as_", "huggingface")
-    if not options.checkpoint:
-        raise UsageError(f"{asked}: expected a folder of transformers, found a module; see mhacut.prune_")
-    if world_size() > 1:
-        raise UsageError(f"{asked}: expected one process, found {world_size()} of torchrun")
-    timer, folder = StageTimer(reporter), Path(options.checkpoint)
-    timer.start("reading")
-    target = Path(str(options_of_each(options, stem_of(folder))[0].output))
-    made = () if options.dry_run else [target / each for each in (*FILES, *PREPROCESSORS)]
-    check_outputs(made, overwrite=options.overwrite, input_paths=(folder,))
+    reporter.start("reading")
+    folder = Path(options.checkpoint)
+    (options,) = options_of_each(options, stem_of(folder))
+    written = (
+        () if options.dry_run else [Path(str(options.output), name) for name in (*FILES, *PREPROCESSORS)]
+    )
+    check_outputs(written, overwrite=options.overwrite, input_paths=(folder,))
     model, dtype = load_dense(folder)
     preprocessing, name = _preprocessing(folder, model), type(model).__name__
     size = preprocessing.input_size
-    with gathered(options.device) as processes:
-        whole = ImageClassifier(model, size).to(processes.device)
-        answers = options.preserve == "answers" or (options.preserve is None and whole.num_classes > 1)
-        if answers and whole.num_classes < 2:
-            raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
-        timer.start("loading images")
-        judged = partial(Validation, model=whole, processes=processes, reporter=timer)
-        found, validation = read_images(options, preprocessing, images, val_images, judged, compares=answers)
-        timer.log(f"searching on {found.description}")
-        dense_answers, dense = validation.dense, copy.deepcopy(whole)
-        batches = [{"pixel_values": batch} for batch in found.images.split(options.batch_size)]
-        search: Any = options.only(SearchOptions).values() | {"scope": options.scope}
-        cut = prune_(
-            model, "" if answers else None, images=batches, flops=str(options.flops), reporter=timer, **search
-        )
-        model.to(dtype).float()  # what the file holds
-        slim_answers, fidelity = validation.predictions_of(whole), cut.fidelity
-        if slim_answers is not None and cut.metric == "answers":
-            fidelity = validation.fidelity(slim_answers)
-        stopwatch = Stopwatch(options.only(TimingOptions), dense, size, processes.device, timer)
-        times: Any = (None, None)
-        if options.latency:
-            timer.start("timing")
-            times = stopwatch.compare([whole], seconds=TIMING_SECONDS).wall
-
-    def figures(
-        whole: ImageClassifier, flops: int, ms: float | None, answers: Predictions | None
-    ) -> ModelFigures:
-        stored = count_bytes(whole, dict.fromkeys(whole.state_dict(), dtype))
-        return ModelFigures(flops, count_parameters(whole), ms, getattr(answers, "evaluation", None), stored)
-
-    result = PruneResult(
-        output=None if options.dry_run else target,
-        architecture=f"{name}, FLOPs of {cut.part}" if cut.part else name,
-        plan=cut.plan,
-        budget=Budget.parse(str(options.flops)).amount(cut.flops_before),
-        dense=figures(dense, cut.flops_before, times[0], dense_answers),
-        slim=figures(whole, cut.flops_after, times[1], slim_answers),
-        data=found.description,
-        preprocessing=preprocessing,
-        provenance=Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name),
-        not_prunable=find_prunable_layers(dense.model.get_submodule(cut.part)).not_prunable,
-        device=str(processes.device),
-        latency_batch_size=options.latency_batch_size,
-        timing=stopwatch.conditions() if options.latency else {},
-        fidelity=fidelity,
-        preserved={"what": "answers" if answers else "tokens", "outputs": list(cut.preserved)},
-        metric=cut.metric,
-        _model=model.cpu(),
-        _write=lambda file, slim, overwrite: save_pruned(slim.to(dtype), file, overwrite=overwrite),
+    dense = ImageClassifier(copy.deepcopy(model), size).to(processes.device)
+    answers = options.preserve == "answers" or (options.preserve is None and dense.num_classes > 1)
+    if answers and dense.num_classes < 2:
+        raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
+    part = find_part(model, "" if answers else None)
+    timing = options.only(TimingOptions)
+    stopwatch = Stopwatch(timing, dense, size, processes.device, reporter)
+    source = FolderSource(model.to(processes.device), part, Folder(folder, dtype), stopwatch)
+    source.preprocessing = preprocessing
+    source.provenance = Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name)
+    reporter.start("loading images")
+    validation = partial(Validation, model=dense, processes=processes, reporter=reporter)
+    source.images, judged = read_images(
+        options, preprocessing, images, val_images, validation, compares=answers
     )
-
-    def finish(written: Path) -> None:
-        shutil.copyfile(folder / "config.json", written / "config.json")
-        first, *rows = ("| " + " | ".join(cells) + " |" for cells in result.rows())
-        with (written / CARD).open("a", encoding="utf-8") as card:
-            card.write("\n".join(["", first, "|---|---|---|---|", *rows, ""]))
-        opened = ImageClassifier(load_pruned(written).float(), size)
-        if not same_outputs(opened, whole.float(), found.images[:CHECK_IMAGES]):
-            raise MhacutError(
-                f"{show(target)}: outputs of the folder differ from those of the model in memory; nothing "
-                f"was written. This is a bug in mhacut. Please report the class {name}"
-            )
-
-    if not options.dry_run:
-        timer.start("writing")
-        write_pruned(model.to(dtype), target, overwrite=options.overwrite, finish=finish)
-    result.seconds = timer.taken()
-    return result
+    reporter.log(f"searching on {source.images.description}")
+    batches = [{"pixel_values": batch} for batch in source.images.images.split(options.batch_size)]
+    recorded, submodule = record_submodule(model, part, batches, options.work.calibration_images)
+    job, source.outputs = submodule_job(submodule, part, recorded, options, options.scope, reporter)
+    return PruneInputs(options, source, judged, job)
 
 
 def _preprocessing(folder: Path, model: Any) -> Preprocessing:

@@ -7,7 +7,6 @@ import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -15,29 +14,26 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mhacut.adapters.huggingface import is_old
-from mhacut.budget import format_flops
+from mhacut.budget import Budget, format_flops
 from mhacut.checkpoint.part_file import check_dense, cut_part
-from mhacut.commands.prune_attempt import cut_model, recover_model
-from mhacut.commands.prune_targets import Flops
+from mhacut.commands.prune_attempt import Attempt, cut_model, recover_model
+from mhacut.commands.prune_targets import check_reachable
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.option import lists_options
-from mhacut.options.prune import SearchOptions
+from mhacut.options.prune import Scope, SearchOptions
 from mhacut.plan import Plan
-from mhacut.pruning.choose_merges import with_all_merged
+from mhacut.pruning.build_job import build_job, why_no_merging
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Constraints
-from mhacut.pruning.planner import Planner
+from mhacut.pruning.limits import Constraints, Limit, lowest_flops
+from mhacut.pruning.planner import Planned, Planner
 from mhacut.pruning.preserve import ANSWERS, OutputMetric, Preserved
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.channels import output_weights
-from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
-from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.find import find_prunable_layers, gives_probabilities
 from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown, vision_transformers
-from mhacut.surgery.tokens import why_not_merged
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 """Batches for the model, or a function that runs 1 batch."""
@@ -120,38 +116,73 @@ def prune_(
         MhacutError: one of its kinds, in :mod:`mhacut.errors`; the model is unchanged.
     """
     search = SearchOptions.of(**options)
-    name = _part_of(model, part)
+    name = find_part(model, part)
     module = model.get_submodule(name)
-    check_dense(model, name)
-    _check_kind(module, name)
     with reporting(reporter, progress) as display:
         display.start("reading")
-        with _in_eval_mode(model):
-            wanted, given = search.work.calibration_images, None if loss is None else Loss(loss)
-            stops = not callable(images)  # a function may go on after its forward pass
-            recorded = record(model, name, _runs(model, images), wanted, given, stops=stops)
-            dense = copy.deepcopy(module).float().requires_grad_(False)
-        job, names = _job(dense, name, recorded, search, scope, display)
-        limit = Flops(SimpleNamespace(job=job), flops).limit  # type: ignore[arg-type]
-        if limit is None:
+        recorded, dense = record_submodule(model, name, images, search.work.calibration_images, loss)
+        job, outputs = submodule_job(dense, name, recorded, search, scope, display)
+        budget, cost = Budget.parse(flops), job.table.flops
+        lowest = lowest_flops(job.allowed, (job.all_merged_costs or job.table).flops)
+        check_reachable(budget, job.table.dense, lowest, job)
+        limit = Limit(cost, budget.amount(job.table.dense))
+        if limit.most >= job.table.dense:
             raise BudgetError(f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs")
         planner = Planner(job, job.calibrate())
         attempt = cut_model(planner.plan((limit,)), (limit,), 1, planner)
         recover_model(attempt, {}, planner)
-        slim: Any = attempt.model.to(job.device)
-        held = job.held_out(planner.calibration)
-        fidelity = Fidelity(*held.divergence_and_agreement(slim), len(held.images), "held-out images")
-    # Within the submodule, its layers are not called "module.blocks.0.attn".
-    planned = attempt.planned.plan
-    units = tuple(replace(unit, layer=unit.layer.partition(".")[2]) for unit in planned)
-    plan = Plan(units, planned.tokens)
-    before, after = job.table.dense, attempt.planned.flops
-    cut_part(module, name, plan, slim.module.state_dict(), flops_before=before, flops_after=after)
-    return InPlaceResult(name, plan, before, after, names, fidelity, held.preserved.metric)
+        held_out = job.held_out(planner.calibration)
+        slim = attempt.model.to(job.device)
+        fidelity = Fidelity(*held_out.divergence_and_agreement(slim), len(held_out.images), "held-out images")
+    planned = cut_submodule(module, name, attempt, job)
+    before, after, metric = job.table.dense, attempt.planned.flops, held_out.preserved.metric
+    return InPlaceResult(name, planned.plan, before, after, outputs, fidelity, metric)
 
 
-def _part_of(model: nn.Module, part: str | None) -> str:
-    """Return the name of the submodule to prune."""
+def record_submodule(
+    model: nn.Module, name: str, images: Batches, count: int, loss: Callable[[Any], Tensor] | None = None
+) -> tuple[Recorded, nn.Module]:
+    """Run ``model`` until the submodule has received ``count`` images. Return the calls and a copy."""
+    with _in_eval_mode(model):
+        stops = not callable(images)  # a function may go on after its forward pass
+        sensitivity = None if loss is None else Loss(loss)
+        recorded = record(model, name, _runs(model, images), count, sensitivity, stops=stops)
+        return recorded, copy.deepcopy(model.get_submodule(name)).float().requires_grad_(False)
+
+
+def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> Planned:
+    """Cut the submodule ``module`` in place; return the plan in the names of its layers.
+
+    Costs need the job's names: FLOPs are those of ``attempt.planned``.
+    """
+
+    def inside(layer: str) -> str:  # the job's names are "module.blocks.0.attn"
+        return layer.partition(".")[2]
+
+    planned, slim = attempt.planned, attempt.model
+    assert isinstance(slim, SubmoduleFn)
+    units = tuple(replace(unit, layer=inside(unit.layer)) for unit in planned.ready.plan)
+    ready = replace(
+        planned.ready,
+        plan=Plan(units, planned.ready.plan.tokens),
+        repairs={(inside(layer), kind): repair for (layer, kind), repair in planned.ready.repairs.items()},
+    )
+    curves = {(inside(layer), kind): curve for (layer, kind), curve in planned.curves.items()}
+    flops = {"flops_before": job.table.dense, "flops_after": planned.flops}
+    renamed = replace(planned, ready=ready, curves=curves)
+    cut_part(module, name, renamed.plan, slim.module.state_dict(), **flops)
+    return renamed
+
+
+def find_part(model: nn.Module, part: str | None) -> str:
+    """Return the name of the submodule to prune, a dense one with layers that can be cut."""
+    name = _named_part(model, part)
+    check_dense(model, name)
+    _check_kind(model.get_submodule(name), name)
+    return name
+
+
+def _named_part(model: nn.Module, part: str | None) -> str:
     if part is None:
         found = vision_transformers(model)
         if len(found) > 1:
@@ -182,88 +213,52 @@ def _of_transformers_4() -> str:
     return "; of transformers 4, DINOv2, DINOv3, CLIP and SigLIP alone are cut" if is_old() else ""
 
 
-def _job(
+def submodule_job(
     dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, scope: str, reporter: Reporter
 ) -> tuple[Job, tuple[str, ...]]:
-    """Return the pruning job of ``dense`` and the names of the preserved outputs."""
+    """Return the pruning job of a submodule and the names of the preserved outputs."""
     images, cls = recorded.images, type(dense).__name__
-    one = images[:1].to(next(dense.parameters()).device)
+    image = images[:1].to(next(dense.parameters()).device)
     with torch.no_grad():
         maps = dict(
-            zip(recorded.outputs, SubmoduleFn(dense, recorded, recorded.outputs).maps(one), strict=True)
+            zip(recorded.outputs, SubmoduleFn(dense, recorded, recorded.outputs).maps(image), strict=True)
         )
     # Nobody knows what is read of the model's own outputs: the logits, else the features of all tokens.
-    kept = [each for each in maps if name or each == "logits"]
-    kept = kept or [each for each, value in maps.items() if value.ndim > 2] or list(maps)
-    model = SubmoduleFn(dense, recorded, kept).eval()
-    prunable = find_prunable_layers(model)
-    layers = {layer.name: layer for layer in prunable.layers}
-    with torch.no_grad(), captured_outputs(model, layers, lambda args, output: None) as called:
-        model(one)
-    if unused := [layer for layer in layers if layer not in called]:
-        prunable = prunable.without(unused, "does not run")
+    outputs = [output for output in maps if name or output == "logits"]
+    outputs = outputs or [output for output, value in maps.items() if value.ndim > 2] or list(maps)
+    model = SubmoduleFn(dense, recorded, outputs).eval()
     skipped = f" ({recorded.left_out} of other shapes left out)" if recorded.left_out else ""
     reporter.log(
         f"pruning {shown(name)} ({cls}) on {len(images)} inputs {list(images.shape[1:])}{skipped}; "
-        f"preserving {', '.join(kept)}"
+        f"preserving {', '.join(outputs)}"
     )
-    narrow = {type(model.get_submodule(key)).__name__ for key in called if layers[key].adapter.one_width}
-    if narrow:
-        reporter.log(f"{', '.join(sorted(narrow))} has one width of q, k and v: they are kept equal")
-    preserved = _preserved(dense, {each: maps[each] for each in kept}, prunable, model, recorded.loss)
-    reason, fewest, size = _why_not_merged(model, options, scope, preserved), None, tuple(images.shape[1:])
-    if not reason:
-        try:
-            merging: Any = with_all_merged(model, size, unmerge=True)
-            with torch.no_grad():
-                alike = [each.shape for each in merging.maps(one)] == [maps[each].shape for each in kept]
-            if alike:
-                fewest = build_cost_table(merging, prunable, size)
-            else:
-                reason = "the model takes tokens from between its blocks"
-        except UnsupportedModelError as error:  # the model runs its blocks with a mask
-            reason = str(error)
+    preserved = _preserved(dense, {output: maps[output] for output in outputs}, model, recorded.loss)
+    if scope != "auto":
+        reason = option_name("scope", scope)
+    elif options.allocation != "curves":
+        reason = option_name("allocation", options.allocation)
+    else:
+        reason = why_no_merging(model, preserved, tuple(images.shape[1:]))
     merged = "channels and token merging (merged tokens are copied back to their patches)"
     reporter.log(f"scope: {f'channels only: {reason}' if reason else merged}")
-    job = Job(
-        model=model,
-        prunable=prunable,
-        units=prunable.units(),
-        table=build_cost_table(model, prunable, size),
-        images=images,
-        options=options,
-        reporter=reporter,
-        all_merged_costs=fewest,
-        preserved=preserved,
-        unmerge=fewest is not None,
-        constraints=Constraints(equal_qkv=bool(narrow)),
-    )
-    return job, tuple(kept) if recorded.loss is None else ("loss",)
-
-
-def _why_not_merged(model: nn.Module, options: SearchOptions, scope: str, preserved: Preserved) -> str:
-    """Return the reason for pruning channels only; empty if tokens are merged too."""
-    if scope != "auto":
-        return option_name("scope", scope)
-    if options.allocation != "curves":
-        return option_name("allocation", options.allocation)
-    if preserved.metric == "features":
-        return "one vector is all that is preserved"
-    return why_not_merged(model, unmerge=True)
+    parts: Scope = "attention+mlp" if reason else "attention+mlp+tokens"
+    job = build_job(model, images, preserved, parts, options)
+    one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]
+    if one_width:
+        classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
+        reporter.log(f"{', '.join(sorted(classes))} has one width of q, k and v: they are kept equal")
+    job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
+    return job, tuple(outputs) if recorded.loss is None else ("loss",)
 
 
 def _preserved(
-    dense: nn.Module,
-    maps: Mapping[str, Tensor],
-    prunable: PrunableLayers,
-    model: nn.Module,
-    loss: Loss | None,
+    dense: nn.Module, maps: Mapping[str, Tensor], model: nn.Module, loss: Loss | None
 ) -> Preserved:
     """Return the outputs to preserve: class probabilities, 1 vector, or the features of all tokens."""
     if loss is None and [each.ndim for each in maps.values()] == [2]:
         answers = "logits" in maps or gives_probabilities(dense)
         return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
-    units = prunable.units(("v", "hidden"))
+    units = find_prunable_layers(model).units(("v", "hidden"))
     widths = {len(output_weights(model.get_submodule(unit.layer), unit)) for unit in units}
     last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
     dims = tuple(-1 if channels_last else 1 for channels_last in last)

@@ -49,7 +49,7 @@ class Latency(Amount):
     advice = ". Times vary on a busy machine: try again or raise the limit a little"
 
     def prepare(self) -> None:
-        self.stopwatch, job = self.inputs.stopwatch, self.job
+        self.stopwatch, job = self.inputs.source.stopwatch, self.job
         if self.stopwatch.latency_model is None:  # several files share them
             job.reporter.start("timing layers")
             self.stopwatch.latency_model = (curve_of if job.merges_tokens else table_of)(job, self.stopwatch)
@@ -89,7 +89,7 @@ class Latency(Amount):
     def count(self, attempt: Attempt) -> int:
         inputs, planned = self.inputs, attempt.planned
         inputs.job.reporter.start("timing")
-        earlier = inputs.loaded.record
+        earlier = inputs.checkpoint.loaded.record
         record = inputs.record(planned.plan, planned.curves, self.job.table.dense)
         records = {
             "dense": replace(record, plan=Plan(()) if earlier is None else earlier.plan),
@@ -103,8 +103,8 @@ class Latency(Amount):
         # Ratios are steadier than milliseconds: every cut model is measured against the same dense time.
         # Milliseconds that a budget states are those of the process that measures first.
         if not self._scale:
-            self._scale = self.dense if self.budget.relative else round(1e6 * comparison.milliseconds[0])
-            self.most = self.budget.amount(self._scale)
+            self._scale = self.dense if self.asked.relative else round(1e6 * comparison.milliseconds[0])
+            self.most = self.asked.amount(self._scale)
         return round(comparison.ratios[1] * self._scale)
 
 

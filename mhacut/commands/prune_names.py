@@ -6,7 +6,6 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mhacut.budget import KINDS, Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import PruneOptions
@@ -51,7 +50,6 @@ def check_output_paths(options: PruneOptions, stem: str | None = None, read: Pat
 
 def _label(options: PruneOptions) -> str:
     """Return the targets as part of a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
-    given = ((resource, getattr(options, resource)) for resource in KINDS)
-    labels = [Budget.parse(text, resource).label for resource, text in given if text is not None]
+    labels = [budget.label for budget in options.budgets.values()]
     bounds = (("kl", options.max_kl), ("drop", options.max_drop))
     return "-".join(labels + [f"{name}{bound:g}" for name, bound in bounds if bound is not None])

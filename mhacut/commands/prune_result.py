@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -12,13 +12,13 @@ from typing import Any
 
 from torch import nn
 
-from mhacut.budget import format_amount, format_flops
-from mhacut.checkpoint.load import load_model
+from mhacut.budget import Budget, format_amount, format_flops
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.commands.prune_attempt import Attempt, TargetResult
+from mhacut.commands.prune_inputs import Output
 from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Params, Targets
 from mhacut.data import Preprocessing
-from mhacut.errors import BudgetError, option_name
+from mhacut.errors import BudgetError, CheckpointError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.measuring.latency import latency_label
 from mhacut.options.base import IN_MEMORY, PathLike
@@ -104,7 +104,11 @@ class PruneResult:
     advice: tuple[str, ...] = ()
     """Advice for losing less accuracy, or for a smaller file."""
     _model: nn.Module | None = field(default=None, compare=False)
-    _write: Callable[..., None] | None = field(default=None, compare=False)
+    _files: Output | None = field(default=None, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the model: other processes open the file."""
+        return {**vars(self), "_model": None}
 
     @property
     def divergence(self) -> float:
@@ -201,7 +205,9 @@ class PruneResult:
             CheckpointError: after a dry run in several processes, only the first process has the model.
         """
         if self._model is None:
-            return load_model(self.output)
+            if self.output is None:
+                raise CheckpointError("the model of a dry run is in the first process only")
+            return self.files.open(self.output)
         return copy.deepcopy(self._model).requires_grad_(True)
 
     def save(self, file: PathLike, *, overwrite: bool = False) -> None:
@@ -214,8 +220,12 @@ class PruneResult:
         Raises:
             OutputError: the file must not or cannot be written.
         """
-        assert self._write is not None
-        self._write(file, self.model(), overwrite=overwrite)
+        self.files.write(file, self.model(), overwrite=overwrite)
+
+    @property
+    def files(self) -> Output:
+        assert self._files is not None  # results in tests have none
+        return self._files
 
 
 class PruneResults(tuple[PruneResult, ...]):
@@ -256,9 +266,9 @@ def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Pla
     """Return advice for the user if much accuracy is lost or the file is still large."""
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
     alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
-    if alone and _mostly_merged(result):
+    if alone and _mostly_merged(result) and targets.inputs.options.as_ == "timm":
         try:
-            Params(targets.inputs, _PARAMS)
+            Params(targets.inputs, Budget.parse(_PARAMS, "params"))
         except BudgetError:
             pass  # out of reach
         else:
@@ -283,11 +293,12 @@ def _ways_to_lose_less(
     inputs, job = targets.inputs, targets.inputs.job
     options, by_curves = inputs.options, bool(attempt.planned.curves)
     merged = job.merges_tokens or any(job.merged) or options.keep_dead_tokens
-    if by_curves and options.bounds_work and not (merged or why_not_merged(inputs.loaded.model)):
+    if by_curves and options.bounds_work and not (merged or why_not_merged(inputs.source.model)):
         yield f"{option_name('scope', 'attention+mlp+tokens')} also merges tokens and may lose much less"
     if by_curves and (budget := _milder(result.divergence, targets, attempt, planner)):
         yield f"{budget} should lose about 1 point of top-1"
-    if options.has_images and options.checkpoint != IN_MEMORY and result.output is not None:
+    from_file = options.checkpoint != IN_MEMORY and options.as_ == "timm"
+    if options.has_images and from_file and result.output is not None:
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
         named |= {name: getattr(options, name) for name in _SHARED if name in options.changed()}
         given = [option_name(name, value) for name, value in named.items() if value is not None]
@@ -297,8 +308,8 @@ def _ways_to_lose_less(
             yield f"mhacut.finetune({str(result.output)!r}, {', '.join(given)}) recovers part of the loss"
     if options.effort != "best" and by_curves:
         yield f"{option_name('effort', 'best')} takes longer and loses less"
-    images, wanted = len(inputs.images.images), options.work.calibration_images
-    if inputs.images.synthetic:
+    images, wanted = len(inputs.source.images.images), options.work.calibration_images
+    if inputs.source.images.synthetic:
         yield f"{option_name('data_dir')} with your own images loses less than synthetic images"
     elif images < wanted:
         yield f"use more calibration images: found {images}, the default is {wanted}"

@@ -23,6 +23,7 @@ from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
+from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limit, Limits, lowest_flops
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.smallest import Search, Trial, smallest_within
@@ -55,8 +56,8 @@ class Target(ABC):
     """Advice in the error message if no plan meets the target."""
 
     def __init__(self, inputs: PruneInputs, asked: Any) -> None:
-        """Parse the value of the option and call :meth:`prepare`."""
-        self.inputs, self.job, self.asked = inputs, inputs.job, f"{asked}"
+        """Take the value of the option, and check that a model can meet it."""
+        self.inputs, self.job, self.asked = inputs, inputs.job, asked
         self.option = option_name(self.name, asked)
         self.prepare()
 
@@ -64,18 +65,34 @@ class Target(ABC):
     def prepare(self) -> None:
         """Resolve the option's value before the calibration."""
 
-    def allowed_by(self) -> str:
-        """Return the options that set the lowest reachable budget, for error messages."""
-        job, merges = self.job, "+tokens" if self.job.merges_tokens else ""
-        scope = "attention+mlp" if any(unit.kind == "hidden" for unit in job.units) else "attention"
-        named: list[tuple[str, object]] = [("scope", scope + merges), ("round_to", job.round_to)]
-        named += [(name, value) for name, value, _ in job.constraints.without_each()]
-        options = [option_name(*each) for each in named]
-        return f"{', '.join(options[:-1])} and {options[-1]}"
-
     @abstractmethod
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
         """Return the amount of the attempt's model."""
+
+
+def options_of_lowest(job: Job) -> str:
+    """Return the options that set the lowest reachable budget, for error messages."""
+    scope = "attention+mlp" if any(unit.kind == "hidden" for unit in job.units) else "attention"
+    scope += "+tokens" if job.merges_tokens else ""
+    named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
+    named += [(name, value) for name, value, _ in job.constraints.without_each()]
+    options = [option_name(*each) for each in named]
+    return f"{', '.join(options[:-1])} and {options[-1]}"
+
+
+def check_reachable(budget: Budget, dense: int, lowest: int, job: Job) -> None:
+    """Raise a :class:`BudgetError` if ``budget`` is below the ``lowest`` amount that pruning reaches."""
+    if budget.amount(dense) >= lowest:
+        return
+    hint = ""
+    if re.fullmatch(r"\d{1,2}|0?\.\d+", budget):  # a percentage without its sign
+        percent = f"{100 * budget.value if budget.value < 1 else budget.value:g}%"
+        hint = f"; did you mean {option_name(budget.resource, percent)}?"
+    raise BudgetError(
+        f"{option_name(budget.resource, budget)} is out of reach: the lowest is "
+        f"{format_amount(lowest, budget.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
+        f"{format_amount(dense, budget.resource)}) with {options_of_lowest(job)}{hint}"
+    )
 
 
 class Targets:
@@ -136,14 +153,13 @@ class Amount(Target):
     aim: ClassVar[float] = 1.0
     """Fraction of the budget that a plan aims at."""
 
+    asked: Budget
+
     def prepare(self) -> None:
-        self.budget = Budget.parse(self.asked, self.name)
         self.dense = self.dense_amount()
-        self.most = self.budget.amount(self.dense)
+        self.most = self.asked.amount(self.dense)
         cost = self.cost()
-        lowest = self.lowest(cost)
-        if self.most < lowest:
-            raise BudgetError(self._out_of_reach(lowest))
+        check_reachable(self.asked, self.dense, self.lowest(cost), self.job)
         aim = math.ceil(self.aim * self.most)
         self.limit = Limit(cost, aim, self.name) if self.most < self.dense else None
 
@@ -184,18 +200,6 @@ class Amount(Target):
             unused = attempt.planned.cost(limit) > NEAR * limit.most and reached.ratio <= _USED
         return corrected if reached.ratio > self.safety or unused else None
 
-    def _out_of_reach(self, lowest: int) -> str:
-        hint = ""
-        if re.fullmatch(r"\d{1,2}|0?\.\d+", self.asked):  # a percentage without its sign
-            value = self.budget.value
-            percent = f"{100 * value if value < 1 else value:g}%"
-            hint = f"; did you mean {option_name(self.name, percent)}?"
-        return (
-            f"{self.option} is out of reach: the lowest is "
-            f"{format_amount(lowest, self.name, up=True)} ({math.ceil(1000 * lowest / self.dense) / 10}% of "
-            f"{format_amount(self.dense, self.name)}) with {self.allowed_by()}{hint}"
-        )
-
 
 class Flops(Amount):
     """Budget of FLOPs. Plans count FLOPs exactly, token merging included."""
@@ -224,7 +228,7 @@ class Params(Amount):
     name = "params"
 
     def dense_amount(self) -> int:
-        return count_parameters(self.inputs.loaded.model)
+        return count_parameters(self.inputs.source.model)
 
     def cost(self) -> Cost:
         job, copies = self.job, self.inputs.options.positions != "equal"
@@ -240,8 +244,7 @@ class Size(Amount):
     name = "size"
 
     def dense_amount(self) -> int:
-        loaded = self.inputs.loaded
-        return count_bytes(loaded.model, loaded.dtypes)
+        return self.inputs.source.size()
 
     def cost(self) -> Cost:
         """Return the bytes of tensors and of the smallest header.
@@ -280,15 +283,13 @@ class _Loss(Target):
     def prepare(self) -> None:
         self.most = float(self.asked)
         self.lowest = lowest_flops(self.job.allowed, (self.job.all_merged_costs or self.job.table).flops)
-        classes = classifier_size(self.inputs.loaded.model)
+        classes = classifier_size(self.inputs.source.model)
         if classes < 2:
             what = "one output" if classes else "no classifier"
             raise UsageError(f"{self.option}: expected a model with 2 or more classes, found {what}")
         if self.lowest >= self.job.table.dense:
-            have = format_amount(self.job.table.dense, "flops")
-            raise BudgetError(
-                f"nothing to prune with {self.allowed_by()}: the model's {have} FLOPs are the lowest"
-            )
+            have, options = format_amount(self.job.table.dense, "flops"), options_of_lowest(self.job)
+            raise BudgetError(f"nothing to prune with {options}: the model's {have} FLOPs are the lowest")
 
     def search(self, planner: Planner) -> Search:
         """Start the search over FLOPs for the smallest model within the bound."""
@@ -348,7 +349,7 @@ class MaxDrop(_Loss):
                 f"{self.option}: expected labelled images to measure accuracy on; {validation.no_accuracy}. "
                 f"Without labels, {option_name('max_kl')} bounds the KL divergence"
             )
-        right, chance = validation.dense.right, 1 / classifier_size(self.inputs.loaded.model)
+        right, chance = validation.dense_predictions().right, 1 / classifier_size(self.inputs.source.model)
         # Two standard errors above chance: below that, no drop can be told from luck.
         if right and sum(right) / len(right) <= chance + 2 * (chance * (1 - chance) / len(right)) ** 0.5:
             raise BudgetError(
@@ -359,9 +360,9 @@ class MaxDrop(_Loss):
 
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
         validation = self.inputs.validation
-        attempt.predictions = validation.predictions_of(attempt.model)
-        assert attempt.predictions is not None
-        before, right = validation.dense.right, attempt.predictions.right
+        predictions = attempt.predictions(validation, attempt.model)
+        assert predictions is not None
+        before, right = validation.dense_predictions().right, predictions.right
         drop = 100 * (sum(before) - sum(right)) / len(right)
         error = standard_error_of_drop(before, right)
         return self.reached(drop, error)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from mhacut.budget import Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import (
     HIGHEST_RATE,
@@ -250,11 +251,16 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.flops, tuple):  # a tuple of 1 budget becomes the budget
-            several = self.flops
-            object.__setattr__(self, "flops", several if len(several) > 1 else next(iter(several), None))
-            for text in several:
-                require("flops", text, several.count(text) == 1, "each budget once")
+        for name in BUDGETS:  # budgets are parsed here, and nowhere else
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                for text in value:
+                    require(name, text, value.count(text) == 1, "each budget once")
+                several = tuple(Budget.parse(text, name) for text in value)
+                value = several if len(several) > 1 else next(iter(several), None)
+            elif value is not None:
+                value = Budget.parse(value, name)
+            object.__setattr__(self, name, value)
         budgets = [name for name in BUDGETS if name in self.changed()]
         bounds = [name for name in BOUNDS if name in self.changed()]
         if not budgets and not bounds:
@@ -307,6 +313,12 @@ class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")
             expected = f"{' or '.join(able)} with {option_name(name, getattr(self, name))}"
             require("allocation", self.allocation, self.allocation in able, expected)
+
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """Budgets of 1 output file, by option."""
+        values = {name: getattr(self, name) for name in BUDGETS}
+        return {name: value for name, value in values.items() if isinstance(value, Budget)}
 
     @property
     def flops_of_each(self) -> tuple[str | None, ...]:

@@ -16,10 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.linalg.moments import Moments
 from mhacut.runtime.distributed import Processes
-from mhacut.surgery.features import Features
-from mhacut.surgery.find import gives_probabilities
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.features import Features, find_layers, find_pyramid, find_token_map
+from mhacut.surgery.find import classifier_size, find_prunable_layers, gives_probabilities
+from mhacut.surgery.tokens import tokens_of
 
 MAX_BYTES = 2**30
 """Maximum memory for the dense model's features of all calibration images. Above it, every n-th token is
@@ -205,7 +208,55 @@ class Preserved:
             return f"the features of all tokens after {', '.join(self.features.layers)}"
         if self.what == "pyramid":
             return f"the {len(self.features.levels)} feature maps of features_only"
-        return "the answers" if self.what == "answers" else "the pooled features"
+        names = {"answers": "the answers", "outputs": "the outputs that the model reads"}
+        return names.get(self.what, "the pooled features")
 
 
 ANSWERS = Preserved("answers", "answers", Features("output"))
+
+
+def find_preserved(
+    model: nn.Module, what: str | None, size: tuple[int, ...], reporter: Reporter
+) -> Preserved:
+    """Return the outputs that ``--preserve`` names: by default logits, or tokens without a classifier."""
+    classes, image = classifier_size(model), torch.zeros(1, *size)
+    if what == "pooled":
+        return Preserved("pooled", "features", Features("pooled" if classes else "output"))
+    if what in (None, "answers") and classes:
+        return ANSWERS if gives_probabilities(model) else Preserved.outputs_of(model)
+    if what == "answers":
+        raise UnsupportedModelError(
+            f"{option_name('preserve', what)}: the model has no classifier, so there are no answers to "
+            "preserve; expected tokens, pooled, pyramid or names of layers"
+        )
+    try:
+        applied = tokens_of(model)
+        if (applied.merged and not applied.unmerge) or applied.output_tokens is not None:
+            raise UnsupportedModelError(
+                "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
+                f"one that was pruned with {option_name('keep_dead_tokens', True)}"
+            )
+        if what in (None, "tokens"):
+            preserved = Preserved(
+                "tokens", "dense", find_token_map(model, find_prunable_layers(model), image)
+            )
+        elif what == "pyramid":
+            preserved = Preserved("pyramid", "dense", find_pyramid(model, image))
+        else:
+            names = [name.strip() for name in str(what).split(",")]
+            layers = find_layers(model, names, find_prunable_layers(model), image)
+            preserved = Preserved("layers", "dense", layers)
+    except UnsupportedModelError as error:
+        if what is not None:
+            raise UnsupportedModelError(f"{option_name('preserve', what)}: {error}") from error
+        preserved = Preserved.outputs_of(model)
+        reporter.log(f"the model has no classifier: preserving {preserved}: {error}")
+        return preserved
+    if what is None:
+        pooled = option_name("preserve", "pooled")
+        reporter.log(
+            f"the model has no classifier: preserving {preserved}; {pooled} preserves pooled features instead"
+        )
+    else:
+        reporter.log(f"preserving {preserved}")
+    return preserved

@@ -48,7 +48,7 @@ def write_report(
     pruned: Checkpoint,
     layers: tuple[PrunableLayers, PrunableLayers],
     images: CalibrationImages,
-    figures: Sequence[tuple[str, str, str]],
+    figures: Sequence[tuple[str, ...]],
     fidelity: Fidelity | None,
     provenance: Provenance,
     verdict: Sequence[str],

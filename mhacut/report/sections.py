@@ -42,7 +42,7 @@ class Contents:
     """Layers to show, in this order."""
     comparison: Comparison | None = None
     sensitivity: StoredCurves = field(default_factory=StoredCurves)
-    figures: tuple[tuple[str, str, str], ...] = ()
+    figures: tuple[tuple[str, ...], ...] = ()
     """Measurements of a run: name, dense value, slim value."""
     choices: tuple[Choice, ...] = ()
     """Models of a run with several budgets, the dense model first."""

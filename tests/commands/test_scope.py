@@ -45,8 +45,8 @@ def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
         (VIT, {"preserve": "pooled"}, "merged tokens have no separate features"),
         (
             VIT,
-            {"preserve": "blocks.1,blocks.0.attn"},
-            "tokens in 'blocks.0.attn' are not copied back, those after blocks are",
+            {"preserve": "blocks.1,blocks.1.attn"},
+            "tokens are read inside blocks, where they are not copied back",
         ),
         (VIT, {"keep_dead_tokens": True}, "merged tokens have no separate features"),
         (VIT, {"allocation": "uniform"}, "allocation='uniform'"),
