@@ -1,0 +1,150 @@
+"""Attention and MLPs of classes that nobody registered."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mhacut
+from helpers.models import relative
+from helpers.plans import random_plan
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.mask import masked_tensors, run_with
+from mhacut.surgery.slice import cut
+
+
+class SelfAttention(nn.Module):
+    """Attention as in the repositories of DINO, DINOv2 and MAE."""
+
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.attn_drop, self.proj_drop = nn.Dropout(0.0), nn.Dropout(0.0)
+
+    def forward(self, x, attn_bias=None):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop((q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1))
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(b, n, c)))
+
+
+class Branches(nn.Module):
+    """q, k and v of other names, and a result in a tuple."""
+
+    def __init__(self, dim, heads, doubled=False):
+        super().__init__()
+        self.config_heads, self.doubled = heads, doubled
+        self.num_heads = heads
+        self.values, self.keys, self.queries = (nn.Linear(dim, dim) for _ in range(3))
+        self.unify = nn.Linear(dim, dim)
+
+    def forward(self, tokens, mask=None):
+        q, k, v = (
+            part(tokens).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for part in (self.queries, self.keys, self.values)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        if self.doubled:  # no form has this
+            y = y + k
+        return self.unify(y.transpose(1, 2).flatten(2)), None
+
+
+class Scale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.rand(dim))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Feed(nn.Module):
+    def __init__(self, dim, normed=False):
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
+        self.normed = normed
+
+    def forward(self, x):
+        h = F.gelu(self.wide(x))
+        return self.narrow(h / h.norm(dim=-1, keepdim=True) if self.normed else h)
+
+
+class Layer(nn.Module):
+    def __init__(self, dim, attention, feed):
+        super().__init__()
+        self.norm1, self.attn, self.ls1 = nn.LayerNorm(dim), attention, Scale(dim)
+        self.norm2, self.mlp, self.ls2 = nn.LayerNorm(dim), feed, Scale(dim)
+
+    def forward(self, x):
+        y = self.attn(self.norm1(x))
+        x = x + self.ls1(y[0] if isinstance(y, tuple) else y)
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class Vit(nn.Module):
+    def __init__(self, attention, feed, dim=32, depth=2):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, dim, 4, 4)
+        self.blocks = nn.ModuleList(Layer(dim, attention(dim), feed(dim)) for _ in range(depth))
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).mT
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+FEEDS = {
+    "functional": Feed,
+    "sequential": lambda dim: nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim)),
+}
+ATTENTION = {"qkv": lambda dim: SelfAttention(dim, 2), "named": lambda dim: Branches(dim, 2)}
+
+
+def build(attention="qkv", feed="functional"):
+    torch.manual_seed(0)
+    return Vit(ATTENTION.get(attention, attention), FEEDS.get(feed, feed)).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("feed", FEEDS)
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_masked_equals_sliced(attention, feed):
+    model, x = build(attention, feed), torch.randn(2, 3, 16, 16)
+    prunable = find_prunable_layers(model)
+    assert [unit.kind for unit in prunable.units()] == ["qk", "v", "hidden"] * 2
+    plan, scales = random_plan(prunable, 0)
+    masked = run_with(model, masked_tensors(model, prunable, scales), x)
+    slim = copy.deepcopy(model)
+    cut(slim, plan, scales)
+    assert relative(slim(x), masked) < 1e-5
+    assert relative(masked, model(x)) > 1e-3
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_a_model_of_no_library_is_pruned_and_opens_again(attention, tmp_path):
+    model, x = build(attention), torch.randn(24, 3, 16, 16)
+    result = mhacut.prune_(model, images=x.split(8), flops="60%", effort="fast")
+    assert result.flops_after <= 0.6 * result.flops_before
+    assert {unit.kind for unit in result.plan} == {"qk", "v", "hidden"}
+    mhacut.save_pruned(model, tmp_path / "part.safetensors")
+    fresh = build(attention)
+    mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
+    assert relative(fresh(x), model(x)) < 1e-6
+    exported = torch.export.export(model, (x[:2],)).module()
+    assert relative(exported(x[:2]), model(x[:2])) < 1e-5
+
+
+def test_attention_of_no_known_form_stays_and_mlps_are_cut():
+    model = build(lambda dim: Branches(dim, 2, doubled=True))
+    prunable = find_prunable_layers(model)
+    assert [unit.kind for unit in prunable.units()] == ["hidden"] * 2
+
+
+def test_an_mlp_that_mixes_its_hidden_channels_stays():
+    prunable = find_prunable_layers(build("qkv", lambda dim: Feed(dim, normed=True)))
+    assert [unit.kind for unit in prunable.units()] == ["qk", "v"] * 2
