@@ -205,6 +205,8 @@ class Adapter(ABC):
     """Exactly these classes; a subclass may compute something else and needs an adapter of its own."""
     one_width: bool = False
     """Whether the classes know one width of q, k and v."""
+    equal_widths_only: bool = False
+    """Whether a layer with different widths of q, k and v cannot run."""
 
     def serves(self, module: Any) -> bool:
         """Whether ``module``, of one of the classes, is built so that it can be described."""
@@ -228,6 +230,10 @@ class Adapter(ABC):
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
         """Record the kept channels of ``unit``, [heads, kept], if the layer needs them, before slicing."""
+        return
+
+    def prepare(self, module: Any) -> None:
+        """Make a layer of the dense model call the submodules that its hooks name."""
         return
 
     def fix_shared_modules(self, model: nn.Module) -> None:

@@ -75,9 +75,7 @@ _KNOWN_ATTENTION = {
 def adapter_for(module: nn.Module) -> Adapter | None:
     """Return the adapter of exactly this class; None without one, or if it cannot describe ``module``."""
     # The exact class: a subclass may compute something else with the same tensors.
-    adapter = _BY_CLASS.get(type(module)) or adapter_of(module)
-    if adapter is None and not type(module).__module__.startswith(("timm.", "mhacut.flatten")):
-        adapter = adapter_by_structure(module)
+    adapter = _BY_CLASS.get(type(module)) or adapter_of(module) or adapter_by_structure(module)
     return adapter if adapter is not None and adapter.serves(module) else None
 
 

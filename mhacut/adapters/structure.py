@@ -1,15 +1,15 @@
 """Attention and MLPs of any class, recognised by their linear layers and proved on random tokens.
 
-A form is accepted only if mhacut computes the outputs of the module in float64, with random weights. A module
-that matches no form stays as it is.
+A form is accepted only if a cut layer computes the outputs of the masked module in float64, with random
+weights. A module that matches no form stays as it is.
 """
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import permutations
 from operator import attrgetter
 from typing import Any
@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter
+from mhacut.adapters.base import Adapter, Layer, Mixing, Unit
 from mhacut.adapters.mlp import Mlp
+from mhacut.adapters.multihead import MULTIHEAD
 from mhacut.adapters.softmax import Hook, Softmax, Twin
 from mhacut.errors import UnsupportedModelError
+from mhacut.plan import UnitKind
 
 _TOLERANCE = 1e-6
 """Relative difference of outputs. Some classes compute the softmax in float32."""
@@ -40,12 +42,19 @@ class _NamedTwin(Twin):
 def _with_mask(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
     mask = None
     for (name, default), value in zip(m.spec.arguments, args, strict=True):
-        if value is None or value is default or value is False:
+        if value is None or value is default or value is False or _are_sizes(value):
             continue
         if name != m.spec.mask_name:
             raise UnsupportedModelError(f"a cut {m.spec.cls.__name__} takes no argument {name!r}")
         mask = value
     return q, k, mask
+
+
+def _are_sizes(value: Any) -> bool:
+    """Whether an argument is a height or width, or both, on which a proved form does not depend."""
+    entries = value if isinstance(value, tuple | list) else (value,)
+    # Sizes are tensors while torch traces.
+    return all(type(entry) is int or (isinstance(entry, Tensor) and not entry.dim()) for entry in entries)
 
 
 def _attended(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -82,42 +91,239 @@ class PlainAttention(Softmax):
         return int(attrgetter(self.heads_at)(module))
 
 
+@dataclass(eq=False)
+class OwnForward(PlainAttention):
+    """Attention that runs its own forward pass after a cut, with q, k and v of one width.
+
+    It may reduce the map that k and v are made of, or add biases of positions: the proof finds out which
+    channels can be mixed.
+    """
+
+    sizes_at: tuple[tuple[str, str, str], ...] = ()
+    """Attributes by the width of a head: submodule, name, and ``d``, ``heads * d`` or ``scale``."""
+    mixing: Mapping[UnitKind, Mixing] | None = None
+    """Mixing of each kind; the most careful one if None."""
+    mixins: tuple[type, ...] = ()
+    one_width = True
+    equal_widths_only = True
+
+    def describe(self, name: str, module: Any) -> Layer:
+        layer = super().describe(name, module)
+        careful: dict[UnitKind, Mixing] = {"qk": "select", "v": "refit"}
+        mixing = self.mixing or careful
+        return replace(layer, units=tuple(replace(unit, mixing=mixing[unit.kind]) for unit in layer.units))
+
+    def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
+        heads, width = self.sizes(module)["q"]
+        values = {"d": width, "heads * d": heads * width, "scale": width**-0.5}
+        for owner, attribute, kind in self.sizes_at:
+            setattr(module.get_submodule(owner), attribute, values[kind])
+
+
 def adapter_by_structure(module: nn.Module) -> Adapter | None:
     """Return the adapter of a module whose linear layers have a known form; None without a proof."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, PlainAttention):  # a cut layer
         return spec
+    if type(module) in MULTIHEAD.module_classes:
+        return MULTIHEAD
+    if is_registered_library(module):
+        return None
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     if "" in linears or not 2 <= len(linears) <= 4:
         return None
-    key = _structure_of(module)
+    return _proved(module, linears)
+
+
+def is_registered_library(module: nn.Module) -> bool:
+    """Whether every class of the module's library that can be cut has an adapter of its own."""
+    return type(module).__module__.startswith(("timm.", "mhacut."))
+
+
+def mlp_of_block(module: nn.Module, layers: Collection[str]) -> Mlp | None:
+    """Return the MLP whose two linear layers are in different submodules of a block, beside ``layers``."""
+    linears = {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and not any(f"{name}.".startswith(f"{layer}.") for layer in layers)
+    }
+    adapter = _proved(module, linears, only_mlp=True) if len(linears) in (2, 3) else None
+    assert adapter is None or isinstance(adapter, Mlp)
+    return adapter
+
+
+def _proved(module: nn.Module, linears: Mapping[str, Any], *, only_mlp: bool = False) -> Adapter | None:
+    key = _structure_of(module), only_mlp
     if key not in _PROVED:
         if next(module.parameters()).is_meta:
             return None
-        _PROVED[key] = _prove(module, linears)
+        _PROVED[key] = _Proof(module, linears).adapter(only_mlp=only_mlp)
     return _PROVED[key]
 
 
-def _prove(module: nn.Module, linears: Mapping[str, Any]) -> Adapter | None:
-    trial = _with_random_weights(module)
-    width = next(iter(linears.values())).in_features
-    outputs = {grid: _run(trial, grid, width) for grid in _GRIDS}
-    if None in outputs.values():
-        return None
-    first, *beside = outputs[_GRIDS[0]]
-    if first.dim() == 3 and all(other is None for other in beside):
-        is_tuple = isinstance(trial(*_inputs(trial, _GRIDS[0], width)), tuple)
-        for form in _attention_forms(module, linears):
-            spec = PlainAttention(type(module), beside=len(beside) if is_tuple else None, **form)
-            if _reproduces(spec, trial, width):
-                return spec
-    for mlp in _mlp_forms(type(module), module, linears):
-        if _hidden_channels_are_separate(mlp, trial, width):
-            return mlp
-    return None
+class _Proof:
+    """Search for a form of a module, on a copy in float64 with random weights."""
+
+    def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
+        self.linears, self.width = linears, next(iter(linears.values())).in_features
+        self.trial: Any = _with_random_weights(module)
+        self.grids, self.as_map = _grids_of(module), False
+
+    @torch.no_grad()
+    def adapter(self, *, only_mlp: bool) -> Adapter | None:
+        outputs: list[Any] = []
+        for self.as_map in (False, True):
+            outputs = [self.run(self.trial, grid) for grid in self.grids]
+            if None not in outputs:
+                break
+        else:
+            return None
+        cls, forms = type(self.trial), [] if only_mlp else [*_attention_forms(self.linears, self.trial)]
+        first, *beside = outputs[0]
+        if first.dim() == 3 and all(other is None for other in beside):
+            is_tuple = isinstance(self.trial(*self.inputs(self.trial, self.grids[0])), tuple)
+            for form in forms:
+                spec = PlainAttention(cls, beside=len(beside) if is_tuple else None, **form)
+                if self.reproduces(spec):
+                    return spec
+        for form in forms:
+            for own in _own_forms(cls, form, self.trial):
+                if self.cuts_exactly(own):
+                    own.mixing = self.mixing_of(own)
+                    return own
+        return next(
+            (mlp for mlp in _mlp_forms(cls, self.trial, self.linears) if self.cuts_exactly(mlp)), None
+        )
+
+    def reproduces(self, spec: PlainAttention) -> bool:
+        """Whether the forward pass of a cut layer gives the outputs of the module, also with a mask."""
+        # Other dropouts than these two would be lost in training.
+        dropouts = {name for name, part in self.trial.named_modules() if getattr(part, "p", 0)}
+        if not dropouts <= {"attn_drop", "proj_drop"}:
+            return False
+        twin = copy.deepcopy(self.trial)
+        spec.resize(twin, {})
+        for grid in self.grids:
+            tokens = grid[0] * grid[1]
+            masks: list[dict[str, Tensor]] = [{}]
+            if spec.mask_name is not None:
+                masks.append({spec.mask_name: torch.randn(2, 1, tokens, tokens, dtype=torch.float64)})
+            for mask in masks:
+                expected = self.run(self.trial, grid, **mask)
+                if expected is None and mask:  # the class takes masks of another form
+                    continue
+                if not _equal(self.run(twin, grid, **mask), expected):
+                    return False
+        return True
+
+    def cuts_exactly(self, adapter: Adapter) -> bool:
+        """Whether a cut to half of the channels computes what the module does without the others."""
+        generator = torch.Generator().manual_seed(0)
+        masked, slim = copy.deepcopy(self.trial), copy.deepcopy(self.trial)
+        layer = adapter.describe("", self.trial)
+        if not layer.units or any(unit.width < 2 for unit in layer.units):
+            return False
+        places: dict[tuple[str, int], list[Tensor]] = {}
+        for unit in layer.units:
+            # Every head of every unit keeps other channels, as in a plan.
+            half = (unit.width + 1) // 2
+            order = torch.stack([torch.randperm(unit.width, generator=generator) for _ in range(unit.heads)])
+            kept, removed = order[:, :half].sort().values, order[:, half:]
+            # The slim layer divides its logits by the root of another width.
+            scale = (half / unit.width) ** 0.5 if unit.softmax_scaled else 1.0
+            for axis in unit.axes:
+                rows = axis.rows(unit.heads, unit.width)[..., 0]
+                if axis in unit.scale_axes:
+                    out = rows.gather(1, removed).flatten()
+                    masked.get_parameter(axis.tensor).movedim(axis.dim, 0)[out] = 0
+                    slim.get_parameter(axis.tensor).movedim(axis.dim, 0)[rows.flatten()] *= scale
+                places.setdefault((axis.tensor, axis.dim), []).append(rows.gather(1, kept).flatten())
+        for (name, dim), rows_kept in places.items():
+            owner, last = slim.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+            index = torch.cat(rows_kept).sort().values
+            setattr(owner, last, nn.Parameter(getattr(owner, last).index_select(dim, index)))
+            if isinstance(owner, nn.Conv2d):
+                owner.groups = len(index)
+            elif isinstance(owner, nn.Linear):
+                owner.out_features, owner.in_features = owner.weight.shape
+        try:
+            adapter.resize(slim, {unit.kind: (unit.width + 1) // 2 for unit in layer.units})
+        except Exception:  # an attribute that cannot be set
+            return False
+        return all(_equal(self.run(slim, grid), self.run(masked, grid)) for grid in self.grids)
+
+    def mixing_of(self, adapter: Adapter) -> dict[UnitKind, Mixing]:
+        """Return ``rotate`` for each kind whose channels can be mixed without a change of the outputs."""
+        mixing: dict[UnitKind, Mixing] = {}
+        for unit in adapter.describe("", self.trial).units:
+            turned = self.with_mixed_channels(unit)
+            rotates = all(_equal(self.run(turned, grid), self.run(self.trial, grid)) for grid in self.grids)
+            mixing[unit.kind] = "rotate" if rotates else unit.mixing
+        return mixing
+
+    def with_mixed_channels(self, unit: Unit) -> nn.Module:
+        turned = copy.deepcopy(self.trial)
+        generator = torch.Generator().manual_seed(0)
+        basis = torch.randn(unit.width, unit.width, generator=generator, dtype=torch.float64)
+        inverse = torch.linalg.inv(basis).mT
+        for axis in unit.axes:
+            tensor = turned.get_parameter(axis.tensor).movedim(axis.dim, 0)
+            rows = axis.rows(unit.heads, unit.width)[..., 0]
+            mixed = basis if axis in unit.scale_axes else inverse
+            tensor[rows] = torch.einsum("ij,hj...->hi...", mixed, tensor[rows])
+        return turned
+
+    def run(self, module: nn.Module, grid: tuple[int, int], **more: Any) -> list[Any] | None:
+        """Run a module on random tokens; return its outputs, or None if it takes other arguments."""
+        try:
+            output = module(*self.inputs(module, grid), **more)
+        except Exception:  # of any kind: this code is not known
+            return None
+        outputs = list(output) if isinstance(output, tuple) else [output]
+        return outputs if isinstance(outputs[0], Tensor) else None
+
+    def inputs(self, module: nn.Module, grid: tuple[int, int]) -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(2, *grid, self.width, generator=generator, dtype=torch.float64)
+        inputs: list[Any] = [x if self.as_map else x.flatten(1, 2)]
+        for parameter in list(inspect.signature(module.forward).parameters.values())[1:]:
+            if parameter.default is not parameter.empty or parameter.kind.name.startswith("VAR"):
+                break
+            sizes = {"h": grid[0], "height": grid[0], "w": grid[1], "width": grid[1]}
+            several = any(part in parameter.name for part in ("size", "shape", "dimensions", "resolution"))
+            inputs.append(grid if several else sizes.get(parameter.name.lower()))
+        return inputs
 
 
-def _attention_forms(module: nn.Module, linears: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _grids_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Heights and widths of the token maps to try; attention within windows takes whole windows only."""
+    sides = [getattr(part, "window_size", None) for part in module.modules()]
+    side = next((side for side in sides if side), 0)
+    height, width = side if isinstance(side, tuple | list) else (side, side)
+    return ((int(height), int(width)),) if height and width else _GRIDS
+
+
+def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module) -> Iterator[OwnForward]:
+    heads = attrgetter(form["heads_at"])(module)
+    width = module.get_submodule(form["read_by"]).in_features // heads
+    kinds = {"d": width, "heads * d": heads * width, "scale": width**-0.5}
+    found = [
+        (owner, attribute, kind)
+        for owner, part in module.named_modules()
+        for attribute, value in vars(part).items()
+        if type(value) in (int, float)
+        and "num" not in attribute
+        and attribute not in ("in_features", "out_features")
+        for kind, size in kinds.items()
+        if type(value) is type(size) and abs(value - size) < 1e-9
+    ]
+    of_heads = [place for place in found if place[2] != "heads * d" or "head" in place[1]]
+    for sizes_at in dict.fromkeys((tuple(of_heads), tuple(found))):
+        for cosine in (False, True):
+            yield OwnForward(cls, sizes_at=sizes_at, cosine=cosine, scaled=not cosine, **form)
+
+
+def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[dict[str, Any]]:
     """Fields of :class:`PlainAttention` to try, the likely ones first."""
     heads = list(_head_counts(module))
     for reader in reversed(linears):
@@ -176,52 +382,6 @@ def _mlp_forms(cls: type[nn.Module], module: nn.Module, linears: Mapping[str, An
             yield Mlp(cls, writers, reader, between=depthwise, halves=True)
 
 
-@torch.no_grad()
-def _reproduces(spec: PlainAttention, trial: nn.Module, width: int) -> bool:
-    """Whether the forward pass of a cut layer gives the outputs of the module, also with a mask."""
-    # Other dropouts than these two would be lost in training.
-    dropouts = {name for name, part in trial.named_modules() if isinstance(part, nn.Dropout) and part.p}
-    if not dropouts <= {"attn_drop", "proj_drop"}:
-        return False
-    twin = copy.deepcopy(trial)
-    spec.resize(twin, {})
-    for height, length in _GRIDS:
-        tokens = height * length
-        masks: list[dict[str, Tensor]] = [{}]
-        if spec.mask_name is not None:
-            masks.append({spec.mask_name: torch.randn(2, 1, tokens, tokens, dtype=torch.float64)})
-        for mask in masks:
-            expected = _run(trial, (height, length), width, **mask)
-            actual = _run(twin, (height, length), width, **mask)
-            if expected is None and mask:  # the class takes masks of another form
-                continue
-            if not _equal(actual, expected):
-                return False
-    return True
-
-
-@torch.no_grad()
-def _hidden_channels_are_separate(mlp: Mlp, trial: nn.Module, width: int) -> bool:
-    """Whether half of the hidden channels compute what all do without the columns of the others."""
-    units = mlp.describe("", trial).units
-    if not units:
-        return False
-    (unit,) = units
-    kept = torch.arange(unit.width) % 2 == 0
-    masked, slim = copy.deepcopy(trial), copy.deepcopy(trial)
-    masked.get_parameter(unit.scale_axes[0].tensor)[:, ~kept] = 0
-    rows: dict[tuple[str, int], list[Tensor]] = {}
-    for axis in unit.axes:
-        rows.setdefault((axis.tensor, axis.dim), []).append(axis.rows(1, unit.width).flatten()[kept])
-    for (name, dim), parts in rows.items():
-        owner = slim.get_submodule(name.rpartition(".")[0])
-        tensor = getattr(owner, name.rpartition(".")[2])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.index_select(dim, torch.cat(parts))))
-        if isinstance(owner, nn.Conv2d):
-            owner.groups = int(kept.sum())
-    return all(_equal(_run(slim, grid, width), _run(masked, grid, width)) for grid in _GRIDS)
-
-
 def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
     if actual is None or expected is None or actual[0].shape != expected[0].shape:
         return False
@@ -229,31 +389,10 @@ def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
     return bool(difference <= _TOLERANCE * expected[0].abs().max().clamp_min(1e-9))
 
 
-@torch.no_grad()
-def _run(module: nn.Module, grid: tuple[int, int], width: int, **more: Any) -> list[Any] | None:
-    """Run a module on random tokens; return its outputs, or None if the module takes other arguments."""
-    try:
-        output = module(*_inputs(module, grid, width), **more)
-    except Exception:  # of any kind: the module is code that nobody here knows
-        return None
-    outputs = list(output) if isinstance(output, tuple) else [output]
-    return outputs if isinstance(outputs[0], Tensor) else None
-
-
-def _inputs(module: nn.Module, grid: tuple[int, int], width: int) -> list[Any]:
-    generator = torch.Generator().manual_seed(0)
-    inputs: list[Any] = [torch.randn(2, grid[0] * grid[1], width, generator=generator, dtype=torch.float64)]
-    for parameter in list(inspect.signature(module.forward).parameters.values())[1:]:
-        if parameter.default is not parameter.empty or parameter.kind.name.startswith("VAR"):
-            break
-        sizes = {"h": grid[0], "height": grid[0], "w": grid[1], "width": grid[1]}
-        inputs.append(sizes.get(parameter.name.lower()))
-    return inputs
-
-
 def _with_random_weights(module: nn.Module) -> nn.Module:
     """Copy in float64 whose weights are random, because zeros would hide what a parameter does."""
-    trial = copy.deepcopy(module).cpu().double().eval().requires_grad_(False)
+    trial = copy.deepcopy(module).cpu().double().requires_grad_(False)
+    trial.eval()  # which some classes return nothing from
     generator = torch.Generator().manual_seed(0)
     for parameter in trial.parameters():
         scale = max(parameter[0].numel(), 1) ** -0.5 if parameter.dim() > 1 else 0.5

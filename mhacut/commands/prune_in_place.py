@@ -33,6 +33,7 @@ from mhacut.runtime.progress import Reporter, reporting
 from mhacut.surgery.channels import output_weights
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers, gives_probabilities
+from mhacut.surgery.flops import measure_flops_by_module
 from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown, vision_transformers
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
@@ -147,7 +148,10 @@ def record_submodule(
         stops = not callable(images)  # a function may go on after its forward pass
         sensitivity = None if loss is None else Loss(loss)
         recorded = record(model, name, _runs(model, images), count, sensitivity, stops=stops)
-        return recorded, copy.deepcopy(model.get_submodule(name)).float().requires_grad_(False)
+        dense = copy.deepcopy(model.get_submodule(name)).float().requires_grad_(False)
+        for layer in find_prunable_layers(dense).layers:
+            layer.adapter.prepare(dense.get_submodule(layer.name))
+        return recorded, dense
 
 
 def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> Planned:
@@ -190,7 +194,7 @@ def _named_part(model: nn.Module, part: str | None) -> str:
             raise UsageError(f"{len(found)} vision transformers inside: {names}; name one")
         if not found:
             _check_kind(model, "")  # names attention that is not known
-        return found[0]
+        return found[0] if found else ""
     known = [name for name, _ in model.named_modules()]
     if part not in known:
         near = difflib.get_close_matches(part, known, n=3, cutoff=0.5) or vision_transformers(model)
@@ -248,7 +252,20 @@ def submodule_job(
         classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
         reporter.log(f"{', '.join(sorted(classes))} has one width of q, k and v: they are kept equal")
     job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
+    _report_unknown(job)
     return job, tuple(outputs) if recorded.loss is None else ("loss",)
+
+
+def _report_unknown(job: Job) -> None:
+    """Report the attention classes that stay, their share of the FLOPs, and the lowest budget."""
+    if not job.prunable.unknown:
+        return
+    counted = measure_flops_by_module(job.model, job.input_size)
+    for cls, names in job.prunable.unknown.items():
+        share = sum(counted.get(name, 0) for name in names) / counted[""]
+        job.reporter.log(f"{len(names)} layers of class {cls} stay, with {share:.0%} of the FLOPs")
+    lowest = lowest_flops(job.allowed, job.table.flops) / job.table.dense
+    job.reporter.log(f"the lowest budget by channels is {lowest:.0%} of the FLOPs")
 
 
 def _preserved(

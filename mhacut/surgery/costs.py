@@ -107,6 +107,10 @@ def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
         outline = copy.deepcopy(module).to("meta")
 
         def count(widths: Mapping[UnitKind, int]) -> int:
+            if layer.adapter.equal_widths_only and len(set(widths.values())) > 1:
+                # Widths are equal in every plan. Half of the FLOPs that depend on them count for each kind.
+                equal = [count(dict.fromkeys(widths, width)) for width in widths.values()]
+                return sum(equal) // len(equal)
             slim = cut_to_widths(outline, layer, widths)
             # Tracing on the meta device fails in shape checks of torch for some layers, so the layer moves to
             # the CPU without weights. A model that is on the meta device has been traced there before.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -18,6 +18,7 @@ from mhacut.adapters.registry import (
     looks_like_mlp,
     why_not_cut,
 )
+from mhacut.adapters.structure import is_registered_library, mlp_of_block
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import UNIT_KINDS, Plan, UnitKey, UnitKind
 
@@ -64,6 +65,8 @@ class PrunableLayers:
     """Layers in the order of the model's modules."""
     skipped: tuple[str, ...]
     """Other modules with channels: name, class and the reason why they are not cut."""
+    unknown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Attention classes of no known form, and the names of their layers."""
 
     def units(self, kinds: Iterable[UnitKind] = UNIT_KINDS) -> tuple[Unit, ...]:
         wanted = set(kinds)
@@ -72,7 +75,7 @@ class PrunableLayers:
     def without(self, names: Collection[str], reason: str) -> PrunableLayers:
         """Return a copy in which the layers ``names`` are skipped for ``reason``."""
         layers = tuple(layer for layer in self.layers if layer.name not in names)
-        return PrunableLayers(layers, (*self.skipped, *(f"{name}: {reason}" for name in names)))
+        return replace(self, layers=layers, skipped=(*self.skipped, *(f"{name}: {reason}" for name in names)))
 
     def unit(self, key: UnitKey) -> Unit:
         for unit in self.units():
@@ -99,13 +102,13 @@ class PrunableLayers:
 def find_prunable_layers(model: nn.Module) -> PrunableLayers:
     walk = _Walk()
     walk.visit("", model)
-    if walk.unknown:
-        listed = ", ".join(f"{cls} (first at {name})" for cls, name in walk.unknown.items())
-        raise UnsupportedModelError(
-            f"attention class not supported: {listed}. A model with unknown attention is not "
-            "pruned. `mhacut models` lists the supported models"
-        )
-    if not any(layer.adapter.family == "attention" for layer in walk.layers):
+    listed = ", ".join(f"{cls} (first at {names[0]})" for cls, names in walk.unknown.items())
+    if listed and not walk.layers:
+        raise UnsupportedModelError(f"attention class not supported: {listed}. No layer can be cut")
+    # Of timm's convolutional networks, no MLP is cut either.
+    of_timm = type(model).__module__.startswith("timm.")
+    attention = any(layer.adapter.family == "attention" for layer in walk.layers)
+    if not walk.layers or (of_timm and not attention and not listed):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no attention layer that mhacut can cut. "
             "`mhacut models` lists the supported models"
@@ -113,7 +116,11 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
     for mlp, names in walk.unknown_mlps.items():
         of_several = f" ({len(names)} layers)" if len(names) > 1 else ""
         walk.skipped.append(f"{names[0]} ({mlp}): {why_not_cut(mlp)}{of_several}")
-    return PrunableLayers(tuple(walk.layers), tuple(walk.skipped))
+    for cls, names in walk.unknown.items():
+        of_several = f" ({len(names)} layers)" if len(names) > 1 else ""
+        walk.skipped.append(f"{names[0]} ({cls}): this attention class is not supported{of_several}")
+    unknown = {cls: tuple(names) for cls, names in walk.unknown.items()}
+    return PrunableLayers(tuple(walk.layers), tuple(walk.skipped), unknown)
 
 
 class _Walk:
@@ -122,8 +129,8 @@ class _Walk:
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.skipped: list[str] = []
-        self.unknown: dict[str, str] = {}
-        """Attention classes that are not registered, and the name of the first layer of each."""
+        self.unknown: dict[str, list[str]] = {}
+        """Attention classes of no known form, and the names of their layers."""
         self.unknown_mlps: dict[str, list[str]] = {}
         """MLP classes that are not registered, and the names of their layers."""
         self._unknown_layers = 0
@@ -153,9 +160,19 @@ class _Walk:
         cls = type(module)
         if is_attention(module) or (looks_like_attention(module) and not holds_attention):
             self._unknown_layers += 1
-            self.unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", name)
+            self.unknown.setdefault(f"{cls.__module__}.{cls.__qualname__}", []).append(name)
+        elif "mlp" not in families and (mlp := self._mlp_of_block(name, module, layers_before)):
+            self.layers.append(mlp)
         elif not families and looks_like_mlp(module):
             self.unknown_mlps.setdefault(cls.__name__, []).append(name)
+
+    def _mlp_of_block(self, name: str, module: nn.Module, first: int) -> Layer | None:
+        """Return the MLP whose linear layers are in different submodules of a block, beside its attention."""
+        if isinstance(module, nn.ModuleList | nn.ModuleDict) or is_registered_library(module):
+            return None
+        inside = [layer.name.removeprefix(f"{name}.") for layer in self.layers[first:]]
+        adapter = mlp_of_block(module, inside) if inside else None
+        return None if adapter is None else replace(adapter.describe(name, module), result=adapter.reader)
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
