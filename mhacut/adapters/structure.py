@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import permutations, product
 from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.attend import attend
-from mhacut.adapters.base import Adapter, Layer, Mixing, Unit
+from mhacut.adapters.attend import as_map, as_tokens, attend
+from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Mixing, Unit
 from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.multihead import MULTIHEAD
 from mhacut.adapters.softmax import Hook, Softmax, Twin
@@ -50,6 +51,15 @@ def _with_mask(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any
     return q, k, mask
 
 
+def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Tokens for q, and those of the reduced map for k and v."""
+    if m.spec.reduced_by is None:
+        return x, x
+    convolution, norm = map(m.get_submodule, m.spec.reduced_by)
+    given = {name.lower()[:1]: value for (name, _), value in zip(m.spec.arguments, args, strict=True)}
+    return x, norm(as_tokens(convolution(as_map(x, (given["h"], given["w"])))))
+
+
 def _are_sizes(value: Any) -> bool:
     """Whether an argument is a height or width, or both, on which a proved form does not depend."""
     entries = value if isinstance(value, tuple | list) else (value,)
@@ -76,6 +86,9 @@ class PlainAttention(Softmax):
     """Attribute with the number of heads, which may be that of a submodule."""
     beside: int | None = None
     """Number of ``None`` that follow the output in a tuple; ``None`` if the output is a tensor."""
+    reduced_by: tuple[str, str] | None = None
+    """Convolution and norm that reduce the map that k and v are made of."""
+    inputs: Hook = _reduced
     logits: Hook = _with_mask
     weigh: Hook = _attended
     finish: Hook = _projected
@@ -101,6 +114,8 @@ class OwnForward(PlainAttention):
 
     sizes_at: tuple[tuple[str, str, str], ...] = ()
     """Attributes by the width of a head: submodule, name, and ``d``, ``heads * d`` or ``scale``."""
+    tables: tuple[str, ...] = ()
+    """Tables of relative positions, [positions, d], that q meets; all heads share them."""
     mixing: Mapping[UnitKind, Mixing] | None = None
     """Mixing of each kind; the most careful one if None."""
     mixins: tuple[type, ...] = ()
@@ -112,6 +127,20 @@ class OwnForward(PlainAttention):
         careful: dict[UnitKind, Mixing] = {"qk": "select", "v": "refit"}
         mixing = self.mixing or careful
         return replace(layer, units=tuple(replace(unit, mixing=mixing[unit.kind]) for unit in layer.units))
+
+    def qk(self, name: str, module: Any) -> Unit:
+        plain = super().qk(name, module)
+        if not self.tables:
+            return plain
+        shared = plain.heads > 1
+        tables = tuple(ChannelAxis(table, 1, shared=shared) for table in self.tables)
+        return replace(plain, axes=plain.axes + tables, sharing="tied" if shared else "own")
+
+    def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
+        """Undo in the tables the factor that q gets for the softmax: their bias has no scale."""
+        if unit.kind == "qk" and unit.softmax_scaled:
+            for table in self.tables:
+                module.get_parameter(table).data.mul_((unit.width / kept.shape[1]) ** 0.5)
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         heads, width = self.sizes(module)["q"]
@@ -130,9 +159,17 @@ def adapter_by_structure(module: nn.Module) -> Adapter | None:
     if is_registered_library(module):
         return None
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
+    linears = _of_tokens(linears) if len(linears) > 4 else linears
     if "" in linears or not 2 <= len(linears) <= 4:
         return None
     return _proved(module, linears)
+
+
+def _of_tokens(linears: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the linear layers that read or write tokens: not those of a table of position biases."""
+    widths = Counter(part.in_features for part in linears.values())
+    width = widths.most_common(1)[0][0] if widths else 0
+    return {name: part for name, part in linears.items() if width in (part.in_features, part.out_features)}
 
 
 def is_registered_library(module: nn.Module) -> bool:
@@ -167,12 +204,13 @@ class _Proof:
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
         self.trial: Any = _with_random_weights(module)
-        self.grids, self.as_map = _grids_of(module), False
+        self.grids, self.as_map = _GRIDS, False
 
     @torch.no_grad()
     def adapter(self, *, only_mlp: bool) -> Adapter | None:
         outputs: list[Any] = []
-        for self.as_map in (False, True):
+        for grids, as_map in product((_GRIDS, *_windows_of(self.trial)), (False, True)):
+            self.grids, self.as_map = grids, as_map
             outputs = [self.run(self.trial, grid) for grid in self.grids]
             if None not in outputs:
                 break
@@ -181,9 +219,15 @@ class _Proof:
         cls, forms = type(self.trial), [] if only_mlp else [*_attention_forms(self.linears, self.trial)]
         first, *beside = outputs[0]
         if first.dim() == 3 and all(other is None for other in beside):
-            is_tuple = isinstance(self.trial(*self.inputs(self.trial, self.grids[0])), tuple)
+            is_tuple = isinstance(self.trial(*self.inputs(self.grids[0])), tuple)
+            convolutions, norms = (
+                [name for name, part in self.trial.named_modules() if isinstance(part, kind)]
+                for kind in (nn.Conv2d, nn.LayerNorm)
+            )
+            reduced_by = (convolutions[0], norms[0]) if len(convolutions) == len(norms) == 1 else None
             for form in forms:
-                spec = PlainAttention(cls, beside=len(beside) if is_tuple else None, **form)
+                values = len(beside) if is_tuple else None
+                spec = PlainAttention(cls, beside=values, reduced_by=reduced_by, **form)
                 if self.reproduces(spec):
                     return spec
         for form in forms:
@@ -228,16 +272,20 @@ class _Proof:
             # Every head of every unit keeps other channels, as in a plan.
             half = (unit.width + 1) // 2
             order = torch.stack([torch.randperm(unit.width, generator=generator) for _ in range(unit.heads)])
+            order = order[:1].expand(unit.heads, -1) if unit.sharing == "tied" else order
             kept, removed = order[:, :half].sort().values, order[:, half:]
             # The slim layer divides its logits by the root of another width.
             scale = (half / unit.width) ** 0.5 if unit.softmax_scaled else 1.0
+            adapter.record_kept(slim, unit, kept)
             for axis in unit.axes:
                 rows = axis.rows(unit.heads, unit.width)[..., 0]
                 if axis in unit.scale_axes:
-                    out = rows.gather(1, removed).flatten()
+                    out = rows.gather(1, removed[: len(rows)]).flatten()
                     masked.get_parameter(axis.tensor).movedim(axis.dim, 0)[out] = 0
                     slim.get_parameter(axis.tensor).movedim(axis.dim, 0)[rows.flatten()] *= scale
-                places.setdefault((axis.tensor, axis.dim), []).append(rows.gather(1, kept).flatten())
+                places.setdefault((axis.tensor, axis.dim), []).append(
+                    rows.gather(1, kept[: len(rows)]).flatten()
+                )
         for (name, dim), rows_kept in places.items():
             owner, last = slim.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
             index = torch.cat(rows_kept).sort().values
@@ -258,7 +306,7 @@ class _Proof:
         for unit in adapter.describe("", self.trial).units:
             turned = self.with_mixed_channels(unit)
             rotates = all(_equal(self.run(turned, grid), self.run(self.trial, grid)) for grid in self.grids)
-            mixing[unit.kind] = "rotate" if rotates else unit.mixing
+            mixing[unit.kind] = "rotate" if rotates and unit.sharing == "own" else unit.mixing
         return mixing
 
     def with_mixed_channels(self, unit: Unit) -> nn.Module:
@@ -276,17 +324,17 @@ class _Proof:
     def run(self, module: nn.Module, grid: tuple[int, int], **more: Any) -> list[Any] | None:
         """Run a module on random tokens; return its outputs, or None if it takes other arguments."""
         try:
-            output = module(*self.inputs(module, grid), **more)
+            output = module(*self.inputs(grid), **more)
         except Exception:  # of any kind: this code is not known
             return None
         outputs = list(output) if isinstance(output, tuple) else [output]
         return outputs if isinstance(outputs[0], Tensor) else None
 
-    def inputs(self, module: nn.Module, grid: tuple[int, int]) -> list[Any]:
+    def inputs(self, grid: tuple[int, int]) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(2, *grid, self.width, generator=generator, dtype=torch.float64)
         inputs: list[Any] = [x if self.as_map else x.flatten(1, 2)]
-        for parameter in list(inspect.signature(module.forward).parameters.values())[1:]:
+        for parameter in list(inspect.signature(self.trial.forward).parameters.values())[1:]:
             if parameter.default is not parameter.empty or parameter.kind.name.startswith("VAR"):
                 break
             sizes = {"h": grid[0], "height": grid[0], "w": grid[1], "width": grid[1]}
@@ -295,12 +343,13 @@ class _Proof:
         return inputs
 
 
-def _grids_of(module: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Heights and widths of the token maps to try; attention within windows takes whole windows only."""
-    sides = [getattr(part, "window_size", None) for part in module.modules()]
-    side = next((side for side in sides if side), 0)
-    height, width = side if isinstance(side, tuple | list) else (side, side)
-    return ((int(height), int(width)),) if height and width else _GRIDS
+def _windows_of(module: nn.Module) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Grids of attention that takes the tokens of one window."""
+    for part in module.modules():
+        side = getattr(part, "window_size", None)
+        height, width = side if isinstance(side, tuple | list) else (side, side)
+        if height and width:
+            yield ((int(height), int(width)),)
 
 
 def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module) -> Iterator[OwnForward]:
@@ -321,6 +370,13 @@ def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module)
     for sizes_at in dict.fromkeys((tuple(of_heads), tuple(found))):
         for cosine in (False, True):
             yield OwnForward(cls, sizes_at=sizes_at, cosine=cosine, scaled=not cosine, **form)
+    tables = tuple(
+        name for name, part in module.named_parameters() if part.dim() == 2 and part.shape[1] == width
+    )
+    if "rel_pos" in "".join(tables):
+        unscaled = tuple(place for place in of_heads if place[2] != "scale")
+        for scaled in (False, True):
+            yield OwnForward(cls, sizes_at=unscaled, scaled=scaled, tables=tables, **form)
 
 
 def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[dict[str, Any]]:
@@ -336,6 +392,8 @@ def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[
             # Names order the tries: q_proj, to_q, wq, query, ...
             named = sorted(writers, key=lambda name: _letter(name, writers))
             forms = [(dict(zip(order, "qkv", strict=True)), False) for order in permutations(named)]
+        elif len(writers) == 2 and [rows for rows, _ in shapes] == [width, 2 * width]:
+            forms = [(dict(zip(writers, ("q", "kv"), strict=True)), False)]
         else:
             continue
         for at in heads:

@@ -170,7 +170,10 @@ class _Walk:
         """Return the MLP whose linear layers are in different submodules of a block, beside its attention."""
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or is_registered_library(module):
             return None
-        inside = [layer.name.removeprefix(f"{name}.") for layer in self.layers[first:]]
+        known = [layer.name for layer in self.layers[first:] if layer.adapter.family == "attention"]
+        unknown = [layer for names in self.unknown.values() for layer in names]
+        prefix = f"{name}." if name else ""
+        inside = [each.removeprefix(prefix) for each in (*known, *unknown) if each.startswith(prefix)]
         adapter = mlp_of_block(module, inside) if inside else None
         return None if adapter is None else replace(adapter.describe(name, module), result=adapter.reader)
 
