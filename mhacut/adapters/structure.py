@@ -156,7 +156,9 @@ def adapter_by_structure(module: nn.Module) -> Adapter | None:
         return spec
     if type(module) in MULTIHEAD.module_classes:
         return MULTIHEAD
-    if is_registered_library(module):
+    # A module around a layer that has an adapter is no layer itself.
+    owners = (part for part in module.modules() if any(isinstance(c, nn.Linear) for c in part.children()))
+    if any(map(is_registered_library, owners)):
         return None
     linears = {name: part for name, part in module.named_modules() if isinstance(part, nn.Linear)}
     linears = _of_tokens(linears) if len(linears) > 4 else linears
@@ -204,13 +206,14 @@ class _Proof:
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
         self.trial: Any = _with_random_weights(module)
-        self.grids, self.as_map = _GRIDS, False
+        self.grids: tuple[tuple[int, int], ...] = _GRIDS
+        self.as_map = False
 
     @torch.no_grad()
     def adapter(self, *, only_mlp: bool) -> Adapter | None:
         outputs: list[Any] = []
-        for grids, as_map in product((_GRIDS, *_windows_of(self.trial)), (False, True)):
-            self.grids, self.as_map = grids, as_map
+        for grids, on_map in product((_GRIDS, *_windows_of(self.trial)), (False, True)):
+            self.grids, self.as_map = grids, on_map
             outputs = [self.run(self.trial, grid) for grid in self.grids]
             if None not in outputs:
                 break
@@ -382,7 +385,7 @@ def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module)
 def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[dict[str, Any]]:
     """Fields of :class:`PlainAttention` to try, the likely ones first."""
     heads = list(_head_counts(module))
-    for reader in reversed(linears):
+    for reader in reversed([*linears]):
         width = linears[reader].in_features
         writers = [name for name in linears if name != reader]
         shapes = [linears[name].weight.shape for name in writers]
@@ -426,7 +429,7 @@ def _mlp_forms(cls: type[nn.Module], module: nn.Module, linears: Mapping[str, An
         for name, part in module.named_children()
         if any(isinstance(p, nn.Conv2d) for p in part.modules())
     )
-    for reader in reversed(linears):
+    for reader in reversed([*linears]):
         writers = tuple(name for name in linears if name != reader)
         rows = {linears[name].out_features for name in writers}
         inputs = {linears[name].in_features for name in writers}

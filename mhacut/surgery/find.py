@@ -104,7 +104,10 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
     walk.visit("", model)
     listed = ", ".join(f"{cls} (first at {names[0]})" for cls, names in walk.unknown.items())
     if listed and not walk.layers:
-        raise UnsupportedModelError(f"attention class not supported: {listed}. No layer can be cut")
+        raise UnsupportedModelError(
+            f"attention class not supported: {listed}, and no MLP that can be cut. "
+            "`mhacut models` lists the supported models"
+        )
     # Of timm's convolutional networks, no MLP is cut either.
     of_timm = type(model).__module__.startswith("timm.")
     attention = any(layer.adapter.family == "attention" for layer in walk.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 import mhacut
 from helpers.models import relative
 from helpers.plans import random_plan
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.slice import cut
@@ -137,6 +139,58 @@ def test_a_model_of_no_library_is_pruned_and_opens_again(attention, tmp_path):
     assert relative(fresh(x), model(x)) < 1e-6
     exported = torch.export.export(model, (x[:2],)).module()
     assert relative(exported(x[:2]), model(x[:2])) < 1e-5
+
+
+class Encoder(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x):
+        return self.encoder(self.patch_embed(x).flatten(2).mT)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_an_encoder_of_torch_is_cut_in_attention_and_mlps(norm_first, tmp_path):
+    torch.manual_seed(0)
+    model, x = Encoder(norm_first=norm_first).eval().requires_grad_(False), torch.randn(24, 3, 16, 16)
+    dense, fresh = model(x), copy.deepcopy(model)
+    whole = copy.deepcopy(model)
+    units = find_prunable_layers(whole).units()
+    cut(whole, Plan(tuple(unit.keep_first(unit.width) for unit in units)))
+    assert relative(whole(x), dense) < 1e-5
+    result = mhacut.prune_(model, "", images=x.split(8), flops="70%", effort="fast")
+    assert {unit.kind for unit in result.plan} == {"qk", "v", "hidden"}
+    mhacut.save_pruned(model, tmp_path / "part.safetensors")
+    mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
+    assert relative(fresh(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_multihead_attention_takes_masks_as_torch_does(batch_first):
+    torch.manual_seed(0)
+    dense = nn.MultiheadAttention(16, 2, batch_first=batch_first).eval().requires_grad_(False)
+    model = nn.Sequential(OrderedDict(attn=copy.deepcopy(dense)))
+    units = find_prunable_layers(model).units()
+    cut(model, Plan(tuple(unit.keep_first(unit.width) for unit in units)))
+    x = torch.randn(3, 5, 16)
+    x = x if batch_first else x.transpose(0, 1)
+    causal, padding = torch.ones(5, 5, dtype=torch.bool).triu(1), torch.zeros(3, 5, dtype=torch.bool)
+    padding[:, 4] = True
+    for options in (
+        {},
+        {"need_weights": False},
+        {"attn_mask": causal},
+        {"attn_mask": torch.randn(6, 5, 5), "average_attn_weights": False},
+        {"attn_mask": causal, "key_padding_mask": padding},
+    ):
+        expected, weights = dense(x, x, x, **options)
+        actual, own = model.attn(x, x, x, **options)
+        assert relative(actual, expected) < 1e-5
+        assert (own is None) == (weights is None)
+        assert own is None or relative(own, weights) < 1e-5
 
 
 def test_attention_of_no_known_form_stays_and_mlps_are_cut():

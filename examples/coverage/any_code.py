@@ -1,0 +1,268 @@
+"""Models of other libraries, pruned in place with random weights: what is cut, what stays, what opens again.
+
+    python examples/coverage/any_code.py [PATTERN] [--markdown FILE]
+
+Needs torchvision and `pip install -e '.[interop,onnx]'`. Exits with 1 if a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import fnmatch
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import mhacut
+from mhacut.errors import MhacutError
+from mhacut.plan import Plan
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
+
+PLAIN = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 32,
+    "patch_size": 8,
+}
+PYRAMID = {"hidden_sizes": [32, 32, 64, 64], "num_attention_heads": [1, 2, 2, 2], "depths": [1, 1, 1, 1]}
+SIDES = {"image_size": [32, 32], "patch_size": [8, 8]}
+WINDOWS = {"image_size": 32, "patch_size": 2, "embed_dim": 32, "depths": [2, 2], "num_heads": [2, 4]}
+HIERA = {"embed_dim": 32, "image_size": [64, 64], "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]}
+SAM = {"output_channels": 16, "window_size": 4, "global_attn_indexes": [1], "mlp_dim": 64, "image_size": 64}
+SAM2 = {
+    "model_type": "sam2_hiera_det_model",
+    "hidden_size": 32,
+    "num_attention_heads": 1,
+    "image_size": [64, 64],
+    "blocks_per_stage": [1, 1, 1, 1],
+    "embed_dim_per_stage": [32, 64, 128, 256],
+    "num_attention_heads_per_stage": [1, 2, 4, 8],
+    "window_size_per_stage": [8, 4, 2, 2],
+    "global_attention_blocks": [],
+}
+SAM2_NECK = {
+    "backbone_channel_list": [256, 128, 64, 32],
+    "backbone_feature_sizes": [[16, 16], [8, 8], [4, 4]],
+    "fpn_hidden_size": 32,
+}
+TRANSFORMERS: Mapping[str, tuple[dict[str, Any], int]] = {
+    "ViTModel": (PLAIN, 32),
+    "DeiTModel": (PLAIN, 32),
+    "Dinov2Model": (PLAIN, 32),
+    "Dinov2WithRegistersModel": (PLAIN, 32),
+    "DINOv3ViTModel": (PLAIN, 32),
+    "CLIPVisionModel": (PLAIN, 32),
+    "SiglipVisionModel": (PLAIN, 32),
+    "BeitModel": (PLAIN, 32),
+    "SwinModel": ({**WINDOWS, "window_size": 4}, 32),
+    "ViTMSNModel": (PLAIN, 32),
+    "IJepaModel": (PLAIN, 32),
+    "OwlViTVisionModel": (PLAIN, 32),
+    "Aimv2VisionModel": (PLAIN, 32),
+    "YolosModel": ({**PLAIN, "image_size": [32, 32], "num_detection_tokens": 4}, 32),
+    "DPTModel": ({**PLAIN, "backbone_out_indices": [0, 0, 1, 1]}, 32),
+    "VitPoseBackbone": ({**PLAIN, **SIDES}, 32),
+    "Data2VecVisionModel": (PLAIN, 32),
+    "ViTMAEModel": ({**PLAIN, "mask_ratio": 0.0}, 32),
+    "SegformerModel": (PYRAMID, 64),
+    "GLPNModel": (PYRAMID, 64),
+    "PvtModel": ({**PYRAMID, "image_size": 64, "sequence_reduction_ratios": [8, 4, 2, 1]}, 64),
+    "PvtV2Model": ({**PYRAMID, "image_size": 64}, 64),
+    "Swinv2Model": ({**WINDOWS, "window_size": 4}, 32),
+    "HieraModel": (HIERA, 64),
+    "SamVisionModel": ({**PLAIN, **SAM}, 64),
+    "Sam2VisionModel": ({"backbone_config": SAM2, **SAM2_NECK}, 64),
+}
+SIZES = (1e-5, 1e-6, 1e-4)
+"""Largest relative differences: at full width, in a new process, in ONNX Runtime."""
+
+
+class Encoder(nn.Module):
+    """``nn.TransformerEncoder`` over patches."""
+
+    def __init__(self, **options: bool) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 8, 8)
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, **options)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.encoder(self.patch_embed(x).flatten(2).mT)
+        return tokens
+
+
+class OneTensor(nn.Module):
+    """A model that gives its first tensor only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        output = self.model(x)
+        while not isinstance(output, Tensor):
+            parts = output.values() if isinstance(output, Mapping) else output
+            output = next(part for part in parts if part is not None)
+        return output
+
+
+def of_transformers(name: str) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import transformers
+
+        cls: Any = getattr(transformers, name)
+        return cls(cls.config_class(**TRANSFORMERS[name][0]))
+
+    return build
+
+
+def torchvision_vit() -> nn.Module:
+    from torchvision.models import VisionTransformer
+
+    return VisionTransformer(32, 8, 2, 2, 32, 64, num_classes=5)
+
+
+def torchvision_swin(version: str) -> nn.Module:
+    from torchvision.models import swin_transformer as swin
+
+    more = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    options = more if version == "v2" else {}
+    return swin.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=5, **options)
+
+
+def open_clip_vit() -> nn.Module:
+    from open_clip.transformer import VisionTransformer
+
+    return VisionTransformer(32, 8, 32, 2, 2, 4.0, output_dim=16)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    **{f"transformers {name}": (of_transformers(name), size) for name, (_, size) in TRANSFORMERS.items()},
+    "torchvision VisionTransformer": (torchvision_vit, 32),
+    "torchvision SwinTransformer": (lambda: torchvision_swin("v1"), 64),
+    "torchvision SwinTransformer, v2": (lambda: torchvision_swin("v2"), 64),
+    "open_clip VisionTransformer": (open_clip_vit, 32),
+    "torch TransformerEncoder, pre-norm": (lambda: Encoder(norm_first=True), 32),
+    "torch TransformerEncoder, post-norm": (lambda: Encoder(norm_first=False), 32),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = OneTensor(MODELS[name][0]())
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    return model.requires_grad_(False)
+
+
+def images(name: str, count: int) -> Tensor:
+    size = MODELS[name][1]
+    return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+def prune(name: str) -> tuple[nn.Module, float]:
+    """Prune to the first budget in reach; return the model and the share of the FLOPs."""
+    for budget in ("60%", "75%", "90%"):
+        model = build(name)
+        try:
+            result = mhacut.prune_(
+                model, "model", images=images(name, 24).split(8), flops=budget, effort="fast", tuning_steps=0
+            )
+        except mhacut.BudgetError:
+            continue
+        return model, result.flops_after / result.flops_before
+    raise mhacut.BudgetError("90% is out of reach")
+
+
+def run_onnx(model: nn.Module, x: Tensor, folder: Path) -> Tensor:
+    import onnxruntime
+
+    torch.onnx.export(model, (x,), str(folder / "model.onnx"), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(str(folder / "model.onnx"))
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def row_of(name: str) -> tuple[str, bool, bool]:
+    """Return a row of the table, whether attention is cut, and whether all checks hold."""
+    dense, x = build(name), images(name, 2)
+    prunable = find_prunable_layers(dense)
+    counts = Counter(unit.kind for unit in prunable.units())
+    cells = [", ".join(f"{count} {kind}" for kind, count in counts.items())]
+    cells.append("; ".join(cls.rpartition(".")[2] for cls in prunable.unknown) or "nothing")
+    full = copy.deepcopy(dense)
+    cut(full, Plan(tuple(unit.keep_first(unit.width) for unit in prunable.units())))
+    errors: list[float | str] = [relative(full(x), dense(x))]
+    share = "-"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        try:
+            model, ratio = prune(name)
+            share = f"{ratio:.0%}"
+            mhacut.save_pruned(model, folder / "part.safetensors")
+            command = [sys.executable, "-W", "ignore", __file__, "--open", temporary, name]
+            subprocess.run(command, check=True, capture_output=True)
+            errors.append(relative(torch.load(folder / "output.pt"), model(x)))
+            errors.append(relative(run_onnx(model, x, folder), model(x)))
+        except Exception as error:  # of the library or of the exporter
+            errors.append(f"{type(error).__name__}: {str(error).splitlines()[0]:.60}")
+    limits = zip(errors, SIZES, strict=False)
+    good = len(errors) == len(SIZES) and all(
+        isinstance(error, float) and error <= limit for error, limit in limits
+    )
+    cells += [share, *(f"{error:.0e}" if isinstance(error, float) else error for error in errors)]
+    return f"| {name} | {' | '.join([*cells, *['-'] * (3 - len(errors))])} |", "v" in counts, good
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("pattern", nargs="?", default="*")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--open", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.open is not None:  # the new process
+        model = build(options.pattern)
+        mhacut.apply_pruned(model, options.open / "part.safetensors")
+        torch.save(model(images(options.pattern, 2)), options.open / "output.pt")
+        return 0
+    lines = [
+        "| model | units cut | attention that stays | FLOPs | full width | new process | ONNX Runtime |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    names = fnmatch.filter(MODELS, options.pattern)
+    attention, whole = 0, 0
+    for name in names:
+        try:
+            line, cuts_attention, good = row_of(name)
+        except MhacutError as error:
+            line, cuts_attention, good = f"| {name} | refused: {error!s:.80} | | | | | |", False, False
+        attention, whole = attention + cuts_attention, whole + good
+        lines.append(line)
+        print(line, flush=True)
+    lines += ["", f"Attention is cut in {attention} of {len(names)} models. All checks hold for {whole}."]
+    print(lines[-1])
+    if options.markdown is not None:
+        options.markdown.write_text("\n".join(lines) + "\n")
+    return int(whole < len(names))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    sys.exit(main())
