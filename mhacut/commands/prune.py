@@ -284,7 +284,7 @@ def _write(result: PruneResult, source: Source, slim: nn.Module, options: PruneO
         images = source.images.images[:CHECK_IMAGES]
         if not same_outputs(source.classifier(reloaded[0]), source.classifier(slim), images):
             raise MhacutError(
-                f"{show(target)}: outputs of the file differ from those of the model in memory; no file was "
+                f"{show(target)}: outputs of the file differ from those of the model in memory; nothing was "
                 "written. This is a bug in mhacut. Please report the architecture and its arguments"
             )
 

@@ -54,7 +54,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     mhacut.save_pruned(slim, tmp_path / "tuned")
     assert {file.name for file in (tmp_path / "tuned").iterdir()} == {file.name for file in out.iterdir()}
     with monkeypatch.context() as patch:
-        patch.setattr("mhacut.commands.prune_folder.same_outputs", lambda *_: False)
+        patch.setattr("mhacut.commands.prune.same_outputs", lambda *_: False)
         message = refusal(tmp_path, "prune", folder, *QUICK, "-o", out, "--overwrite", "--seed", "1")
         assert "nothing was written" in message
     dense = type(slim).from_pretrained(folder)
