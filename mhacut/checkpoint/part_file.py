@@ -25,6 +25,7 @@ from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
 from mhacut.runtime.files import check_outputs, fill_folder, show, write_file
 from mhacut.runtime.tensor_files import save_tensors
+from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from mhacut.surgery.submodule import shown
 from mhacut.text import listed
@@ -245,6 +246,7 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     check_dense(model, name)
     outline = copy.deepcopy(part).to("meta")
     try:
+        find_prunable_layers(part)  # proves forms of attention, which needs values: the outline has none
         plan = Plan.from_json(record.get("plan"), record.get("tokens"))
         cut(outline, plan)
     except MhacutError as error:
