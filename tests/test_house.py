@@ -15,22 +15,22 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 3600,
-    "checkpoint": 4860,
+    "checkpoint": 4799,
     "cli": 1330,
     "commands": 3689,
     "data": 1340,
     "exporting": 1290,
     "finetuning": 1865,
-    "flatten": 1362,
-    "inspection": 617,
-    "linalg": 766,
+    "flatten": 1361,
+    "inspection": 574,
+    "linalg": 764,
     "measuring": 815,
     "options": 1485,
-    "pruning": 4300,
+    "pruning": 4266,
     "report": 1030,
     "runtime": 910,
     "surgery": 2699,
-    "top": 823,
+    "top": 820,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

@@ -79,7 +79,6 @@ class _Uninitialised(TorchFunctionMode):
 
 
 def allocate(model: nn.Module) -> None:
-    """Allocate a meta model on the CPU and compute its non-persistent buffers."""
     for module in model.modules():
         # The tables of cut layers are on the CPU already.
         waiting = [name for name, tensor in module.named_buffers(recurse=False) if tensor.is_meta]
@@ -117,7 +116,6 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _as_timm_cfg(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``cfg`` with tuples and only the fields that this timm knows."""
     from timm.models import PretrainedCfg
 
     # A later timm may have written the file with new fields.

@@ -33,14 +33,12 @@ class Checkpoint:
     source: str
     """Path, ``timm:NAME``, or another name for messages."""
     stem: str
-    """First part of default output names."""
     record: SlimRecord | None
     """Metadata of a slim file; None for a dense model."""
     header: FileHeader | None = None
     """Header of the file; None for a model in memory."""
     hints: ModelHints = field(default_factory=ModelHints)
     has_weights: bool = False
-    """Whether the weights have been read."""
     _resolved: ResolvedModel | None = None
     _sha256: str | None = None
 
@@ -66,7 +64,6 @@ class Checkpoint:
         notes: Sequence[str] = (),
         cfg_origin: str = "default",
     ) -> Checkpoint:
-        """Return the checkpoint of a timm model in memory."""
         tensors = infos(model.state_dict())
         if dtypes is not None:
             tensors = {
@@ -102,7 +99,6 @@ class Checkpoint:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtype of each tensor in the file."""
         return {name: info.dtype for name, info in self._resolve().tensors.items()}
 
     @property

@@ -32,7 +32,6 @@ _LFS_POINTER = b"version https://git-lfs"
 
 
 def read_file_header(source: str | os.PathLike[str], part: str | None = None) -> FileHeader:
-    """Read the header of a safetensors file, torch file or folder."""
     path = Path(source)
     if not path.is_dir():
         return _named(_file_header(path, part))
@@ -106,7 +105,6 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
 
 
 def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
-    """Memory-map the named tensors."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in names}

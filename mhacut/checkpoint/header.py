@@ -43,16 +43,11 @@ class FileHeader:
     """Tensors of a file, and where they were found."""
 
     path: Path
-    """File with the weights."""
     format: Format
     tensors: Mapping[str, TensorInfo]
-    """Tensors of the model, by their names in the model."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """Untrusted metadata of a safetensors file."""
     config: Mapping[str, Any] | None = None
-    """Untrusted ``config.json`` of a folder."""
     preprocessor: Mapping[str, Any] | None = None
-    """Untrusted ``preprocessor_config.json`` of a transformers folder."""
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
     """Tensors of each shard; empty for a single file."""
     names: Mapping[str, str] = field(default_factory=dict)

@@ -13,7 +13,6 @@ from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
 
 ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-"""Names of arguments."""
 
 _ARCHITECTURE = re.compile(r"[A-Za-z0-9_]{1,128}")
 # fmt: off
@@ -45,7 +44,6 @@ class ModelIdentity:
     """Arguments of ``timm.create_model`` for the dense model, as JSON values."""
 
     architecture: str
-    """Name in timm without a tag."""
     model_args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of ``timm.create_model``; always includes ``num_classes``."""
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
@@ -65,7 +63,6 @@ class ModelHints:
     """The user's options about the model in a file. None means: infer from the file."""
 
     model: str | None = None
-    """Name in timm, with or without a tag."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
     part: str | None = None
@@ -105,7 +102,6 @@ def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
 
 
 def identity_of(model: Any, architecture: str, args: Mapping[str, Any]) -> ModelIdentity:
-    """Return the identity of a dense timm model. Its pretrained_cfg may have another image size."""
     num_classes = int(model.num_classes)
     cfg = {**checked_pretrained_cfg(model.pretrained_cfg), "num_classes": num_classes}
     return ModelIdentity(architecture, {**args, "num_classes": num_classes}, cfg)

@@ -27,7 +27,6 @@ class ResolvedModel:
     """The model of a checkpoint, without its weights."""
 
     identity: ModelIdentity
-    """Identity of the dense model."""
     skeleton: nn.Module
     """Model on the meta device, cut if the file is slim."""
     tensors: Tensors
@@ -38,9 +37,7 @@ class ResolvedModel:
     """Origin of each pretrained_cfg value, see :mod:`mhacut.checkpoint.preprocessing`. Missing keys are
     timm's defaults."""
     conversion: Conversion | None = None
-    """Conversion of another library's tensors."""
     inferred: frozenset[str] = frozenset()
-    """Names of the inferred arguments."""
 
 
 def infer_from_shapes(
@@ -121,7 +118,6 @@ def _with_visible_args(
 
 
 def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:
-    """Return the sorted shapes of all position tables."""
     return sorted(info.shape for name, info in tensors.items() if POSITIONS.search(name))
 
 

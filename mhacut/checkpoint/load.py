@@ -30,7 +30,6 @@ def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
 
 
 def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint and read its weights."""
     checkpoint = open_checkpoint(source, **hints)
     _ = checkpoint.model
     return checkpoint

@@ -46,7 +46,6 @@ def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
 
 
 def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return a checkpoint of a copy of a timm module, dense or slim."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, _ = _stated(module, hints)
     source = f"{architecture} in memory"
@@ -108,7 +107,6 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """Return the model inside torch.compile and data-parallel wrappers."""
     while type(module).__name__ in _WRAPPED:
         module = getattr(module, _WRAPPED[type(module).__name__])
     return module
@@ -140,7 +138,6 @@ def _check_classes(module: nn.Module, hints: ModelHints, source: str) -> int:
 
 
 def _image_size(model: nn.Module) -> int | list[int] | None:
-    """Return the image side, or [H, W], of a model; None if unknown."""
     size = getattr(patch_embedding(model), "img_size", None)
     if size is None or isinstance(size, int):
         return size

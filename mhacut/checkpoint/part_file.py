@@ -32,7 +32,6 @@ from mhacut.text import listed
 
 REST, CARD = "rest.safetensors", "README.md"
 FILES = "config.json", PRUNED, REST, CARD
-"""Files of a folder: configuration, pruned part, other tensors, model card."""
 _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: the content of its metadata."""
 
@@ -55,7 +54,6 @@ def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tenso
 
 
 def check_dense(model: nn.Module, name: str) -> None:
-    """Raise a :class:`UsageError` if the submodule, a parent or a child was pruned before."""
     for pruned in _pruned_in(model):
         inner, outer = sorted((f".{pruned}" if pruned else "", f".{name}" if name else ""), key=len)[::-1]
         if f"{inner}.".startswith(f"{outer}."):
@@ -174,7 +172,6 @@ def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> 
 
 
 def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
-    """Return a transformers model in eval mode, float32, and the dtype of its file."""
     where, args = show(folder), {"local_files_only": True, "output_loading_info": True}
     if (Path(folder) / PRUNED).is_file():
         raise UsageError(f"{where}: was pruned already. Give the folder of the dense model")

@@ -26,7 +26,6 @@ from mhacut.surgery.flops import weightless
 Origin = Literal[
     "file", "library", "assumed", "default", "tag", "pretrained", "module", "model", "size", "option"
 ]
-"""Origin of a preprocessing value; :data:`_TEXTS` explains each."""
 _TEXTS: dict[Origin, str] = {
     "file": "from the file",
     "library": "default of the library that wrote the file",
@@ -75,7 +74,6 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
 
 @torch.no_grad()
 def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tuple[int, int, int]) -> None:
-    """Raise a :class:`UsageError` if ``model`` fails on images of ``size``."""
     # On the meta device the shapes of a forward pass cost nothing.
     stand_in = weightless(model)
     try:
@@ -94,10 +92,7 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
 
 @dataclass(frozen=True)
 class Provenance:
-    """Origins of the preprocessing values."""
-
     origins: Mapping[str, Origin]
-    """By the field names of :class:`Preprocessing`."""
     architecture: str
     hint: str | None = None
     """Log line that names a clearly better normalisation; None if there is none."""
@@ -151,7 +146,6 @@ def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
-    """Return the origins of the values of :func:`resolve_preprocessing`."""
     side = override.img_size
     size = checkpoint.input_size if side is None else (0, side, side)
     small = is_too_small_to_crop(checkpoint.identity.pretrained_cfg, size)

@@ -25,10 +25,7 @@ _KEYS = {"architecture", "model_args", "pretrained_cfg", "preprocessing", "plan"
 
 @dataclass(frozen=True)
 class SlimRecord:
-    """Metadata of a slim file."""
-
     identity: ModelIdentity
-    """Identity of the dense model."""
     plan: Plan
     """All cuts so far, in the dense model's indices."""
     preprocessing: dict[str, Any]
@@ -62,7 +59,6 @@ class SlimRecord:
 
     @classmethod
     def from_json(cls, text: str) -> SlimRecord:
-        """Parse untrusted text."""
         where = f"metadata {METADATA_KEY!r}"
         document = parse_json(text, where)
         version = document.get("format_version")

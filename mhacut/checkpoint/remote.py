@@ -86,7 +86,6 @@ def _out_of_reach(source: str, reason: str) -> str:
 
 
 def _create(source: str, name: str, args: Mapping[str, Any]) -> Any:
-    """Return the model with pretrained weights, without classifier for ``num_classes=0``."""
     import timm
 
     # With another number of classes, timm would leave the classifier random.
@@ -144,7 +143,6 @@ def hub_answers() -> bool:
 
 
 def _fetch(source: str, repository: str) -> Path:
-    """Download configuration and weights. Return their folder in the cache."""
     from huggingface_hub.errors import EntryNotFoundError
     from timm.models import _hub
 

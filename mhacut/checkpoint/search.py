@@ -87,7 +87,6 @@ def _build(header: FileHeader, args: Mapping[str, Any], names: Iterable[str]) ->
 
 
 def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[ResolvedModel]:
-    """Return the matching models with the fewest inferred arguments."""
     positions = position_shapes(header.tensors)
     fits = [
         model

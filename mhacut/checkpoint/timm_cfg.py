@@ -24,7 +24,6 @@ _FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
 
 
 def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``stated``, completed from timm's default for the architecture."""
     import timm
 
     registered = timm.get_pretrained_cfg(architecture)
@@ -45,7 +44,6 @@ def for_size(cfg: Mapping[str, Any], input_size: Sequence[int] | None) -> dict[s
 
 
 def split_tag(name: str) -> tuple[str, str]:
-    """Split ``architecture.tag``."""
     architecture, _, tag = name.partition(".")
     return architecture, tag
 
@@ -79,7 +77,6 @@ def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) 
 
 
 def set_recorded_preprocessing(model: Any, record: SlimRecord) -> None:
-    """Store a slim file's preprocessing in the model."""
     _update_cfg(model, {**record.identity.pretrained_cfg, **record.preprocessing})
     _drop_test_sizes(model)
 

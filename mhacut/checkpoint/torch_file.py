@@ -146,7 +146,6 @@ def _info(where: str, name: object, tensor: object) -> TensorInfo:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse zip files that are no state dict or could inflate."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     pickles = [member for member in members if member.filename.endswith("/data.pkl")]

@@ -31,29 +31,23 @@ _PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
 _OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?", re.ASCII)
 """Model names in the scripts of DINO, MAE, iBOT and MoCo v3."""
 POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
-"""Names of pooling in timm."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """Valid training options."""
-
     model: str | None
     """Name in timm, with the tag of the initial weights if there is one."""
     origin: str
     """Option that names the model, for messages: ``args.model``."""
     args: dict[str, Any]
-    """Further arguments of ``timm.create_model``."""
     side: int | list[int] | None
     """Image size. The model may or may not have been built for it."""
     cfg: dict[str, Any]
-    """Preprocessing as in timm's pretrained_cfg."""
     implied: dict[str, Any]
     """Preprocessing of the script's evaluation, if ``model`` is the script's own name for a timm model."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return the entries with training options as plain dicts."""
     plain = {entry: _plain(checkpoint.get(entry), 4) for entry in _ENTRIES}
     entries = {entry: options for entry, options in plain.items() if isinstance(options, dict)}
     if isinstance(checkpoint.get("arch"), str):
@@ -140,7 +134,6 @@ def _args(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _input_size(options: Mapping[str, Any], args: Mapping[str, Any]) -> list[int] | None:
-    """Return [C, H, W] from ``input_size`` or ``img_size``."""
     for value in (options.get("input_size"), options.get("img_size")):
         sides = [value, value] if is_int(value) else value
         if isinstance(sides, list) and len(sides) in (2, 3) and all(map(is_int, sides)):

@@ -70,7 +70,6 @@ def is_cut(shapes: Shapes) -> bool:
 
 
 def _parameters(kind: type) -> set[str]:
-    """Names of the arguments of a class and its bases."""
     inits = [vars(base)["__init__"] for base in kind.__mro__[:-1] if "__init__" in vars(base)]
     return {name for init in inits for name in inspect.signature(init).parameters}
 
@@ -149,7 +148,6 @@ def _pooling(model: Any, expected: Shapes, file: Shapes) -> Iterator[InferredArg
 
 
 def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
-    """Return the number of classes; 0 without a classifier."""
     classifier = model.pretrained_cfg.get("classifier") or ()
     for name in (classifier,) if isinstance(classifier, str) else tuple(classifier):
         classes = _size(shapes, f"{name}.weight")

@@ -134,7 +134,6 @@ def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
 
 
 def _grouped(names: _Group) -> dict[str, dict[str, str]]:
-    """Group names by their first component."""
     groups: dict[str, dict[str, str]] = {}
     for file, name in names.items():
         word, _, rest = name.partition(".")
@@ -194,7 +193,6 @@ def _is_for_training(word: str, group: _Group) -> bool:
 def pick_part(
     where: str, checkpoint: object, requested: str | None = None
 ) -> tuple[str | None, Mapping[Any, Any]]:
-    """Return the path of the entry with the state dict, and the state dict."""
     if not isinstance(checkpoint, dict):
         raise CheckpointError(f"{where}: expected a dict of tensors, found {type(checkpoint).__name__}")
     path: list[str] = []
@@ -239,7 +237,6 @@ def _entry(where: str, checkpoint: Mapping[Any, Any]) -> str | None:
 
 
 def _holds_weights(value: object, depth: int = 2) -> bool:
-    """Whether ``value`` is or contains a state dict."""
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         return False
     # Two names with dots: a single one may be an optimiser's, or a table beside the weights.

@@ -67,7 +67,6 @@ def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[
 
 
 def file_size(model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> int:
-    """Return an upper bound of the file size in bytes."""
     tensors = count_bytes(model, dtypes)
     described = {
         name: {
@@ -162,7 +161,6 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
 
 
 def _pooling(model: nn.Module) -> dict[str, str]:
-    """Return all pooling settings by name. timm keeps them in the model, its head or a submodule."""
     return {
         f"{name}.{kind}".lstrip("."): pooling
         for name, module in model.named_modules()

@@ -70,14 +70,11 @@ def read_dense(
 
 @dataclass(frozen=True)
 class LayerComparison:
-    """Comparison of one layer in both models."""
-
     name: str
     family: LayerFamily
     widths: Mapping[UnitKind, tuple[int, int]]
     """Channels per head, dense and slim, of each unit that both models have."""
     flops: tuple[int, int]
-    """FLOPs of the layer, dense and slim."""
     own_error: float
     """||slim - dense|| / ||dense|| of the layer's output if both layers get the input of the dense layer."""
     error: float
@@ -90,14 +87,9 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Comparison of a dense and a slim model on the same images."""
-
     dense: str
-    """Source of the dense model: a path, or ``timm:NAME``."""
     flops: tuple[int, int]
-    """FLOPs, dense and slim."""
     parameters: tuple[int, int]
-    """Numbers of parameters, dense and slim."""
     layers: tuple[LayerComparison, ...]
     agreement: float | None
     """Share of images with the same top-1 class, in 0..1; None for models that give features."""
@@ -105,10 +97,8 @@ class Comparison:
     """KL(dense || slim) of the class probabilities in nats, or squared error of features over variance."""
     images: int
     data: str
-    """Description of the images."""
 
     def outputs(self) -> str:
-        """Describe how far the outputs of both models agree."""
         if self.agreement is None:
             return f"features differ by {self.divergence:.2g} of their variance"
         same = f"{100 * self.agreement:.1f}% have the same top-1 class"
@@ -205,7 +195,6 @@ class _Tally:
         self.own_square_error += float((slim - dense).double().square().sum())
 
     def add(self, dense: Any, slim: Any) -> None:
-        """Add the outputs of the layer in each model."""
         expected, actual = (
             _first(side).movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
         )  # (tokens, channels)

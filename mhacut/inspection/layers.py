@@ -29,8 +29,6 @@ from mhacut.text import dtype_name
 
 @dataclass(frozen=True)
 class HeadFindings:
-    """Findings about the channels of one kind of one head."""
-
     similarity: float
     """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 if none are similar."""
     rank90: int
@@ -85,9 +83,7 @@ class UnitReport:
     now: int
     """Channels per head, or of the whole MLP."""
     dense: int
-    """Channels before any cut; equal to ``now`` in a dense file."""
     basis: Basis
-    """Basis of the channels whose indices ``kept`` holds."""
     kept: tuple[tuple[int, ...], ...] | None
     """Indices of the dense channels that each head keeps; None if nothing was cut."""
     heads: tuple[HeadFindings, ...]
@@ -97,35 +93,24 @@ class UnitReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """Description of an attention layer or MLP."""
-
     name: str
     """Module name, ``blocks.0.attn``."""
     module: str
-    """Name of its class."""
     family: LayerFamily
     heads: int | None
     """Number of heads; None for an MLP, or if the number is unknown."""
     units: Mapping[UnitKind, UnitReport]
-    """Units that can be cut."""
     not_prunable: Mapping[UnitKind, str]
-    """Kinds of channels that cannot be cut, with the reason."""
     coupled_with: Mapping[UnitKind, UnitKind]
     """Kinds whose channels are tied to those of another kind."""
     flops: int
-    """FLOPs of the whole layer, at its present widths."""
     share: float
-    """Share of the model's FLOPs, in 0..1."""
     parameters: int
-    """Parameters of the whole layer, at its present widths."""
     parameter_share: float
-    """Share of the model's parameters, in 0..1."""
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """Description of a checkpoint."""
-
     source: str
     architecture: str
     input_size: tuple[int, int, int]
@@ -135,13 +120,11 @@ class Inspection:
     flops: int
     parameters: int
     dtypes: tuple[str, ...]
-    """Types of the file's floating-point tensors."""
     layers: tuple[LayerReport, ...]
     not_prunable: tuple[str, ...]
     """Lines that name what is not prunable, one for each reason."""
     preprocessing: Preprocessing
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
     history: tuple[Mapping[str, Any], ...]
     """A slim file's record of the commands that made it, oldest first; untrusted. Empty for a dense file."""
     slim: bool
@@ -162,7 +145,6 @@ def inspect_model(
     prunable: PrunableLayers | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Inspection:
-    """Describe ``opened``."""
     model, record = opened.skeleton, opened.record
     prunable = prunable or find_prunable_layers(model)
     resolved = resolve_preprocessing(opened, preprocessing or PreprocessingOptions())
@@ -273,7 +255,6 @@ def summary(inspection: Inspection) -> str:
 
 
 def about_tokens(tokens: TokenPlan) -> list[str]:
-    """Describe the tokens that are merged or left out."""
     parts = []
     if tokens.merged:
         parts.append(f"tokens merged per block: {', '.join(map(str, tokens.merged))}")

@@ -48,7 +48,6 @@ def output_basis(second: Tensor, columns: Tensor) -> Tensor:
 
 
 def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the symmetric root of [..., d, d] and its inverse."""
     values, vectors = torch.linalg.eigh(second)
     least = (values[..., -1:] * _FLOOR).clamp_min(torch.finfo(values.dtype).tiny)
     root = values.clamp_min(least).sqrt().unsqueeze(-2)

@@ -37,7 +37,6 @@ class Refit:
     error_per_row: float
     """Squared error on held-out images, per row of the output or per pair of rows of q and k."""
     constant: Tensor | None = None
-    """c, [removed]; None for logits."""
 
 
 def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool) -> Refit:

@@ -63,7 +63,6 @@ def costs_of_constraints(
 
 
 def uniform_widths(choices: Choices, limits: Limits) -> dict[UnitKey, int]:
-    """Return widths that are about the same fraction of the dense width in all units."""
     ranked = {key: [1 - index / widths[-1] for index in range(widths[-1])] for key, widths in choices.items()}
     return fill_budget(ranked, choices, limits)
 
@@ -211,7 +210,6 @@ def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
 
 
 def _slope(curve: Curve, narrow: int, wide: int) -> float:
-    """Return the error saved per channel between 2 widths."""
     return (curve[narrow] - curve[wide]) / (wide - narrow)
 
 

@@ -26,7 +26,6 @@ HELD_OUT = 0.25
 
 
 def held_out_count(images: int) -> int:
-    """Return the number of held-out images; 0 for a single image."""
     return max(1, round(HELD_OUT * images)) if images > 1 else 0
 
 
@@ -40,7 +39,6 @@ class Calibration:
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
     fisher: FisherInformation
-    """Fisher information of each layer's output; empty if it was not requested."""
     teacher: Tensor
     """Preserved outputs of the dense model, [images, ...], as returned by :meth:`Preserved.outputs`."""
     preserved: Preserved = ANSWERS

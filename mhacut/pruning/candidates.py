@@ -35,7 +35,6 @@ class Candidate:
     rotation: Tensor | None
     """Matrix for :func:`mhacut.surgery.channels.rotate`, [H, d, d]; None for the original channels."""
     ranking: Ranking
-    """Importance of the channels after the rotation."""
     unshared: bool = False
     """Whether each head gets its own copy of tensors that heads share."""
 
@@ -85,7 +84,6 @@ def find_candidates(
 
 
 def few_rows(unit: Unit, moments: UnitMoments) -> bool:
-    """Return whether a fit to these images would overfit."""
     return moments.fit[0].rows < FEW_ROWS * unit.heads * unit.width
 
 

@@ -54,18 +54,13 @@ _DENSE_SCALE = 100
 
 @dataclass(frozen=True)
 class MergeChoice:
-    """Merges and widths that share a budget."""
-
     merged: Schedule
-    """Number of tokens that each block merges; empty without merging."""
     table: CostTable
     """FLOPs of the model with these merges."""
     widths: Mapping[UnitKey, int]
     predicted: float
-    """Predicted divergence of the merged and pruned model, in nats."""
 
     def __str__(self) -> str:
-        """Return a line for the log."""
         if not self.merged:
             return "no token merging: pruning channels alone has the lower predicted divergence"
         counts = ", ".join(str(count) for count in self.merged)
@@ -79,7 +74,6 @@ class MergeSearch:
     """Search for merging schedules of one model, reusable for all budgets."""
 
     def __init__(self, job: Job, calibration: Calibration, law: MergeLaw | None = None) -> None:
-        """Measure a few schedules on calibration images and fit the law."""
         self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
         self.last = merging_blocks(job.model, self.tokens)
         self.law = law or self._fitted_law(calibration)
@@ -148,7 +142,6 @@ class MergeSearch:
     def choose(
         self, limits: Limits, curves: Mapping[UnitKey, Curve], *, close_gap: bool = True
     ) -> MergeChoice:
-        """Return the merges and widths of least predicted divergence within reachable limits."""
         job, schedules = self.job, self.schedules
 
         def choice_of(schedule: Schedule, table: CostTable, widths: Mapping[UnitKey, int]) -> MergeChoice:
@@ -245,7 +238,6 @@ def with_all_merged(model: nn.Module, size: tuple[int, ...], unmerge: Unmerge = 
 
 
 def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
-    """Return the number of blocks that may merge."""
     # A last block that computes only the tokens the classifier reads cannot merge.
     return tokens.depth - (output_tokens_of(model) is not None)
 

@@ -74,7 +74,6 @@ def _output_curve(
     choices: Sequence[int],
     refit: bool,
 ) -> Curve:
-    """Return the curve of v or hidden channels from their moments."""
     unit, ranking, constant = candidate.unit, candidate.ranking, candidate.unit.constants_pass and refit
     few = refit and few_rows(unit, moments)
     if unit.heads == 1 and ranking.error is not None and not few:

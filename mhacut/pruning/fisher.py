@@ -39,11 +39,9 @@ class FisherOptions:
     images: int
     """Number of images to differentiate. Such an image takes about 3 times as long as others."""
     seed: int = 0
-    """Seed of the random projections of the outputs."""
     token_importance: bool = True
     """Whether to weight tokens by importance; otherwise all tokens count equally."""
     preserved: Preserved | None = None
-    """Outputs whose Fisher information is estimated; None for the model's own."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,6 @@ def measure_fisher(
 
 
 def check_outputs(outputs: Tensor) -> None:
-    """Raise a :class:`MhacutError` if calibration outputs are not finite."""
     if not _finite(outputs):
         raise _not_finite("outputs")
 
@@ -140,8 +137,6 @@ class _Gradients:
         """``matrix LAYER`` [out, out], and ``squares GRID LAYER`` for squared gradients of tokens."""
 
     def captured(self, model: nn.Module, layers: tuple[Layer, ...]) -> AbstractContextManager[None]:
-        """Return a context that adds the gradients of the outputs of ``layers``."""
-
         def watch(layer: Layer) -> Callable[[nn.Module, object, Tensor], None]:
             def hook(module: nn.Module, args: object, output: Tensor) -> None:
                 if not torch.is_grad_enabled():

@@ -17,7 +17,6 @@ class Limit:
     """Upper bound on a cost. Costs grow with each width, except that equal q/k and v widths may save time."""
 
     cost: Callable[[Mapping[UnitKey, int]], int]
-    """Cost of the model at given widths."""
     most: int
     resource: str = "flops"
     """Name of the option of the budget, such as ``max_latency``."""
@@ -37,11 +36,9 @@ class Limit:
 
 
 Limits = Sequence[Limit]
-"""1 or more limits that a model must meet."""
 
 
 def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
-    """Whether ``widths`` keep all of ``limits``."""
     return all(limit.holds(widths) for limit in limits)
 
 
@@ -78,12 +75,9 @@ Choices = Mapping[UnitKey, Sequence[int]]
 
 @dataclass(frozen=True)
 class Constraint:
-    """A constraint on widths and its expected cost."""
-
     name: str
     """Name of the option that set the constraint, such as ``min_width``."""
     value: str | bool | int
-    """Value of the option."""
     nats: float
     """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
     answers are preserved, in the unit of ``PruneResult.metric`` otherwise."""
@@ -141,7 +135,6 @@ class Constraints:
         return left
 
     def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
-        """Yield the name and value of each constraint, and the constraints without it."""
         for name in ("exclude", "min_width"):
             values: tuple[str, ...] = getattr(self, name)
             for value in values:
@@ -155,7 +148,6 @@ NO_CONSTRAINTS = Constraints()
 
 
 def qk_and_v(choices: Choices) -> list[tuple[UnitKey, UnitKey]]:
-    """Return the q/k and v units of each layer that has both."""
     return [
         ((layer, "qk"), (layer, "v")) for layer, kind in choices if kind == "v" and (layer, "qk") in choices
     ]

@@ -30,14 +30,11 @@ _STATES = 100
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token counts of a model."""
-
     total: int
     """Number of tokens in the first block."""
     prefix: int
     """Number of tokens that are never merged (class token, registers)."""
     depth: int
-    """Number of blocks."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,6 @@ class MergeLaw:
         return _terms(torch.tensor(astuple(self), dtype=torch.float64), block, before, after, tokens)
 
     def divergence(self, schedule: Schedule, tokens: Tokens) -> float:
-        """Return the predicted divergence in nats."""
         return float(_divergences(torch.tensor(astuple(self), dtype=torch.float64), [schedule], tokens)[0])
 
     @classmethod
@@ -140,7 +136,6 @@ def trial_schedules(tokens: Tokens, last: int) -> list[Schedule]:
 
 
 def most_merged(tokens: Tokens, last: int) -> Schedule:
-    """Return the schedule that merges as much as possible in the first ``last`` blocks."""
     return _schedule([1.0] * last, tokens)
 
 

@@ -30,15 +30,12 @@ class Planned:
     """A plan, and how it was found."""
 
     ready: ReconstructedModel
-    """The model to be cut, with the plan."""
     curves: Mapping[UnitKey, Curve]
     """Estimated KL divergence at each width of every unit; empty where no curve was needed."""
     log: tuple[SearchStep, ...]
-    """Steps of the indicators, where they were trained."""
     table: CostTable
     """FLOPs of the model with the merges of the plan."""
     merged: Schedule = ()
-    """Number of tokens that each block merges, once channels are cut; empty if none does."""
     unmerge: Unmerge = False
     """Whether these are copied back to their patches."""
     constraints: tuple[Constraint, ...] = ()
@@ -62,7 +59,6 @@ class Planned:
 
     @property
     def flops(self) -> int:
-        """FLOPs of the cut model."""
         return int(self.table.flops(self.plan.widths()))
 
     def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
@@ -77,10 +73,7 @@ class Planned:
 
 
 class Planner:
-    """Finds the plan for one job."""
-
     def __init__(self, job: Job, calibration: Calibration) -> None:
-        """Take the job, and the calibration of its model."""
         self.job, self.calibration = job, calibration
         self.options, self.reporter = job.options, job.reporter
 
@@ -136,7 +129,6 @@ class Planner:
 
     @cached_property
     def candidates(self) -> Candidates:
-        """Candidates for the cut of every unit, at any width."""
         self.reporter.start("ranking channels")
         candidates = {}
         for done, unit in enumerate(self.job.units, 1):
@@ -157,7 +149,6 @@ class Planner:
 
     @cached_property
     def curves(self) -> Mapping[UnitKey, Curve]:
-        """Sensitivity curves of every unit."""
         candidates = self.candidates
         self.reporter.start("measuring sensitivity curves")
         # One candidate a unit: curves of all would take twice the time, to decide no more than widths.

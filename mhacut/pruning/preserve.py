@@ -110,7 +110,6 @@ class Preserved:
 
     @property
     def dense(self) -> bool:
-        """Whether the features of all tokens are preserved."""
         return self.metric == "dense"
 
     def outputs(
@@ -132,7 +131,6 @@ class Preserved:
             return torch.cat(parts, 1)
 
     def divergence(self, outputs: Tensor, dense: Tensor) -> Tensor:
-        """Return the mean divergence of ``outputs`` from the dense model's outputs, a scalar."""
         if self.metric == "answers":
             return F.kl_div(
                 outputs.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean"
@@ -201,7 +199,6 @@ class Preserved:
         return document
 
     def __str__(self) -> str:
-        """Return a phrase such as ``the class probabilities``."""
         if self.what == "tokens":
             return "the features of all tokens (the final normalised map)"
         if self.what == "layers":

@@ -226,7 +226,6 @@ def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[
 
 
 def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]) -> None:
-    """Make the block of ``model`` use the given token matches."""
     if None not in matches:
         model.run_up_to(f"{block.name}.matcher")
         model.answer(matches)
@@ -403,6 +402,5 @@ def _train(
 
 @torch.no_grad()
 def _mean_error(block: nn.Module, calls: Sequence[_BlockCall], error: _Error) -> float:
-    """Return the mean error of ``block`` over images."""
     total = sum(float(error(call.output(block), call.aim)) * len(call.aim) for call in calls)
     return total / sum(len(call.aim) for call in calls)

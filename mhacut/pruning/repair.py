@@ -28,10 +28,7 @@ from mhacut.surgery.tokens import tokens_of
 
 @dataclass(frozen=True)
 class UnitRepair:
-    """Result of the repair of one unit."""
-
     plan: UnitPlan
-    """Kept channels and their basis."""
     ridge: float
     """Relative ridge; infinite if no refit was used."""
     error: float
@@ -46,7 +43,6 @@ class ReconstructedModel:
     model: nn.Module
     """Model of the dense shape, on the dense model's device."""
     plan: Plan
-    """Plan with the final channels and bases."""
     channel_scales: Mapping[UnitKey, Tensor]
     """Scales for :func:`mhacut.surgery.slice.cut`."""
     repairs: Mapping[UnitKey, UnitRepair]
@@ -185,7 +181,6 @@ def _refit(
 
 
 def _fold(module: nn.Module, unit: Unit, unit_plan: UnitPlan, rotation: Tensor | None, refit: Refit) -> None:
-    """Fold a refit into the weights of the layer."""
     if rotation is not None:
         rotate(module, unit, rotation)
     if unit.kind == "qk":

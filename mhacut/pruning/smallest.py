@@ -22,8 +22,6 @@ _STRIDES = 400
 
 @dataclass(frozen=True)
 class Trial:
-    """A model cut to a budget, and how far its loss is from the bound."""
-
     cost: int
     """Cost of the model; not above its budget."""
     ratio: float
@@ -74,7 +72,6 @@ def smallest_within(budgets: range, expected: Callable[[int], float], goal: floa
 
 
 def _below(best: int, failed: Sequence[tuple[int, Trial]], budgets: range) -> Search:
-    """Walk down from the least cost so far."""
     stride = max(budgets.step, (budgets.stop - 1) // _STRIDES)
     budget, missed = best, 0
     while missed < _MISSES and budget > budgets.start:

@@ -32,13 +32,11 @@ class UnitMoments:
     """
 
     fit: tuple[Moments, ...]
-    """Moments on images for fitting."""
     held: tuple[Moments, ...]
     """Moments on held-out images; the same as ``fit`` for a single image."""
 
     @property
     def every(self) -> tuple[Moments, ...]:
-        """Moments on all images."""
         return tuple(fit + held for fit, held in zip(self.fit, self.held, strict=True))
 
 
@@ -121,7 +119,6 @@ class UnitSums:
             self._add("energy", logit_energy(query, key, centre=self.unit.mixing != "select").double())
 
     def _add_gram(self, hook: str, rows: Tensor) -> None:
-        """Add unweighted products of rows [H, rows, d]."""
         flat = rows.float()
         self._add(f"gram {hook}", (flat.mT @ flat).double())  # (H, d, d)
 
@@ -183,7 +180,6 @@ def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] |
     """
 
     def projects(axis: ChannelAxis) -> bool:
-        """Return whether the axis is along the output rows of a linear layer or 1x1 convolution."""
         owner = module.get_submodule(axis.tensor.rpartition(".")[0])
         pixelwise = isinstance(owner, nn.Conv2d) and owner.kernel_size == (1, 1) and owner.groups == 1
         rows = axis.dim == 0 and axis.tensor.endswith("weight")

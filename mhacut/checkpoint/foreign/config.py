@@ -104,7 +104,6 @@ IMAGENET_CFG: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 """Interpolation by Pillow's number."""
 _MAX_LABEL = 200
-"""Longest class name, in characters."""
 _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
 """Processors for which a single ``size`` is the shortest edge."""
 
@@ -132,7 +131,6 @@ def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
 
 
 def image_side(processor: Config) -> int | None:
-    """Return the side of the processor's square images in pixels; None if not square."""
     crops = processor.get("do_center_crop", "crop_size" in processor)
     return _side(processor, "crop_size") if crops else _side(processor, "size")
 
@@ -169,7 +167,6 @@ def _side(processor: Config, name: str) -> int | None:
 
 
 def label_names(config: Config, classes: int) -> list[str] | None:
-    """Return the class names of ``id2label``; None if incomplete or generated (``LABEL_0``)."""
     labels = config.raw("id2label")
     if not isinstance(labels, dict) or len(labels) != classes:
         return None

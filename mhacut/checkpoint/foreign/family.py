@@ -22,7 +22,6 @@ Names = Mapping[str, tuple[str, ...]]
 """Another library's tensor names, mapped to timm's. The first match counts."""
 
 TABLE = Path(__file__).with_name("names.txt")
-"""Tables of all families."""
 ACTIVATIONS = {
     **{name: name for name in ("gelu", "quick_gelu", "relu", "silu")},
     "gelu_pytorch_tanh": "gelu_tanh",
@@ -59,7 +58,6 @@ class TimmSpec:
     """Arguments of ``timm.create_model`` except ``num_classes``, which follows from the classifier's shape.
     """
     cfg: dict[str, Any] = field(default_factory=dict)
-    """Preprocessing as in timm's pretrained_cfg."""
     side: int | None = None
     """Image side in pixels, for timm models without the argument ``img_size``."""
 

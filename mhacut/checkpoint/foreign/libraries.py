@@ -74,7 +74,6 @@ def _build_open_clip(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def preprocess_cfg(stated: Config) -> dict[str, Any]:
-    """Return timm's pretrained_cfg for open_clip's ``preprocess_cfg``."""
     cfg: dict[str, Any] = {"crop_pct": 1.0}
     cfg |= {name: stated.numbers(name, 3) for name in ("mean", "std") if name in stated}
     modes = {"shortest": "center", "squash": "squash", "longest": "border"}
@@ -152,4 +151,3 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "EVA-02 of its authors": {"finish": _finish_eva02},
     "Swin of its authors": {"finish": _finish_swin_of_authors},
 }
-"""Functions and preprocessing by family."""

@@ -28,13 +28,10 @@ _SMALL_EPS = 5e-7
 
 @dataclass(frozen=True)
 class Conversion:
-    """Conversion of another library's file to a timm model."""
-
     family: Family
     headless: bool
     """Whether the classifier is dropped (``--num-classes 0``)."""
     tensors: Mapping[str, TensorInfo]
-    """Tensors by timm's names."""
     spec: TimmSpec | None
     """The timm model in the configuration; None without a configuration."""
     cfg: Mapping[str, Any]

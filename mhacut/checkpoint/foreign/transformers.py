@@ -308,4 +308,3 @@ FUNCTIONS: dict[str, dict[str, Any]] = {
     "Swin V2 of transformers": {"build": _build_swinv2},
     "PVTv2 of transformers": {"build": _build_pvt},
 }
-"""Functions by family."""
