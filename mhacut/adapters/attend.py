@@ -48,7 +48,7 @@ def attend(
 
 
 def _images_at_once(q: Tensor, k: Tensor) -> int:
-    """Number of images whose logits are computed together; 0 to use the fused kernel."""
+    """Number of images whose logits are computed together. 0 selects the fused kernel."""
     logits = q[0].shape[:-1].numel() * k.shape[-2]
     keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
     return 0 if keeps_all or logits > _MAX_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
@@ -80,7 +80,7 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 def cls_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output of :func:`attend_as` and the attention weights of the first token, [B, H, M]."""
+    """Return the output of :func:`attend_as` and the class token's attention weights, [B, H, M]."""
     if module.fused_attn and not products_are_faster(q, k):
         first = weights_of(q[:, :, :1], k, module.scale, attn_mask)
         return attend_as(module, q, k, v, attn_mask), first[:, :, 0]
@@ -94,9 +94,9 @@ def graph_is_recorded() -> bool:
 
 
 FEW_LOGITS = 2**19
-"""Number of logits up to which explicit logits on the CPU are as fast as the fused kernel."""
+"""Up to this number of logits, explicit logits on the CPU are as fast as the fused kernel."""
 _LOGITS_AT_ONCE, _MAX_LOGITS = 2**18, 2**22
-"""Number of logits that fit the CPU cache; number per image above which the fused kernel is faster."""
+"""Number of logits that fit the CPU cache, and number per image above which the fused kernel is faster."""
 
 
 def products_are_faster(q: Tensor, k: Tensor) -> bool:
@@ -113,20 +113,20 @@ def products_are_faster(q: Tensor, k: Tensor) -> bool:
 
 
 def by_head(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H * d] as [B, H, N, d]."""
+    """Reshape [B, N, H * d] to [B, H, N, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
 
 
 def merged(x: Tensor) -> Tensor:
-    """[B, H, N, d] as [B, N, H * d]."""
+    """Reshape [B, H, N, d] to [B, N, H * d]."""
     return x.transpose(-3, -2).flatten(-2)
 
 
 def as_tokens(x: Tensor) -> Tensor:
-    """[B, C, height, width] as [B, N, C]."""
+    """Reshape [B, C, height, width] to [B, N, C]."""
     return x.flatten(2).transpose(1, 2)
 
 
 def as_map(x: Tensor, size: Sequence[int]) -> Tensor:
-    """[B, N, C] as [B, C, height, width] of ``size`` (height, width)."""
+    """Reshape [B, N, C] to [B, C, height, width], with ``size`` (height, width)."""
     return x.transpose(1, 2).reshape(x.shape[0], x.shape[2], *size)

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mhacut.plan import LayerFamily, UnitKey, UnitKind, UnitPlan
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-"""Tensors of a batch norm, with an entry for each channel."""
+"""Tensors of a batch norm with 1 entry per channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
 """Degree to which the channels of a head can be mixed.
@@ -55,24 +55,24 @@ class ChannelAxis:
     """
 
     tensor: str
-    """Name relative to the layer, ``qkv.weight``."""
+    """Name relative to the layer: ``qkv.weight``."""
     dim: int
-    """Dimension of that tensor along which the channels lie."""
+    """Dimension of the tensor that holds the channels."""
     offset: int = 0
-    """Index of channel 0 of head 0, or of the first of ``heads``."""
+    """Index of channel 0 of the first head."""
     heads: tuple[int, int] | None = None
-    """First head, and the one past the last, if the tensor has the channels of some heads only."""
+    """Range (first, last + 1) of heads, if the tensor holds only some heads."""
     shared: bool = False
-    """One row serves all heads: channel i of every head has the index ``offset + i``; see :data:`Sharing`."""
+    """Whether all heads share the rows: channel i of every head has index ``offset + i``."""
     head_step: int | None = None
-    """Step from a head to the next; None if channels of a head lie side by side."""
+    """Index step between heads. None: the width of a head."""
     channel_step: int = 1
-    """Step from a channel of a head to the next."""
+    """Index step between channels of a head."""
     copies: tuple[int, ...] = (0,)
-    """Offset of each row of a channel from its first, for channels that are several rows."""
+    """Offsets of all rows of a channel from its first row, if a channel has several rows."""
     norm: str | None = None
-    """The batch norm behind the linear layer whose rows these are. Its entries are sliced with the rows, and
-    scaled in their place."""
+    """Name of the batch norm that follows these rows. Pruning slices the norm's entries with the rows, and
+    channel scales change the norm instead of the rows."""
 
     def rows(self, heads: int, width: int) -> Tensor:
         """Return the indices along ``dim``, [heads, width, copies]."""
@@ -87,28 +87,28 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class ActivationHook:
-    """Place where an activation of a unit passes while the model runs, [..., offset + heads * width, ...]."""
+    """Activation of a unit's channels in the forward pass, [..., offset + heads * width, ...]."""
 
     module: str
-    """Submodule whose input or output is read, relative to the layer. ``*`` stands for the number of the
-    head, where every head has a submodule of its own, which run one after the other."""
+    """Name of the submodule, relative to the layer. ``*`` stands for the head number if every head has its
+    own submodule."""
     side: Literal["input", "output"]
     offset: int = 0
     channel_dim: int = -1
     """Dimension of the activation that holds the channels."""
     width: int | None = None
-    """Channels per head, where it is not the unit's."""
+    """Channels per head. None: the width of the unit."""
     stride: int | None = None
-    """Step from one head to the next, where that is not the width."""
+    """Index step between heads. None: the width."""
     argument: int = 0
-    """Position of the argument that is read, of an input."""
+    """Position of the argument, if the hook reads an input."""
     then: Callable[[Any, Tensor], Tensor] | None = None
-    """(submodule, activation) -> [..., channels], where no module gives the channels head by head."""
+    """Function (submodule, activation) -> [..., channels], for activations that are not ordered by head."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A group of channels that is sized together: all heads of (layer, kind)."""
+    """Channels of one kind (qk, v or MLP) in one layer. All heads keep the same number."""
 
     layer: str
     kind: UnitKind
@@ -116,39 +116,40 @@ class Unit:
     width: int
     """Channels per head."""
     axes: tuple[ChannelAxis, ...]
-    """All axes that are sliced when channels are cut."""
+    """All axes to slice when channels are cut."""
     scale_axes: tuple[ChannelAxis, ...]
-    """Axes along which a factor per channel scales that channel's contribution exactly: 0 removes it (mask),
-    any other number is a channel scale. A subset of ``axes``, with biases; empty if there is a ``gate``."""
+    """Axes on which a factor per channel scales the channel's contribution exactly; 0 removes the channel. A
+    subset of ``axes``, with biases. Empty if there is a ``gate``."""
     hooks: Mapping[str, ActivationHook]
-    """``query`` and ``key`` for qk (of ``linear`` attention their features, and ``value`` too); ``value`` and
-    ``output`` (weighted by attention, before the projection) for v; ``hidden`` for the MLP."""
+    """``query`` and ``key`` for qk, and ``value`` in linear attention; ``value`` and ``output`` (after
+    attention, before the projection) for v; ``hidden`` for the MLP."""
     output_projection: ChannelAxis | None = None
-    """Columns that read the channels (v, hidden); None for qk."""
+    """Columns that read the channels (v or hidden). None for qk."""
     output_bias: str | None = None
-    """Bias of the output projection whose input columns are the unit's channels."""
+    """Bias of the output projection."""
     output_norm: str | None = None
-    """Batch norm behind those columns and their bias."""
+    """Batch norm after the output projection."""
     output_scale: str | None = None
-    """LayerScale behind those columns, a factor for each output channel."""
+    """LayerScale after the output projection: 1 factor per output channel."""
     mixing: Mixing = "refit"
     sharing: Sharing = "own"
-    """Shared tensors are marked by :attr:`ChannelAxis.shared`."""
+    """:attr:`ChannelAxis.shared` marks the shared tensors."""
     softmax_scaled: bool = False
-    """The layer multiplies its logits by 1/sqrt(width), so that a cut changes the temperature."""
+    """Whether the layer multiplies logits by 1/sqrt(width), so that a cut changes the temperature."""
     linear: bool = False
-    """Attention without a softmax: its weights are products of features of q and of k, over their sum."""
+    """Whether the attention is linear: products of features of q and k, divided by their sum."""
     feeds: bool = False
-    """The channels feed others of the layer before the output projection reads them, so that the loss shows
-    only when the layer runs without them; least-squares reconstruction makes up for the projection only."""
+    """Whether other channels of the layer read these channels before the output projection. Least squares
+    repairs only the projection, so the loss must be measured in a forward pass of the layer."""
     white_inputs: bool = True
-    """Without images, inputs may be taken as white (:mod:`mhacut.pruning.unit_moments`)."""
+    """Whether inputs may be treated as white noise if there are no images
+    (:mod:`mhacut.pruning.unit_moments`)."""
     gate: str | None = None
-    """Buffer for a scale per channel, [heads * width], at least 0; None except in a masked model. It is for
-    channels that no factor on a parameter removes exactly; :meth:`Adapter.merge_gate` merges its scales."""
+    """Buffer with a scale per channel, [heads * width], at least 0. Used if no factor on a parameter removes
+    a channel exactly. None outside a masked model. :meth:`Adapter.merge_gate` merges the scales."""
     constants: tuple[ChannelAxis, ...] = ()
-    """Biases, one per channel, that reach the output projection as they are: the value of a channel whose
-    input is zero. When the channel is cut, its effect is added to the output bias."""
+    """Biases, 1 per channel, that reach the output projection unchanged when the input of the channel is 0. A
+    cut adds their effect to the output bias."""
 
     def __post_init__(self) -> None:
         assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
@@ -158,12 +159,12 @@ class Unit:
         return self.layer, self.kind
 
     def keep_first(self, width: int, *, unshared: bool = False) -> UnitPlan:
-        """Return the cut to the first ``width`` channels of each head."""
+        """Return the plan that keeps the first ``width`` channels of each head."""
         kept = (tuple(range(width)),) * self.heads
         return UnitPlan(*self.key, self.width, kept, unshared=unshared)
 
     def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
-        """Return the unit with other columns of the output projection, and the hook on what they read."""
+        """Return the unit with other output columns, and a hook on the input of these columns."""
         old, name = self.output_projection, "hidden" if self.kind == "hidden" else "output"
         return replace(
             self,
@@ -181,63 +182,66 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention or MLP of a model, as its adapter describes it."""
+    """Description of one attention or MLP of a model."""
 
     name: str
     """Module name in the model, ``blocks.0.attn``."""
     adapter: Adapter
     units: tuple[Unit, ...]
     not_prunable: Mapping[UnitKind, str] = field(default_factory=dict)
-    """Kinds that cannot be cut exactly, and why."""
+    """Kinds that cannot be cut exactly, with the reason."""
     channel_dim: int = -1
-    """Dimension of the layer's output that holds its channels."""
+    """Channel dimension of the layer's output."""
     result: str = ""
-    """Submodule that ends with the output projection, if more follows; errors are those of its output."""
+    """Submodule whose output is compared, if the layer's output contains more than the output projection."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
-    """Kinds without a unit of their own, whose channels are tied to those of another."""
+    """Kinds whose channels are tied to channels of another kind."""
 
 
 class Adapter(ABC):
-    """Describes one attention or MLP class. Stateless; one instance serves all layers of the class."""
+    """Description of one attention or MLP class. Stateless: 1 instance serves all layers of the class."""
 
     family: LayerFamily
     module_classes: tuple[type[nn.Module], ...]
-    """Exactly these classes; a subclass may compute something else and needs an adapter of its own."""
+    """Supported classes. A subclass may compute something else, so it needs its own adapter."""
     one_width: bool = False
-    """Whether the classes know one width of q, k and v."""
+    """Whether the classes have a single width for q, k and v."""
     equal_widths_only: bool = False
-    """Whether a layer with different widths of q, k and v cannot run."""
+    """Whether a cut layer needs equal widths of q, k and v."""
 
     def serves(self, module: Any) -> bool:
-        """Whether ``module``, of one of the classes, is built so that it can be described."""
+        """Whether this adapter supports the configuration of ``module``, whose class is supported."""
         return True
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:
-        """Return the units of ``module``, and the kinds that are not prunable."""
+        """Return the units of ``module`` and the kinds that cannot be pruned."""
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
-        """Set attributes and class of ``module`` to the widths that its sliced tensors have.
+        """Set attributes and class of ``module`` to the widths of its sliced tensors.
 
-        Tensors keep their names. ``widths`` names every unit of the layer, also those that keep all channels.
-        Nothing is done where the class reads its widths from its tensors.
+        Tensors keep their names. ``widths`` contains all units of the layer. Classes that read their widths
+        from their tensors need no change.
         """
         return
 
     def heads(self, module: Any) -> int:
-        """Number of heads of ``module``, of the family ``attention``."""
+        """Number of heads of the attention ``module``."""
         return module.num_heads
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record the kept channels of ``unit``, [heads, kept], if the layer needs them, before slicing."""
+        """Store the kept channels of ``unit``, [heads, kept], in a layer that needs them.
+
+        Runs before slicing.
+        """
         return
 
     def prepare(self, module: Any) -> None:
-        """Make a layer of the dense model call the submodules that its hooks name."""
+        """Make a dense layer call the submodules that its hooks name."""
         return
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Repair references of ``model`` to modules that its cut layers no longer share."""
+        """Repair references of ``model`` to modules that cut layers no longer share."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
@@ -275,21 +279,16 @@ _LINEAR = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer or convolution, alone or in a module that holds a batch norm behind it.
-
-    A transposed convolution can read channels, not write them.
-    """
+    """A linear layer or convolution, or a module that holds one and a batch norm."""
 
     name: str
-    """Name of the whole module, relative to the layer."""
+    """Name relative to the layer."""
     linear_name: str
     linear: Any
     norm: str | None
-    """Name of the batch norm."""
 
     @classmethod
     def of(cls, module: nn.Module, name: str) -> Projection:
-        """Return the projection of the layer ``module`` that is called ``name``."""
         projection = module.get_submodule(name)
         if isinstance(projection, (*_LINEAR, nn.ConvTranspose2d)):
             return cls(name, name, projection, None)
@@ -300,7 +299,7 @@ class Projection:
 
     @property
     def channel_dim(self) -> int:
-        """Dimension of input and output that holds channels."""
+        """Channel dimension of input and output."""
         return -1 if isinstance(self.linear, nn.Linear) else 1
 
     @property
@@ -315,28 +314,27 @@ class Projection:
 
     @property
     def bias(self) -> str | None:
-        """Name of the bias."""
         return None if self.linear.bias is None else f"{self.linear_name}.bias"
 
     @property
     def transposed(self) -> bool:
-        """Whether input channels lie along dimension 0 of the weight, and their effect varies by position."""
+        """Whether it is a transposed convolution: input channels are dimension 0 of the weight."""
         return isinstance(self.linear, nn.ConvTranspose2d)
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the axes of channels written from row ``offset`` on: of the weight, and of the bias."""
+        """Return the axes of output channels from row ``offset`` on: weight and bias."""
         weight = ChannelAxis(f"{self.linear_name}.weight", 0, offset, head_step=stride, norm=self.norm)
         if self.bias is None:
             return (weight,)
         return weight, ChannelAxis(self.bias, 0, offset, head_step=stride)
 
     def scaled_rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return those of :meth:`rows` that a factor scales; a batch norm scales a bias before it."""
+        """Return the axes of :meth:`rows` to scale. A batch norm after a bias already scales the bias."""
         axes = self.rows(offset, stride)
         return axes if self.norm is None else axes[:1]
 
     def columns(self) -> ChannelAxis:
-        """Return the axis of channels that are read."""
+        """Return the axis of the input channels."""
         return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
     def hook(
@@ -346,7 +344,7 @@ class Projection:
         stride: int | None = None,
         width: int | None = None,
     ) -> ActivationHook:
-        """Return the hook on what is read or, behind the batch norm, written."""
+        """Return the hook on the input, or on the output after the batch norm."""
         name = self.linear_name if side == "input" else self.name
         return ActivationHook(name, side, offset, self.channel_dim, width, stride)
 
@@ -359,7 +357,7 @@ class Projection:
         hooks: Mapping[str, ActivationHook],
         **further: Any,
     ) -> Unit:
-        """Return the unit of channels that this projection reads."""
+        """Return the unit of the input channels of this projection."""
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),

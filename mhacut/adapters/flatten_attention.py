@@ -32,7 +32,7 @@ class FocusedAttentionAdapter(Adapter):
     )
 
     def branch(self, module: Any) -> tuple[str, Any]:
-        """Prefix of the names and the module that hold ``scale``, ``positional_encoding`` and ``dwc``."""
+        """Return name prefix and module of ``scale``, ``positional_encoding`` and ``dwc``."""
         return "", module
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -93,14 +93,14 @@ class FocusedAttentionAdapter(Adapter):
 
 
 class SlimStripeAttention(StripeAttention):
-    """``StripeAttention`` with other widths for q/k than for v. Made by ``resize``, never constructed."""
+    """Cut ``StripeAttention``: q/k and v may have different widths. Created by ``resize``."""
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_as(self, q, k, v)
 
 
 class Stripes(Softmax):
-    """Softmax within stripes; of two branches, the first takes half the heads."""
+    """Softmax attention within stripes. If there are 2 branches, each has half of the heads."""
 
     def v(self, name: str, module: Any) -> Unit:
         plain = super().v(name, module)

@@ -28,16 +28,16 @@ from mhacut.adapters.softmax_special import KEPT, Rope
 from mhacut.plan import UnitKind
 
 _FORWARD = ["self", "hidden_states", "attention_mask"]
-"""First parameters of forward, before ``position_embeddings`` and ``kwargs``."""
+"""Accepted first parameters of ``forward``, before ``position_embeddings`` and ``kwargs``."""
 _CLIP_FORWARD = [*_FORWARD, "causal_attention_mask", "output_attentions"]
 _DINOV2_FORWARD = ["self", "hidden_states", "head_mask"]
-"""Those of transformers 4."""
+"""First parameters of ``forward`` in DINOv2 of transformers 4."""
 _MLPS = {
     frozenset({"fc1", "fc2"}): (("fc1",), "fc2"),
     frozenset({"up_proj", "down_proj"}): (("up_proj",), "down_proj"),
     frozenset({"gate_proj", "up_proj", "down_proj"}): (("gate_proj", "up_proj"), "down_proj"),
 }
-"""Linear layers of an MLP: their names, those that write its channels, and that which reads them."""
+"""Names of the linear layers of an MLP: writers of the hidden channels, and the reader."""
 
 
 def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -48,7 +48,7 @@ def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: An
 def _rotated(
     m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, positions: Any, *_: Any
 ) -> tuple[Any, ...]:
-    """Rotate all but the prefix tokens; a cut layer looks up the angles of its channels."""
+    """Rotate all tokens after the prefix. A cut layer looks up the angles of its channels."""
     cos, sin = positions  # [patches, d] each
     kept = getattr(m, KEPT, None)  # (H, d)
     if kept is not None:
@@ -74,16 +74,19 @@ def _without_weights(m: Any, y: Tensor, *_: Any) -> tuple[Tensor, None]:
 
 
 class _Named(Twin):
-    """Its forward pass takes tokens by the name that they have in transformers."""
+    """Mixin: forward pass with the argument names of transformers."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Map tokens [B, N, C] to [B, N, C]; there are no attention weights to return."""
+        """Map tokens [B, N, C] to [B, N, C]. Returns no attention weights."""
         return super().forward(hidden_states, *args, **options)
 
 
 @dataclass(eq=False)
 class Linears(Softmax):
-    """Attention whose class views q, k and v by one ``head_dim``, which serves on where these are equal."""
+    """Attention with 4 linear layers and one ``head_dim``.
+
+    The class keeps its own forward pass if all widths are equal.
+    """
 
     written_by: Mapping[str, str] = field(
         default_factory=lambda: {"q_proj": "q", "k_proj": "k", "v_proj": "v"}
@@ -113,7 +116,10 @@ class Linears(Softmax):
 
 @dataclass(eq=False)
 class RotaryLinears(Linears, Rope):
-    """The same with rotary positions: each head keeps its own pairs, which takes a class of mhacut's."""
+    """Attention with rotary positions.
+
+    Each head keeps its own pairs of channels, so a cut layer gets a class of mhacut.
+    """
 
     logits: Hook = _rotated
     one_width = False
@@ -121,7 +127,7 @@ class RotaryLinears(Linears, Rope):
 
 @dataclass(eq=False)
 class Nested(Linears):
-    """The same in DINOv2 of transformers 4: one module has q, k and v, the next the output projection."""
+    """DINOv2 attention in transformers 4: one module has q, k and v, another the output projection."""
 
     written_by: Mapping[str, str] = field(
         default_factory=lambda: {"attention.query": "q", "attention.key": "k", "attention.value": "v"}
@@ -141,12 +147,12 @@ class Nested(Linears):
 
 
 def is_old() -> bool:
-    """Whether models come from transformers 4, in which other classes are made of other layers."""
+    """Whether the installed version is transformers 4, whose layers have a different structure."""
     return str(getattr(sys.modules.get("transformers"), "__version__", "")).startswith("4.")
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """Return the adapter of a module that is not timm's; None if its structure is not a known one."""
+    """Return the adapter of a module outside timm. None if its structure is unknown."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, Linears):  # a cut layer
         return spec

@@ -35,7 +35,7 @@ class AdditiveAdapter(Adapter):
     module_classes = (EfficientAdditiveAttention,)
 
     def heads(self, module: Any) -> int:
-        """Return 1: its heads do not differ."""
+        """Return 1: all heads compute the same."""
         return 1
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -79,17 +79,13 @@ class SeparableAdapter(Adapter):
 
 
 class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
-    """EfficientViT's attention, with q/k wider or narrower than v. Made by ``resize``, never constructed.
-
-    One weight holds the convolutions within q, k and v, which read as many channels as they write. It has
-    room for the widest; what the others do not need is zero and not read.
-    """
+    """Cut attention of EfficientViT: q/k and v may have different widths. Created by ``resize``."""
 
     num_heads: int
-    """Heads of one scale."""
+    """Heads per scale."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C_out, H, W]."""
+        """Map [B, C, H, W] to [B, C_out, H, W]."""
         q, k, v = heads_of_all_scales(self, x)
         q, k, v = self.kernel_func(q), self.kernel_func(k), F.pad(v, (0, 1), value=1.0)
         device = "cpu" if v.is_meta else v.device.type  # there is no autocast for meta
@@ -99,7 +95,7 @@ class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
 
 
 def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
-    """q, k and v, each [B, heads of all scales, N, d], of [B, C, H, W]."""
+    """Return q, k and v of a map [B, C, H, W], each [B, heads of all scales, N, d]."""
     heads, qk_width, v_width = _sizes(module)
     scales = [module.qkv(x)]
     for depthwise, pointwise in module.aggreg:
@@ -109,7 +105,7 @@ def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int) -> Tensor:
-    """``conv`` of [B, C, H, W], whose groups are the q, the k and the v of each head."""
+    """Apply ``conv``, whose groups are q, k and v of each head, to a map [B, C, H, W]."""
     if qk_width == v_width:
         return conv(x)
     x, weight = x.unflatten(1, (heads, -1)), conv.weight.unflatten(0, (heads, -1))
@@ -165,7 +161,7 @@ class MultiScaleAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Move the weights that read kept channels of the first scale to the front; zero the others."""
+        """Move the weights that read kept channels of the first scale to the front; others become 0."""
         heads, qk_width, _ = _sizes(module)
         width = kept.shape[1]
         for _, pointwise in module.aggreg:
@@ -189,7 +185,7 @@ class MultiScaleAdapter(Adapter):
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:
-    """Heads of one scale, channels of each for q and k, and for v."""
+    """Return heads per scale, q/k channels per head, and v channels per head."""
     qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
     heads = module.num_heads if isinstance(module, SlimLiteMLA) else qkv.writes // (3 * module.dim)
     v_width = proj.reads // (heads * (1 + len(module.aggreg)))
@@ -197,7 +193,10 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 
 
 def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[ChannelAxis, ...]]:
-    """Rows that make q, k or v, which begin at ``offset`` of a head; and those that a factor scales."""
+    """Return the rows that write q, k or v, and the rows to scale.
+
+    ``offset`` is the first row of the part within a head.
+    """
     heads, qk_width, v_width = _sizes(module)
     place = offset, 2 * qk_width + v_width
 
@@ -215,7 +214,7 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
 
 
 def _hook(part: int, width: int) -> ActivationHook:
-    """Hook on q, k or v of all scales: no module outputs it, so it is computed from the layer's input."""
+    """Return a hook on q, k or v of all scales, computed from the layer's input."""
 
     def features(module: Any, x: Tensor) -> Tensor:
         made = heads_of_all_scales(module, x)[part]
@@ -225,10 +224,10 @@ def _hook(part: int, width: int) -> ActivationHook:
 
 
 class SlimFactorAttention(FactorAttnConvRelPosEnc):  # type: ignore[misc]
-    """CoaT's attention, at any width. Made by ``resize``, never constructed."""
+    """Cut attention of CoaT, with any width. Created by ``resize``."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """[B, 1 + H * W, C] to the same, with ``size`` (H, W)."""
+        """Map [B, 1 + H * W, C] to the same shape; ``size`` is (H, W)."""
         q, k, v = (by_head(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # (B, H, N, d)
         gathered = q @ (k.softmax(dim=2).mT @ v)
         return self.proj_drop(self.proj(merged(self.scale * gathered + self.crpe(q, v, size=size))))
@@ -267,7 +266,7 @@ class FactorAttentionAdapter(Adapter):
         module.crpe.channel_splits = [split * widths["v"] for split in module.crpe.head_splits]
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Let the model refer to the convolutions of the first layer of those that shared them."""
+        """Point the model to the convolutions of the first layer that used the shared ones."""
         coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
         for coat in coats:
             for stage in range(1, 5):
@@ -280,7 +279,7 @@ class FactorAttentionAdapter(Adapter):
 
 
 def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
-    """Axes of the channels of v in the convolutions."""
+    """Return the axes of the v channels in the convolutions."""
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):

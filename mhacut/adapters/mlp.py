@@ -15,23 +15,23 @@ from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Proj
 
 @dataclass(eq=False)
 class Mlp(Adapter):
-    """One MLP class. Linear layers may be convolutions, with or without a batch norm."""
+    """Linear layers of one MLP class. They may be convolutions, with or without a batch norm."""
 
     family = "mlp"
 
     cls: type[nn.Module]
     writers: tuple[str, ...] = ("fc1",)
-    """Linear layers that write the hidden channels; the outputs of several are multiplied."""
+    """Linear layers that write the hidden channels. Outputs of several writers are multiplied."""
     reader: str = "fc2"
-    """The linear layer that reads them."""
+    """Linear layer that reads the hidden channels."""
     between: tuple[str, ...] = ()
-    """Depthwise convolutions and norms that the hidden channels pass, where the module has them."""
+    """Optional depthwise convolutions and norms between writer and reader."""
     behind: str = ""
-    """A norm behind the reader, where it is not part of that."""
+    """Norm after the reader, if it is a separate module."""
     within: str = ""
     """Submodule that holds these layers, if the module adds its input to their output."""
     halves: bool = False
-    """Both factors of a product come from one writer: channel i is rows i and i + hidden."""
+    """Whether one writer writes both factors of a product: channel i is rows i and i + hidden."""
 
     def __post_init__(self) -> None:
         self.module_classes = (self.cls,)

@@ -17,7 +17,10 @@ from mhacut.plan import UnitKind
 
 
 class MultiheadTwin(nn.Module):
-    """The forward pass of a cut layer, for any widths. It calls ``out_proj``, as torch's own does not."""
+    """Forward pass of a cut ``nn.MultiheadAttention``, with any widths.
+
+    It calls ``out_proj`` as a module, so hooks run.
+    """
 
     def forward(
         self: Any,
@@ -30,7 +33,7 @@ class MultiheadTwin(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output, and the attention weights if needed; arguments are those of torch."""
+        """Return the output, and the attention weights if needed. Arguments are torch's."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         sizes = [heads * width for heads, width in map(self.spec.sizes(self).get, "qkv")]
@@ -59,7 +62,7 @@ class MultiheadTwin(nn.Module):
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Any:
-    """Return a mask to add to logits. A bool is True where torch ignores a key."""
+    """Return ``mask`` as a bias on the logits. In a bool mask, True means that a key is ignored."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
@@ -67,7 +70,7 @@ def _additive(mask: Tensor | None, like: Tensor) -> Any:
 
 @dataclass(eq=False)
 class Multihead(Softmax):
-    """The rows of ``in_proj_weight`` are q, k and v of all heads."""
+    """Rows of ``in_proj_weight`` are q, k and v, each with all heads."""
 
     mixins: tuple[type, ...] = (MultiheadTwin,)
     read_by: str = "out_proj"

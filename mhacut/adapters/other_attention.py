@@ -36,10 +36,10 @@ _PLACES = "places_of_values"
 
 
 class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: ignore[misc]
-    """EfficientViT's attention, at any widths. Made by ``resize``, never constructed."""
+    """Cut attention of Microsoft's EfficientViT, with any widths. Created by ``resize``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to the same."""
+        """Map [B, C, H, W] to the same shape."""
         shares, biases = x.chunk(self.num_heads, dim=1), self.get_attention_biases(x.device)
         outputs: list[Tensor] = []
         for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.dws, strict=True)):
@@ -50,7 +50,7 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
         return self.proj(torch.cat(outputs, dim=1))
 
     def passed_on(self, output: Tensor, head: int) -> Tensor:
-        """Return the output of ``head``, [B, kept, H, W], with zeros for channels that were cut."""
+        """Return the output of ``head`` for the next head, [B, kept, H, W], with 0 for cut channels."""
         places = getattr(self, _PLACES, None)
         if places is None:
             return output
@@ -114,7 +114,7 @@ class CascadedAdapter(Adapter):
 
 
 def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """Rows from ``offset`` on of the layers ``part``, one for each head."""
+    """Return the rows from ``offset`` on in the layers ``part``, 1 layer per head."""
     return tuple(
         replace(axis, heads=(head, head + 1))
         for head in range(module.num_heads)
@@ -126,12 +126,12 @@ _SHARED_SOFTMAX = "a softmax runs over these channels: without one of them the o
 
 
 class ChannelTwin(nn.Module):
-    """The forward pass of a cut layer, for any widths."""
+    """Forward pass of a cut layer, with any widths."""
 
     spec: ChannelAttention
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """[B, N, C] to [B, N, C_out]."""
+        """Map [B, N, C] to [B, N, C_out]."""
         spec: ChannelAttention = self.spec
         heads, kept, uncut = spec.sizes(self)
         sizes = [heads * (kept if part == "x" else uncut) for part in spec.order]
@@ -162,14 +162,14 @@ class ChannelAttention(Adapter):
     order: str = "xyz"
     """Order of the rows of ``qkv``."""
     heads_in: str = "num_heads"
-    """Attribute with the number of heads."""
+    """Attribute that holds the number of heads."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", ChannelTwin, self.cls, spec=self)
         self.module_classes = (self.cls, self.twin)
 
     def sizes(self, module: Any) -> tuple[int, int, int]:
-        """Heads, channels of each that make the result, and those that share the softmax."""
+        """Return heads, output channels per head, and channels per head that share the softmax."""
         heads, kept = getattr(module, self.heads_in), module.proj.in_features
         return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
 
@@ -189,7 +189,7 @@ def cross_covariance(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Florence-2: logits over the root of the number of tokens, or of the width before the cut."""
+    """Florence-2: divide logits by the root of the number of tokens, or of the width before the cut."""
     return (x * (x.shape[-1] if m.dynamic_scale else m.head_dim) ** -0.5) @ y.mT
 
 
@@ -203,10 +203,10 @@ CHANNEL_ATTENTION = (
 
 
 class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
-    """VOLO's attention, at any width. Made by ``resize``, never constructed."""
+    """Cut attention of VOLO, with any width. Created by ``resize``."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, H, W, C] to [B, H, W, C_out]."""
+        """Map [B, H, W, C] to [B, H, W, C_out]."""
         batch, height, width, _ = x.shape
         window, heads = self.kernel_size**2, self.num_heads
         logits = self.attn(as_tokens(self.pool(x.permute(0, 3, 1, 2))))  # (B, N, H * k^4)
@@ -225,7 +225,7 @@ class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
 
 
 class OutlookAdapter(Adapter):
-    """VOLO's outlook attention: the weights of a point's neighbours are projected from it, not by q and k."""
+    """VOLO's outlook attention: a linear layer computes weights of neighbouring points, without q, k."""
 
     family = "attention"
     module_classes = (OutlookAttention, SlimOutlookAttention)
@@ -250,7 +250,6 @@ class UnprunableAdapter(Adapter):
     family = "attention"
 
     def __init__(self, classes: tuple[type[nn.Module], ...], reason: str) -> None:
-        """Refuse the units of ``classes`` for ``reason``, which the user reads."""
         self.module_classes = classes
         self.reason = reason
 

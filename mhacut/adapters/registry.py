@@ -47,10 +47,11 @@ ADAPTERS: tuple[Adapter, ...] = (
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "AttentionPoolPrr", "AttentionPoolingHead")
-"""Ends of names of attention that runs once, behind the last block: skipped as a whole, unless registered."""
+"""Name endings of attention that pools tokens after the last block. Skipped unless its class is
+registered."""
 
 POSITION_BIASES = ("RelPosMlp",)
-"""Modules that make a bias of positions, the same for every image; an MLP inside costs next to nothing."""
+"""Modules that compute a position bias, equal for every image. Their MLPs cost almost nothing."""
 
 _MLP_NAME = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -61,7 +62,7 @@ _CHANNEL_GATES = frozenset(
     | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
 )
 _NO_ATTENTION = frozenset({"ConvAttention"})
-"""Next-ViT's, convolutions only. (Those of LowFormer and CPUBone are registered.)"""
+"""Classes named like attention that contain only convolutions (Next-ViT)."""
 
 _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
 _KNOWN_ATTENTION = {
@@ -69,11 +70,14 @@ _KNOWN_ATTENTION = {
     for cls, adapter in _BY_CLASS.items()
     if adapter.family == "attention" and not _ATTENTION_NAME.search(cls.__name__)
 }
-"""Names of registered classes without attention in their name; classes of other code share these names."""
+"""Names of registered attention classes without "attention" in the name."""
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """Return the adapter of exactly this class; None without one, or if it cannot describe ``module``."""
+    """Return the adapter of the exact class of ``module``.
+
+    None if there is none or it does not support this configuration.
+    """
     # The exact class: a subclass may compute something else with the same tensors.
     adapter = _BY_CLASS.get(type(module)) or adapter_of(module) or adapter_by_structure(module)
     return adapter if adapter is not None and adapter.serves(module) else None
@@ -88,23 +92,23 @@ def is_position_bias(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether an unregistered module computes attention itself, by its name, whatever else it holds."""
+    """Whether the class name of an unregistered module says that it computes attention itself."""
     return type(module).__name__ in _KNOWN_ATTENTION
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether an unregistered class has attention in its name; it may also just hold one."""
+    """Whether the class name of an unregistered module contains "attention". The module may only hold one."""
     name = type(module).__name__
     return name not in _CHANNEL_GATES | _NO_ATTENTION and _ATTENTION_NAME.search(name) is not None
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Whether an unregistered class has MLP in its name."""
+    """Whether the class name of an unregistered module contains "MLP"."""
     return _MLP_NAME.search(type(module).__name__) is not None
 
 
 def why_not_cut(mlp: str) -> str:
-    """Return why an unregistered class that looks like an MLP is skipped, by its name."""
+    """Return why an unregistered MLP is skipped."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
         return "the hidden channels of a classifier are not pruned"
     return "this MLP class is not supported"

@@ -34,22 +34,22 @@ class HeadRows:
     width: int
     offset: int = 0
     stride: int | None = None
-    """The width if None."""
+    """None: the width."""
 
 
 def read(m: Any, y: Tensor) -> Tensor:
-    """Project [..., H * d], with dropout where the class has it."""
+    """Apply the output projection to [..., H * d], with dropout if the class has dropout."""
     y = getattr(m, m.spec.read_by)(y)
     return m.proj_drop(y) if hasattr(m, "proj_drop") else y
 
 
 def to_tokens(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Project [B, N, C] in the layout of ``query``, channels last."""
+    """Project [B, N, C] to the layout of ``query``, channels last."""
     return read(m, y.reshape(*query.shape[:-1], -1))
 
 
 def to_map(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Project [B, N, C] in the layout of ``query``, [B, C, height, width]."""
+    """Project [B, N, C] to the layout of ``query``, [B, C, height, width]."""
     return read(m, as_map(y, query.shape[2:]))
 
 
@@ -61,11 +61,11 @@ class Twin(nn.Module):
 
     spec: Softmax
     written_by: tuple[tuple[str, bool, bool, str, tuple[tuple[int, int], ...]], ...]
-    """For each projection its name ("" where its bias is in parts), whether it is a convolution, whether its
-    rows are head by head, and what they are, with heads and channels of those."""
+    """For each projection: its name ("" if its bias is in parts), whether it is a convolution, whether its
+    rows are ordered by head, and its parts with heads and channels."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Compute the output of the class; arguments are those of its own forward."""
+        """Compute the output of the class. Arguments are those of the class's own forward."""
         spec: Softmax = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         query, source = spec.inputs(self, x, *args)
@@ -88,12 +88,12 @@ class FreshBiases:
         return self.attention_biases[:, self.attention_bias_idxs]
 
     def train(self: Any, mode: bool = True) -> Any:
-        """Set the mode and return the module, which timm's own does not."""
+        """Set the mode and return the module (timm's method returns None)."""
         return nn.Module.train(self, mode)
 
 
 def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    """Normalise q and k where the class does; no mask, no bias."""
+    """Normalise q and k if the class has these norms. No mask, no bias."""
     return (m.q_norm(q), m.k_norm(k), None) if hasattr(m, "q_norm") else (q, k, None)
 
 
@@ -109,49 +109,50 @@ class Softmax(Adapter):
 
     cls: type[nn.Module]
     written_by: Mapping[str, str] = field(default_factory=lambda: {"qkv": "qkv"})
-    """Projections, where the module has them, and what their rows are, in order: ``q``, ``k``, ``v``; ``g``
-    for rows that go with those of v."""
+    """Projections and the order of their rows: ``q``, ``k``, ``v``, and ``g`` for rows that are cut with v. A
+    module may lack some."""
     per_head: bool = False
-    """Rows are q, k, v of the first head, then of the second, unless the module's ``head_first`` is False;
-    else q of all heads, then k, then v."""
+    """Row order. True: q, k, v of head 0, then of head 1, unless ``head_first`` of the module is False.
+    False: q of all heads, then k, then v."""
     read_by: str | Callable[[Any], str] = "proj"
     """Name of the projection that reads v."""
     read_beside: Callable[[Any], int] = lambda m: 0
-    """Number of other channels that it reads."""
+    """Number of other input channels of this projection."""
     query_heads: int = 1
-    """Heads of q and of k for each of v."""
+    """Number of q heads and k heads per v head."""
     inputs: Hook = lambda m, x, *_: (x, x)
-    """(m, x, ...) -> what q is made of, and what k and v are made of."""
+    """(m, x, ...) -> input of q, input of k and v."""
     spread: Callable[[Any, Tensor], Tensor] | None = None
-    """(m, rows of projections) -> the same as [windows of all images, ..., channels]."""
+    """(m, rows of projections) -> the rows as [windows of all images, ..., channels]."""
     logits: Hook = unmasked
     """(m, q, k [B, H, N, d], x, ...) -> q, k, and a mask or bias [B, H, N, N]."""
     weigh: Hook = attend_as
-    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d], or a tuple of it and what else the layer gives."""
+    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d], or a tuple with further outputs of the layer."""
     finish: Hook = to_tokens
-    """(m, y [B, N, H * d], what q was made of, x, ...) -> the layer's output."""
+    """(m, y [B, N, H * d], input of q, x, ...) -> the layer's output."""
     mixins: tuple[type, ...] = (Twin,)
-    """Classes in front of ``cls`` for cut layers; without :class:`Twin` those run the forward of ``cls``."""
+    """Classes mixed in before ``cls`` in cut layers. Without :class:`Twin`, a cut layer runs the forward pass
+    of ``cls``."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
-    """(m, width of q/k, width of v) -> whether the forward pass of ``cls`` itself will do."""
+    """(m, q/k width, v width) -> whether the forward pass of ``cls`` supports these widths."""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """Attributes that ``cls`` keeps of its sizes: ``qk``, ``v``, ``heads * qk`` or ``heads * v``."""
+    """Size attributes of ``cls``: ``qk``, ``v``, ``heads * qk`` or ``heads * v``."""
     scaled: bool = True
-    """Logits are divided by the root of the width."""
+    """Whether logits are divided by the root of the width."""
     cosine: bool = False
-    """q and k have unit length, so that a factor scales a channel only in both."""
+    """Whether q and k have unit length, so that a factor per channel must scale both."""
     qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
     """m -> mixing of q/k channels."""
     v_mixing: Mixing = "rotate"
-    """Mixing of v channels without ``g`` rows; with them it is ``refit``."""
+    """Mixing of v channels. With ``g`` rows it is ``refit``."""
     norm_behind: str = ""
-    """A norm between attention and projection, over all channels."""
+    """Norm over all channels between attention and projection."""
     v_refusal: str = ""
-    """Reason why v is not prunable; empty if it is."""
+    """Reason why v cannot be pruned; empty if it can."""
     channel_dim: int | None = None
-    """Channel dimension of the layer's output, where it is not that of the projection's."""
+    """Channel dimension of the layer's output. None: that of the projection's output."""
     result: str = ""
-    """Name of the module that gives the layer's output, where that is not the layer."""
+    """Name of the submodule that computes the layer's output, if not the layer."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", *self.mixins, self.cls, spec=self) if self.mixins else self.cls
@@ -180,12 +181,12 @@ class Softmax(Adapter):
         }
 
     def v_size(self, module: Any) -> tuple[int, int]:
-        """Heads of v, and channels per head."""
+        """Return heads of v and channels per head."""
         heads = self.heads(module) // self.query_heads
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        """Heads of q, k, v and ``g``, and channels per head."""
+        """Return heads of q, k, v and ``g``, and channels per head."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
         # The output projection gives the size of v. The other rows of a fused projection are q and k.
@@ -194,7 +195,7 @@ class Softmax(Adapter):
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, HeadRows]:
-        """Rows that write q, k, v and ``g``."""
+        """Return the rows that write q, k, v and ``g``."""
         sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0
@@ -206,7 +207,7 @@ class Softmax(Adapter):
         return parts
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        """Kinds that cannot be cut, with the reason."""
+        """Return the kinds that cannot be cut, with the reason."""
         reasons: dict[UnitKind, str] = {}
         if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
             reasons["qk"] = NORMALISED
@@ -254,7 +255,7 @@ class Softmax(Adapter):
         return reader.unit(name, "v", size, written, {"value": value}, mixing=mixing)
 
     def axes(self, module: Any, letter: str) -> tuple[ChannelAxis, ...]:
-        """Rows that write ``letter``, and their biases."""
+        """Return the rows that write ``letter`` (q, k, v or g), and their biases."""
         part = self.parts(module)[letter]
         axes = part.projection.rows(part.offset, part.stride)
         if not _has_split_bias(module):
@@ -298,7 +299,7 @@ class Softmax(Adapter):
             )
 
     def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
-        """q, k and v, [B, H, N, d]; q is None if no projection of the layer writes it."""
+        """Return q, k and v, [B, H, N, d]. q is None if the layer has no projection for q."""
         by_letter: dict[str, Tensor] = {}
         for name, conv, per_head, letters, sizes in m.written_by:
             x = query if "q" in letters else source
@@ -324,7 +325,7 @@ class Softmax(Adapter):
 
 
 def fused_projection(m: Any, x: Tensor) -> Tensor:
-    """``m.qkv`` of [..., C]; its bias may be in parts, of which that of k is a constant zero."""
+    """Apply ``m.qkv`` to [..., C]. The bias may be in parts; the k part is then a constant 0."""
     if not _has_split_bias(m):
         return m.qkv(x)
     return F.linear(x, m.qkv.weight, torch.cat((m.q_bias, m.k_bias, m.v_bias)))

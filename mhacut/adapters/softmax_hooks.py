@@ -22,23 +22,23 @@ from mhacut.adapters.softmax import read
 
 
 def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The query of the class token alone."""
+    """Return the class token, the only query."""
     return x[:, :1], x
 
 
 def output_tokens(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """The queries of the tokens that are read."""
+    """Return the first tokens, the only queries."""
     return x[:, : m.output_tokens], x
 
 
 def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The points of a map as tokens."""
+    """Return the positions of a map as tokens."""
     tokens = as_tokens(x)
     return tokens, tokens
 
 
 def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
-    """Keys and values of a map that a layer has made coarser; some classes need the map's ``size``."""
+    """Return keys and values of a downsampled map. Some classes need the map's ``size``."""
     if m.sr is None:
         return x, x
     source = x.mT if size is None else as_map(x, size)
@@ -48,14 +48,14 @@ def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
 
 
 def latents(m: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A pooling head: learnt queries, the same for every image."""
+    """Pooling head: learnt queries, equal for all images."""
     if m.pos_embed is not None:
         x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
     return m.latent.expand(x.shape[0], -1, -1), x
 
 
 def windows(m: Any, x: Tensor, size: Any) -> tuple[Tensor, Tensor]:
-    """Twins: a map padded with zeros to whole windows, [B, rows, columns, side, side, C]."""
+    """Twins: pad a map with zeros and split it into windows, [B, rows, columns, side, side, C]."""
     (height, width), side = size, m.ws
     grid = F.pad(x.unflatten(1, (height, width)), (0, 0, 0, -width % side, 0, -height % side))
     grid = grid.unflatten(2, (-1, side)).unflatten(1, (-1, side)).transpose(2, 3)
@@ -68,7 +68,7 @@ def normed(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """LowFormer: a map that a strided depthwise convolution has made coarser."""
+    """LowFormer: downsample a map by a strided depthwise convolution."""
     if getattr(m, "small_kernels", False):
         x = F.pad(x, (0, -x.shape[3] % m.att_stride, 0, -x.shape[2] % m.att_stride))
     x = m.conv_proj(x)
@@ -76,7 +76,7 @@ def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """SHViT: the first channels; the projection reads the others as they are."""
+    """SHViT: return the first channels. The projection reads the other channels unchanged."""
     x = m.pre_norm(x[:, : m.pdim])
     return x, x
 
@@ -96,7 +96,7 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
 
 
 def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Return ``logits`` for queries of the tokens that are read, with their rows of a mask or bias."""
+    """Return ``logits`` for the queries of the first tokens, with the matching rows of a mask or bias."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
@@ -106,7 +106,7 @@ def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
 
 
 def of_windows(bias: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
-    """A bias [1, H, N, N], and a mask [windows of an image, N, N] where windows were shifted."""
+    """Combine a bias [1, H, N, N] with the mask [windows per image, N, N] of shifted windows."""
     if mask is None:
         return bias
     return (bias + mask.unsqueeze(1)).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
@@ -117,7 +117,7 @@ def swin(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[
 
 
 def cosine(positions: Callable[[Any], Tensor]) -> Callable[..., tuple[Any, ...]]:
-    """Swin V2: q and k of unit length, and a learned scale."""
+    """Swin V2: q and k of unit length, and a learnt scale."""
 
     def logits(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
         scale = m.logit_scale.view(-1, 1, 1).clamp(max=math.log(100)).exp()
@@ -132,7 +132,7 @@ def swin_v2_positions(m: Any) -> Tensor:
 
 
 def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """The bias of the layer, or else of the model."""
+    """Return the position bias of the layer, or the bias that all layers share."""
     if hasattr(m, "q_norm"):
         q, k = m.q_norm(q), m.k_norm(k)
     return q, k, shared if m.rel_pos is None else m.rel_pos.get_bias()
@@ -151,14 +151,14 @@ def cached_biases(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 def pooled(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """Hiera: the largest of several queries."""
+    """Hiera: the maximum over groups of queries."""
     if m.q_stride == 1:
         return q, k, None
     return q.unflatten(-2, (m.q_stride, -1)).amax(dim=-3), k, None
 
 
 def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM 2: queries of [B, height, width, C] pooled."""
+    """SAM 2: pool queries [B, height, width, C]."""
     if m.q_pool is None:
         return q, k, None
     maps = as_map(q.flatten(0, 1), x.shape[1:3])
@@ -166,17 +166,17 @@ def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 KEPT_GLOBAL = "global_channels"
-"""Buffer with the indices of a cut layer's q channels among those of the stage, [H * d]."""
+"""Buffer: indices of a cut layer's q channels in the queries of the stage, [H * d]."""
 
 
 def own_queries(m: Any, q_global: Tensor) -> Tensor:
-    """GCViT: those of a stage's queries [..., C] that its layer has kept."""
+    """GCViT: return the kept channels of the stage's queries [..., C]."""
     kept = getattr(m, KEPT_GLOBAL, None)
     return q_global if kept is None else q_global[..., kept]
 
 
 def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Tensor) -> tuple[Any, ...]:
-    """GCViT: the queries of every image [B, height, width, C] serve all its windows."""
+    """GCViT: one set of queries per image, [B, height, width, C], serves all windows of the image."""
     if m.use_global:
         q = by_head(own_queries(m, q_global.flatten(1, 2)), m.num_heads)
         q = q.repeat_interleave(k.shape[0] // q.shape[0], dim=0)
@@ -184,7 +184,7 @@ def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Ten
 
 
 def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM: a bias of every query and key, q times a row of a table for each direction."""
+    """SAM: add a bias per query and key, q times a row of the table of each direction."""
     q, k = m.q_norm(q), m.k_norm(k)
     if m.rope is not None:
         table = m.rope.get_embed()
@@ -216,7 +216,7 @@ def _over_heads(mixing: Any, x: Tensor) -> Tensor:
 
 
 def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
-    """ConViT: by content and by position, with a learnt weight of the two for each head."""
+    """ConViT: mix content attention and position attention with a learnt weight per head."""
     if m.rel_indices.shape[1] != q.shape[-2]:
         m.rel_indices = m.get_rel_indices(q.shape[-2])
     content = ((q @ k.mT) * m.scale).softmax(dim=-1)  # (B, H, N, N)
@@ -227,7 +227,7 @@ def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Te
 
 
 def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Differential attention: by the difference of two softmaxes, normalised within the heads of v."""
+    """Differential attention: subtract 2 softmaxes, then normalise within the heads of v."""
     first, second = (attend_as(m, q[:, part::2], k[:, part::2], v, mask) for part in (0, 1))
     return m.sub_norm(first - m._compute_lambda().type_as(q) * second) * (1 - m.lambda_init)
 
@@ -241,7 +241,7 @@ def gated(m: Any, y: Tensor, query: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 
 def pooled_latents(m: Any, y: Tensor, query: Tensor, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """A pooling head: [B, C_out], or [B, queries, C_out] where nothing pools those."""
+    """Pooling head: return [B, C_out], or [B, queries, C_out] if the queries are not pooled."""
     y = read(m, y)
     if m.mlp is not None:
         y = y + m.mlp(m.norm(y))
@@ -266,7 +266,7 @@ def unwindowed(m: Any, y: Tensor, query: Tensor, x: Tensor, size: Any) -> Tensor
 
 
 def mask_units(m: Any, x: Tensor) -> Tensor:
-    """Hiera: windows that lie interleaved in a sequence, [B, N, C] as [B * windows, tokens, C]."""
+    """Hiera: reshape [B, N, C], whose windows interleave, to [B * windows, tokens, C]."""
     if not m.use_mask_unit_attn:
         return x
     count = x.shape[1] // (m.q_stride * m.window_size)
@@ -292,7 +292,7 @@ def with_others(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
 
 
 def upsampling_reader(m: Any) -> str:
-    """LowFormer: v is read point by point, or by a transposed convolution that makes the map larger too."""
+    """LowFormer: the output projection is a 1x1 convolution or an upsampling transposed convolution."""
     if isinstance(m.o_proj, nn.Conv2d):
         return "o_proj"
     return "upsampling.0" if isinstance(m.upsampling, nn.Sequential) else "upsampling"

@@ -61,7 +61,7 @@ class GlobalContext(Softmax):
         )
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record the channels of the stage's queries that remain."""
+        """Store the indices of the kept channels of the stage's queries."""
         if unit.kind != "qk" or not module.use_global:
             return
         kept = kept.to(table_device(module.proj.weight))
@@ -109,7 +109,7 @@ class PoolingHead(Softmax):
 
 
 class Interleaved(Softmax):
-    """NesT: ``proj`` reads channel i of head h at i * H + h."""
+    """NesT: channel i of head h is column i * H + h of ``proj``."""
 
     def v(self, name: str, module: Any) -> Unit:
         plain, (heads, _) = super().v(name, module), self.v_size(module)
@@ -119,10 +119,10 @@ class Interleaved(Softmax):
 
 
 class TiedHeads(Softmax):
-    """Heads whose q channels all meet the same tensor: they keep the same channels and count as one head."""
+    """Heads whose q channels all meet the same tensor. They keep the same channels and count as 1 head."""
 
     def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
-        """Axes of q or k, each channel once for each head, and a hook that gives heads as observations."""
+        """Return the axes of q or k, and a hook that treats heads as observations."""
         part = self.parts(module)[letter]
         stride = part.stride or part.width
         copies = tuple(head * stride for head in range(part.heads))
@@ -195,10 +195,10 @@ class Positional(TiedHeads):
 
 
 class ParallelTwin(Twin):
-    """The forward pass of a cut :class:`Parallel` block."""
+    """Forward pass of a cut :class:`Parallel` block."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """[B, N, C] to the same."""
+        """Map [B, N, C] to the same shape."""
         spec: Parallel = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         hidden, q, k, v = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
@@ -243,7 +243,7 @@ class Parallel(Softmax):
         return replace(super().v(name, module), output_scale=_layer_scale(module))
 
     def hidden(self, name: str, module: Any) -> Unit:
-        """The unit of the MLP."""
+        """Return the unit of the MLP."""
         fused = module.out_proj is not None
         reader = Projection.of(module, "out_proj" if fused else "mlp_out_proj")
         written = self.axes(module, "h")
@@ -278,7 +278,7 @@ class OutputTokens:
     """
 
     output_tokens: int
-    """Number of first tokens that are read."""
+    """Number of first tokens to compute."""
 
 
 OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
@@ -291,17 +291,17 @@ OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
         vision_transformer_relpos.RelPosAttention,
     )
 }
-"""Classes of attention of which the first tokens alone can be read, each with its class that does so."""
+"""Attention classes that can compute only the first tokens, each with the class that does."""
 
 
 CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("ClsWeights", layers.Attention)}
-"""Classes of attention in blocks that merge tokens by what the first token looks at, each with its class that
-gives a tuple of its output and that token's weights, [B, H, N]."""
+"""Attention classes for blocks that merge tokens by the class token's attention, each with the class that
+also returns these weights, [B, H, N]."""
 
 
 SHARED_KEYS = "several heads share their keys"
 KEPT = "kept_channels"
-"""Buffer with the numbers of a cut layer's q/k channels in the dense one, [H, d]."""
+"""Buffer: indices of a cut layer's q/k channels in the dense layer, [H, d]."""
 
 
 def rotated(
@@ -323,7 +323,7 @@ def rotated(
 
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
-    """Rotate all but the prefix tokens, which have no position; there may be queries of those only."""
+    """Rotate all tokens after the prefix. There may be queries of prefix tokens only."""
     if x.shape[2] <= m.num_prefix_tokens:  # the last block of a model that computes the class token alone
         return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
@@ -331,7 +331,7 @@ def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
 
 
 def _angles(rope: Tensor, channels: Tensor | None) -> Tensor:
-    """Sines and cosines, [..., N, 2 * dense], of ``channels`` [H, d]: [..., H, N, 2 * d]."""
+    """Return sines and cosines of ``channels`` [H, d] from [..., N, 2 * dense], as [..., H, N, 2 * d]."""
     if channels is None:
         return rope
     heads, width = channels.shape
@@ -375,7 +375,7 @@ class Rope(Softmax):
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
-        """The unit of pairs of rows that rotate together."""
+        """Return the unit of channel pairs that rotate together."""
         plain, half = super().qk(name, module), _by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
@@ -395,7 +395,7 @@ class Rope(Softmax):
         )
 
     def v(self, name: str, module: Any) -> Unit:
-        """The unit of v, of the heads of keys."""
+        """Return the unit of v, with the heads of k."""
         unit, queries = super().v(name, module), _queries_per_key(module)
         if queries == 1:
             return unit
@@ -408,7 +408,7 @@ class Rope(Softmax):
         return replace(unit, axes=axes).read_at(by_each(unit.scale_axes[0]), output)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record the numbers, in the dense layer, of the channels whose angles the cut one needs."""
+        """Store the indices of the kept channels, which select the angles."""
         if unit.kind != "qk":
             return
         kept = kept.to(table_device(self.reader(module).linear.weight))
@@ -423,7 +423,7 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """Return ``hook`` with the two channels of each pair apart: [..., 2, heads * pairs]."""
+    """Return ``hook`` with the 2 channels of each pair separated: [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)
@@ -436,16 +436,16 @@ def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> Activ
 
 
 def _by_halves(module: Any) -> bool:
-    """Whether channels rotate with those of the other half of a head, as always outside timm."""
+    """Whether a pair is a channel of each half of a head. True for all classes outside timm."""
     return getattr(module, "rotate_half", True)
 
 
 def _queries_per_key(module: Any) -> int:
-    """Number of heads of q that share one head of keys and values; 1 for EVA's attention."""
+    """Number of q heads per k head; 1 for EVA's attention."""
     return getattr(module, "num_kv_groups", 1)
 
 
 def _apart(width: int, queries: int, module: Any, x: Tensor) -> Tensor:
-    """[..., N, heads * queries * d], each head of q an observation: [..., N, queries, heads * d]."""
+    """Reshape [..., N, heads * queries * d] to [..., N, queries, heads * d], 1 observation per q head."""
     x = x.reshape(*x.shape[:-1], -1, queries, width)
     return x.transpose(-2, -3).flatten(-2)

@@ -27,11 +27,11 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.plan import UnitKind
 
 _TOLERANCE = 1e-6
-"""Relative difference of outputs. Some classes compute the softmax in float32."""
+"""Largest relative difference of outputs in a proof. Some classes compute the softmax in float32."""
 _GRIDS = ((8, 8), (8, 16))
 """Heights and widths of the token maps in a proof."""
 _PROVED: dict[tuple[Any, ...], Adapter | None] = {}
-"""Adapters by structure: a copy on the meta device has no values for a proof of its own."""
+"""Proved adapters by module structure. Modules on the meta device have no values to run a proof."""
 
 
 class _NamedTwin(Twin):
@@ -52,7 +52,7 @@ def _with_mask(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any
 
 
 def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Tokens for q, and those of the reduced map for k and v."""
+    """Return tokens for q, and tokens of the reduced map for k and v."""
     if m.spec.reduced_by is None:
         return x, x
     convolution, norm = map(m.get_submodule, m.spec.reduced_by)
@@ -61,7 +61,7 @@ def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether an argument is a height or width, or both, on which a proved form does not depend."""
+    """Whether an argument is a height, a width, or both."""
     entries = value if isinstance(value, tuple | list) else (value,)
     # Sizes are tensors while torch traces.
     return all(type(entry) is int or (isinstance(entry, Tensor) and not entry.dim()) for entry in entries)
@@ -80,14 +80,14 @@ def _projected(m: Any, y: Tensor, *_: Any) -> Any:
 
 @dataclass(eq=False)
 class PlainAttention(Softmax):
-    """Global softmax attention of a class without a row of its own."""
+    """Global softmax attention of a class that has no row in the table."""
 
     heads_at: str = "num_heads"
-    """Attribute with the number of heads, which may be that of a submodule."""
+    """Attribute with the number of heads, possibly of a submodule."""
     beside: int | None = None
-    """Number of ``None`` that follow the output in a tuple; ``None`` if the output is a tensor."""
+    """Number of ``None`` after the output in a tuple. None if the output is a tensor."""
     reduced_by: tuple[str, str] | None = None
-    """Convolution and norm that reduce the map that k and v are made of."""
+    """Names of the convolution and the norm that reduce the map for k and v."""
     inputs: Hook = _reduced
     logits: Hook = _with_mask
     weigh: Hook = _attended
@@ -113,11 +113,12 @@ class OwnForward(PlainAttention):
     """
 
     sizes_at: tuple[tuple[str, str, str], ...] = ()
-    """Attributes by the width of a head: submodule, name, and ``d``, ``heads * d`` or ``scale``."""
+    """Attributes to change with the head width: submodule, attribute, and ``d``, ``heads * d`` or
+    ``scale``."""
     tables: tuple[str, ...] = ()
-    """Tables of relative positions, [positions, d], that q meets; all heads share them."""
+    """Tables of relative positions, [positions, d], which q multiplies. All heads share them."""
     mixing: Mapping[UnitKind, Mixing] | None = None
-    """Mixing of each kind; the most careful one if None."""
+    """Mixing per kind. None: the most restrictive."""
     mixins: tuple[type, ...] = ()
     one_width = True
     equal_widths_only = True
@@ -168,19 +169,22 @@ def adapter_by_structure(module: nn.Module) -> Adapter | None:
 
 
 def _of_tokens(linears: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the linear layers that read or write tokens: not those of a table of position biases."""
+    """Return the linear layers that read or write tokens, without tables of position biases."""
     widths = Counter(part.in_features for part in linears.values())
     width = widths.most_common(1)[0][0] if widths else 0
     return {name: part for name, part in linears.items() if width in (part.in_features, part.out_features)}
 
 
 def is_registered_library(module: nn.Module) -> bool:
-    """Whether every class of the module's library that can be cut has an adapter of its own."""
+    """Whether all prunable classes of the module's library have their own adapters."""
     return type(module).__module__.startswith(("timm.", "mhacut."))
 
 
 def mlp_of_block(module: nn.Module, layers: Collection[str]) -> Mlp | None:
-    """Return the MLP whose two linear layers are in different submodules of a block, beside ``layers``."""
+    """Return the MLP whose 2 linear layers are in different submodules of a block.
+
+    ``layers`` are the known layers.
+    """
     linears = {
         name: part
         for name, part in module.named_modules()
@@ -201,7 +205,7 @@ def _proved(module: nn.Module, linears: Mapping[str, Any], *, only_mlp: bool = F
 
 
 class _Proof:
-    """Search for a form of a module, on a copy in float64 with random weights."""
+    """Search for the form of a module, on a float64 copy with random weights."""
 
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
@@ -243,7 +247,7 @@ class _Proof:
         )
 
     def reproduces(self, spec: PlainAttention) -> bool:
-        """Whether the forward pass of a cut layer gives the outputs of the module, also with a mask."""
+        """Whether a cut layer computes the outputs of the module, with and without a mask."""
         # Other dropouts than these two would be lost in training.
         dropouts = {name for name, part in self.trial.named_modules() if getattr(part, "p", 0)}
         if not dropouts <= {"attn_drop", "proj_drop"}:
@@ -264,7 +268,7 @@ class _Proof:
         return True
 
     def cuts_exactly(self, adapter: Adapter) -> bool:
-        """Whether a cut to half of the channels computes what the module does without the others."""
+        """Whether a cut to half of the channels gives the outputs of the masked module."""
         generator = torch.Generator().manual_seed(0)
         masked, slim = copy.deepcopy(self.trial), copy.deepcopy(self.trial)
         layer = adapter.describe("", self.trial)
@@ -304,7 +308,7 @@ class _Proof:
         return all(_equal(self.run(slim, grid), self.run(masked, grid)) for grid in self.grids)
 
     def mixing_of(self, adapter: Adapter) -> dict[UnitKind, Mixing]:
-        """Return ``rotate`` for each kind whose channels can be mixed without a change of the outputs."""
+        """Return ``rotate`` for each kind whose channels can be mixed without changing the outputs."""
         mixing: dict[UnitKind, Mixing] = {}
         for unit in adapter.describe("", self.trial).units:
             turned = self.with_mixed_channels(unit)
@@ -325,7 +329,7 @@ class _Proof:
         return turned
 
     def run(self, module: nn.Module, grid: tuple[int, int], **more: Any) -> list[Any] | None:
-        """Run a module on random tokens; return its outputs, or None if it takes other arguments."""
+        """Run a module on random tokens. None if it takes other arguments."""
         try:
             output = module(*self.inputs(grid), **more)
         except Exception:  # of any kind: this code is not known
@@ -347,7 +351,7 @@ class _Proof:
 
 
 def _windows_of(module: nn.Module) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Grids of attention that takes the tokens of one window."""
+    """Return grids for attention that takes the tokens of one window."""
     for part in module.modules():
         side = getattr(part, "window_size", None)
         height, width = side if isinstance(side, tuple | list) else (side, side)
@@ -383,7 +387,7 @@ def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module)
 
 
 def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Fields of :class:`PlainAttention` to try, the likely ones first."""
+    """Yield fields of :class:`PlainAttention` to try, likely ones first."""
     heads = list(_head_counts(module))
     for reader in reversed([*linears]):
         width = linears[reader].in_features
@@ -451,7 +455,7 @@ def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
 
 
 def _with_random_weights(module: nn.Module) -> nn.Module:
-    """Copy in float64 whose weights are random, because zeros would hide what a parameter does."""
+    """Return a float64 copy with random weights. Zero weights would hide the effect of a parameter."""
     trial = copy.deepcopy(module).cpu().double().requires_grad_(False)
     trial.eval()  # which some classes return nothing from
     generator = torch.Generator().manual_seed(0)
