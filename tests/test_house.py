@@ -15,7 +15,7 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 3600,
-    "checkpoint": 4799,
+    "checkpoint": 4798,
     "cli": 1330,
     "commands": 3689,
     "data": 1340,
@@ -26,7 +26,7 @@ LINES = {
     "linalg": 764,
     "measuring": 815,
     "options": 1485,
-    "pruning": 4266,
+    "pruning": 4254,
     "report": 1030,
     "runtime": 910,
     "surgery": 2699,

@@ -6,7 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mhacut.checkpoint.build import allocate
 from mhacut.checkpoint.files import read_file_header, read_tensors, sha256_of_file
-from mhacut.checkpoint.header import FileHeader, infos
+from mhacut.checkpoint.header import FileHeader, TensorInfo, infos
 from mhacut.checkpoint.identify import identify_dense, identify_slim
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
 from mhacut.checkpoint.infer import ResolvedModel, to_model_names
@@ -67,7 +67,7 @@ class Checkpoint:
         tensors = infos(model.state_dict())
         if dtypes is not None:
             tensors = {
-                name: replace(info, dtype=dtypes.get(name, info.dtype)) for name, info in tensors.items()
+                name: TensorInfo(info.shape, dtypes.get(name, info.dtype)) for name, info in tensors.items()
             }
         origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
         resolved = ResolvedModel(identity, model, tensors, tuple(notes), origins)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from mhacut.adapters.base import Unit
 from mhacut.plan import UnitKey
-from mhacut.pruning.fisher import FisherInformation, FisherOptions, check_outputs, measure_fisher
+from mhacut.pruning.fisher import FisherInformation, check_outputs, measure_fisher
 from mhacut.pruning.paper.statistics import UnitStatistics
 from mhacut.pruning.preserve import ANSWERS, Preserved
 from mhacut.pruning.unit_moments import UnitMoments, UnitSums, output_gram_of
@@ -51,24 +51,31 @@ def calibrate(
     images: Tensor,
     *,
     batch_size: int,
-    fisher: FisherOptions | None = None,
+    preserved: Preserved | None = None,
+    fisher_images: int = 0,
+    seed: int = 0,
+    token_importance: bool = True,
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics, in each process."""
+    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics, in each process.
+
+    The first ``fisher_images`` images that are not held out are differentiated, which takes about 3 times as
+    long.
+    """
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device
-    fisher = fisher or FisherOptions(0)
-    differentiated = images[held:][: fisher.images]
+    differentiated = images[held:][:fisher_images]
     counter = Counter(reporter, len(differentiated) + count)
-    preserved = fisher.preserved or Preserved.outputs_of(model)
-    preserved = preserved.fitted(model, images[held:], batch_size, processes)
+    preserved = (preserved or Preserved.outputs_of(model)).fitted(model, images[held:], batch_size, processes)
     information = measure_fisher(
         model,
         prunable,
         differentiated,
         batch_size=batch_size,
-        options=replace(fisher, preserved=preserved),
+        preserved=preserved,
+        seed=seed,
+        token_importance=token_importance,
         counter=counter,
         processes=processes,
     )

@@ -35,16 +35,6 @@ Grid = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class FisherOptions:
-    images: int
-    """Number of images to differentiate. Such an image takes about 3 times as long as others."""
-    seed: int = 0
-    token_importance: bool = True
-    """Whether to weight tokens by importance; otherwise all tokens count equally."""
-    preserved: Preserved | None = None
-
-
-@dataclass(frozen=True)
 class FisherInformation:
     """Fisher information of all layers; empty if it was not estimated."""
 
@@ -78,7 +68,9 @@ def measure_fisher(
     images: Tensor,
     *,
     batch_size: int,
-    options: FisherOptions,
+    preserved: Preserved,
+    seed: int,
+    token_importance: bool,
     counter: Counter,
     processes: Processes,
 ) -> FisherInformation:
@@ -86,9 +78,8 @@ def measure_fisher(
     if len(images) == 0:
         return FisherInformation()
     # One random projection of the outputs per image gives an unbiased estimate from a single backward pass.
-    generator = torch.Generator().manual_seed(options.seed)
-    device, preserved = next(model.parameters()).device, options.preserved
-    assert preserved is not None
+    generator = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
     kept_bytes, shape = _backward_bytes(model, images[:1].to(device), preserved)
     at_once = max(1, MAX_BYTES // max(kept_bytes, 1))
     gradients = _Gradients()
@@ -107,7 +98,7 @@ def measure_fisher(
     if not all(_finite(matrix) for matrix in information.matrices.values()):
         check_outputs(preserved.outputs(model, images[:batch_size].to(device)))
         raise _not_finite("gradients")
-    return information if options.token_importance else FisherInformation(information.matrices)
+    return information if token_importance else FisherInformation(information.matrices)
 
 
 def check_outputs(outputs: Tensor) -> None:

@@ -15,7 +15,7 @@ from mhacut.options.prune import SearchOptions
 from mhacut.plan import UnitKey, Unmerge
 from mhacut.pruning.calibrate import Calibration, calibrate, held_out_count
 from mhacut.pruning.distill import Distillation
-from mhacut.pruning.fisher import FISHER_IMAGES, FisherOptions
+from mhacut.pruning.fisher import FISHER_IMAGES
 from mhacut.pruning.limits import MULTIPLE, NO_CONSTRAINTS, Constraints, Limits, width_choices
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
@@ -110,25 +110,21 @@ class Job:
         others = [limit for resource, limit in fixed if resource != "flops"]
         return others if others and all(limit.holds({}) for limit in flops) else [*flops, *others]
 
-    @property
-    def fisher_options(self) -> FisherOptions:
-        """Options of the estimate of the Fisher information: with no images if nothing needs it."""
-        options = self.options
-        count = 0
-        if options.allocation == "curves" or options.repair:
-            fitted = len(self.images) - held_out_count(len(self.images))
-            count = min(FISHER_IMAGES, fitted)
-        return FisherOptions(count, options.seed, options.token_weights, self.preserved)
-
     def calibrate(self, processes: Processes | None = None) -> Calibration:
         """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
+        options, fisher_images = self.options, 0
+        if options.allocation == "curves" or options.repair:
+            fisher_images = min(FISHER_IMAGES, len(self.images) - held_out_count(len(self.images)))
         self.reporter.start("calibrating")
         return calibrate(
             self.model,
             self.prunable,
             self.images,
-            batch_size=self.options.batch_size,
-            fisher=self.fisher_options,
+            batch_size=options.batch_size,
+            preserved=self.preserved,
+            fisher_images=fisher_images,
+            seed=options.seed,
+            token_importance=options.token_weights,
             reporter=self.reporter,
             processes=processes,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,8 +28,7 @@ _STATES = 100
 """Number of token counts in the dynamic programme."""
 
 
-@dataclass(frozen=True)
-class Tokens:
+class Tokens(NamedTuple):
     total: int
     """Number of tokens in the first block."""
     prefix: int
@@ -37,8 +36,7 @@ class Tokens:
     depth: int
 
 
-@dataclass(frozen=True)
-class MergeLaw:
+class MergeLaw(NamedTuple):
     """Predict the divergence of a model with merged tokens from the schedule.
 
     Block i merges the fraction f_i of its tokens and leaves n_i of N tokens. The block contributes
@@ -55,17 +53,17 @@ class MergeLaw:
 
     def terms(self, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
         """Return ``c ** (1 / g)`` of a block; token counts ``before`` and ``after`` broadcast."""
-        return _terms(torch.tensor(astuple(self), dtype=torch.float64), block, before, after, tokens)
+        return _terms(torch.tensor(self, dtype=torch.float64), block, before, after, tokens)
 
     def divergence(self, schedule: Schedule, tokens: Tokens) -> float:
-        return float(_divergences(torch.tensor(astuple(self), dtype=torch.float64), [schedule], tokens)[0])
+        return float(_divergences(torch.tensor(self, dtype=torch.float64), [schedule], tokens)[0])
 
     @classmethod
     def fit(cls, schedules: Sequence[Schedule], measured: Sequence[float], tokens: Tokens) -> MergeLaw:
         """Fit the law to ``measured`` divergences in nats, with a prior about :data:`TYPICAL`."""
         if not schedules:
             return TYPICAL
-        typical = torch.tensor(astuple(TYPICAL), dtype=torch.float64)
+        typical = torch.tensor(TYPICAL, dtype=torch.float64)
         deviations = torch.tensor(_DEVIATIONS, dtype=torch.float64)
         target = torch.tensor(measured, dtype=torch.float64).clamp_min(_MIN_KL).log()
         # Least squares of logarithms with a normal prior about TYPICAL: with six trials for five numbers, the
@@ -155,8 +153,7 @@ def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
     return (*merged, *(0,) * (tokens.depth - len(merged)))
 
 
-@dataclass(frozen=True)
-class BlockCost:
+class BlockCost(NamedTuple):
     """FLOPs of a block with n tokens before and m after merging: ``token * n + pair * n * n + mlp * m``."""
 
     token: float

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _SHRINKS = 0.5
 """Fraction of the bracket that two trials must leave at most; else the next one halves it."""
@@ -20,8 +20,7 @@ _STRIDES = 400
 """Most strides of the walk from the highest budget down; a stride is no less than a step."""
 
 
-@dataclass(frozen=True)
-class Trial:
+class Trial(NamedTuple):
     cost: int
     """Cost of the model; not above its budget."""
     ratio: float

@@ -15,7 +15,6 @@ from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import refit_logits
 from mhacut.linalg.selection import RIDGE, damped_inverse, rank_channels
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.fisher import FisherOptions
 from mhacut.surgery.find import find_prunable_layers
 
 ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8}
@@ -238,7 +237,7 @@ def test_gradients_whose_squares_are_not_finite_are_refused():
     model.blocks[1].register_forward_hook(steeper)
     prunable = find_prunable_layers(model.requires_grad_(False))
     with pytest.raises(MhacutError, match="the model's gradients are not finite on the calibration images"):
-        calibrate(model, prunable, x, batch_size=len(x), fisher=FisherOptions(len(x)))
+        calibrate(model, prunable, x, batch_size=len(x), fisher_images=len(x))
 
 
 # --- the mathematics ---

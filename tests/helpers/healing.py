@@ -13,7 +13,6 @@ from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.recover import healed
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
@@ -52,9 +51,8 @@ class Bench:
         self.dense = build(case, dtype=dtype).requires_grad_(False)
         self.images = image(case, batch=images, dtype=dtype)
         self.prunable = find_prunable_layers(self.dense)
-        options = FisherOptions(images)
         self.calibration = calibrate(
-            self.dense, self.prunable, self.images, batch_size=images, fisher=options
+            self.dense, self.prunable, self.images, batch_size=images, fisher_images=images
         )
         assert self.calibration.held == HELD
         self.slim = copy.deepcopy(self.dense)

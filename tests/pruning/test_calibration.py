@@ -16,7 +16,7 @@ from helpers.models import ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.pruning.calibrate import HELD_OUT, calibrate
-from mhacut.pruning.fisher import SHRINKAGE, FisherOptions
+from mhacut.pruning.fisher import SHRINKAGE
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.surgery.features import find_token_map
@@ -37,11 +37,8 @@ class Calibrated:
         self.prunable = find_prunable_layers(self.model)
         self.found = self.run(**options)
 
-    def run(self, fisher_images=0, seed=0, token_importance=True, **options):
-        fisher = FisherOptions(fisher_images, seed, token_importance)
-        return calibrate(
-            self.model, self.prunable, self.images, **{"batch_size": 4, "fisher": fisher, **options}
-        )
+    def run(self, **options):
+        return calibrate(self.model, self.prunable, self.images, **{"batch_size": 4, **options})
 
 
 def same(found, expected, bound=1e-5):
@@ -165,7 +162,7 @@ def test_fisher_is_the_information_of_the_output_on_average(classifier):
     it = Calibrated(images=2, classifier=classifier)
     x = it.images[1:]
     draws = x.expand(600, -1, -1, -1)
-    found = calibrate(it.model, it.prunable, draws, batch_size=600, fisher=FisherOptions(600))
+    found = calibrate(it.model, it.prunable, draws, batch_size=600, fisher_images=600)
     dense = it.model(x)
     # Features are judged relative to their variance over the batch.
     variance = it.model(draws).var()
@@ -214,7 +211,7 @@ def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
     model, images = build(CASES[name]).requires_grad_(False), image(CASES[name], batch=9)
 
     def run(processes):
-        given = {"batch_size": batch_size, "fisher": FisherOptions(6), "processes": processes}
+        given = {"batch_size": batch_size, "fisher_images": 6, "processes": processes}
         own = copy.deepcopy(model)  # the other listens to its own
         return calibrate(own, find_prunable_layers(own), images, **given)
 
@@ -244,12 +241,12 @@ def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
 def test_processes_that_share_the_images_whiten_dense_features_alike(batch_size):
     model, images = build(TINY).requires_grad_(False), image(TINY, batch=9)
     features = find_token_map(model, find_prunable_layers(model), images[:1])
-    options = FisherOptions(6, preserved=Preserved("tokens", "dense", features))
+    preserved = Preserved("tokens", "dense", features)
 
     def run(processes):
         own = copy.deepcopy(model)
-        given = {"batch_size": batch_size, "fisher": options, "processes": processes}
-        return calibrate(own, find_prunable_layers(own), images, **given)
+        given = {"batch_size": batch_size, "fisher_images": 6, "preserved": preserved}
+        return calibrate(own, find_prunable_layers(own), images, **given, processes=processes)
 
     with ThreadPoolExecutor(2) as threads:
         both = list(threads.map(run, [Meeting(rank, 2, torch.device("cpu")) for rank in (0, 1)]))
@@ -335,9 +332,7 @@ def test_a_layer_that_runs_on_several_grids_weighs_all_their_tokens_together():
     args = {"embed_dims": (16,) * 4, "serial_depths": (1,) * 4, "parallel_depth": 1}
     case = ModelCase("coat_tiny", {"img_size": 64, **args})
     model, images = build(case, dtype=torch.float64), image(case, dtype=torch.float64, batch=6)
-    found = calibrate(
-        model, find_prunable_layers(model), images, batch_size=6, fisher=FisherOptions(6)
-    ).fisher
+    found = calibrate(model, find_prunable_layers(model), images, batch_size=6, fisher_images=6).fisher
     layer, grids = next((layer, grids) for layer, grids in found.importance.items() if len(grids) > 1)
     assert torch.cat(list(grids.values())).mean() == pytest.approx(1)
     for grid, weights in grids.items():

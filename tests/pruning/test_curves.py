@@ -20,7 +20,6 @@ from mhacut.pruning import curves as module_under_test
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.curves import MAX_WIDTHS, sensitivity_curves
-from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.limits import width_choices
 from mhacut.pruning.repair import plan_channel_scales, shrink
 from mhacut.surgery.channels import rotate
@@ -49,7 +48,7 @@ class Curved:
         self.prunable = find_prunable_layers(self.model)
         self.images = image(case, batch=IMAGES, dtype=torch.float64)
         self.calibration = calibrate(
-            self.model, self.prunable, self.images, batch_size=IMAGES, fisher=FisherOptions(IMAGES)
+            self.model, self.prunable, self.images, batch_size=IMAGES, fisher_images=IMAGES
         )
         self.reporter, options = Recorder(), SearchOptions(basis=basis, repair=refit)
         self.job = job_of(
@@ -194,7 +193,7 @@ def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "v"))
-    calibration = calibrate(model, prunable, images, batch_size=32, fisher=FisherOptions(32))
+    calibration = calibrate(model, prunable, images, batch_size=32, fisher_images=32)
     fisher, seen = calibration.fisher.matrices["attn_pool"], calibration.moments[unit.key]
     job = job_of(model, images, round_to=1, options=SearchOptions(basis="principal"))
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
@@ -210,7 +209,7 @@ def test_errors_of_a_pooling_head_are_those_before_its_mlp():
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
     unit = prunable.unit(("attn_pool", "qk"))
-    calibration = calibrate(model, prunable, images, batch_size=400, fisher=FisherOptions(400))
+    calibration = calibrate(model, prunable, images, batch_size=400, fisher_images=400)
     seen, fisher = calibration.moments[unit.key], calibration.fisher.matrices["attn_pool"]
     job = job_of(model, images, round_to=1, options=SearchOptions(basis="channel"))
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)

@@ -42,7 +42,7 @@ def test_a_batch_in_parts_gives_the_same_fisher_information(what):
 
         handle = model.patch_embed.register_forward_pre_hook(count)
         try:
-            options = {"batch_size": 4, "fisher": job.fisher_options}
+            options = {"batch_size": 4, "fisher_images": len(images), "preserved": preserved}
             return calibrate(model, job.prunable, images, **options).fisher
         finally:
             handle.remove()

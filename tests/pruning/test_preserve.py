@@ -20,7 +20,6 @@ from mhacut.linalg.moments import Moments
 from mhacut.options.prune import SearchOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.curves import sensitivity_curves
-from mhacut.pruning.fisher import FisherOptions
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import FLOOR, KEPT, SHRINKAGE, Preserved, Whitening
 from mhacut.runtime.distributed import Processes
@@ -138,8 +137,7 @@ def test_fisher_information_foretells_the_divergence_of_small_errors():
     model = build(VIT, dtype=torch.float64).requires_grad_(False)
     prunable, x = find_prunable_layers(model), image(VIT, batch=300, dtype=torch.float64)
     preserved = preserved_of(model, "tokens", x[:64])
-    options = FisherOptions(400, preserved=preserved)
-    found = calibrate(model, prunable, x, batch_size=100, fisher=options)
+    found = calibrate(model, prunable, x, batch_size=100, preserved=preserved, fisher_images=400)
     preserved = found.preserved
     generator = torch.Generator().manual_seed(3)
     for name in ("blocks.0.attn", "blocks.1.mlp"):

@@ -12,6 +12,8 @@ import torch
 from mhacut.pruning import job
 
 _calibrate = job.calibrate
+_FISHER = ("fisher_images", "seed", "token_importance", "preserved")
+"""Arguments that decide the Fisher information."""
 
 
 class SharedCalibration:
@@ -24,7 +26,7 @@ class SharedCalibration:
 
     def __call__(self, model: Any, prunable: Any, images: torch.Tensor, **about: Any) -> Any:
         """As :func:`mhacut.pruning.calibrate.calibrate`."""
-        key = hashlib.sha256(f"{model} {about['batch_size']} {about['fisher']}".encode())
+        key = hashlib.sha256(f"{model} {about['batch_size']} {[about[name] for name in _FISHER]}".encode())
         with torch.inference_mode():
             probe = model(images[:1])  # what a model merges is not in its tensors
         for tensor in (images, probe, *model.state_dict().values()):

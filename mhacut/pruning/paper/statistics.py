@@ -6,14 +6,13 @@ equations were not available, so the formulas are our own.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class UnitStatistics:
+class UnitStatistics(NamedTuple):
     """Statistics that give the initial indicators of a unit."""
 
     redundancy: Tensor
