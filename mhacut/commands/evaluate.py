@@ -20,7 +20,7 @@ from mhacut.measuring.accuracy import Evaluation
 from mhacut.measuring.accuracy import evaluate as measure_accuracy
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import IN_MEMORY, PathLike
-from mhacut.options.measure import EvaluateKeywords, EvaluateOptions
+from mhacut.options.measure import EvaluateOptions
 from mhacut.options.option import takes_keywords
 from mhacut.report.choices import html_table
 from mhacut.runtime.device import default_torch, resolve_device, warn_of_slow_amp
@@ -68,8 +68,8 @@ class EvaluateResult:
 
 
 @dataclass(frozen=True)
-class _EvaluateCall(Reporting, EvaluateKeywords):
-    checkpoint: PathLike | nn.Module
+class _EvaluateCall(Reporting, EvaluateOptions):
+    checkpoint: PathLike | nn.Module  # type: ignore[assignment]  # wider than the command's
     _: KW_ONLY
     images: ImagesInMemory | None = None
 

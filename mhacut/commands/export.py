@@ -29,7 +29,7 @@ from mhacut.exporting.runtimes import (
 )
 from mhacut.exporting.timm_folder import FILES, check_folder, check_hub, push_folder, write_folder
 from mhacut.options.base import PathLike, PreprocessingOptions
-from mhacut.options.export import ExportKeywords, ExportOptions
+from mhacut.options.export import ExportOptions
 from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import check_outputs, write_file
@@ -67,7 +67,7 @@ class ExportResult:
 
 
 @dataclass(frozen=True)
-class _ExportCall(Reporting, ExportKeywords):
+class _ExportCall(Reporting, ExportOptions):
     checkpoint: PathLike
 
 

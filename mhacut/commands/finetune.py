@@ -14,7 +14,7 @@ from mhacut.finetuning.saving import start
 from mhacut.finetuning.steps import check_logs, train
 from mhacut.finetuning.training import check_precision
 from mhacut.options.base import PathLike
-from mhacut.options.finetune import FinetuneKeywords, FinetuneOptions
+from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
@@ -23,8 +23,8 @@ from mhacut.runtime.progress import Reporter, Reporting, Silent, reporting
 
 
 @dataclass(frozen=True)
-class FinetuneCall(Reporting, FinetuneKeywords):
-    checkpoint: PathLike | None = None
+class FinetuneCall(Reporting, FinetuneOptions):
+    checkpoint: PathLike | None = None  # type: ignore[assignment]  # resume needs none
 
 
 @default_torch()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity, ModelFigures
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.option import takes_keywords
-from mhacut.options.prune import PruneKeywords, PruneOptions
+from mhacut.options.prune import PruneOptions
 from mhacut.pruning.check import same_outputs
 from mhacut.pruning.planner import Planned, Planner
 from mhacut.report.page import write_overview, write_report
@@ -48,19 +48,19 @@ TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
 
 
 @dataclass(frozen=True)
-class _Call(Reporting, PruneKeywords):
-    checkpoint: PathLike | nn.Module
+class _Call(Reporting, PruneOptions):
+    checkpoint: PathLike | nn.Module  # type: ignore[assignment]  # wider than the command's
     _: KW_ONLY
-    flops: str | float | None = None
+    flops: str | float | None = None  # type: ignore[assignment]
     images: ImagesInMemory | None = None
     val_images: ImagesInMemory | None = None
 
 
 @dataclass(frozen=True)
-class _CallMany(Reporting, PruneKeywords):
-    checkpoint: PathLike | nn.Module
+class _CallMany(Reporting, PruneOptions):
+    checkpoint: PathLike | nn.Module  # type: ignore[assignment]  # wider than the command's
     _: KW_ONLY
-    flops: Sequence[str | float]
+    flops: Sequence[str | float] = field()  # type: ignore[assignment]  # without the default
     images: ImagesInMemory | None = None
     val_images: ImagesInMemory | None = None
 

@@ -44,17 +44,11 @@ class ArchitectureOptions(Options, panel="Model"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions(ArchitectureOptions, panel="Model"):
-    """Facts about a model that its checkpoint does not state."""
-
-    num_classes: int | None = option(None, at_least=0)
-    """Expected number of classes; any other is an error. 0 drops the classifier."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointOptions(ModelOptions, panel="Arguments"):
+class CheckpointOptions(ArchitectureOptions, panel="Arguments"):
     """Checkpoint, and facts that the checkpoint does not state."""
 
+    num_classes: int | None = option(None, panel="Model", at_least=0)
+    """Expected number of classes; any other is an error. 0 drops the classifier."""
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
     """Dense or slim model: a .safetensors or .pth file, a timm folder, timm:NAME or hf-hub:OWNER/NAME."""
 

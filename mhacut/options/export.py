@@ -7,46 +7,36 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mhacut.errors import option_name
-from mhacut.limits import LICENSE, REPOSITORY
+from mhacut.limits import LICENSE, MAX_PARALLEL, REPOSITORY
 from mhacut.options.base import (
     NEEDS_IMAGES,
     CheckpointOptions,
     ExportDtype,
     ImageSource,
-    ModelOptions,
-    threads_option,
 )
-from mhacut.options.option import GIVEN, Options, PathLike, option, require
+from mhacut.options.option import GIVEN, PathLike, option, require
 
 ExportFormat = Literal["onnx", "pt2", "openvino", "timm"]
 _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml": "openvino", ".timm": "timm"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class QuantizationImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
-    """Images to compare INT8 with float32 on; without any, the two are compared on noise."""
+_OF_INT8 = ("threads", "data_dir", "dataset", "train_split", "calibration_images")
+"""Options that work with ``int8`` only."""
 
-    train_split: str = "train"
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
+    """Options of ``mhacut export``."""
+
+    int8: bool = option(False, panel="Quantization")
+    """Quantize the linear layers to INT8, and compare speed, size and outputs with float32."""
+    threads: int | None = option(None, panel="Quantization", at_least=1, at_most=MAX_PARALLEL)
+    """CPU threads for INT8 timing. Default: torch's choice."""
+    train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
     """Split with the calibration images."""
-    calibration_images: int = option(256, at_least=8)
+    calibration_images: int = option(256, panel="Data", at_least=8, needs=NEEDS_IMAGES)
     """Number of calibration images for INT8. A quarter of them is held out for the comparison with
     float32."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class QuantizationOptions(Options, panel="Quantization"):
-    """Quantization of an ONNX file."""
-
-    int8: bool = False
-    """Quantize the linear layers to INT8, and compare speed, size and outputs with float32."""
-    threads: int | None = threads_option()
-    """CPU threads for INT8 timing. Default: torch's choice."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, panel="Result"):
-    """Keywords of :func:`mhacut.export`."""
-
     format: ExportFormat = "onnx"
     """Format: ONNX, pt2 (for torch.export.load), OpenVINO IR (.xml and .bin), or timm, a folder for timm and
     the Hugging Face hub."""
@@ -103,11 +93,5 @@ class ExportKeywords(ModelOptions, QuantizationOptions, QuantizationImages, pane
         if self.int8:
             require("int8", True, self.format == "onnx", option_name("format", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
-        for name in self.changed():  # whoever gives them wants a quantized file
-            quantizes = name in QuantizationOptions.options() or name in QuantizationImages.options()
-            require(name, getattr(self, name), self.int8 or not quantizes, option_name("int8", True))
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportOptions(ExportKeywords, CheckpointOptions):
-    """Options of ``mhacut export``."""
+        for name in self.changed():
+            require(name, getattr(self, name), self.int8 or name not in _OF_INT8, option_name("int8", True))

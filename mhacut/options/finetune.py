@@ -146,7 +146,7 @@ class AugmentationOptions(Options, panel="Augmentation"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneKeywords(
+class FinetuneOptions(
     TeacherOptions,
     DataOptions,
     TrainingOptions,
@@ -155,8 +155,10 @@ class FinetuneKeywords(
     DeviceOptions,
     panel="Result",
 ):
-    """Keywords of :func:`mhacut.finetune`."""
+    """Options of ``mhacut finetune``."""
 
+    checkpoint: PathLike = option(REQUIRED, panel="Arguments", metavar="SLIM", reads="checkpoint")
+    """Slim file, written by mhacut prune."""
     output: PathLike | None = option(None, metavar="DIR")
     """Folder of the run. Default: SLIM's name plus -finetuned, in the working directory."""
     overwrite: bool = False
@@ -200,11 +202,3 @@ class FinetuneKeywords(
     @property
     def logs(self) -> tuple[str, ...]:
         return tuple(name.strip() for name in self.log.split(",")) if self.log else ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(FinetuneKeywords, panel="Arguments"):
-    """Options of ``mhacut finetune``."""
-
-    checkpoint: PathLike = option(REQUIRED, metavar="SLIM", reads="checkpoint")
-    """Slim file, written by mhacut prune."""

@@ -11,7 +11,6 @@ from mhacut.options.base import (
     CheckpointOptions,
     DeviceOptions,
     ImageSource,
-    ModelOptions,
     PreprocessingOptions,
     seed_option,
 )
@@ -25,8 +24,10 @@ _RUNS = {**NEEDS_IMAGES, "compare": GIVEN}
 
 
 @dataclass(frozen=True, kw_only=True)
-class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOptions, panel="What is shown"):
-    """Keywords of :func:`mhacut.inspect`."""
+class InspectOptions(
+    CheckpointOptions, ImageSource, PreprocessingOptions, DeviceOptions, panel="What is shown"
+):
+    """Options of ``mhacut inspect``."""
 
     layer: str | None = option(None, metavar="GLOB")
     """Show only layers whose names match, with all heads: 'blocks.1*.attn'."""
@@ -70,8 +71,3 @@ class InspectKeywords(ModelOptions, ImageSource, PreprocessingOptions, DeviceOpt
     @property
     def images_wanted(self) -> int:
         return INSPECTED_IMAGES if self.calibration_images is None else self.calibration_images
-
-
-@dataclass(frozen=True, kw_only=True)
-class InspectOptions(InspectKeywords, CheckpointOptions):
-    """Options of ``mhacut inspect``."""

@@ -14,7 +14,6 @@ from mhacut.options.base import (
     DeviceOptions,
     ExportDtype,
     LabelledImages,
-    ModelOptions,
     PreprocessingOptions,
     Runtime,
     threads_option,
@@ -23,18 +22,15 @@ from mhacut.options.option import Options, PathLike, option, require
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateKeywords(ModelOptions, LabelledImages, PreprocessingOptions, DeviceOptions, panel="Computing"):
-    """Keywords of :func:`mhacut.evaluate`."""
+class EvaluateOptions(
+    CheckpointOptions, LabelledImages, PreprocessingOptions, DeviceOptions, panel="Computing"
+):
+    """Options of ``mhacut evaluate``."""
 
     batch_size: int = option(64, at_least=1)
     """Batch size."""
     amp: bool = False
     """Use bfloat16 autocast."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(EvaluateKeywords, CheckpointOptions):
-    """Options of ``mhacut evaluate``."""
 
 
 @dataclass(frozen=True, kw_only=True)

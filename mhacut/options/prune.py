@@ -11,10 +11,10 @@ from mhacut.budget import Budget
 from mhacut.errors import UsageError, option_name
 from mhacut.options.base import (
     HIGHEST_RATE,
+    ArchitectureOptions,
     CheckpointOptions,
     DataOptions,
     DeviceOptions,
-    ModelOptions,
     PreprocessingOptions,
     TimingOptions,
     seed_option,
@@ -74,7 +74,14 @@ BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_dr
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
 """Options that set a budget, options that bound the loss, and all targets and constraints except FLOPs."""
 _OTHERS = ("amp", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
-OF_TIMM = {*OTHER_TARGETS, *PreprocessingOptions.options(), *ModelOptions.options(), "runtime", *_OTHERS}
+OF_TIMM = {
+    *OTHER_TARGETS,
+    *PreprocessingOptions.options(),
+    *ArchitectureOptions.options(),
+    "num_classes",
+    "runtime",
+    *_OTHERS,
+}
 """Options for timm models only."""
 
 
@@ -171,8 +178,8 @@ class SearchOptions(Options, panel="Research switches"):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PruneKeywords(
-    ModelOptions,
+class PruneOptions(
+    CheckpointOptions,
     SearchOptions,
     DataOptions,
     TimingOptions,
@@ -180,7 +187,7 @@ class PruneKeywords(
     DeviceOptions,
     panel="Result",
 ):
-    """Keywords of :func:`mhacut.prune` and :func:`mhacut.prune_many`."""
+    """Options of ``mhacut prune``."""
 
     params: str | None = option(None, metavar="BUDGET")
     """Budget for the parameters: 2.8M or 50%. Combines with other budgets."""
@@ -233,12 +240,6 @@ class PruneKeywords(
     repeated."""
     equal_qkv: bool = option(False, panel="Rarer options")
     """Give q, k and v of a layer the same width, for fused attention in TensorRT and ONNX Runtime."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PruneOptions(PruneKeywords, CheckpointOptions, panel="Result"):
-    """Options of ``mhacut prune``."""
-
     flops: str | tuple[str, ...] | None = option(None, metavar="BUDGET", repeats=True)
     """Budget for the FLOPs (multiply-accumulates): 50%, 2.0G or 600M. Several budgets write one file each."""
 
