@@ -213,18 +213,6 @@ def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
     assert "1 missing, 0 unexpected" in refusal(folder(tensors=missing))
 
 
-@pytest.mark.slow
-def test_a_folder_of_transformers_is_pruned_like_any_other(folder, tmp_path):
-    path = folder()
-    result = mhacut.prune(path, flops="70%", effort="fast", round_to=1, output=tmp_path / "slim.safetensors")
-    record = read_model(result.output).record
-    assert record.identity.architecture == "vit_base_patch16_224"
-    assert record.preprocessing["crop_mode"] == "squash"
-    assert result.slim.flops <= 0.7 * result.dense.flops
-    again = mhacut.inspect(result.output, compare=path)
-    assert again.comparison is not None
-
-
 OPEN_CLIP = {
     "visual.class_embedding": (24,),
     "visual.positional_embedding": (17, 24),

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 import mhacut
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
 from helpers.files import save_dense
-from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.timm_cfg import completed_cfg
 
 
@@ -104,27 +104,6 @@ def test_classes_are_read_from_the_classifier(tmp_path, name, changes, classes):
     assert any(note.startswith(f"num_classes {classes}, from") for note in loaded.notes)
     with torch.no_grad():
         assert torch.equal(loaded.model(IMAGES), model(IMAGES))
-
-
-@pytest.mark.parametrize(
-    ("name", "args"),
-    [
-        pytest.param("vit_tiny_r_s16_p8_224", {}, marks=pytest.mark.slow),
-        ("pit_ti_224", {}),
-        ("deit_tiny_distilled_patch16_224", {"num_classes": 7}),
-        pytest.param("deit3_small_patch16_224", {}, marks=pytest.mark.slow),
-        pytest.param(
-            "vit_small_patch14_reg4_dinov2", {"img_size": 112, "num_classes": 3}, marks=pytest.mark.slow
-        ),
-    ],
-)
-def test_a_model_that_only_one_architecture_fits(tmp_path, zeros, name, args):
-    path = tmp_path / "model.safetensors"
-    save_file(zeros(name, **args), path)
-    outline = open_checkpoint(path)
-    assert outline.identity.architecture == name
-    assert args.items() <= outline.identity.model_args.items()
-    assert "from names and shapes" in outline.notes[0]
 
 
 def test_an_unknown_model_name_gets_close_matches(dense):

@@ -97,17 +97,6 @@ def test_a_buffer_that_is_in_no_file_is_not_left_without_values():
         allocate(module)
 
 
-def test_a_slim_model_is_an_ordinary_timm_model(dense, tmp_path):
-    make_slim(dense[1], tmp_path / "slim.safetensors", model=NAME, model_args=ARGS)
-    model = load_model(tmp_path / "slim.safetensors")
-    assert not model.training
-    assert resolve_data_config({}, model=model)["input_size"] == (3, 32, 32)
-    assert model.forward_features(IMAGES).shape == (2, 17, 48)
-    assert model.get_classifier().out_features == 10
-    model.reset_classifier(4)
-    assert model(IMAGES).shape == (2, 4)
-
-
 def test_the_preprocessing_of_the_cut_is_what_timm_resolves(dense, tmp_path):
     loaded = read_model(dense[1], model=NAME, model_args=ARGS)
     preprocessing = {
@@ -149,10 +138,3 @@ def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):
         in (message)
     )
     assert read_model(path, model_args={"in_chans": 3}).record is not None
-
-
-def test_load_model_opens_dense_files_too(dense):
-    model, path = dense
-    opened = load_model(path, NAME, **ARGS, num_classes=10)
-    with torch.no_grad():
-        assert torch.equal(opened(IMAGES), model(IMAGES))

@@ -11,18 +11,14 @@ import os
 import struct
 import warnings
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from helpers.checkpoints import torch_file, zipped
 from helpers.cli import refusal, run, unchanged
-from mhacut.checkpoint.load import open_checkpoint
-from mhacut.checkpoint.record import METADATA_KEY
 
 
 def header(document: object, data: bytes = b"") -> bytes:
@@ -97,49 +93,6 @@ def test_files_that_are_no_checkpoints(tmp_path, case):
         assert message.startswith(f"error: {path}: ")
         assert says in message
         assert message.count("\n") == 1
-
-
-def stating(slim: Path, path: Path, change) -> Path:
-    """A copy of a slim file that states something else."""
-    document = json.loads(open_checkpoint(slim).header.metadata[METADATA_KEY])
-    change(document)
-    save_file(load_file(slim), path, {METADATA_KEY: json.dumps(document)})
-    return path
-
-
-HOSTILE = "</script><script>x()</script>\x1b[2J\r\n\u202e[a](javascript:x)" + 5000 * "y"
-
-
-def hostile(slim: Path, path: Path) -> Path:
-    """A slim file that states hostile text wherever text may be anything."""
-
-    def change(document):
-        entry = {**document["history"][0], "data": HOSTILE, "seed": HOSTILE, "license": HOSTILE}
-        entry |= {"accuracy": {"top1_before": HOSTILE}, "versions": {"mhacut": HOSTILE}, HOSTILE: HOSTILE}
-        entry["fidelity"] = {"divergence": 0.1, "images": HOSTILE, "sample": HOSTILE}
-        document["history"] = [entry]
-        document["pretrained_cfg"] |= {"license": HOSTILE, "label_names": [HOSTILE] * 7}
-
-    return stating(slim, path, change)
-
-
-def exported(slim: Path, path: Path, format: str) -> Path:
-    """What ``export`` makes of the file of :func:`hostile`, which lies beside it."""
-    source = hostile(slim, path.with_name("hostile.safetensors"))
-    result = run("export", source, "--format", format, "-o", path)
-    assert result.exit_code == 0, result.stderr
-    return path
-
-
-@pytest.mark.slow
-def test_what_a_history_says_gets_into_no_page_and_no_card(slim, tmp_path):  # 24
-    exported(slim, tmp_path / "out", "timm")
-    reported = run("inspect", tmp_path / "hostile.safetensors", "--html", tmp_path / "page.html")
-    assert reported.exit_code == 0, reported.stderr
-    for text in ((tmp_path / "out" / "README.md").read_text(), (tmp_path / "page.html").read_text()):
-        assert all(char == "\n" or char.isprintable() for char in text)
-        assert "<script>x()" not in text
-    assert "javascript" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_a_device_that_is_not_there(slim, images, tmp_path):  # 55

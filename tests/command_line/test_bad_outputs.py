@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import resource
 import signal
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,39 +30,6 @@ WRITERS = {
 }
 
 
-def put_old(command: str, out: Path) -> None:
-    """Let what the command is to replace be there."""
-    file = out / "config.json" if command == "export" else out
-    file.parent.mkdir(exist_ok=True)
-    file.write_bytes(b"old")
-
-
-@contextmanager
-def small_files():
-    """The system lets no file grow beyond a thousand bytes, as if the disk were full then.
-
-    For a command only: pytest may be writing to a file, too.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("command", WRITERS)
-def test_writes_that_fail_midway(slim, tmp_path, command):  # 48
-    arguments, name = WRITERS[command]
-    put_old(command, tmp_path / name)
-    with small_files():
-        message = refusal(tmp_path, *arguments(slim, tmp_path / name), "--overwrite")
-    line = message.splitlines()[-1]
-    assert line.startswith(f"error: {tmp_path / name}: cannot be written: ")
-    assert os.strerror(errno.EFBIG) in line  # of older safetensors, within what it says itself
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", WRITERS)
@@ -75,20 +38,6 @@ def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):
     monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
     message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
     assert message.endswith("interrupted; no incomplete file was left\n")
-
-
-def test_the_input_is_no_output(slim, tmp_path):  # 47
-    source = tmp_path / "slim.safetensors"
-    source.write_bytes(slim.read_bytes())
-    os.link(source, tmp_path / "hard.onnx")
-    (tmp_path / "link.html").symlink_to(source)
-    for arguments in (
-        ["export", source, "-o", tmp_path / "hard.onnx", "--overwrite"],
-        ["export", source, "--format", "timm", "-o", source, "--overwrite"],
-        ["inspect", source, "--html", tmp_path / "link.html", "--overwrite"],
-    ):
-        message = refusal(tmp_path, *arguments)
-        assert "is the input" in message or "is a file; --format timm writes a folder" in message
 
 
 def test_a_link_to_what_is_read_or_written_is_refused(slim, tiny_vit, images, tmp_path):

@@ -17,22 +17,11 @@ from mhacut.checkpoint.load import open_checkpoint, read_model
 from mhacut.commands import bench as benching
 from mhacut.commands.bench import timing_of
 from mhacut.errors import CheckpointError, MhacutError, UsageError
-from mhacut.measuring.latency import take_turns
 from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
 QUICK = {"batch_sizes": (2,), "seconds": 0.01}
-
-
-def test_every_run_takes_its_turn():
-    order = []
-    runs = [lambda name=name: order.append(name) for name in "ab"]
-    times = take_turns(runs, seconds=0.0, device=torch.device("cpu"))
-    assert order[:6] == list("aaabbb")  # warm-up
-    assert order[6:12] == list("abbaab")
-    assert len(times) == 2
-    assert len(times[0]) == len(times[1]) >= 5
 
 
 def test_ratios_are_of_the_same_round():
@@ -54,8 +43,11 @@ def test_a_dense_model_is_timed_on_images_of_the_size_that_a_slim_one_was_cut_fo
     slim = cut_into_file(model, plan, tmp_path / "slim.safetensors", case)
     (made,) = read_model(slim).record.history
     asked = {"model": case.architecture, "model_args": {"num_classes": 5}}
+    before = torch.get_num_threads()
     first, second = mhacut.bench(dense, slim, **QUICK, threads=1, **asked).models
     assert (first.flops, second.flops) == (made["flops_before"], made["flops_after"])
+    assert first.file_bytes == dense.stat().st_size
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow
@@ -109,23 +101,6 @@ def test_shards_count_as_one_file(tmp_path):
         sizes.append(path.stat().st_size)
     header = open_checkpoint(tmp_path)
     assert benching._file_bytes(header) == sum(sizes)
-
-
-@pytest.mark.slow
-def test_models_beside_each_other(slim_of):
-    before = torch.get_num_threads()
-    result = mhacut.bench(slim_of("distilled"), slim_of("vit"), **QUICK, threads=1)
-    first, second = result.models
-    assert "distilled" in first.architecture
-    assert first.flops > second.flops
-    assert first.file_bytes == slim_of("distilled").stat().st_size
-    (timing,) = second.timings
-    assert timing.batch_size == 2
-    assert timing.median_ms > 0
-    assert timing.runs >= 5
-    assert first.timings[0].ratio == 1
-    assert result.threads == 1
-    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow

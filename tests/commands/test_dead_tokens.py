@@ -6,14 +6,11 @@ import json
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from helpers.cli import FAST, run
-from helpers.data import write_split
 from helpers.files import save_dense
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image, relative
@@ -24,7 +21,6 @@ from mhacut.surgery.tokens import tokens_of
 
 ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 8}
 VIT = ModelCase("vit_tiny_patch16_224", ARGS)
-TOKEN = {**ARGS, "global_pool": "token"}
 
 
 def prune(source: object, output: object, case: ModelCase | None = None, **options: Any):
@@ -47,14 +43,6 @@ def dense(tmp_path_factory):
 @pytest.fixture(scope="module")
 def slim(dense):
     return prune(dense, dense.parent / "slim.safetensors", VIT)[0].output
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for split in ("train", "val"):
-        write_split(root / split, classes=tuple("abcde"))
-    return root
 
 
 def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
@@ -112,43 +100,6 @@ def test_a_slim_file_can_be_pruned_again(dense, tmp_path, keep_dead_tokens):
     model = mhacut.load_model(second.output)
     assert tokens_of(model) == TokenPlan(output_tokens=1)
     assert measure_flops(model, VIT.size) == second.slim.flops <= second.budget
-
-
-@torch.no_grad()
-def test_timm_gives_features_of_earlier_blocks_only(slim, tmp_path):
-    mhacut.export(slim, format="timm", output=tmp_path / "folder")
-    model, x = mhacut.load_model(slim), image(VIT)
-    source = f"local-dir:{tmp_path / 'folder'}"
-    levels = timm.create_model(source, pretrained=True, features_only=True, out_indices=(0, 1)).eval()(x)
-    expected = model.forward_intermediates(x, indices=[0, 1], intermediates_only=True)
-    for level, wanted in zip(levels, expected, strict=True):
-        assert relative(level, wanted) < 1e-5
-    with pytest.raises(UnsupportedModelError, match=r"block 2 .* keep_dead_tokens=True"):
-        timm.create_model(source, pretrained=True, features_only=True)(x)
-
-
-@pytest.mark.slow
-def test_training_keeps_the_tokens(dense, slim, images, tmp_path):
-    given = {"data_dir": images, "teacher": dense, "workers": 0, "seed": 3}
-    given |= {"batch_size": 5, "epochs": 2}
-    whole = mhacut.finetune(slim, output=tmp_path / "whole", **given)
-    assert tokens_of(mhacut.load_model(whole.output)) == TokenPlan(output_tokens=1)
-
-
-@pytest.mark.slow
-def test_every_command_takes_such_files(dense, slim, images, tmp_path):
-    for arguments in (
-        ("evaluate", slim, "--data-dir", images),
-        ("bench", slim, "--batch-sizes", "2", "--seconds", "0.05", "--threads", "1"),
-        ("inspect", slim, "--compare", dense, "--data-dir", images, "--html", tmp_path / "page.html"),
-        ("prune", slim, "--flops", "80%", "--dry-run", "--report", tmp_path / "run.html", *FAST),
-    ):
-        result = run(*arguments)
-        assert result.exit_code == 0, result.stderr
-    assert "only the token that the classifier reads" in (tmp_path / "page.html").read_text()
-    document = json.loads(run("inspect", slim, "--shapes", "--json").stdout)
-    assert document["tokens"] == {"read": 1}
-    assert document["slim"]
 
 
 @pytest.mark.parametrize(

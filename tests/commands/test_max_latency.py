@@ -19,37 +19,14 @@ from helpers.jobs import Recorder
 from helpers.pruning import last_step, prune_quickly
 from mhacut.budget import Budget
 from mhacut.checkpoint.load import read_model
-from mhacut.errors import BudgetError, UsageError
+from mhacut.errors import BudgetError
 from mhacut.exporting import stopwatch
 from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.options.base import TimingOptions
-from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan
 
 # Times of models that merge tokens are estimated otherwise: test_time_of_tokens.py.
 prune = partial(prune_quickly, scope="attention+mlp", latency=True)
-
-
-# --- refusals ---
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (
-            {"max_latency": "50%", "max_kl": 0.1},
-            "max_kl=0.1 and max_latency='50%' cannot be combined",
-        ),
-        ({"max_latency": "50%", "max_drop": 1.0}, "max_drop=1.0 and max_latency='50%' cannot be combined"),
-        ({"max_latency": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or"),
-        ({"max_latency": "50%", "int8": True}, "int8=True: expected runtime='onnx'"),
-        ({"max_latency": "50%", "runtime": "tensorrt"}, "runtime='tensorrt': expected one of eager,"),
-        ({"max_latency": "50%", "threads": 0}, "threads=0: expected at least 1"),
-    ],
-)
-def test_contradictions_are_refused(given, message):
-    with pytest.raises(UsageError, match=re.escape(message)):
-        PruneOptions.of(checkpoint="a", **given)
 
 
 # --- from file to file, by a clock that counts parameters ---
@@ -76,17 +53,6 @@ def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     assert last_step(result.output)["options"]["max_latency"] == asked
     assert last_step(result.output)["options"]["round_to"] == 8  # not that it was the default
     assert "runtime" not in last_step(result.output)["options"]
-
-
-@pytest.mark.slow
-def test_budgets_of_all_kinds_are_met(tiny_vit, tmp_path, clock):
-    result = prune(
-        tiny_vit, tmp_path / "s.safetensors", max_latency="85%", flops="70%", params="70%", size="220KB"
-    )
-    assert [target.name for target in result.targets] == ["flops", "params", "size", "max_latency"]
-    assert all(target.reached <= target.limit for target in result.targets)
-    assert max(target.reached / target.limit for target in result.targets) > 0.9
-    assert result.output.stat().st_size <= 220_000
 
 
 @pytest.mark.slow

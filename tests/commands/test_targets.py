@@ -19,7 +19,7 @@ from helpers.cli import FAST, run
 from helpers.files import SLIM
 from helpers.models import ModelCase, build, slow_except
 from helpers.plans import random_plan
-from helpers.pruning import QUICK, last_step, prune_quickly
+from helpers.pruning import last_step, prune_quickly
 from mhacut.commands.prune_names import options_of_each
 from mhacut.errors import BudgetError, UsageError
 from mhacut.options.prune import PruneOptions
@@ -50,6 +50,9 @@ def test_default_names_state_what_is_bounded(given, name):
     assert own.output == f"{name}.safetensors"
 
 
+PAPER = {"allocation": "indicator", "selection": "indicator", "basis": "principal"}
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -64,6 +67,13 @@ def test_default_names_state_what_is_bounded(given, name):
             {"size": "6MB", "scope": "attention+mlp+tokens"},
             "expected flops, max_latency, max_kl or max_drop; token merging",
         ),
+        ({"flops": "50%", **PAPER}, "basis='principal': expected channel or auto with selection='indicator'"),
+        ({"max_latency": "50%", "max_kl": 0.1}, "max_kl=0.1 and max_latency='50%' cannot be combined"),
+        ({"max_latency": "50%", "max_drop": 1.0}, "max_drop=1.0 and max_latency='50%' cannot be combined"),
+        ({"max_latency": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or"),
+        ({"max_latency": "50%", "int8": True}, "int8=True: expected runtime='onnx'"),
+        ({"max_latency": "50%", "runtime": "tensorrt"}, "runtime='tensorrt': expected one of eager,"),
+        ({"max_latency": "50%", "threads": 0}, "threads=0: expected at least 1"),
     ],
 )
 def test_contradictory_targets_are_refused(given, message):
@@ -241,26 +251,12 @@ def test_all_targets_are_met_and_used(tiny_vit, tmp_path, targets):
 def test_a_file_of_half_precision_is_measured_as_it_is_written(tiny_vit, tmp_path):
     half = tmp_path / "half.safetensors"
     save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, half)
-    result = mhacut.prune(
-        half,
-        model=tiny_vit.architecture,
-        model_args=tiny_vit.args,
-        size="120KB",
-        output=tmp_path / "slim.safetensors",
-        **QUICK,
-    )
-    assert 0.9 * 120_000 <= result.output.stat().st_size <= 120_000
+    dense = sum(tensor.nbytes for tensor in load_file(half).values())
+    result = prune_quickly(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half, size="90%")
+    (target,) = result.targets
     # The job's model has other tensors where it computes the class token alone; none of them is dense.
-    assert result.dense.size == sum(tensor.nbytes for tensor in load_file(half).values())
-
-
-def test_a_share_of_the_size_is_one_of_the_file_in_half_precision(tiny_vit, tmp_path):
-    half = tmp_path / "half.safetensors"
-    save_file({name: tensor.half() for name, tensor in load_file(tiny_vit.path).items()}, half)
-    size = sum(tensor.nbytes for tensor in load_file(half).values())
-    output = tmp_path / "slim.safetensors"
-    (target,) = prune_quickly(tiny_vit, output, checkpoint=half, size="90%", dry_run=True).targets
-    assert target.limit == int(0.9 * size)
+    assert (result.dense.size, target.limit) == (dense, int(0.9 * dense))
+    assert 0.9 * target.limit <= result.output.stat().st_size <= target.limit
 
 
 @pytest.mark.parametrize(

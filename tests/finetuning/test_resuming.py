@@ -267,10 +267,12 @@ def test_what_a_run_reads_is_never_replaced(tune, finished, slim, images, tmp_pa
     assert names(finished) == ALL
 
 
-def test_a_directory_where_a_run_is_written_is_refused(tune, finished):
-    lock = RunFolder(finished).lock()
-    for start in (lambda: resume(finished), lambda: tune(overwrite=True)):
+def test_a_directory_where_a_run_is_written_is_refused(tune, finished, tmp_path):
+    (tmp_path / "new run").mkdir()
+    locks = [RunFolder(folder).lock() for folder in (finished, tmp_path / "new run")]
+    for start in (lambda: resume(finished), lambda: tune(overwrite=True), lambda: tune("new run")):
         with pytest.raises(OutputError, match="run: another process is writing a run there"):
             start()
-    run_module.unlock(lock)
+    for lock in locks:
+        run_module.unlock(lock)
     assert resume(finished).steps == 6
