@@ -138,17 +138,6 @@ def test_the_interface_of_timm(name):
 
 
 @pytest.mark.parametrize("name", SMALL)
-@torch.no_grad()
-def test_features_only(name):
-    features = small(name, features_only=True, out_indices=(0, 1))
-    maps = features(torch.randn(1, 3, 64, 64))
-    channels_last = getattr(features, "output_fmt", None) == "NHWC"
-    shapes = [tuple(t.permute(0, 3, 1, 2).shape if channels_last else t.shape) for t in maps]
-    channels, find_candidates = features.feature_info.channels(), features.feature_info.reduction()
-    assert shapes == [(1, c, 64 // r, 64 // r) for c, r in zip(channels, find_candidates, strict=True)]
-
-
-@pytest.mark.parametrize("name", SMALL)
 def test_other_numbers_of_channels_and_classes(name):
     model = small(name, in_chans=1, num_classes=0, img_size=(64, 128))
     assert model(torch.randn(1, 1, 64, 128)).shape == (1, model.num_features)
@@ -176,21 +165,6 @@ def test_set_input_size_resizes_the_encodings(name):
     assert {key: t.shape for key, t in model.state_dict().items()} == {
         key: t.shape for key, t in there.items()
     }
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_training_reaches_every_parameter(name):
-    batch, grads = torch.randn(2, 3, 64, 64), []
-    for checkpointing in (False, True):
-        model = small(name)
-        model.set_grad_checkpointing(checkpointing)
-        model.train()(batch).square().sum().backward()
-        grads.append({key: parameter.grad for key, parameter in model.named_parameters()})
-    untouched = {key for key, grad in grads[0].items() if grad is None or not grad.any()}
-    assert untouched == ({"norm.weight", "norm.bias"} if name == "flatten_pvt_tiny" else set())
-    for key, grad in grads[0].items():
-        if grad is not None:
-            torch.testing.assert_close(grads[1][key], grad)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from helpers.data import PLAIN, calibrated, evaluated, evaluation, levels, write_image, write_split
-from mhacut.data import Preprocessing, evaluation_loader, has_split, synthetic_images
+from mhacut.data import evaluation_loader, has_split, synthetic_images
 from mhacut.errors import DataError, UsageError
 from mhacut.options.base import DataOptions, LabelledImages
 
@@ -24,14 +24,6 @@ def test_labels_fit_the_images(root) -> None:
     assert chosen.images.shape == (7, 3, 16, 16)
     assert chosen.images.dtype == torch.float32
     assert [level // 20 for level in levels(chosen.images)] == chosen.labels.tolist()
-
-
-def test_normalisation_is_applied(root) -> None:
-    normalised = Preprocessing((3, 16, 16), (0.5, 0.4, 0.3), (0.1, 0.2, 0.3), "bicubic", 1.0, "center")
-    raw = calibrated(PLAIN, count=6, seed=0, data_dir=root).images
-    seen = calibrated(normalised, count=6, seed=0, data_dir=root).images
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (normalised.mean, normalised.std))
-    torch.testing.assert_close(seen, (raw - mean) / std)
 
 
 def test_the_choice_is_balanced_and_depends_on_the_seed_alone(root, tmp_path) -> None:

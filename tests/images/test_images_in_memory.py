@@ -77,7 +77,7 @@ def test_each_way_to_give_the_same_images_gives_the_same():
     images, labels = numbered(30), torch.arange(30) % 5
     loader = DataLoader(TensorDataset(images, labels), batch_size=7)
     ways = [(images, labels), loader, list(loader), iter(loader), (images.double(), labels.int())]
-    ways.append((images.clone().requires_grad_(), labels))
+    ways += [(images.clone().requires_grad_(), labels), [images, labels]]
     wanted, wanted_validation = split(ways[0])
     for way in ways[1:]:
         found, validation = split(way)
@@ -98,19 +98,6 @@ def test_batches_are_read_only_until_there_are_enough():
     found, validation = split(endless(), count=10)
     assert (len(read), validation) == (3, None)
     assert found.description == "10 of the first 12 images in memory (without labels)"
-
-
-def test_a_list_of_images_and_labels_is_a_batch_of_them():
-    """As ``next(iter(loader))`` gives it; two batches in a list are two batches."""
-    pair = [numbered(6), torch.arange(6) % 4]
-    listed, measuring = split(pair, count=4)
-    expected, also = split(tuple(pair), count=4)
-    assert torch.equal(listed.images, expected.images)
-    assert torch.equal(listed.labels, expected.labels)
-    assert measured(measuring) == measured(also) != []
-    assert len(measuring) == len(also)
-    batches, _ = split([numbered(3), numbered(3)], count=6)
-    assert (len(batches.images), batches.labels) == (6, None)
 
 
 NAN = numbered(4)
@@ -144,15 +131,10 @@ def test_what_does_not_fit_is_refused(images, message):
         split(images)
 
 
-@pytest.mark.parametrize("images", ["photos/", 3, {"images": numbered(4)}])
+@pytest.mark.parametrize("images", ["photos/", 3, {"images": numbered(4)}, TensorDataset(numbered(4))])
 def test_what_holds_no_images_at_all_is_refused(images):
     with pytest.raises(UsageError, match=r"images: expected a tensor, \(images, labels\), or a DataLoader"):
         split(images)
-
-
-def test_a_dataset_is_to_be_given_in_batches():
-    with pytest.raises(UsageError, match=r"expected a tensor, .*or a DataLoader, found TensorDataset"):
-        split(TensorDataset(numbered(4)))
 
 
 def test_batches_to_measure_on_come_as_they_are_or_in_the_size_asked_for():
@@ -233,23 +215,7 @@ def test_without_labels_no_accuracy_is_measured(digits):
     assert found.model()(images[:2]).shape == (2, 10)
 
 
-@pytest.mark.slow
-def test_accuracy_is_that_of_the_folder(digits):
-    expected = mhacut.evaluate(DIGITS / "model", data_dir=DIGITS / "images").evaluation
-    found = mhacut.evaluate(DIGITS / "model", images=digits).evaluation
-    assert (found.top1, found.top5, found.images) == (expected.top1, expected.top5, 300)
-
-
 def test_images_are_given_once(digits, few_digits):
     for verb, more in ((mhacut.prune, {"flops": "50%"}), (mhacut.evaluate, {})):
         with pytest.raises(UsageError, match="images and data_dir are both given"):
             verb(DIGITS / "model", images=digits, data_dir=few_digits, **more)
-
-
-@pytest.mark.slow
-def test_options_of_folders_have_no_effect(digits):
-    recorder = Recorder()
-    options = {**QUICK, "flops": "60%", "dry_run": True, "calibration_images": 8, "eval_images": 8}
-    mhacut.prune(DIGITS / "model", images=digits, train_split="val", reporter=recorder, **options)
-    idle = [message for message in recorder.messages if "has no effect" in message]
-    assert idle == ["train_split has no effect without data_dir or dataset"]

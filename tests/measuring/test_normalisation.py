@@ -114,14 +114,6 @@ def test_a_bare_file_does_not_say(tiny_vit):
     assert "32x32 (of the model); crop 1 center (small images are not cropped)" in text
 
 
-def test_what_is_given_is_called_by_its_option(tiny_vit):
-    given = PreprocessingOptions(mean=(0.1, 0.2, 0.3), crop_pct=0.9)
-    found, text = origins(tiny_vit.path, given, model=tiny_vit.architecture, model_args=tiny_vit.args)
-    assert found.normalisation_is_stated
-    assert found.origins["mean"] == found.origins["crop_pct"] == "option"
-    assert "crop 0.9 center, mean 0.1,0.2,0.3 (crop_pct, mean)" in text
-
-
 def test_a_tag_says(tiny_vit):
     tag = f"{tiny_vit.architecture}.augreg_in21k"
     found, text = origins(tiny_vit.path, model=tag, model_args=tiny_vit.args)
@@ -137,11 +129,6 @@ def test_nothing_is_tried_where_the_file_says():
     images = Preprocessing((3, 2, 2), CLIP.mean, CLIP.std, "bicubic", 1.0, "center")
     sure = Provenance(dict.fromkeys(names, "file"), "vit")
     assert with_hint(sure, Hundredths(IMAGENET), images, never, CPU) is sure
-    unsure = Provenance(dict.fromkeys(names, "default"), "vit")
-    taken = Preprocessing((3, 2, 2), INCEPTION.mean, INCEPTION.std, "bicubic", 1.0, "center")
-    hint = with_hint(unsure, Hundredths(CLIP), taken, sample(INCEPTION), CPU, refuse=False).hint
-    assert "mean=(0.48145466," in hint
-    assert "100.0 % (CLIP's" in hint
 
 
 def test_a_timm_folder_says_what_it_says(tmp_path):

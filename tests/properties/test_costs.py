@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import timm
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import mhacut
@@ -102,24 +100,3 @@ def test_the_cost_table_is_what_fvcore_counts_on_uneven_images(name):
     if made is None:
         pytest.skip("takes images of one shape only")
     assert_the_table_is_what_fvcore_counts(*made, seed=5)
-
-
-@pytest.mark.slow
-def test_twins_are_pruned_on_images_that_are_no_multiples_of_their_windows(tmp_path):
-    args = {"depths": [1, 1, 1, 1], "embed_dims": [16, 24, 32, 32], "num_heads": [1, 2, 4, 4]}
-    model = timm.create_model("twins_svt_small", img_size=(64, 96), num_classes=5, **args)
-    save_file(model.state_dict(), tmp_path / "model.safetensors")
-    pruned = mhacut.prune(
-        tmp_path / "model.safetensors",
-        model="twins_svt_small",
-        model_args={**args, "img_size": [64, 96], "num_classes": 5},
-        flops="85%",
-        output=tmp_path / "slim.safetensors",
-        effort="fast",
-        calibration_images=4,
-        latency=False,
-    )
-    assert 0.98 * pruned.budget < pruned.slim.flops <= pruned.budget
-    assert pruned.dense.flops == measure_flops(model.eval(), (3, 64, 96))
-    seen = mhacut.inspect(pruned.output).inspection
-    assert (seen.input_size, seen.flops) == ((3, 64, 96), pruned.slim.flops)

@@ -241,11 +241,12 @@ def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
         ("vit_relpos_small_patch16_224", {}),
         ("eva02_tiny_patch14_224", {"img_size": 28}),
         ("vit_tiny_patch16_224", {"global_pool": "map"}),
+        ("vit_tiny_patch16_224", {"depth": 1}),
     ],
 )
 def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
     model = build(merging(architecture, **args))
-    with pytest.raises(UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|Eva|map)"):
+    with pytest.raises(UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|Eva|map|no block)"):
         set_merged(model, (1, 0, 0))
 
 

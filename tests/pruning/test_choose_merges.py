@@ -10,10 +10,8 @@ import torch
 import mhacut
 from helpers.jobs import Recorder, flops_limit, job_of
 from helpers.models import ModelCase, build, image
-from mhacut.errors import UnsupportedModelError
 from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
-from mhacut.pruning.curves import CHANNEL_POWER, divergence_by_cut
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
 from mhacut.surgery.flops import measure_flops
@@ -101,32 +99,6 @@ def test_models_merge_tokens_of_images_that_they_are_not_built_for(tmp_path, sid
     assert counts == [(side // 16) ** 2 + 1 - merged]
 
 
-def test_models_without_global_attention_are_refused_by_name(tmp_path):
-    swin = build(
-        ModelCase("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 4, "depths": (1, 1)})
-    )
-    with pytest.raises(UnsupportedModelError, match=r"SwinTransformer.*not a plain ViT"):
-        mhacut.prune(
-            swin,
-            flops="80%",
-            output=tmp_path / "slim.safetensors",
-            scope="attention+mlp+tokens",
-            model_args={"window_size": 4, "depths": (1, 1)},
-        )
-
-
-def test_a_vit_of_one_block_is_refused(tmp_path):
-    one = build(ModelCase(VIT.architecture, {**ARGS, "depth": 1}))
-    with pytest.raises(UnsupportedModelError, match="no block before its last"):
-        mhacut.prune(
-            one,
-            flops="80%",
-            output=tmp_path / "slim.safetensors",
-            scope="attention+mlp+tokens",
-            model_args={"depth": 1, "embed_dim": 48, "num_heads": 3},
-        )
-
-
 def test_of_a_single_patch_nothing_is_merged():
     args = {"depth": 2, "embed_dim": 24, "num_heads": 3}
     one = build(ModelCase(VIT.architecture, {**args, "img_size": 16}))
@@ -141,26 +113,6 @@ def test_dense_features_have_merges_up_to_the_most(model):
     job = replace(job_of(model, image(VIT, batch=2), counted=True), unmerge=True)
     merged = [sum(each) for each in MergeSearch(job, None, replace(TYPICAL, level=4.9)).schedules]
     assert merged[-2] > 0.7 * merged[-1]
-
-
-def test_errors_of_dense_features_add_up_and_those_of_answers_grow_faster():
-    for dense, grows in ((True, 2.0), (False, 2.0**CHANNEL_POWER)):
-        assert divergence_by_cut(0.2, dense) == pytest.approx(grows * divergence_by_cut(0.1, dense))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("share", "level"), [(0.65, 1), (0.65, 0.01), (0.5, 3)])
-def test_flops_of_schedules_that_are_ranked_are_nearly_those_counted(model, share, level):
-    job = job_of(model, image(VIT, batch=2), counted=True)
-    search = MergeSearch(job, None, replace(TYPICAL, level=level * TYPICAL.level))
-    curves = {
-        unit.key: {width: (1 - width / unit.width) ** 2 for width in job.choices[unit.key]}
-        for unit in job.units
-    }
-    ranked = search.choose(flops_limit(job, share), curves, close_gap=False)
-    counted = search.table(ranked.merged)
-    assert any(ranked.merged)
-    assert ranked.table.flops({}) == pytest.approx(counted.flops({}), rel=3e-3)
 
 
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):

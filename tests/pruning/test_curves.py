@@ -113,11 +113,6 @@ def test_every_unit_has_an_error_at_every_choice_falling_to_nothing(it):
         assert errors == sorted(errors, reverse=True)
 
 
-def test_progress_is_reported_for_every_unit(it):
-    units = len(it.prunable.units())
-    assert it.reporter.steps == [(done, units) for done in range(1, units + 1)]
-
-
 def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
     for unit in it.prunable.units(["v", "hidden"]):
         model, candidate = copy.deepcopy(it.model), it.candidates[unit.key]
@@ -253,13 +248,6 @@ def test_errors_of_logits_are_those_of_the_layer_cut(it):
         shrink(layer, unit, it.candidates[unit.key], width, it.calibration.moments[unit.key])
         errors = it.layer_output(shrunk, unit.layer) - dense
         assert it.curves[unit.key][width] == pytest.approx(it.divergence(unit, errors), rel=1e-6)
-
-
-def test_the_model_is_left_as_it_was():
-    it = Curved(CASES[0], "principal")
-    fresh = build(CASES[0], dtype=torch.float64)
-    assert all(torch.equal(a, b) for a, b in zip(it.model.parameters(), fresh.parameters(), strict=True))
-    assert not any(module._forward_hooks for module in it.model.modules())
 
 
 @pytest.mark.slow

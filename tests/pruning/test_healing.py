@@ -316,24 +316,6 @@ def test_a_block_aims_at_the_dense_one_with_its_own_merges(monkeypatch):
         torch.testing.assert_close(found, getattr(output, "x", output), rtol=0, atol=1e-12)
 
 
-def test_blocks_whose_tokens_are_copied_back_aim_at_those_of_all_patches(monkeypatch):
-    bench, seen, aims = Bench(MERGING), [], []
-    set_merged(bench.slim, (4, 0, 2), unmerge=True)
-    monkeypatch.setattr(heal, "_train", lambda model, name, unseen, *_: seen.append((name, unseen)))
-    bench.healed()
-    for block in bench.dense.blocks:
-        block.register_forward_hook(lambda module, args, output: aims.append(output))
-    bench.dense(bench.images[:HELD])
-    _, found = bench.slim.forward_intermediates(
-        bench.images[:HELD], output_fmt="NLC", return_prefix_tokens=True
-    )
-    assert len(seen) == len(aims) == 3
-    for (name, unseen), aim, (patches, prefix) in zip(seen, aims, found, strict=True):
-        torch.testing.assert_close(unseen[0].aim, aim, rtol=0, atol=1e-12)
-        output = unseen[0].output(bench.slim.get_submodule(name))
-        torch.testing.assert_close(output, torch.cat((prefix, patches), 1), rtol=0, atol=1e-12)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("unmerge", [False, True])
 def test_healing_helps_a_model_that_merges_tokens(unmerge):

@@ -46,15 +46,6 @@ def test_trials_protect_the_prefix_and_differ(tokens: Tokens):
             left -= merged
 
 
-def test_trials_merge_as_many_tokens_early_as_late():
-    """As long as there are enough, the first two trials differ in where they merge, not in how much."""
-    even, late, twice = trial_schedules(Tokens(100_000, 1, 12), 12)[:3]
-    assert set(even) == {4000}
-    assert sum(late) == pytest.approx(sum(even), rel=1e-3)
-    assert late[0] == 0 < late[1] < late[11]
-    assert set(twice[:-1]) == {8000}  # the last has fewer left
-
-
 def test_the_law_is_what_it_says():
     for schedule in trial_schedules(VIT, 11):
         expected = slow_divergence(TYPICAL, schedule, VIT)
@@ -78,13 +69,6 @@ def test_a_fit_predicts_schedules_that_were_not_measured(seed: int):
     for schedule in unseen:
         ratio = fitted.divergence(schedule, VIT) / true.divergence(schedule, VIT)
         assert 1 / 1.35 < ratio < 1.35
-
-
-@pytest.mark.parametrize("tokens", [Tokens(2, 1, 12), Tokens(5, 1, 40)], ids=["one patch", "many blocks"])
-def test_without_trials_the_law_is_the_typical_one(tokens: Tokens):
-    trials = trial_schedules(tokens, tokens.depth - 1)
-    assert trials == []
-    assert MergeLaw.fit(trials, [], tokens) == TYPICAL
 
 
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 1e-2, 0.1])

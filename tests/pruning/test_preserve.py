@@ -111,16 +111,6 @@ def test_the_divergence_of_features_does_not_depend_on_batches(classes):
         assert judge.divergence_of(other) == pytest.approx(expected, rel=1e-5)
 
 
-def test_whitened_features_of_any_scale_are_the_same():
-    rows = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64) + 7
-    scale = torch.tensor([0.1, 1, 5, 10, 2], dtype=torch.float64)
-    plain, scaled = Whitening.of(Moments.of(rows)), Whitening.of(Moments.of(rows * scale))
-    a, b = rows[:20], rows[20:40]
-    distance = (plain(a) - plain(b)).square().sum(-1)
-    assert torch.allclose((scaled(a * scale) - scaled(b * scale)).square().sum(-1), distance, rtol=1e-3)
-    assert torch.allclose(plain(rows).mean(0), torch.zeros(5).double(), atol=1e-5)
-
-
 def test_a_metric_takes_the_place_of_the_covariance():
     rows = torch.randn(400, 5, dtype=torch.float64) @ torch.randn(5, 5, dtype=torch.float64)
     plain, half = Whitening.of(Moments.of(rows)).matrix, torch.randn(5, 1, dtype=torch.float64)

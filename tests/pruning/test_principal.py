@@ -21,7 +21,6 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from properties.cases import CASES, VITS
 
-"""Heads of 64 channels."""
 each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 seeds = st.integers(0, 2**32 - 1)
 
@@ -198,6 +197,3 @@ def test_channels_that_are_dead_or_repeat_each_other_leave_the_basis_usable(rank
     for head in range(2):
         left = output_error(turned[head], torch.arange(rank), torch.ones(3, 5).double(), None)
         assert left <= 1e-6 * float(second[head].trace()) * 5
-
-
-# --- in whole models ---

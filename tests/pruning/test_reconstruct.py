@@ -15,7 +15,6 @@ from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.candidates import find_candidates
-from mhacut.pruning.limits import width_choices
 from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.repair import reconstruct
 from mhacut.pruning.unit_moments import block_diagonal, rotated
@@ -139,18 +138,6 @@ def test_scales_that_help_are_merged(bench):
         name: tensor.shape for name, tensor in before.items()
     }
     assert reporter.steps == [(step + 1, 40) for step in range(40)]
-
-
-def test_merged_scales_keep_the_softmax_temperature(bench):
-    # A layer whose q/k were cut has another scale; channel scales of 1 must leave it as it is.
-    slim = bench.slim(repair=True).requires_grad_(False)
-    prunable = find_prunable_layers(slim)
-    assert any(unit.width not in width_choices(8, 8) for unit in prunable.units(["qk"]))
-    ones = {unit.key: torch.ones(unit.heads, unit.width) for unit in prunable.units()}
-    merged = copy.deepcopy(slim)
-    whole = [unit.keep_first(unit.width) for unit in prunable.units()]
-    cut(merged, Plan(tuple(whole)), ones)
-    assert relative(merged(bench.images), slim(bench.images)) < 1e-6
 
 
 # --- without a repair ---

@@ -8,8 +8,6 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from helpers.models import build, image, relative, slow_except
 from mhacut.checkpoint.load import read_model
@@ -71,32 +69,6 @@ def plan_of(prunable, seed, share=0.6):
         ]
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept))))
     return Plan(tuple(units))
-
-
-@each_case
-@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 2**31))
-def test_after_repair_the_cut_is_a_mere_slice(case, seed):
-    model, x = (
-        build(case, dtype=torch.float64).requires_grad_(False),
-        image(case, batch=6, dtype=torch.float64),
-    )
-    prunable = find_prunable_layers(model)
-    plan = plan_of(prunable, seed)
-    repair(model, prunable, plan, moments_of(model, prunable, x))
-    shaped = model(x)
-    cut(model, plan)
-    assert relative(model(x), shaped) < 1e-9
-
-
-@each_case
-def test_repair_is_never_worse_than_removing_where_it_was_not_fitted(case):
-    model = build(case).requires_grad_(False)
-    prunable = find_prunable_layers(model)
-    plan = plan_of(prunable, 0)
-    report = repair(model, prunable, plan, moments_of(model, prunable, image(case, batch=24)))
-    assert set(report) == {unit.key for unit in plan}
-    assert all(unit.error <= 1 + 1e-9 for unit in report.values())
 
 
 @pytest.mark.slow

@@ -175,12 +175,8 @@ def test_contractions_that_cannot_be_counted_are_an_error_too(equation):
 @pytest.mark.parametrize(
     ("architecture", "args", "size"),
     [
-        ("naflexvit_base_patch16_gap", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
-        ("naflexvit_base_patch16_siglip", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
-        ("naflexvit_base_patch16_parfac_gap", {"depth": 1, "embed_dim": 96, "num_heads": 3}, 64),
         ("vit_tiny_r_s16_p8_224", {"depth": 1, "img_size": 64}, 64),
         ("vit_small_resnet26d_224", {"depth": 1, "img_size": 64}, 64),
-        ("vitamin_small_224", {"img_size": 64}, 64),
         ("vit_tiny_patch16_224", {"depth": 1, "img_size": 32, "global_pool": "avgmax"}, 32),
     ],
 )

@@ -70,16 +70,6 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
         torch.testing.assert_close(left[image, :, 0], counts, rtol=0, atol=0)
 
 
-def test_sizes_and_norms_are_kept():
-    x = torch.randn(2, 11, 3, dtype=torch.float64)
-    sizes = torch.ones(2, 11, 1, dtype=torch.float64)
-    for count in (3, 2, 1):
-        total = (x.norm(dim=-1, keepdim=True) * sizes).sum(1)
-        x, sizes, _ = merge(SizedTokens(x, sizes), match(x, sizes, count, 1), 1)
-        torch.testing.assert_close((x.norm(dim=-1, keepdim=True) * sizes).sum(1), total)
-    assert (sizes.sum(1) == 11).all()
-
-
 def test_what_the_class_token_looks_at_is_not_merged():
     """Of two pairs equally alike, the one that is looked at stays as it is."""
     x = torch.tensor(
