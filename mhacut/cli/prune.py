@@ -98,22 +98,24 @@ def _text(result: PruneResult) -> str:
 def _target(target: TargetResult) -> str:
     """Format a target and its latency measurement."""
     limit, reached = target.labels
-    line = f"{option_name(target.name, target.spec)}: {reached} of at most {limit}"
+    option = option_name(target.name, target.spec)
     if not target.measured:
-        return line
+        return f"{option}: {reached} of at most {limit}"
     about = target.measured
     dense, predicted, wall = (
         format_amount(1e6 * about[name], "max_latency") for name in ("dense", "predicted", "wall")
     )
-    share = 100 * target.reached / about["dense"]
-    corrected = f"; corrected {about['corrections']} time(s)" if about["corrections"] else ""
+    # With 1 CPU thread, models are compared by processor time, which excludes other programs.
+    by_processor = (about["device"], about["threads"]) == ("cpu", 1)
+    clock = "processor time" if by_processor else "wall time"
+    ratio = 100 * target.reached / about["dense"]
+    corrected = f", plan corrected {about['corrections']} time(s)" if about["corrections"] else ""
     where = f"{about['runtime']}{', INT8' if about['int8'] else ''}, batch {about['batch_size']}"
-    machine = safe(about["machine"])
-    if (about["device"], about["threads"]) == ("cpu", 1):
-        machine += f"; the pruned model's wall time is {wall}"
     return (
-        f"{line}, {share:.1f}% of the dense model's {dense}; predicted {predicted}{corrected}\n"
-        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {machine}"
+        f"{option}: {clock} {reached} per batch, limit {limit}; dense model {dense} (ratio {ratio:.1f}%); "
+        f"predicted {predicted}{corrected}\n"
+        f"timed in {where}, {about['threads']} thread(s), {safe(about['device'])}: {safe(about['machine'])}"
+        + (f"; wall time {wall} per batch" if by_processor else "")
     )
 
 

@@ -21,6 +21,7 @@ from mhacut.commands.prune_attempt import Attempt, TargetResult, cut_model, reco
 from mhacut.commands.prune_inputs import PruneInputs
 from mhacut.errors import BudgetError, UsageError, option_name
 from mhacut.measuring.accuracy import standard_error_of_drop
+from mhacut.options.prune import PruneOptions
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.allocate import NEAR
 from mhacut.pruning.job import Job
@@ -71,13 +72,16 @@ class Target(ABC):
 
 
 def options_of_lowest(job: Job) -> str:
-    """Return the options that set the lowest reachable budget, for error messages."""
-    scope = "attention+mlp" if any(unit.kind == "hidden" for unit in job.units) else "attention"
-    scope += "+tokens" if job.merges_tokens else ""
-    named: list[tuple[str, object]] = [("scope", scope), ("round_to", job.round_to)]
-    named += [(name, value) for name, value, _ in job.constraints.without_each()]
+    """Return the options that raise the lowest reachable budget, for error messages; empty if none does."""
+    named: list[tuple[str, object]] = []
+    if not job.merges_tokens:
+        mlp = any(unit.kind == "hidden" for unit in job.units)
+        named.append(("scope", "attention+mlp" if mlp else "attention"))
+    if isinstance(job.options, PruneOptions) and job.options.as_ == "timm":  # the others have no such options
+        named += [("round_to", job.round_to)] if job.round_to > 1 else []
+        named += [(name, value) for name, value, _ in job.constraints.without_each()]
     options = [option_name(*each) for each in named]
-    return f"{', '.join(options[:-1])} and {options[-1]}"
+    return f" with {', '.join(options[:-1])}{' and ' * (len(options) > 1)}{options[-1]}" if options else ""
 
 
 def check_reachable(budget: Budget, dense: int, lowest: int, job: Job) -> None:
@@ -91,7 +95,7 @@ def check_reachable(budget: Budget, dense: int, lowest: int, job: Job) -> None:
     raise BudgetError(
         f"{option_name(budget.resource, budget)} is out of reach: the lowest is "
         f"{format_amount(lowest, budget.resource, up=True)} ({math.ceil(1000 * lowest / dense) / 10}% of "
-        f"{format_amount(dense, budget.resource)}) with {options_of_lowest(job)}{hint}"
+        f"{format_amount(dense, budget.resource)}){options_of_lowest(job)}{hint}"
     )
 
 
@@ -289,7 +293,7 @@ class _Loss(Target):
             raise UsageError(f"{self.option}: expected a model with 2 or more classes, found {what}")
         if self.lowest >= self.job.table.dense:
             have, options = format_amount(self.job.table.dense, "flops"), options_of_lowest(self.job)
-            raise BudgetError(f"nothing to prune with {options}: the model's {have} FLOPs are the lowest")
+            raise BudgetError(f"nothing to prune{options}: the model's {have} FLOPs are the lowest")
 
     def search(self, planner: Planner) -> Search:
         """Start the search over FLOPs for the smallest model within the bound."""
