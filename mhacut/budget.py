@@ -22,13 +22,13 @@ _TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
 
 
 class Kind(NamedTuple):
-    """Way to write budgets of one kind."""
+    """Spelling of the budgets of one resource."""
 
     units: Mapping[str, float]
     noun: str
-    """Noun behind an amount; empty where :func:`format_amount` gives the unit."""
+    """Noun after an amount; empty if :func:`format_amount` adds a unit."""
     forms: str
-    """Examples for an error."""
+    """Examples for error messages."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -37,19 +37,18 @@ KINDS: Mapping[str, Kind] = {
     "size": Kind(_BYTES, "", "6MB, 800KB, 5.5MiB, 6e6 or 50%"),
     "max_latency": Kind(_TIMES, "", "12ms, 0.012s, 800us or 50% of the dense model's time"),
 }
-"""Kinds of budgets by the names of their options. Amounts are counted in FLOPs, parameters, bytes, and
-nanoseconds per batch."""
+"""Resources by option name. Units of amounts: FLOPs, parameters, bytes, and nanoseconds per batch."""
 
 
 class Budget(str):
-    """A budget as the user wrote it, with its meaning: an amount of a resource, or a share of the model's."""
+    """A budget as the user wrote it, parsed: an amount of a resource, or a fraction of the model's amount."""
 
     __slots__ = ("relative", "resource", "value")
     value: float
     """Amount, or a fraction in (0, 1] when ``relative``."""
     relative: bool
     resource: str
-    """Name of the option."""
+    """Option name of the resource."""
 
     @classmethod
     def parse(cls, text: str | float, resource: str = "flops") -> Budget:
@@ -80,13 +79,13 @@ class Budget(str):
         return budget
 
     def amount(self, dense: int) -> int:
-        """The budget in units of its resource for a model that has ``dense``."""
+        """Return the budget in units of its resource; ``dense`` is the amount of the dense model."""
         exact = self.value * dense if self.relative else self.value
         return math.floor(round(exact, 3))  # 8.20G is a little below 8200000000 as a product of floats
 
     @property
     def label(self) -> str:
-        """The text for a file name: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
+        """Text for file names: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
         text = self.replace("%", "pct")
         return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 

@@ -11,13 +11,12 @@ MAX_PIXELS = 2048 * 2048
 it is 16,384 tokens, whose attention logits take 1 GB per head where they are held in memory."""
 
 MIN_CROP_PCT = 0.1
-"""Smallest ``crop_pct``: images are made larger by its inverse before they are cropped."""
+"""Smallest ``crop_pct``: images are resized to the input size divided by ``crop_pct``."""
 MAX_CROP_PCT = 1.25
-"""Largest ``crop_pct``. Above 1 an image is made smaller than the input and a border put around it, as timm's
-VOLO at 448 and 512 pixels does."""
+"""Largest ``crop_pct``. Above 1, images are smaller than the input and get a border, as in timm's VOLO."""
 
 MAX_PARALLEL = 1024
-"""Largest number of threads or processes. Of many more, OpenMP ends the process without a message."""
+"""Largest number of threads or processes. OpenMP aborts without a message at much higher numbers."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
 """Name of a license on the hub."""
@@ -41,10 +40,10 @@ def too_large(size: Sequence[int]) -> str:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether ``value``, read from JSON or YAML, is a whole number; ``true`` is none."""
+    """Whether a value from JSON or YAML is an integer. ``true`` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether ``value``, read from JSON or YAML, is a number; NaN and infinity are."""
+    """Whether a value from JSON or YAML is a number, NaN and infinity included."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -22,31 +22,33 @@ _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
 _TOKEN_KEYS = {"read", "merged", "rule", "copied"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
-"""Names of the rules by which tokens are merged (:mod:`mhacut.surgery.tokens`), for files to state them:
-without copies and with them. Files from before merge by the first in both cases."""
+"""Names of the merging rules in files: without and with copies to patches. Older files name only the first
+rule."""
 Unmerge = bool | Literal["rows"]
-"""Whether merged tokens are copied back to their patches; ``"rows"`` where they merged by the first rule."""
+"""Whether merged tokens are copied back to their patches. ``"rows"`` marks older files that match tokens in
+raster order."""
 # Plans come from untrusted files, so that only module names are looked up in a model.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """The channels of one unit that stay, head by head.
+    """Channels of one unit to keep.
 
-    An MLP counts as one head. Every head keeps the same number of channels, but may keep different ones.
+    All heads keep the same number, possibly different channels. An MLP has 1 head.
     """
 
     layer: str
-    """Module name of the layer in the model, ``blocks.0.attn``."""
+    """Module name in the model: ``blocks.0.attn``."""
     kind: UnitKind
-    """Kind of channels: ``qk``, ``v`` or ``hidden``."""
+    """``qk``, ``v`` or ``hidden``."""
     dense_width: int
     """Channels per head before the cut."""
     kept: tuple[tuple[int, ...], ...]
-    """Per head, the indices that stay, ascending, in ``range(dense_width)``."""
+    """Per head: indices of the kept channels, ascending, in ``range(dense_width)``."""
     basis: Basis = "channel"
-    """Basis of the channels: the model's own, or principal components, the strongest first."""
+    """Basis of the channels: ``channel`` (the model's own), or ``principal`` (principal components, strongest
+    first)."""
     unshared: bool = False
     """Whether each head gets its own copy of tensors that heads share. Without copies, these heads keep the
     same channels."""
@@ -81,7 +83,6 @@ class UnitPlan:
 
     @property
     def key(self) -> UnitKey:
-        """Name of the unit in a model."""
         return self.layer, self.kind
 
     @property
@@ -98,7 +99,7 @@ class UnitPlan:
         return self.width == self.dense_width
 
     def after(self, earlier: UnitPlan) -> UnitPlan:
-        """Combine this cut with ``earlier``, which was made before it, in the indices of the dense layer."""
+        """Combine this cut with the ``earlier`` cut of the same unit. Indices refer to the dense layer."""
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
             raise PlanError(
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
@@ -126,11 +127,12 @@ class TokenPlan:
     """
 
     output_tokens: int | None = None
-    """Number of leading tokens, read by the head, that the last block computes; None for all tokens."""
+    """Number of first tokens that the last block computes, because the head reads only these. None: all
+    tokens."""
     merged: tuple[int, ...] = ()
-    """Number of tokens that each block merges into others; empty without merging."""
+    """Number of tokens that each block merges; empty without merging."""
     unmerge: Unmerge = False
-    """Whether features have a token for every patch, by copying merged tokens back to their patches."""
+    """Whether merged tokens are copied back to their patches, so that every patch has features."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -184,11 +186,11 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cut of a whole model: at most one :class:`UnitPlan` per unit. Units without one are not cut."""
+    """Cut of a whole model: at most 1 :class:`UnitPlan` per unit. Other units keep all channels."""
 
     units: tuple[UnitPlan, ...]
     tokens: TokenPlan = TokenPlan()
-    """Tokens that the model leaves out or merges."""
+    """Token merging, and tokens that the last block leaves out."""
 
     def __post_init__(self) -> None:
         seen: set[UnitKey] = set()

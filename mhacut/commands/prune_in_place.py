@@ -88,33 +88,31 @@ def prune_(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> InPlaceResult:
-    """Prune a vision transformer inside ``model``, in place; what leaves it stays as near as it can.
+    """Prune a vision transformer inside ``model``, in place, and preserve the outputs that ``model`` reads.
 
         mhacut.prune_(detector, "backbone", images=loader, flops="70%")
 
-    Images run through the whole model, so that the submodule sees what it sees in use; what the model reads
-    of its outputs is found from one run. Class, names of tensors and forward stay; layers become narrower,
-    and blocks of a plain ViT merge tokens, which are copied back to their patches in all that leaves it.
-    Optimisers made before hold the old parameters.
+    The images run through the complete model. One run shows which outputs of the submodule the model reads.
+    Class, forward pass and tensor names stay. Layers become narrower. Blocks of a plain ViT merge tokens, and
+    outputs have a copy of the merged token for each of its patches. Create optimizers after this call.
 
     Args:
-        model: any model, on any device and in any mode, which it keeps.
-        part: name of a submodule, ``""`` for the model itself; found if the model has one vision transformer.
-        images: batches as ``model`` takes them: tensors, dicts (``model(**batch)``), or tuples, of which the
-            first entry is taken; or a function without arguments that runs one batch, and returns what comes
-            out, until it raises ``StopIteration``.
-        flops: ``70%`` of what the submodule takes for one image, or ``2.0G``; one FLOP is one
-            multiply-accumulate.
-        scope: ``attention+mlp`` for channels alone; by default tokens are merged where they can be.
-        loss: function of what ``model`` gives (or of what the function ``images`` returns) to what must stay
-            of it, a tensor [images, ...]: ``lambda out: out.logits``. What the submodule gives is then
-            preserved as far as this depends on it, to first order.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
+        model: any model, on any device, in any mode.
+        part: name of the submodule, or ``""`` for the complete model. Default: the only vision transformer.
+        images: batches for ``model``: tensors, dicts (``model(**batch)``), or tuples (the first element is
+            used). Or a function that runs 1 batch, returns the output, and finally raises
+            ``StopIteration``.
+        flops: budget for 1 image in the submodule: ``70%`` or ``2.0G`` (multiply-accumulates).
+        scope: ``attention+mlp`` cuts channels only. ``auto`` also merges tokens if the model allows it.
+        loss: function from the output of ``model`` (or of the function ``images``) to the values to
+            preserve, a tensor [images, ...], such as ``lambda out: out.logits``. Outputs of the submodule are
+            preserved as far as these values depend on them, to first order.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
         options: options of the search; ``help()`` lists them below.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`; the model is unchanged.
+        MhacutError: see :mod:`mhacut.errors` for its subclasses. The model is unchanged.
     """
     search = SearchOptions.of(**options)
     name = find_part(model, part)

@@ -26,43 +26,42 @@ from mhacut.surgery.find import PrunableLayers
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that stays the same while one model is pruned."""
+    """One model and the settings of its pruning. Constant during the search."""
 
     model: nn.Module
-    """The dense model: eval mode, float32, without gradients, on the device to work on. Never modified."""
+    """Dense model in eval mode, float32, without gradients. Never modified."""
     prunable: PrunableLayers
-    """Its prunable layers."""
     units: tuple[Unit, ...]
     """Units that may be cut."""
     table: CostTable
-    """FLOPs of the model at any widths."""
+    """FLOPs of the model as a function of its widths."""
     images: Tensor
     """Calibration images, [n, C, H, W], normalised."""
     options: SearchOptions
     labels: Tensor | None = None
-    """Classes of the images, [n], where they are known and may be used; answers alone learn from them."""
+    """Class labels of the images, [n]. None without labels, or with ``--no-labels``."""
     round_to: int = MULTIPLE
-    """Widths are multiples of it, or the dense width."""
+    """Widths are multiples of this number, or the dense width."""
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
     all_merged_costs: CostTable | None = None
-    """FLOPs with all mergeable tokens merged, where channels and tokens share the budget; None otherwise."""
+    """FLOPs with maximum token merging. None if no tokens are merged."""
     preserved: Preserved | None = None
     """Outputs of the model to preserve; None for the model's own outputs."""
     merged: tuple[int, ...] = ()
-    """Number of tokens that each block of the slim model merges, once that is decided: ``table`` counts these
-    merges, but ``model`` does not merge."""
+    """Tokens that each block of the slim model merges. Set after the search; ``table`` then counts these
+    merges. ``model`` never merges."""
     unmerge: Unmerge = False
-    """Whether merged tokens are copied back to their patches where features leave the slim model."""
+    """Whether merged tokens are copied back to their patches in features that leave the slim model."""
     constraints: Constraints = NO_CONSTRAINTS
-    """Constraints on the widths, in the plans of curves and of uniform widths."""
+    """User constraints on widths, for allocation by curves or uniform widths."""
     extra_images: Dataset[Sample] | None = None
-    """Images besides ``images`` to tune answers on, [C, H, W] each, read when needed; None for none."""
+    """Further images for tuning, [C, H, W] each, read on demand."""
     workers: int = 0
-    """Number of processes that read them; 0 for images in memory."""
+    """Number of processes that read the further images; 0 for images in memory."""
     teacher_cache: list[tuple[Tensor, Tensor]] | None = None
-    """Answers of the dense model for the first batches of tuning, which budgets share; None for one."""
+    """Logits of the dense model for the first tuning batches, shared between budgets. None for 1 budget."""
 
     @property
     def input_size(self) -> tuple[int, ...]:
@@ -75,12 +74,12 @@ class Job:
 
     @cached_property
     def choices(self) -> dict[UnitKey, tuple[int, ...]]:
-        """Widths of every unit that rounding allows, ascending, the dense one last."""
+        """Possible widths of each unit, ascending. The last is the dense width."""
         return {unit.key: width_choices(unit.width, self.round_to) for unit in self.units}
 
     @cached_property
     def allowed(self) -> dict[UnitKey, tuple[int, ...]]:
-        """Widths in :attr:`choices` that the constraints allow."""
+        """Widths in :attr:`choices` that satisfy the constraints."""
         return self.constraints.allowed(self.choices)
 
     @property
@@ -90,12 +89,12 @@ class Job:
 
     @property
     def dense(self) -> bool:
-        """Whether features of every token are preserved."""
+        """Whether features of all tokens are preserved."""
         return self.preserved is not None and self.preserved.dense
 
     @property
     def merges_tokens(self) -> bool:
-        """Whether the budget is shared by channels and tokens."""
+        """Whether token merging and channel pruning share the budget."""
         return self.all_merged_costs is not None
 
     def limits_on_widths(self, limits: Limits, table: CostTable | None = None) -> Limits:
@@ -111,7 +110,6 @@ class Job:
         return others if others and all(limit.holds({}) for limit in flops) else [*flops, *others]
 
     def calibrate(self, processes: Processes | None = None) -> Calibration:
-        """Calibrate on the job's images, by :func:`mhacut.pruning.calibrate.calibrate`."""
         options, fisher_images = self.options, 0
         if options.allocation == "curves" or options.repair:
             fisher_images = min(FISHER_IMAGES, len(self.images) - held_out_count(len(self.images)))
@@ -138,7 +136,7 @@ class Job:
         )
 
     def held_out(self, calibration: Calibration) -> Distillation:
-        """Return the held-out part of :meth:`distillation`; with a single image, that one."""
+        """Return the held-out part of :meth:`distillation`. With a single image: this image."""
         return self.distillation(calibration).part(0, max(calibration.held, 1))
 
     def training(self, calibration: Calibration) -> Distillation:

@@ -19,12 +19,12 @@ class Limit:
     cost: Callable[[Mapping[UnitKey, int]], int]
     most: int
     resource: str = "flops"
-    """Name of the option of the budget, such as ``max_latency``."""
+    """Option name of the budget, such as ``max_latency``."""
     curve: TimeCurve | None = None
-    """Time as a function of FLOPs, for models that may merge tokens: merges change both."""
+    """Time as a function of FLOPs, for models that may merge tokens."""
 
     def with_merges_fixed(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
-        """Return the limit on the widths of a model whose merges are fixed; a time becomes one on FLOPs."""
+        """Return the limit for fixed merges. A limit on time becomes a limit on FLOPs."""
         if self.resource == "flops":
             return replace(self, cost=flops)
         if self.curve is None:
@@ -43,7 +43,7 @@ def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
 
 
 MULTIPLE = 8
-"""Default divisor of all widths below the dense width."""
+"""Default of ``--round-to``."""
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
 
 
 def nearest_width(count: float, dense: int, round_to: int) -> int:
-    """Return the allowed width nearest to ``count``; the smaller of two at the same distance."""
+    """Return the possible width nearest to ``count``; of 2 equally near widths, the smaller."""
     return min(width_choices(dense, round_to), key=lambda width: abs(width - count))
 
 

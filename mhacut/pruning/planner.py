@@ -27,32 +27,32 @@ Candidates = Mapping[UnitKey, tuple[Candidate, ...]]
 
 @dataclass(frozen=True)
 class Planned:
-    """A plan, and how it was found."""
+    """A plan, the model to cut, and how the plan was found."""
 
     ready: ReconstructedModel
     curves: Mapping[UnitKey, Curve]
-    """Estimated KL divergence at each width of every unit; empty where no curve was needed."""
+    """Estimated KL divergence at each width of each unit. Empty if no curve was needed."""
     log: tuple[SearchStep, ...]
     table: CostTable
-    """FLOPs of the model with the merges of the plan."""
+    """FLOPs as a function of widths, with the merges of the plan."""
     merged: Schedule = ()
     unmerge: Unmerge = False
-    """Whether these are copied back to their patches."""
+    """Whether merged tokens are copied back to their patches."""
     constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, with what each is expected to cost; empty unless curves chose the widths."""
+    """Constraints on widths, each with its estimated cost. Empty unless curves chose the widths."""
 
     @property
     def plan(self) -> Plan:
-        """The plan as the slim file states it."""
+        """Plan in the form that the slim file stores."""
         tokens = TokenPlan(self.ready.plan.tokens.output_tokens, self.merged, self.unmerge)
         return Plan(self.ready.plan.units, tokens)
 
     def cost(self, limit: Limit) -> int:
-        """Return the amount that the cut model is expected to have of what ``limit`` bounds."""
+        """Return the predicted cost of the cut model in the resource of ``limit``."""
         return int(limit.cost(self.plan.widths())) if limit.curve is None else self.time(limit.curve)
 
     def time(self, times: TimeTable | TimeCurve) -> int:
-        """Return the nanoseconds per batch that the cut model is expected to take."""
+        """Return the predicted nanoseconds per batch of the cut model."""
         if isinstance(times, TimeTable):
             return times.at(self.plan.widths())
         return times.at(self.flops, merges=any(self.merged))
@@ -62,13 +62,13 @@ class Planned:
         return int(self.table.flops(self.plan.widths()))
 
     def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
-        """Return ``limit``, which this was planned with, corrected by what the cut model has of it."""
+        """Return ``limit`` corrected by the ratio of the measured to the predicted cost of the cut model."""
         if limit.curve is None:
             return replace(limit, most=asked.most + self.cost(limit) - found)
         return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))
 
     def without_model(self) -> Planned:
-        """Return the same without its model, whose dense weights are no longer needed after the cut."""
+        """Return a copy without the model, to free memory after the cut."""
         return replace(self, ready=replace(self.ready, model=nn.Module()))
 
 
@@ -110,7 +110,7 @@ class Planner:
         return Planned(ready, curves, (), table, merged, job.unmerge, costs)
 
     def expected_divergence(self, limits: Limits) -> float:
-        """Divergence in nats that is expected of a plan by curves within ``limits``; nearly."""
+        """Return the predicted divergence in nats of a plan within ``limits``."""
         if self.job.merges_tokens:
             return self._merge_search.choose(limits, self.curves, close_gap=False).predicted
         widths = job_widths(self.job, limits, self.curves, close_gap=False)

@@ -11,24 +11,24 @@ from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 _SHRINKS = 0.5
-"""Fraction of the bracket that two trials must leave at most; else the next one halves it."""
+"""Bisect the bracket if the last 2 trials left more than this fraction of it."""
 _LEAST = 1e-9
-"""Ratio of a loss to its bound below which it says nothing about the next budget."""
+"""A loss below this fraction of the bound does not predict the next budget."""
 _MISSES = 3
-"""Models in a row, a stride apart, that must miss the bound below the smallest one within it."""
+"""Number of consecutive smaller models that must miss the bound before the search ends."""
 _STRIDES = 400
-"""Most strides of the walk from the highest budget down; a stride is no less than a step."""
+"""Maximum number of steps from the highest budget down at the end of the search."""
 
 
 class Trial(NamedTuple):
     cost: int
-    """Cost of the model; not above its budget."""
+    """Cost of the model, at most its budget."""
     ratio: float
-    """Loss relative to the bound; the model is within it at 1 or less."""
+    """Loss divided by the bound; at most 1 if the model is within the bound."""
 
 
 Search = Generator[int, Trial, None]
-"""Yields budgets to try, and is sent the trial of each."""
+"""Generator: yields a budget to try, and receives the trial."""
 
 
 def smallest_within(budgets: range, expected: Callable[[int], float], goal: float) -> Search:
@@ -86,7 +86,7 @@ def _below(best: int, failed: Sequence[tuple[int, Trial]], budgets: range) -> Se
 
 
 def _where(expected: Callable[[int], float], goal: float, budgets: range) -> int:
-    """Lowest budget, to a step, at which at most ``goal`` is expected."""
+    """Return the lowest budget, to a step, with an expected loss of at most ``goal``."""
     low, high = budgets.start, budgets.stop - 1
     while high - low > budgets.step:
         middle = (low + high) // 2

@@ -66,7 +66,7 @@ class CostTable:
     layers: tuple[LayerCost, ...]
     """Layers that run, in the order of the model's modules."""
     dense: int
-    """FLOPs at the present widths, counted by fvcore; in a job, FLOPs of the model with all tokens."""
+    """FLOPs at the present widths, with all tokens, counted by fvcore."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
         """FLOPs at ``widths``, channels per head; other units keep their width."""
@@ -126,7 +126,7 @@ def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
 
 
 class _Counts:
-    """Counts of a layer by widths, each counted once."""
+    """Cache of the FLOPs of a layer by widths."""
 
     def __init__(self, uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
         self._uncut, self._count = uncut, count
@@ -203,7 +203,7 @@ def _half(width: int) -> int:
 
 
 Dtypes = Mapping[str, torch.dtype]
-"""Dtype of each tensor in a file, by its name; tensors not named keep their own."""
+"""Dtype in a file by tensor name. Missing names keep the dtype of their tensor."""
 
 
 def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
@@ -234,7 +234,7 @@ def storage_cost(
     *,
     copies: bool,
 ) -> Callable[[Mapping[UnitKey, int]], int]:
-    """Return a function from widths to the number of parameters or, if ``dtypes`` is given, of bytes."""
+    """Return a function from widths to the number of parameters, or of bytes if ``dtypes`` is given."""
 
     def amount(module: nn.Module, prefix: str = "") -> int:
         return count_parameters(module) if dtypes is None else count_bytes(module, dtypes, prefix)

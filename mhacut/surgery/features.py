@@ -17,21 +17,16 @@ from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.merging_blocks import unmerged
 
 Run = Callable[[Tensor], Sequence[Tensor]]
-"""Run a model on images [B, C, H, W] and return some tensors that it computes."""
+"""Function that runs a model on images [B, C, H, W] and returns some of its tensors."""
 
 
 @torch.no_grad()
 def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], image: Tensor) -> list[int]:
     """Return the dimension of the channels in each tensor that ``run(image)`` gives.
 
-    It is the one as long as the output of the last layer inside has channels. Its place may be another than
-    in that output: many stages run on tokens and give [B, C, H, W].
-
-    Args:
-        model: model in eval mode.
-        run: function that runs ``model``.
-        layers: for each tensor, the last layer that it passes through; None for a map of convolutions alone.
-        image: [1, C, H, W].
+    ``layers`` has the last layer that each tensor passes through, or None for a map of convolutions only. The
+    channel dimension is the dimension that is as long as the output of this layer has channels: many stages
+    run on tokens and return [B, C, H, W].
     """
     with captured_outputs(model, {layer.name for layer in layers if layer is not None}) as outputs:
         maps = run(image)
@@ -48,47 +43,36 @@ def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], ima
 
 Source = Literal["output", "pooled", "tokens", "pyramid", "layers", "maps"]
 PLAIN_LEVELS = 3
-"""Number of last blocks that timm's ``features_only`` returns for a model without a pyramid."""
+"""Number of last blocks that timm's ``features_only`` returns for a plain ViT."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Description of what is read from a model; the same for the dense and the pruned one."""
+    """Description of the features to read from a model, for the dense and the slim model."""
 
     source: Source
-    """Tensor that is read:
-
-    - ``output``: the model's output
-    - ``pooled``: the input of the classifier
-    - ``tokens``: the normalised tokens that timm's ``forward_features`` returns
-    - ``pyramid``: the levels of timm's ``features_only``
-    - ``layers``: the outputs of named modules
-    - ``maps``: the outputs of a :class:`~mhacut.surgery.submodule.SubmoduleFn`
-    """
+    """Kind of tensor:      - ``output``: output of the model     - ``pooled``: input of the classifier     -
+    ``tokens``: normalised tokens of timm's ``forward_features``     - ``pyramid``: levels of timm's
+    ``features_only``     - ``layers``: outputs of named modules     - ``maps``: outputs of a
+    :class:`~mhacut.surgery.submodule.SubmoduleFn`     """
     layers: tuple[str, ...] = ()
-    """Names of these modules."""
+    """Module names of ``layers``."""
     levels: tuple[int, ...] = ()
-    """Indices of the levels, as ``forward_intermediates`` counts them."""
+    """Indices of levels, as in ``forward_intermediates``."""
     channel_dims: tuple[int, ...] = ()
-    """Dimension of the channels in each map of tokens."""
+    """Channel dimension of each token map."""
 
     @property
     def dense(self) -> bool:
-        """Whether these are features of every token."""
+        """Whether there are features of every token."""
         return self.source not in ("output", "pooled")
 
     def of(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """Run ``model`` on ``images`` [B, C, H, W].
+        """Run ``model`` on ``images`` [B, C, H, W], with ``tensors`` in place of its own.
 
-        Args:
-            model: eval mode; not modified.
-            images: normalised, on its device.
-            tensors: substitutes for tensors of the model, by name.
-
-        Returns:
-            For dense features, one map of tokens each, [B, tokens, channels]; otherwise the one output.
+        Dense features are token maps, [B, tokens, channels] each. Other features are 1 output.
         """
         reader = _Reader(model, self)
         maps: list[Tensor]
@@ -128,7 +112,6 @@ class _Reader(nn.Module):
 
 
 def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -> list[Any]:
-    """Run ``model``; return what the modules of these names give."""
     with captured_outputs(model, names, lambda args, output: unmerged(output)) as outputs:
         model(images)
     wrong = [name for name in names if len(outputs.get(name, ())) != 1]
@@ -140,13 +123,7 @@ def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -
 
 @torch.no_grad()
 def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the final map of all tokens.
-
-    Args:
-        model: eval mode.
-        prunable: its prunable layers.
-        image: [1, C, H, W], to try it on.
-    """
+    """Return the final token map as features. ``image`` is [1, C, H, W]."""
     if not hasattr(model, "forward_features"):
         raise UnsupportedModelError("it has no forward_features, which would give its tokens")
     run = _Reader(model, Features("tokens"))
@@ -158,7 +135,7 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
 
 @torch.no_grad()
 def find_pyramid(model: Any, image: Tensor) -> Features:
-    """Return the levels of timm's ``features_only``. Arguments as in :func:`find_token_map`."""
+    """Return the levels of timm's ``features_only`` as features."""
     info = [level["reduction"] for level in getattr(model, "feature_info", ()) if "reduction" in level]
     if not info or not hasattr(model, "forward_intermediates"):
         raise UnsupportedModelError(
@@ -176,7 +153,7 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
 
 @torch.no_grad()
 def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the outputs of the modules of these names. Other arguments as :func:`find_token_map`."""
+    """Return the outputs of the modules ``names`` as features."""
     known = dict(model.named_modules())
     for name in names:
         if name not in known or not name:
@@ -206,7 +183,7 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
 
 
 def _check_map(output: object, name: str, image: Tensor) -> None:
-    """Check that ``output`` of ``name`` is a map of tokens, 1 map per image."""
+    """Raise an error unless ``output`` of ``name`` is a token map, 1 per image."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(

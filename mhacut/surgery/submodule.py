@@ -60,13 +60,13 @@ class Recorded:
     call: Any
     """Positional and keyword arguments of the first call, with None in place of the images."""
     place: int
-    """Index of the images (or tokens) among the leaves of ``call``."""
+    """Index of the images (or tokens) in the flattened ``call``."""
     alike: tuple[int, ...]
-    """Indices of leaves with equal rows, 1 row per image. ``call`` has 1 of these rows."""
+    """Indices of flattened arguments with 1 row per image, all rows equal. ``call`` holds 1 row."""
     images: Tensor
     """Images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int
-    """Number of images in calls with other shapes or arguments, which are not used."""
+    """Number of images in calls with other shapes or arguments. They are not used."""
     outputs: Mapping[str, int]
     """Names and indices of the outputs that the whole model reads."""
     method: str
@@ -85,15 +85,15 @@ class Loss:
     """
 
     of: Callable[[Any], Tensor]
-    """Map from the model's outputs to the values to preserve, [B, ...]."""
+    """Function from the model's output to the values to preserve, [B, ...]."""
     squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Sum over images and tokens of g g^T, [C, C], by output and by the dimension of its channels."""
+    """Sum over images and tokens of g g^T, [C, C], by output name and channel dimension."""
     values: list[Tensor] = field(default_factory=list)
     """Values of the loss for each batch, [B, ...] each."""
     images: int = 0
 
     def metric(self, name: str, channel_dim: int) -> Tensor:
-        """Return M, [C, C]: the mean over tokens of d^T M d is the squared error relative to the variance."""
+        """Return M, [C, C]: the mean over tokens of d^T M d is the relative squared error of the loss."""
         values = torch.cat([value.flatten() for value in self.values])
         scale = _PROBES * len(values) * values.var().clamp_min(1e-12)
         return self.squares[name, channel_dim] / scale
@@ -121,7 +121,7 @@ class Loss:
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
-"""Methods of a submodule that give its features; those after the first are timm's."""
+"""Methods of a submodule that return features. All but the first are timm's."""
 
 
 class _StopForward(BaseException):
@@ -207,9 +207,9 @@ def record(
 
 @contextmanager
 def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Pass calls of the :data:`_METHODS` of a module to ``note``, and their outputs through ``change``.
+    """Report calls of :data:`_METHODS` to ``note``, and replace their outputs by ``change``.
 
-    Calls between these methods are ignored.
+    Inner calls are ignored.
     """
     replaced, running = dict(vars(part)), False
 
@@ -283,7 +283,7 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _one_of(tensor: Tensor, name: str) -> Tensor:
-    """Return the first row of a tensor with equal rows."""
+    """Return the first row of a tensor whose rows are equal."""
     if bool((tensor != tensor[:1]).any()):
         raise UnsupportedModelError(
             f"{shown(name)}: expected 1 tensor that differs between images, found a second, "
