@@ -50,17 +50,6 @@ def test_inspect_dense(tiny_vit):
     assert max(len(line) for line in lines if line.startswith(("layer", "blocks."))) <= 80
 
 
-def test_inspect_slim_shows_before_and_after(slim):
-    text = run("inspect", slim).stdout
-    assert " 8/16 " in text
-    assert "step 1: prune 1.16M -> " in text
-    document = json.loads(run("inspect", slim, "--json").stdout)
-    layers = {layer["layer"]: layer for layer in document["layers"]}
-    assert layers["blocks.0.attn"]["widths"]["qk"] == {"now": 8, "dense": 16}
-    assert document["history"][0]["flops_after"] == document["flops"]
-    assert sum(layer["share"] for layer in document["layers"]) < 1
-
-
 @pytest.mark.slow
 def test_inspect_names_coupled_channels(slim_of):
     shown = run("inspect", slim_of("coat"), "--shapes").stdout

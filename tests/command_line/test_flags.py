@@ -72,19 +72,6 @@ def test_every_flag_and_every_yaml_key_reaches_its_option(tmp_path, command):
     assert read_config(tmp_path / "run.yaml", options, "run.yaml") == values
 
 
-def test_a_flag_that_repeats_takes_each_value(captured):
-    run("prune", "a", "--flops", "50%", "--flops", "2.0G", "--exclude", "x", "--exclude", "y,z")
-    (made,) = captured
-    assert made.flops == ("50%", "2.0G")
-    assert made.exclude == ("x", "y", "z")
-
-
-def test_a_flag_takes_a_pair(captured):
-    given = ["--model-arg", "depth=3", "--model-arg", "depth=2", "--model-arg=img_size=[224,288]"]
-    run("prune", "a.pth", "--flops", "50%", *given, "--model-arg", "global_pool=avg")
-    assert captured.pop().model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
-
-
 @pytest.mark.parametrize(
     "value",
     [

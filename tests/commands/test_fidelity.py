@@ -122,13 +122,3 @@ def test_a_loader_in_the_order_of_classes_is_read_from_all_over(tiny_vit, images
     prune(tiny_vit, None, images=iter(loader), reporter=recorder, **options)
     warning = "calibration images cover 2 of 7 classes; accuracy on the others may drop more"
     assert recorder.messages.count(warning) == 1
-
-
-@pytest.mark.slow
-def test_the_report_has_the_figure_of_the_table(tiny_vit, images, tmp_path):
-    page = tmp_path / "report.html"
-    result = prune(tiny_vit, None, images=images[:16], val_images=images[16:], dry_run=True, report=page)
-    text = page.read_text()
-    same = f"{100 * result.fidelity.agreement:.1f}% have the same top-1 class, "
-    assert f"on 24 validation images: {same}KL divergence {result.divergence:.2g} nats" in text
-    assert text.count(" nats.") == 1

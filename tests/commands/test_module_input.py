@@ -112,8 +112,6 @@ def test_what_cannot_be_built_again_is_refused(slim_of):
     slim = mhacut.load_model(slim_of("vit"))
     with pytest.raises(CheckpointError, match="For a slim model, give its file"):
         mhacut.prune(slim, **QUICK)
-    with pytest.raises(CheckpointError, match="expected num_classes=9, found 5"):
-        rebuilt_module(timm.create_model("vit_tiny_patch16_224", **TINY), ModelHints(num_classes=9))
 
 
 @pytest.mark.slow

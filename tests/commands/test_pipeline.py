@@ -88,14 +88,6 @@ def test_a_slim_file_can_be_pruned_again(pruned, tmp_path):
 
 
 @pytest.mark.slow
-def test_half_precision_stays_half_precision(tiny_vit, tmp_path):
-    dtype, half = torch.bfloat16, tmp_path / "half.safetensors"
-    save_file({name: tensor.to(dtype) for name, tensor in load_file(tiny_vit.path).items()}, half)
-    result = prune(tiny_vit, tmp_path / "slim.safetensors", checkpoint=half)
-    assert {tensor.dtype for tensor in load_file(result.output).values()} == {dtype}
-
-
-@pytest.mark.slow
 def test_running_statistics_are_rounded_as_the_file_rounds_them(tmp_path):
     """Repair changes those of batch norms, in single precision."""
     dtype, case = torch.float16, FIRST_MODEL[levit.Attention]

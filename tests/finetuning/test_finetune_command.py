@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import mhacut
+from helpers.benchmarks import script
 from helpers.cli import run, unchanged
 from helpers.finetuning import same, weights
 from helpers.jobs import Recorder
@@ -142,22 +143,18 @@ def test_a_log_that_is_not_known_or_installed_is_named_before_the_work(tune, tmp
     assert not (tmp_path / "run").exists()
 
 
-def benchmark(name, monkeypatch, *arguments):
-    spec = importlib.util.spec_from_file_location(name, RECIPES.parent / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    module.main()
-
-
 def test_the_table_of_fine_tuning_can_be_made_in_parts(slim, images, tiny_vit, tmp_path, monkeypatch, capsys):
-    given = [slim, "--teacher", tiny_vit.path, "--data-dir", images, "--output", tmp_path, "--steps", "2"]
-    given += ["--batch-size", "12", "--teaching", "teacher", "--seeds"]
-    benchmark("finetune_table", monkeypatch, *given, "1")
+    def table(*seeds):
+        given = [slim, "--teacher", tiny_vit.path, "--data-dir", images, "--output", tmp_path, "--steps", "2"]
+        given += ["--batch-size", "12", "--teaching", "teacher", "--seeds", *seeds]
+        monkeypatch.setattr(sys, "argv", ["finetune_table", *map(str, given)])
+        script("finetune_table").main()
+
+    table("1")
     first = json.loads((tmp_path / "slim-2-teacher-1" / "finished.json").read_text())
     assert capsys.readouterr().out.splitlines()[-1].startswith("| slim | 2 | the dense model and labels |")
     written = (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns
-    benchmark("finetune_table", monkeypatch, *given, "1", "2")
+    table("1", "2")
     assert (tmp_path / "slim-2-teacher-1" / "state.pt").stat().st_mtime_ns == written
     second = json.loads((tmp_path / "slim-2-teacher-2" / "finished.json").read_text())
     row = capsys.readouterr().out.splitlines()[-1].split(" | ")

@@ -130,16 +130,6 @@ def test_a_signal_during_validation_stops_the_run_after_saving(tune, at_call, at
         tune()
 
 
-def test_a_run_cut_off_before_anything_was_saved_says_that_it_begins_anew(tune, tmp_path, at_call):
-    undo = at_call(Trainer, "step", 2)
-    with pytest.raises(Killed):
-        tune("cut", steps=2)
-    undo()
-    reporter = Recorder()
-    assert resume(tmp_path / "cut", reporter=reporter).steps == 2
-    assert any("no saved step; starting from the first step" in text for text in reporter.messages)
-
-
 def test_resuming_a_finished_run_does_nothing_more(finished, finished_run):
     reporter, before = Recorder(), tree(finished)
     assert resume(finished, reporter=reporter).epochs == finished_run.epochs

@@ -75,11 +75,6 @@ def test_seeds_are_what_torch_takes():
             SearchOptions(seed=seed)
 
 
-def test_what_must_be_given_is_asked_for():
-    with pytest.raises(UsageError, match=r"^flops is missing\. Budget for the FLOPs"):
-        PruneOptions.of(checkpoint="a")
-
-
 def test_numbers_of_numpy_become_python_s_and_none_is_a_value():
     made = PruneOptions.of(
         checkpoint="a",
