@@ -92,12 +92,6 @@ def read_tensors(header: FileHeader) -> dict[str, Tensor]:
                 path, None if header.shards else header.requested_part, frozenset(wanted)
             )
     tensors = {names[name]: tensor for name, tensor in tensors.items()}
-    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
-    if empty:
-        raise CheckpointError(
-            f"{show(header.path)}: tensor {empty[0]!r:.150} is on the meta device and has no values. "
-            "Load the weights before saving the model"
-        )
     # The header was compared with the model. The file may have been replaced since.
     if infos(tensors) != dict(header.tensors):
         raise CheckpointError(f"{show(header.path)}: changed while it was read. Try again")

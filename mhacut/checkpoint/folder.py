@@ -10,7 +10,6 @@ from typing import Any
 from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
-from mhacut.text import listed
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -27,13 +26,16 @@ PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 """Files with transformers' preprocessing, in order of preference."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Lists of shards, in order of preference."""
-_CHECKPOINTS = (".safetensors", ".pth", ".pth.tar", ".pt", ".ckpt", ".bin")
-_NO_MODEL = re.compile(r"(state(?!_dict)|optimizer|scheduler|scaler|sampler|rng_state|training_args)|.*-of-")
-"""Files of training states, and single shards."""
 MERGE_ADAPTER_ADVICE = (
     "Merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
     'torch.save(merged.state_dict(), "weights.pth")'
 )
+_NO_WEIGHTS = {
+    PRUNED: "holds a model that was pruned in place. Open it in Python with mhacut.load_pruned",
+    "adapter_config.json": f"holds an adapter without its model. {MERGE_ADAPTER_ADVICE}",
+    "config.json": "has no weights. Expected model.safetensors next to config.json",
+}
+"""Reasons why a folder has no weights, by a file in it; the first counts."""
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
@@ -46,22 +48,10 @@ def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, di
         )
     weights = [file] if file is not None else _shards(folder)
     if not weights:
-        raise CheckpointError(f"{show(folder)}: {_no_weights(folder, config is not None)}")
+        reason = next((text for file, text in _NO_WEIGHTS.items() if (folder / file).is_file()), None)
+        raise CheckpointError(f"{show(folder)}: {reason or 'has no config.json. Give one of its files'}")
     is_timm = config is None or "architecture" in config
     return weights, config, None if is_timm else preprocessor_of(folder)
-
-
-def _no_weights(folder: Path, has_config: bool) -> str:
-    if (folder / PRUNED).is_file():
-        return "holds a model that was pruned in place. Open it in Python with mhacut.load_pruned"
-    if (folder / "adapter_config.json").is_file():
-        return f"holds an adapter without its model. {MERGE_ADAPTER_ADVICE}"
-    if has_config:
-        return "has no weights. Expected model.safetensors next to config.json"
-    # finetune writes files with other names.
-    files = (path.name for path in folder.iterdir() if path.name.endswith(_CHECKPOINTS) and path.is_file())
-    models = sorted(show(name) for name in files if not _NO_MODEL.match(name))
-    return "has no config.json" + (f". Give one of its files: {listed(models, 3)}" if models else "")
 
 
 def _config(folder: Path, weights: Path | None) -> dict[str, Any] | None:

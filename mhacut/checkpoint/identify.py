@@ -106,11 +106,7 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
     cfg |= {name: config[name] for name in ("label_names", "label_descriptions") if name in config}
     stated_args.pop("num_classes", None)  # the classifier's shape shows it
     name = split_tag(architecture)[0]
-    if hints.model is not None and split_tag(hints.model)[0] != name:
-        raise CheckpointError(
-            f"{show(header.path.parent)}: config.json says {name}, not {option_name('model', hints.model)}. "
-            f"Leave the option out, or give the weights file {header.path.name}"
-        )
+    _check_hint(header, name, hints)
     _check_name(header, name, "config.json")
     args = {**stated_args, **args}
     of_file = completed_cfg(name, cfg)
@@ -122,6 +118,14 @@ def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints)
         model = infer_from_shapes(name, args, of_file, header.tensors, bounded=True)
     model = replace(model, cfg_origins=dict.fromkeys(cfg, "file"))
     return _with_notes(model, first=f"architecture {name}, from config.json")
+
+
+def _check_hint(header: FileHeader, name: str, hints: ModelHints) -> None:
+    if hints.model is not None and split_tag(hints.model)[0] != name:
+        raise CheckpointError(
+            f"{show(header.path.parent)}: config.json says {name}, not {option_name('model', hints.model)}. "
+            f"Leave the option out, or give the weights file {header.path.name}"
+        )
 
 
 def _from_conversion(
@@ -137,12 +141,7 @@ def _from_conversion(
             raise CheckpointError(f"{error} (converted from {foreign.family.title}){advice}") from None
     else:
         name = spec.architecture
-        if hints.model not in (None, name):
-            raise CheckpointError(
-                f"{show(header.path.parent)}: config.json says {name}, not "
-                f"{option_name('model', hints.model)}. Leave the option out, or give the weights file "
-                f"{header.path.name}"
-            )
+        _check_hint(header, name, hints)
         cfg = completed_cfg(name, checked_pretrained_cfg(foreign.cfg))
         model = infer_from_shapes(name, {**spec.args, **args}, cfg, foreign.tensors, bounded=True)
         origins = dict.fromkeys(foreign.cfg, "file")

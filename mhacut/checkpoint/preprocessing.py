@@ -20,7 +20,6 @@ from mhacut.limits import LICENSE
 from mhacut.measuring.normalisation import Batches, better_normalisation
 from mhacut.options.base import PreprocessingOptions
 from mhacut.runtime.files import REMOTE
-from mhacut.surgery.find import patch_embedding
 from mhacut.surgery.flops import weightless
 
 Origin = Literal[
@@ -51,23 +50,14 @@ def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions
     """Return the preprocessing of the slim file or pretrained_cfg, changed by ``override``."""
     identity = checkpoint.identity
     built_for = checkpoint.input_size
-    # timm's patch embeddings refuse other sizes, or interpolate positions for them, by this flag.
-    strict = bool(getattr(patch_embedding(checkpoint.skeleton), "strict_img_size", False))
     stated = identity.pretrained_cfg
     if checkpoint.record is not None:
         # Images have the size at pruning time (--img-size), which may differ from the model's default.
         stated = checkpoint.record.preprocessing
         channels, height, width = stated["input_size"]
         built_for = (channels, height, width)
-    size = override.img_size
-    if size is not None and strict and built_for[1:] != (size, size):
-        raise UsageError(
-            f"{option_name('img_size', size)}: the model takes only images of {built_for[1]}x{built_for[2]}. "
-            f"Build the dense model with {option_name('model_args', {'img_size': size})} or "
-            f"{option_name('model_args', {'dynamic_img_size': True})}"
-        )
     resolved = Preprocessing.resolve(stated, built_for, override)
-    if size is not None and resolved.input_size != built_for:
+    if override.img_size is not None and resolved.input_size != built_for:
         _require_it_runs(checkpoint.skeleton, resolved.input_size, built_for)
     return resolved
 
@@ -83,7 +73,8 @@ def _require_it_runs(model: nn.Module, size: tuple[int, int, int], built_for: tu
         raise UsageError(
             f"{option_name('img_size', size[1])}: the model takes only images of "
             f"{built_for[1]}x{built_for[2]} ({why:.200}). Build the dense model with "
-            f"{option_name('model_args', {'img_size': size[1]})}"
+            f"{option_name('model_args', {'img_size': size[1]})} or "
+            f"{option_name('model_args', {'dynamic_img_size': True})}"
         ) from error
 
 

@@ -42,15 +42,6 @@ class SkippedValue:
         """Drop the attributes of the original."""
 
 
-class _Config:
-    """Stand-in for yacs' ``CfgNode``. torch restores no other subclass of dict."""
-
-    def __new__(cls, *_: object) -> Any:
-        made: Any = OrderedDict()
-        made.of_yacs = True  # which says how the checkpoint around it is made
-        return made
-
-
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
     """Return the allowed classes and the names they replace."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
@@ -61,7 +52,7 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
         argparse.Namespace,
         *((SkippedValue, name) for name in unread),
         (lambda *_: {}, "collections.defaultdict"),
-        (_Config, "yacs.config.CfgNode"),
+        (OrderedDict, "yacs.config.CfgNode"),  # torch restores no other subclass of dict
     ]
 
 

@@ -73,13 +73,14 @@ def unwrap(
     """
     names, prefixes = _without_wrappers(where, shapes)
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
-    left_out: dict[str, int] = {}
+    left_out: list[str] = []
     others: list[str] = []
     while not layers_only:
         groups = _grouped(names)
         for word in [word for word in groups if word != part and _is_for_training(word, groups[word])]:
             if len(groups) > 1:
-                _leave_out(left_out, word, groups.pop(word))
+                del groups[word]
+                left_out.append(word)
                 others += ["momentum_backbone"] if word == "momentum_backbone" else []
         requested = part is not None and part in groups and "" not in groups[part].values()
         chosen = part if requested else _network(where, groups)
@@ -88,8 +89,7 @@ def unwrap(
             break
         names = groups.pop(chosen)
         part = None if requested else part
-        for word, group in groups.items():
-            _leave_out(left_out, word, group)
+        left_out += groups
         others += [word for word in groups if word in _NETWORKS]
         prefixes.append(f"{chosen}.")
     if part is not None:
@@ -101,15 +101,14 @@ def unwrap(
 
 
 def _note(
-    read: Iterable[str], prefixes: Iterable[str], left_out: Mapping[str, int], others: Iterable[str]
+    read: Iterable[str], prefixes: Iterable[str], left_out: Iterable[str], others: Iterable[str]
 ) -> str | None:
     """Return the log line; None for a plain state dict."""
     notes = [f"read the part {part!r:.150} of the checkpoint" for part in read]
     if removed := "".join(prefixes):
         notes.append(f"removed the prefix {removed:.150} from the tensor names")
-    if left_out:
-        counts = [f"{name:.100} ({count})" for name, count in sorted(left_out.items())]
-        notes.append(f"left out {listed(counts, _MAX_NAMES)}")
+    if names := [f"{name:.100}" for name in sorted(left_out)]:
+        notes.append(f"left out {listed(names, _MAX_NAMES)}")
     if options := " or ".join(option_name("part", name) for name in others):
         notes.append(f"{options} reads another part")
     return "; ".join(notes) or None
@@ -178,10 +177,6 @@ def _is_nested(group: _Group) -> bool:
     return any("." in rest for rest in group.values())
 
 
-def _leave_out(left_out: dict[str, int], word: str, group: _Group) -> None:
-    left_out[word if "" in group.values() else f"{word}."] = len(group)
-
-
 def _is_for_training(word: str, group: _Group) -> bool:
     if "" in group.values():
         return _COUNTER.fullmatch(word) is not None
@@ -221,8 +216,6 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
 
 def _entry(where: str, checkpoint: Mapping[Any, Any]) -> str | None:
     """Return the entry with the state dict; None if ``checkpoint`` is one."""
-    if hasattr(checkpoint.get("config"), "of_yacs") and "model" in checkpoint:
-        return "model"  # the entry that scripts with yacs (Swin) evaluate
     states = {
         name: state for name, state in checkpoint.items() if isinstance(name, str) and _holds_weights(state)
     }

@@ -222,11 +222,7 @@ def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
 
 
 def timm_name(patterns: tuple[str, ...], args: Mapping[str, Any], **further: Any) -> str:
-    """Return the first name that timm has, else the last.
-
-    >>> timm_name(("beit_{size}_patch16_224", "beit_base_patch16_224"), {}, size="huge")
-    'beit_base_patch16_224'
-    """
+    """Return the first name that timm has, else the last."""
     names = [pattern.format_map({**args, **further}) for pattern in patterns]
     return next((name for name in names if known_model(name)), names[-1])
 
@@ -243,13 +239,7 @@ def vit_name(args: Mapping[str, Any], suffix: str = "") -> str:
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return a ratio with ``int(width * ratio) == hidden``, as timm computes it.
-
-    >>> mlp_ratio(3072, 768)
-    4.0
-    >>> int(1152 * mlp_ratio(4304, 1152))
-    4304
-    """
+    """Return a ratio with ``int(width * ratio) == hidden``, as timm computes it."""
     ratio = hidden / width
     # If the quotient rounds down, int(width * ratio) is 1 too small.
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

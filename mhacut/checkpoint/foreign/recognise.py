@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.foreign import libraries, transformers
-from mhacut.checkpoint.foreign.config import Config, image_side, label_names, transformers_cfg
+from mhacut.checkpoint.foreign.config import Config, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.family import Family, Shapes, TimmSpec, read_families
 from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
 from mhacut.checkpoint.header import FileHeader, TensorInfo
@@ -22,8 +22,6 @@ FAMILIES: dict[str, Family] = {
 }
 """Families by title, in the order of detection."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
-_SMALL_EPS = 5e-7
-"""A smaller norm epsilon is logged, because timm uses 1e-6."""
 
 
 @dataclass(frozen=True)
@@ -121,19 +119,16 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
         assert family.build is not None
         towers = (name for name in ("model_cfg", "vision_config") if name in config)
         spec = family.build(next((config.part(name) for name in towers), config), shapes)
-        cfg, notes = _cfg(processor, config, spec, shapes)
-        eps = config.get("layer_norm_eps", 1e-6)
-        if eps < _SMALL_EPS:
-            notes.append(f"layer_norm_eps {eps:g} becomes timm's 1e-06, which changes only tiny activations")
+        cfg = _cfg(processor, config, spec, shapes)
+        if processor is None and not spec.cfg and "preprocess_cfg" not in config:
+            notes.append(f"no preprocessor_config.json: uses the normalisation of timm's {spec.architecture}")
     left_out = family.described_as_left_out(header.tensors)
     if left_out:
         notes.append(f"left out: {', '.join(left_out)}")
     return Conversion(family, headless, tensors, spec, cfg, tuple(notes))
 
 
-def _cfg(
-    processor: Config | None, config: Config, spec: TimmSpec, shapes: Shapes
-) -> tuple[dict[str, Any], list[str]]:
+def _cfg(processor: Config | None, config: Config, spec: TimmSpec, shapes: Shapes) -> dict[str, Any]:
     channels = int(spec.args.get("in_chans", 3))
     side = spec.side or spec.args.get("img_size")
     cfg: dict[str, Any] = {"input_size": [channels, side, side]} if side is not None else {}
@@ -143,14 +138,7 @@ def _cfg(
         cfg["label_names"] = names
     cfg |= spec.cfg
     if "preprocess_cfg" in config:
-        return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}, []
-    if spec.cfg:
-        return cfg, []
-    if processor is None:
-        return cfg, [f"no preprocessor_config.json: uses the normalisation of timm's {spec.architecture}"]
-    cfg |= transformers_cfg(processor, channels)
-    stated = image_side(processor)
-    if stated is None or side is None or stated == side:
-        return cfg, []
-    note = f"preprocessor_config.json has images of {stated}x{stated}, the model uses {side}x{side}"
-    return cfg, [note]
+        return {**cfg, **preprocess_cfg(config.part("preprocess_cfg"))}
+    if spec.cfg or processor is None:
+        return cfg
+    return {**cfg, **transformers_cfg(processor, channels)}
