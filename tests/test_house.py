@@ -26,7 +26,7 @@ LINES = {
     "linalg": 764,
     "measuring": 815,
     "options": 1485,
-    "pruning": 4254,
+    "pruning": 4219,
     "report": 1030,
     "runtime": 910,
     "surgery": 2699,

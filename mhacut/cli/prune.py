@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,8 @@ if TYPE_CHECKING:
     from mhacut.commands.prune_attempt import TargetResult
     from mhacut.commands.prune_result import PruneResult
     from mhacut.measuring.accuracy import ModelFigures
-    from mhacut.pruning.preserve import OutputMetric
 
 _WIDTHS = ("layer", "kind", "heads", "dense_width", "width")
-_UNITS: Mapping[OutputMetric, str] = {
-    "answers": "nats",
-    "features": "of the features' variance",
-    "dense": "nats per token",
-}
-
-
 _USUAL = ("flops", "params", "size", "max_latency", "max_drop", "data_dir", "output", "effort", "scope")
 
 
@@ -74,13 +65,6 @@ def _text(result: PruneResult) -> str:
     lines = [*map(safe, result.verdict_lines()), "", safe_table(result.rows()), ""]
     if [target.name for target in result.targets] != ["flops"]:
         lines += map(_target, result.targets)
-    unit = _UNITS[result.metric]
-    if any(target.name in ("max_kl", "max_drop") for target in result.targets):
-        unit += " at these FLOPs"  # with a loss bound, constraints cost FLOPs
-    lines += [
-        f"{option_name(cost.name, cost.value)}: costs an estimated {cost.nats:.2g} {unit}"
-        for cost in result.constraints
-    ]
     if result.output is None:
         lines.append("dry run: no model was written")
     else:
@@ -131,10 +115,6 @@ def _document(result: PruneResult) -> dict[str, Any]:
         "architecture": result.architecture,
         "budget": result.budget,
         "targets": [target.to_json() for target in result.targets],
-        "constraints": [
-            {"option": cost.name, "value": cost.value, "nats": _finite(cost.nats)}
-            for cost in result.constraints
-        ],
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
         "divergence": _finite(result.divergence),

@@ -267,7 +267,6 @@ def _measure(
         preserved=source.preserved(held_out.preserved),
         metric=metric,
         targets=tuple(target.with_size(size) for target in attempt.reached),
-        constraints=planned.constraints,
         _model=slim,
         _files=output,
     )

@@ -25,7 +25,6 @@ from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import BOUNDS
 from mhacut.plan import Plan, UnitKey
 from mhacut.pruning.curves import Curve
-from mhacut.pruning.limits import Constraint
 from mhacut.pruning.paper.indicators import SearchStep
 from mhacut.pruning.planner import Planner
 from mhacut.pruning.preserve import OutputMetric
@@ -99,8 +98,6 @@ class PruneResult:
     """Preserved outputs: ``what``, with ``layers`` or ``levels`` if the user chose some."""
     targets: tuple[TargetResult, ...] = ()
     """Budgets and bounds with the reached amounts."""
-    constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths with their estimated cost; empty unless curves chose the widths."""
     advice: tuple[str, ...] = ()
     """Advice for losing less accuracy, or for a smaller file."""
     _model: nn.Module | None = field(default=None, compare=False)

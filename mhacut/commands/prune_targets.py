@@ -79,7 +79,7 @@ def options_of_lowest(job: Job) -> str:
         named.append(("scope", "attention+mlp" if mlp else "attention"))
     if isinstance(job.options, PruneOptions) and job.options.as_ == "timm":  # the others have no such options
         named += [("round_to", job.round_to)] if job.round_to > 1 else []
-        named += [(name, value) for name, value, _ in job.constraints.without_each()]
+        named += job.constraints
     options = [option_name(*each) for each in named]
     return f" with {', '.join(options[:-1])}{' and ' * (len(options) > 1)}{options[-1]}" if options else ""
 

@@ -16,9 +16,9 @@ from itertools import pairwise, product
 from typing import NamedTuple
 
 from mhacut.plan import UnitKey
-from mhacut.pruning.curves import Curve, divergence_by_cut
+from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Choices, Constraint, Limit, Limits, keeps, qk_and_v
+from mhacut.pruning.limits import Choices, Limit, Limits, keeps, qk_and_v
 from mhacut.surgery.costs import CostTable
 
 Widths = Mapping[UnitKey, int]
@@ -47,19 +47,6 @@ def job_widths(
     """Return the widths of least total error within the limits and the constraints of the job."""
     equal, within = job.constraints.equal_qkv, job.limits_on_widths(limits, table)
     return cheapest_widths(curves, job.allowed, within, close_gap=close_gap, equal=equal)
-
-
-def costs_of_constraints(
-    job: Job, limits: Limits, curves: Curves, widths: Widths, table: CostTable
-) -> tuple[Constraint, ...]:
-    """Estimate for each constraint how much divergence its removal would save."""
-    expected = divergence_by_cut(total_error(curves, widths), job.dense)
-    costs = []
-    for name, value, others in job.constraints.without_each():
-        freer = job_widths(replace(job, constraints=others), limits, curves, table, close_gap=False)
-        saved = expected - divergence_by_cut(total_error(curves, freer), job.dense)
-        costs.append(Constraint(name, value, max(saved, 0.0)))
-    return tuple(costs)
 
 
 def uniform_widths(choices: Choices, limits: Limits) -> dict[UnitKey, int]:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -52,8 +52,7 @@ _DENSE_SCALE = 100
 """Factor from divergences of logits to those of dense features, whose channels each add nats."""
 
 
-@dataclass(frozen=True)
-class MergeChoice:
+class MergeChoice(NamedTuple):
     merged: Schedule
     table: CostTable
     """FLOPs of the model with these merges."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 from mhacut.errors import UsageError, option_name
 from mhacut.measuring.predicted_time import TimeCurve
@@ -74,16 +73,6 @@ Choices = Mapping[UnitKey, Sequence[int]]
 
 
 @dataclass(frozen=True)
-class Constraint:
-    name: str
-    """Name of the option that set the constraint, such as ``min_width``."""
-    value: str | bool | int
-    nats: float
-    """Estimated increase of the divergence due to the constraint, by the sensitivity curves: in nats where
-    answers are preserved, in the unit of ``PruneResult.metric`` otherwise."""
-
-
-@dataclass(frozen=True)
 class Constraints:
     """Units that are not cut, least widths, and widths that are equal.
 
@@ -134,14 +123,12 @@ class Constraints:
                     left[key] = left[key][-1:]
         return left
 
-    def without_each(self) -> Iterator[tuple[str, str | bool, Constraints]]:
-        for name in ("exclude", "min_width"):
-            values: tuple[str, ...] = getattr(self, name)
-            for value in values:
-                others: Any = {name: tuple(other for other in values if other != value)}
-                yield name, value, replace(self, **others)
+    def __iter__(self) -> Iterator[tuple[str, str | bool]]:
+        """Yield the option and the value of each constraint."""
+        yield from (("exclude", pattern) for pattern in self.exclude)
+        yield from (("min_width", text) for text in self.min_width)
         if self.equal_qkv:
-            yield "equal_qkv", True, replace(self, equal_qkv=False)
+            yield "equal_qkv", True
 
 
 NO_CONSTRAINTS = Constraints()

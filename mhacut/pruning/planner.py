@@ -10,13 +10,13 @@ from torch import nn
 
 from mhacut.measuring.predicted_time import TimeCurve, TimeTable
 from mhacut.plan import Plan, TokenPlan, UnitKey, Unmerge
-from mhacut.pruning.allocate import costs_of_constraints, job_widths, total_error, uniform_widths
+from mhacut.pruning.allocate import job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
 from mhacut.pruning.choose_merges import MergeSearch
 from mhacut.pruning.curves import Curve, divergence_by_cut, sensitivity_curves
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Constraint, Limit, Limits
+from mhacut.pruning.limits import Limit, Limits
 from mhacut.pruning.merge_law import Schedule
 from mhacut.pruning.paper.indicators import SearchStep, search
 from mhacut.pruning.repair import ReconstructedModel, reconstruct
@@ -38,8 +38,6 @@ class Planned:
     merged: Schedule = ()
     unmerge: Unmerge = False
     """Whether merged tokens are copied back to their patches."""
-    constraints: tuple[Constraint, ...] = ()
-    """Constraints on widths, each with its estimated cost. Empty unless curves chose the widths."""
 
     @property
     def plan(self) -> Plan:
@@ -104,10 +102,7 @@ class Planner:
         self.reporter.start("repairing")
         plan = Plan(tuple(candidates[unit.key][0].plan(widths[unit.key]) for unit in job.units))
         ready = reconstruct(job, self.calibration, plan, candidates)
-        costs: tuple[Constraint, ...] = ()
-        if curves:
-            costs = costs_of_constraints(job, limits, curves, widths, table)
-        return Planned(ready, curves, (), table, merged, job.unmerge, costs)
+        return Planned(ready, curves, (), table, merged, job.unmerge)
 
     def expected_divergence(self, limits: Limits) -> float:
         """Return the predicted divergence in nats of a plan within ``limits``."""

@@ -111,7 +111,7 @@ def test_of_a_single_patch_nothing_is_merged():
 def test_dense_features_have_merges_up_to_the_most(model):
     """Their divergence is far larger than that of answers; 4.9 is the level of a DINOv2-S."""
     job = replace(job_of(model, image(VIT, batch=2), counted=True), unmerge=True)
-    merged = [sum(each) for each in MergeSearch(job, None, replace(TYPICAL, level=4.9)).schedules]
+    merged = [sum(each) for each in MergeSearch(job, None, TYPICAL._replace(level=4.9)).schedules]
     assert merged[-2] > 0.7 * merged[-1]
 
 

@@ -78,9 +78,8 @@ def test_equal_widths_are_equal_whatever_they_cost():
 
 
 @pytest.mark.slow
-def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_path):
+def test_constraints_hold_in_the_file(tiny_vit, tmp_path):
     free = prune(tiny_vit, tmp_path / "free.safetensors", round_to=4)
-    assert free.constraints == ()
     cut = [unit for unit in free.plan if not unit.keeps_all]
     whole, wider = cut[0], cut[-1]
     least = wider.dense_width - 4
@@ -93,20 +92,6 @@ def test_constraints_hold_in_the_file_and_their_cost_is_stated(tiny_vit, tmp_pat
     assert widths[wider.key] >= least
     assert result.slim.flops <= result.budget
 
-    def expected(one):  # the law that merges are weighed against channels by
-        return 6.9 * sum(free.curves[key][width] for key, width in one.plan.widths().items()) ** 1.22
-
-    assert [(one.name, one.value) for one in result.constraints] == [
-        ("exclude", names[0]),
-        ("min_width", f"{names[1]}={least}"),
-    ]
-    # Without the other constraint each saves at most what both cost, but for the last step.
-    both = expected(result) - expected(free)
-    assert both > 0
-    nats = [one.nats for one in result.constraints]
-    assert all(0 <= each <= 1.05 * both + 1e-12 for each in nats)
-    assert sum(nats) > 0.2 * both
-
 
 @pytest.mark.slow
 def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
@@ -115,8 +100,6 @@ def test_equal_widths_hold_in_the_file(tiny_vit, tmp_path):
     pairs = [(widths[layer, "qk"], widths[layer, "v"]) for layer, kind in widths if kind == "v"]
     assert all(qk == v for qk, v in pairs)
     assert any(v < 16 for _, v in pairs)
-    (constraint,) = result.constraints
-    assert (constraint.name, constraint.value) == ("equal_qkv", True)
 
 
 def test_equal_widths_need_curves(tiny_vit, tmp_path):
@@ -145,23 +128,6 @@ def test_constraints_are_flags(tiny_vit, tmp_path):
     assert widths["blocks.1.mlp", "hidden"] == 192
     assert widths["blocks.0.attn", "v"] == 16
     assert min(width for (_, kind), width in widths.items() if kind == "qk") >= 8
-    assert [(one["option"], one["value"]) for one in document["constraints"]] == [
-        ("exclude", "blocks.1.mlp"),
-        ("exclude", "blocks.0.attn.v"),
-        ("min_width", "*.qk=8"),
-    ]
-    text = run("prune", *tiny_vit.flags, "--flops", "80%", "--dry-run", *flags, "--equal-qkv", *FAST).stdout
-    assert re.search(r"^--exclude blocks.1.mlp: costs an estimated \S+ nats$", text, re.MULTILINE)
-    assert re.search(r"^--equal-qkv: costs an estimated \S+ nats$", text, re.MULTILINE)
-
-
-@pytest.mark.slow
-def test_under_a_bound_on_the_loss_a_cost_is_that_at_the_same_flops(tiny_vit):
-    """The bound holds with the constraint and without it: what it costs then is FLOPs, not divergence."""
-    flags = ["--max-kl", "0.5", "--exclude", "blocks.1.mlp", "--dry-run"]
-    text = run("prune", *tiny_vit.flags, *flags, *FAST).stdout
-    found = r"^--exclude blocks.1.mlp: costs an estimated \S+ nats at these FLOPs$"
-    assert re.search(found, text, re.MULTILINE), text
 
 
 @pytest.mark.slow
