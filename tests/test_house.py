@@ -15,15 +15,15 @@ import mhacut
 PACKAGE = Path(mhacut.__file__).parent
 LINES = {
     "adapters": 3600,
-    "checkpoint": 4732,
+    "checkpoint": 4730,
     "cli": 1330,
     "commands": 3689,
     "data": 1340,
     "exporting": 1290,
     "finetuning": 1865,
     "flatten": 1361,
-    "inspection": 574,
-    "linalg": 764,
+    "inspection": 551,
+    "linalg": 762,
     "measuring": 815,
     "options": 1485,
     "pruning": 4219,

@@ -10,8 +10,7 @@ import argparse
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.foreign.config import IMAGENET_CFG
@@ -33,8 +32,7 @@ _OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?"
 POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
 
 
-@dataclass(frozen=True)
-class Training:
+class Training(NamedTuple):
     model: str | None
     """Name in timm, with the tag of the initial weights if there is one."""
     origin: str

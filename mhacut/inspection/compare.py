@@ -79,8 +79,6 @@ class LayerComparison:
     """||slim - dense|| / ||dense|| of the layer's output if both layers get the input of the dense layer."""
     error: float
     """||slim - dense|| / ||dense|| of the layer's output in each model, with errors of earlier layers."""
-    agreement: float
-    """Mean over tokens of the cosine between the outputs of the layer in each model."""
     tokens: int = 0
     """Number of tokens per image that the layer of the slim model computes."""
 
@@ -159,9 +157,8 @@ def compare(
                 family=layer.adapter.family,
                 widths={unit.kind: (unit.width, cut.width) for unit, cut in both},
                 flops=(flops[0].get(layer.name, 0), flops[1].get(layer.name, 0)),
-                own_error=tally.own_error,
-                error=tally.error,
-                agreement=tally.agreement,
+                own_error=_relative(tally.own_square_error, tally.square),
+                error=_relative(tally.square_error, tally.square),
                 tokens=tally.tokens // len(images),
             )
         )
@@ -186,7 +183,7 @@ class _Tally:
 
     def __init__(self, channel_dim: int) -> None:
         self.channel_dim = channel_dim
-        self.square = self.own_square_error = self.square_error = self.cosines = 0.0
+        self.square = self.own_square_error = self.square_error = 0.0
         self.tokens = 0
 
     def add_own(self, dense: Any, slim: Any) -> None:
@@ -195,26 +192,11 @@ class _Tally:
         self.own_square_error += float((slim - dense).double().square().sum())
 
     def add(self, dense: Any, slim: Any) -> None:
-        expected, actual = (
-            _first(side).movedim(self.channel_dim, -1).flatten(0, -2).double() for side in (dense, slim)
-        )  # (tokens, channels)
+        expected, actual = _first(dense).double(), _first(slim).double()
         self.square += float(expected.square().sum())
         # Sums, so that memory holds outputs for 1 batch only.
         self.square_error += float((actual - expected).square().sum())
-        self.cosines += float(torch.cosine_similarity(expected, actual, dim=-1, eps=1e-30).sum())
-        self.tokens += len(expected)
-
-    @property
-    def own_error(self) -> float:
-        return _relative(self.own_square_error, self.square)
-
-    @property
-    def error(self) -> float:
-        return _relative(self.square_error, self.square)
-
-    @property
-    def agreement(self) -> float:
-        return self.cosines / max(self.tokens, 1)
+        self.tokens += expected.numel() // expected.shape[self.channel_dim]
 
 
 def _first(output: Any) -> Any:

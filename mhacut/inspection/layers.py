@@ -31,21 +31,16 @@ from mhacut.text import dtype_name
 class HeadFindings:
     similarity: float
     """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 if none are similar."""
-    rank90: int
-    """Number of principal channels with 90 % of the energy of the logits (qk) or of the head's output (v)."""
     rank99: int
-    """Number of principal channels with 99 % of this energy."""
+    """Number of principal channels with 99 % of the energy of the logits (qk) or of the head's output (v)."""
 
 
 def describe_heads(
     module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor
 ) -> tuple[HeadFindings, ...]:
     """Describe each head of ``unit``; ``similarity`` [H, d] is that of a channel to others of its head."""
-    energies = _energies(module, unit, moments)  # (H, d)
-    rank90, rank99 = (effective_rank(energies, share).tolist() for share in (0.90, 0.99))
-    return tuple(
-        HeadFindings(float(similarity[head].mean()), rank90[head], rank99[head]) for head in range(unit.heads)
-    )
+    ranks = effective_rank(_energies(module, unit, moments), 0.99)  # (H)
+    return tuple(map(HeadFindings, similarity.mean(-1).tolist(), ranks.tolist()))
 
 
 def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:

@@ -9,7 +9,7 @@ channel scales of arXiv 2405.20867 are the diagonal case.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +24,7 @@ _NOTHING = 1e-150
 """Minimum mean variance, so that the ridge of a zero head is invertible."""
 
 
-@dataclass(frozen=True)
-class Refit:
+class Refit(NamedTuple):
     """Refit of the output columns, W_S += W_P B and bias += W_P c, or of the logits, q_S C k_S^T."""
 
     matrix: Tensor

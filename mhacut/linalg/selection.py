@@ -8,7 +8,7 @@ moment of the channels. For qk, the same method applies to the logits, with q an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,7 @@ DENSE_ENOUGH = 0.9
 """Compact the matrices when this share of rows is left."""
 
 
-@dataclass(frozen=True)
-class Ranking:
+class Ranking(NamedTuple):
     """Order of the channels of each head, the last removed first."""
 
     order: Tensor

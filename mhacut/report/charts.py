@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from xml.etree import ElementTree
 from xml.etree.ElementTree import Element, SubElement
 
@@ -29,8 +30,7 @@ _EQUAL = 1e-4
 """Relative difference below which an axis treats values as equal: numbers have at most 7 characters."""
 
 
-@dataclass(frozen=True)
-class Share:
+class Share(NamedTuple):
     """A bar that is filled by a share."""
 
     value: float

@@ -20,7 +20,6 @@ COMPARISON_NOTES = (
     "ratio: the layer's FLOPs in the pruned model divided by its FLOPs in the dense model",
     "error: relative error of the layer's output in the pruned model",
     "own error: the same, if the layer receives the dense model's input",
-    "agree: mean cosine similarity of a token's outputs in both models",
 )
 """Meaning of the columns of :func:`comparison_rows`."""
 
@@ -42,7 +41,7 @@ def layer_rows(layers: Sequence[LayerReport], *, by_head: bool = False) -> list[
 
 def comparison_rows(layers: Sequence[LayerComparison]) -> list[list[str]]:
     """Return headings, and a row per layer."""
-    rows = [["layer", "tokens", "widths", "FLOPs", "ratio", "own error", "error", "agree"]]
+    rows = [["layer", "tokens", "widths", "FLOPs", "ratio", "own error", "error"]]
     for layer in layers:
         before, after = layer.flops
         rows.append(
@@ -54,7 +53,6 @@ def comparison_rows(layers: Sequence[LayerComparison]) -> list[list[str]]:
                 percent(after / before) if before else "",
                 f"{layer.own_error:.3f}",
                 f"{layer.error:.3f}",
-                f"{layer.agreement:.4f}",
             ]
         )
     return filled_columns(rows)

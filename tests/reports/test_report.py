@@ -268,7 +268,7 @@ def test_bars_of_a_block_are_its_tokens_and_widths(contents):
     """A block's attention and MLP stand in one row; tokens only where some are merged."""
     layers = contents.inspection.layers
     compared = tuple(
-        LayerComparison(layer.name, layer.family, {}, (5, 3), 0.1, 0.2, 0.9, 10 - index)
+        LayerComparison(layer.name, layer.family, {}, (5, 3), 0.1, 0.2, 10 - index)
         for index, layer in enumerate(layers)
     )
     comparison = Comparison("dense", (10, 8), (4, 3), compared, 1.0, 0.1, 8, "images")
