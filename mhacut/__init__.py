@@ -98,7 +98,7 @@ register_with_timm()  # for timm.create_model("flatten_swin_tiny_224")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

@@ -55,7 +55,7 @@ def test_keywords_of_bench_are_its_options():
 
 def test_every_public_name_is_there():
     assert all(getattr(mhacut, name) is not None for name in mhacut.__all__)
-    assert set(mhacut.__all__) <= set(dir(mhacut))
+    assert set(dir(mhacut)) == set(mhacut.__all__)
     assert (Path(mhacut.__file__).parent / "py.typed").exists()
 
 
