@@ -50,16 +50,14 @@ def _file_header(path: Path, part: str | None = None) -> FileHeader:
 
 def _named(header: FileHeader) -> FileHeader:
     """Rename tensors to the model's names and drop tensors outside the model."""
-    if METADATA_KEY in header.metadata:
-        return dataclasses.replace(header, names={name: name for name in header.tensors})
     of_timm = header.config is None or "architecture" in header.config
+    if METADATA_KEY in header.metadata or not of_timm:
+        return dataclasses.replace(header, names={name: name for name in header.tensors})
     requested_part = (
         None if header.requested_part in (header.part or "").split(".") else header.requested_part
     )
     parts = () if header.part is None else (header.part, *header.other_parts)
-    names, note = unwrap(
-        show(header.path), header.shapes, part=requested_part, parts=parts, layers_only=not of_timm
-    )
+    names, note = unwrap(show(header.path), header.shapes, part=requested_part, parts=parts)
     adapter = next((file for file, name in names.items() if _OF_ADAPTER.search(name)), None)
     if adapter is not None:
         raise CheckpointError(

@@ -96,24 +96,14 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
 def _with_visible_args(
     identity: ModelIdentity, tensors: Tensors
 ) -> tuple[nn.Module, tuple[InferredArg, ...]]:
-    given = args = identity.model_args
-    try:
-        model = build_skeleton(identity)
-    except CheckpointError:
-        # The given num_heads may divide the file's width but not the default width.
-        args = {name: value for name, value in given.items() if name != "num_heads"}
-        if args == given:
-            raise
-        model = build_skeleton(dataclasses.replace(identity, model_args=args))
+    model, given = build_skeleton(identity), identity.model_args
     inferred = visible_args(model, _shapes_for(model, tensors), given)
-    further = {**given, **{name: value for name, value, _ in inferred}}
-    if further == args:
+    if not inferred:
         return model, ()
+    args = {**given, **{name: value for name, value, _ in inferred}}
     try:
-        return build_skeleton(dataclasses.replace(identity, model_args=further)), inferred
+        return build_skeleton(dataclasses.replace(identity, model_args=args)), inferred
     except CheckpointError:
-        if args != given:
-            raise
         return model, ()  # whoever compares the tensors says what differs
 
 

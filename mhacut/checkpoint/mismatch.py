@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,7 +10,7 @@ from mhacut.checkpoint.fingerprints import exact_matches
 from mhacut.checkpoint.header import FLOAT_DTYPES, TensorInfo
 from mhacut.checkpoint.identity import ModelIdentity
 from mhacut.checkpoint.record import SAVE_SLIM_ADVICE
-from mhacut.checkpoint.visible_args import is_cut, is_foreign, visible_args, visible_classes, visible_img_size
+from mhacut.checkpoint.visible_args import is_cut, is_foreign
 from mhacut.errors import CheckpointError, option_name
 from mhacut.text import dtype_name, listed
 
@@ -67,24 +66,9 @@ def check_tensors(
     if stated:
         lines.append("  metadata and tensors do not match: the file is damaged. Prune the dense model again")
     else:
-        lines += _hints(expected, file_shapes)
+        stated_args = option_name("model_args", {"KEY": "VALUE"})
+        lines.append(f"  give all arguments that differ from the model's defaults: {stated_args}")
         if is_cut(file_shapes):
             lines.append(f"  seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}")
     lines += [f"  names and shapes are those of {models}"] if models else []
     raise CheckpointError("\n".join(lines))
-
-
-def _hints(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return a line with the arguments that the shapes show."""
-    # Without given arguments: they may be wrong. A width needs a number of heads, which shapes do not show.
-    shown = [*visible_args(model, shapes, {"num_heads": None}), visible_classes(model, shapes)]
-    size = visible_img_size(model, shapes)
-    shown += [] if size is None else [size]
-    differing = [arg for arg in shown if arg[1] != getattr(model, arg[0], None)]
-    if not differing:
-        return []
-    args = {name: value for name, value, _ in differing}
-    if "embed_dim" in args:
-        args["num_heads"] = "N"
-    origins = "; ".join(f"{name} {value}, from {origin}" for name, value, origin in differing)
-    return [f"  shapes show {origins}: try {option_name('model_args', args)}"]

@@ -65,7 +65,6 @@ def unwrap(
     *,
     part: str | None = None,
     parts: Sequence[str] = (),
-    layers_only: bool = False,
 ) -> tuple[dict[str, str], str | None]:
     """Return tensor names in the file, mapped to names in the model, and a log line.
 
@@ -75,7 +74,7 @@ def unwrap(
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
     left_out: list[str] = []
     others: list[str] = []
-    while not layers_only:
+    while True:
         groups = _grouped(names)
         for word in [word for word in groups if word != part and _is_for_training(word, groups[word])]:
             if len(groups) > 1:

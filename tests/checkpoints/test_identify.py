@@ -116,18 +116,18 @@ def test_an_unknown_model_name_gets_close_matches(dense):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"depth": 4}, ["24 missing, 0 unexpected, 0 of another shape", "try model_args={'depth': 2}"]),
+        ({"depth": 4}, ["24 missing, 0 unexpected, 0 of another shape", "model_args={'KEY': 'VALUE'}"]),
         ({"depth": 1}, ["0 missing, 12 unexpected, 0 of another shape"]),
         (
             {"patch_size": 16},
-            ["try model_args={'patch_size': 8}", "expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
+            ["expected [48, 3, 16, 16], found [48, 3, 8, 8]"],
         ),
-        ({"img_size": 64}, ["1 of another shape", "try model_args={'img_size': 32}"]),
-        ({"num_classes": 5}, ["2 of another shape", "try model_args={'num_classes': 10}"]),
+        ({"img_size": 64}, ["1 of another shape"]),
+        ({"num_classes": 5}, ["2 of another shape"]),
         ({"global_pool": "avg"}, ["missing: 'fc_norm.weight', 'fc_norm.bias'"]),
     ],
 )
-def test_shapes_that_do_not_fit_are_counted_and_hinted_at(dense, changes, says):
+def test_shapes_that_do_not_fit_are_counted(dense, changes, says):
     message = refusal(dense[1], model=NAME, model_args={**ARGS, **changes})
     assert "its tensors do not fit vit_tiny_patch16_224" in message
     assert all(text in message for text in says), message
