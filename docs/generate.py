@@ -43,7 +43,7 @@ NAMES: Mapping[str, Sequence[str]] = {
     "Plan": ("Plan",),
     "Errors": (
         *("MhacutError", "UsageError", "CheckpointError", "UnsupportedModelError", "PlanError"),
-        *("BudgetError", "DataError", "OutputError", "Interrupted"),
+        *("BudgetError", "DataError", "OutputError"),
     ),
 }
 """Public names of the package, by the headings of their page."""

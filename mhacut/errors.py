@@ -39,10 +39,6 @@ class OutputError(MhacutError):
     """A file that cannot be written, or must not be overwritten."""
 
 
-class Interrupted(MhacutError):
-    """A run that stopped on a signal and saved its state. The command line exits with 130."""
-
-
 class PeerFailed(MhacutError):
     """Another process of the run failed and reports the reason."""
 

@@ -13,13 +13,13 @@ import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import typer
 
 from mhacut._version import __version__
 from mhacut.errors import (
-    Interrupted,
     MhacutError,
     OptionWriter,
     OutputError,
@@ -147,13 +147,13 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
     """
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
-    with options_written_by(writer), _library_logs(console), _sigterm_as_interrupt():
+    with options_written_by(writer), _library_logs(console), _quiet_interrupts():
         try:
             yield
-        except (KeyboardInterrupt, Interrupted) as error:
+        except KeyboardInterrupt:
             code = INTERRUPTED
             if console.rank == 0:  # all processes stop for the same reason
-                console.error(str(error) or "interrupted; no incomplete file was left")
+                console.error("interrupted; no incomplete file was left")
         except PeerFailed:
             code = FAILED  # the failed process reports the error
             time.sleep(_SECONDS_TO_SAY_WHY)
@@ -184,18 +184,31 @@ def _out_of_memory(error: Exception, known: Collection[str]) -> str:
 
 
 @contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, unless a handler is installed or the run has several processes."""
+def _quiet_interrupts() -> Iterator[None]:
+    """Handle SIGTERM like Ctrl-C, and let both end workers quietly, unless the run has several processes."""
     # A process that waits for other processes in a collective operation would not see the exception.
-    ours = threading.current_thread() is threading.main_thread() and world_size() == 1
-    if not ours or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+    if threading.current_thread() is not threading.main_thread() or world_size() > 1:
         yield
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+    command = os.getpid()
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        # Terminals and schedulers send the signal also to the workers of a DataLoader, which are forks.
+        if os.getpid() != command:
+            os._exit(INTERRUPTED)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises when a worker ends
+        raise KeyboardInterrupt
+
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    replaced = {number: handler for number, handler in usual.items() if signal.getsignal(number) is handler}
+    for number in replaced:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in replaced.items():
+            signal.signal(number, handler)
 
 
 class _ToConsole(logging.Handler):

@@ -18,7 +18,6 @@ from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import takes_keywords
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
-from mhacut.runtime.process import stop_request
 from mhacut.runtime.progress import Reporter, Reporting, Silent, reporting
 
 
@@ -50,7 +49,6 @@ def finetune(
         options: options of the command line; ``help()`` lists them below.
 
     Raises:
-        Interrupted: the run was asked to stop; everything is saved.
         MhacutError: one of its kinds, in :mod:`mhacut.errors`.
     """
     values = options if checkpoint is None else {"checkpoint": checkpoint, **options}
@@ -73,7 +71,7 @@ def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult
         try:
             return _finetune(run)
         finally:
-            run.release()
+            run.trainer.disconnect()
 
 
 def _finetune(run: Run) -> FinetuneResult:
@@ -82,8 +80,7 @@ def _finetune(run: Run) -> FinetuneResult:
     run.trainer.connect()
     if run.progress.step < run.total_steps:
         run.reporter.log(f"training on {run.images.description}")
-    with stop_request() as run.stop:
-        images_per_second = train(run)
+    images_per_second = train(run)
     output = run.folder.file(BEST if run.progress.best is not None else LAST)
     after, losses = None, None
     if run.validation is None and run.progress.start is not None and run.progress.best is not None:

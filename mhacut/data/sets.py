@@ -29,7 +29,7 @@ from mhacut.data.reading import (
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions, LabelledImages
-from mhacut.runtime.process import ignore_signals, worker_count
+from mhacut.runtime.process import worker_count
 from mhacut.text import listed
 
 
@@ -237,7 +237,6 @@ class EvaluationLoader:
             batch_size=batch_size,
             num_workers=workers,
             collate_fn=collate,
-            worker_init_fn=ignore_signals,
         )
 
     def __len__(self) -> int:

@@ -11,8 +11,7 @@ import csv
 import io
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.limits import is_int
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
-from mhacut.runtime.files import REMOTE, check_output, lock_directory, reason_alone, stem_of, write_file
+from mhacut.runtime.files import REMOTE, check_output, reason_alone, stem_of, write_file
 
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
@@ -77,23 +76,14 @@ class RunFolder:
                 f"{option_name('overwrite', True)}"
             )
 
-    def lock(self) -> int | None:
-        """Create and lock the folder; return the lock, or None where locks are not supported."""
-        with self._writing():
+    def clear(self) -> None:
+        """Create the folder, or remove the files of an earlier run, and no other files."""
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
-            try:
-                return lock_directory(self.path)
-            except BlockingIOError:
-                raise OutputError(
-                    f"{self.path}: another process is writing a run there; wait for its end, or "
-                    f"choose another folder ({option_name('output')})"
-                ) from None
-
-    def remove_run(self) -> None:
-        """Remove the files of an earlier run, and no other files."""
-        with self._writing():
             for name in self._files():
                 shutil.rmtree(self.file(name)) if name == TENSORBOARD else self.file(name).unlink()
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def write_arguments(self, options: FinetuneOptions) -> None:
         """Write the options as YAML for ``--config``, with absolute paths."""
@@ -155,13 +145,6 @@ class RunFolder:
     def _files(self) -> list[str]:
         """Return the names of run files in the folder."""
         return [name for name in _FILES if self.file(name).exists()]
-
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
 
 def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:

@@ -26,7 +26,6 @@ from mhacut.data.sets import open_split
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
-from mhacut.runtime.process import ignore_signals
 
 _MAX_TRIES = 10
 """Maximum number of images tried for a place in a batch."""
@@ -242,7 +241,6 @@ def training_loader(
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
-        worker_init_fn=ignore_signals,
     )
     for stacked, labels, unreadable in iter(loader):
         if len(stacked) < len(labels):

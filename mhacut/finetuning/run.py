@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from threading import Event
 
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import warn_of_slow_amp
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import REMOTE, unlock
+from mhacut.runtime.files import REMOTE
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
@@ -67,23 +66,13 @@ class Run:
     not needed or too few."""
     teacher_sha256: str | None
     progress: Progress = field(default_factory=Progress)
-    lock: int | None = None
-    """Lock of the folder, in the first process."""
     targets: list[Tensor | None] = field(default_factory=list)
     """Teacher outputs for each batch of held-out images, computed when first needed."""
-    stop: Event = field(default_factory=Event)
-    """Set when a signal asks to stop."""
 
     @property
     def images_per_step(self) -> int:
         """Number of images of a step over all processes."""
         return self.batches.batch_size * self.batches.parts
-
-    def release(self) -> None:
-        """Unlock the folder and release the process group."""
-        unlock(self.lock)
-        self.lock = None
-        self.trainer.disconnect()
 
     def measure(self, model: nn.Module) -> Evaluation:
         """Return the accuracy of ``model`` on the validation images. Every process must call this."""

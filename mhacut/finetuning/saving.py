@@ -31,13 +31,10 @@ def start(run: Run) -> None:
     """Begin a new run, or restore the saved state of a resumed run. Every process must call this."""
     resuming, state = run.options.resume is not None, None
     with run.processes.fail_together():
-        if run.processes.first:
-            run.lock = run.folder.lock()
-            if not resuming:
-                # Checked before, but another process may have written there until the lock was taken.
-                run.folder.check_new(run.options)
-                run.folder.remove_run()
-                run.folder.write_arguments(run.options)
+        if run.processes.first and not resuming:
+            run.folder.check_new(run.options)
+            run.folder.clear()
+            run.folder.write_arguments(run.options)
         if resuming:  # every process reads the file: 3 models are faster to read than to send
             state = run.folder.read_state()
             if state is not None:

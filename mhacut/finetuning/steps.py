@@ -13,7 +13,7 @@ from itertools import islice
 from shlex import quote
 from typing import Any
 
-from mhacut.errors import Interrupted, MhacutError, option_name
+from mhacut.errors import MhacutError, option_name
 from mhacut.finetuning.folder import BEST, TENSORBOARD
 from mhacut.finetuning.held_out import measured_score, parts_of
 from mhacut.finetuning.images import Batch
@@ -31,7 +31,12 @@ def train(run: Run) -> float:
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
     with closing(loader), Logs(run) as logs:
-        return _take_steps(run, loader, logs)
+        try:
+            return _take_steps(run, loader, logs)
+        except KeyboardInterrupt:
+            stopped = f"stopped after step {run.progress.step} of {run.total_steps}"
+            run.reporter.log(f"{stopped}. Continue from the last save with: {_resume_command(run)}")
+            raise
 
 
 def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
@@ -43,8 +48,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         # Lazily: the next part is read while the network works on this one.
         batches = _log_unreadable(run, islice(loader, options.grad_accum_steps))
         loss, count = run.trainer.step(progress.step, batches)
-        # All processes stop after the same step, also if only 1 received the signal.
-        loss, seen, stop = run.processes.total([loss, count, float(run.stop.is_set())])
+        loss, seen = run.processes.total([loss, count])
         _check_finite(run, loss)
         progress.add_step(loss, int(seen))
         seconds += time.perf_counter() - began
@@ -56,18 +60,11 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         # With --steps, the last epoch may be incomplete; it is summarised like others.
         if step % per_epoch == 0 or progress.step == run.total_steps:
             _end_epoch(run, logs)
-            # A signal may have arrived during the measurement.
-            (stop,) = run.processes.total([float(run.stop.is_set())])
             run.reporter.start("training")
-        elif stop or (options.save_every and progress.step % options.save_every == 0):
+        elif options.save_every and progress.step % options.save_every == 0:
             save(run)
             so_far = progress.epoch_loss / progress.epoch_images
             run.reporter.log(f"step {progress.step}: loss {so_far:.4f} so far in this epoch; saved")
-        if stop:
-            raise Interrupted(
-                f"stopped after step {progress.step} of {run.total_steps}; the run is saved. "
-                f"{_resume_command(run)}"
-            )
     return images / seconds if seconds else 0.0
 
 
@@ -106,7 +103,7 @@ def _resume_command(run: Run) -> str:
     size, launcher = run.processes.size, ""
     if size > 1:
         launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
-    return f"Continue with: {launcher}mhacut finetune --resume {quote(str(run.folder.path))}"
+    return f"{launcher}mhacut finetune --resume {quote(str(run.folder.path))}"
 
 
 def _end_epoch(run: Run, logs: Logs) -> None:

@@ -21,7 +21,6 @@ from mhacut.pruning.distill import minimise
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import FITTED_IMAGES, Preserved
 from mhacut.runtime.device import ordered_attention
-from mhacut.runtime.process import ignore_signals
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.merging_blocks import unmerged
 from mhacut.surgery.tokens import stack_of
@@ -191,7 +190,6 @@ def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> 
         batch_sampler=order[: count * size].view(count, size).tolist(),
         collate_fn=collate,
         num_workers=job.workers,
-        worker_init_fn=ignore_signals,
     )
     for batch, _, bad in iter(loader):
         if not len(batch):

@@ -1,20 +1,16 @@
-"""Checks of input and output paths, atomic writes, and locks. Imports nothing slow."""
+"""Checks of input and output paths, and atomic writes. Imports nothing slow."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mhacut.errors import CheckpointError, DataError, OutputError, option_name
-
-if sys.platform != "win32":
-    import fcntl
 
 AnyPath = str | os.PathLike[str]
 REMOTE = ("timm:", "hf-hub:", "hf_hub:")
@@ -223,31 +219,4 @@ def sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     finally:
-        os.close(descriptor)
-
-
-# -- locks --
-
-
-def lock_directory(path: Path) -> int | None:
-    """Lock a directory, and return the argument of :func:`unlock`. Windows has no such locks (None).
-
-    The lock ends with the process and its forks. A locked directory raises :class:`BlockingIOError`.
-    """
-    if sys.platform == "win32":
-        return None
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        raise
-    except OSError:
-        pass  # a file system without locks
-    return descriptor
-
-
-def unlock(descriptor: int | None) -> None:
-    if descriptor is not None and sys.platform != "win32":
-        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked process may hold a copy of the descriptor
         os.close(descriptor)

@@ -1,18 +1,11 @@
-"""Processes of a command: ranks from torchrun, new processes, and stop signals. Imports no torch."""
+"""Processes of a command: ranks from torchrun, and new processes. Imports no torch."""
 
 from __future__ import annotations
 
-import atexit
 import json
-import multiprocessing
 import os
-import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 DEFAULT_WORKERS = 2
@@ -57,55 +50,3 @@ def worker_count(workers: int | None) -> int:
     # On a cluster, a process may use fewer CPUs than the machine has.
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(DEFAULT_WORKERS, cpus) if workers is None else workers
-
-
-# -- signals --
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""Signals of Ctrl-C and of schedulers."""
-
-
-@contextmanager
-def stop_request() -> Iterator[threading.Event]:
-    """Set an event at the first stop signal inside the block. A second signal ends the process."""
-    request = threading.Event()
-    # Python handles signals only in the main thread.
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        # No exception: it could interrupt a write, or an exchange that other processes wait for.
-        request.set()
-        restore()
-
-    for number in STOP_SIGNALS:
-        signal.signal(number, ask)
-    try:
-        yield request
-    finally:
-        restore()
-
-
-def ignore_signals(worker: int) -> None:
-    """Ignore stop signals in a worker of a ``DataLoader`` (its ``worker_init_fn``).
-
-    Ctrl-C reaches all processes of a group, but the main process still needs images to finish a step.
-    """
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-@atexit.register
-def _kill_workers() -> None:
-    # On exit, Python sends SIGTERM to the workers, which ignore it, and would wait for them forever.
-    workers = [child for child in multiprocessing.active_children() if child.daemon]
-    if workers and hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise here
-    for child in workers:
-        child.kill()

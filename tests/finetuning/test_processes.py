@@ -104,57 +104,22 @@ def test_what_goes_wrong_in_one_process_ends_all_and_is_said_once(programs, tune
 
 
 @pytest.mark.slow
-def test_two_processes_that_are_asked_to_stop_can_go_on(programs, slim, images, tmp_path):
-    """Both processes stop after the same step, whichever received the signal."""
-    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", "0", "-b", "6"]
-    flags += ["-o", tmp_path / "cut", "--save-every", "1"]
-    run = programs.start(BY_TWO, free_port(), "finetune", slim, *flags)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_that_was_interrupted_can_go_on(programs, slim, images, tmp_path, number):
+    """A terminal's Ctrl-C, and many schedulers, send the signal to the workers as well."""
+    folder = tmp_path / "cut"
+    flags = ["--data-dir", images, "--epochs", "400", "--lr", "1e-3", "-j", 2, "-b", 12, "-o", folder]
+    run = programs.start(MAIN, "finetune", slim, *flags, "--save-every", "1")
     with run.stdout, run.stderr:
         deadline = time.monotonic() + 200
-        while not (tmp_path / "cut" / "summary.csv").exists() and time.monotonic() < deadline:
+        while not (folder / "summary.csv").exists() and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(run.pid, signal.SIGTERM)
+        os.killpg(run.pid, number)
         assert run.end(200) == 130
         stderr = run.stderr.read()
-    assert "the run is saved. Continue with: " in stderr
-    assert f"mhacut finetune --resume {tmp_path / 'cut'}" in stderr
-    step = RunFolder(tmp_path / "cut").read_state()["progress"]["step"]
-    assert f"stopped after step {step} of 1200" in stderr
-    assert step < 1200
-
-
-SLOW_STATE = """
-import time
-from pathlib import Path
-from mhacut.runtime import files
-
-def late(path, sync=files.sync):
-    if Path(path).name == "state.pt":
-        time.sleep(1)
-    sync(path)
-
-files.sync = late
-"""
-
-
-@pytest.mark.slow
-def test_a_second_sigterm_while_it_saves_is_quiet_and_loses_nothing(programs, slim, images, tmp_path):
-    folder = tmp_path / "cut"
-    flags = ["--data-dir", images, "--epochs", "2", "--lr", "1e-3", "-b", 12, "-o", folder]
-    run = programs.start(SLOW_STATE + MAIN, "finetune", slim, *flags, "-j", 2, "--save-every", "1")
-    with run.stdout, run.stderr:
-        deadline = time.monotonic() + 200
-        while not ((folder / "state.pt").exists() and [*folder.glob(".state.pt.*.tmp/state.pt")]):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        for _ in range(2):
-            os.killpg(run.pid, signal.SIGTERM)
-            time.sleep(0.2)
-        assert run.end(200) == 130
-        stderr = run.stderr.read()  # until all have ended
     assert "Traceback" not in stderr
-    assert "a bug in mhacut" not in stderr
-    assert resume(folder, batch_size=12).steps == 6
+    assert RunFolder(folder).read_state()["progress"]["step"] < 1200
+    assert f"Continue from the last save with: mhacut finetune --resume {folder}" in stderr
 
 
 def test_nothing_holds_the_group_of_processes_when_they_part(tmp_path):

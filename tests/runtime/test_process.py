@@ -1,17 +1,10 @@
-"""Functions in new processes, and workers that read images and ignore signals to their group."""
+"""Functions in new processes, and workers that read images."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-from multiprocessing import util
-
 import pytest
-import torch
 
-from mhacut.data import EvaluationLoader
-from mhacut.finetuning.images import StepBatches, TrainingImages, training_loader
-from mhacut.runtime.process import STOP_SIGNALS, in_new_process, stop_request
+from mhacut.runtime.process import in_new_process
 
 
 @pytest.fixture
@@ -37,52 +30,6 @@ def test_the_last_line_is_the_result(run):
 @pytest.mark.parametrize("body", ["raise SystemExit(3)", "pass", "print('no JSON')"])
 def test_no_result_is_none(run, body):
     assert run(body) is None
-
-
-IMAGES = [(torch.zeros(3, 2, 2), label) for label in range(12)]
-
-
-def validation_labels():
-    loader = EvaluationLoader(
-        IMAGES, total=12, batch_size=2, workers=1, num_classes=12, description="", fingerprint=""
-    )
-    for _, labels in loader:
-        yield from labels.tolist()
-
-
-def training_labels():
-    images = TrainingImages(IMAGES, count=12, labelled=True, description="", fingerprint="")
-    batches = StepBatches(12, batch_size=2, parts=1, seed=0)
-    for batch in training_loader(images, batches, start=0, stop=6, mine=[0], workers=1, pin_memory=False):
-        yield from batch.labels.tolist()
-
-
-@pytest.mark.parametrize("labels", [validation_labels, training_labels])
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_while_images_are_read_costs_none(labels, number):
-    before = set(multiprocessing.active_children())
-    read = labels()
-    first = next(read)
-    (reader,) = set(multiprocessing.active_children()) - before
-    os.kill(reader.pid, number)
-    assert sorted([first, *read]) == list(range(12))
-
-
-class ForkedWith:
-    """Function that each process calls when it is forked, as long as this object exists."""
-
-    def __init__(self, function):
-        util.register_after_fork(self, lambda _: function())
-
-
-@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="forks nothing")
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_while_a_worker_starts_costs_no_image_in_a_block_that_takes_requests(number):
-    signalled = ForkedWith(lambda: os.kill(os.getpid(), number))
-    with stop_request() as request:
-        assert sorted(training_labels()) == list(range(12))
-    assert signalled
-    assert not request.is_set()  # the worker handled its signal
 
 
 READING = """
