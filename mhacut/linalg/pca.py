@@ -73,11 +73,7 @@ def falling_eigenvalues(second: Tensor) -> Tensor:
 
 
 def effective_rank(energies: Tensor, share: float) -> Tensor:
-    """Return the minimum number of leading channels that hold ``share`` of the energies [H, d], [H].
-
-    >>> effective_rank(torch.tensor([[6.0, 3.0, 1.0], [0.0, 0.0, 0.0]]), 0.9)
-    tensor([2, 1])
-    """
+    """Return the minimum number of leading channels that hold ``share`` of the energies [H, d], [H]."""
     held = energies.cumsum(-1)
     # The rounding of a sum must not cost a channel.
     wanted = share * held[..., -1:] * (1 - 1e-12)

@@ -46,13 +46,7 @@ MULTIPLE = 8
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
-    """Return the multiples of ``round_to`` below the dense width, and the dense width itself.
-
-    >>> width_choices(20, 8)
-    (8, 16, 20)
-    >>> width_choices(6, 8)
-    (6,)
-    """
+    """Return the multiples of ``round_to`` below the dense width, and the dense width itself."""
     return (*range(round_to, dense, round_to), dense)
 
 

@@ -76,10 +76,7 @@ class Planner:
         self.options, self.reporter = job.options, job.reporter
 
     def plan(self, limits: Limits) -> Planned:
-        """Return the plan within ``limits`` that the options ask for, on a model ready to be cut.
-
-        What does not depend on the limits is found once.
-        """
+        """Return the plan within ``limits`` by the method in the options, on a model ready to be cut."""
         job = self.job
         if self.options.allocation == "indicator":
             return self._by_indicators(limits)

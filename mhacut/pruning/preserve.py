@@ -115,10 +115,7 @@ class Preserved:
     def outputs(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
     ) -> Tensor:
-        """Return logits or pooled features [B, ...], or dense features [B, tokens * C], of ``images``.
-
-        Dense features are whitened and scaled so that half the squared distance is the divergence.
-        """
+        """Return logits or pooled features [B, ...], or whitened dense features [B, tokens * C]."""
         features = self.features.of(model, images, tensors)
         if not self.dense:
             return features[0]
@@ -223,8 +220,8 @@ def find_preserved(
         return ANSWERS if gives_probabilities(model) else Preserved.outputs_of(model)
     if what == "answers":
         raise UnsupportedModelError(
-            f"{option_name('preserve', what)}: the model has no classifier, so there are no answers to "
-            "preserve; expected tokens, pooled, pyramid or names of layers"
+            f"{option_name('preserve', what)}: the model has no classifier; expected tokens, pooled, pyramid "
+            "or names of layers"
         )
     try:
         applied = tokens_of(model)
@@ -233,27 +230,21 @@ def find_preserved(
                 "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
                 f"one that was pruned with {option_name('keep_dead_tokens', True)}"
             )
-        if what in (None, "tokens"):
-            preserved = Preserved(
-                "tokens", "dense", find_token_map(model, find_prunable_layers(model), image)
-            )
-        elif what == "pyramid":
+        if what == "pyramid":
             preserved = Preserved("pyramid", "dense", find_pyramid(model, image))
+        elif what in (None, "tokens"):
+            features = find_token_map(model, find_prunable_layers(model), image)
+            preserved = Preserved("tokens", "dense", features)
         else:
             names = [name.strip() for name in str(what).split(",")]
-            layers = find_layers(model, names, find_prunable_layers(model), image)
-            preserved = Preserved("layers", "dense", layers)
+            features = find_layers(model, names, find_prunable_layers(model), image)
+            preserved = Preserved("layers", "dense", features)
     except UnsupportedModelError as error:
         if what is not None:
             raise UnsupportedModelError(f"{option_name('preserve', what)}: {error}") from error
         preserved = Preserved.outputs_of(model)
-        reporter.log(f"the model has no classifier: preserving {preserved}: {error}")
-        return preserved
-    if what is None:
-        pooled = option_name("preserve", "pooled")
-        reporter.log(
-            f"the model has no classifier: preserving {preserved}; {pooled} preserves pooled features instead"
-        )
-    else:
-        reporter.log(f"preserving {preserved}")
+        reporter.log(f"features of tokens cannot be preserved: {error}")
+    reporter.log(
+        f"preserving {preserved}" if what else f"the model has no classifier: preserving {preserved}"
+    )
     return preserved

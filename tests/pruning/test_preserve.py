@@ -191,7 +191,6 @@ def test_without_a_classifier_the_features_of_all_tokens_are_preserved(tmp_path)
     result, messages = pruned(build(VIT), tmp_path, ARGS)
     (line,) = (each for each in messages if each.startswith("the model has no classifier: "))
     assert "all tokens" in line
-    assert "preserve='pooled'" in line
     assert (result.metric, dict(result.preserved)) == ("dense", {"what": "tokens"})
     with safe_open(result.output, "pt") as file:
         (entry,) = json.loads(file.metadata()["mhacut"])["history"]
