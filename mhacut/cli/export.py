@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from mhacut.cli.flags import command
@@ -33,11 +32,7 @@ def export(options: ExportOptions, console: Console) -> None:
     from mhacut.commands.export import run_export
 
     result = run_export(options, console)
-    document = asdict(result)
-    for name in ("int8", "pushed"):
-        if document[name] is None:
-            del document[name]
-    console.result(_text(result), document)
+    console.result(_text(result), result)
 
 
 BFLOAT16 = (

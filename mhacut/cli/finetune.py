@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhacut.cli.flags import command
 from mhacut.cli.measure import preprocessing_lines
@@ -14,7 +13,6 @@ from mhacut.text import safe, safe_table
 
 if TYPE_CHECKING:
     from mhacut.finetuning.result import FinetuneResult
-    from mhacut.measuring.accuracy import Evaluation
 
 
 _USUAL = ("data_dir", "output", "teacher", "labels", "epochs", "steps", "lr", "batch_size", "resume", "amp")
@@ -39,7 +37,7 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
     from mhacut.commands.finetune import run_finetune
 
     result = run_finetune(options, console)
-    console.result(_text(result), _document(result))
+    console.result(_text(result), result)
 
 
 def _text(result: FinetuneResult) -> str:
@@ -64,32 +62,3 @@ def _text(result: FinetuneResult) -> str:
             f"{safe(result.unreadable[0])}"
         )
     return "\n".join(lines)
-
-
-def _document(result: FinetuneResult) -> dict[str, Any]:
-    return {
-        "directory": result.folder,
-        "output": result.output,
-        "architecture": result.architecture,
-        "before": _accuracy(result.before),
-        "after": _accuracy(result.after),
-        "held_out_losses": result.losses,
-        "improved": result.improved,
-        "flops": result.flops,
-        "steps": result.steps,
-        "epochs": [asdict(row) for row in result.epochs],
-        "data": result.data,
-        "preprocessing": result.preprocessing.to_json(),
-        **result.provenance.to_json(),
-        "unreadable": list(result.unreadable),
-        "images_per_second": result.images_per_second,
-        "device": result.device,
-        "processes": result.processes,
-        "seconds": result.seconds,
-    }
-
-
-def _accuracy(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
-    return {"top1": evaluation.top1, "top5": evaluation.top5, "images": evaluation.images}

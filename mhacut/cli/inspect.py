@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhacut.budget import format_flops
 from mhacut.cli.flags import command
@@ -15,8 +14,7 @@ from mhacut.text import ranges, safe, safe_table
 
 if TYPE_CHECKING:
     from mhacut.commands.inspect import InspectResult
-    from mhacut.inspection.compare import Comparison
-    from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
+    from mhacut.inspection.layers import Inspection, LayerReport
 
 
 @command(
@@ -41,7 +39,9 @@ def inspect(options: InspectOptions, console: Console) -> None:
 
     result = run_inspect(options, console)
     by_head = options.heads or options.layer is not None
-    console.result(_text(result, by_head=by_head), _document(result))
+    document = {**vars(result.inspection), "verdict": result.verdict, "layers": result.chosen}
+    document |= {"comparison": result.comparison, "written": result.written}
+    console.result(_text(result, by_head=by_head), document)
 
 
 def _text(result: InspectResult, *, by_head: bool) -> str:
@@ -102,68 +102,3 @@ def _about(inspection: Inspection) -> list[str]:
     lines += [f"not prunable: {line}" for line in inspection.not_prunable]
     lines += [f"step {number}: {step(entry)}" for number, entry in enumerate(inspection.history, start=1)]
     return lines
-
-
-def _document(result: InspectResult) -> dict[str, Any]:
-    """Return the report as a JSON object."""
-    inspection = result.inspection
-    return {
-        "checkpoint": inspection.source,
-        "verdict": result.verdict,
-        "architecture": inspection.architecture,
-        "input_size": inspection.input_size,
-        "classes": inspection.classes,
-        "flops": inspection.flops,
-        "parameters": inspection.parameters,
-        "dtypes": inspection.dtypes,
-        "tokens": inspection.tokens.to_json(),
-        "judged_by": inspection.judged_by,
-        "layers": [_layer_document(layer) for layer in result.chosen],
-        "comparison": None if result.comparison is None else _comparison_document(result.comparison),
-        "left_whole": inspection.not_prunable,
-        "preprocessing": inspection.preprocessing.to_json(),
-        "preprocessing_from": dict(inspection.provenance.origins),
-        "slim": inspection.slim,
-        "written": result.written,
-        "history": [dict(entry) for entry in inspection.history],
-    }
-
-
-def _comparison_document(comparison: Comparison) -> dict[str, Any]:
-    document = asdict(comparison)
-    for layer in document["layers"]:
-        del layer["family"]
-        layer["layer"] = layer.pop("name")
-        layer["widths"] = {kind: _sides(pair) for kind, pair in layer["widths"].items()}
-        layer["flops"] = _sides(layer["flops"])
-    return document | {name: _sides(document[name]) for name in ("flops", "parameters")}
-
-
-def _sides(pair: tuple[int, int]) -> dict[str, int]:
-    return {"dense": pair[0], "slim": pair[1]}
-
-
-def _layer_document(layer: LayerReport) -> dict[str, Any]:
-    same = ("module", "heads", "flops", "share", "parameters", "parameter_share")
-    return {
-        "layer": layer.name,
-        "widths": {kind: {"now": unit.now, "dense": unit.dense} for kind, unit in layer.units.items()},
-        "left_whole": dict(layer.not_prunable),
-        "goes_with": dict(layer.coupled_with),
-        "units": {kind: _unit_document(unit) for kind, unit in layer.units.items()},
-        **{name: getattr(layer, name) for name in same},
-    }
-
-
-def _unit_document(unit: UnitReport) -> dict[str, Any]:
-    removed = None
-    if unit.kept is not None:
-        removed = [sorted(set(range(unit.dense)) - set(kept)) for kept in unit.kept]
-    return {
-        "now": unit.now,
-        "dense": unit.dense,
-        "basis": unit.basis,
-        "kept": None if unit.kept is None else [list(kept) for kept in unit.kept],
-        "removed": removed,
-        "heads": [asdict(head) for head in unit.heads],
-    }

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mhacut.budget import format_flops
 from mhacut.cli.flags import command
@@ -15,7 +14,6 @@ from mhacut.text import safe, table
 if TYPE_CHECKING:
     from mhacut.checkpoint.preprocessing import Provenance
     from mhacut.commands.bench import BenchedModel, BenchResult, Timing
-    from mhacut.commands.evaluate import EvaluateResult
     from mhacut.commands.models import CatalogueEntry
     from mhacut.data import Preprocessing
 
@@ -41,31 +39,13 @@ def evaluate(options: EvaluateOptions, console: Console) -> None:
         f"data: {safe(measured.data)}, in {measured.evaluation.seconds:.1f} s on {safe(measured.device)}",
         *preprocessing_lines(measured.preprocessing, measured.provenance),
     ]
-    console.result("\n".join(lines), _document(measured))
+    console.result("\n".join(lines), measured)
 
 
 def preprocessing_lines(preprocessing: Preprocessing, provenance: Provenance) -> list[str]:
     """Describe the preprocessing and its source, and suggest a better preprocessing."""
     lines = [f"preprocessing: {safe(provenance.describe(preprocessing))}"]
     return lines if provenance.hint is None else [*lines, safe(provenance.hint)]
-
-
-def _document(measured: EvaluateResult) -> dict[str, Any]:
-    evaluation = measured.evaluation
-    return {
-        "checkpoint": measured.source,
-        "architecture": measured.architecture,
-        "top1": evaluation.top1,
-        "top5": evaluation.top5,
-        "images": evaluation.images,
-        "seconds": evaluation.seconds,
-        "flops": measured.flops,
-        "parameters": measured.parameters,
-        "preprocessing": measured.preprocessing.to_json(),
-        **measured.provenance.to_json(),
-        "data": measured.data,
-        "device": measured.device,
-    }
 
 
 @command(
@@ -83,7 +63,7 @@ def bench(options: BenchOptions, console: Console) -> None:
     from mhacut.commands.bench import run_bench
 
     result = run_bench(options, console)
-    console.result(_benched(result), asdict(result))
+    console.result(_benched(result), result)
 
 
 def _benched(result: BenchResult) -> str:
@@ -150,7 +130,7 @@ def models(options: ModelsOptions, console: Console) -> None:
         hint = f"*{options.pattern.strip('*')}*"
         hint = "" if hint == options.pattern else f"; try {hint!r}"
         raise UsageError(f"{options.pattern!r}: no matching model in timm{hint}")
-    console.result(_listed(entries, options.refused), {"models": [asdict(entry) for entry in entries]})
+    console.result(_listed(entries, options.refused), {"models": entries})
 
 
 def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:

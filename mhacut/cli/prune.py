@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from mhacut._version import __version__
 from mhacut.budget import format_amount
 from mhacut.cli.flags import command
 from mhacut.cli.measure import preprocessing_lines
@@ -21,6 +18,11 @@ if TYPE_CHECKING:
     from mhacut.commands.prune_result import PruneResult
     from mhacut.measuring.accuracy import ModelFigures
 
+_IN_JSON = (
+    *("output", "report", "verdict", "much_lost", "advice", "architecture", "budget", "targets"),
+    *("divergence", "preserved", "data", "preprocessing", "provenance", "not_prunable", "plan"),
+    *("device", "timing", "seconds", "log"),
+)
 _WIDTHS = ("layer", "kind", "heads", "dense_width", "width")
 _USUAL = ("flops", "params", "size", "max_latency", "max_drop", "data_dir", "output", "effort", "scope")
 
@@ -52,12 +54,7 @@ def prune(options: PruneOptions, console: Console) -> None:
     texts = [safe_table(PruneResults(results).rows()), *map(_text, results)]
     if options.report is not None:
         texts.append(f"overview {safe(options.report)}")
-    document = {
-        "command": "prune",
-        "mhacut": __version__,
-        "pareto": [choice.to_json() for choice in choices_of(results)],
-        "results": [_document(result) for result in results],
-    }
+    document = {"pareto": choices_of(results), "results": [*map(_document, results)]}
     console.result("\n\n".join(texts), document)
 
 
@@ -105,45 +102,18 @@ def _target(target: TargetResult) -> str:
 
 def _document(result: PruneResult) -> dict[str, Any]:
     return {
-        "command": "prune",
-        "mhacut": __version__,
-        "output": result.output,
-        "report": result.report,
-        "verdict": result.verdict,
-        "much_lost": result.much_lost,
-        "advice": list(result.advice),
-        "architecture": result.architecture,
-        "budget": result.budget,
-        "targets": [target.to_json() for target in result.targets],
+        **{name: getattr(result, name) for name in _IN_JSON},
         "dense": _figures(result.dense),
         "slim": _figures(result.slim),
-        "divergence": _finite(result.divergence),
         "divergence_of": result.metric,
         "agreement": result.fidelity.agreement,
         "judged_on": result.fidelity.images,
         "judged_images": result.fidelity.sample,
-        "preserved": dict(result.preserved),
-        "data": result.data,
-        "preprocessing": result.preprocessing.to_json(),
-        **result.provenance.to_json(),
-        "left_whole": list(result.not_prunable),
         "layers": [{name: getattr(unit, name) for name in _WIDTHS} for unit in result.plan],
-        "plan": result.plan.to_json(),
-        "tokens": result.plan.tokens.to_json(),
-        "device": result.device,
-        "timing": dict(result.timing),
-        "seconds": dict(result.seconds),
-        "log": [
-            {**asdict(step), "loss": _finite(step.loss), "flops": _finite(step.flops)} for step in result.log
-        ],
+        "tokens": result.plan.tokens,
     }
 
 
 def _figures(figures: ModelFigures) -> dict[str, Any]:
     costs = {name: getattr(figures, name) for name in ("flops", "parameters", "size", "latency_ms")}
     return costs | {name: getattr(figures.evaluation, name, None) for name in ("top1", "top5", "images")}
-
-
-def _finite(value: float) -> float | None:
-    """Replace NaN and infinity, which JSON does not support, by None."""
-    return value if math.isfinite(value) else None

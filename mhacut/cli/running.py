@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -60,8 +62,8 @@ class Console:
         self._display: StageDisplay | None = None
         self._has_bar = False
 
-    def result(self, text: str, document: Mapping[str, Any]) -> None:
-        """Print ``text``, or ``document`` with ``--json``. With ``-v``, print seconds per stage as well."""
+    def result(self, text: str, document: object) -> None:
+        """Print ``text``, or with ``--json`` ``document``, a mapping or dataclass. ``-v`` adds times."""
         self.finish()
         if self.rank > 0:
             return
@@ -71,8 +73,7 @@ class Console:
             self.say(table([*rows, ["all stages", f"{sum(seconds.values()):.1f} s"]]))
         if self.as_json:
             about = {"schema_version": SCHEMA_VERSION, "command": self.command, "mhacut": __version__}
-            document = {**about, **document, "stage_seconds": seconds}
-            text = json.dumps(document, allow_nan=False, indent=2, default=os.fspath)
+            text = json.dumps({**about, **_as_json(document), "stage_seconds": seconds}, indent=2)
         encoding = sys.stdout.encoding or "ascii"  # may lack characters of a file name
         text = text.encode(encoding, "backslashreplace").decode(encoding)
         try:
@@ -126,6 +127,23 @@ class Console:
         else:
             with suppress(OSError):  # stderr is closed or the disk is full
                 print(lines, file=sys.stderr, flush=True)
+
+
+def _as_json(value: Any) -> Any:
+    """Convert results to values for JSON: fields of dataclasses, and None for NaN and infinity."""
+    if hasattr(value, "to_json"):
+        return _as_json(value.to_json())
+    if hasattr(value, "_asdict"):  # a named tuple
+        return _as_json(value._asdict())
+    if is_dataclass(value):
+        return {spec.name: _as_json(getattr(value, spec.name)) for spec in fields(value)}
+    if isinstance(value, Mapping):
+        return {name: _as_json(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(part) for part in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _print_in_colour(text: str) -> None:

@@ -14,11 +14,12 @@ def test_evaluate(slim, images):
     result = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--json")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
-    assert document["images"] == 14
-    assert 0 <= document["top1"] <= document["top5"] <= 100
+    evaluation = document["evaluation"]
+    assert evaluation["images"] == 14
+    assert 0 <= evaluation["top1"] <= evaluation["top5"] <= 100
     assert document["preprocessing"]["input_size"] == [3, 32, 32]
     shown = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.5")
-    top1 = re.escape(f"{document['top1']:.2f}%")
+    top1 = re.escape(f"{evaluation['top1']:.2f}%")
     assert re.fullmatch(rf"top-1 +{top1} \(± [\d.]+\)", shown.stdout.splitlines()[0])
     assert "mean 0.5,0.5,0.5" in shown.stdout
     shown = run("evaluate", slim, "--data-dir", images, "--workers", "0", "--mean", "0.1,0.2,0.3")
@@ -56,4 +57,4 @@ def test_inspect_names_coupled_channels(slim_of):
     (line,) = [line for line in shown.splitlines() if line.startswith("serial_blocks1.0.factoratt_crpe ")]
     assert " as v " in line
     document = json.loads(run("inspect", slim_of("coat"), "--shapes", "--json").stdout)
-    assert document["layers"][0]["goes_with"] == {"qk": "v"}
+    assert document["layers"][0]["coupled_with"] == {"qk": "v"}

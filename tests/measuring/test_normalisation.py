@@ -229,7 +229,7 @@ def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):
         result = run(*command, *data, "--json")
         assert result.exit_code == 0, result.stderr
         document = json.loads(result.stdout)
-        assert hint in document["preprocessing_hint"]
-        assert document["preprocessing_from"]["mean"] == "assumed"
+        assert hint in document["provenance"]["preprocessing_hint"]
+        assert document["provenance"]["preprocessing_from"]["mean"] == "assumed"
         assert document["preprocessing"]["mean"] == [0.5, 0.5, 0.5]  # nothing is switched
     assert origins(tmp_path / "run" / "last.safetensors")[0].origins["std"] == "assumed"

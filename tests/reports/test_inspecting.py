@@ -111,9 +111,9 @@ def test_slim_files_say_what_was_kept_and_removed(slim_of):
     cut = [unit for layer in document["layers"] for unit in layer["units"].values() if unit["kept"]]
     assert cut
     for unit in cut:
-        for kept, removed in zip(unit["kept"], unit["removed"], strict=True):
+        for kept in unit["kept"]:
             assert len(kept) == unit["now"]
-            assert sorted(kept + removed) == list(range(unit["dense"]))
+            assert set(kept) < set(range(unit["dense"]))
     shown = run("inspect", slim_of("vit"), "--heads").stdout
     assert re.search(r"blocks\.0\.attn, qk of head 0: kept (principal )?channels \d.*; removed ", shown)
 
