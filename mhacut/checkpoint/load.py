@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from typing import Any
 
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.huggingface import is_pruned_folder, open_huggingface
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.module import with_args
 from mhacut.checkpoint.remote import HUB_PREFIXES, TIMM_PREFIX, open_from_hub, open_pretrained
-from mhacut.errors import CheckpointError
+from mhacut.errors import CheckpointError, MhacutError
 from mhacut.options.base import CheckpointOptions
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.files import REMOTE, check_checkpoint
@@ -26,7 +28,17 @@ def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
     if isinstance(source, str) and source.startswith(HUB_PREFIXES):
         return open_from_hub(source, given)
     check_checkpoint(source)  # an empty name, too, which pathlib takes for the working directory
-    return Checkpoint.open(source, given)
+    if is_pruned_folder(source):
+        return open_huggingface(source, given)
+    checkpoint = Checkpoint.open(source, given)
+    if checkpoint.header is not None and "model_type" in (checkpoint.header.config or {}):
+        try:
+            _ = checkpoint.identity
+        except CheckpointError:  # timm has no such model
+            with suppress(MhacutError):
+                return open_huggingface(source, given)
+            raise
+    return checkpoint
 
 
 def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
@@ -37,7 +49,7 @@ def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
     """Whether the source names its architecture: ``timm:NAME``, ``hf-hub:NAME``, a slim file, a folder."""
-    if isinstance(source, str) and source.startswith(REMOTE):
+    if (isinstance(source, str) and source.startswith(REMOTE)) or is_pruned_folder(source):
         return True
     opened = Checkpoint.open(source, ModelHints(part=part))
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
@@ -72,7 +84,8 @@ def load_model(
     ``timm.data.resolve_data_config(model=...)`` work on it.
 
     Args:
-        path: safetensors file, ``.pth`` file, timm folder, ``timm:NAME`` or ``hf-hub:OWNER/NAME``.
+        path: safetensors file, ``.pth`` file, folder, ``timm:NAME`` or ``hf-hub:OWNER/NAME``. A pruned
+            transformers folder gives a function from images to logits; :func:`load_pruned` gives its class.
         model: timm's name of the architecture, for dense files that do not name it.
         part: entry or module of a training checkpoint that holds the model. Default: inferred.
         model_args: further arguments of ``timm.create_model``, for example ``img_size=32``.

@@ -64,6 +64,16 @@ def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _RECORD in vars(module)}
 
 
+def pruned_part(model: nn.Module) -> tuple[str, dict[str, Any]]:
+    """Return the name of the pruned submodule, and the content of its metadata, which may be changed."""
+    pruned = _pruned_in(model)
+    if len(pruned) != 1:
+        names = ", ".join(map(shown, pruned)) or "none. Call prune_ first"
+        raise UsageError(f"expected 1 pruned submodule, found {names}")
+    ((name, part),) = pruned.items()
+    return name, vars(part)[_RECORD]
+
+
 def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bool = False) -> None:
     """Write the submodule that :func:`mhacut.prune_` pruned.
 
@@ -89,12 +99,8 @@ def write_pruned(
     finish: Callable[[Path], object],
 ) -> None:
     """Write as :func:`save_pruned`. ``finish`` gets a folder before its files appear."""
-    pruned = _pruned_in(model)
-    if len(pruned) != 1:
-        names = ", ".join(map(shown, pruned)) or "none. Call prune_ first"
-        raise UsageError(f"expected 1 pruned submodule, found {names}")
-    ((name, part),) = pruned.items()
-    record: Mapping[str, Any] = vars(part)[_RECORD]
+    name, record = pruned_part(model)
+    part = model.get_submodule(name)
     version = 2 if "tokens" in record else 1  # version 1 has no token merging
     text = json.dumps({"format_version": version, **record, "part": name or record["part"]})
 
@@ -173,8 +179,6 @@ def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> 
 
 def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
     where, args = show(folder), {"local_files_only": True, "output_loading_info": True}
-    if (Path(folder) / PRUNED).is_file():
-        raise UsageError(f"{where}: was pruned already. Give the folder of the dense model")
     model, loading_info = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **args))
     if missing := sorted(loading_info["missing_keys"]):
         raise CheckpointError(f"{where}: tensors of {type(model).__name__} are missing: {listed(missing, 3)}")
@@ -199,7 +203,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         model: Any = _opened(folder, lambda cls, config: cls(config)).eval()
     model.to(next(info.dtype for info in tensors.values() if info.dtype.is_floating_point))
     apply_pruned(model, Path(folder) / PRUNED)
-    ((name, _),) = _pruned_in(model).items()
+    name, _ = pruned_part(model)
     inside = f"{name}." if name else ""
     rest = {key for key in model.state_dict() if not key.startswith(inside)}
     if rest:
@@ -257,5 +261,5 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
                 "model from the same configuration"
             )
     values = read_safetensors(Path(file), tensors)
-    flops = {key: record.get(key) for key in ("flops_before", "flops_after")}
-    cut_part(part, name, plan, values, **flops)
+    made = {key: record[key] for key in ("flops_before", "flops_after", "history") if key in record}
+    cut_part(part, name, plan, values, **made)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.huggingface import as_huggingface, is_huggingface
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.errors import UsageError, option_name
@@ -131,7 +132,10 @@ def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
     for path in options.checkpoints:
         model = None if str(path).startswith(REMOTE) else options.model
         checkpoints.append(read_model(path, model=model, model_args=options.model_args, part=options.part))
-        checkpoints[-1].model.requires_grad_(False)
+    if any(map(is_huggingface, checkpoints)):  # equal code on both sides, as far as possible
+        checkpoints = [as_huggingface(checkpoint) for checkpoint in checkpoints]
+    for checkpoint in checkpoints:
+        checkpoint.model.requires_grad_(False)
     sizes = _input_sizes(checkpoints, reporter)
     with using_threads(options.threads) as threads, many_compiled():
         conditions = Conditions(options.runtime, device, threads, options.dtype)

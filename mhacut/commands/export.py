@@ -13,10 +13,11 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.huggingface import is_huggingface
 from mhacut.checkpoint.load import open_from_options
 from mhacut.checkpoint.preprocessing import resolve_preprocessing
 from mhacut.data import Preprocessing
-from mhacut.errors import MhacutError, option_name
+from mhacut.errors import MhacutError, UsageError, option_name
 from mhacut.exporting.quantize import Quantization, quantize_and_compare
 from mhacut.exporting.runtimes import (
     ENDINGS,
@@ -106,6 +107,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     for note in options.unmet_needs().values():
         reporter.log(note)
     loaded = open_from_options(options, reporter)
+    if options.format == "timm" and is_huggingface(loaded):
+        raise UsageError(f"{option_name('format', 'timm')}: {loaded.source} holds a model of transformers")
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)
     loaded.model.requires_grad_(False)

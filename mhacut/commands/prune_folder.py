@@ -10,55 +10,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from mhacut.checkpoint.folder import PREPROCESSORS, preprocessor_of
-from mhacut.checkpoint.foreign.config import Config, image_side, transformers_cfg
-from mhacut.checkpoint.part_file import CARD, FILES, load_dense, load_pruned, write_pruned
-from mhacut.checkpoint.preprocessing import Provenance
+from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.folder import PREPROCESSORS
+from mhacut.checkpoint.huggingface import ImageModel, open_huggingface, write_huggingface
+from mhacut.checkpoint.part_file import CARD, FILES, load_pruned
+from mhacut.checkpoint.preprocessing import Provenance, resolve_preprocessing
 from mhacut.commands.prune_attempt import Attempt
 from mhacut.commands.prune_in_place import cut_submodule, find_part, record_submodule, submodule_job
 from mhacut.commands.prune_inputs import Output, PruneInputs, Source
 from mhacut.commands.prune_names import options_of_each
 from mhacut.commands.prune_validation import Validation, read_images
-from mhacut.data import ImagesInMemory, Preprocessing
-from mhacut.errors import CheckpointError, UnsupportedModelError, UsageError, option_name
+from mhacut.data import ImagesInMemory
+from mhacut.errors import UsageError, option_name
 from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, Fidelity
-from mhacut.options.base import PathLike, TimingOptions
+from mhacut.options.base import PathLike, PreprocessingOptions, TimingOptions
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
-from mhacut.runtime.files import check_outputs, show, stem_of
+from mhacut.runtime.files import check_outputs, stem_of
 from mhacut.runtime.process import world_size
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.costs import count_bytes
-
-
-class ImageClassifier(nn.Module):
-    """A transformers model as a function from images [B, C, H, W] to logits, or to features."""
-
-    @torch.no_grad()
-    def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
-        """Wrap the model. ``size`` is the [C, H, W] of a test image."""
-        super().__init__()
-        self.model = model
-        try:
-            logits = model(pixel_values=torch.zeros(1, *size)).get("logits")
-        except Exception as error:  # the model's own
-            raise UnsupportedModelError(
-                f"{type(model).__name__} fails on pixel_values of shape {list(size)}: {error!s:.200}. "
-                "Use mhacut.prune_ in Python, which prunes any model"
-            ) from None
-        self.num_classes = logits.shape[1] if logits is not None and logits.ndim == 2 else 0
-
-    def forward(self, images: Tensor) -> Tensor:
-        output: Any = self.model(pixel_values=images)
-        first: Tensor = output.get("logits", tree_leaves(output)[0])
-        return first
 
 
 class Folder(Output):
@@ -66,6 +43,7 @@ class Folder(Output):
 
     def __init__(self, dense_folder: Path, dtype: torch.dtype) -> None:
         self.dense_folder, self.dtype = dense_folder, dtype
+        self.history: tuple[dict[str, Any], ...] = ()
 
     def size(self, model: nn.Module) -> int:
         return count_bytes(model, dict.fromkeys(model.state_dict(), self.dtype))
@@ -78,8 +56,7 @@ class Folder(Output):
         overwrite: bool,
         check: Callable[[Path], None] | None = None,
     ) -> None:
-        stored = copy.deepcopy(model).to(self.dtype)
-        write_pruned(stored, path, overwrite=overwrite, finish=check or (lambda folder: None))
+        write_huggingface(path, model, self.history, dtype=self.dtype, overwrite=overwrite, finish=check)
 
     def open(self, path: PathLike) -> nn.Module:
         return load_pruned(path).float()
@@ -94,9 +71,12 @@ class Folder(Output):
 class FolderSource(Source):
     """A transformers model, whose slim copy is a folder of the same class."""
 
-    def __init__(self, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch) -> None:
+    def __init__(
+        self, loaded: Checkpoint, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch
+    ) -> None:
         """Take the model, which :meth:`slim` cuts in place, and the name of the submodule to prune."""
-        self.transformers_model, self.part, self.folder, self.stopwatch = model, part, folder, stopwatch
+        self.loaded, self.transformers_model, self.part = loaded, model, part
+        self.folder, self.stopwatch = folder, stopwatch
         self.model = stopwatch.dense
         self.outputs: tuple[str, ...] = ()
         """Names of the outputs that are preserved."""
@@ -116,11 +96,14 @@ class FolderSource(Source):
         return {"what": what, "outputs": list(self.outputs)}
 
     def classifier(self, model: nn.Module) -> nn.Module:
-        return ImageClassifier(model, self.stopwatch.size)
+        return ImageModel(model, self.stopwatch.size)
 
     def output(
         self, inputs: PruneInputs, attempt: Attempt, evaluation: Evaluation | None, fidelity: Fidelity
     ) -> Folder:
+        plan, flops = attempt.planned.plan, attempt.planned.flops
+        record = inputs.record(plan, {}, flops, attempt.flops_limit, evaluation, fidelity)
+        self.folder.history = record.history
         return self.folder
 
 
@@ -151,17 +134,22 @@ def read_folder(
         () if options.dry_run else [Path(str(options.output), name) for name in (*FILES, *PREPROCESSORS)]
     )
     check_outputs(written, overwrite=options.overwrite, input_paths=(folder,))
-    model, dtype = load_dense(folder)
-    preprocessing, name = _preprocessing(folder, model), type(model).__name__
+    loaded = open_huggingface(folder)
+    if loaded.record is not None:
+        raise UsageError(f"{loaded.source}: was pruned already. Give the folder of the dense model")
+    dense, name, dtype = loaded.model, loaded.identity.architecture, next(iter(loaded.dtypes.values()))
+    assert isinstance(dense, ImageModel)
+    model = copy.deepcopy(dense.model).to(processes.device)
+    preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
     size = preprocessing.input_size
-    dense = ImageClassifier(copy.deepcopy(model), size).to(processes.device)
+    dense.to(processes.device)
     answers = options.preserve == "answers" or (options.preserve is None and dense.num_classes > 1)
     if answers and dense.num_classes < 2:
         raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
     part = find_part(model, "" if answers else None)
     timing = options.only(TimingOptions)
     stopwatch = Stopwatch(timing, dense, size, processes.device, reporter)
-    source = FolderSource(model.to(processes.device), part, Folder(folder, dtype), stopwatch)
+    source = FolderSource(loaded, model, part, Folder(folder, dtype), stopwatch)
     source.preprocessing = preprocessing
     source.provenance = Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name)
     reporter.start("loading images")
@@ -174,17 +162,3 @@ def read_folder(
     recorded, submodule = record_submodule(model, part, batches, options.work.calibration_images)
     job, source.outputs = submodule_job(submodule, part, recorded, options, options.scope, reporter)
     return PruneInputs(options, source, judged, job)
-
-
-def _preprocessing(folder: Path, model: Any) -> Preprocessing:
-    """Return the preprocessing of the model folder. The image size is the folder's, or else the model's."""
-    stated = preprocessor_of(folder)
-    if stated is None:
-        raise CheckpointError(
-            f"{show(folder)}: expected preprocessor_config.json, which states how images become inputs; "
-            "write it: transformers.AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)"
-        )
-    config = Config(model.config.to_dict(), show(folder / "config.json"))
-    channels, processor = config.get("num_channels", 3), Config(stated, show(folder / PREPROCESSORS[0]))
-    side = image_side(processor) or config.get("image_size", 224)
-    return Preprocessing.resolve(transformers_cfg(processor, channels), (channels, side, side))

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.huggingface import is_huggingface
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import load_model, open_from_options
 from mhacut.checkpoint.module import rebuilt_module
@@ -94,6 +95,7 @@ class Output(ABC):
 class Source(ABC):
     """A dense model as it was read, and the output of its slim copies."""
 
+    loaded: Checkpoint
     name: str
     """Architecture, for texts."""
     model: nn.Module
@@ -162,7 +164,7 @@ class PruneInputs:
         targets: Sequence[Mapping[str, Any]] = (),
     ) -> SlimRecord:
         """Return the record that the slim file stores about its origin."""
-        options, source, preserved = self.options, self.checkpoint, self.job.preserved
+        options, source, preserved = self.options, self.source, self.job.preserved
         changed, loaded = options.changed(), source.loaded
         stated = {
             name: value
@@ -327,6 +329,10 @@ def _read_checkpoint(
 ) -> CheckpointSource:
     if module is None:
         loaded = open_from_options(options, reporter)
+        if is_huggingface(loaded):
+            pruned = "was pruned already. Start from the dense model"
+            advice = f"prune it as what it is, with {option_name('as_', 'huggingface')}"
+            raise UsageError(f"{loaded.source}: {pruned if loaded.record else advice}")
     else:
         hints = ModelHints(options.model, options.model_args, options.num_classes, options.part)
         loaded = rebuilt_module(module, hints)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mhacut.checkpoint.checkpoint import Checkpoint
+from mhacut.checkpoint.huggingface import as_huggingface, is_huggingface
 from mhacut.checkpoint.identity import dense_args
 from mhacut.checkpoint.load import read_model, states_its_model
 from mhacut.errors import MhacutError, PlanError, UnsupportedModelError, UsageError, option_name
@@ -38,6 +39,8 @@ def read_dense(
     if not states_its_model(source, part):
         architecture = {"model": identity.architecture, "model_args": dense_args(identity)}
     dense = read_model(source, part=part, **architecture)
+    if is_huggingface(opened):
+        dense = as_huggingface(dense)
     compared = option_name("compare", dense.source)
     if dense.identity.architecture != identity.architecture:
         raise UsageError(

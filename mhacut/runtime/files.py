@@ -16,7 +16,8 @@ AnyPath = str | os.PathLike[str]
 REMOTE = ("timm:", "hf-hub:", "hf_hub:")
 """Prefixes of checkpoints that are downloaded."""
 READ_IN_FOLDERS = re.compile(
-    r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?|.*config\.json"
+    r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?"
+    r"|(pruned|rest)\.safetensors|.*config\.json"
 )
 """Names of the files that are read if a checkpoint is a folder."""
 

@@ -1,0 +1,92 @@
+"""Folders of transformers, dense and pruned, with the commands after ``prune``."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import mhacut
+from helpers.cli import refusal, run
+from helpers.data import write_split
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 7,
+    "initializer_range": 0.2,
+}
+
+
+def dense_folder(folder, name, **sizes):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    cls(cls.config_class(**{**SIZES, **sizes})).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense classifier, a pruned one, and labelled images."""
+    root = tmp_path_factory.mktemp("folders")
+    dense = dense_folder(root / "dense", "ViTForImageClassification", num_labels=3)
+    write_split(root / "images" / "train", per_class=16)
+    write_split(root / "images" / "val")
+    quick = ("--effort", "fast", "--no-latency", "--set", "tuning_steps=0", "--data-dir", root / "images")
+    result = run("prune", dense, "--as", "huggingface", "--flops", "60%", *quick, "-o", root / "slim")
+    assert result.exit_code == 0, result.stderr
+    return root
+
+
+def document(*arguments):
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_a_pruned_folder_is_evaluated_timed_and_inspected(folders):
+    slim, dense, images = folders / "slim", folders / "dense", folders / "images"
+    measured = document("evaluate", slim, "--data-dir", images)
+    assert measured["architecture"] == "ViTForImageClassification"
+    assert measured["flops"] <= 0.6 * document("evaluate", dense, "--data-dir", images)["flops"]
+    benched = document("bench", dense, slim, "--seconds", "0.1", "--batch-sizes", "1")["models"]
+    # Both are timed as models of transformers: the dense folder is not converted to timm.
+    assert {model["architecture"] for model in benched} == {"ViTForImageClassification"}
+    assert benched[1]["file_bytes"] < benched[0]["file_bytes"]
+    inspected = document("inspect", slim, "--compare", dense, "--data-dir", images)
+    assert inspected["layers"][0]["layer"] == "model.vit.layers.0.attention"
+    assert inspected["history"][0]["source"] == "dense"
+    assert 0 <= inspected["comparison"]["agreement"] <= 1
+
+
+def test_the_exported_file_has_the_outputs_of_the_class(folders, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="pip install 'mhacut[onnx]'")
+    document("export", folders / "slim", "-o", tmp_path / "slim.onnx")
+    images = np.random.default_rng(0).standard_normal((3, 3, 28, 28), dtype=np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "slim.onnx")
+    (served,) = session.run(None, {session.get_inputs()[0].name: images})
+    expected = mhacut.load_pruned(folders / "slim")(torch.from_numpy(images)).logits.detach().numpy()
+    assert np.abs(served - expected).max() <= 1e-5 * np.abs(expected).max()
+    refused = refusal(tmp_path, "export", folders / "slim", "--format", "timm", code=2)
+    assert "holds a model of transformers" in refused
+
+
+def test_a_class_that_timm_lacks_is_opened_as_it_is(tmp_path, folders):
+    folder = dense_folder(tmp_path / "yolos", "YolosModel", num_detection_tokens=4, image_size=[28, 28])
+    result = mhacut.inspect(folder)
+    assert result.inspection.architecture == "YolosModel"
+    assert not result.inspection.slim
+    assert "--as huggingface" in refusal(tmp_path, "prune", folder, "--flops", "50%", code=2)
+
+
+def test_options_of_timm_are_refused(folders, tmp_path):
+    message = refusal(tmp_path, "inspect", folders / "slim", "--model", "vit_tiny_patch16_224")
+    assert "Leave out --model, " in message
+    assert "was pruned already" in refusal(tmp_path, "prune", folders / "slim", "--flops", "50%", code=2)
