@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-import shutil
 import signal
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,9 +17,8 @@ from hypothesis import settings
 import mhacut
 from helpers.clocks import Counting
 from helpers.files import ModelFile, make_slim, save_dense
-from helpers.programs import Programs
+from helpers.fixtures import brief_times, few_digits, programs, short_stacks  # noqa: F401
 from helpers.pruning import BALANCED, prune_quickly
-from helpers.threads import on_a_short_stack, unless_in_a_mode
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # As in a shell's background job. Commands that tests interrupt would inherit it.
@@ -55,25 +52,6 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(50_000, 20, 10)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def short_stacks() -> None:
-    """Let fvcore trace models in threads."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from fvcore.nn import jit_analysis
-    trace = jit_analysis._get_scoped_trace_graph
-    jit_analysis._get_scoped_trace_graph = unless_in_a_mode(on_a_short_stack(trace), trace)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def brief_times() -> Iterator[None]:
-    """Let ``prune`` and the quantizer time models for a moment: no test here depends on how steady it is."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mhacut.commands.prune.TIMING_SECONDS", 0.1)
-        patch.setattr("mhacut.exporting.quantize._SECONDS", 0.1)
-        yield
-
-
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory) -> ModelFile:
     """A ViT of two blocks with 7 classes for images of 32 pixels; 1.2 MFLOPs."""
@@ -100,28 +78,9 @@ def digits_vit() -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
-def few_digits(tmp_path_factory) -> Path:
-    """Three training and three validation images of each digit."""
-    root = tmp_path_factory.mktemp("digits")
-    for folder in sorted((Path(__file__).parents[1] / "examples" / "digits" / "images").glob("*/*")):
-        (root / folder.parent.name / folder.name).mkdir(parents=True)
-        for image in sorted(folder.glob("*.png"))[:3]:
-            shutil.copy(image, root / folder.parent.name / folder.name)
-    return root
-
-
-@pytest.fixture(scope="session")
 def slim_of(tmp_path_factory) -> Callable[[str], Path]:
     """The slim file of one of ``helpers.files.SLIM``, made when first asked for."""
     return cache(lambda name: make_slim(name, tmp_path_factory.mktemp(name)))
-
-
-@pytest.fixture(scope="session")
-def programs() -> Iterator[Programs]:
-    """Processes of their own for scripts, none of which imports torch anew."""
-    server = Programs()
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -18,9 +18,12 @@ from helpers.benchmarks import script, small_vit
 
 pytestmark = pytest.mark.slow
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+EXAMPLES = Path(__file__).parents[1]
 SCRIPTS = [
-    path for folder in ("benchmarks", "coverage", "flatten_cifar") for path in EXAMPLES.glob(f"{folder}/*.py")
+    path
+    for folder in ("benchmarks", "coverage", "flatten_cifar")
+    for path in EXAMPLES.glob(f"{folder}/*.py")
+    if not path.name.startswith(("test_", "conftest"))
 ]
 IMPORTED = """
 import pathlib, runpy, sys

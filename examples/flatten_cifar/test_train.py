@@ -12,7 +12,7 @@ from PIL import Image
 
 import mhacut
 
-TRAIN = Path(__file__).parents[2] / "examples" / "flatten_cifar" / "train.py"
+TRAIN = Path(__file__).with_name("train.py")
 
 
 @pytest.mark.exhaustive

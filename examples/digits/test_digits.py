@@ -12,7 +12,7 @@ from mhacut.data import Preprocessing, evaluation_loader
 from mhacut.measuring.accuracy import evaluate
 from mhacut.options.base import LabelledImages
 
-DIGITS = Path(__file__).parents[2] / "examples" / "digits"
+DIGITS = Path(__file__).parent
 
 
 @pytest.fixture(scope="module")

@@ -1,1 +1,0 @@
-"""The scripts in examples/benchmarks do what their first lines say, on images a few seconds old."""
