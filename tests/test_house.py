@@ -26,11 +26,11 @@ LINES = {
     "linalg": 758,
     "measuring": 815,
     "options": 1485,
-    "pruning": 4201,
+    "pruning": 4199,
     "report": 1030,
     "runtime": 910,
     "surgery": 2699,
-    "top": 820,
+    "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
 NO_NOUN = re.compile(r"(Of|What|As|How)\b")

@@ -22,7 +22,6 @@ _FILL = "init_non_persistent_buffers"
 
 
 def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | None = None) -> nn.Module:
-    """Build the dense model on the meta device, without using memory or the global seed."""
     import timm
 
     args = identity.model_args
@@ -101,7 +100,6 @@ def known_model(name: str) -> bool:
 
 
 def unknown_model(name: str) -> str:
-    """Return the error message for a name that timm does not know, with the closest names."""
     import timm
 
     names = timm.list_models()

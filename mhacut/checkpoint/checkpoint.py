@@ -34,7 +34,6 @@ class Checkpoint:
     """Path, ``timm:NAME``, or another name for messages."""
     stem: str
     record: SlimRecord | None
-    """Metadata of a slim file; None for a dense model."""
     header: FileHeader | None = None
     """Header of the file; None for a model in memory."""
     hints: ModelHints = field(default_factory=ModelHints)
@@ -75,7 +74,6 @@ class Checkpoint:
 
     @property
     def path(self) -> Path | None:
-        """File with the weights; None for a model in memory."""
         return None if self.header is None else self.header.path
 
     @property
@@ -185,7 +183,6 @@ def check_finite(where: str, model: nn.Module) -> None:
 
 
 def sha256_of_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the digest of names, shapes, dtypes and bytes, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].cpu().contiguous()

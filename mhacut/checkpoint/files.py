@@ -25,9 +25,7 @@ from mhacut.errors import CheckpointError
 from mhacut.runtime.files import regular_size, show
 
 _OF_ADAPTER = re.compile(r"(^|\.)(lora_[AB](\.|$)|base_layer\.(weight|bias)$)")
-"""Tensor names of PEFT adapters."""
 _MAX_HEADER_BYTES = 100_000_000
-"""Limit of the safetensors library."""
 _LFS_POINTER = b"version https://git-lfs"
 
 

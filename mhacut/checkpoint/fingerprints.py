@@ -22,7 +22,6 @@ CLASSIFIERS = re.compile(
     r"((aux_)?head(_dist)?|heads\.\d+|fc|classif(ier)?|last_linear)"
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
-"""Tensors of classifiers in timm."""
 _OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamma|attn\.qkv\.bias)")
 """Tensors whose presence depends on one argument. Other tensors show that argument."""
 _NUMBER = re.compile(r"\.\d+(?=\.)")

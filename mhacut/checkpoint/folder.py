@@ -21,9 +21,7 @@ WEIGHT_FILES = (
 )
 """Files with weights, in order of preference."""
 PRUNED = "pruned.safetensors"
-"""Weights of the pruned submodule in a folder of ``save_pruned``."""
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
-"""Files with transformers' preprocessing, in order of preference."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Lists of shards, in order of preference."""
 MERGE_ADAPTER_ADVICE = (
@@ -39,7 +37,6 @@ _NO_WEIGHTS = {
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
-    """Return the weight files, the model configuration and the preprocessor configuration."""
     file = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
     config = _config(folder, file)
     if config is None and file is not None:

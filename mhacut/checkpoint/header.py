@@ -24,7 +24,6 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Supported dtypes by their safetensors names."""
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -48,7 +47,6 @@ class FileHeader:
     config: Mapping[str, Any] | None = None
     preprocessor: Mapping[str, Any] | None = None
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
-    """Tensors of each shard; empty for a single file."""
     names: Mapping[str, str] = field(default_factory=dict)
     """Names in the file of the tensors to read, mapped to names in the model."""
     note: str | None = None

@@ -89,7 +89,6 @@ def _with_notes(model: ResolvedModel, *last: str, first: str | None = None) -> R
 
 
 def _from_config(header: FileHeader, args: Mapping[str, Any], hints: ModelHints) -> ResolvedModel:
-    """Build the model described in timm's ``config.json`` (current or old format)."""
     config = header.config or {}
     where = show(header.path.parent / "config.json")
     architecture = config.get("architecture")
@@ -210,7 +209,6 @@ def _from_training(
 def _from_names(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
 ) -> ResolvedModel:
-    """Build the model named by ``--model``, or found from names and shapes."""
     if hints.model is not None:
         name, tag = split_tag(hints.model)
         _check_name(header, name, option_name("model"))

@@ -33,7 +33,6 @@ _CFG_KEYS = _CFG_SIZES | frozenset((
 """Keys of a pretrained_cfg that are read: preprocessing, labels, provenance. Sources of weights are dropped.
 """
 PROVENANCE_CFG_KEYS = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
-"""Keys of a pretrained_cfg that are valid for the original weights only."""
 LABEL_CFG_KEYS = frozenset({"label_names", "label_descriptions"})
 WEIGHTS_CFG_KEYS = PROVENANCE_CFG_KEYS | LABEL_CFG_KEYS
 """Keys of a pretrained_cfg that describe weights. timm's defaults for them do not apply to other files."""
@@ -45,7 +44,6 @@ class ModelIdentity:
 
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
-    """Keyword arguments of ``timm.create_model``; always includes ``num_classes``."""
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
     """Preprocessing, labels and license in timm's format, without sources of weights."""
 

@@ -28,11 +28,9 @@ class ResolvedModel:
 
     identity: ModelIdentity
     skeleton: nn.Module
-    """Model on the meta device, cut if the file is slim."""
     tensors: Tensors
     """Tensors of the file by their names in the model."""
     notes: tuple[str, ...]
-    """Log lines: what was inferred, and from where."""
     cfg_origins: Mapping[str, str] = field(default_factory=dict)
     """Origin of each pretrained_cfg value, see :mod:`mhacut.checkpoint.preprocessing`. Missing keys are
     timm's defaults."""
@@ -96,15 +94,25 @@ def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInf
 def _with_visible_args(
     identity: ModelIdentity, tensors: Tensors
 ) -> tuple[nn.Module, tuple[InferredArg, ...]]:
-    model, given = build_skeleton(identity), identity.model_args
-    inferred = visible_args(model, _shapes_for(model, tensors), given)
-    if not inferred:
-        return model, ()
-    args = {**given, **{name: value for name, value, _ in inferred}}
+    given = args = identity.model_args
     try:
-        return build_skeleton(dataclasses.replace(identity, model_args=args)), inferred
+        model = build_skeleton(identity)
     except CheckpointError:
-        return model, ()  # whoever compares the tensors says what differs
+        # The given num_heads may divide the file's width but not the default width.
+        args = {name: value for name, value in given.items() if name != "num_heads"}
+        if args == given:
+            raise
+        model = build_skeleton(dataclasses.replace(identity, model_args=args))
+    inferred = visible_args(model, _shapes_for(model, tensors), given)
+    further = {**given, **{name: value for name, value, _ in inferred}}
+    if further == args:
+        return model, ()
+    try:
+        return build_skeleton(dataclasses.replace(identity, model_args=further)), inferred
+    except CheckpointError:
+        if args != given:
+            raise
+        return model, ()  # the comparison of tensors says what differs
 
 
 def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:

@@ -48,7 +48,6 @@ def read_model(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
 
 
 def states_its_model(source: str | os.PathLike[str], part: str | None = None) -> bool:
-    """Whether the source names its architecture: ``timm:NAME``, ``hf-hub:NAME``, a slim file, a folder."""
     if (isinstance(source, str) and source.startswith(REMOTE)) or is_pruned_folder(source):
         return True
     opened = Checkpoint.open(source, ModelHints(part=part))

@@ -25,7 +25,6 @@ def check_tensors(
     *,
     stated: bool = False,
 ) -> None:
-    """Raise a :class:`CheckpointError` unless the file holds exactly the tensors of ``expected``."""
     wanted: dict[str, Tensor] = expected.state_dict()
     shared = [name for name in wanted if name in tensors]
     odd = [

@@ -113,7 +113,6 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 
 def _stated(module: nn.Module, hints: ModelHints) -> tuple[str, dict[str, Any]]:
-    """Return the architecture and the pretrained_cfg of a timm module."""
     stated: Any = getattr(module, "pretrained_cfg", None) or getattr(module, "default_cfg", None)
     stated = stated if isinstance(stated, Mapping) else {}
     architecture = (hints.model or str(stated.get("architecture", ""))).partition(".")[0]
@@ -146,7 +145,6 @@ def _image_size(model: nn.Module) -> int | list[int] | None:
 
 
 def _as_loaded(module: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, float32, on the CPU, without gradients."""
     return copy.deepcopy(module).cpu().float().eval().requires_grad_(False)
 
 

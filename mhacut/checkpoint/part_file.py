@@ -37,7 +37,6 @@ _RECORD = "mhacut_pruned"
 
 
 def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tensor], **made: Any) -> None:
-    """Cut a submodule in place, load ``tensors``, and mark the submodule as pruned."""
     cls = type(part)  # one that merges tokens is of another class
     cut(part, plan)
     part.load_state_dict(tensors)

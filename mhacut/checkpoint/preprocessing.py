@@ -40,10 +40,8 @@ _TEXTS: dict[Origin, str] = {
 _UNSURE = ("assumed", "default", "module")
 """Origins that may differ from the training of the weights."""
 _OPTIONS = {"input_size": "img_size"}
-"""Options named differently from the field."""
 _LICENSE_KEY = "license"
 _HISTORY_KEY = "preprocessing_from"
-"""Key of the origins in a slim file's history."""
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
@@ -86,7 +84,6 @@ class Provenance:
     origins: Mapping[str, Origin]
     architecture: str
     hint: str | None = None
-    """Log line that names a clearly better normalisation; None if there is none."""
 
     @property
     def normalisation_is_stated(self) -> bool:
@@ -96,7 +93,6 @@ class Provenance:
         return "option" in origins or not origins.intersection(_UNSURE)
 
     def describe(self, preprocessing: Preprocessing) -> str:
-        """Return one line with values and origins."""
         _, height, width = preprocessing.input_size
         parts = {
             "input_size": f"{height}x{width}",
@@ -124,7 +120,6 @@ class Provenance:
 
 
 def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Return the name and the digest of the input, without its folder."""
     source, digest = checkpoint.source, {"source_sha256": checkpoint.sha256}
     if source.startswith(REMOTE):
         return {"source": source, **digest}

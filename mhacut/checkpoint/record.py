@@ -17,17 +17,14 @@ FORMAT_VERSION = 2
 """Latest format version. Version 1 has no token plan."""
 METADATA_KEY = "mhacut"
 PART_KEY = "mhacut_part"
-"""Metadata key of files with a pruned submodule (:mod:`mhacut.checkpoint.part_file`)."""
 SAVE_SLIM_ADVICE = "Save slim models with mhacut.save_model(model, FILE, like=SLIM_FILE), which adds the plan"
 _KEYS = {"architecture", "model_args", "pretrained_cfg", "preprocessing", "plan", "history"}
-"""Required keys of the document."""
 
 
 @dataclass(frozen=True)
 class SlimRecord:
     identity: ModelIdentity
     plan: Plan
-    """All cuts so far, in the dense model's indices."""
     preprocessing: dict[str, Any]
     """Resolved ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``."""
     history: tuple[dict[str, Any], ...]

@@ -123,7 +123,6 @@ def _misfit(source: str, args: Mapping[str, Any], details: Sequence[str]) -> str
 
 
 def open_from_hub(source: str, hints: ModelHints) -> Checkpoint:
-    """Download a hub folder of timm, transformers or open_clip, and open it."""
     repository = source.partition(":")[2]
     opened = Checkpoint.open(_fetch(source, repository), hints)
     opened.source, opened.stem = source, repository.partition("@")[0].rpartition("/")[2]

@@ -128,7 +128,6 @@ def _settings(model: nn.Module) -> dict[str, str]:
 
 
 def _text(value: Any) -> str:
-    """Text of a setting that is equal for equal settings; of other objects, their class."""
     if value is None or isinstance(value, bool | int | float | str):
         return str(value)
     if isinstance(value, tuple | list):

@@ -49,7 +49,6 @@ def split_tag(name: str) -> tuple[str, str]:
 
 
 def cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
-    """Return the pretrained_cfg of ``name.tag``; empty for the default tag."""
     if not tag:
         return {}
     from timm.models import get_arch_pretrained_cfgs

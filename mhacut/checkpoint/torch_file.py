@@ -115,7 +115,6 @@ def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
 
 
 def torch_tensors(path: Path, requested_part: str | None, names: Collection[str]) -> dict[str, Tensor]:
-    """Read the named tensors on the CPU, in the file's dtypes."""
     _, state_dict = pick_part(show(path), read_torch(path), requested_part)
     return {name: tensor for name, tensor in state_dict.items() if name in names}
 

@@ -21,7 +21,6 @@ from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, too_large
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
-"""Entries of a checkpoint with training options."""
 _MODEL_KEYS = (
     *("model", "model_name", "arch", "architecture", "timm_model", "timm_name", "name"),
     *("backbone", "backbone_name", "encoder", "encoder_name", "net", "variant"),
@@ -36,7 +35,6 @@ class Training(NamedTuple):
     model: str | None
     """Name in timm, with the tag of the initial weights if there is one."""
     origin: str
-    """Option that names the model, for messages: ``args.model``."""
     args: dict[str, Any]
     side: int | list[int] | None
     """Image size. The model may or may not have been built for it."""
@@ -82,7 +80,6 @@ def read_training(stated: Mapping[str, Any]) -> Training | None:
 
 
 def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield (name, options), including options one level down (``model: {...}``)."""
     for entry, options in stated.items():
         yield entry, options
         for key in ("model", "backbone", "data"):

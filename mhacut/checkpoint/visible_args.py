@@ -18,7 +18,6 @@ InferredArg = tuple[str, Any, str]
 """Name and value of an argument, and the origin of the value in the file."""
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
-"""Arguments that depend on the images."""
 SIZES = frozenset({"depth", "patch_size"})
 _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "blocks.0.attn.qkv.bias": ("qkv_bias", True, False),

@@ -33,11 +33,8 @@ _FOR_TRAINING = re.compile(
     r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|((student|teacher)_)?(dino_head|ibot_head)"
     r"|(momentum_)?projector|predictor|(projection|prediction)_head|momentum_(backbone|classifier)"
 )
-"""Modules used in training only."""
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted|queue(_ptr)?|center")
-"""Single tensors used in training only."""
 _PROJECTION = re.compile(r"(.+\.)?(last_layer\d?|prototypes\d*)\..+")
-"""Tensors of projection heads (DINO, iBOT, SwAV)."""
 _KEPT = ("timm_model", "visual", "features", "body")
 """Prefixes that other libraries' formats or timm's own models need."""
 _ENCODER_ITSELF = (
@@ -102,7 +99,6 @@ def unwrap(
 def _note(
     read: Iterable[str], prefixes: Iterable[str], left_out: Iterable[str], others: Iterable[str]
 ) -> str | None:
-    """Return the log line; None for a plain state dict."""
     notes = [f"read the part {part!r:.150} of the checkpoint" for part in read]
     if removed := "".join(prefixes):
         notes.append(f"removed the prefix {removed:.150} from the tensor names")

@@ -38,7 +38,6 @@ def write_slim(
     input_path: str | os.PathLike[str] | None,
     check: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write ``model`` and its record to one safetensors file, atomically."""
     check_output(path, overwrite=overwrite, input_path=input_path)
 
     def write(temporary: Path) -> None:

@@ -68,7 +68,6 @@ class Config:
         return self._values.get(name)
 
     def require(self, fixed: Mapping[str, Any], reason: str) -> None:
-        """Refuse values that differ from ``fixed``."""
         for name, expected in fixed.items():
             value = expected if name not in self else self._values[name]
             if value != expected or isinstance(value, bool) != isinstance(expected, bool):
@@ -77,7 +76,6 @@ class Config:
                 )
 
     def require_eps(self, timms: float, default: float) -> None:
-        """Refuse a norm epsilon that differs from timm's."""
         stated = self.get("layer_norm_eps", default)
         # Epsilons below 1e-6 are accepted: with 1e-6 for 1e-12, logits agree within 1e-5.
         if abs(stated - timms) > 1.5e-6:
@@ -87,7 +85,6 @@ class Config:
 
 
 def _expectation(value: Any, default: Any) -> tuple[str, bool]:
-    """Return the expected type in words, and whether ``value`` has it."""
     least = 0 if default == 0 else 1
     if isinstance(default, bool):
         return "true or false", isinstance(value, bool)
@@ -102,14 +99,12 @@ def _expectation(value: Any, default: Any) -> tuple[str, bool]:
 
 IMAGENET_CFG: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)}
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
-"""Interpolation by Pillow's number."""
 _MAX_LABEL = 200
 _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
 """Processors for which a single ``size`` is the shortest edge."""
 
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:
-    """Return the pretrained_cfg for a ``preprocessor_config.json``."""
     scale = 255.0  # pixel range of mean and std; mhacut's is 0..1
     rescales = processor.get("do_rescale", True)
     if rescales:

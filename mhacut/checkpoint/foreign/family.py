@@ -28,7 +28,6 @@ ACTIVATIONS = {
     "gelu_new": "gelu_tanh",
     "swish": "silu",
 }
-"""transformers' activations by timm's name."""
 VIT_SIZES = {
     (192, 12, 3): "tiny",
     (384, 12, 6): "small",
@@ -51,8 +50,6 @@ _MAX_NAMES = 5
 
 @dataclass(frozen=True)
 class TimmSpec:
-    """The timm model that a file is converted to."""
-
     architecture: str
     args: dict[str, Any]
     """Arguments of ``timm.create_model`` except ``num_classes``, which follows from the classifier's shape.
@@ -87,11 +84,9 @@ class Family:
     model_types: tuple[str, ...] = ()
     """Values of ``model_type`` in ``config.json``."""
     build: Callable[[Config, Shapes], TimmSpec] | None = None
-    """Maps the configuration and the renamed shapes to timm's model."""
     named: str = ""
     """Prefix of timm names. The family is only used if ``--model`` starts with it."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
-    """Preprocessing of files without their own."""
 
     def recognises(self, names: Mapping[str, object]) -> bool:
         def has(end: str) -> bool:

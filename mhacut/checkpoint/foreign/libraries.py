@@ -86,9 +86,7 @@ def preprocess_cfg(stated: Config) -> dict[str, Any]:
 
 
 TRUNK = "visual.trunk."
-"""Prefix of timm models in open_clip."""
 WRAPPED = "timm_model."
-"""Prefix of timm models in transformers."""
 _POOLS = ("", "avg", "token", "map")
 
 

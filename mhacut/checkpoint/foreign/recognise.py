@@ -28,12 +28,10 @@ _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 class Conversion:
     family: Family
     headless: bool
-    """Whether the classifier is dropped (``--num-classes 0``)."""
     tensors: Mapping[str, TensorInfo]
     spec: TimmSpec | None
     """The timm model in the configuration; None without a configuration."""
     cfg: Mapping[str, Any]
-    """Preprocessing and class names as in timm's pretrained_cfg."""
     notes: tuple[str, ...]
 
     def apply(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

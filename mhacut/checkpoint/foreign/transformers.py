@@ -29,7 +29,6 @@ _VIT_ARGS: dict[str, tuple[str, Any]] = {
     "depth": ("num_hidden_layers", 12),
     "num_heads": ("num_attention_heads", 12),
 }
-"""timm's ViT arguments: (name in the configuration, default)."""
 
 
 def _vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, Any]:
