@@ -31,7 +31,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.merging_blocks import unmerged
 from mhacut.surgery.token_merging import Match
-from mhacut.surgery.tokens import merged_of, set_merged, unmerge_of
+from mhacut.surgery.tokens import merged_of, set_merged, stack_of, unmerge_of
 
 LR = 7e-4
 """Learning rate at the first step of each block (docs/explanation/choices.md)."""
@@ -166,7 +166,8 @@ def healed(
     images, size = images.to(job.device), min(job.options.batch_size, batch)
     batches = [*images[:held].split(size), *images[held:].split(size)]
     unseen = len(images[:held].split(size))
-    prefix = model.num_prefix_tokens if merged else 0
+    stack = stack_of(model) if merged else None
+    prefix = 0 if stack is None else stack.prefix
     generator = torch.Generator().manual_seed(job.options.seed)
     with ResumableModel(model, batches) as cut, ResumableModel(teacher, batches) as dense:
         for number, block in enumerate(blocks, 1):

@@ -186,8 +186,7 @@ class Reading(nn.Module):
 )
 def test_tokens_of_a_timm_model_are_merged_and_copied_back(method, options, kept, tmp_path):
     model = build(lambda: Reading(method, **options))
-    noise = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    images = noise.repeat_interleave(8, 2).repeat_interleave(8, 3)  # neighbours are alike
+    images = neighbours_alike()
     dense = masks_of(model, images)
     result = mhacut.prune_(model, images=images.split(6), effort="fast", flops="40%")
     assert (result.part, result.preserved) == ("vit", kept)
@@ -206,6 +205,20 @@ def test_tokens_of_a_timm_model_are_merged_and_copied_back(method, options, kept
         assert relative(exported(images[:2])["masks"].detach(), masks_of(model, images[:2])) < 1e-5
     model.train()(images)["masks"].sum().backward()
     assert all(p.grad is not None for p in model.vit.blocks[0].parameters())
+
+
+def neighbours_alike():
+    noise = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return noise.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+@pytest.mark.slow
+def test_a_classifier_that_merges_tokens_is_healed():
+    args = {"depth": 3, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "img_size": 32, "num_classes": 5}
+    model = build(lambda: timm.create_model("vit_tiny_patch16_224", **args))
+    images = neighbours_alike()
+    result = mhacut.prune_(model, "", images=images.split(6), effort="fast", flops="40%", heal_steps=2)
+    assert sum(result.plan.tokens.merged) > 0
 
 
 @pytest.mark.slow
