@@ -43,19 +43,17 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
+"""Checks of the paths that options read, by ``Option.reads``."""
 _CONFIG = "Read options from a YAML file, such as round_to: 8. Flags win."
 _SET = "Set any option by its YAML key, such as repair=false. Can be repeated."
 _VERBOSE = "Show stages, warnings and library logs. -vv shows more."
 _ALL = "Show all options."
-_SHOWS_ALL = "mhacut.help_all"
-"""Key in a context's ``meta``: ``--help-all`` was given."""
-Complete = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def show_all(context: typer.Context, wanted: bool) -> None:
     """Print the help with all options, and exit."""
     if wanted:
-        context.meta[_SHOWS_ALL] = True
+        context.obj = show_all  # a sign for Command.format_options
         typer.echo(context.get_help())
         raise typer.Exit
 
@@ -90,27 +88,20 @@ class Command(TyperCommand):
         flags = _flags(self.known)
         arguments = [option for option in flags if option.is_argument]
         rows |= {option.name: (option.placeholder, option.help) for option in arguments}
-        shows_all = ctx.meta.get(_SHOWS_ALL, False)
-        if shows_all:
-            panels = {panel: [option.name for option in flags if option.panel == panel] for panel in PANELS}
-        else:
-            panels = {"Arguments": [option.name for option in arguments], "Options": list(self.usual)}
+        panels = {panel: [option.name for option in flags if option.panel == panel] for panel in PANELS}
+        left = len(self.known) - len(flags)
+        note = f"{left} research switches have no flag: use --set KEY=VALUE, a --config file or Python. "
+        note += "The reference page of this command lists them."
+        if ctx.obj is not show_all:
+            panels = {"Arguments": panels["Arguments"], "Options": list(self.usual)}
+            left = len(flags) - len(arguments) - len(self.usual)
+            note = f"--help-all shows {left} more options."
         panels["Every command"] = [*_COMMON, "help"]
         for panel, names in panels.items():
             if names:
                 with formatter.section(panel):
                     formatter.write_dl([rows[name] for name in names], col_max=28)
-        hidden = len(flags) - len(arguments) - len(self.usual)
-        research = len(self.known) - len(flags)
-        note = ""
-        if shows_all and research:
-            note = (
-                f"{research} research switches have no flag: use --set KEY=VALUE, a --config file or Python. "
-                "The reference page of this command lists them."
-            )
-        elif not shows_all and hidden:
-            note = f"--help-all shows {hidden} more options."
-        if note:
+        if left:
             formatter.write_paragraph()
             formatter.write_text(note)
 
@@ -146,7 +137,7 @@ def command(
     options: type[Options],
     *,
     usual: Sequence[str] = (),
-    complete: Complete = dict,
+    complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     check_outputs: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[[Any, Console], None]], Callable[..., None]]:
     """Make a command of a function of (options, console); ``usual`` are those of its short help.
@@ -165,8 +156,8 @@ def command(
             from_flags = {
                 n: flags[n] for n, source in sources.items() if source and source.name == "COMMANDLINE"
             }
-            display = {name: common[name] for name in ("quiet", "verbose")}
-            console = Console(body.__name__, as_json=common["json"], **display)
+            display = {"as_json": common["json"], "quiet": common["quiet"], "verbose": common["verbose"]}
+            console = Console(body.__name__, **display)
             with running(console, flag_writer(known), known):
                 made = options.of(**complete(_values(known, config, pairs, from_flags)))
                 try:
@@ -214,19 +205,16 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
     """
 
     def write(name: str, *value: Any) -> str:
+        option, setting = options.get(name), value[0] if value else None
+        if option is not None and option.is_argument:
+            return option.placeholder.removesuffix("...")
+        if option is not None and option.panel == RESEARCH:
+            return name if setting is None else f"--set {name}={_as_text(setting)}"
         pairs = name.endswith("model_args")  # of another command, perhaps
-        flag = "--" + (name.removesuffix("s") if pairs else name.rstrip("_")).replace("_", "-")
-        if name in options and options[name].is_argument:
-            return options[name].placeholder.removesuffix("...")
-        if name in options and options[name].panel == RESEARCH:
-            setting = value[0] if value else None
-            text = str(setting).lower() if isinstance(setting, bool) else _as_text(setting)
-            return name if setting is None else f"--set {name}={text}"
-        (setting,) = value or (None,)
-        if setting is True or setting is None:
+        flag = (name.removesuffix("s") if pairs else name.rstrip("_")).replace("_", "-")
+        flag = f"--no-{flag}" if setting is False else f"--{flag}"
+        if setting is None or isinstance(setting, bool):
             return flag
-        if setting is False:
-            return "--no-" + flag.removeprefix("--")
         if isinstance(setting, Mapping):
             return " ".join(f"{flag} {key}={_as_text(part)}" for key, part in setting.items())
         return f"{flag} {shlex.quote(_as_text(setting))}"
@@ -272,7 +260,9 @@ def _flag(option: Option) -> inspect.Parameter:
 
 
 def _as_text(value: Any) -> str:
-    return ",".join(map(_as_text, value)) if isinstance(value, tuple | list) else f"{value}"
+    if isinstance(value, tuple | list):
+        return ",".join(map(_as_text, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _parameter(name: str, annotation: Any, default: Any = inspect.Parameter.empty) -> inspect.Parameter:

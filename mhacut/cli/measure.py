@@ -13,7 +13,7 @@ from mhacut.text import safe, table
 
 if TYPE_CHECKING:
     from mhacut.checkpoint.preprocessing import Provenance
-    from mhacut.commands.bench import BenchedModel, BenchResult, Timing
+    from mhacut.commands.bench import BenchResult, Timing
     from mhacut.commands.models import CatalogueEntry
     from mhacut.data import Preprocessing
 
@@ -71,7 +71,8 @@ def _benched(result: BenchResult) -> str:
     times = [["", "batch", "ms", "+-", "images/s", "ratio", "saved", "executed", "peak MiB"]]
     for number, model in enumerate(result.models, start=1):
         size = "" if model.file_bytes is None else f"{model.file_bytes / 1e6:.1f}"
-        costs.append([_name(number, model), format_flops(model.flops), format_flops(model.parameters), size])
+        name = f"[{number}] {safe(model.source)}{' in INT8' if model.int8 else ''}"
+        costs.append([name, format_flops(model.flops), format_flops(model.parameters), size])
     for index in range(len(result.models[0].timings)):
         for number, model in enumerate(result.models, start=1):
             times.append([f"[{number}]", *_cells(model.timings[index])])
@@ -91,25 +92,15 @@ def _benched(result: BenchResult) -> str:
     )
 
 
-def _name(number: int, model: BenchedModel) -> str:
-    return f"[{number}] {safe(model.source)}{' in INT8' if model.int8 else ''}"
-
-
 def _cells(timing: Timing) -> list[str]:
-    saved = "" if timing.saving_realised is None else f"{100 * timing.saving_realised:.0f}%"
-    executed = "" if timing.executed is None else f"{100 * timing.executed:.1f}%"
-    peak = "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}"
-    rate = 1000 * timing.batch_size / timing.median_ms
-    ratio = f"{100 * timing.ratio:.1f}%"
+    shares = ((timing.ratio, ".1f"), (timing.saving_realised, ".0f"), (timing.executed, ".1f"))
     return [
         str(timing.batch_size),
         f"{timing.median_ms:.2f}",
         f"{timing.spread_ms:.2f}",
-        f"{rate:.1f}",
-        ratio,
-        saved,
-        executed,
-        peak,
+        f"{1000 * timing.batch_size / timing.median_ms:.1f}",
+        *("" if share is None else f"{100 * share:{digits}}%" for share, digits in shares),
+        "" if timing.peak_mib is None else f"{timing.peak_mib:.0f}",
     ]
 
 
@@ -136,36 +127,25 @@ def models(options: ModelsOptions, console: Console) -> None:
 def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
     attending = [entry for entry in entries if entry.transformer]
     cut = [entry for entry in attending if entry.refusal is None]
-    if refused:
-        rows = [["architecture", "tags", "why"]]
-        rows += [
-            [entry.architecture, str(len(entry.tags)), entry.refusal.partition(". ")[0]]
-            for entry in attending
-            if entry.refusal
-        ]
-    else:
-        rows = [["architecture", "tags", "cut", "attention"]]
-        rows += [
-            [
-                entry.architecture,
-                str(len(entry.tags)),
-                " ".join(entry.kinds) + ("*" if entry.not_prunable else "") if entry.refusal is None else "-",
-                ", ".join(entry.attention) or "-",
-            ]
-            for entry in attending
-        ]
+    rows = [["architecture", "tags", "why"] if refused else ["architecture", "tags", "cut", "attention"]]
+    for entry in attending:
+        name = [entry.architecture, str(len(entry.tags))]
+        if refused and entry.refusal is not None:
+            rows.append([*name, entry.refusal.partition(". ")[0]])
+        elif not refused:
+            kinds = " ".join(entry.kinds) + ("*" if entry.not_prunable else "")
+            rows.append([*name, kinds or "-", ", ".join(entry.attention) or "-"])
     tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
-    lines = [table(rows), ""] if len(rows) > 1 else []
     if not attending:
-        several = f"{len(entries)} architectures, all without attention"
-        return several if len(entries) > 1 else f"{entries[0].architecture} has no attention"
+        return f"{len(entries)} architecture(s) without attention"
+    lines = [table(rows), ""] if len(rows) > 1 else []
     lines.append(
         f"{len(cut)} of {len(attending)} architectures with attention can be pruned ({tags[0]} of {tags[1]} "
         f"pretrained tags); attention channels in {sum(bool(entry.attention) for entry in cut)}; "
         f"{len(entries) - len(attending)} have no attention"
     )
-    if len(cut) < len(attending) and not refused:
-        lines.append("-: refused; --refused shows the reasons")
-    if any(entry.not_prunable for entry in cut) and not refused:
-        lines.append("*: partly prunable; --json shows the parts and reasons")
+    if not refused:
+        lines += ["-: refused; --refused shows the reasons"] * (len(cut) < len(attending))
+        partly = any(entry.not_prunable for entry in cut)
+        lines += ["*: partly prunable; --json shows the parts and reasons"] * partly
     return "\n".join(lines)

@@ -195,8 +195,8 @@ def _out_of_memory(error: Exception, known: Collection[str]) -> str:
     by_type = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if not by_type and not any(words in str(error) for words in _NO_MEMORY):
         return ""
-    ways = [f"a smaller {option_name('batch_size')}"] if "batch_size" in known else []
-    ways += [f"smaller {option_name('batch_sizes')}"] if "batch_sizes" in known else []
+    sizes = [name for name in ("batch_size", "batch_sizes") if name in known]
+    ways = [f"a smaller {option_name(name)}" for name in sizes]
     ways += [option_name("device", "cpu")] if "device" in known else []
     return "out of memory" + (f"; use {', or '.join(ways)}" if ways else "")
 

@@ -12,6 +12,7 @@ import os
 import sys
 from ast import literal_eval
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from functools import cache
 from itertools import pairwise
@@ -144,15 +145,10 @@ class Option:
     @property
     def limits(self) -> str:
         """Bounds in words, such as ``at least 1``."""
-        bounds = {
-            "at least": self.at_least,
-            "above": self.above,
-            "at most": self.at_most,
-            "below": self.below,
-        }
+        bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
         return ", ".join(
-            f"{words} {bound if isinstance(bound, int) else format(bound, '.10g')}"
-            for words, bound in bounds.items()
+            f"{name.replace('_', ' ')} {bound if isinstance(bound, int) else format(bound, '.10g')}"
+            for name, bound in bounds.items()
             if bound is not None
         )
 
@@ -198,13 +194,11 @@ class Option:
         return value
 
     def _number(self, value: Any, kind: type) -> Any:
-        number: Any = None
+        number = None
         # bool is a subclass of int. YAML reads 1e-3 as text, so text is allowed.
         if isinstance(value, str | (Integral if kind is int else Real)) and not isinstance(value, bool):
-            try:
+            with suppress(ValueError, OverflowError):
                 number = kind(value)
-            except (ValueError, OverflowError):
-                number = None
         valid = number is not None and math.isfinite(number)
         require(self.name, value, valid, ", ".join(filter(None, (_NOUNS[kind], self.limits))))
         within = (
@@ -404,10 +398,8 @@ def key_value(name: str, text: str) -> tuple[str, Any]:
     if not equals or not key.isidentifier():
         raise UsageError(f"{option_name(name)} {text!r}: expected KEY=VALUE, like img_size=32")
     for read in (json.loads, literal_eval):  # true and [224,288] are JSON, True and (224, 288) are Python
-        try:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return key, read(value)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
     return key, value
 
 
@@ -425,10 +417,8 @@ def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> di
     """Read the options in a YAML file, converted to their types."""
     try:
         document = yaml_value(Path(path).read_bytes())
-    except OSError as error:
-        raise UsageError(f"{where}: {error.strerror or error}") from None
-    except UsageError as error:
-        raise UsageError(f"{where}: {error}") from None
+    except (OSError, UsageError) as error:
+        raise UsageError(f"{where}: {getattr(error, 'strerror', None) or error}") from None
     if document is not None and not isinstance(document, dict):
         raise UsageError(f"{where}: expected lines of NAME: VALUE, found {type(document).__name__}")
     return read_options(document or {}, options, where)
@@ -441,13 +431,7 @@ def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], whe
     for key, value in document.items():
         try:
             if key not in names:
-                # A user may write the name of a flag: "round-to", "model_arg" or "no-latency".
-                flags = {
-                    flag: option for option in options.values() for flag in (option.flag, option.negative)
-                }
-                option = flags.get("--" + str(key).replace("_", "-"))
-                hint = f"no option {str(key)!r}; write {option.key}: VALUE" if option else ""
-                raise UsageError(hint or unknown_option(str(key), tuple(names)))
+                raise UsageError(unknown_option(str(key), tuple(names)))
             values[names[key]] = options[names[key]].check(value)
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None

@@ -143,9 +143,9 @@ ALIASES = f"[{', '.join(LEVELS)}]"
     [
         ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
         ("json: true", "no option 'json'"),
-        ("round-to: 8", "no option 'round-to'; write round_to: VALUE"),
-        ("model-arg: depth=2", "no option 'model-arg'; write model_args: VALUE"),
-        ("no-latency: true", "no option 'no-latency'; write latency: VALUE"),
+        ("round-to: 8", "no option 'round-to'; did you mean 'round_to'?"),
+        ("model-arg: depth=2", "no option 'model-arg'; did you mean 'model_args'?"),
+        ("no-latency: true", "no option 'no-latency'; did you mean"),
         ("steps: many", "--set steps=many: expected a whole number"),
         ("steps: true", "expected a whole number"),
         ("amp: 2", "--amp 2: expected True or False"),

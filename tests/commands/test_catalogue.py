@@ -44,7 +44,7 @@ def test_the_command():
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
     assert "`mhacut models`" not in why
-    assert run("models", "resnet18").stdout == "resnet18 has no attention\n"
+    assert run("models", "resnet18").stdout == "1 architecture(s) without attention\n"
     document = json.loads(run("models", "resnet18", "--json").stdout)
     assert document["schema_version"] == 1
     (entry,) = document["models"]
