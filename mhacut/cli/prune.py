@@ -45,16 +45,20 @@ def prune(options: PruneOptions, console: Console) -> None:
       patch features     mhacut prune vit.safetensors --flops 50% --preserve tokens
     """
     from mhacut.commands.prune import run_prune
-    from mhacut.commands.prune_result import PruneResults, choices_of
+    from mhacut.commands.prune_result import PruneResults
 
     results = run_prune(options, console)
     if len(results) == 1:
         console.result(_text(results[0]), _document(results[0]))
         return
-    texts = [safe_table(PruneResults(results).rows()), *map(_text, results)]
+    budgets = PruneResults(results)
+    texts = [safe_table(budgets.rows()), *map(_text, results)]
     if options.report is not None:
         texts.append(f"overview {safe(options.report)}")
-    document = {"pareto": choices_of(results), "results": [*map(_document, results)]}
+    pareto = [{"budget": "dense", **_figures(results[0].dense), "divergence": None}]
+    for choice, result in zip(budgets.choices(), results, strict=True):
+        pareto.append({"budget": choice.budget, **_figures(result.slim), "divergence": result.divergence})
+    document = {"pareto": pareto, "results": [*map(_document, results)]}
     console.result("\n\n".join(texts), document)
 
 
@@ -81,7 +85,7 @@ def _target(target: TargetResult) -> str:
     limit, reached = target.labels
     option = option_name(target.name, target.spec)
     if not target.measured:
-        return f"{option}: {reached} of at most {limit}"
+        return target.text
     about = target.measured
     dense, predicted, wall = (
         format_amount(1e6 * about[name], "max_latency") for name in ("dense", "predicted", "wall")

@@ -10,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mhacut.budget import format_amount
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.commands.prune_attempt import CHECK_IMAGES, TIMING_SECONDS, Attempt
 from mhacut.commands.prune_folder import check_folder, read_folder
-from mhacut.commands.prune_inputs import CheckpointSource, PruneInputs, SlimFile, Source, read_inputs
+from mhacut.commands.prune_inputs import PruneInputs, SlimFile, Source, read_inputs
 from mhacut.commands.prune_latency import Latency
-from mhacut.commands.prune_result import PruneResult, PruneResults, advice, choices_of
+from mhacut.commands.prune_result import PruneResult, PruneResults, advice
 from mhacut.commands.prune_targets import (
     Flops,
     MaxDrop,
@@ -194,7 +193,10 @@ def run_prune(
             planner = Planner(job, calibration)
             results = tuple(_prune_to(targets, planner, timer) for targets in files)
             if options.report is not None and options.several:
-                _write_overview(options, inputs[0].checkpoint, results)
+                source, budgets = inputs[0].checkpoint, PruneResults(results)
+                prunable = find_prunable_layers(source.model)
+                warnings, choices = budgets.warnings(), budgets.choices()
+                write_overview(options, source.loaded, prunable, choices, source.provenance, warnings)
             return results
 
         return processes.from_first(in_first_process)
@@ -303,29 +305,13 @@ def _write_report(result: PruneResult, inputs: PruneInputs) -> Path:
     pruned = Checkpoint.of_model(
         slim.to(inputs.job.device), identity, source=where, record=record, dtypes=output.dtypes
     )
-    figures: list[tuple[str, ...]] = [
-        row[:3] for row in result.rows() if row[0].startswith(("top-1", "latency"))
-    ]
-    sizes = [format_amount(model.size or 0, "size") for model in (result.dense, result.slim)]
-    figures.append(("file", *sizes))
-    for target in result.targets:
-        figures.append(
-            (f"target {target.name} {target.spec}", f"at most {target.labels[0]}", target.labels[1])
-        )
     return write_report(
         options,
         source.loaded,
         pruned,
         (inputs.job.prunable, find_prunable_layers(slim)),
         source.images,
-        figures,
-        result.fidelity if result.metric == "answers" else None,
+        result.figures(),
         source.provenance,
-        result.verdict_lines(),
+        [*result.verdict_lines(), *(target.text for target in result.targets)],
     )
-
-
-def _write_overview(options: PruneOptions, source: CheckpointSource, results: Sequence[PruneResult]) -> None:
-    choices, warnings = choices_of(results), PruneResults(results).warnings()
-    prunable = find_prunable_layers(source.model)
-    write_overview(options, source.loaded, prunable, choices, source.provenance, warnings)

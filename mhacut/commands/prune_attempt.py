@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mhacut.budget import format_amount
 from mhacut.commands.prune_validation import Predictions, Validation
+from mhacut.errors import option_name
 from mhacut.pruning.check import check_exact, check_flops, masked_outputs
 from mhacut.pruning.limits import Limits
 from mhacut.pruning.planner import Planned, Planner
@@ -51,6 +52,11 @@ class TargetResult:
         if self.reached <= 0:
             return 0.0
         return self.reached / self.limit if self.limit else math.inf
+
+    @property
+    def text(self) -> str:
+        limit, reached = self.labels
+        return f"{option_name(self.name, self.spec)}: {reached} of at most {limit}"
 
     def with_size(self, size: int) -> TargetResult:
         """Return the result for the written file, whose size the search bounds from above."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from shlex import quote
@@ -12,15 +12,15 @@ from typing import Any
 
 from torch import nn
 
-from mhacut.budget import Budget, format_amount, format_flops
+from mhacut.budget import Budget
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_inputs import Output
 from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Params, Targets
 from mhacut.data import Preprocessing
 from mhacut.errors import BudgetError, CheckpointError, option_name
-from mhacut.measuring.accuracy import Fidelity, ModelFigures
-from mhacut.measuring.latency import latency_label
+from mhacut.measuring.accuracy import Fidelity, Figure, ModelFigures
+from mhacut.measuring.latency import latency_conditions
 from mhacut.options.base import IN_MEMORY, PathLike
 from mhacut.options.prune import BOUNDS
 from mhacut.plan import Plan, UnitKey
@@ -42,11 +42,12 @@ _PARAMS = "60%"
 
 _SHARED = ("data_dir", "dataset", "class_map", "train_split", "val_split", "labels")
 """Data options that ``mhacut finetune`` has too."""
-_DIVERGENCE: Mapping[OutputMetric, str] = {
-    "answers": "KL to dense",
-    "features": "error of features, of their variance",
-    "dense": "divergence of features, nats per token",
+_DIVERGENCE: Mapping[OutputMetric, tuple[str, str]] = {
+    "answers": ("KL to dense", "nats"),
+    "features": ("error of features", "of their variance"),
+    "dense": ("divergence of features", "nats per token"),
 }
+"""Name and unit of each metric."""
 
 
 @dataclass(kw_only=True)
@@ -136,17 +137,16 @@ class PruneResult:
                 f"same top-1 class as dense for {100 * same:.1f} % of {images} (KL {self.divergence:.2g})"
             )
         else:
-            label, _, value, _ = self.rows()[-1]  # "error of features (64 images)"
-            quality = label.replace("(", f"{value} (")
+            error = self.figures()[-1]
+            quality = f"{error.name} {error.text(error.slim)} {error.unit} {error.conditions}"
         percent = 100 * slim.flops / dense.flops
         parts = [f"{quality} at {percent:.0f} % of the FLOPs"]
         if _mostly_merged(self):
             parts.append("mostly by token merging")
         if dense.latency_ms is not None and slim.latency_ms is not None:
-            conditions = latency_label(self.timing).partition("(")[2]
             speedup = dense.latency_ms / slim.latency_ms
             change = f"{speedup:.1f}x faster" if speedup >= 1 else f"{1 / speedup:.1f}x slower"
-            parts.append(f"{change} ({conditions}")
+            parts.append(f"{change} {latency_conditions(self.timing)}")
         if _mostly_merged(self) or any(target.name in ("params", "size") for target in self.targets):
             smaller = round(100 * _file_saved(self))
             parts.append(f"file {smaller} % smaller" if smaller > 0 else "file size unchanged")
@@ -157,32 +157,28 @@ class PruneResult:
         warning = "warning: large loss: " * self.much_lost
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
+    def figures(self) -> list[Figure]:
+        """Return the measured figures of both models. The last is the divergence."""
+        dense, slim, fidelity = self.dense, self.slim, self.fidelity
+        before, after = dense.evaluation, slim.evaluation
+        same = None if fidelity.agreement is None else 100 * fidelity.agreement
+        conditions = latency_conditions(self.timing) if self.timing else ""
+        divergence, unit = _DIVERGENCE[self.metric]
+        figures = [
+            Figure("FLOPs", dense.flops, slim.flops, ""),
+            Figure("parameters", dense.parameters, slim.parameters, ""),
+            Figure("latency", dense.latency_ms, slim.latency_ms, "ms", conditions),
+            Figure("file", dense.size, slim.size, "B"),
+            Figure("same as dense", None, same, "%", f"of {fidelity.judged_on}"),
+            Figure(divergence, None, self.divergence, unit, f"({fidelity.judged_on})"),
+        ]
+        if before is not None and after is not None:
+            figures.insert(0, Figure("top-1", before.top1, after.top1, "%", after.judged_on))
+        return [figure for figure in figures if figure.slim is not None]
+
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return table rows that compare the dense and the slim model. The first row has the headings."""
-        dense, slim = self.dense, self.slim
-        rows = [(self.architecture, "dense", "slim", "ratio")]
-        if dense.evaluation and slim.evaluation:
-            before, after = dense.evaluation.top1, slim.evaluation.top1
-            rows.append((slim.evaluation.label, f"{before:.2f}", f"{after:.2f}", f"{after - before:+.2f}"))
-        for label, count, kept in (
-            ("FLOPs", dense.flops, slim.flops),
-            ("parameters", dense.parameters, slim.parameters),
-        ):
-            rows.append((label, format_flops(count), format_flops(kept), f"{100 * kept / count:.1f}%"))
-        if dense.latency_ms is not None and slim.latency_ms is not None:
-            label = latency_label(self.timing)
-            ratio = f"{100 * slim.latency_ms / dense.latency_ms:.1f}%"
-            rows.append((label, f"{dense.latency_ms:.2f}", f"{slim.latency_ms:.2f}", ratio))
-        if any(target.name == "size" for target in self.targets) and dense.size and slim.size:
-            ratio = f"{100 * slim.size / dense.size:.1f}%"
-            sizes = format_amount(dense.size, "size"), format_amount(slim.size, "size")
-            rows.append(("file", *sizes, ratio))
-        judged_on, same = self.fidelity.judged_on, self.fidelity.agreement
-        if same is not None:
-            rows.append((f"same as dense, % of {judged_on}", "", f"{100 * same:.2f}", ""))
-        label = _DIVERGENCE[self.metric]
-        rows.append((f"{label} ({judged_on})", "", f"{self.divergence:.2g}", ""))
-        return rows
+        """Return the figures as rows of a table. The first row has the headings."""
+        return [(self.architecture, "dense", "slim", "ratio"), *(figure.row() for figure in self.figures())]
 
     def __repr__(self) -> str:
         lines = [*map(safe, self.verdict_lines()), "", safe_table(self.rows(), self._notes())]
@@ -232,31 +228,32 @@ class PruneResults(tuple[PruneResult, ...]):
 
     def rows(self) -> list[list[str]]:
         """Return table rows: headings, the dense model, 1 row per budget."""
-        return choice_rows(choices_of(self), _DIVERGENCE[self[0].metric])
+        return choice_rows(self.choices())
 
     def __repr__(self) -> str:
         return safe_table(self.rows(), self._notes()) if self else "no results"
 
     def _repr_html_(self) -> str:
-        charts = choice_charts(choices_of(self))
+        charts = choice_charts(self.choices())
         return "".join([html_table(self.rows(), self._notes()), *charts])
 
     def warnings(self) -> list[str]:
         """Return the verdicts and the advice of budgets with much loss."""
         return [line for result in self if result.much_lost for line in result.verdict_lines()]
 
+    def choices(self) -> list[Choice]:
+        """Return the budget, the figures and the report of each result."""
+        return [
+            Choice(
+                next(target.spec for target in result.targets if target.name == "flops"),
+                result.figures(),
+                "" if result.report is None else result.report.name,
+            )
+            for result in self
+        ]
+
     def _notes(self) -> list[str]:
         return [f"judged on {self[0].fidelity.judged_on}", *self.warnings()]
-
-
-def choices_of(results: Sequence[PruneResult]) -> tuple[Choice, ...]:
-    """Return the dense model and the result of each budget as rows of a comparison."""
-    choices = [Choice("dense", results[0].dense, None)]
-    for result in results:
-        asked = next(target.spec for target in result.targets if target.name == "flops")
-        page = "" if result.report is None else result.report.name
-        choices.append(Choice(asked, result.slim, result.divergence, page, result.fidelity.judged_on))
-    return tuple(choices)
 
 
 def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> tuple[str, ...]:

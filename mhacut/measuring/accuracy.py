@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mhacut.budget import format_amount, format_flops
 from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
@@ -46,9 +47,14 @@ class Evaluation:
         return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
 
     @property
+    def judged_on(self) -> str:
+        """Number and name of the images, with the standard error of ``top1`` if there are few."""
+        return f"of {self.images} {self.sample}{self.doubt}"
+
+    @property
     def label(self) -> str:
-        """Label of ``top1`` in tables, with its standard error if there are few images."""
-        return f"top-1, % of {self.images} {self.sample}{self.doubt}"
+        """Label of ``top1`` in tables."""
+        return f"top-1, % {self.judged_on}"
 
     @property
     def doubt(self) -> str:
@@ -68,6 +74,43 @@ class ModelFigures:
     """Accuracy on the validation images; None without any."""
     size: int | None = None
     """Bytes of the file, in the dtype of the checkpoint; for the dense model, bytes of its tensors."""
+
+
+class Figure(NamedTuple):
+    """A measured value of the dense model and of the slim model; None if it was not measured."""
+
+    name: str
+    dense: float | None
+    slim: float | None
+    unit: str
+    """``%``, ``ms``, ``B``, a unit of divergence, or empty for a count."""
+    conditions: str = ""
+
+    @property
+    def label(self) -> str:
+        """Name, unit and conditions. Sizes have their unit in each cell."""
+        return f"{self.heading} {self.conditions}".rstrip()
+
+    @property
+    def heading(self) -> str:
+        return f"{self.name}, {self.unit}" if self.unit not in ("", "B") else self.name
+
+    def text(self, value: float | None) -> str:
+        if value is None:
+            return ""
+        if self.unit in ("%", "ms"):
+            return f"{value:.2f}"
+        if self.unit == "B":
+            return format_amount(value, "size")
+        return f"{value:.2g}" if self.unit else format_flops(value)
+
+    def row(self) -> tuple[str, str, str, str]:
+        """Return cells of a table: label, dense, slim, and their ratio or the difference of percentages."""
+        ratio = ""
+        if self.dense is not None and self.slim is not None:
+            percent = self.unit == "%"
+            ratio = f"{self.slim - self.dense:+.2f}" if percent else f"{100 * self.slim / self.dense:.1f}%"
+        return self.label, self.text(self.dense), self.text(self.slim), ratio
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:

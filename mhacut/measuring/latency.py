@@ -27,11 +27,11 @@ _PATIENCE = 3.0
 Run = Callable[[], object]
 
 
-def latency_label(conditions: Mapping[str, Any]) -> str:
+def latency_conditions(conditions: Mapping[str, Any]) -> str:
     runtime = [] if conditions["runtime"] == "eager" else [conditions["runtime"]]
     parts = [f"batch {conditions['batch_size']}", *runtime, *["INT8"] * conditions["int8"]]
     device = "CPU" if conditions["device"] == "cpu" else conditions["device"]
-    return f"latency, ms ({', '.join([*parts, device])})"
+    return f"({', '.join([*parts, device])})"
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:

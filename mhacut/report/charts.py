@@ -48,8 +48,6 @@ class Line:
     colour: str = DEPTHS[1]
     marked: tuple[float, float] | None = None
     """Point of the line with a dot."""
-    error: float = 0.0
-    """Standard error of the marked point."""
 
 
 def depth_colour(fraction: float) -> str:
@@ -88,9 +86,6 @@ def line_chart(
     if not drawn:
         return ""
     xs, ys = zip(*(point for _, points in drawn for point in points), strict=True)
-    for line, _ in drawn:
-        if line.marked is not None and line.error:
-            ys += tuple(scaled(max(line.marked[1] + sign * line.error, 1e-9)) for sign in (-1, 1))
     x_ends, y_ends = _ends(min(xs), max(xs)), _ends(min(ys), max(ys))
     if logarithmic:  # whole powers of ten
         low = math.floor(min(ys))
@@ -109,11 +104,6 @@ def line_chart(
         if line.marked is not None and (line.marked[1] > 0 or not logarithmic):
             x, y = place(line.marked[0], scaled(line.marked[1]))
             description = f"{line.label}: {line.marked[0]:.3g}, {line.marked[1]:.3g}"
-            if line.error:
-                description += f" ± {line.error:.2g}"
-                ends = [place(line.marked[0], line.marked[1] + sign * line.error)[1] for sign in (-1, 1)]
-                look = {"stroke": line.colour, "stroke-width": 1.5}
-                _shape(svg, "line", {"x1": x, "x2": x, "y1": ends[0], "y2": ends[1], **look})
             _shape(svg, "circle", {"cx": x, "cy": y, "r": 3.5, "fill": line.colour}, description)
     return figure_html(figure)
 

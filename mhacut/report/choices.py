@@ -2,93 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from html import escape
-from typing import Any
+from typing import NamedTuple
 
-from mhacut.budget import format_amount, format_flops
-from mhacut.measuring.accuracy import ModelFigures
+from mhacut.measuring.accuracy import Figure
 from mhacut.report.charts import Line, line_chart
 from mhacut.text import filled_columns, safe
 
 
-@dataclass(frozen=True)
-class Choice:
-    """The dense model, or the model of one budget."""
+class Choice(NamedTuple):
+    """The model of one budget."""
 
-    name: str
-    """Budget as the user wrote it, or ``dense``."""
-    figures: ModelFigures
-    divergence: float | None
-    """KL divergence from the dense model in nats, or for features squared error over variance."""
+    budget: str
+    """Budget as the user wrote it."""
+    figures: Sequence[Figure]
+    """Figures of the model and of the dense model. The last is the divergence."""
     page: str = ""
     """File name of the model's own report, or ""."""
-    judged_on: str = ""
-    """Description of the images of ``divergence``."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values: ``size`` in bytes, ``top1`` in percent."""
-        return {
-            "budget": self.name,
-            "flops": self.figures.flops,
-            "parameters": self.figures.parameters,
-            "size": self.figures.size,
-            "latency_ms": self.figures.latency_ms,
-            "top1": _top1(self),
-            "divergence": self.divergence,
-        }
 
 
-def choice_rows(choices: Sequence[Choice], divergence: str) -> list[list[str]]:
-    """Return a table with headings. The first choice is the dense model. Empty columns are left out."""
-    headings = ["budget", "FLOPs", "of dense", "parameters", "file", "ms", "top-1, %", divergence]
-    return filled_columns([headings, *(_cells(choice, choices[0].figures.flops) for choice in choices)])
-
-
-def _cells(choice: Choice, dense_flops: int) -> list[str]:
-    figures = choice.figures
-    size, latency, evaluation = figures.size, figures.latency_ms, figures.evaluation
-    return [
-        choice.name,
-        format_flops(figures.flops),
-        f"{100 * figures.flops / dense_flops:.1f}%",
-        format_flops(figures.parameters),
-        "" if size is None else format_amount(size, "size"),
-        "" if latency is None else f"{latency:.2f}",
-        "" if evaluation is None else f"{evaluation.top1:.2f}{evaluation.doubt}",
-        "" if choice.divergence is None else f"{choice.divergence:.2g}",
-    ]
+def choice_rows(choices: Sequence[Choice]) -> list[list[str]]:
+    """Return a table: headings, the dense model, and a row per budget. Empty columns are left out."""
+    first = choices[0].figures
+    rows = [["budget", *(figure.heading for figure in first)]]
+    rows.append(["dense", *(figure.text(figure.dense) for figure in first)])
+    rows += [[budget, *(figure.text(figure.slim) for figure in figures)] for budget, figures, _ in choices]
+    return filled_columns(rows)
 
 
 def choice_charts(choices: Sequence[Choice]) -> list[str]:
     """Return charts of top-1 accuracy and divergence against FLOPs."""
-    values: dict[str, Callable[[Choice], float | None]] = {
-        "top-1, %": _top1,
-        "divergence": lambda choice: choice.divergence,
-    }
     charts = []
-    for name, value_of in values.items():
+    for name, logarithmic in (("top-1", False), (choices[0].figures[-1].name, True)):
+        points: list[tuple[float, float, str]] = []
+        for budget, figures, _ in choices:
+            by_name = {figure.name: figure for figure in figures}
+            if name in by_name:
+                flops, figure = by_name["FLOPs"], by_name[name]
+                ends = ((flops.dense, figure.dense, "dense"), (flops.slim, figure.slim, budget))
+                points += [(x / 1e6, y, label) for x, y, label in ends if x is not None and y is not None]
         # Sorted by FLOPs: budgets have any order, and the line would turn back.
-        points = sorted(
-            (choice.figures.flops / 1e6, value, choice.name, _standard_error(choice))
-            for choice in choices
-            if (value := value_of(choice)) is not None
-        )
-        if len(points) < 2:
-            continue
-        line = Line("budgets", [(x, y) for x, y, *_ in points])
-        # A line with 1 point for each budget: the tooltip of the point is the budget.
-        dots = [
-            Line(label, [(x, y)], marked=(x, y), error=error if value_of is _top1 else 0.0)
-            for x, y, label, error in points
-        ]
-        logarithmic = name == "divergence"
-        charts.append(
-            line_chart(
-                f"{name} against FLOPs", [line, *dots], "FLOPs, millions", name, logarithmic=logarithmic
-            )
-        )
+        points = sorted(set(points))
+        if len(points) > 1:
+            line = Line("budgets", [(x, y) for x, y, _ in points])
+            # A line with 1 point for each budget: the tooltip of the point is the budget.
+            lines = [line, *(Line(label, [(x, y)], marked=(x, y)) for x, y, label in points)]
+            title = f"{name} against FLOPs"
+            charts.append(line_chart(title, lines, "FLOPs, millions", name, logarithmic=logarithmic))
     return [chart for chart in charts if chart]  # a logarithmic chart is empty if all values are 0
 
 
@@ -108,11 +69,3 @@ def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
 
 def html_lines(lines: Sequence[str]) -> str:
     return "".join(f"<div>{escape(safe(line))}</div>" for line in lines)
-
-
-def _top1(choice: Choice) -> float | None:
-    return None if choice.figures.evaluation is None else choice.figures.evaluation.top1
-
-
-def _standard_error(choice: Choice) -> float:
-    return 0.0 if choice.figures.evaluation is None else choice.figures.evaluation.standard_error

@@ -18,7 +18,7 @@ from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import about_tokens, inspect_model, summary
-from mhacut.measuring.accuracy import Fidelity
+from mhacut.measuring.accuracy import Figure
 from mhacut.options.base import PathLike
 from mhacut.options.inspect import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
@@ -26,7 +26,7 @@ from mhacut.pruning.calibrate import calibrate
 from mhacut.report.choices import Choice
 from mhacut.report.gallery import gallery
 from mhacut.report.history import step, stored_curves
-from mhacut.report.sections import Contents, headline, sections
+from mhacut.report.sections import Contents, sections
 from mhacut.runtime.files import write_file
 from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
@@ -48,8 +48,7 @@ def write_report(
     pruned: Checkpoint,
     layers: tuple[PrunableLayers, PrunableLayers],
     images: CalibrationImages,
-    figures: Sequence[tuple[str, ...]],
-    fidelity: Fidelity | None,
+    figures: Sequence[Figure],
     provenance: Provenance,
     verdict: Sequence[str],
 ) -> Path:
@@ -72,9 +71,6 @@ def write_report(
         batch_size=batch_size,
         prunable=layers,
     )
-    if fidelity is not None:
-        figures_of = {name: getattr(fidelity, name) for name in ("agreement", "divergence", "images")}
-        comparison = replace(comparison, data=fidelity.judged_on, **figures_of)
     pictures: list[str] = []
     if any(inspection.tokens.merged) and used.shape[1] == 3:
         pictures = gallery(dense.model, pruned.model, used[:PICTURES], inspection.preprocessing)
@@ -87,7 +83,7 @@ def write_report(
         inspection.layers,
         comparison,
         curves,
-        tuple(figures),
+        figures,
         pictures=tuple(pictures),
         verdict=tuple(verdict),
     )
@@ -106,7 +102,7 @@ def write_overview(
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
-    contents = Contents(inspection, inspection.layers, choices=tuple(choices), verdict=tuple(warnings))
+    contents = Contents(inspection, inspection.layers, choices=choices, verdict=tuple(warnings))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
@@ -128,7 +124,6 @@ def page(contents: Contents) -> str:
                 if contents.comparison is None
                 else "; ".join(about_tokens(contents.inspection.tokens))
             ),
-            numbers=headline(contents),
             date=date.today().isoformat(),
             verdict=contents.verdict,
             version=__version__,

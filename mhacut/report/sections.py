@@ -10,6 +10,7 @@ from urllib.parse import quote
 from mhacut.budget import format_flops
 from mhacut.inspection.compare import Comparison
 from mhacut.inspection.layers import Inspection, LayerReport, UnitReport
+from mhacut.measuring.accuracy import Figure
 from mhacut.pruning.preserve import OutputMetric
 from mhacut.report.charts import (
     DEPTHS,
@@ -22,6 +23,7 @@ from mhacut.report.charts import (
 from mhacut.report.choices import Choice, choice_charts, choice_rows
 from mhacut.report.history import StoredCurves
 from mhacut.report.tables import COMPARISON_NOTES, LAYER_NOTES, comparison_rows, layer_rows
+from mhacut.text import filled_columns
 
 _NAMES: Mapping[str, str] = {"qk": "q/k", "v": "v", "hidden": "MLP"}
 _DIVERGENCE: Mapping[OutputMetric | None, tuple[str, str]] = {
@@ -42,10 +44,10 @@ class Contents:
     """Layers to show, in this order."""
     comparison: Comparison | None = None
     sensitivity: StoredCurves = field(default_factory=StoredCurves)
-    figures: tuple[tuple[str, ...], ...] = ()
-    """Measurements of a run: name, dense value, slim value."""
-    choices: tuple[Choice, ...] = ()
-    """Models of a run with several budgets, the dense model first."""
+    figures: Sequence[Figure] = ()
+    """Figures of a run."""
+    choices: Sequence[Choice] = ()
+    """Models of a run with several budgets."""
     pictures: tuple[str, ...] = ()
     """Figures of merged tokens."""
     verdict: tuple[str, ...] = ()
@@ -69,65 +71,37 @@ class Section:
 def sections(contents: Contents) -> list[Section]:
     made = (
         _choices(contents.choices),
+        _numbers(contents),
         _blocks(contents),
         _pictures(contents.pictures),
-        _numbers(contents),
         _layers(contents),
         _curves(contents),
     )
     return [section for section in made if section is not None]
 
 
-def headline(contents: Contents) -> list[tuple[str, str]]:
-    """Return the main results of a run as (number, meaning)."""
-    comparison = contents.comparison
-    if comparison is None:
-        return []
-    results, (dense, slim) = [], comparison.flops
-    for name, before, after in contents.figures:
-        if name.startswith("top-1"):
-            results.append((f"{after} %", f"{name.replace(', %', '')} (dense {before} %)"))
-        elif name.startswith("latency"):
-            times = float(before) / max(float(after), 1e-9)
-            results.append((f"{times:.2f}x", f"faster: {before} to {after} ms ({name.partition('(')[2]}"))
-        elif name == "file":
-            results.append((after, f"file size (dense {before})"))
-    if (
-        not any(name.startswith("top-1") for name, *_ in contents.figures)
-        and comparison.agreement is not None
-    ):
-        same = f"same class as the dense model, {comparison.data}"
-        results.insert(0, (f"{100 * comparison.agreement:.1f} %", same))
-    results.append(
-        (f"{100 * slim / dense:.1f} %", f"of the FLOPs: {format_flops(dense)} to {format_flops(slim)}")
-    )
-    return results
-
-
 def _choices(choices: Sequence[Choice]) -> Section | None:
     if not choices:
         return None
     text = "All models share one calibration. Point at a dot to see its numbers."
-    text += f" Divergences are measured on {choices[-1].judged_on}."
+    text += f" Divergences are measured on {choices[-1].figures[-1].conditions.strip('()')}."
     # As bytes, because file names may not be UTF-8.
-    links = [quote(os.fsencode(choice.page)) for choice in choices]
-    table = choice_rows(choices, "divergence")
-    return Section("Budgets", text, charts=choice_charts(choices), table=table, links=links)
+    links = ["", *(quote(os.fsencode(choice.page)) for choice in choices)]
+    return Section("Budgets", text, charts=choice_charts(choices), table=choice_rows(choices), links=links)
 
 
 def _numbers(contents: Contents) -> Section:
-    inspection, comparison = contents.inspection, contents.comparison
-    if comparison is None:
-        costs = [
-            ["FLOPs", format_flops(inspection.flops)],
-            ["parameters", format_flops(inspection.parameters)],
-        ]
-        return Section("In numbers", table=[["", "model"], *costs])
-    rows = [["", "dense", "slim"], *map(list, contents.figures)]
-    rows.append(["FLOPs", *map(format_flops, comparison.flops)])
-    rows.append(["parameters", *map(format_flops, comparison.parameters)])
-    text = f"Comparison with {comparison.dense} on {comparison.data}: {comparison.outputs()}."
-    return Section("In numbers", text, table=rows)
+    inspection, comparison, figures = contents.inspection, contents.comparison, contents.figures
+    text = "" if comparison is None else f"Comparison with {comparison.dense}"
+    if not figures:  # inspect, with or without a dense model
+        flops, parameters = inspection.flops, inspection.parameters
+        figures = [Figure("FLOPs", None, flops, ""), Figure("parameters", None, parameters, "")]
+    if not contents.figures and comparison is not None:
+        pairs = {"FLOPs": comparison.flops, "parameters": comparison.parameters}
+        figures = [Figure(name, dense, slim, "") for name, (dense, slim) in pairs.items()]
+        text += f" on {comparison.data}: {comparison.outputs()}"
+    rows = [["", "dense", "slim" if comparison else "model", "ratio"], *(figure.row() for figure in figures)]
+    return Section("In numbers", text and f"{text}.", table=filled_columns(rows))
 
 
 def _blocks(contents: Contents) -> Section | None:

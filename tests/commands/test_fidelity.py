@@ -65,7 +65,7 @@ def test_a_result_is_judged_on_the_validation_images(tiny_vit, dense, images, la
     assert fidelity.divergence == result.divergence == pytest.approx(kl, rel=1e-4)
     assert fidelity.agreement == pytest.approx(same)
     assert fidelity.judged_on == "24 validation images"
-    assert "KL to dense (24 validation images)  " in repr(result)
+    assert "KL to dense, nats (24 validation images)  " in repr(result)
     stated = last_step(output)["fidelity"]
     assert (stated["images"], stated["sample"]) == (24, "validation images")
     assert (stated["divergence"], stated["agreement"]) == pytest.approx((kl, same), rel=1e-3)
@@ -102,7 +102,7 @@ def test_a_folder_needs_no_labels_to_judge_on(tiny_vit, images, tmp_path):
 def test_accuracy_on_images_like_those_searched_on_is_called_so(tiny_vit, images, labels, tmp_path):
     result = prune(tiny_vit, None, images=(images, labels), dry_run=True)
     assert "top-1, % of 32 images of the set searched on" in repr(result)
-    assert "KL to dense (32 images of the set searched on)" in repr(result)
+    assert "KL to dense, nats (32 images of the set searched on)" in repr(result)
     for label in range(7):
         for number in range(2):
             write_image(tmp_path / "val" / f"{label}" / f"{number}.png", 20 * label + number)

@@ -75,12 +75,12 @@ def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path
     result = run("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
     assert result.exit_code == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()[:4]]
-    assert rows[0][:3] == ["budget", "FLOPs", "of"]
+    assert rows[0][:4] == ["budget", "top-1,", "%", "FLOPs"]
     assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]
     assert f"overview {page}" in result.stdout
     assert {path.name for path in tmp_path.glob("*.html")} == {"all.html", "all-75pct.html", "all-50pct.html"}
     text = page.read_text()
-    for value in ("top-1, %", "divergence"):
+    for value in ("top-1", "KL to dense"):
         assert f"{value} against FLOPs" in text
     # A line and a dot per model. The dense one has no divergence; a rounded 0 has no place on a log axis.
     apart = sum(float(row[-1]) > 0 for row in rows[2:])

@@ -146,7 +146,7 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     clock_name = re.search(line, result.stdout, re.MULTILINE)[1]
     line = re.search(r"^timed in eager, batch 8, (\d+) thread\(s\), cpu: \S.*", result.stdout, re.MULTILINE)
     assert (clock_name == "processor") == ("; wall time " in line[0]) == (line[1] == "1")
-    assert "target max_latency 85%" in page.read_text()
+    assert "--max-latency 85%: " in page.read_text()
     (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
     assert target["reached"] <= target["most"] < target["dense"]
     assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()

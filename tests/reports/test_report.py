@@ -15,6 +15,7 @@ from mhacut.commands.inspect import inspect
 from mhacut.errors import OutputError, UsageError
 from mhacut.inspection.compare import Comparison, LayerComparison
 from mhacut.inspection.layers import inspect_model, summary
+from mhacut.measuring.accuracy import Figure
 from mhacut.plan import Plan, TokenPlan, UnitPlan
 from mhacut.report.charts import Line, line_chart
 from mhacut.report.history import StoredCurve, StoredCurves, curves_to_json, stored_curves
@@ -66,7 +67,7 @@ def contents(slim_of):
     )
     curve = StoredCurve(HOSTILE, "v", ((2, 0.5), (4, 0.1), (8, 0.0)), 4)
     sensitivity = StoredCurves((curve,), 2_000_000)
-    return Contents(found, layers, None, sensitivity, ((HOSTILE, HOSTILE, HOSTILE),))
+    return Contents(found, layers, None, sensitivity, (Figure(HOSTILE, 1.0, 2.0, HOSTILE, HOSTILE),))
 
 
 def test_text_never_becomes_markup(contents):
@@ -236,8 +237,8 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
     assert result.report == page_file
     read = Reader(page_file.read_text(encoding="utf-8"))
     titles = [data for element, data in read.texts if element == "h2"]
-    assert titles == ["Blocks", "In numbers", "Layers", "Sensitivity", "History"]
-    assert f"{100 * result.slim.flops / result.dense.flops:.1f} %" in read.text("strong")
+    assert titles == ["In numbers", "Blocks", "Layers", "Sensitivity", "History"]
+    assert f"{100 * result.slim.flops / result.dense.flops:.1f}%" in read.text("td")
     assert str(tmp_path / "slim.safetensors") in read.text("h1")
     record = open_checkpoint(tmp_path / "slim.safetensors").record
     assert "report" not in record.history[-1]["options"]
