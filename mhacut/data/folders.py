@@ -7,10 +7,11 @@ folder shifts the labels of later classes. So mhacut lists folders itself, in ti
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from timm.utils import natural_key
 
 from mhacut.errors import DataError, option_name
 from mhacut.options.base import LabelledImages, PathLike
@@ -69,12 +70,7 @@ def subfolders(root: Path) -> list[str]:
     """Visible folders in ``root``, in timm's class order."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     # The name itself breaks ties between "a" and "A".
-    return sorted(names, key=lambda name: (_natural(name), name))
-
-
-def _natural(name: str) -> list[int | str]:
-    """Timm's ``natural_key``: 2 before 10."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+    return sorted(names, key=lambda name: (natural_key(name), name))
 
 
 def find_folder(data_dir: PathLike, split: str, option: str) -> Path:

@@ -7,13 +7,12 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from PIL import Image
 from timm.data import create_dataset
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import IterableDataset
 
 from mhacut.data.folders import read_class_map
-from mhacut.data.preprocessing import Preprocessing, Transform
-from mhacut.data.reading import Sample, Unreadable, open_image, reason_of, with_channels
+from mhacut.data.preprocessing import Preprocessing
+from mhacut.data.reading import Sample, open_image
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import LabelledImages
 
@@ -25,34 +24,6 @@ _EXTRAS = {
     "torch": ("torchvision", "torchvision"),
 }
 """Required module and pip package of each prefix."""
-
-
-class NamedImages(Dataset[Sample]):
-    """Images of a dataset by index. Unreadable images are reported."""
-
-    def __init__(
-        self,
-        name: str,
-        opened: Any,
-        preprocessing: Preprocessing,
-        transform: Transform | None = None,
-    ) -> None:
-        self.name, self.opened = name, opened
-        self._channels = preprocessing.input_size[0]
-        self.transform = transform or preprocessing.transform()
-
-    def __getitem__(self, index: int) -> Sample:
-        reader = getattr(self.opened, "reader", None)
-        try:
-            # Not through timm's ImageDataset, which replaces an unreadable image by the next one.
-            source, target = (self.opened if reader is None else reader)[index]
-            if isinstance(source, Image.Image):
-                picture = with_channels(source, self._channels)
-            else:
-                picture = open_image(source, self._channels)
-        except Exception as error:
-            return Unreadable(f"{self.name}[{index}]", reason_of(error)), -1
-        return self.transform(picture), -1 if target is None else int(target)
 
 
 class NamedStream(IterableDataset[Sample]):
@@ -67,7 +38,7 @@ class NamedStream(IterableDataset[Sample]):
             if self.limit is not None and number == self.limit:
                 return
             label = -1 if target is None else int(target)
-            yield self.transform(with_channels(picture, self._channels)), label
+            yield self.transform(open_image(picture, self._channels)), label
 
 
 def open_named(

@@ -121,14 +121,8 @@ class Preprocessing:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values with the keys of timm's ``pretrained_cfg``."""
-        return {
-            "input_size": list(self.input_size),
-            "mean": list(self.mean),
-            "std": list(self.std),
-            "interpolation": self.interpolation,
-            "crop_pct": self.crop_pct,
-            "crop_mode": self.crop_mode,
-        }
+        lists = {name: list(getattr(self, name)) for name in ("input_size", "mean", "std")}
+        return {**vars(self), **lists}
 
     def check_channels(self, hint: str = "") -> None:
         if self.input_size[0] not in (1, 3):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,12 @@ _SIXTEEN_BITS = ("PNG", "PPM")
 """Formats whose mode I means unsigned 16 bits."""
 
 
-def open_image(file: Any, channels: int) -> Image.Image:
-    """Return the decoded picture as RGB or grey."""
-    with Image.open(file) as opened:
+def open_image(source: Any, channels: int) -> Image.Image:
+    """Return a decoded picture or image file as RGB or grey."""
+    mode = "RGB" if channels == 3 else "L"
+    if isinstance(source, Image.Image):
+        return source.convert(mode)
+    with Image.open(source) as opened:
         opened.load()
         picture: Image.Image = opened
         if picture.mode == "F" or (picture.mode == "I" and opened.format not in _SIXTEEN_BITS):
@@ -35,11 +37,7 @@ def open_image(file: Any, channels: int) -> Image.Image:
             picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))
         elif picture.mode == "P" and "transparency" in picture.info:
             picture = picture.convert("RGBA")
-        return with_channels(picture, channels)
-
-
-def with_channels(picture: Image.Image, channels: int) -> Image.Image:
-    return picture.convert("RGB" if channels == 3 else "L")
+        return picture.convert(mode)
 
 
 @dataclass(frozen=True)
@@ -53,33 +51,28 @@ class Unreadable:
 Sample = tuple["Tensor | Unreadable", int]
 
 
-class ImageFiles(Dataset[Sample]):
+class ImagesByIndex(Dataset[Sample]):
+    """Transformed images of ``items``: (file or picture, label) by index."""
+
     def __init__(
-        self,
-        root: Path,
-        images: Sequence[str],
-        labels: Sequence[int],
-        preprocessing: Preprocessing,
-        transform: Transform | None = None,
+        self, items: Any, preprocessing: Preprocessing, transform: Transform | None = None, name: str = ""
     ) -> None:
-        self.root, self.images, self.labels = root, images, labels
+        self.items, self.name = items, name
         self._channels = preprocessing.input_size[0]
         self.transform = transform or preprocessing.transform()
 
     def __getitem__(self, index: int) -> Sample:
-        path = self.root / self.images[index]
+        source: Any = None
         try:
-            picture = open_image(path, self._channels)
+            source, label = self.items[index]
+            picture = open_image(source, self._channels)
         except Exception as error:
-            return Unreadable(str(path), reason_of(error, path)), self.labels[index]
-        return self.transform(picture), self.labels[index]
-
-
-def reason_of(error: BaseException, path: object = "") -> str:
-    """Return Pillow's message without the path."""
-    if "Ghostscript" in str(error):
-        return "is PostScript, which mhacut does not run"
-    return str(error).replace(f" {str(path)!r}", "") or type(error).__name__
+            file = source if isinstance(source, str) else f"{self.name}[{index}]"
+            reason = str(error).replace(f" {file!r}", "") or type(error).__name__
+            if "Ghostscript" in reason:
+                reason = "is PostScript, which mhacut does not run"
+            return Unreadable(file, reason), -1
+        return self.transform(picture), -1 if label is None else int(label)
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from mhacut.data.folders import IMAGE_SUFFIXES, find_folder, label_images, scan, subfolders
-from mhacut.data.named import NamedImages, NamedStream, open_named, targets_of
+from mhacut.data.named import NamedStream, open_named, targets_of
 from mhacut.data.preprocessing import Preprocessing, Transform
 from mhacut.data.reading import (
-    ImageFiles,
+    ImagesByIndex,
     Sample,
     Unreadable,
     balanced_order,
@@ -77,7 +77,8 @@ def open_split(
         targets = targets_of(name, opened)
         return Split(
             where,
-            NamedImages(name, opened, preprocessing, transform),
+            # timm's reader, because timm's dataset replaces an unreadable image by the next one.
+            ImagesByIndex(getattr(opened, "reader", opened), preprocessing, transform, name),
             targets,
             use_labels,
             lambda chosen: fingerprint([name, split], [targets[i] for i in chosen]),
@@ -97,9 +98,10 @@ def open_split(
         reads_both = isinstance(data, DataOptions)
         other = data.val_split if option == "train_split" else None if reads_both else "train"
         labels = label_images(folder, data, num_classes, hint, other=other)
+    files = [os.path.join(folder.path, image) for image in folder.images]
     return Split(
         f"under {folder.name}/",
-        ImageFiles(folder.path, folder.images, labels, preprocessing, transform),
+        ImagesByIndex(list(zip(files, labels, strict=True)), preprocessing, transform),
         folder.names,
         labelled,
         lambda chosen: fingerprint([folder.images[i] for i in chosen], [labels[i] for i in chosen]),
