@@ -194,7 +194,7 @@ class Option:
         return value
 
     def _number(self, value: Any, kind: type) -> Any:
-        number = None
+        number: Any = None
         # bool is a subclass of int. YAML reads 1e-3 as text, so text is allowed.
         if isinstance(value, str | (Integral if kind is int else Real)) and not isinstance(value, bool):
             with suppress(ValueError, OverflowError):
