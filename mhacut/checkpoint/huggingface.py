@@ -86,7 +86,7 @@ def open_huggingface(source: str | os.PathLike[str], hints: ModelHints | None = 
     else:
         header, (model, dtype) = read_file_header(folder), load_dense(folder)
     preprocessing = _preprocessing_of(folder, model)
-    whole = ImageModel(model.float().requires_grad_(False), preprocessing.input_size).eval()
+    whole = ImageModel(model.float(), preprocessing.input_size).eval()
     check_finite(show(folder), whole)
     stated = hints.model or hints.model_args or hints.part
     if stated or hints.num_classes not in (None, whole.num_classes):

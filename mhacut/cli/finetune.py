@@ -43,15 +43,17 @@ def finetune(options: FinetuneOptions, console: Console) -> None:
 def _text(result: FinetuneResult) -> str:
     lines = [safe_table(result.rows()), ""]
     if result.improved is False:
+        last = result.output.with_name(LAST).with_suffix(result.output.suffix)
         lines.append(
             "no epoch improved on the start: the saved file holds the initial weights. "
-            f"The weights of the last step are in {safe(result.folder / LAST)}"
+            f"The weights of the last step are in {safe(last)}"
         )
     processes = "" if result.processes == 1 else f"{result.processes} x "
     speed = f", {result.images_per_second:.0f} images/s on {processes}{safe(result.device)}"
+    load = "load_model" if result.output.suffix else "load_pruned"
     lines += [
         f"saved {safe(result.output)}",
-        f"loads with: mhacut.load_model({str(result.output)!r})",
+        f"loads with: mhacut.{load}({str(result.output)!r})",
         f"trained {result.steps} steps on {safe(result.data)}"
         + (speed if result.images_per_second else "; the run was already complete"),
     ]

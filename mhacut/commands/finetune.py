@@ -81,7 +81,7 @@ def _finetune(run: Run) -> FinetuneResult:
     if run.progress.step < run.total_steps:
         run.reporter.log(f"training on {run.images.description}")
     images_per_second = train(run)
-    output = run.folder.file(BEST if run.progress.best is not None else LAST)
+    output = run.weights(BEST if run.progress.best is not None else LAST)
     after, losses = None, None
     if run.validation is None and run.progress.start is not None and run.progress.best is not None:
         losses = -run.progress.start, -run.progress.best

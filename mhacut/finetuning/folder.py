@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mhacut.checkpoint.folder import PRUNED
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
 from mhacut.limits import is_int
 from mhacut.options.finetune import FinetuneOptions
@@ -25,7 +26,9 @@ from mhacut.runtime.files import REMOTE, check_output, reason_alone, stem_of, wr
 ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
 TENSORBOARD = "tensorboard"
-_FILES = (ARGUMENTS, STATE, LAST, BEST, SUMMARY, TENSORBOARD)
+LAST_FOLDER, BEST_FOLDER = Path(LAST).stem, Path(BEST).stem
+"""Folders that take the place of slim files for models of transformers."""
+_FILES = (ARGUMENTS, STATE, LAST, BEST, LAST_FOLDER, BEST_FOLDER, SUMMARY, TENSORBOARD)
 """Files of a run. ``args.yaml`` is removed first: without it, the rest of a run cannot be resumed."""
 _STATE_VERSION = 4
 
@@ -64,7 +67,7 @@ class RunFolder:
             raise OutputError(
                 f"{self.path}: is a file; expected a folder for the run ({option_name('output')})"
             )
-        for name in (LAST, BEST):
+        for name in (LAST, BEST, f"{LAST_FOLDER}/{PRUNED}", f"{BEST_FOLDER}/{PRUNED}"):
             for path in options.files_read():
                 check_output(self.file(name), overwrite=True, input_path=path)
         files = self._files()
@@ -81,7 +84,8 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._files():
-                shutil.rmtree(self.file(name)) if name == TENSORBOARD else self.file(name).unlink()
+                path = self.file(name)
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         except OSError as error:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 

@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.checkpoint import Checkpoint
-from mhacut.checkpoint.load import open_checkpoint, read_model
+from mhacut.checkpoint.huggingface import is_huggingface
+from mhacut.checkpoint.load import open_checkpoint
 from mhacut.checkpoint.preprocessing import Provenance, provenance, resolve_preprocessing, with_hint
 from mhacut.data import EvaluationLoader, Preprocessing, WithoutLabels, evaluation_loader, has_split
 from mhacut.errors import CheckpointError, UsageError, option_name
@@ -73,6 +75,11 @@ class Run:
     def images_per_step(self) -> int:
         """Number of images of a step over all processes."""
         return self.batches.batch_size * self.batches.parts
+
+    def weights(self, name: str) -> Path:
+        """Return the path of slim file ``name``, or of the folder in its place for models of transformers."""
+        path = self.folder.file(name)
+        return path.with_suffix("") if is_huggingface(self.loaded) else path
 
     def measure(self, model: nn.Module) -> Evaluation:
         """Return the accuracy of ``model`` on the validation images. Every process must call this."""
@@ -164,11 +171,12 @@ def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter)
 
 def _read_slim(options: FinetuneOptions, reporter: Reporter) -> Checkpoint:
     source = os.fspath(options.checkpoint)
-    if source.startswith(REMOTE) or open_checkpoint(source).record is None:
+    loaded = None if source.startswith(REMOTE) else open_checkpoint(source)
+    if loaded is None or loaded.record is None:
         raise CheckpointError(
             f"{source}: not a slim file; prune the model first: mhacut prune {source} --flops 50%"
         )
-    loaded = read_model(source)
+    _ = loaded.model
     for note in loaded.notes:
         reporter.log(note)
     return loaded

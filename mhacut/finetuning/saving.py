@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mhacut.checkpoint.huggingface import ImageModel, write_huggingface
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError, DataError, option_name
@@ -70,7 +71,7 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
     except Exception as error:  # torch and each optimiser raise different errors
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.100}"
         raise run.folder.not_resumable(f"does not fit this run ({reason})") from error
-    if run.progress.best is not None and not run.folder.file(BEST).exists():
+    if run.progress.best is not None and not run.weights(BEST).exists():
         run.progress.best = None  # the weights of the next epoch take its place
 
 
@@ -122,17 +123,22 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
 
 
 def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
-    """Write the weights, or their average, to slim file ``name``; ``evaluation`` is their accuracy."""
+    """Write the weights, or their average, to :meth:`Run.weights`; ``evaluation`` is their accuracy."""
     if not run.processes.first:
         return
     dtypes = dict(run.loaded.dtypes)  # training is in float32, also of a file in half precision
     if run.options.dtype is not None:
         chosen = getattr(torch, run.options.dtype)
         dtypes = {key: chosen if dtype.is_floating_point else dtype for key, dtype in dtypes.items()}
+    model, record = run.trainer.result, _record_after(run, evaluation)
+    if isinstance(model, ImageModel):
+        dtype = next(dtype for dtype in dtypes.values() if dtype.is_floating_point)
+        write_huggingface(run.weights(name), model.model, record.history, dtype=dtype, overwrite=True)
+        return
     write_slim(
-        run.folder.file(name),
-        run.trainer.result,
-        _record_after(run, evaluation),
+        run.weights(name),
+        model,
+        record,
         dtypes=dtypes,
         overwrite=True,
         input_path=run.loaded.path,

@@ -61,9 +61,25 @@ def test_a_pruned_folder_is_evaluated_timed_and_inspected(folders):
     assert {model["architecture"] for model in benched} == {"ViTForImageClassification"}
     assert benched[1]["file_bytes"] < benched[0]["file_bytes"]
     inspected = document("inspect", slim, "--compare", dense, "--data-dir", images)
-    assert inspected["layers"][0]["layer"] == "model.vit.layers.0.attention"
+    assert inspected["layers"][0]["name"] == "model.vit.layers.0.attention"
     assert inspected["history"][0]["source"] == "dense"
     assert 0 <= inspected["comparison"]["agreement"] <= 1
+
+
+def test_training_writes_a_folder_of_the_same_class(folders, tmp_path):
+    run_folder, data = tmp_path / "run", ("--data-dir", folders / "images", "--lr", "1e-3")
+    tuned = document("finetune", folders / "slim", *data, "--epochs", "1", "-o", run_folder)
+    assert tuned["output"] == str(run_folder / "best")
+    assert tuned["steps"] == 3
+    assert document("inspect", run_folder / "last", "--shapes")["history"][1]["teacher_sha256"] is not None
+    models = [mhacut.load_pruned(path) for path in (folders / "slim", run_folder / "last")]
+    assert type(models[0]) is type(models[1])
+    weights = [model.classifier.weight for model in models]
+    assert not torch.equal(*weights)
+    again = ("finetune", run_folder / "best", *data, "-o", run_folder, "--overwrite")
+    assert "is the input" in refusal(tmp_path, *again)
+    more = (*data, "--epochs", "1", "-o", run_folder, "--overwrite")
+    assert document("finetune", folders / "slim", *more)["steps"] == 3
 
 
 def test_the_exported_file_has_the_outputs_of_the_class(folders, tmp_path):
