@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from helpers.benchmarks import BENCHMARKS, script
-from helpers.fixtures import brief_times, few_digits, programs, short_stacks  # noqa: F401
 from helpers.programs import MAIN
 
 PART = """
@@ -41,7 +40,7 @@ def scores():
 
 
 @pytest.fixture
-def forked(programs, monkeypatch) -> Callable[[Any], None]:  # noqa: F811
+def forked(programs, monkeypatch) -> Callable[[Any], None]:
     """Let a module ``compare`` run its parts, and ``mhacut``, in forks."""
 
     def run(command, threads, limit_s=None):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import contextmanager
 from types import ModuleType
@@ -13,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 
 import mhacut
-from helpers.checkpoints import Hostile
 from helpers.flatten_official import official_state
 from helpers.models import slow_except
 from mhacut.checkpoint.load import open_checkpoint, read_model
@@ -67,16 +65,6 @@ def official(name) -> dict[str, torch.Tensor]:
     }
 
 
-def training_file(path, state, **more):
-    """As the official training scripts write it."""
-    with yacs_installed() as CfgNode:
-        config = CfgNode({"MODEL": CfgNode({"NAME": "flatten", "DEPTHS": [2, 2]}), "TAG": "default"})
-        optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
-        whole = {"model": state, "optimizer": optimizer, "epoch": 299, "max_accuracy": 82.1, "config": config}
-        torch.save({**whole, **more}, path)
-    return path
-
-
 def same(model, expected):
     batch = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -84,8 +72,13 @@ def same(model, expected):
 
 
 def test_training_checkpoints_open_without_yacs(tmp_path):
-    name = NAMES[0]
-    path = training_file(tmp_path / "ckpt.pth", official(name))
+    """As the official training scripts write them."""
+    name, path = NAMES[0], tmp_path / "ckpt.pth"
+    with yacs_installed() as CfgNode:
+        config = CfgNode({"MODEL": CfgNode({"NAME": "flatten", "DEPTHS": [2, 2]}), "TAG": "default"})
+        optimizer = {"state": {0: {"exp_avg": torch.ones(3)}}, "param_groups": [{"lr": 1e-3}]}
+        more = {"optimizer": optimizer, "epoch": 299, "max_accuracy": 82.1, "config": config}
+        torch.save({"model": official(name), **more}, path)
     loaded = read_model(path, model=name, model_args=SMALL[name])
     same(loaded.model, model_of(name))
     assert "img_size 64, from the shape of positional_encoding" in loaded.notes
@@ -156,13 +149,6 @@ def test_windows_of_another_size_are_resized_too():
     model.load_state_dict(checkpoint_filter(model)(state, model))
 
 
-def test_files_of_another_model_are_refused(tmp_path):
-    save_file(official("flatten_swin_tiny_224"), tmp_path / "a.safetensors")
-    with pytest.raises(CheckpointError, match=r"do not fit flatten_.*missing") as error:
-        read_model(tmp_path / "a.safetensors", model="flatten_pvt_tiny")
-    assert "another shape" in str(error.value)
-
-
 @pytest.mark.parametrize(
     ("name", "tensor"),
     [
@@ -178,13 +164,3 @@ def test_tensors_that_cannot_be_converted_are_named(name, tensor, tmp_path):
     with pytest.raises(CheckpointError, match="do not fit") as error:
         read_model(tmp_path / "a.safetensors", model="flatten_swin_tiny_224", model_args=args)
     assert repr(name) in str(error.value)
-
-
-def test_a_configuration_lets_nothing_else_in(tmp_path):
-    trace = tmp_path / "trace"
-    state = official("flatten_pvt_v2_b0")
-    more = {"optimizer": Hostile(os.mkdir, str(trace))}
-    path = training_file(tmp_path / "ckpt.pth", state, **more)
-    with pytest.raises(CheckpointError, match="mkdir"):
-        mhacut.load_model(path, model="flatten_pvt_v2_b0", **SMALL["flatten_pvt_v2_b0"])
-    assert not trace.exists()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,7 +12,6 @@ from mhacut.measuring.predicted_time import LayerTimes, Point, TimeTable, points
 from mhacut.pruning.allocate import cheapest_widths, total_error
 from mhacut.pruning.limits import Limit, width_choices
 
-CPU = torch.device("cpu")
 REST = 100.0
 """Time that no width changes, so long that any plan uses nearly all of a budget."""
 ATTENTION = {"qk": (8, 16, 24, 32), "v": (8, 16, 24, 32)}

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.autograd.functional import jacobian
 
-from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image, relative
 from mhacut.errors import MhacutError
 from mhacut.linalg.moments import Moments
@@ -53,18 +52,27 @@ def moments(x):
     return Moments(x.shape[-2], x.sum(-2), x.mT @ x)
 
 
-def test_moments_are_those_of_what_hooks_see():
-    it = Calibrated()
-    block, seen = it.model.blocks[1], {}
+KINDS = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
+
+
+def activations(it, block):
+    """Queries and centred keys [H, B, N, d], inputs of the projection and of the MLP's second layer."""
+    seen = {}
     hooks = [
         block.attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
         block.attn.proj.register_forward_pre_hook(lambda m, i: seen.update(output=i[0])),
         block.mlp.fc2.register_forward_pre_hook(lambda m, i: seen.update(hidden=i[0])),
     ]
-    assert torch.allclose(it.found.teacher.double(), it.model(it.images), atol=1e-5)
+    it.model(it.images)
     [hook.remove() for hook in hooks]
-    q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
-    k = k - k.mean(2, keepdim=True)
+    q, k, _ = seen["qkv"].reshape(len(it.images), 5, 3, 3, 8).permute(2, 3, 0, 1, 4)
+    return q, k - k.mean(2, keepdim=True), seen["output"], seen["hidden"]
+
+
+def test_moments_are_those_of_what_hooks_see():
+    it = Calibrated()
+    q, k, outputs, hidden_rows = activations(it, it.model.blocks[1])
+    assert torch.allclose(it.found.teacher.double(), it.model(it.images), atol=1e-5)
     held = it.found.held
     assert held == round(HELD_OUT * 9) == 2
     for name, part in (("held", slice(0, held)), ("fit", slice(held, None)), ("every", slice(None))):
@@ -73,11 +81,8 @@ def test_moments_are_those_of_what_hooks_see():
         same(query, moments(q[:, part].flatten(1, 2)))
         same(key, moments(k[:, part].flatten(1, 2)))
         (output,), (hidden,) = got["attn", "v"], got["mlp", "hidden"]
-        same(output, moments(seen["output"][part].flatten(0, 1)))
-        same(hidden, moments(seen["hidden"][part].flatten(0, 1)))
-
-
-KINDS = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
+        same(output, moments(outputs[part].flatten(0, 1)))
+        same(hidden, moments(hidden_rows[part].flatten(0, 1)))
 
 
 @each_case
@@ -109,12 +114,6 @@ def test_a_single_image_serves_for_both():
     for unit in it.found.moments.values():
         assert [side.rows for side in unit.fit] == [side.rows for side in unit.held]
         assert all(torch.equal(a.second, b.second) for a, b in zip(unit.fit, unit.held, strict=True))
-
-
-def test_images_that_are_differentiated_count_twice():
-    reporter = Recorder()
-    Calibrated(images=8, batch_size=3, fisher_images=4, reporter=reporter)
-    assert reporter.steps == [(3, 12), (4, 12), (7, 12), (10, 12), (12, 12)]
 
 
 def test_the_model_is_left_as_it_was():
@@ -154,6 +153,10 @@ def test_fisher_is_that_of_autograd_for_one_draw(classifier):
         (gradient,) = torch.autograd.grad(aim, errors)
         expected = torch.einsum("bti,btj->ij", gradient, gradient) / len(fitted)
         assert relative(it.found.fisher.matrices[layer.name], expected) < 1e-4
+        influence = gradient.square().sum((0, 2))  # a token counts as much as its gradients say
+        importance = SHRINKAGE + (1 - SHRINKAGE) * influence / influence.mean()
+        weights = it.found.fisher.token_importance(layer.name, (2, 5), images=2)
+        assert relative(weights, importance.repeat(2)) < 1e-4
 
 
 @pytest.mark.parametrize("classifier", [True, False])
@@ -261,35 +264,9 @@ def test_processes_that_share_the_images_whiten_dense_features_alike(batch_size)
 # --- how much tokens count ---
 
 
-def test_a_token_counts_as_much_as_its_gradients_say():
-    it = Calibrated(batch_size=9, fisher_images=9, seed=3)
-    fitted = it.images[it.found.held :]
-    noise = torch.randn(len(fitted), 5, generator=torch.Generator().manual_seed(3)).double()
-    dense = it.model(fitted)
-    for layer in it.prunable.layers:
-        errors = torch.zeros(len(fitted), 5, 24, dtype=torch.float64, requires_grad=True)
-        moved = outputs_under(it, layer.name, fitted, errors)
-        aim = (noise * dense.softmax(-1).sqrt() * moved.log_softmax(-1)).sum()
-        (gradient,) = torch.autograd.grad(aim, errors)
-        influence = gradient.square().sum((0, 2))
-        expected = SHRINKAGE + (1 - SHRINKAGE) * influence / influence.mean()
-        weights = it.found.fisher.token_importance(layer.name, (2, 5), images=2)
-        assert relative(weights, expected.repeat(2)) < 1e-4
-        assert weights.mean() == pytest.approx(1)
-
-
 def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
     it = Calibrated(fisher_images=9)
-    block, seen = it.model.blocks[0], {}
-    hooks = [
-        block.attn.qkv.register_forward_hook(lambda m, i, o: seen.update(qkv=o)),
-        block.attn.proj.register_forward_pre_hook(lambda m, i: seen.update(output=i[0])),
-        block.mlp.fc2.register_forward_pre_hook(lambda m, i: seen.update(hidden=i[0])),
-    ]
-    it.model(it.images)
-    [hook.remove() for hook in hooks]
-    q, k, _ = seen["qkv"].reshape(9, 5, 3, 3, 8).permute(2, 3, 0, 1, 4)  # H, B, N, d
-    k = k - k.mean(2, keepdim=True)
+    q, k, outputs, hidden_rows = activations(it, it.model.blocks[0])
     attn, mlp = (
         it.found.fisher.token_importance(f"blocks.0.{name}", (9, 5), images=9) for name in ("attn", "mlp")
     )
@@ -299,14 +276,11 @@ def test_moments_weigh_queries_and_outputs_as_tokens_count_but_not_keys():
     def weighted(x, weights):
         return Moments(45, weights @ x, x.mT @ (weights[:, None] * x))
 
-    found = {kind: it.found.moments[f"blocks.0.{name}", kind].every for name, kind in WHERE}
+    found = {kind: it.found.moments[f"blocks.0.{name}", kind].every for name, kind in KINDS}
     same(found["qk"][0], weighted(q.reshape(3, 45, 8), attn))
     same(found["qk"][1], weighted(k.reshape(3, 45, 8), torch.ones_like(attn)))
-    same(found["v"][0], weighted(seen["output"].reshape(45, 24), attn))
-    same(found["hidden"][0], weighted(seen["hidden"].reshape(45, -1), mlp))
-
-
-WHERE = (("attn", "qk"), ("attn", "v"), ("mlp", "hidden"))
+    same(found["v"][0], weighted(outputs.reshape(45, 24), attn))
+    same(found["hidden"][0], weighted(hidden_rows.reshape(45, -1), mlp))
 
 
 def test_tokens_all_count_alike_where_that_is_asked_for_or_nothing_is_known():

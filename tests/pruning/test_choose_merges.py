@@ -74,31 +74,6 @@ def test_tokens_are_those_of_the_images(side, most):
     assert merging.forward_features(torch.zeros(1, *size)).shape[1] == (side // 16) ** 2 + 1 - sum(most)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("side", [48, 192])
-def test_models_merge_tokens_of_images_that_they_are_not_built_for(tmp_path, side):
-    args = {**ARGS, "dynamic_img_size": True}
-    result = mhacut.prune(
-        build(ModelCase(VIT.architecture, args)),
-        flops="45%",
-        scope="attention+mlp+tokens",
-        output=tmp_path / "slim.safetensors",
-        model_args={key: value for key, value in args.items() if key not in ("img_size", "num_classes")},
-        img_size=side,
-        calibration_images=8,
-        latency=False,
-        effort="fast",
-    )
-    slim, size = mhacut.load_model(result.output), (3, side, side)
-    assert measure_flops(slim, size) == result.slim.flops <= result.budget
-    counts = []
-    slim.blocks[-1].register_forward_pre_hook(lambda block, args: counts.append(args[0].x.shape[1]))
-    slim(torch.zeros(1, *size))
-    merged = sum(result.plan.tokens.merged[:-1])
-    assert merged > 0
-    assert counts == [(side // 16) ** 2 + 1 - merged]
-
-
 def test_of_a_single_patch_nothing_is_merged():
     args = {"depth": 2, "embed_dim": 24, "num_heads": 3}
     one = build(ModelCase(VIT.architecture, {**args, "img_size": 16}))

@@ -262,18 +262,6 @@ def test_a_small_batch_size_bounds_the_images_that_are_run_at_once(case):
         assert found[key] == pytest.approx(curve, rel=1e-9, abs=1e-18)
 
 
-def test_units_that_are_not_asked_for_are_not_run():
-    it, reporter = Curved(CASES[0], "principal"), Recorder()
-    candidates = {key: candidate for key, candidate in it.candidates.items() if key[1] != "qk"}
-    runs: list[object] = []
-    with it.model.register_forward_pre_hook(lambda module, args: runs.append(args)):
-        found = sensitivity_curves(replace(it.job, reporter=reporter), it.calibration, candidates)
-    assert runs == []
-    assert set(found) == set(candidates)
-    assert all(found[key] == it.curves[key] for key in candidates)
-    assert reporter.steps[-1] == (len(candidates), len(candidates))
-
-
 @given(last=st.integers(1, 60), step=st.integers(1, 8))
 def test_few_widths_are_measured_and_the_ends_are_among_them(last, step):
     choices = width_choices(last, step)

@@ -23,15 +23,8 @@ from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
 from mhacut.surgery.slice import cut
-from properties.cases import UNLIKE, VITS
+from properties.cases import VIT_PARAMS, VITS
 
-each_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
-        for name, case in VITS.items()
-    ],
-)
 TINY = ModelCase(
     "vit_tiny_patch16_224",
     {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5},
@@ -68,7 +61,7 @@ class Bench:
         return distillation_of(model, self.images)
 
 
-@each_case
+@pytest.mark.parametrize("case", VIT_PARAMS)
 @pytest.mark.parametrize(("repair", "basis"), [(True, "principal"), (False, "channel")])
 def test_what_is_cut_computes_what_was_reconstructed(case, basis, repair):
     bench = Bench(case, basis, share=0.6)
@@ -153,7 +146,7 @@ def test_principal_channels_keep_the_dense_temperature():
     assert all(channel_scales[unit.key].max() > 1.3 for unit in plain.prunable.units(["qk"]))
 
 
-@each_case
+@pytest.mark.parametrize("case", VIT_PARAMS)
 def test_without_repair_channels_go_by_what_goes_with_them(case):
     """The first to go is the channel whose removal moves its head's part of the output (or logits) least."""
     bench = Bench(case, "channel", images=16)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 
 from helpers.models import build, image, relative, slow_except
-from mhacut.checkpoint.load import read_model
-from mhacut.data import Preprocessing, calibration_images
 from mhacut.linalg.reconstruction import refit_logits
-from mhacut.options.base import DataOptions
 from mhacut.options.prune import BasisChoice, SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
@@ -22,18 +17,10 @@ from mhacut.pruning.repair import repair
 from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-from properties.cases import UNLIKE, VITS
-
-each_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
-        for name, case in VITS.items()
-    ],
-)
+from properties.cases import VIT_PARAMS, VITS
 
 
-@each_case
+@pytest.mark.parametrize("case", VIT_PARAMS)
 @pytest.mark.parametrize("basis", slow_except({"principal"}, get_args(BasisChoice)))
 def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
     model = build(case, dtype=torch.float64).requires_grad_(False)
@@ -69,31 +56,6 @@ def plan_of(prunable, seed, share=0.6):
         ]
         units.append(UnitPlan(unit.layer, unit.kind, unit.width, tuple(map(tuple, kept))))
     return Plan(tuple(units))
-
-
-@pytest.mark.slow
-def test_repair_brings_a_trained_model_nearer_to_the_dense_one():
-    digits = Path(__file__).parents[2] / "examples" / "digits"
-    loaded = read_model(digits / "model")
-    model, size = loaded.model.requires_grad_(False), (3, 32, 32)
-    preprocessing = Preprocessing.resolve(loaded.identity.pretrained_cfg, size)
-    images = calibration_images(
-        preprocessing, DataOptions(data_dir=digits / "images"), count=200, seed=0
-    ).images
-    unseen = calibration_images(
-        preprocessing,
-        DataOptions(data_dir=digits / "images", train_split="val"),
-        count=100,
-        seed=0,
-        use_labels=False,
-    ).images
-    prunable = find_prunable_layers(model)
-    plan, dense = plan_of(prunable, 0, share=0.5), model(unseen)
-    plain = copy.deepcopy(model)
-    cut(plain, plan)
-    repair(model, prunable, plan, moments_of(model, prunable, images))
-    cut(model, plan)
-    assert (model(unseen) - dense).norm() < 0.3 * (plain(unseen) - dense).norm()
 
 
 def test_the_mixing_of_the_logits_is_folded_into_the_queries_as_it_was_solved():

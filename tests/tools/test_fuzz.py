@@ -146,7 +146,7 @@ TARGETS: dict[str, tuple[Callable[[Path, bytes], None], Callable[[], list[bytes]
     "yaml": (read_options, lambda: [OPTIONS]),
     "state": (resume, lambda: [saved_state()]),
 }
-"""Readers by name, and inputs of each to begin with."""
+"""Readers by name, and inputs to damage."""
 
 
 @st.composite

@@ -5,6 +5,7 @@ A new class is one entry here; ``test_registry.py`` fails for a registered class
 
 from __future__ import annotations
 
+import pytest
 from timm.layers.attention import Attention
 from timm.models import convit, levit, maxxvit, metaformer, pvt_v2, swin_transformer
 from torch import nn
@@ -52,3 +53,9 @@ VITS = {note or "plain": case for note, case in BY_CLASS[Attention].items() if n
 
 UNLIKE = {"plain", "pooling head", "no biases", "norms within", "normalised"}
 """One of each kind of them."""
+
+VIT_PARAMS = [
+    pytest.param(case, id=name, marks=() if name in UNLIKE else pytest.mark.slow)
+    for name, case in VITS.items()
+]
+"""Parameters of a test of each of them, slow but for ``UNLIKE``."""

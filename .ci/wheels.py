@@ -1,6 +1,6 @@
 """Install the wheel and the sdist in clean environments, and run the README's main command there.
 
-    python tests/tools/wheels.py --python python3.10 --python python3.13
+    python .ci/wheels.py --python python3.10 --python python3.13
 
 Both are built from the files that git knows. For each Python, the wheel is installed into an environment of
 its own, in a temporary folder, with no source of mhacut around; the command runs on a copy of the example's
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CLEAN = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 README = (ROOT / "README.md").read_text()
 CHECK = """

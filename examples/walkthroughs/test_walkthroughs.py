@@ -10,7 +10,7 @@ import pytest
 
 from helpers.shell import mhacut_in_path
 
-SCRIPTS = Path(__file__).parents[2] / "examples" / "walkthroughs"
+SCRIPTS = Path(__file__).parent
 ENDS = {
     "vit_to_onnx_runtime": "of 300 digits right",
     "ablation": "paper-no-similarity",
