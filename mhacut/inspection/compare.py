@@ -22,12 +22,14 @@ from mhacut.plan import LayerFamily, UnitKind
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities, model_input_size
+from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.merging_blocks import Matcher
 from mhacut.surgery.token_merging import Match
 from mhacut.surgery.tokens import merged_of, tokens_of, with_tokens
+
+_ADVICE = "Use the dense model that the checkpoint was made from"
 
 
 def read_dense(
@@ -42,26 +44,16 @@ def read_dense(
     if is_huggingface(opened):
         dense = as_huggingface(dense)
     compared = option_name("compare", dense.source)
-    if dense.identity.architecture != identity.architecture:
-        raise UsageError(
-            f"{compared}: expected the checkpoint's architecture, {identity.architecture}, "
-            f"found {dense.identity.architecture}. Use the dense model that the checkpoint was made from"
-        )
+    for what, expected, found in (
+        ("the architecture", identity.architecture, dense.identity.architecture),
+        ("image size", *("x".join(map(str, checkpoint.input_size)) for checkpoint in (opened, dense))),
+    ):
+        if found != expected:
+            raise UsageError(f"{compared}: expected {what} {expected}, found {found}. {_ADVICE}")
     if opened.record is None and dense.record is not None:
         raise UsageError(
             f"{compared}: expected a dense model, found a slim file. Inspect the slim file, and compare it "
             f"with {opened.source}"
-        )
-    found, expected = (
-        model_input_size(
-            checkpoint.skeleton, checkpoint.identity.pretrained_cfg, checkpoint.identity.model_args
-        )
-        for checkpoint in (dense, opened)
-    )
-    if found != expected:
-        raise UsageError(
-            f"{compared}: expected image size {'x'.join(map(str, expected))}, "
-            f"found {'x'.join(map(str, found))}. Use the dense model that the checkpoint was made from"
         )
     # A list: values of an untrusted history may not be hashable.
     if opened.record is not None and dense.sha256 not in [
@@ -120,13 +112,11 @@ def compare(
 ) -> Comparison:
     """Run both models on ``images`` [n, C, H, W] and compare every layer."""
     option = option_name("compare", source)
-    advice = "Use the dense model that the checkpoint was made from"
     try:  # layers are compared token by token, so both models need the same tokens
         same_tokens = with_tokens(dense, tokens_of(slim))
     except (PlanError, UnsupportedModelError) as error:
-        raise MhacutError(
-            f"{option}: cannot leave out the same tokens as the checkpoint ({error}). {advice}"
-        ) from error
+        text = f"{option}: cannot leave out the same tokens as the checkpoint ({error}). {_ADVICE}"
+        raise MhacutError(text) from error
     prunable = prunable or (find_prunable_layers(same_tokens), find_prunable_layers(slim))
     _check_alike(*prunable, source)
     tallies = {layer.name: _Tally(layer.channel_dim) for layer in prunable[0].layers}
@@ -141,7 +131,7 @@ def compare(
             if expected.shape != actual.shape:
                 raise MhacutError(
                     f"{option}: expected {actual.shape[-1]} outputs per image, found {expected.shape[-1]}. "
-                    f"{advice}"
+                    f"{_ADVICE}"
                 )
             divergence += float(measured.divergence(actual, expected)) * len(batch)
             same += float((expected.argmax(-1) == actual.argmax(-1)).sum())
@@ -260,5 +250,5 @@ def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> No
     if odd:
         raise MhacutError(
             f"{option_name('compare', source)}: the layer {min(odd)} or its heads differ from the "
-            "checkpoint. Use the dense model that the checkpoint was made from"
+            f"checkpoint. {_ADVICE}"
         )

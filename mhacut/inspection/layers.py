@@ -236,16 +236,21 @@ def summary(inspection: Inspection) -> str:
     """Return the share of attention in FLOPs, the kept channels, and their redundancy, in 1 line."""
     spent = sum(layer.share for layer in inspection.layers if layer.heads is not None)
     parts = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
+    kept, useful = [], []
+    for kind in UNIT_KINDS:
+        units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
+        if units:
+            share = sum(unit.now for unit in units) / sum(unit.dense for unit in units)
+            kept.append(f"{100 * share:.0f} % of {kind}")
+        if described := sum(unit.now * len(unit.heads) for unit in units):
+            share = sum(head.rank99 for unit in units for head in unit.heads) / described
+            useful.append(f"{100 * share:.0f} % of {kind}")
     if inspection.slim:
-        kept = {kind: kept_share(inspection, kind) for kind in UNIT_KINDS}
-        shares = [f"{100 * share:.0f} % of {kind}" for kind, share in kept.items() if share is not None]
-        parts.append("kept " + ", ".join(shares))
+        parts.append("kept " + ", ".join(kept))
     parts += about_tokens(inspection.tokens)
-    useful = {kind: useful_share(inspection, kind) for kind in UNIT_KINDS}
-    shares = [f"{100 * share:.0f} % of {kind}" for kind, share in useful.items() if share is not None]
-    if shares:
+    if useful:
         by = " (by weights alone)" if inspection.judged_by == BY_WEIGHTS else ""
-        parts.append(f"99 % of the energy is in {', '.join(shares)}{by}")
+        parts.append(f"99 % of the energy is in {', '.join(useful)}{by}")
     return "; ".join(parts)
 
 
@@ -257,17 +262,3 @@ def about_tokens(tokens: TokenPlan) -> list[str]:
         count = "token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
         parts.append(f"the last block computes only the {count} that the classifier reads")
     return parts
-
-
-def useful_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of principal channels of a kind, in 0..1, with 99 % of their head's energy; None if unknown."""
-    units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
-    width = sum(unit.now * len(unit.heads) for unit in units)
-    return sum(head.rank99 for unit in units for head in unit.heads) / width if width else None
-
-
-def kept_share(inspection: Inspection, kind: UnitKind) -> float | None:
-    """Share of the dense model's channels of a kind that are left, in 0..1; None without such channels."""
-    units = [layer.units[kind] for layer in inspection.layers if kind in layer.units]
-    dense = sum(unit.dense for unit in units)
-    return sum(unit.now for unit in units) / dense if dense else None

@@ -188,21 +188,17 @@ class Preserved:
         return replace(self, steps=max(1, -(-image_bytes * images // MAX_BYTES)))
 
     def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"what": self.what}
-        if self.features.layers:
-            document["layers"] = list(self.features.layers)
-        if self.features.levels:
-            document["levels"] = list(self.features.levels)
-        return document
+        chosen = {"layers": list(self.features.layers), "levels": list(self.features.levels)}
+        return {"what": self.what, **{name: value for name, value in chosen.items() if value}}
 
     def __str__(self) -> str:
-        if self.what == "tokens":
-            return "the features of all tokens (the final normalised map)"
-        if self.what == "layers":
-            return f"the features of all tokens after {', '.join(self.features.layers)}"
-        if self.what == "pyramid":
-            return f"the {len(self.features.levels)} feature maps of features_only"
-        names = {"answers": "the answers", "outputs": "the outputs that the model reads"}
+        names = {
+            "answers": "the answers",
+            "outputs": "the outputs that the model reads",
+            "tokens": "the features of all tokens (the final normalised map)",
+            "layers": f"the features of all tokens after {', '.join(self.features.layers)}",
+            "pyramid": f"the {len(self.features.levels)} feature maps of features_only",
+        }
         return names.get(self.what, "the pooled features")
 
 
