@@ -99,13 +99,3 @@ def compiles_by(monkeypatch):
 
     yield set_to
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def without_compiler(compiles_by):
-    """Lets torch.compile find no compiler."""
-
-    def fail(graph, inputs):
-        raise RuntimeError("no compiler")
-
-    compiles_by(fail)

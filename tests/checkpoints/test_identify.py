@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 
 import pytest
 import timm
@@ -14,7 +13,8 @@ from timm.models import save_for_hf
 
 import mhacut
 from helpers.checkpoints import ARGS, IMAGES, NAME, refusal, save, tiny
-from helpers.files import save_dense
+from helpers.files import ModelFile, save_dense
+from helpers.pruning import prune_quickly
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.timm_cfg import completed_cfg
 
@@ -65,14 +65,8 @@ def test_what_a_config_leaves_out_is_the_architectures_own(tmp_path, stated, cro
         ({"architecture": "os.system"}, "timm has no model"),
         ({"architecture": None}, "expected timm's config with an architecture"),
         ({"model_args": {**ARGS, "depth": 10**6}}, "is far too large for the tensors"),
-        ({"model_args": {**ARGS, "embed_dim": 999_999}}, "tensors do not fit vit_tiny_patch16_224"),
         ({"model_args": {**ARGS, "embed_dim": 10**9}}, "timm cannot build vit_tiny_patch16_224"),
         ({"model_args": {**ARGS, "img_size": 30_000}}, "'img_size': at most 4194304 pixels (2048x2048)"),
-        ({"pretrained_cfg": {"input_size": [3, 30_000, 30_000]}}, "'input_size': at most 4194304 pixels"),
-        (
-            {"pretrained_cfg": {"std": [0, 0, 0]}},
-            "pytorch_model.bin: pretrained_cfg: std [0, 0, 0]: expected 3",
-        ),
         ({"pretrained_cfg": {"input_size": [3, 32, 32], "crop_pct": 9}}, "pretrained_cfg: crop_pct 9"),
         ({"model_args": {**ARGS, "checkpoint_path": "/x"}}, "'checkpoint_path' is not allowed"),
         ({"model_args": {**ARGS, "block_fn": "os.system"}}, "timm cannot build"),
@@ -141,21 +135,10 @@ def test_a_file_of_another_model_is_refused_in_one_line(tmp_path):
     assert "\n" not in message
 
 
-def test_the_model_that_a_file_is_of_is_named(tmp_path, zeros):
-    path = tmp_path / "model.safetensors"
-    save_file(zeros("deit_tiny_distilled_patch16_224"), path)
-    message = refusal(path, model=NAME)
+def test_the_model_that_a_file_is_of_is_named(tmp_path):
+    model = timm.create_model("deit_tiny_distilled_patch16_224")
+    message = refusal(save_dense(model, tmp_path / "model.safetensors"), model=NAME)
     assert "names and shapes are those of deit_tiny_distilled_patch16_224" in message
-
-
-def test_numbers_that_are_not_finite_are_counted(tmp_path):
-    model = tiny()
-    model.blocks[1].attn.qkv.weight.data[0, :3] = math.nan
-    model.norm.bias.data[1] = math.inf
-    message = refusal(save(model, tmp_path / "x.safetensors"), model=NAME, model_args=ARGS)
-    assert "2 tensors hold NaN or infinite values" in message
-    assert "'blocks.1.attn.qkv.weight' (3 of 6912)" in message
-    assert "'norm.bias' (1 of 48)" in message
 
 
 def test_integer_weights_are_refused(tmp_path):
@@ -217,16 +200,7 @@ def test_a_file_without_a_classifier_need_not_be_built_with_one(tmp_path):
 @pytest.mark.slow
 def test_the_dense_file_of_a_headless_slim_one_is_read_without_its_classifier(tmp_path):
     dense = save_dense(tiny(), tmp_path / "dense.safetensors")
-    slim = mhacut.prune(
-        dense,
-        model=NAME,
-        model_args=ARGS,
-        num_classes=0,
-        flops="90%",
-        effort="fast",
-        calibration_images=4,
-        latency=False,
-        output=tmp_path / "slim.safetensors",
-    )
+    file, output = ModelFile(dense, NAME, ARGS), tmp_path / "slim.safetensors"
+    slim = prune_quickly(file, output, num_classes=0, flops="90%")
     seen = mhacut.inspect(slim.output, compare=dense, calibration_images=4)
     assert slim.dense.flops in seen.comparison.flops

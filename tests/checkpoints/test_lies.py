@@ -53,7 +53,6 @@ def elsewhere(units):
         ({"model_args": {**ARGS, "num_classes": 11}}, "2 of another shape"),
         ({"model_args": {**ARGS, "mlp_ratio": 10**6}}, "the plan expects 1 of 192"),
         ({"model_args": {**ARGS, "depth": 10**6}}, "is far too large for the tensors"),
-        ({"format_version": 3}, "Upgrade mhacut"),
     ],
 )
 def test_metadata_that_does_not_match_the_tensors_is_refused(dense, tmp_path, changes, says, monkeypatch):

@@ -10,7 +10,7 @@ from torch import nn
 
 from helpers.checkpoints import ARGS, IMAGES, NAME, make_slim, refusal, save, tiny
 from mhacut.checkpoint.build import allocate
-from mhacut.checkpoint.load import load_model, open_checkpoint, read_model
+from mhacut.checkpoint.load import load_model, read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.plan import Plan
@@ -112,17 +112,6 @@ def test_the_preprocessing_of_the_cut_is_what_timm_resolves(dense, tmp_path):
     write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)
     for use_test_size in (False, True):
         assert resolve_data_config({}, model=load_model(path), use_test_size=use_test_size) == preprocessing
-
-
-def test_the_header_alone_tells_widths(dense, tmp_path):
-    path = tmp_path / "slim.safetensors"
-    _, record = make_slim(dense[1], path, model=NAME, model_args=ARGS)
-    header = open_checkpoint(path).header
-    assert open_checkpoint(path).record == record
-    assert header.shapes["blocks.0.attn.qkv.weight"] == (3 * (5 + 5 + 11), 48)
-    assert header.dtypes["blocks.0.attn.qkv.weight"] == torch.float32
-    outline = open_checkpoint(path)
-    assert {parameter.device.type for parameter in outline.skeleton.parameters()} == {"meta"}
 
 
 def test_a_slim_file_says_itself_what_it_is(dense, tmp_path):

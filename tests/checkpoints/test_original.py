@@ -148,13 +148,7 @@ def sam(state):
 CASES = {
     "dinov2, in chunks": ("vit_small_patch14_dinov2", VIT, dinov2_in_chunks),
     "dinov2, gated": ("vit_giant_patch14_dinov2", VIT, dinov2),
-    "dinov2, gated, in chunks": ("vit_giant_patch14_dinov2", VIT, lambda s: dinov2_in_chunks(dinov2(s))),
     "dinov2, no mask": ("vit_giant_patch14_dinov2", VIT, lambda s: without_mask(dinov2(s))),
-    "dinov2, registers, no mask": (
-        "vit_small_patch14_reg4_dinov2",
-        VIT,
-        lambda s: without_mask(dinov2_with_registers(s)),
-    ),
     "dinov2, registers": ("vit_small_patch14_reg4_dinov2", VIT, dinov2_with_registers),
     "dinov3": ("vit_small_patch16_dinov3_qkvb", EVA, dinov3),
     "mae": ("vit_base_patch16_224", {**VIT, "num_classes": 0}, mae),

@@ -23,14 +23,6 @@ from tools.generate_fingerprints import prunable_fingerprints
 
 VIT = "vit_tiny_patch16_224"
 DIGITS = {"in_chans": 1, "num_classes": 10, "img_size": 32, "patch_size": 4, "depth": 6}
-SLOWLY_FINGERPRINTED = [
-    pytest.param(name, marks=pytest.mark.slow)
-    for name in (
-        *("swin_tiny_patch4_window7_224", "xcit_nano_12_p16_224", "mvitv2_tiny", "levit_128s"),
-        *("eva02_tiny_patch14_224", "coat_lite_tiny", "crossvit_9_240", "vit_tiny_r_s16_p8_224"),
-        *("mobilevit_xxs", "botnet26t_256", "pit_ti_224", "naflexvit_base_patch16_gap", "test_vit"),
-    )
-]
 AVERAGED = {"class_token": False, "global_pool": "avg"}
 
 
@@ -174,14 +166,3 @@ def test_every_prunable_architecture_has_a_fingerprint():
     if version != timm.__version__ and not any(name.startswith("flatten_") for name in wrong):
         pytest.skip(f"the table is of timm {version}; of {timm.__version__} it lacks {says}")
     assert not wrong, says
-
-
-@pytest.mark.parametrize(
-    "name", [VIT, "deit_tiny_distilled_patch16_224", "flatten_pvt_tiny", *SLOWLY_FINGERPRINTED]
-)
-def test_the_table_is_of_this_timm(name):
-    version, groups = read_table()
-    if version != timm.__version__:
-        pytest.skip(f"the table is of timm {version}: python tests/tools/generate_fingerprints.py")
-    ((exact, any_size),) = prunable_fingerprints([name]).values()
-    assert name in groups[any_size][exact]

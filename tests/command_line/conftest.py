@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from helpers.cli import FAST, run
+from helpers.data import write_split
 from mhacut.errors import MhacutError
 
 
@@ -43,20 +42,13 @@ def captured(instead_of_prune, elsewhere):
 
 
 @pytest.fixture(scope="session")
-def slim(tiny_vit, tmp_path_factory):
-    path = tmp_path_factory.mktemp("slim") / "slim.safetensors"
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", path, *FAST)
-    assert result.exit_code == 0, result.stderr
-    return path
+def slim(pruned):
+    return pruned.output
 
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
     """An ImageFolder with a val split of 7 classes, two images each."""
     root = tmp_path_factory.mktemp("images")
-    for label in range(7):
-        folder = root / "val" / f"class{label}"
-        folder.mkdir(parents=True)
-        for number in range(2):
-            Image.new("RGB", (32, 32), (30 * label, 100 * number, 50)).save(folder / f"{number}.png")
+    write_split(root / "val", classes=[f"class{label}" for label in range(7)], per_class=2)
     return root

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from helpers.checkpoints import torch_file, zipped
-from helpers.cli import refusal, run, unchanged
+from helpers.cli import refusal, run, succeed, unchanged
 
 
 def header(document: object, data: bytes = b"") -> bytes:
@@ -106,8 +106,7 @@ def test_narrow_terminals_and_odd_names(slim, tmp_path):  # 58
     path = tmp_path / "a [red] \u6f22.safetensors"
     path.write_bytes(slim.read_bytes())
     with unchanged(path):
-        result = run("inspect", path, env={"COLUMNS": "20"})
-        assert result.exit_code == 0, result.stderr
+        result = succeed("inspect", path, env={"COLUMNS": "20"})
         assert result.stdout == run("inspect", path).stdout
     missing = refusal(tmp_path, "inspect", tmp_path / os.fsdecode(b"no [red] \xff"))
     assert "no [red] \ufffd" in missing

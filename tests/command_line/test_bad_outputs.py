@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 import signal
-from pathlib import Path
 
 import pytest
 
 from helpers.cli import FAST, refusal
 from mhacut.runtime import files
 
-
-def export_of(slim: Path, out: Path) -> list[object]:
-    return ["export", slim, "--format", "timm", "-o", out]
-
-
-def report_of(slim: Path, out: Path) -> list[object]:
-    return ["inspect", slim, "--html", out]
-
-
-def prune_of(slim: Path, out: Path) -> list[object]:
-    return ["prune", slim, "--flops", "95%", "--effort", "fast", *FAST, "-o", out]
-
-
 WRITERS = {
-    "export": (export_of, "out"),
-    "inspect": (report_of, "out.html"),
-    "prune": (prune_of, "out.safetensors"),
+    "export": (["--format", "timm", "-o"], "out"),
+    "inspect": (["--html"], "out.html"),
+    "prune": (["--flops", "95%", "--effort", "fast", *FAST, "-o"], "out.safetensors"),
 }
 
 
@@ -34,9 +20,9 @@ WRITERS = {
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("command", WRITERS)
 def test_interrupts_while_writing(slim, tmp_path, monkeypatch, command, number):  # 49
-    arguments, name = WRITERS[command]
+    flags, name = WRITERS[command]
     monkeypatch.setattr(files, "sync", lambda _: signal.raise_signal(number))
-    message = refusal(tmp_path, *arguments(slim, tmp_path / name), code=130)
+    message = refusal(tmp_path, command, slim, *flags, tmp_path / name, code=130)
     assert message.endswith("interrupted; no incomplete file was left\n")
 
 
@@ -46,16 +32,7 @@ def test_a_link_to_what_is_read_or_written_is_refused(slim, tiny_vit, images, tm
     names.write_text("".join(f"class{number}\n" for number in range(7)))
     for target in (dense, names):
         (tmp_path / f"to {target.name}").symlink_to(target)
-    compared = [
-        "inspect",
-        slim,
-        "--compare",
-        dense,
-        "--model",
-        "vit_tiny_patch16_224",
-        "--overwrite",
-        "--html",
-    ]
+    compared = ["inspect", slim, "--compare", dense, *tiny_vit.flags[1:], "--overwrite", "--html"]
     for page in (dense, tmp_path / "to dense.html"):
         assert "is the input" in refusal(tmp_path, *compared, page)
     pruned = ["prune", *tiny_vit.flags, "--flops", "60%", *FAST, "--overwrite"]

@@ -88,18 +88,6 @@ def test_yaml_takes_pairs_as_mappings_and_lists(captured, tmp_path, value):
     made = captured.pop()
     assert made.model_args == {"depth": 2, "img_size": [224, 288], "global_pool": "avg"}
     assert made.mean == (0.5, 0.4, 0.3)
-    file.write_text("checkpoint: a.pth\nflops: 50%\nmodel_args: depth=2\n")
-    run("prune", "--config", file, "--model-arg", "img_size=32", "--model-arg", "depth=3")
-    assert captured.pop().model_args == {"depth": 3, "img_size": 32}
-
-
-@pytest.mark.parametrize("value", ["3", "[3]", "[depth]", "{3: 4}", "[[depth=2]]"])
-def test_yaml_refuses_other_pairs(captured, tmp_path, value):
-    (tmp_path / "run.yaml").write_text(f"checkpoint: a.pth\nflops: 50%\nmodel_args: {value}\n")
-    result = run("prune", "--config", tmp_path / "run.yaml")
-    assert result.exit_code == 2
-    assert "model-arg" in result.stderr
-    assert "KEY=VALUE" in result.stderr
 
 
 def test_flags_win_over_the_file(captured, tmp_path):
@@ -169,9 +157,3 @@ def test_config_errors_name_file_and_key(tmp_path, text, message):
     assert message in result.stderr
     assert "run.yaml" in result.stderr
     assert result.stdout == ""
-
-
-def test_config_that_is_not_there():
-    result = run("prune", "a", "--flops", "1G", "-c", "nowhere.yaml")
-    assert result.exit_code == 2
-    assert "error: --config nowhere.yaml: No such file" in result.stderr

@@ -113,18 +113,6 @@ def test_wrong_paths_and_budgets_need_no_torch(tmp_path):
         assert int(status) == expected, line
 
 
-def test_help_groups_flags():
-    text = run("prune", "--help-all", env={"COLUMNS": "120"}).stdout
-    headings = re.findall(r"^(\w.+):$", text, re.MULTILINE)
-    assert headings[:4] == ["Arguments", "Result", "Data", "Model"]
-    assert headings[-2:] == ["Rarer options", "Every command"]
-    assert text.index("--flops") < text.index("--effort") < text.index("--dataset")
-    assert "[default: 2000]" in " ".join(text.split())
-    assert "'*.attn.qk'" in text
-    assert "--allocation" not in text
-    assert "research switches have no flag: use --set KEY=VALUE" in " ".join(text.split())
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_on_a_page(command):
     options = [one for one in COMMANDS[command].options().values() if one.panel != RESEARCH]
@@ -153,6 +141,8 @@ def test_version():
     [
         (["prune", "a.pth", "--flop", "50%"], "No such option"),
         (["prune", "--flops"], "'--flops' requires an argument"),
+        (["prune"], "CHECKPOINT is missing"),
+        (["prune", "a", "-c", "nowhere.yaml"], "error: --config nowhere.yaml: No such file"),
         (["pruen"], "No such command 'pruen'"),
         (["--flops"], "No such option"),
     ],

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 import mhacut
-from helpers.cli import FAST, refusal, research, run
+from helpers.cli import FAST, document_of, research, run, succeed
+from helpers.pruning import stated_by
 
 
 def test_prune_prints_a_table(tiny_vit, tmp_path):
     out = tmp_path / "new" / "out [1].safetensors"
     arguments = [argument for argument in FAST if argument != "--no-latency"]
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *arguments)
-    assert result.exit_code == 0, result.stderr
+    result = succeed("prune", *tiny_vit.flags, "--flops", "60%", "-o", out, *arguments)
     lines = result.stdout.splitlines()
-    kept, won = (
-        r"same top-1 class as dense for \S+ % of .* images \(KL \S+\)",
-        r"\S+x (faster|slower) \(batch 8, CPU\)",
-    )
-    assert re.fullmatch(f"{kept} at 60 % of the FLOPs, {won}", lines[0])
+    assert re.fullmatch(r"same top-1 .* at 60 % of the FLOPs, \S+x (faster|slower) \(.*\)", lines[0])
     lines = lines[2:]
     assert lines[0].split() == ["vit_tiny_patch16_224", "dense", "slim", "ratio"]
     assert [line.split("  ")[0] for line in lines[1:5]] == [
@@ -40,22 +34,6 @@ def test_prune_prints_a_table(tiny_vit, tmp_path):
     assert max(map(len, lines[:8])) <= 80
     assert "num_classes 7" in result.stderr
     assert mhacut.load_model(out).num_classes == 7
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("flags", "heading"),
-    [
-        (["--num-classes", "0"], "divergence of features, nats per token"),
-        (["--preserve", "pooled"], "error of features, of their variance"),
-    ],
-    ids=["dense", "pooled"],
-)
-def test_divergences_of_features_are_called_what_they_are(tiny_vit, flags, heading):
-    given = ["--flops", "90%", "--flops", "80%", "--dry-run", *flags]
-    result = run("prune", *tiny_vit.flags, *given, *research(repair=False, heal_steps=0), *FAST)
-    assert result.exit_code == 0, result.stderr
-    assert result.stdout.splitlines()[0].endswith(f"  {heading}")
 
 
 def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_path, monkeypatch):
@@ -75,9 +53,7 @@ def test_of_several_processes_the_one_that_says_why_ends_first(tiny_vit, tmp_pat
 def test_prune_json(tiny_vit, tmp_path):
     out = tmp_path / "out.safetensors"
     by_indicators = research(allocation="indicator", steps=2)
-    result = run("prune", *tiny_vit.flags, "--flops", "45%", "-o", out, "--json", *by_indicators, *FAST)
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
+    document = document_of("prune", *tiny_vit.flags, "--flops", "45%", "-o", out, *by_indicators, *FAST)
     assert document["schema_version"] == 1
     assert document["output"] == str(out)
     assert document["slim"]["flops"] <= document["budget"] < document["dense"]["flops"]
@@ -90,8 +66,7 @@ def test_prune_json(tiny_vit, tmp_path):
     slim = load_file(out)
     hidden = next(layer for layer in document["layers"] if layer["kind"] == "hidden")
     assert slim[f"{hidden['layer']}.fc1.weight"].shape[0] == hidden["width"] < hidden["dense_width"]
-    with safe_open(out, "pt") as file:
-        stated = json.loads(file.metadata()["mhacut"])
+    stated = stated_by(out)
     assert stated["plan"] == document["plan"]
     assert stated["tokens"] == document["tokens"] == {"read": 1}
 
@@ -108,36 +83,3 @@ def test_a_default_name_that_exists_is_refused_before_the_checkpoint_is_read(
     assert "tiny-60pct.safetensors: exists" in result.stderr
     assert "reading" not in result.stderr
     assert (tmp_path / "tiny-60pct.safetensors").read_bytes() == b"precious"
-
-
-@pytest.mark.parametrize(
-    ("budget", "code", "message"),
-    [
-        ("5G", 1, "nothing to prune: the model's 1.16M FLOPs are already within 5G"),
-        ("100%", 1, "nothing to prune"),
-        ("10K", 1, "--flops 10K is out of reach: the lowest is "),
-        ("2,0G", 2, "--flops 2,0G is not a budget; write 2.0G, 600M, 2e9 or 50%"),
-        *((text, 2, "is not a budget") for text in ("nan", "inf", "0", "-1G", "", "2GB", "2.0 G", "1e999")),
-        ("101%", 2, "a share is at most 100%"),
-    ],
-)
-def test_budgets_that_are_refused(tiny_vit, tmp_path, monkeypatch, budget, code, message):  # 44 to 46
-    monkeypatch.chdir(tmp_path)
-    assert message in refusal(tmp_path, "prune", *tiny_vit.flags, f"--flops={budget}", *FAST, code=code)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ([], "CHECKPOINT is missing"),
-        (["a"], "--params, --size, --max-latency, --max-kl or --max-drop"),
-        (["a", "--flops", "1G", "--max-kl", "nan"], "--max-kl nan: expected a number"),
-        (["a", "--flops", "1G", "--model-arg", "img_size"], "expected KEY=VALUE, like img_size=32"),
-        ([__file__, "--flops", "1G", "--device", "gpu"], "--device gpu is not a device"),
-    ],
-)
-def test_usage_errors_exit_2(arguments, message):
-    result = run("prune", *arguments)
-    assert result.exit_code == 2
-    assert message in result.stderr
-    assert "Traceback" not in result.stderr

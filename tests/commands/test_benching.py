@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 import mhacut
-from helpers.cli import run
+from helpers.cli import document_of, run
 from helpers.files import SLIM, cut_into_file, save_dense
 from helpers.models import ModelCase, build
 from helpers.plans import random_plan
@@ -118,9 +118,7 @@ def test_int8_stands_beside_float32(slim_of):
 @pytest.mark.slow
 def test_the_command(slim_of):
     flags = ["--batch-sizes", "1,3", "--seconds", "0.01", "--dtype", "bfloat16"]
-    result = run("bench", slim_of("vit"), slim_of("vit"), *flags, "--json")
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
+    document = document_of("bench", slim_of("vit"), slim_of("vit"), *flags)
     assert [timing["batch_size"] for timing in document["models"][1]["timings"]] == [1, 3]
     assert document["dtype"] == "bfloat16"
     shown = run("bench", slim_of("vit"), *flags, "--batch-sizes", "3")
@@ -128,11 +126,13 @@ def test_the_command(slim_of):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_compiler")
-def test_what_cannot_be_compiled_is_one_sentence(slim_of):
-    with pytest.raises(
-        MhacutError, match=r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime"
-    ):
+def test_what_cannot_be_compiled_is_one_sentence(slim_of, compiles_by):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler")
+
+    compiles_by(fail)
+    said = r"^runtime='compile': torch.compile fails \(backend='fail' raised: Runtime"
+    with pytest.raises(MhacutError, match=said):
         mhacut.bench(slim_of("vit"), **QUICK, runtime="compile")
 
 
@@ -156,7 +156,16 @@ def test_all_of_many_models_are_compiled(compiles_by, tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [{"batch_sizes": ()}, {"batch_sizes": (0,)}, {"seconds": 0.0}, {"runtime": "jit"}, {"dtype": "int8"}],
+    [
+        {"batch_sizes": ()},
+        {"batch_sizes": (0,)},
+        {"seconds": 0.0},
+        {"runtime": "jit"},
+        {"dtype": "int8"},
+        {"int8": True},
+        {"runtime": "openvino", "int8": True},
+        {"runtime": "openvino", "dtype": "bfloat16"},
+    ],
 )
 def test_refused_before_any_work(options):
     with pytest.raises(UsageError, match="expected"):

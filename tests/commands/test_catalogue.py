@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
-from helpers.cli import run
+from helpers.cli import document_of, run, succeed
 from mhacut.commands.models import catalogue
 
 
@@ -33,8 +31,7 @@ def test_what_can_be_cut_and_what_is_refused():
 
 
 def test_the_command():
-    result = run("models", "bat_resnext26*")
-    assert result.exit_code == 0, result.stderr
+    result = succeed("models", "bat_resnext26*")
     assert "bat_resnext26ts" in result.stdout
     assert result.stdout.splitlines()[-2:] == [
         "0 of 1 architectures with attention can be pruned (0 of 1 pretrained tags); "
@@ -44,8 +41,9 @@ def test_the_command():
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
     assert "`mhacut models`" not in why
-    assert run("models", "resnet18").stdout == "1 architecture(s) without attention\n"
-    document = json.loads(run("models", "resnet18", "--json").stdout)
+    assert run("models", "resnet18").stdout == "1 architecture(s) without attention
+"
+    document = document_of("models", "resnet18")
     assert document["schema_version"] == 1
     (entry,) = document["models"]
     assert entry["architecture"] == "resnet18"

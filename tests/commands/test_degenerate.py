@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
 import mhacut
+from helpers.models import ModelCase, build
+from helpers.pruning import QUICK
 from mhacut.errors import CheckpointError, DataError, MhacutError
 from mhacut.linalg.moments import Moments
 from mhacut.linalg.reconstruction import refit_logits
@@ -21,14 +22,9 @@ ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8}
 
 
 def made(**more: object) -> nn.Module:
-    """A small ViT far from its initial weights, for images of 16 pixels."""
-    torch.manual_seed(0)
-    given = {"img_size": 16, "num_classes": 5, **ARGS, **more}
-    model = timm.create_model("vit_tiny_patch16_224", **given).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        spread = 0.3 if parameter.dim() == 1 else 1.5 / parameter[0].numel() ** 0.5
-        parameter += spread * torch.randn_like(parameter)
-    return model
+    """A small ViT for images of 16 pixels."""
+    case = ModelCase("vit_tiny_patch16_224", {"img_size": 16, **ARGS, **more})
+    return build(case).requires_grad_(False)
 
 
 def with_attention(change: Callable[[Tensor, Tensor], None]) -> nn.Module:
@@ -132,19 +128,8 @@ def pruned(model: nn.Module, given: Tensor, flops: str = "70%", **options) -> tu
     side = model.patch_embed.img_size[0]
     args = {**ARGS, "img_size": side, "class_token": model.cls_token is not None}
     args["global_pool"] = model.global_pool
-    result = mhacut.prune(
-        model,
-        flops=flops,
-        images=given,
-        model_args=args,
-        effort="fast",
-        calibration_images=8,
-        batch_size=4,
-        latency=False,
-        dry_run=True,
-        round_to=1,
-        **options,
-    )
+    options |= {"model_args": args, "dry_run": True, "round_to": 1, **QUICK}
+    result = mhacut.prune(model, flops=flops, images=given, **options)
     return result.model(), result.divergence
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
 import mhacut
-from helpers.cli import research, run
+from helpers.cli import document_of, research, run
 from helpers.data import write_image
 from helpers.jobs import Recorder
 from helpers.pruning import last_step, prune_quickly
@@ -83,15 +82,13 @@ def test_a_folder_needs_no_labels_to_judge_on(tiny_vit, images, tmp_path):
         path = tmp_path / ("train" if number < 12 else "val") / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
         to_pil_image(image.sigmoid()).save(path)
-    arguments = ["--data-dir", tmp_path, "--workers", "0", "--effort", "fast", "--no-latency", "--json"]
+    arguments = ["--data-dir", tmp_path, "--workers", "0", "--effort", "fast", "--no-latency"]
     arguments += research(allocation="uniform", repair=False, gain_steps=0)
     output = tmp_path / "slim.safetensors"
-    result = run("prune", *tiny_vit.flags, "--flops", "60%", *arguments, "-o", output)
-    assert result.exit_code == 0, result.stderr
-    found = json.loads(result.stdout)
+    found = document_of("prune", *tiny_vit.flags, "--flops", "60%", *arguments, "-o", output)
     assert (found["judged_on"], found["judged_images"]) == (12, "validation images")
-    compared = ["--compare", tiny_vit.path, "--data-dir", tmp_path, "--train-split", "val", "--json"]
-    again = json.loads(run("inspect", output, *compared).stdout)["comparison"]
+    compared = ["--compare", tiny_vit.path, "--data-dir", tmp_path, "--train-split", "val"]
+    again = document_of("inspect", output, *compared)["comparison"]
     assert found["divergence"] == pytest.approx(again["divergence"], rel=1e-4)
     assert found["agreement"] == again["agreement"]
     assert again["data"].startswith("12 of 12 images under val/")

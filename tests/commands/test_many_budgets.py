@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
 
 import mhacut
-from helpers.cli import FAST, run
+from helpers.cli import FAST, document_of, run, succeed
 from helpers.pruning import BALANCED, QUICK, prune_quickly
 from mhacut.errors import UsageError
 
@@ -16,7 +15,7 @@ from mhacut.errors import UsageError
 @pytest.mark.slow
 def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
     options, budgets = {**BALANCED, "heal_steps": 2, "tuning_steps": 2}, ("80%", "60%", "900K")
-    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, **options}
+    asked = {**tiny_vit.options, **options}
     results = mhacut.prune_many(tiny_vit.path, flops=budgets, output=tmp_path / "m-{}.safetensors", **asked)
     assert [result.output.stem for result in results] == ["m-80pct", "m-60pct", "m-900K"]
     for budget, result in zip(budgets, results, strict=True):
@@ -32,9 +31,7 @@ def test_many_budgets_give_the_files_that_single_runs_give(tiny_vit, tmp_path):
 def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["--flops", "80%", "--flops", "60%", *FAST]
-    result = run("prune", *tiny_vit.flags, *arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
+    document = document_of("prune", *tiny_vit.flags, *arguments)
     outputs = [one["output"] for one in document["results"]]
     assert [row["budget"] for row in document["pareto"]] == ["dense", "80%", "60%"]
     for row, one in zip(document["pareto"][1:], document["results"], strict=True):
@@ -49,7 +46,7 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
-    asked = {"model": tiny_vit.architecture, "model_args": tiny_vit.args, **QUICK}
+    asked = {**tiny_vit.options, **QUICK}
     out = tmp_path / "many-{}.safetensors"
     (result,) = results = mhacut.prune_many(tiny_vit.path, flops=["80%"], output=out, **asked)
     assert result.output == tmp_path / "many-80pct.safetensors"
@@ -72,8 +69,7 @@ def test_a_report_of_several_budgets_has_a_table_and_charts(digits_vit, tmp_path
     arguments = ["--data-dir", images, "--workers", "0", "--effort", "fast", "--calibration-images", "8"]
     budgets = ["--flops", "75%", "--flops", "50%"]
     out = tmp_path / "slim-{}.safetensors"
-    result = run("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
-    assert result.exit_code == 0, result.stderr
+    result = succeed("prune", checkpoint, *budgets, *arguments, "-o", out, "--report", page)
     rows = [line.split() for line in result.stdout.splitlines()[:4]]
     assert rows[0][:4] == ["budget", "top-1,", "%", "FLOPs"]
     assert [row[0] for row in rows[1:]] == ["dense", "75%", "50%"]

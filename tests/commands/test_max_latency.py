@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import replace
 from functools import partial
@@ -14,7 +13,7 @@ import pytest
 import torch
 
 import mhacut
-from helpers.cli import run
+from helpers.cli import document_of, succeed
 from helpers.jobs import Recorder
 from helpers.pruning import last_step, prune_quickly
 from mhacut.budget import Budget
@@ -36,7 +35,7 @@ prune = partial(prune_quickly, scope="attention+mlp", latency=True)
 def test_a_target_is_met_used_and_recorded(tiny_vit, tmp_path, clock, asked):
     result = prune(tiny_vit, tmp_path / "slim.safetensors", max_latency=asked)
     (target,) = result.targets
-    dense = read_model(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args).model
+    dense = read_model(tiny_vit.path, **tiny_vit.options).model
     slim = mhacut.load_model(result.output)
     assert target.reached == pytest.approx(clock.time(slim, dense), rel=1e-6)
     assert target.measured["dense"] == pytest.approx(clock.time(dense, dense), rel=1e-6)
@@ -137,8 +136,7 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     out, page = tmp_path / "slim.safetensors", tmp_path / "page.html"
     flags = ["--calibration-images", "8", "--batch-size", "4", "--effort", "fast", "--max-latency", "85%"]
     arguments = ["prune", *tiny_vit.flags, *flags, "-o", out, "--report", page, "--overwrite"]
-    result = run(*arguments)
-    assert result.exit_code == 0, result.stderr
+    result = succeed(*arguments)
     line = (
         r"^--max-latency 85%: (wall|processor) time \S+ms per batch, limit \S+ms; "
         r"dense model \S+ms \(ratio 8\d\.\d%\); predicted \S+ms"
@@ -147,7 +145,7 @@ def test_the_time_is_printed(tiny_vit, tmp_path, clock):
     line = re.search(r"^timed in eager, batch 8, (\d+) thread\(s\), cpu: \S.*", result.stdout, re.MULTILINE)
     assert (clock_name == "processor") == ("; wall time " in line[0]) == (line[1] == "1")
     assert "--max-latency 85%: " in page.read_text()
-    (target,) = json.loads(run(*arguments, "--json").stdout)["targets"]
+    (target,) = document_of(*arguments)["targets"]
     assert target["reached"] <= target["most"] < target["dense"]
     assert {"predicted", "machine", "threads", "runtime", "batch_size", "corrections"} <= target.keys()
 
@@ -172,7 +170,7 @@ def test_a_latency_states_what_it_is_of(tiny_vit, tmp_path, clock):
 @pytest.mark.slow
 def test_a_cut_model_is_timed_in_a_new_process_or_if_none_can_in_this_one(pruned, tiny_vit, monkeypatch):
     slim = read_model(pruned.output)
-    dense = read_model(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args).model
+    dense = read_model(tiny_vit.path, **tiny_vit.options).model
     timing = TimingOptions(latency_batch_size=2, threads=1)
     watch, here = Stopwatch(timing, dense, (3, 32, 32), torch.device("cpu")), []
     monkeypatch.setattr(watch, "compare", lambda *given, **options: here.append(given))

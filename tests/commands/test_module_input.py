@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 import mhacut
+from helpers.models import same
 from mhacut.checkpoint.identity import ModelHints
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.module import copy_of_module, rebuilt_module
@@ -35,13 +36,10 @@ def test_a_module_gives_the_file_that_its_checkpoint_gives(tiny_vit, tmp_path):
     model = module_of(tiny_vit).train()
     before = copy.deepcopy(model.state_dict())
     found = mhacut.prune(model, output=tmp_path / "module.safetensors", **options)
-    expected = mhacut.prune(
-        tiny_vit.path, model=tiny_vit.architecture, output=tmp_path / "file.safetensors", **options
-    )
+    output = tmp_path / "file.safetensors"
+    expected = mhacut.prune(tiny_vit.path, model=tiny_vit.architecture, output=output, **options)
     assert found.plan == expected.plan
-    tensors = [load_file(result.output) for result in (found, expected)]
-    assert tensors[0].keys() == tensors[1].keys()
-    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    assert same(load_file(found.output), load_file(expected.output))
     records = [read_model(result.output).record for result in (found, expected)]
     assert records[0].identity == records[1].identity
     assert records[0].preprocessing == records[1].preprocessing
@@ -90,9 +88,7 @@ def test_classes_and_image_size_are_read_off_the_module(architecture, args):
     for name, value in args.items():
         assert found.identity.model_args[name] == (list(value) if isinstance(value, tuple) else value)
     assert found.model is not model
-    assert all(
-        torch.equal(found.model.state_dict()[name], value) for name, value in model.state_dict().items()
-    )
+    assert same(found.model.state_dict(), model.state_dict())
 
 
 @pytest.mark.parametrize("left_out", ["num_heads", "act_layer"])

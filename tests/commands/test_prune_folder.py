@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import mhacut
-from helpers.cli import refusal, run
+from helpers.cli import refusal, run, succeed
 from helpers.data import write_split
 from helpers.models import relative
 from mhacut.errors import UsageError
@@ -38,8 +38,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     folder, out = written(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3), tmp_path / "out"
     write_split(tmp_path / "images" / "val")
     write_split(tmp_path / "images" / "train", per_class=8)
-    result = run("prune", folder, *QUICK, "-o", out, "--data-dir", tmp_path / "images")
-    assert result.exit_code == 0, result.stderr
+    result = succeed("prune", folder, *QUICK, "-o", out, "--data-dir", tmp_path / "images")
     found = json.loads(result.stdout)
     assert found["slim"]["flops"] <= 0.7 * found["dense"]["flops"]
     assert found["preserved"] == {"what": "answers", "outputs": ["logits"]}

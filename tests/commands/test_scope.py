@@ -66,14 +66,6 @@ def test_a_scope_that_is_given_is_taken(tmp_path):
 
 
 @pytest.mark.slow
-def test_flops_by_merging_and_fewer_parameters_go_together(tmp_path):
-    result, _ = pruned(VIT, tmp_path / "slim.safetensors", flops="40%", params="60%")
-    assert [target.name for target in result.targets] == ["flops", "params"]
-    assert all(target.reached <= target.limit for target in result.targets)
-    assert sum(result.plan.tokens.merged) > 0
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("scope", "flops", "options"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 
@@ -10,8 +9,9 @@ import pytest
 import torch
 
 import mhacut
-from helpers.cli import research, run
+from helpers.cli import document_of, research, run, succeed
 from helpers.models import ModelCase, build
+from helpers.pruning import QUICK
 
 CHANNELS = ["--scope", "attention+mlp", "--effort", "fast", "--calibration-images", "8", "--workers", "0"]
 HARSH = [*CHANNELS, "--no-latency", *research(repair=False, gain_steps=0, basis="channel")]
@@ -19,12 +19,6 @@ HARSH = [*CHANNELS, "--no-latency", *research(repair=False, gain_steps=0, basis=
 WARNING = re.compile(
     r"^warning: large loss: top-1 (\S+) % \(dense \S+ %\) at 11 % of the FLOPs$", re.MULTILINE
 )
-
-
-def document_of(*arguments):
-    result = run("prune", *arguments, "--json")
-    assert result.exit_code == 0, result.stderr
-    return json.loads(result.stdout)
 
 
 @pytest.fixture
@@ -35,8 +29,7 @@ def digits(digits_vit, few_digits, tmp_path, monkeypatch):
 
 
 def test_what_was_kept_and_won_comes_first(digits):
-    result = run("prune", *digits, "--flops", "50%", *CHANNELS)
-    assert result.exit_code == 0, result.stderr
+    result = succeed("prune", *digits, "--flops", "50%", *CHANNELS)
     first, second, heading, *_ = result.stdout.splitlines()
     expected = (
         r"top-1 \d+\.\d % \(dense \d+\.\d %\) at 50 % of the FLOPs, \d+\.\dx (faster|slower) \(batch 8, CPU\)"
@@ -47,25 +40,23 @@ def test_what_was_kept_and_won_comes_first(digits):
 
 @pytest.mark.slow
 def test_the_advice_after_a_loss_works(digits):
-    result = run("prune", *digits, "--flops", "11%", *HARSH)
-    assert result.exit_code == 0, result.stderr
+    result = succeed("prune", *digits, "--flops", "11%", *HARSH)
     assert WARNING.match(result.stdout)
     lines = result.stdout.split("\n\n")[0].splitlines()
     scope, budget, finetune, effort, images = (line.strip() for line in lines[1:])
     merging = HARSH[2:]  # without its scope
     assert run("prune", *digits, "--flops", "11%", *merging, *scope.split()[:2], "--dry-run").exit_code == 0
     assert re.fullmatch(r"--flops \d\d% should lose about 1 point of top-1", budget)
-    assert not document_of(*digits, *budget.split()[:2], *HARSH, "--dry-run")["much_lost"]
+    assert not document_of("prune", *digits, *budget.split()[:2], *HARSH, "--dry-run")["much_lost"]
     command, _, rest = finetune.partition(" recovers")
     assert rest == " part of the loss"
-    trained = run(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "--workers", "0")
-    assert trained.exit_code == 0, trained.stderr
+    succeed(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "--workers", "0")
     assert effort.startswith("--effort best ")
     assert images == "use more calibration images: found 8, the default is 128"
 
 
 def test_without_labels_the_divergence_is_judged(digits):
-    document = document_of(*digits, "--flops", "11%", *HARSH, "--dry-run", "--no-labels")
+    document = document_of("prune", *digits, "--flops", "11%", *HARSH, "--dry-run", "--no-labels")
     assert re.fullmatch(
         r"same top-1 class as dense for \S+ % of .* images \(KL \S+\) at 11 % of the FLOPs",
         document["verdict"],
@@ -76,27 +67,17 @@ def test_without_labels_the_divergence_is_judged(digits):
 
 @pytest.mark.slow
 def test_a_loss_within_a_bound_is_no_warning(digits):
-    document = document_of(*digits, "--max-drop", "60", *HARSH, "--dry-run")
+    document = document_of("prune", *digits, "--max-drop", "60", *HARSH, "--dry-run")
     assert document["dense"]["top1"] - document["slim"]["top1"] > 5
     assert (document["much_lost"], document["advice"]) == (False, [])
 
 
 @pytest.mark.slow
 def test_python_shows_the_verdict_in_its_own_notation(digits_vit, few_digits, tmp_path):
-    options = {"effort": "fast", "calibration_images": 8, "latency": False, "workers": 0}
-    results = mhacut.prune_many(
-        digits_vit[1],
-        flops=["11%", "75%"],
-        data_dir=few_digits,
-        scope="attention+mlp",
-        repair=False,
-        gain_steps=0,
-        basis="channel",
-        output=tmp_path / "{}.safetensors",
-        report=tmp_path / "page.html",
-        **options,
-    )
-    harsh, mild = results
+    options = {"scope": "attention+mlp", "repair": False, "gain_steps": 0, "basis": "channel", **QUICK}
+    options |= {"data_dir": few_digits, "workers": 0, "report": tmp_path / "page.html"}
+    output = tmp_path / "{}.safetensors"
+    harsh, mild = results = mhacut.prune_many(digits_vit[1], flops=["11%", "75%"], output=output, **options)
     assert (harsh.much_lost, mild.much_lost) == (True, False)
     assert repr(mild).startswith(f"{mild.verdict}\n\n")
     assert mild.verdict.endswith("75 % of the FLOPs")
@@ -118,16 +99,8 @@ def test_what_merged_tokens_leave_of_the_file_is_told(tmp_path):
     model = build(ModelCase("vit_tiny_patch16_224", {**sizes, "img_size": 96, "num_classes": 10}))
 
     def pruned(**budgets):
-        return mhacut.prune(
-            model,
-            **budgets,
-            scope="attention+mlp+tokens",
-            model_args=sizes,
-            calibration_images=12,
-            latency=False,
-            effort="fast",
-            dry_run=True,
-        )
+        merging = {"scope": "attention+mlp+tokens", "dry_run": True, **QUICK}
+        return mhacut.prune(model, model_args=sizes, **merging, **budgets)
 
     merged = pruned(flops="70%")
     assert re.search(

@@ -13,7 +13,8 @@ import weakref
 import pytest
 import torch
 
-from helpers.finetuning import resume, same, weights
+from helpers.finetuning import resume, weights
+from helpers.models import same
 from helpers.programs import BY_TWO, MAIN, free_port
 from mhacut.finetuning.folder import RunFolder
 from mhacut.finetuning.training import Trainer
@@ -23,39 +24,25 @@ from mhacut.runtime.distributed import Processes
 SCRIPT = """
 import os, signal, sys
 import mhacut
-from mhacut.finetuning.training import Trainer
 
-where, at = sys.argv[1], int(sys.argv[2])
-calls = 0
+calls = []
 
-def die(original):
-    def stand_in(*args, **kwargs):
-        global calls
-        calls += 1
-        if calls == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-    return stand_in
+def replace(*paths, original=os.replace):
+    calls.append(paths)
+    if len(calls) == 9:  # the temporary file is complete, its name still the old one
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(*paths)
 
-if where == "step":
-    Trainer.step = die(Trainer.step)
-else:
-    os.replace = die(os.replace)  # its temporary file is complete, its name still the old one
-mhacut.finetune(sys.argv[3], data_dir=sys.argv[4], output=sys.argv[5], batch_size=12, epochs=2, lr=1e-3,
+os.replace = replace
+mhacut.finetune(sys.argv[1], data_dir=sys.argv[2], output=sys.argv[3], batch_size=12, epochs=2, lr=1e-3,
                 workers=0, save_every=1)
 """
 
 
-@pytest.fixture(scope="module")
-def whole(tune_in, tmp_path_factory):
-    """A run that nothing ended."""
-    return tune_in(tmp_path_factory.mktemp("whole") / "run", save_every=1)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("where", "at"), [("step", 5), ("write", 9)])
-def test_kill_9_and_resume(programs, whole, slim, images, tmp_path, where, at):
-    killed = programs.start(SCRIPT, where, at, slim, images, tmp_path / "cut")
+def test_kill_9_and_resume(programs, tune, slim, images, tmp_path):
+    whole = tune("whole", save_every=1)
+    killed = programs.start(SCRIPT, slim, images, tmp_path / "cut")
     with killed.stdout, killed.stderr:
         assert killed.end() == -signal.SIGKILL
     again = resume(tmp_path / "cut")

@@ -16,8 +16,9 @@ import mhacut
 from helpers.checkpoints import Hostile
 from helpers.cli import refusal, tree
 from helpers.cli import run as cli
-from helpers.finetuning import Killed, resume, same, small_trainer, take_steps, weights
+from helpers.finetuning import Killed, resume, small_trainer, take_steps, weights
 from helpers.jobs import Recorder
+from helpers.models import same
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
 from mhacut.finetuning import run as run_module
 from mhacut.finetuning import saving

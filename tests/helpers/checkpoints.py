@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import random
 import zipfile
 
 import pytest
@@ -16,7 +15,7 @@ from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import CheckpointError
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
@@ -82,21 +81,12 @@ def logits_with(tensors):
         return model(IMAGES)
 
 
-def random_plan(model, widths, seed=0) -> Plan:
-    choose = random.Random(seed)
-    units = []
-    for unit in find_prunable_layers(model).units():
-        kept = tuple(
-            tuple(sorted(choose.sample(range(unit.width), widths[unit.kind]))) for _ in range(unit.heads)
-        )
-        units.append(UnitPlan(*unit.key, unit.width, kept))
-    return Plan(tuple(units))
-
-
 def make_slim(source, path, widths=None, **read_args):
     """A slim file made from ``source``; returns the slim model and its record."""
     loaded = read_model(source, **read_args)
-    plan = random_plan(loaded.model, widths or {"qk": 5, "v": 11, "hidden": 77})
+    widths = widths or {"qk": 5, "v": 11, "hidden": 77}
+    units = find_prunable_layers(loaded.model).units()
+    plan = Plan(tuple(unit.keep_first(widths[unit.kind]) for unit in units))
     preprocessing = resolve_data_config({}, model=loaded.model)
     cut(loaded.model, plan)
     record = SlimRecord(loaded.identity, plan, preprocessing, ({"command": "prune"},))

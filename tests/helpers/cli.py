@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from click.testing import Result
 from typer.testing import CliRunner
@@ -30,6 +31,18 @@ def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
     return result
 
 
+def succeed(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
+    """Run ``mhacut`` with ``arguments``, which must succeed."""
+    result = run(*arguments, env=env)
+    assert result.exit_code == 0, result.stderr
+    return result
+
+
+def document_of(*arguments: object) -> dict[str, Any]:
+    """What ``mhacut`` prints with ``arguments`` and ``--json``."""
+    return json.loads(succeed(*arguments, "--json").stdout)
+
+
 def tree(folder: Path) -> dict[str, bytes | str]:
     """Everything under ``folder``, with the bytes of each file."""
     found: dict[str, bytes | str] = {}
@@ -40,22 +53,12 @@ def tree(folder: Path) -> dict[str, bytes | str]:
 
 
 ROOT = Path(__file__).parents[2]
-_LARGEST = 2**24
-"""Bytes of a file up to which it is compared whole; of larger ones, size and time are."""
-_MOST = 10_000
-"""Files under a folder that are compared."""
 
 
-def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, int, bytes]]:
-    """Size, time and bytes of every file among ``paths``, and of those under its folders."""
-    found = {}
-    for path in paths:
-        for file in islice(path.rglob("*"), _MOST) if path.is_dir() else [path]:
-            if file.is_file():
-                status = file.stat()
-                content = file.read_bytes() if status.st_size <= _LARGEST else b""
-                found[file] = status.st_size, status.st_mtime_ns, content
-    return found
+def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, bytes]]:
+    """Time and bytes of every file among ``paths``, and of those under its folders."""
+    files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
+    return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files if file.is_file()}
 
 
 @contextmanager

@@ -26,7 +26,9 @@ class Counting:
                 clock.models += len(models)
                 clock.layers += 0 if dense else len(parts)
                 models = [self.dense, *models] if dense else models
-                return compared([*(clock.time(one, self.dense) for one in models), *map(alone, parts)])
+                times = tuple(clock.time(model, self.dense) for model in models)
+                times += tuple(6e-6 * count_parameters(part) for part in parts)
+                return Comparison(times, times, tuple(time / times[0] for time in times), 0.0)
 
             def compare_in_new_process(self, model, records, *, seconds, precision):
                 found = self.compare([model], seconds=seconds)
@@ -41,11 +43,3 @@ class Counting:
     def time(self, model, dense):
         count, dense_count = count_parameters(model), count_parameters(dense)
         return (1 + 1e-5 * count) * self.unforeseen(count / dense_count)
-
-
-def alone(part):
-    return 6e-6 * count_parameters(part)
-
-
-def compared(times):
-    return Comparison(tuple(times), tuple(times), tuple(time / times[0] for time in times), 0.0)

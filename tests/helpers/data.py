@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +34,6 @@ def write_split(folder: Path, classes=CLASSES, per_class: int = 4) -> Path:
         for k in range(per_class):
             write_image(folder / name / f"{k}.png", 20 * number + k)
     return folder
-
-
-def lying_png(width: int, height: int) -> bytes:
-    """A PNG that says how large it is, and holds next to nothing."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    pixels = chunk(b"IDAT", zlib.compress(b"\0" * 30))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + pixels + chunk(b"IEND", b"")
 
 
 def calibrated(preprocessing: Preprocessing, **options: Any) -> CalibrationImages:

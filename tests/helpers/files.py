@@ -31,6 +31,11 @@ class ModelFile:
     args: dict[str, Any]
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Those arguments as options of commands."""
+        return {"model": self.architecture, "model_args": self.args}
+
+    @property
     def flags(self) -> list[str]:
         """The same for the command line, the path first."""
         arguments = [str(self.path), "--model", self.architecture]
@@ -66,14 +71,7 @@ def save_dense(model: nn.Module, path: Path) -> Path:
 
 
 def cut_into_file(model: nn.Module, plan: Plan, path: Path, case: ModelCase) -> Path:
-    """Cut ``model`` by ``plan`` and write it as a slim file.
-
-    Args:
-        model: dense; slim afterwards.
-        plan: which channels stay.
-        path: the file.
-        case: what the dense model is.
-    """
+    """Cut ``model``, which ``case`` builds, by ``plan`` and write it as a slim file."""
     entry = {"command": "prune", "flops_before": measure_flops(model, case.size)}
     cut(model, plan)
     record = SlimRecord(

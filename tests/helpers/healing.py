@@ -11,7 +11,7 @@ from helpers.jobs import Recorder, job_of
 from helpers.models import ModelCase, build, image
 from helpers.plans import distillation_of
 from mhacut.options.prune import SearchOptions
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.pruning.calibrate import calibrate
 from mhacut.pruning.recover import healed
 from mhacut.surgery.find import find_prunable_layers
@@ -56,10 +56,7 @@ class Bench:
         )
         assert self.calibration.held == HELD
         self.slim = copy.deepcopy(self.dense)
-        plans = []
-        for unit in self.prunable.units():
-            kept = tuple(range(max(unit.width // 2, 1)))
-            plans.append(UnitPlan(unit.layer, unit.kind, unit.width, (kept,) * unit.heads))
+        plans = (unit.keep_first(max(unit.width // 2, 1)) for unit in self.prunable.units())
         cut(self.slim, Plan(tuple(plans)))
         self.reporter = Recorder()
 

@@ -172,6 +172,11 @@ def relative(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
+def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
+    """Whether both have the same tensors."""
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
 def slow_but(exhaustive: Collection[str], names: Iterable[str]) -> list:
     """``names`` to parametrize a test with, marked slow; those in ``exhaustive`` are marked so instead."""
     return [

@@ -106,7 +106,7 @@ def origins(path, override=None, **hints):
 
 
 def test_a_bare_file_does_not_say(tiny_vit):
-    found, text = origins(tiny_vit.path, model=tiny_vit.architecture, model_args=tiny_vit.args)
+    found, text = origins(tiny_vit.path, **tiny_vit.options)
     assert not found.normalisation_is_stated
     assert found.origins["mean"] == found.origins["interpolation"] == "default"
     assert (found.origins["input_size"], found.origins["crop_pct"]) == ("model", "size")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import timm
 import torch
 from safetensors.torch import load_file
-from typer.testing import CliRunner
 
+from helpers.cli import document_of, run
 from helpers.models import ModelCase, build, image
-from mhacut.cli.app import app
 from mhacut.commands.inspect import inspect
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.inspection.compare import compare
-from mhacut.plan import Plan, UnitPlan
+from mhacut.plan import Plan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import set_merged
@@ -25,13 +23,9 @@ CASE = ModelCase("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_class
 
 
 def halved(model):
-    """Every unit without its last half; q/k and v channels of head h from h on."""
-    plan = []
-    for unit in find_prunable_layers(model).units():
-        width = unit.width // 2
-        plan.append(UnitPlan(unit.layer, unit.kind, unit.width, (tuple(range(width)),) * unit.heads))
-    slim = copy.deepcopy(model)
-    cut(slim, Plan(tuple(plan)))
+    """Every unit without its last half."""
+    slim, units = copy.deepcopy(model), find_prunable_layers(model).units()
+    cut(slim, Plan(tuple(unit.keep_first(unit.width // 2) for unit in units)))
     return slim
 
 
@@ -118,16 +112,14 @@ def test_a_slim_file_beside_its_dense_one(slim_of):
     slim = slim_of("flatten")
     dense = slim.parent / "dense.safetensors"  # says nothing of itself: the slim file does
     asked = ["inspect", str(slim), "--compare", str(dense), "--calibration-images", "8"]
-    result = CliRunner().invoke(app, [*asked, "--json"])
-    assert result.exit_code == 0, result.stderr
-    comparison = json.loads(result.stdout)["comparison"]
+    comparison = document_of(*asked)["comparison"]
     assert comparison["data"] == "8 synthetic images of shapes (64x64)"
     dense_flops, slim_flops = comparison["flops"]
     assert slim_flops < 0.7 * dense_flops
     assert all(layer["error"] >= 0 for layer in comparison["layers"])
     widths = [pair for layer in comparison["layers"] for pair in layer["widths"].values()]
     assert any(after < before for before, after in widths)
-    shown = CliRunner().invoke(app, asked).stdout
+    shown = run(*asked).stdout
     assert "own error" in shown
     assert f"{100 * comparison['agreement']:.1f}% have the same top-1 class" in shown
 
@@ -149,7 +141,7 @@ def test_a_part_is_the_dense_models(slim_of, tmp_path):
 
 
 def test_what_lies_beside_what_is_said_or_refused(slim_of, tiny_vit, tmp_path):
-    dense = {"model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    dense = tiny_vit.options
     with pytest.raises(UsageError, match="expected a dense model, found a slim file"):
         inspect(tiny_vit.path, compare=slim_of("vit"), **dense)
     large = tmp_path / "large"

@@ -230,7 +230,7 @@ def test_inspect_writes_the_page(slim_of, tmp_path):
 
 
 def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
-    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    options = {"flops": "60%", **tiny_vit.options}
     options |= {"calibration_images": 8, "latency": False, "round_to": 4}
     page_file = tmp_path / "run.html"
     result = mhacut.prune(tiny_vit.path, output=tmp_path / "slim.safetensors", report=page_file, **options)
@@ -255,7 +255,7 @@ def test_prune_writes_the_page_of_its_run(tiny_vit, tmp_path):
 
 def test_a_report_is_checked_before_the_work(tiny_vit, tmp_path):
     (tmp_path / "there.html").write_text("mine")
-    options = {"flops": "60%", "model": tiny_vit.architecture, "model_args": tiny_vit.args}
+    options = {"flops": "60%", **tiny_vit.options}
     with pytest.raises(OutputError, match=r"there\.html.*exists"):
         mhacut.prune(tiny_vit.path, report=tmp_path / "there.html", data_dir="missing", **options)
     with pytest.raises(UsageError, match=r"report='run.txt': expected a name that ends in .html"):

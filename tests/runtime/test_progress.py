@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from helpers.jobs import Recorder
-from helpers.terminals import terminal
 from mhacut.runtime.progress import SILENT, Counter, StageDisplay, StageTimer, reporting
 
 
@@ -46,16 +45,6 @@ def test_long_stages_give_a_line_now_and_then(every):
     display.close()
     shown = [line.split(" elapsed")[0] for line in lines]
     assert shown == [r"training: 2/20, loss 0.5\x1b[2J, 0:00:00"] * (every == 0)
-
-
-def test_on_a_terminal_a_bar_shows_the_stage(monkeypatch):
-    with terminal(monkeypatch) as stream:
-        with reporting(None, None) as display:
-            display.start("calibrating")
-            display.start("healing")
-            display.advance(120, 480)
-        assert "healing" in stream.getvalue()
-        assert "120/480" in stream.getvalue()
 
 
 def test_who_shows_the_progress(monkeypatch):
