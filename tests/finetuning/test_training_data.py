@@ -85,7 +85,7 @@ def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_pa
     given = ["finetune", slim, "--data-dir", images, "-b", "12", "-j", "0", "-o", tmp_path / "run"]
     seven = ["--teacher-model-arg", "num_classes=7"]
     for teacher, flags, message in (
-        (save_dense(deeper, tmp_path / "3.safetensors"), [], "try --teacher-model-arg depth=3"),
+        (save_dense(deeper, tmp_path / "3.safetensors"), [], "defaults: --teacher-model-arg KEY=VALUE"),
         (save_dense(wider, tmp_path / "9.safetensors"), seven, "try --teacher-model-arg num_classes=9"),
         (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: no such part"),
         ("timm:resnet18", ["--teacher-model", "x"], "names its model. Leave --teacher-model out"),
