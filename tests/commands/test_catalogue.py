@@ -41,8 +41,7 @@ def test_the_command():
     why = run("models", "bat_resnext26*", "--refused").stdout
     assert "BilinearAttnTransform" in why
     assert "`mhacut models`" not in why
-    assert run("models", "resnet18").stdout == "1 architecture(s) without attention
-"
+    assert run("models", "resnet18").stdout == "1 architecture(s) without attention\n"
     document = document_of("models", "resnet18")
     assert document["schema_version"] == 1
     (entry,) = document["models"]
