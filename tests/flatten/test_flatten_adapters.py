@@ -8,13 +8,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 from torch.func import functional_call
 
 from helpers.flatten import FLATTEN
 from helpers.models import build, double, relative
 from helpers.plans import random_plan
-from mhacut.adapters.base import Unit
 from mhacut.errors import PlanError
 from mhacut.flatten.attention import focus, scale_with_gate
 from mhacut.plan import Plan, UnitPlan
@@ -26,21 +24,13 @@ from properties.cases import CASES
 seeds = st.integers(0, 2**32 - 1)
 
 
-def focused_layers(model: nn.Module) -> list[tuple[nn.Module, Unit, Unit]]:
-    """(layer, qk unit, v unit) of focused linear attention."""
-    found = []
-    for layer in find_prunable_layers(model).layers:
-        units = {unit.kind: unit for unit in layer.units}
-        if "qk" in units and units["qk"].linear:
-            found.append((model.get_submodule(layer.name), units["qk"], units["v"]))
-    return found
-
-
 @pytest.mark.parametrize("name", FLATTEN)
 def test_what_is_allowed_in_focused_attention(name):
-    layers = focused_layers(build(FLATTEN[name]))
-    assert layers
-    for _, qk, v in layers:
+    prunable = find_prunable_layers(build(FLATTEN[name]))
+    focused = [unit for unit in prunable.units(["qk"]) if unit.linear]
+    assert focused
+    for qk in focused:
+        v = prunable.unit((qk.layer, "v"))
         assert qk.mixing == "select"
         assert v.mixing == "refit"
         assert not qk.softmax_scaled

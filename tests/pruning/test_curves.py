@@ -133,8 +133,9 @@ def test_errors_of_outputs_are_those_of_explicit_least_squares(it):
             share = it.weights(unit, x).sqrt()[:, None]
             predicted = inputs @ torch.linalg.lstsq(share * inputs, share * x, driver="gelsd").solution
             left = it.divergence(unit, (x - predicted) @ reader.weight.T)
+            curve = it.curves[unit.key]
             # Activations were multiplied in float32.
-            assert it.curves[unit.key][width] == pytest.approx(left, rel=2e-3, abs=1e-6 * most(it, unit))
+            assert curve[width] == pytest.approx(left, rel=2e-3, abs=1e-6 * max(curve.values()))
             checked += 1
         assert checked > 2
 
@@ -218,10 +219,6 @@ def test_errors_of_a_pooling_head_are_those_before_its_mlp():
     assert curve[1] == pytest.approx(float((moved @ fisher * moved).sum(-1).mean()) / 2, rel=1e-6)
     true = float((logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean())
     assert 0.3 * true < curve[1] < 3 * true
-
-
-def most(it, unit):
-    return max(it.curves[unit.key].values())
 
 
 def sampled(it, unit):

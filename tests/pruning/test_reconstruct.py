@@ -18,7 +18,6 @@ from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.paper.indicators import with_trained_scales
 from mhacut.pruning.repair import reconstruct
 from mhacut.pruning.unit_moments import block_diagonal, rotated
-from mhacut.runtime.progress import SILENT
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.mask import masked_tensors
@@ -110,11 +109,6 @@ def test_repair_and_the_principal_basis_each_bring_the_model_nearer():
 # --- channel scales on the slim model ---
 
 
-def with_scales(slim, distillation, steps, reporter=SILENT):
-    prunable = find_prunable_layers(slim)
-    return with_trained_scales(slim, prunable, distillation, steps=steps, lr=0.01, reporter=reporter)
-
-
 @pytest.fixture(scope="module")
 def bench():
     return Bench(TINY, "auto", share=0.6, dtype=torch.float32, images=16)
@@ -124,7 +118,8 @@ def test_scales_that_help_are_merged(bench):
     slim = bench.slim(repair=False).requires_grad_(False)
     before = copy.deepcopy(slim.state_dict())
     reporter, distillation = Recorder(), bench.distillation(bench.model)
-    scaled = with_scales(slim, distillation, steps=40, reporter=reporter)
+    options = {"steps": 40, "lr": 0.01, "reporter": reporter}
+    scaled = with_trained_scales(slim, find_prunable_layers(slim), distillation, **options)
     assert distillation.divergence_of(scaled) < 0.9 * distillation.divergence_of(slim)
     assert all(torch.equal(tensor, before[name]) for name, tensor in slim.state_dict().items())
     assert {name: tensor.shape for name, tensor in scaled.state_dict().items()} == {

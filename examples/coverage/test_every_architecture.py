@@ -20,11 +20,10 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.surgery.find import find_prunable_layers
 from properties.cases import CASES
 
-COVERAGE = Path(__file__).parents[2] / "examples" / "coverage"
-sys.path.insert(0, str(COVERAGE))  # the scripts import each other
+sys.path.insert(0, str(Path(__file__).parent))  # the scripts import each other
 
-import sweep  # noqa: E402
-import trial  # noqa: E402
+import sweep
+import trial
 
 pytestmark = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10),
