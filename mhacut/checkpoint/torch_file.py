@@ -165,5 +165,6 @@ def _blocked(reason: str) -> str:
     objects = f" ({named[1]:.100})" if named else ""
     return (
         f"contains objects other than weights{objects}. They could run code, so nothing was loaded. If you "
-        'trust the file: c = torch.load(FILE, weights_only=False); torch.save(c["model"], "weights.pth")'
+        "trust the file: c = torch.load(FILE, weights_only=False); torch.save(c.state_dict(), "
+        '"weights.pth"), or c["model"] of a training checkpoint'
     )

@@ -161,7 +161,6 @@ def output_error(
 
 
 def symmetric_root(fisher: Tensor) -> Tensor:
-    """Return R with R R = ``fisher`` [out, out]; negative eigenvalues from rounding become 0."""
     values, vectors = torch.linalg.eigh(fisher)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.mT
     return root

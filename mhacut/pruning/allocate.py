@@ -135,7 +135,6 @@ def _solve(
 
 
 def _prices(choices: Choices, limit: Limit) -> dict[UnitKey, float]:
-    """Return the cost per channel of each unit: mean of 2 cases, all others dense and all others least."""
     # The cost of a layer is bilinear in its widths, so the mean of both extremes equals the mean over all.
     # The time penalty of unequal q/k and v widths cancels in this mean.
     most = {key: widths[-1] for key, widths in choices.items()}
@@ -208,11 +207,7 @@ def fill_budget(
     *,
     close_gap: bool = True,
 ) -> dict[UnitKey, int]:
-    """Return widths within ``limits``, given a score for each channel, comparable between units.
-
-    A common threshold gives the first widths. Single width steps then use up the budget. If more than 1 % is
-    left, several steps at once close the gap.
-    """
+    """Return widths within ``limits``, given a score for each channel, comparable between units."""
 
     def widths_at(threshold: float) -> dict[UnitKey, int]:
         widths = {}
@@ -230,6 +225,7 @@ def fill_budget(
         else:
             high = middle
     widths = widths_at(thresholds[low])
+    # Single steps use up the rest of the budget. If they leave more than 1 %, several at once close the gap.
     while True:
         steps = [step for step in (_next_step(key, widths[key], ranked, choices) for key in ranked) if step]
         for _, key, wider in sorted(steps, key=lambda step: (-step[0], step[1])):

@@ -46,13 +46,12 @@ DENSE_FACTOR = 3.5
 def sensitivity_curves(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate]
 ) -> dict[UnitKey, Curve]:
-    """Return the curve of each unit in ``candidates`` at all widths of :attr:`Job.choices`."""
     curves: dict[UnitKey, Curve] = {}
     counter = Counter(job.reporter, len(candidates))
     for layer in job.prunable.layers:
         module = job.model.get_submodule(layer.name)
         for unit in layer.units:
-            if unit.key in candidates and not _is_run(unit):
+            if unit.key in candidates and not _needs_runs(unit):
                 fisher, moments = calibration.fisher.matrices[layer.name], calibration.moments[unit.key]
                 curves[unit.key] = _output_curve(
                     module, candidates[unit.key], moments, fisher, job.choices[unit.key], job.options.repair
@@ -61,8 +60,7 @@ def sensitivity_curves(
     return curves | _curves_by_runs(job, calibration, candidates, counter)
 
 
-def _is_run(unit: Unit) -> bool:
-    """Return whether the curve of ``unit`` needs runs of its layer."""
+def _needs_runs(unit: Unit) -> bool:
     return unit.kind == "qk" or unit.feeds
 
 
@@ -139,7 +137,7 @@ def _curves_by_runs(
 
     hooks = []
     for layer in job.prunable.layers:
-        units = [unit for unit in layer.units if _is_run(unit) and unit.key in candidates]
+        units = [unit for unit in layer.units if _needs_runs(unit) and unit.key in candidates]
         if units:
             module = job.model.get_submodule(layer.name)
             hooks.append(module.register_forward_hook(replay(layer, units), with_kwargs=True))

@@ -36,8 +36,6 @@ Grid = tuple[int, ...]
 
 @dataclass(frozen=True)
 class FisherInformation:
-    """Fisher information of all layers; empty if it was not estimated."""
-
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
     """Fisher matrix F of each layer, [out, out]. An output error e causes a KL divergence of about 1/2 tr(F
     E[e e^T])."""

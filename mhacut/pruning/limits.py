@@ -82,11 +82,7 @@ class Constraints:
         return bool(self.exclude or self.min_width or self.equal_qkv)
 
     def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
-        """Return the widths of ``choices`` that meet the constraints.
-
-        With ``equal_qkv``, constraints on q/k also apply to v, and the reverse. If only 1 can be cut,
-        both keep all channels.
-        """
+        """Return the widths of ``choices`` that meet the constraints."""
         left = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:
             for key in _matching("exclude", pattern, pattern, choices):
@@ -112,6 +108,7 @@ class Constraints:
                 both = set(left[qk]) & set(left[v])
                 left[qk] = left[v] = tuple(width for width in left[qk] if width in both)
             paired = {key for pair in qk_and_v(choices) for key in pair}
+            # Where only q/k or only v can be cut, both keep all channels.
             for key in left:
                 if key[1] != "hidden" and key not in paired:
                     left[key] = left[key][-1:]

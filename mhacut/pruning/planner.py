@@ -50,7 +50,6 @@ class Planned:
         return int(limit.cost(self.plan.widths())) if limit.curve is None else self.time(limit.curve)
 
     def time(self, times: TimeTable | TimeCurve) -> int:
-        """Return the predicted nanoseconds per batch of the cut model."""
         if isinstance(times, TimeTable):
             return times.at(self.plan.widths())
         return times.at(self.flops, merges=any(self.merged))
@@ -102,7 +101,6 @@ class Planner:
         return Planned(ready, curves, (), table, merged, job.unmerge)
 
     def expected_divergence(self, limits: Limits) -> float:
-        """Return the predicted divergence in nats of a plan within ``limits``."""
         if self.job.merges_tokens:
             return self._merge_search.choose(limits, self.curves, close_gap=False).predicted
         widths = job_widths(self.job, limits, self.curves, close_gap=False)

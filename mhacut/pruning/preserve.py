@@ -54,7 +54,6 @@ class Whitening:
     """
 
     mean: Tensor
-    """m, [C]."""
     matrix: Tensor
     """W, [C, C], with W W^T = S^-1: inverse transposed Cholesky factor of S."""
 
@@ -83,8 +82,6 @@ class Whitening:
 
 @dataclass(frozen=True)
 class Preserved:
-    """Outputs of the dense model that the pruned model must preserve."""
-
     what: What
     metric: OutputMetric
     """Divergence: ``answers``: KL in nats of class probabilities; ``features``: squared error relative to the

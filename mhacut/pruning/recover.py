@@ -115,7 +115,6 @@ def _better(
     name: str,
     before: float | None = None,
 ) -> nn.Module:
-    """Return ``changed`` if it diverges less on ``unseen`` than ``slim``, else ``slim``."""
     before = unseen.divergence_of(slim) if before is None else before
     after = unseen.divergence_of(changed)
     helps = after < before  # not where training diverged, to no number
@@ -302,7 +301,6 @@ def _comparable(
 
 @torch.no_grad()
 def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[str, list[Any]]:
-    """Return the outputs of each call of these modules, ordered by first call."""
     with captured_outputs(model, names, lambda args, output: unmerged(output)) as outputs:
         model(image)
     return outputs

@@ -38,10 +38,7 @@ class UnitRepair:
 
 @dataclass(frozen=True)
 class ReconstructedModel:
-    """Model ready to be cut, with weights that compensate for the removed channels."""
-
     model: nn.Module
-    """Model of the dense shape, on the dense model's device."""
     plan: Plan
     channel_scales: Mapping[UnitKey, Tensor]
     """Scales for :func:`mhacut.surgery.slice.cut`."""

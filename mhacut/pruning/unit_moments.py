@@ -151,7 +151,6 @@ class UnitSums:
         return UnitMoments(fit or held, held or fit)
 
     def statistics(self, module: nn.Module) -> UnitStatistics:
-        """Return the statistics on the CPU; ``module`` is the unit's layer."""
         unit = self.unit
         if unit.kind == "qk":
             grams, energy = [self.sums["gram query"], self.sums["gram key"]], self.sums["energy"]
