@@ -30,7 +30,7 @@ LAST_FOLDER, BEST_FOLDER = Path(LAST).stem, Path(BEST).stem
 """Folders that take the place of slim files for models of transformers."""
 _FILES = (ARGUMENTS, STATE, LAST, BEST, LAST_FOLDER, BEST_FOLDER, SUMMARY, TENSORBOARD)
 """Files of a run. ``args.yaml`` is removed first: without it, the rest of a run cannot be resumed."""
-_STATE_VERSION = 4
+_STATE_VERSION = 5
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 """Options that are paths or addresses (:data:`REMOTE`)."""

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,19 +30,18 @@ from mhacut.options.finetune import AugmentationOptions
 _MAX_TRIES = 10
 """Maximum number of images tried for a place in a batch."""
 
-Drawn = tuple["Tensor | None", int, tuple[Unreadable, ...]]
+Drawn = tuple["Tensor | None", int, list[Unreadable]]
 """(image or None if no tried image was readable, label or -1, unreadable images)."""
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Images of a forward pass."""
 
     images: Tensor
     """[B, C, H, W], normalised."""
     labels: Tensor
     """[B] int64; -1 for unlabelled images."""
-    unreadable: tuple[Unreadable, ...]
+    unreadable: list[Unreadable]
     """Unreadable images that others replaced."""
 
 
@@ -174,9 +173,9 @@ class _Seeded(Dataset[Drawn]):
             seed_everything(mixed_seed(self.seed, epoch, at))
             image, label = self.samples[at]
             if not isinstance(image, Unreadable):
-                return image, label, tuple(unreadable)
+                return image, label, unreadable
             unreadable.append(image)
-        return None, -1, tuple(unreadable)
+        return None, -1, unreadable
 
 
 class StepBatches:
@@ -235,31 +234,32 @@ def training_loader(
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
     """Yield the parts ``mine`` of the global batches of steps ``start`` to ``stop`` - 1, in order."""
-    loader: DataLoader[Drawn] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),
         num_workers=workers,
         collate_fn=_stack,
         pin_memory=pin_memory,
     )
-    for stacked, labels, unreadable in iter(loader):
-        if len(stacked) < len(labels):
+    for batch in iter(loader):
+        if len(batch.images) < len(batch.labels):
+            first, count = batch.unreadable[0], len(batch.unreadable)
             raise DataError(
-                f"{len(unreadable)} images of a batch cannot be read, first {unreadable[0].file}: "
-                f"{unreadable[0].reason}. Repair or remove the files"
+                f"{count} images of a batch cannot be read, first {first.file}: {first.reason}. "
+                "Repair or remove the files"
             )
-        wrong = None if images.num_classes is None else label_outside(labels, images.num_classes)
+        wrong = None if images.num_classes is None else label_outside(batch.labels, images.num_classes)
         if wrong is not None:
             raise DataError(
                 f"{images.description}: found label {wrong}, the model's head has {images.num_classes} "
                 f"classes, counted from 0. Map the classes with {option_name('class_map')}, or leave labels "
                 f"out with {option_name('labels', False)}"
             )
-        yield Batch(stacked, labels, tuple(unreadable))
+        yield batch
 
 
-def _stack(drawn: Sequence[Drawn]) -> tuple[Tensor, Tensor, list[Unreadable]]:
+def _stack(drawn: Sequence[Drawn]) -> Batch:
     readable = [image for image, _, _ in drawn if image is not None]
-    images = torch.stack(readable) if readable else torch.empty(0)
+    labels = torch.tensor([label for _, label, _ in drawn], dtype=torch.int64)
     unreadable = [bad for _, _, several in drawn for bad in several]
-    return images, torch.tensor([label for _, label, _ in drawn], dtype=torch.int64), unreadable
+    return Batch(torch.stack(readable) if readable else torch.empty(0), labels, unreadable)

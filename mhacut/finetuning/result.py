@@ -38,8 +38,6 @@ class Progress:
 
     step: int = 0
     """Number of completed steps."""
-    saved: int | None = None
-    """Step of the last save; None before the first save."""
     start: float | None = None
     """Score of the initial weights, by :func:`mhacut.finetuning.held_out.measured_score`."""
     best: float | None = None

@@ -11,7 +11,7 @@ import torch
 from mhacut.checkpoint.huggingface import ImageModel, write_huggingface
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import write_slim
-from mhacut.errors import CheckpointError, DataError, option_name
+from mhacut.errors import CheckpointError, option_name
 from mhacut.finetuning.folder import BEST, LAST
 from mhacut.finetuning.held_out import find_learning_rate, measured_score
 from mhacut.finetuning.result import Progress
@@ -20,8 +20,6 @@ from mhacut.measuring.accuracy import Evaluation, accuracy_for_history
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.runtime.device import software_versions
 
-_MAX_UNREADABLE = 0.1
-"""Maximum fraction of unreadable training images."""
 # A slim file is passed on: it does not reveal where files lie on the machine that made it.
 _LOCAL_OPTIONS = frozenset(
     {"checkpoint", "output", "overwrite", "resume", "teacher", "data_dir", "class_map", "workers", "log"}
@@ -105,14 +103,8 @@ def _check_same_inputs(run: Run, before: Mapping[str, Any]) -> None:
 def save(run: Run, evaluation: Evaluation | None = None) -> None:
     """Write the last weights and the state to resume from. Every process must call this."""
     parts = run.processes.gather(list(run.progress.unreadable))
-    unreadable = list(dict.fromkeys(name for part in parts for name in part))
-    run.progress.unreadable, run.progress.saved = dict.fromkeys(unreadable), run.progress.step
+    run.progress.unreadable = dict.fromkeys(name for part in parts for name in part)
     with run.processes.fail_together():
-        if len(unreadable) > _MAX_UNREADABLE * run.images.count:
-            raise DataError(
-                f"{len(unreadable)} of {run.images.count} images cannot be read, first {unreadable[0]}; "
-                "repair or remove the files"
-            )
         write_weights(run, LAST, evaluation)
         if run.processes.first:
             # The state after the weights: a run that is killed between them repeats the steps since the

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -34,8 +33,11 @@ def train(run: Run) -> float:
         try:
             return _take_steps(run, loader, logs)
         except KeyboardInterrupt:
-            stopped = f"stopped after step {run.progress.step} of {run.total_steps}"
-            run.reporter.log(f"{stopped}. Continue from the last save with: {_resume_command(run)}")
+            folder = quote(str(run.folder.path))
+            run.reporter.log(
+                f"stopped after step {run.progress.step} of {run.total_steps}. "
+                f"Continue from the last save with: mhacut finetune --resume {folder}"
+            )
             raise
 
 
@@ -83,27 +85,15 @@ def _log_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
 def _check_finite(run: Run, loss: float) -> None:
     if math.isfinite(loss):
         return
-    advice = f"Try a smaller {option_name('lr')}, or a {option_name('clip_grad')}"
-    if run.progress.step == 0:
-        teacher = "" if run.options.teacher is None else f" and of {option_name('teacher')}"
-        advice = f"Weights are unchanged: check the outputs of the model{teacher} for these images"
+    advice = f"Try a smaller {option_name('lr')}, a {option_name('clip_grad')}"
     if run.options.amp:
-        advice += f", or train without {option_name('amp')}"
-    saved = run.progress.saved
-    state = "no step was saved yet" if saved is None else f"{run.folder.path} holds step {saved}"
+        advice += f", or training without {option_name('amp')}"
     # The loss is a sum over processes, so that all fail here, and one of them reports the error.
     with run.processes.fail_together():
         raise MhacutError(
-            f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}; {state}. {advice}"
+            f"the loss became {loss} at step {run.progress.step + 1} of {run.total_steps}. {advice}, and "
+            f"check the outputs of the model for these images. {run.folder.path} holds the last saved weights"
         )
-
-
-def _resume_command(run: Run) -> str:
-    """Return the command that resumes the run with the same number of processes."""
-    size, launcher = run.processes.size, ""
-    if size > 1:
-        launcher = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE', size)} -m "
-    return f"{launcher}mhacut finetune --resume {quote(str(run.folder.path))}"
 
 
 def _end_epoch(run: Run, logs: Logs) -> None:
