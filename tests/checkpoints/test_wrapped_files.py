@@ -75,8 +75,6 @@ IN_ANY_FILE = {
         "removed the prefix _orig_mod. from",
     ),
     "model.module": (lambda w, o: under("model.module.", w), "removed the prefix model.module. from"),
-    "module.backbone": (lambda w, o: under("module.backbone.", w), "the prefix module.backbone. from"),
-    "encoder": (lambda w, o: under("encoder.", w), "removed the prefix encoder. from"),
     "own word": (lambda w, o: under("my_vit.", w), "removed the prefix my_vit. from"),
     "loss beside": (lambda w, o: {**w, "criterion.weight": torch.ones(10)}, "left out criterion"),
     "averaged": (

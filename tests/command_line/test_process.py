@@ -52,7 +52,6 @@ def test_help_is_fast_and_needs_no_torch():
 
 WRONG = [
     ("prune {file} --flops 0", 2, "--flops 0 is not a budget"),
-    ("prune {file} --flops -1G", 2, "--flops -1G is not a budget"),
     ("prune {file} --flops 2,0G", 2, "--flops 2,0G is not a budget"),
     ("prune {file} --flops 500%", 2, "a share is at most 100%"),
     ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
@@ -60,11 +59,7 @@ WRONG = [
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),
     ("prune {file} --flops 50% --data-dir {file}", 1, "no such directory (--data-dir)"),
     ("prune {file} --flops 50% --class-map nowhere", 1, "nowhere: class map cannot be read"),
-    (
-        "prune {file} --flops 50% -o {slim}",
-        1,
-        "exists already; choose another name with --output, or --overwrite",
-    ),
+    ("prune {file} --flops 50% -o {slim}", 1, "exists already; choose another name with --output"),
     ("prune {slim} --flops 50% -o {slim} --overwrite", 1, "is the input"),
     ("prune {file} --flops 50% --report {file}/a.html", 1, "is not a directory"),
     ("evaluate nowhere.pth --data-dir .", 1, "no such file: nowhere.pth"),

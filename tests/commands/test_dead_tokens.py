@@ -1,19 +1,18 @@
-"""Slim files whose last block computes only the tokens that the classifier reads, in every command."""
+"""Slim files whose last block computes only the tokens that the classifier reads."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import mhacut
-from helpers.files import save_dense
+from helpers.files import ModelFile, save_dense
 from helpers.jobs import Recorder
 from helpers.models import ModelCase, build, image, relative
-from helpers.pruning import stated_by
+from helpers.pruning import prune_quickly, stated_by
 from mhacut.errors import CheckpointError, UnsupportedModelError
 from mhacut.plan import TokenPlan
 from mhacut.surgery.flops import measure_flops
@@ -23,15 +22,12 @@ ARGS = {"depth": 3, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size
 VIT = ModelCase("vit_tiny_patch16_224", ARGS)
 
 
-def prune(source: object, output: object, case: ModelCase | None = None, **options: Any):
-    """Returns the result, and the lines of the log about tokens."""
-    stated = (
-        {} if case is None else {"model": case.architecture, "model_args": {"num_classes": 5, **case.args}}
-    )
-    given = {"flops": "60%", "effort": "fast", "calibration_images": 8, "round_to": 4, "latency": False}
-    given["scope"] = "attention+mlp"  # merges have files of their own, and tests
-    reporter = Recorder()
-    result = mhacut.prune(source, output=output, reporter=reporter, **{**given, **stated, **options})
+def prune(path, output, **options):
+    """The result, and the lines of the log about tokens."""
+    file, reporter = ModelFile(path, VIT.architecture, {"num_classes": 5, **ARGS}), Recorder()
+    # Merges have files of their own, and tests.
+    given = {"flops": "60%", "round_to": 4, "scope": "attention+mlp", "reporter": reporter, **options}
+    result = prune_quickly(file, output, **given)
     return result, [line for line in reporter.messages if "token" in line]
 
 
@@ -42,11 +38,11 @@ def dense(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def slim(dense):
-    return prune(dense, dense.parent / "slim.safetensors", VIT)[0].output
+    return prune(dense, dense.parent / "slim.safetensors")[0].output
 
 
 def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
-    result, (line,) = prune(dense, tmp_path / "slim.safetensors", VIT)
+    result, (line,) = prune(dense, tmp_path / "slim.safetensors")
     assert "only the token that the classifier reads; keep_dead_tokens=True computes all" in line
     model, whole = mhacut.load_model(result.output), build(VIT)
     assert tokens_of(model) == result.plan.tokens == TokenPlan(output_tokens=1)
@@ -69,7 +65,7 @@ def test_a_classifier_that_reads_others_is_refused(slim):
 
 @pytest.mark.slow
 def test_without_them_the_format_is_what_it_was(dense, tmp_path):
-    result, lines = prune(dense, tmp_path / "slim.safetensors", VIT, keep_dead_tokens=True)
+    result, lines = prune(dense, tmp_path / "slim.safetensors", keep_dead_tokens=True)
     assert lines == []
     assert not result.plan.tokens
     assert "blocks.2.attn.qkv.weight" in load_file(result.output)
@@ -81,7 +77,7 @@ def test_without_them_the_format_is_what_it_was(dense, tmp_path):
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
-    result, _ = prune(dense, tmp_path / "slim.safetensors", VIT, flops="95%")
+    result, _ = prune(dense, tmp_path / "slim.safetensors", flops="95%")
     assert all(unit.keeps_all for unit in result.plan)
     model, x = mhacut.load_model(result.output), image(VIT)
     assert relative(model(x), build(VIT)(x)) < 1e-5
@@ -96,11 +92,9 @@ def test_a_budget_that_tokens_alone_meet_cuts_no_channel(dense, tmp_path):
     ids=repr,
 )
 def test_files_that_lie_about_tokens_are_refused(slim, tmp_path, tokens, message):
-    record = stated_by(slim)
+    record = {**stated_by(slim), "tokens": tokens}
     if tokens is None:
         del record["tokens"]
-    else:
-        record["tokens"] = tokens
     path = tmp_path / "lie.safetensors"
     save_file(load_file(slim), path, {"format": "pt", "mhacut": json.dumps(record)})
     with pytest.raises(CheckpointError, match=message):

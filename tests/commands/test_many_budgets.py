@@ -46,14 +46,10 @@ def test_several_flags_write_several_files(tiny_vit, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_place_of_a_budget_is_filled_for_one_too(tiny_vit, tmp_path):
-    asked = {**tiny_vit.options, **QUICK}
-    out = tmp_path / "many-{}.safetensors"
-    (result,) = results = mhacut.prune_many(tiny_vit.path, flops=["80%"], output=out, **asked)
+    asked = {**tiny_vit.options, **QUICK, "output": tmp_path / "many-{}.safetensors"}
+    (result,) = results = mhacut.prune_many(tiny_vit.path, flops=["80%"], **asked)
     assert result.output == tmp_path / "many-80pct.safetensors"
     assert "<th>80%</th>" in results._repr_html_()
-    assert [line.split()[0] for line in repr(results).splitlines()[1:3]] == ["dense", "80%"]
-    assert repr(results).endswith("judged on 2 held-out synthetic images")
-    assert repr(result).splitlines()[-2] == f"saved {result.output}"
 
 
 @pytest.mark.parametrize("flops", ["80%", 2e9, (), []])

@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from helpers.jobs import Recorder
-from mhacut.runtime.progress import SILENT, Counter, StageDisplay, StageTimer, reporting
+from mhacut.runtime.progress import SILENT, StageDisplay, StageTimer, reporting
 
 
 def test_a_timer_passes_everything_on_and_adds_up_seconds():
@@ -26,14 +26,6 @@ def test_a_timer_passes_everything_on_and_adds_up_seconds():
     assert list(taken) == ["repairing", "searching"]
     assert taken["repairing"] >= 0.07
     assert timer.taken() == {}
-
-
-def test_a_counter_adds_up_pieces():
-    recorder = Recorder()
-    counter = Counter(recorder, 10)
-    for pieces in (4, 4, 2):
-        counter.add(pieces)
-    assert recorder.steps == [(4, 10), (8, 10), (10, 10)]
 
 
 @pytest.mark.parametrize("every", [0.0, None])
