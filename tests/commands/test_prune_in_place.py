@@ -158,31 +158,27 @@ class Reading(nn.Module):
         return {"masks": features if isinstance(features, torch.Tensor) else torch.cat(list(features))}
 
 
+def reading_two_layers():
+    return Reading("get_intermediate_layers", n=2, norm=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("method", "options", "kept"),
-    [
-        ("forward_features", {}, ("output",)),
-        ("get_intermediate_layers", {"n": 2, "norm": True}, ("output[0]", "output[1]")),
-    ],
-)
-def test_tokens_of_a_timm_model_are_merged_and_copied_back(method, options, kept, tmp_path):
-    model = build(lambda: Reading(method, **options))
+def test_tokens_of_a_timm_model_are_merged_and_copied_back(tmp_path):
+    model = build(reading_two_layers)
     images = neighbours_alike()
     dense = masks_of(model, images)
     result = mhacut.prune_(model, images=images.split(6), effort="fast", flops="40%")
-    assert (result.part, result.preserved) == ("vit", kept)
+    assert (result.part, result.preserved) == ("vit", ("output[0]", "output[1]"))
     assert sum(result.plan.tokens.merged) > 0
     assert " tokens merged and copied back, divergence of output" in repr(result)
     masks = masks_of(model, images)
     assert masks.shape == dense.shape
     assert 0 < relative(masks, dense) < 1
     mhacut.save_pruned(model, tmp_path / "vit.safetensors")
-    fresh = build(lambda: Reading(method, **options))
+    fresh = build(reading_two_layers)
     mhacut.apply_pruned(fresh, tmp_path / "vit.safetensors")
     assert torch.equal(masks_of(fresh, images), masks)
-    # torch 2.7 exports no module that was copied.
-    if "intermediate" not in method or not torch.__version__.startswith("2.7"):
+    if not torch.__version__.startswith("2.7"):  # which exports no module that was copied
         exported = torch.export.export(model, (images[:2],), strict=False).module()
         assert relative(exported(images[:2])["masks"].detach(), masks_of(model, images[:2])) < 1e-5
     model.train()(images)["masks"].sum().backward()
