@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare, read_dense
 from mhacut.inspection.layers import Inspection, LayerReport, inspect_model, summary
 from mhacut.options.base import DataOptions, PathLike
-from mhacut.options.inspect import InspectOptions
+from mhacut.options.inspect import InspectOptions, Sort
 from mhacut.options.option import takes_keywords
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.history import stored_curves
@@ -120,7 +120,7 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         progress=reporter.advance,
     )
     chosen = [layer for layer in inspection.layers if layer.name in wanted]
-    chosen.sort(key=_order(options.sort))
+    chosen.sort(key=lambda layer: _sort_value(layer, options.sort), reverse=True)
     line = summary(inspection)
     contents = Contents(inspection, tuple(chosen), comparison, stored_curves(inspection.history))
     written: tuple[Path, ...] = ()
@@ -142,21 +142,12 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
     return wanted
 
 
-def _order(sort: str) -> Callable[[LayerReport], float]:
-    """Return a sort key, largest value first. Layers without a value come last."""
-
-    def key(layer: LayerReport) -> float:
-        if sort == "layer":
-            return 0.0
-        if sort in ("flops", "params"):
-            return -float(layer.flops if sort == "flops" else layer.parameters)
-        if sort in ("qk", "v"):
-            return -float(sum(unit.now for kind, unit in layer.units.items() if kind == sort)) or 1.0
-        values = [
-            head.similarity if sort == "similarity" else head.rank99
-            for unit in layer.units.values()
-            for head in unit.heads
-        ]
-        return -sum(values) / len(values) if values else 1.0
-
-    return key
+def _sort_value(layer: LayerReport, sort: Sort) -> float:
+    """Return the value in the column ``sort``; -1 for layers without a value, which come last."""
+    if sort in ("qk", "v"):
+        return next((float(unit.now) for kind, unit in layer.units.items() if kind == sort), -1.0)
+    if sort in ("similarity", "rank"):
+        heads = [head for unit in layer.units.values() for head in unit.heads]
+        values = [head.similarity if sort == "similarity" else head.rank99 for head in heads]
+        return statistics.mean(values) if values else -1.0
+    return {"flops": layer.flops, "params": layer.parameters}.get(sort, 0)

@@ -25,7 +25,7 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
             f"of each of the {len(options.several)} files: vit-{PLACE}.safetensors"
         )
     files = []
-    for flops in options.flops_of_each:
+    for flops in options.several or (options.flops,):
         alone = replace(options, flops=flops)
         name, own_page = Path(output).name.replace(PLACE, _label(alone)), page
         if options.several and page is not None:

@@ -38,11 +38,8 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of ``top1``, in points, with two right and two wrong answers added.
-
-        This is the interval of Agresti and Coull: without the four answers, six right of six would have an
-        error of 0.
-        """
+        """Standard error of ``top1``, in points."""
+        # Agresti and Coull add 2 right and 2 wrong answers. Otherwise, 6 right of 6 would have an error of 0.
         right = (self.top1 / 100 * self.images + 2) / (self.images + 4)
         return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
 
@@ -114,13 +111,7 @@ class Figure(NamedTuple):
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Return the standard error, in points, of the difference of two top-1 accuracies on the same images.
-
-    The two accuracies are paired: images on which both models are right, or both wrong, do not add to it.
-
-    >>> round(standard_error_of_drop([True] * 100, [True] * 99 + [False]), 3)
-    1.0
-    """
+    """Return the standard error, in points, of the difference of two top-1 accuracies on the same images."""
     # Paired: the variance of the difference of the two answers to one image, each -1, 0 or 1.
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
     mean = sum(lost) / len(lost)
@@ -145,19 +136,9 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     answers: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Evaluation:
-    """Measure the top-1 and top-5 accuracy of ``model``, in eval mode, over every image of ``loader``.
+    """Measure the accuracy of ``model`` on batches of images [B, C, H, W] and labels [B]; -1 is no label.
 
-    Args:
-        model: images [B, C, H, W] to logits [B, classes]; moved to ``device``.
-        loader: batches of (images, labels [B]); the label -1 stands for none, which no answer matches.
-        device: device to compute on.
-        amp: whether to compute in bfloat16 where autocast does.
-        progress: called after each batch with (batches done, batches in all; 0 if the loader does not say).
-        answers: receives the logits and the labels of each batch, on the CPU.
-
-    Raises:
-        DataError: no images, or what the loader raises.
-        MhacutError: outputs that are not finite, which would rank as the best.
+    ``answers`` receives the logits and labels of each batch, on the CPU.
     """
     began, was_training = time.perf_counter(), model.training
     model.to(device).eval()
@@ -195,6 +176,7 @@ def evaluate(
 
 
 def _check_finite(logits: Tensor, batch: int, amp: bool) -> None:
+    # A class with NaN would rank first.
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).any(dim=1).sum())
         raise MhacutError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field
 from typing import Any, Literal
 
 from mhacut.limits import MAX_PARALLEL
@@ -24,11 +24,6 @@ HIGHEST_RATE = 1e36
 def seed_option() -> int:
     """Return the option of a random seed, with torch's bounds."""
     return option(42, panel="Computing", at_least=-(2**63), at_most=2**64 - 1)
-
-
-def threads_option() -> int | None:
-    """Return the option of a number of CPU threads."""
-    return option(None, at_least=1, at_most=MAX_PARALLEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,8 +113,7 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
     @property
     def given(self) -> frozenset[str]:
         """Names of the preprocessing options that are set."""
-        names = (each.name for each in fields(PreprocessingOptions))
-        return frozenset(name for name in names if getattr(self, name) is not None)
+        return frozenset(self.only(PreprocessingOptions).changed())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +129,7 @@ class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_lat
     openvino run on the CPU."""
     int8: bool = False
     """Measure latency in INT8, with dynamic quantization in ONNX Runtime."""
-    threads: int | None = threads_option()
+    threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)
     """CPU threads for latency measurements. Default: torch's choice."""
 
     @property

@@ -63,35 +63,26 @@ class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
         super().__post_init__()
         output = "" if self.output is None else os.fspath(self.output).lower()
         by_ending = next((name for end, name in _FILE_ENDINGS.items() if output.endswith(end)), self.format)
-        expected = f"another name, or {option_name('format', by_ending)}"
-        require("output", self.output, by_ending == self.format, expected)
-        named = not output or self.format != "openvino" or output.endswith(".xml")
-        require(
-            "output",
-            self.output,
-            named,
-            "a name that ends in .xml; the weights are written to .bin next to it",
-        )
-        batched = self.fixed_batch is None or self.format != "timm"
-        require(
-            "fixed_batch",
-            self.fixed_batch,
-            batched,
-            "another format: a timm folder works with any batch size",
-        )
-        for name, pattern, expected in (
-            ("license", LICENSE, "a name such as apache-2.0, in lower case"),
-            ("push_to_hub", REPOSITORY, "OWNER/NAME"),
-        ):
-            value = getattr(self, name)
-            if value is not None:
-                require(name, value, pattern.fullmatch(value) is not None, expected)
-                card = f"{option_name('format', 'timm')}, the only format with a model card"
-                require(name, value, self.format == "timm", card)
-        known = self.format not in ("onnx", "openvino") or self.dtype != "bfloat16"
-        require("dtype", self.dtype, known, "float32 or float16: ONNX Runtime has few bfloat16 kernels")
-        if self.int8:
-            require("int8", True, self.format == "onnx", option_name("format", "onnx"))
-            require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
-        for name in self.changed():
-            require(name, getattr(self, name), self.int8 or name not in _OF_INT8, option_name("int8", True))
+        timm, onnx, xml = self.format == "timm", self.format == "onnx", output.endswith(".xml")
+        bfloat16 = self.dtype == "bfloat16" and self.format in ("onnx", "openvino")
+        int8 = option_name("int8", True)
+        card = f"{option_name('format', 'timm')}, the only format with a model card"
+        rules = [
+            ("output", by_ending == self.format, f"another name, or {option_name('format', by_ending)}"),
+            ("output", not output or self.format != "openvino" or xml, "a name that ends in .xml"),
+            (
+                "fixed_batch",
+                self.fixed_batch is None or not timm,
+                "another format: timm takes any batch size",
+            ),
+            ("license", LICENSE.fullmatch(self.license or "mit"), "a name such as apache-2.0, in lower case"),
+            ("license", self.license is None or timm, card),
+            ("push_to_hub", REPOSITORY.fullmatch(self.push_to_hub or "a/b"), "OWNER/NAME"),
+            ("push_to_hub", self.push_to_hub is None or timm, card),
+            ("dtype", not bfloat16, "float32 or float16: ONNX Runtime has few bfloat16 kernels"),
+            ("int8", not self.int8 or onnx, option_name("format", "onnx")),
+            ("dtype", not self.int8 or self.dtype == "float32", f"float32 with {int8}"),
+            *((name, self.int8 or name not in _OF_INT8, int8) for name in self.changed()),
+        ]
+        for name, holds, expected in rules:
+            require(name, getattr(self, name), bool(holds), expected)

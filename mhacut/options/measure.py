@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from mhacut.errors import UsageError, option_name
+from mhacut.limits import MAX_PARALLEL
 from mhacut.options.base import (
     REQUIRED,
     ArchitectureOptions,
@@ -16,7 +17,6 @@ from mhacut.options.base import (
     LabelledImages,
     PreprocessingOptions,
     Runtime,
-    threads_option,
 )
 from mhacut.options.option import Options, PathLike, option, require
 
@@ -49,7 +49,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     """Batch sizes to time."""
     seconds: float = option(5.0, above=0)
     """Seconds of measurement per batch size, for all checkpoints together."""
-    threads: int | None = threads_option()
+    threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)
     """CPU threads. Default: torch's choice."""
     dtype: ExportDtype = "float32"
     """Precision of the computation."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import difflib
 import inspect
 import json
@@ -166,13 +165,13 @@ class Option:
         if self.element is None:
             return self._single(value, self.kind)
         # A string is iterable, but a single value.
-        if isinstance(value, str | os.PathLike) or not isinstance(value, Iterable):
-            value = [value]
+        single = isinstance(value, str | os.PathLike) or not isinstance(value, Iterable)
+        parts = [value] if single else [*value]
         if self.element is not os.PathLike and str not in _alternatives(self.type):  # names may have commas
-            value = [
-                text for spec in value for text in (spec.split(",") if isinstance(spec, str) else [spec])
+            parts = [
+                text for part in parts for text in (part.split(",") if isinstance(part, str) else [part])
             ]
-        return tuple(self._single(spec, self.element) for spec in value)
+        return tuple(self._single(part, self.element) for part in parts)
 
     def _single(self, value: Any, kind: Any) -> Any:
         value = _plain(value)
@@ -224,17 +223,7 @@ class Option:
 
 
 def option(default: T, **facts: Any) -> T:
-    """Return a field of an :class:`Options` dataclass, with facts about the option such as its bounds.
-
-    >>> @dataclass(frozen=True, kw_only=True)
-    ... class CutOptions(Options, panel="Result"):
-    ...     round_to: int = option(8, at_least=1)
-    >>> CutOptions.options()["round_to"].flag
-    '--round-to'
-    >>> CutOptions(round_to=0)
-    Traceback (most recent call last):
-    mhacut.errors.UsageError: round_to=0: expected at least 1
-    """
+    """Return a field of an :class:`Options` dataclass, with facts about the option such as its bounds."""
     made: Any = field(default=default, metadata=facts)
     return made  # type: ignore[no-any-return]
 
@@ -277,11 +266,6 @@ class Options:
             )
             for spec in fields(cls)
         }
-
-    @classmethod
-    def defaults(cls) -> dict[str, Any]:
-        """Defaults of all options except required options."""
-        return {name: copy.copy(spec.default) for name, spec in cls.options().items() if not spec.required}
 
     @classmethod
     def of(cls, **values: Any) -> Self:
@@ -389,11 +373,7 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
 
 
 def key_value(name: str, text: str) -> tuple[str, Any]:
-    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text.
-
-    >>> [key_value("model_args", text) for text in ("img_size=32", "qk_norm=True", "global_pool=avg")]
-    [('img_size', 32), ('qk_norm', True), ('global_pool', 'avg')]
-    """
+    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UsageError(f"{option_name(name)} {text!r}: expected KEY=VALUE, like img_size=32")

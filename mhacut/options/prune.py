@@ -255,9 +255,7 @@ class PruneOptions(
         for name in BUDGETS:  # budgets are parsed here, and nowhere else
             value = getattr(self, name)
             if isinstance(value, tuple):
-                for text in value:
-                    require(name, text, value.count(text) == 1, "each budget once")
-                several = tuple(Budget.parse(text, name) for text in value)
+                several = tuple(Budget.parse(text, name) for text in dict.fromkeys(value))
                 value = several if len(several) > 1 else next(iter(several), None)
             elif value is not None:
                 value = Budget.parse(value, name)
@@ -265,11 +263,9 @@ class PruneOptions(
         budgets = [name for name in BUDGETS if name in self.changed()]
         bounds = [name for name in BOUNDS if name in self.changed()]
         if not budgets and not bounds:
-            others = ", ".join(map(option_name, (*BUDGETS[1:], *BOUNDS[:-1])))
-            raise UsageError(
-                f"{option_name('flops')} is missing. {self.options()['flops'].help} "
-                f"Alternatives: {others} or {option_name(BOUNDS[-1])}"
-            )
+            others = ", ".join(map(option_name, (*BUDGETS[1:], *BOUNDS)))
+            usage = f"{self.options()['flops'].help} Alternatives: {others}"
+            raise UsageError(f"{option_name('flops')} is missing. {usage}")
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
             raise UsageError(
@@ -320,11 +316,6 @@ class PruneOptions(
         """Budgets of 1 output file, by option."""
         values = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in values.items() if isinstance(value, Budget)}
-
-    @property
-    def flops_of_each(self) -> tuple[str | None, ...]:
-        """FLOPs budget per output file; None without a FLOPs budget."""
-        return self.flops if isinstance(self.flops, tuple) else (self.flops,)
 
     @property
     def several(self) -> tuple[str, ...]:

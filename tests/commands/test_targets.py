@@ -56,7 +56,6 @@ PAPER = {"allocation": "indicator", "selection": "indicator", "basis": "principa
     [
         ({}, "flops is missing"),
         ({"flops": ()}, "flops is missing"),
-        ({"flops": ("50%", "50%")}, "flops='50%': expected each budget once"),
         ({"flops": "50%", "max_kl": 0.1}, "max_kl=0.1 and flops='50%' cannot be combined"),
         ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 and params='50%' cannot be combined"),
         ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
