@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.errors import CheckpointError, option_name
-from mhacut.runtime.files import show
+from mhacut.runtime.files import read_json, show
 
 WEIGHT_FILES = (
     "model.safetensors",

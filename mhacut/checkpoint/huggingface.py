@@ -21,11 +21,10 @@ from mhacut.checkpoint.header import FileHeader
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity
 from mhacut.checkpoint.part_file import REST, load_dense, load_pruned, pruned_part, write_pruned
 from mhacut.checkpoint.record import SlimRecord
-from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, UnsupportedModelError, option_name
 from mhacut.plan import Plan
-from mhacut.runtime.files import show
+from mhacut.runtime.files import read_json, show
 
 
 class ImageModel(nn.Module):

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.errors import CheckpointError
 from mhacut.limits import is_int, too_large
+from mhacut.runtime.files import plain_json
 
 ARGUMENT = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 

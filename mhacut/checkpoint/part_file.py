@@ -20,10 +20,9 @@ from mhacut.checkpoint.files import read_safetensors, safetensors_header
 from mhacut.checkpoint.folder import PREPROCESSORS, PRUNED
 from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.record import PART_KEY
-from mhacut.checkpoint.untrusted_json import parse_json
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
-from mhacut.runtime.files import check_outputs, fill_folder, show, write_file
+from mhacut.runtime.files import check_outputs, fill_folder, parse_json, show, write_file
 from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from mhacut.checkpoint.identity import ModelIdentity
-from mhacut.checkpoint.untrusted_json import parse_json, plain_json
 from mhacut.errors import CheckpointError, DataError, PlanError
 from mhacut.limits import is_int
 from mhacut.plan import Plan
+from mhacut.runtime.files import parse_json, plain_json
 
 FORMAT_VERSION = 2
 """Latest format version. Version 1 has no token plan."""

@@ -13,8 +13,8 @@ from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_ten
 from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, shard_names
 from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
 from mhacut.checkpoint.timm_cfg import cfg_of_tag, set_resolved_preprocessing, split_tag
-from mhacut.checkpoint.untrusted_json import read_json
 from mhacut.errors import CheckpointError, option_name
+from mhacut.runtime.files import read_json
 
 TIMM_PREFIX = "timm:"
 _MISFIT = "Error(s) in loading state_dict"

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from mhacut.checkpoint.build import known_model
 from mhacut.checkpoint.foreign.config import IMAGENET_CFG
 from mhacut.checkpoint.identity import checked_model_args
-from mhacut.checkpoint.untrusted_json import plain_json
 from mhacut.data import Preprocessing
 from mhacut.errors import CheckpointError, DataError
 from mhacut.limits import is_int, too_large
+from mhacut.runtime.files import plain_json
 
 _ENTRIES = ("args", "hyper_parameters", "hparams", "config")
 _MODEL_KEYS = (
