@@ -199,22 +199,13 @@ def test_nothing_wrong_is_written_in_silence(digits_of_imagenet, tmp_path):
     assert followed.exit_code == 0, followed.stderr
 
 
-@pytest.fixture
-def photos(tmp_path):
-    for split in ("train", "val"):
-        write_split(tmp_path / split, map(str, range(7)), per_class=2)
-    return tmp_path
-
-
-@pytest.fixture
-def always_better(monkeypatch):
+def test_every_output_says_it(tiny_vit, tmp_path, monkeypatch):
     better = BetterNormalisations(((CLIP, 76.2), (IMAGENET, 76.0)), 50.65, 256, certain=False)
     monkeypatch.setattr("mhacut.checkpoint.preprocessing.better_normalisation", lambda *_: better)
-
-
-def test_every_output_says_it(tiny_vit, photos, tmp_path, always_better):
+    for split in ("train", "val"):
+        write_split(tmp_path / split, map(str, range(7)), per_class=2)
     page, out = tmp_path / "page.html", tmp_path / "slim.safetensors"
-    data = ["--data-dir", photos, "--workers", "0"]
+    data = ["--data-dir", tmp_path, "--workers", "0"]
     hint = "with --mean 0.48145466,0.4578275,0.40821073 --std "
     begun = ["prune", *tiny_vit.flags, "--flops", "60%", "-o", out, "--report", page, *data, *FAST]
     result = run(*begun)

@@ -206,22 +206,27 @@ class Meeting(Processes):
         return found
 
 
+def calibrated_by_two_and_by_one(model, images, **given):
+    """What each of two processes finds, and what one process finds."""
+
+    def run(processes):
+        own = copy.deepcopy(model)  # the other listens to its own
+        given_to_all = {"fisher_images": 6, "processes": processes, **given}
+        return calibrate(own, find_prunable_layers(own), images, **given_to_all)
+
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(run, [Meeting(rank, 2, torch.device("cpu")) for rank in (0, 1)]))
+    return both, run(None)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 16])
 @pytest.mark.parametrize("name", ["attention.Attention", "attention.SeparateFocusedAttention, pvt v2"])
 def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
     """Random projections included; a process may have no batch of a kind, or none at all."""
     model, images = build(CASES[name]).requires_grad_(False), image(CASES[name], batch=9)
-
-    def run(processes):
-        given = {"batch_size": batch_size, "fisher_images": 6, "processes": processes}
-        own = copy.deepcopy(model)  # the other listens to its own
-        return calibrate(own, find_prunable_layers(own), images, **given)
-
-    device = torch.device("cpu")
-    with ThreadPoolExecutor(2) as threads:
-        both = list(threads.map(run, [Meeting(rank, 2, device) for rank in (0, 1)]))
-    shared, alone = both[0], run(None)
+    both, alone = calibrated_by_two_and_by_one(model, images, batch_size=batch_size)
+    shared = both[0]
     assert all(torch.equal(*pair) for pair in zip(*(it.teacher for it in both), strict=True))
     assert torch.allclose(shared.teacher, alone.teacher, rtol=1e-5, atol=1e-6)
     assert shared.held == alone.held
@@ -244,16 +249,8 @@ def test_processes_that_share_the_images_find_what_one_finds(name, batch_size):
 def test_processes_that_share_the_images_whiten_dense_features_alike(batch_size):
     model, images = build(TINY).requires_grad_(False), image(TINY, batch=9)
     features = find_token_map(model, find_prunable_layers(model), images[:1])
-    preserved = Preserved("tokens", "dense", features)
-
-    def run(processes):
-        own = copy.deepcopy(model)
-        given = {"batch_size": batch_size, "fisher_images": 6, "preserved": preserved}
-        return calibrate(own, find_prunable_layers(own), images, **given, processes=processes)
-
-    with ThreadPoolExecutor(2) as threads:
-        both = list(threads.map(run, [Meeting(rank, 2, torch.device("cpu")) for rank in (0, 1)]))
-    alone = run(None)
+    given = {"batch_size": batch_size, "preserved": Preserved("tokens", "dense", features)}
+    both, alone = calibrated_by_two_and_by_one(model, images, **given)
     assert alone.teacher.shape == (9, 5 * 24)
     for shared in both:
         assert relative(shared.teacher, alone.teacher) < 1e-4

@@ -111,16 +111,8 @@ def test_equal_widths_need_curves(tiny_vit, tmp_path):
 @pytest.mark.slow
 def test_constraints_are_flags(tiny_vit, tmp_path):
     out = tmp_path / "slim.safetensors"
-    flags = [
-        "--exclude",
-        "blocks.1.mlp",
-        "--exclude",
-        "blocks.0.attn.v",
-        "--min-width",
-        "*.qk=8",
-        "--round-to",
-        "4",
-    ]
+    flags = ["--exclude", "blocks.1.mlp", "--exclude", "blocks.0.attn.v"]
+    flags += ["--min-width", "*.qk=8", "--round-to", "4"]
     result = run("prune", *tiny_vit.flags, "--flops", "80%", "-o", out, *flags, "--json", *FAST)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)

@@ -183,35 +183,35 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
         assert it.curves[unit.key][width] == pytest.approx(min(errors), rel=2e-3)
 
 
-def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
-    """It sees one row an image; so many channels as rows foretell all others of those images."""
+def pooling_head(kind, images, basis):
+    """A unit of a pooling head, and the job, images, calibration and candidate to find its curve with."""
     case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
-    prunable, images = find_prunable_layers(model), image(case, batch=32, dtype=torch.float64)
-    unit = prunable.unit(("attn_pool", "v"))
-    calibration = calibrate(model, prunable, images, batch_size=32, fisher_images=32)
+    prunable, images = find_prunable_layers(model), image(case, batch=images, dtype=torch.float64)
+    unit = prunable.unit(("attn_pool", kind))
+    calibration = calibrate(model, prunable, images, batch_size=len(images), fisher_images=len(images))
     fisher, seen = calibration.fisher.matrices["attn_pool"], calibration.moments[unit.key]
-    job = job_of(model, images, round_to=1, options=SearchOptions(basis="principal"))
+    job = job_of(model, images, round_to=1, options=SearchOptions(basis=basis))
     (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
+    return unit, job, calibration, candidate
+
+
+def test_no_channel_of_a_pooling_head_is_free_for_want_of_images():
+    """It sees one row an image; so many channels as rows foretell all others of those images."""
+    unit, job, calibration, candidate = pooling_head("v", 32, "principal")
     curve = sensitivity_curves(job, calibration, {unit.key: candidate})[unit.key]
-    assert seen.fit[0].rows == 24 < 3 * 12
+    assert calibration.moments[unit.key].fit[0].rows == 24 < 3 * 12
     assert curve[12] > 0.01 * curve[1] > 0
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_errors_of_a_pooling_head_are_those_before_its_mlp():
-    case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
-    model = build(case, dtype=torch.float64).requires_grad_(False)
-    prunable, images = find_prunable_layers(model), image(case, batch=400, dtype=torch.float64)
-    unit = prunable.unit(("attn_pool", "qk"))
-    calibration = calibrate(model, prunable, images, batch_size=400, fisher_images=400)
-    seen, fisher = calibration.moments[unit.key], calibration.fisher.matrices["attn_pool"]
-    job = job_of(model, images, round_to=1, options=SearchOptions(basis="channel"))
-    (candidate, *_) = find_candidates(model.attn_pool, unit, seen, 1, job.options, fisher)
+    unit, job, calibration, candidate = pooling_head("qk", 400, "channel")
     curve = curves_on_all_images(job, calibration, {unit.key: candidate})[unit.key]
+    model, images, fisher = job.model, job.images, calibration.fisher.matrices["attn_pool"]
     shrunk, given = copy.deepcopy(model), []
-    shrink(shrunk.attn_pool, unit, candidate, 1, seen)
+    shrink(shrunk.attn_pool, unit, candidate, 1, calibration.moments[unit.key])
     for each in (model, shrunk):
         each.attn_pool.proj.register_forward_hook(lambda m, i, output: given.append(output[:, 0]))
     logs = [each(images).log_softmax(-1) for each in (model, shrunk)]

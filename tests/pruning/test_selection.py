@@ -16,6 +16,12 @@ def test_channels_whose_price_overflows_are_removed_once():
     assert found.order.sort(-1).values.tolist() == [[0, 1, 2], [0, 1, 2]]
 
 
+def refit_error(x, columns, kept, root=None):
+    """Mean square of what the kept channels do not predict of the output, by least squares."""
+    left = (x - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x).solution) @ columns.T
+    return float((left if root is None else left @ root).square().sum()) / len(x)
+
+
 def slow_greedy(error, channels, keep):
     """Remove what costs least, one channel at a time, each cost found by refitting from scratch."""
     kept = list(channels)
@@ -30,8 +36,7 @@ def test_selection_is_greedy_by_the_error_after_the_refit(seed):
     second = x.T @ x / 200
 
     def error(kept):
-        solution = torch.linalg.lstsq(x[:, kept], x).solution
-        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum()) / 200
+        return refit_error(x, columns, kept)
 
     found = rank_channels(second, columns, heads=1, smallest=1)
     for width in range(1, 8):
@@ -50,8 +55,7 @@ def test_heads_give_in_turn_what_costs_least_of_all_and_none_below_the_smallest(
     )
 
     def error(kept):
-        solution = torch.linalg.lstsq(x[:, kept], x).solution
-        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum()) / 300
+        return refit_error(x, columns, kept)
 
     alive, gone = list(range(12)), []
     while len(alive) > heads * smallest:
@@ -77,8 +81,7 @@ def test_a_metric_prices_the_removal_but_does_not_choose():
     assert torch.equal(plain.order, priced.order)
     for width in range(1, 7):
         kept = priced.kept(width)[0]
-        left = (x - x[:, kept] @ torch.linalg.lstsq(x[:, kept], x).solution) @ columns.T
-        expected = float((left @ metric * left).sum()) / 200
+        expected = refit_error(x, columns, kept, root)
         assert float(priced.error[width]) == pytest.approx(expected, rel=1e-3)
 
 
@@ -153,11 +156,8 @@ def test_many_channels_go_at_once_at_little_loss():
     )
     columns, second = torch.randn(9, 120, generator=generator).double(), x.T @ x
 
-    def error(kept):
-        solution = torch.linalg.lstsq(x[:, kept], x).solution
-        return float(((x - x[:, kept] @ solution) @ columns.T).square().sum())
-
     kept = rank_channels(second, columns, heads=1, smallest=60).kept(60)[0]
     order = torch.randperm(120, generator=generator)[:60]
     strongest = (x.norm(dim=0) * columns.norm(dim=0)).sort(descending=True).indices[:60]
-    assert error(kept) < 0.9 * min(error(order), error(strongest))
+    left, *others = (refit_error(x, columns, some) for some in (kept, order, strongest))
+    assert left < 0.9 * min(others)
