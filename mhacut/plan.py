@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 
 from mhacut.errors import PlanError
@@ -20,7 +20,7 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
-_TOKEN_KEYS = {"read", "merged", "rule", "copied"}
+_TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
 """Names of the merging rules in files: without and with copies to patches. Older files name only the first
 rule."""
@@ -133,6 +133,8 @@ class TokenPlan:
     """Number of tokens that each block merges; empty without merging."""
     unmerge: Unmerge = False
     """Whether merged tokens are copied back to their patches, so that every patch has features."""
+    outside: tuple[int, int] | None = field(default=None, compare=False)
+    """Number of tokens before and after the patches, which never merge; None if the model's class says it."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -142,6 +144,7 @@ class TokenPlan:
         if not any(self.merged):
             object.__setattr__(self, "merged", ())
             object.__setattr__(self, "unmerge", False)
+            object.__setattr__(self, "outside", None)
         if self.unmerge and self.output_tokens is not None:
             raise PlanError("plan of tokens: copied needs all tokens in the last block, found read")
 
@@ -158,7 +161,8 @@ class TokenPlan:
         read = {} if self.output_tokens is None else {"read": self.output_tokens}
         rule = COPY_RULE if self.unmerge is True else MERGE_RULE
         merged = {"merged": list(self.merged), "rule": rule} if self.merged else {}
-        return {**read, **merged, **({"copied": True} if self.unmerge else {})}
+        outside = {} if self.outside is None else {"outside": list(self.outside)}
+        return {**read, **merged, **({"copied": True} if self.unmerge else {}), **outside}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
@@ -166,13 +170,17 @@ class TokenPlan:
         if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
             raise PlanError(f"a plan of tokens has at most the keys {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])
-        copied = document.get("copied", False)
+        copied, outside = document.get("copied", False), document.get("outside")
         if "read" in document and not is_int(read):
             raise PlanError("plan of tokens: read is a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
             raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
         if not isinstance(copied, bool):
             raise PlanError("plan of tokens: copied is true or false")
+        if outside is not None and not (
+            isinstance(outside, list) and len(outside) == 2 and _all_int(outside)
+        ):
+            raise PlanError("plan of tokens: outside is a list of 2 whole numbers")
         # Merged by another rule, the same numbers would give other logits, without an error.
         rule, known = document.get("rule"), COPY_RULE if copied else MERGE_RULE
         if any(merged) and rule not in (known, MERGE_RULE):
@@ -181,7 +189,9 @@ class TokenPlan:
                 "with the version of mhacut that wrote it, or prune the dense model again"
             )
         in_rows = copied and rule == MERGE_RULE
-        return cls(cast("int | None", read), tuple(merged), "rows" if in_rows else copied)
+        unmerge: Unmerge = "rows" if in_rows else copied
+        kept = None if outside is None else (outside[0], outside[1])
+        return cls(cast("int | None", read), tuple(merged), unmerge, kept)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4173,
     "report": 960,
     "runtime": 910,
-    "surgery": 2699,
+    "surgery": 2930,
     "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

@@ -209,6 +209,9 @@ class Adapter(ABC):
     equal_widths_only: bool = False
     """Whether a cut layer needs equal widths of q, k and v."""
 
+    def __deepcopy__(self, memo: object) -> Adapter:
+        return self
+
     def serves(self, module: Any) -> bool:
         """Whether this adapter supports the configuration of ``module``, whose class is supported."""
         return True
@@ -264,6 +267,12 @@ def mixed(prefix: str, *classes: type, **attributes: Any) -> Any:
     name = f"{prefix}{module}{classes[-1].__name__}"
     globals()[name] = type(name, classes, {**attributes, "__module__": __name__})
     return globals()[name]
+
+
+def library_class(module: nn.Module) -> type[nn.Module]:
+    """Return the class of ``module`` before :func:`mixed` changed it."""
+    cls = type(module)
+    return cls.__bases__[-1] if cls.__module__ == __name__ else cls
 
 
 def table_device(weight: Tensor) -> torch.device:

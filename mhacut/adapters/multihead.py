@@ -76,6 +76,10 @@ class Multihead(Softmax):
     read_by: str = "out_proj"
     result: str = "out_proj"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.mask_name = "attn_mask"
+
     def serves(self, module: Any) -> bool:
         return module.in_proj_weight is not None and module.bias_k is None and not module.add_zero_attn
 

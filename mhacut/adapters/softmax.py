@@ -159,6 +159,7 @@ class Softmax(Adapter):
         self.module_classes = (self.cls, self.twin)
         further = list(inspect.signature(self.cls.forward).parameters.values())[2:]
         self.arguments = tuple((parameter.name, parameter.default) for parameter in further)
+        self.mask_name = next((name for name, _ in self.arguments if "mask" in name), None)
         masks = [name for name, _ in self.arguments if "mask" in name or "causal" in name]
         if masks and self.logits is unmasked and Twin in self.mixins:
             raise TypeError(

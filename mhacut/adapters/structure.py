@@ -97,8 +97,10 @@ class PlainAttention(Softmax):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.tokens_name = list(inspect.signature(self.cls.forward).parameters)[1]
-        self.mask_name = next((name for name, _ in self.arguments if "mask" in name), None)
         self.result = str(self.read_by)
+        if self.mask_name is None and self.mixins:  # for the sizes of merged tokens
+            self.mask_name = "attn_mask"
+            self.arguments += ((self.mask_name, None),)
 
     def heads(self, module: Any) -> int:
         return int(attrgetter(self.heads_at)(module))
@@ -209,7 +211,7 @@ class _Proof:
 
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
-        self.trial: Any = _with_random_weights(module)
+        self.trial: Any = with_random_weights(module)
         self.grids: tuple[tuple[int, int], ...] = _GRIDS
         self.as_map = False
 
@@ -257,7 +259,7 @@ class _Proof:
         for grid in self.grids:
             tokens = grid[0] * grid[1]
             masks: list[dict[str, Tensor]] = [{}]
-            if spec.mask_name is not None:
+            if spec.mask_name and spec.mask_name in inspect.signature(spec.cls.forward).parameters:
                 masks.append({spec.mask_name: torch.randn(2, 1, tokens, tokens, dtype=torch.float64)})
             for mask in masks:
                 expected = self.run(self.trial, grid, **mask)
@@ -454,7 +456,7 @@ def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
     return bool(difference <= _TOLERANCE * expected[0].abs().max().clamp_min(1e-9))
 
 
-def _with_random_weights(module: nn.Module) -> nn.Module:
+def with_random_weights(module: nn.Module) -> nn.Module:
     """Return a float64 copy with random weights. Zero weights would hide the effect of a parameter."""
     trial = copy.deepcopy(module).cpu().double().requires_grad_(False)
     trial.eval()  # which some classes return nothing from

@@ -27,6 +27,7 @@ from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from mhacut.surgery.submodule import shown
+from mhacut.surgery.tokens import stack_of
 from mhacut.text import listed
 
 REST, CARD = "rest.safetensors", "README.md"
@@ -245,7 +246,9 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     check_dense(model, name)
     outline = copy.deepcopy(part).to("meta")
     try:
-        find_prunable_layers(part)  # proves forms of attention, which needs values: the outline has none
+        # Forms of layers and blocks are proved on values, and the outline has none.
+        find_prunable_layers(part)
+        stack_of(part)
         plan = Plan.from_json(record.get("plan"), record.get("tokens"))
         cut(outline, plan)
     except MhacutError as error:

@@ -35,6 +35,7 @@ from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops_by_module
 from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown, vision_transformers
+from mhacut.surgery.tokens import tokens_of
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
 """Batches for the model, or a function that runs 1 batch."""
@@ -172,7 +173,8 @@ def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> P
     curves = {(inside(layer), kind): curve for (layer, kind), curve in planned.curves.items()}
     flops = {"flops_before": job.table.dense, "flops_after": planned.flops}
     renamed = replace(planned, ready=ready, curves=curves)
-    cut_part(module, name, renamed.plan, slim.module.state_dict(), **flops)
+    # The copy knows which tokens never merge.
+    cut_part(module, name, Plan(units, tokens_of(slim.module)), slim.module.state_dict(), **flops)
     return renamed
 
 

@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.options.prune import Scope, SearchOptions
 from mhacut.plan import TokenPlan, UnitKind
-from mhacut.pruning.choose_merges import with_all_merged
+from mhacut.pruning.choose_merges import find_outside_tokens, with_all_merged
 from mhacut.pruning.job import Job
 from mhacut.pruning.preserve import Preserved
 from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.tokens import why_not_merged, with_tokens
+from mhacut.surgery.tokens import stack_of, why_not_merged, with_tokens
 
 
 def build_job(
@@ -36,7 +36,7 @@ def build_job(
     merges = scope.endswith("+tokens")
     if merges and (reason := why_no_merging(model, preserved, size)):
         raise UnsupportedModelError(f"{option_name('scope', scope)}: tokens cannot be merged: {reason}")
-    unmerge = preserved.dense if merges else tokens.unmerge
+    unmerge = _unmerges(model, preserved) if merges else tokens.unmerge
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     unmerged = with_tokens(model, replace(tokens, merged=()))
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(unmerged)
@@ -73,7 +73,8 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
     """Return the reason why merged tokens would not give the ``preserved`` outputs; empty if they do."""
     if preserved.metric == "features":
         return "merged tokens have no separate features"
-    if (reason := why_not_merged(model, preserved.dense)) or not preserved.dense:
+    unmerge = _unmerges(model, preserved)
+    if (reason := why_not_merged(model, unmerge) or find_outside_tokens(model, size)) or not unmerge:
         return reason
     image = _image(model, size)
     try:
@@ -83,6 +84,12 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
     except UnsupportedModelError as error:  # for example, the model runs its blocks with a mask
         return str(error)
     return "" if shapes[0] == shapes[1] else "tokens are read inside blocks, where they are not copied back"
+
+
+def _unmerges(model: nn.Module, preserved: Preserved) -> bool:
+    """Whether merged tokens are copied back, as code around blocks of other libraries expects."""
+    stack = stack_of(model)
+    return preserved.dense or (stack is not None and stack.vit is None)
 
 
 def _image(model: nn.Module, size: tuple[int, ...]) -> Tensor:

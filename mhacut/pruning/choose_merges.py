@@ -35,7 +35,7 @@ from mhacut.pruning.merge_law import (
 )
 from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.hooks import recorded_calls
+from mhacut.surgery.hooks import captured_outputs, recorded_calls
 from mhacut.surgery.output_tokens import output_tokens_of
 from mhacut.surgery.tokens import set_merged, stack_of
 
@@ -96,7 +96,7 @@ class MergeSearch:
     def schedules(self) -> list[Schedule]:
         """Schedules of least cost, from no merging to maximum merging."""
         costs = block_costs(self.job, self.tokens)
-        scale = _DENSE_SCALE if self.job.unmerge else 1
+        scale = _DENSE_SCALE if self.job.dense else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
         cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
@@ -245,8 +245,34 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
 def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     stack = stack_of(model)
     assert stack is not None
-    first = f"{stack.name}.0"
+    first = stack.names[0]
     with recorded_calls(model, [first]) as calls:
         model(torch.zeros(1, *size, device=next(model.parameters()).device))
     args, _ = calls[first][0]
-    return Tokens(args[0].shape[1], stack.prefix, len(stack.blocks))
+    count = args[0].shape[0 if stack.tokens_first else 1]
+    return Tokens(count, stack.prefix, len(stack.blocks))
+
+
+@torch.no_grad()
+def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
+    """Find the tokens that never merge, and note them in the blocks. Return a reason if that fails."""
+    stack = stack_of(model)
+    if stack is None or stack.vit is not None:
+        return ""
+    if len(size) != 3:
+        return (
+            "its inputs are tokens, so its class tokens are unknown; name a module around the patch embedding"
+        )
+    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with captured_outputs(model, stack.names[:1], lambda args, output: args[0]) as inputs:
+        model(images.to(next(model.parameters())))
+    (x,) = inputs[stack.names[0]]
+    x = x.transpose(0, 1) if stack.tokens_first else x
+    # Tokens of patches alone depend on the image.
+    differs = ~torch.isclose(x[0], x[1], rtol=1e-4, atol=1e-5).all(-1)
+    places = differs.nonzero().flatten().tolist()
+    if not places or len(places) != places[-1] + 1 - places[0]:
+        return "the tokens of its patches are not side by side"
+    for block in stack.blocks:
+        block.outside = places[0], len(differs) - 1 - places[-1]
+    return ""

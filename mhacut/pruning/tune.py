@@ -123,7 +123,7 @@ def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, dist
     steps = options.tuning_steps or min(usual, math.ceil(ROUNDS * count / size))
     model = copy.deepcopy(slim)
     stack = stack_of(model)
-    trained: nn.Module = model if stack is None else stack.blocks
+    trained: nn.Module = model if stack is None else stack.container
     what = "all weights" if stack is None else "blocks"
     _log_time(job, what, steps, size, count, lambda: learning.loss(slim))
     weights = [*trained.requires_grad_(True).parameters()]
@@ -176,7 +176,7 @@ def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
     stack = stack_of(model)
     if stack is None or preserved.metric != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []
-    return [f"{stack.name}.{number}" for number in range(len(stack.blocks))]
+    return list(stack.names)
 
 
 def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> Iterator[Tensor]:

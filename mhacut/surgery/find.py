@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mhacut.adapters.base import Layer, Unit
+from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.registry import (
     adapter_for,
     is_attention,
@@ -21,6 +22,7 @@ from mhacut.adapters.registry import (
 from mhacut.adapters.structure import is_registered_library, mlp_of_block
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import UNIT_KINDS, Plan, UnitKey, UnitKind
+from mhacut.surgery.merging_blocks import MergingLayer
 
 
 def model_input_size(
@@ -171,14 +173,19 @@ class _Walk:
 
     def _mlp_of_block(self, name: str, module: nn.Module, first: int) -> Layer | None:
         """Return the MLP whose linear layers are in different submodules of a block, beside its attention."""
+        if isinstance(module, MergingLayer):
+            return _of_block(module.branches.mlp, name, module)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or is_registered_library(module):
             return None
         known = [layer.name for layer in self.layers[first:] if layer.adapter.family == "attention"]
         unknown = [layer for names in self.unknown.values() for layer in names]
         prefix = f"{name}." if name else ""
         inside = [each.removeprefix(prefix) for each in (*known, *unknown) if each.startswith(prefix)]
-        adapter = mlp_of_block(module, inside) if inside else None
-        return None if adapter is None else replace(adapter.describe(name, module), result=adapter.reader)
+        return _of_block(mlp_of_block(module, inside) if inside else None, name, module)
+
+
+def _of_block(adapter: Mlp | None, name: str, module: nn.Module) -> Layer | None:
+    return None if adapter is None else replace(adapter.describe(name, module), result=adapter.reader)
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:

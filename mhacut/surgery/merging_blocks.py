@@ -1,4 +1,4 @@
-"""Forward passes of blocks and models that merge tokens, for timm's ViTs and for layers of transformers.
+"""Forward passes of blocks and models that merge tokens, for timm's ViTs and for blocks of any class.
 
 Each block merges between attention and MLP. Token sizes travel from block to block with the tokens, so a
 forward pass leaves no state behind. :mod:`mhacut.surgery.tokens` sets these classes on existing modules.
@@ -7,16 +7,16 @@ forward pass leaves no state behind. :mod:`mhacut.surgery.tokens` sets these cla
 from __future__ import annotations
 
 import copy
-import inspect
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from timm.models import checkpoint_seq, vision_transformer
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mhacut.adapters.attend import graph_is_recorded
-from mhacut.adapters.huggingface import Linears, Nested
-from mhacut.adapters.registry import adapter_for
+from mhacut.adapters.mlp import Mlp
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
 from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS
@@ -80,62 +80,71 @@ class MergedOutputTokenBlock(Merging, OUTPUT_TOKEN_BLOCKS[vision_transformer.Blo
         return super().forward(tokens.x, attn_mask=bias)
 
 
-class MergingLayer(Merging):
-    """Mixin for a layer of transformers, with a merge between attention and MLP.
+class Branches(NamedTuple):
+    """Parts of a block between its two additions, by name, in the order in which tokens pass them."""
 
-    The last layer unmerges, because code around the model expects a token for every patch.
+    first: tuple[str, ...]
+    """Parts up to the first addition, with the attention."""
+    second: tuple[str, ...]
+    attention: str
+    mask_name: str
+    """Argument of the attention that takes a bias to add to logits."""
+    tokens_first: bool
+    """Whether tokens are [N, B, C]."""
+    mlp: Mlp | None
+    """Adapter of an MLP whose linear layers are in different submodules."""
+
+
+def apply_part(part: Any, x: Tensor) -> Any:
+    """Apply a submodule, function or layer scale of a block to tokens."""
+    return part * x if isinstance(part, nn.Parameter) else part(x)
+
+
+class MergingLayer(Merging):
+    """Mixin for a block of any class with :class:`Branches`, with a merge between attention and MLP.
+
+    The last block unmerges, because code around it expects a token for every patch.
     """
 
-    def forward(
-        self, hidden_states: Tensor | SizedTokens, attention_mask: Tensor | None = None, **options: Any
-    ) -> Tensor | SizedTokens:
+    branches: Branches
+    outside: tuple[int, int] = (0, 0)
+    """Number of tokens before and after the patches. They never merge."""
+
+    def forward(self, *args: Any, **options: Any) -> Tensor | SizedTokens:
         """Map N tokens to N - merged tokens."""
+        x, *others = (*args, *options.values())
         # transformers passes a mask of ones instead of None while a graph is recorded.
-        _check_no_mask(None if graph_is_recorded() else attention_mask, False)
-        tokens, bias = _with_sizes(hidden_states, self)
-        attention, norm = layer_part(self, "attention"), layer_part(self, "norm1")
-        y, *_ = attention(norm(tokens.x), attention_mask=bias, **options)
-        tokens = tokens._replace(x=tokens.x + self._scale_and_drop(1, y))
+        if not graph_is_recorded():
+            masks = [leaf for leaf in tree_leaves(others) if isinstance(leaf, Tensor)]
+            _check_no_mask(masks[0] if masks else None, bool(options.get("is_causal")))
+        tokens, bias = _with_sizes(self.laid_out(x) if isinstance(x, Tensor) else x, self)
+        tokens = tokens._replace(x=tokens.x + self._run(self.branches.first, tokens.x, bias))
         if self.matcher is not None:
             tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, None), self.matcher.prefix)
-        y = layer_part(self, "mlp")(layer_part(self, "norm2")(tokens.x))
-        tokens = tokens._replace(x=tokens.x + self._scale_and_drop(2, y))
-        return tokens if self.gives_sizes else tokens.unmerge()
+        tokens = tokens._replace(x=tokens.x + self._run(self.branches.second, tokens.x, None))
+        return tokens if self.gives_sizes else self.laid_out(tokens.unmerge())
 
-    def _scale_and_drop(self, branch: int, y: Tensor) -> Tensor:
-        for name in (f"layer_scale{branch}", "drop_path", "dropout"):
-            y = getattr(self, name, nn.Identity())(y)
-        return y
+    def _run(self, parts: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
+        for name in parts:
+            part = attrgetter(name)(self)
+            x = self._attend(part, x, bias) if name == self.branches.attention else apply_part(part, x)
+        return x
+
+    def _attend(self, attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {self.branches.mask_name: bias}
+        if isinstance(attention, nn.MultiheadAttention):
+            x = self.laid_out(x)
+            return self.laid_out(attention(x, x, x, need_weights=False, **options)[0])
+        y = attention(x, **options)
+        return y[0] if isinstance(y, tuple) else y
+
+    def laid_out(self, x: Tensor) -> Tensor:
+        """Return [B, N, C] in the layout of the block, and back."""
+        return x.transpose(0, 1) if self.branches.tokens_first else x
 
 
-_LAYER_PARTS = {
-    "norm1": ("norm1", "layernorm_before", "layer_norm1"),
-    "attention": ("attention", "self_attn"),
-    "norm2": ("norm2", "layernorm_after", "layer_norm2"),
-    "mlp": ("mlp",),
-}
-"""Names of a layer's submodules in the classes of transformers."""
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 """Names of the parameters that transformers puts before the patches."""
-
-
-def layer_part(layer: Any, part: str) -> Any:
-    """Return the submodule of a transformers layer for a key of ``_LAYER_PARTS``, or None."""
-    return next((getattr(layer, name) for name in _LAYER_PARTS[part] if hasattr(layer, name)), None)
-
-
-def layer_width(layer: Any) -> int:
-    return int(layer_part(layer, "norm1").weight.numel())
-
-
-def is_global_layer(layer: nn.Module) -> bool:
-    """Whether ``layer`` looks like a layer of transformers in which every token attends to all tokens."""
-    parts = [layer_part(layer, name) for name in _LAYER_PARTS]
-    if None in parts or type(adapter_for(layer_part(layer, "attention"))) not in (Linears, Nested):
-        return False
-    _, _, *arguments = inspect.signature(type(layer).forward).parameters.values()
-    # Windowed layers also take a resolution, rotary layers the angles. Merging supports neither.
-    return all("mask" in argument.name or argument.kind is argument.VAR_KEYWORD for argument in arguments)
 
 
 def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
@@ -147,8 +156,15 @@ def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[
         token_of_patch = torch.arange(x.shape[1], device=x.device)
         # "rows" marks slim files from before the checkerboard order existed.
         if block.unmerge is True and block.matcher is not None:
-            token_of_patch = checkerboard_order(token_of_patch, block.matcher.prefix)
-            x = x.index_select(1, token_of_patch)  # a single ONNX operation
+            order = checkerboard_order(token_of_patch, block.matcher.prefix)
+            first, behind = getattr(block, "outside", (0, 0))
+            if behind:  # tokens behind the patches join the prefix
+                joined = torch.cat((token_of_patch[:first], token_of_patch[first:].roll(behind)))
+                token_of_patch = torch.cat((order[:first], order[first:].roll(-behind)))
+                order = joined.index_select(0, order)
+            else:  # its own inverse
+                token_of_patch = order
+            x = x.index_select(1, order)  # a single ONNX operation
         token_of_patch = token_of_patch.expand(x.shape[:2])
     return SizedTokens(x, x.new_ones(*x.shape[:2], 1), token_of_patch), None
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 ATTENTION_FLOOR = 0.1
 """Attention added to every token, so that no weight is 0. The mean attention of a token is 1."""
@@ -62,7 +63,21 @@ class SizedTokens(NamedTuple):
 
     def __getitem__(self, index: Any) -> Any:
         # transformers reads the hidden state as entry 0 of a layer's output.
-        return self.unmerge() if index == 0 else tuple(self)[index]
+        return self.unmerge() if type(index) is int else self.unmerge()[index]
+
+    # Code between blocks reads a tensor with a token for every patch.
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # looked up by copy and pickle
+            raise AttributeError(name)
+        return getattr(self.unmerge(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def tensor_of(leaf: Any) -> Any:
+            return leaf.unmerge() if isinstance(leaf, cls) else leaf
+
+        args, kwargs = tree_map(tensor_of, (args, kwargs or {}), is_leaf=lambda leaf: isinstance(leaf, cls))
+        return function(*args, **kwargs)
 
     def bias(self) -> Tensor:
         """Return the attention bias of the sizes, [B, 1, 1, N] (ToMe's proportional attention)."""
@@ -143,10 +158,10 @@ def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) ->
     # The indices that sort a permutation are its inverse; topk sorts.
     inverse = order.topk(order.shape[1], dim=-1, largest=False).indices
     new = torch.cat((new_of_b.expand(len(order), -1), new_of_a.gather(1, inverse)), 1)  # B, then A
-    old = token_of_patch[:, prefix:] - prefix
+    old = token_of_patch - prefix
     # Odd indices are in A, whose entries of `new` follow those of B.
-    offset_of_a = old % 2 * len(new_of_b)
-    return torch.cat((token_of_patch[:, :prefix], new.gather(1, old // 2 + offset_of_a) + prefix), 1)
+    place = old // 2 + old % 2 * len(new_of_b)
+    return torch.where(old < 0, token_of_patch, new.gather(1, place.clamp_min(0)) + prefix)
 
 
 def checkerboard_order(indices: Tensor, prefix: int) -> Tensor:

@@ -7,20 +7,21 @@ the forward passes are in :mod:`mhacut.surgery.merging_blocks` and :mod:`mhacut.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention
 from timm.models import vision_transformer
 from timm.models.deit import VisionTransformerDistilled
-from torch import Tensor, nn
+from torch import nn
 
 from mhacut.adapters.base import mixed
-from mhacut.adapters.huggingface import is_old
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import CLS_WEIGHTS, OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import TokenPlan, Unmerge
+from mhacut.surgery.branches import block_width, branches_of
 from mhacut.surgery.merging_blocks import (
     PREFIX_PARAMETERS,
     Matcher,
@@ -29,8 +30,6 @@ from mhacut.surgery.merging_blocks import (
     Merging,
     MergingBlock,
     MergingLayer,
-    is_global_layer,
-    layer_width,
 )
 from mhacut.surgery.output_tokens import (
     OUTPUT_TOKEN_BLOCKS,
@@ -57,21 +56,23 @@ _ATTENTION = (Attention, OUTPUT_TOKENS[Attention], CLS_WEIGHTS[Attention])
 class Stack(NamedTuple):
     """Blocks of the plain ViT in a model."""
 
-    name: str
-    """Name of the module that holds the blocks: ``blocks``, ``module.encoder.layer``."""
-    blocks: Any
+    container: Any
+    """Module that holds the blocks, in chunks or not."""
+    names: tuple[str, ...]
+    """Names of the blocks in the model."""
+    blocks: tuple[Any, ...]
     vit: Any
-    """timm's model; None for layers of transformers."""
+    """timm's model; None for blocks of another library."""
     prefix: int
-    """Number of tokens before the patches."""
+    """Number of tokens that never merge, such as class tokens. Merging puts them before the patches."""
     width: int
     """Channels of a token."""
+    tokens_first: bool = False
+    """Whether tokens are [N, B, C]."""
 
     def block_of(self, layer: str) -> int | None:
         """Return the number of the block that contains the module ``layer``; None if it is outside."""
-        if not layer.startswith(f"{self.name}."):
-            return None
-        return int(layer.removeprefix(f"{self.name}.").partition(".")[0])
+        return next((n for n, name in enumerate(self.names) if f"{layer}.".startswith(f"{name}.")), None)
 
 
 def stack_of(model: nn.Module) -> Stack | None:
@@ -79,12 +80,32 @@ def stack_of(model: nn.Module) -> Stack | None:
     for name, module in model.named_modules():
         vit: Any = module
         if type(vit) in _MERGING_MODELS or isinstance(vit, MergedTokens):
-            return Stack(f"{name}.blocks".lstrip("."), vit.blocks, vit, vit.num_prefix_tokens, vit.embed_dim)
-        if isinstance(module, nn.ModuleList) and len(module) and all(map(is_global_layer, module)):
-            width = layer_width(module[0])
-            prefix = [p for key, p in model.named_parameters() if key.rpartition(".")[2] in PREFIX_PARAMETERS]
-            return Stack(name, module, None, sum(p.numel() for p in prefix) // width, width)
+            names, blocks = zip(*_blocks_in(f"{name}.blocks".lstrip("."), vit.blocks), strict=True)
+            return Stack(vit.blocks, names, blocks, vit, vit.num_prefix_tokens, vit.embed_dim)
+        if not isinstance(module, nn.ModuleList | nn.Sequential):
+            continue
+        names, blocks = zip(*_blocks_in(name, module), strict=True) if len(module) else ((), ())
+        if len(blocks) < 2 or len({_PLAIN_CLASSES.get(type(block), type(block)) for block in blocks}) > 1:
+            continue
+        branches = branches_of(blocks[0])
+        if branches is not None and all(branches_of(block) == branches for block in blocks):
+            width, outside = block_width(blocks[0], branches), getattr(blocks[0], "outside", None)
+            if outside is None:  # slim files from before `outside` existed
+                prefix = [
+                    p for key, p in model.named_parameters() if key.rpartition(".")[2] in PREFIX_PARAMETERS
+                ]
+                outside = sum(p.numel() for p in prefix) // width, 0
+            return Stack(module, names, blocks, None, sum(outside), width, branches.tokens_first)
     return None
+
+
+def _blocks_in(name: str, container: nn.Module) -> Iterator[tuple[str, Any]]:
+    for key, part in container.named_children():
+        within = f"{name}.{key}".lstrip(".")
+        if isinstance(part, nn.ModuleList):  # DINOv2 has chunks, with an Identity for each block of another
+            yield from _blocks_in(within, part)
+        elif type(part) is not nn.Identity:
+            yield within, part
 
 
 def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
@@ -94,7 +115,7 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
         cls = dense_class(getattr(model, "module", model))
         return f"{cls.__name__} is not a plain ViT, in which every block sees all tokens"
     if stack.vit is None:
-        return _why_not_merged_in_transformers(model, stack, unmerge)
+        return ""
     vit = stack.vit
     pooled = vit.global_pool in ("token", "avg") and getattr(vit, "attn_pool", None) is None
     if not (unmerge or pooled):
@@ -107,30 +128,6 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
         if getattr(adapter_for(block.attn), "cls", None) not in _ATTENTION:
             return f"merging does not support attention of class {type(block.attn).__name__}"
     return ""
-
-
-def _why_not_merged_in_transformers(model: Any, stack: Stack, unmerge: Unmerge) -> str:
-    if is_old():
-        return "token merging in transformers models needs transformers 5"
-    if not any(isinstance(module, nn.Conv2d) for module in model.modules()):
-        return "it has no patch embedding, so its prefix tokens are unknown; name a module around both"
-    layer = stack.blocks[0]
-    if not _computes_attention_then_mlp(layer):
-        return f"layers of class {type(layer).__name__} compute more than attention followed by an MLP"
-    return "" if unmerge and len(stack.blocks) > 1 else "it has no block before its last"
-
-
-@torch.no_grad()
-def _computes_attention_then_mlp(layer: Any) -> bool:
-    """Whether a transformers layer gives the same output as :class:`MergingLayer` without a merge."""
-    weight = next(layer.parameters())
-    if weight.is_meta or isinstance(layer, Merging):
-        return True
-    x = torch.linspace(0, 9, 4 * layer_width(layer)).sin().view(1, 4, -1).to(weight)
-    plain, merging = copy.deepcopy(layer).eval(), copy.deepcopy(layer).eval()
-    _set_merging(merging, None, True).gives_sizes = False
-    expected, actual = plain(x, None), merging(x, None)
-    return isinstance(expected, Tensor) and torch.allclose(actual, expected, rtol=1e-2, atol=1e-2)
 
 
 def merged_of(model: nn.Module) -> tuple[int, ...]:
@@ -182,9 +179,13 @@ def _weighs_by_attention(vit: Any) -> bool:
 
 def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
     plain = type(block)
-    if plain not in _MERGING_BLOCKS:  # a layer class of transformers, met for the first time
+    if plain not in _MERGING_BLOCKS:  # a class of another library, met for the first time
         _MERGING_BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
         _PLAIN_CLASSES[_MERGING_BLOCKS[plain]] = plain
+    if issubclass(_MERGING_BLOCKS[plain], MergingLayer):
+        block.branches = branches_of(block)
+        attention = block.get_submodule(block.branches.attention)
+        adapter_for(attention).resize(attention, {})  # type: ignore[union-attr]
     block.__class__ = _MERGING_BLOCKS[plain]
     block.matcher, block.gives_sizes, block.unmerge = matcher, True, unmerge
     return block
@@ -192,7 +193,7 @@ def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
 
 def check_merges(model: Any, merged: tuple[int, ...]) -> None:
     """Raise a :class:`PlanError` if a block has too few tokens for ``merged``, or the block count differs."""
-    _, blocks, vit, *_ = stack_of(model) or Stack("", (), None, 0, 0)
+    _, _, blocks, vit, *_ = stack_of(model) or Stack(None, (), (), None, 0, 0)
     if len(merged) != len(blocks):
         raise PlanError(f"token plan: the model has {len(blocks)} blocks, the plan {len(merged)}")
     if vit is None:
@@ -229,7 +230,9 @@ def _set_attention_class(attention: nn.Module, cls: type[nn.Module]) -> None:
 
 def tokens_of(model: nn.Module) -> TokenPlan:
     """Return the token plan that was applied to ``model``."""
-    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model))
+    stack = stack_of(model)
+    outside = getattr(stack.blocks[0], "outside", None) if stack is not None else None
+    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside)
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
@@ -256,4 +259,7 @@ def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
             )
         set_merged(model, ())
         set_output_tokens(model, tokens.output_tokens)
+    stack = stack_of(model)
+    for block in () if stack is None or tokens.outside is None else stack.blocks:
+        block.outside = tokens.outside
     set_merged(model, tokens.merged, tokens.unmerge)

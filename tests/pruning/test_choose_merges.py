@@ -14,6 +14,8 @@ from mhacut.measuring.predicted_time import TimeCurve
 from mhacut.pruning.choose_merges import MergeSearch, tokens_of_model, with_all_merged
 from mhacut.pruning.limits import Limit
 from mhacut.pruning.merge_law import TYPICAL, Tokens, most_merged
+from mhacut.pruning.preserve import Preserved
+from mhacut.surgery.features import Features
 from mhacut.surgery.flops import measure_flops
 from mhacut.surgery.tokens import merged_of
 
@@ -85,7 +87,8 @@ def test_of_a_single_patch_nothing_is_merged():
 
 def test_dense_features_have_merges_up_to_the_most(model):
     """Their divergence is far larger than that of answers; 4.9 is the level of a DINOv2-S."""
-    job = replace(job_of(model, image(VIT, batch=2), counted=True), unmerge=True)
+    preserved = Preserved("tokens", "dense", Features("tokens"))
+    job = replace(job_of(model, image(VIT, batch=2), counted=True), unmerge=True, preserved=preserved)
     merged = [sum(each) for each in MergeSearch(job, None, TYPICAL._replace(level=4.9)).schedules]
     assert merged[-2] > 0.7 * merged[-1]
 

@@ -1,0 +1,102 @@
+"""Tokens merge in blocks of classes that nobody registered."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import mhacut
+from helpers.models import relative
+from helpers.own_code import BUILDERS, OTHERS, Vit, tokens_of_own_code
+from mhacut.adapters import structure
+from mhacut.plan import TokenPlan
+from mhacut.surgery import branches
+from mhacut.surgery.tokens import apply_tokens, merged_of
+
+
+def build(name, **options):
+    torch.manual_seed(0)
+    return Vit(BUILDERS[name], **options).eval().requires_grad_(False)
+
+
+def smooth_images(count):
+    noise = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return noise.repeat_interleave(8, 2).repeat_interleave(8, 3)  # neighbours are alike
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_merging_equal_tokens_changes_nothing(name):
+    """Patches of an image of one colour are equal, without position embeddings."""
+    model = build(name, first=1, last=2, positions=False)
+    x = torch.randn(2, 3, 1, 1).expand(2, 3, 32, 32)
+    merging = copy.deepcopy(model)
+    apply_tokens(merging, TokenPlan(None, (20, 10), True, (1, 2)))
+    assert merged_of(merging) == (20, 10)
+    assert relative(merging(x), model(x)) < 1e-4
+    noise = torch.randn(2, 3, 32, 32)
+    assert relative(merging(noise), model(noise)) > 1e-3
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_zero_merges_give_the_outputs_of_the_model(name):
+    model, x = build(name, first=1, last=2), torch.randn(2, 3, 32, 32)
+    merging = copy.deepcopy(model)
+    apply_tokens(merging, TokenPlan(None, (4, 0), True, (1, 2)))
+    merging.blocks[0].matcher.count = 0
+    assert relative(merging(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_model_is_pruned_with_merges_and_opens_again(name, tmp_path, monkeypatch):
+    model, x = build(name, first=1, last=2), smooth_images(24)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="35%", effort="fast", tuning_steps=0)
+    assert sum(result.plan.tokens.merged) > 0
+    assert result.flops_after <= 0.35 * result.flops_before
+    mhacut.save_pruned(model, tmp_path / "part.safetensors")
+    monkeypatch.setattr(structure, "_PROVED", {})  # as in a new process
+    monkeypatch.setattr(branches, "_FOUND", {})
+    fresh = build(name, first=1, last=2)
+    mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
+    assert relative(fresh(x), model(x)) < 1e-6
+    exported = torch.export.export(model, (x[:2],)).module()
+    assert relative(exported(x[:2]), model(x[:2])) < 1e-5
+
+
+@pytest.mark.parametrize(("first", "last"), [(0, 0), (1, 0), (1, 3)])
+def test_class_and_detection_tokens_never_merge(first, last):
+    model, x = build("dinov2", first=first, last=last), smooth_images(24)
+    mhacut.prune_(model, "", images=x.split(8), flops="35%", effort="fast", tuning_steps=0)
+    block = next(block for block in model.blocks if block.matcher is not None)
+    assert block.outside == (first, last)
+    sizes = tokens_of_own_code(model, block, x).sizes
+    assert bool((sizes[:, : first + last] == 1).all())
+    assert float(sizes[0].sum()) == first + 64 + last
+
+
+def test_intermediate_layers_have_a_token_for_every_patch():
+    model, x = build("dinov2", first=1, levels=(0, 1)), smooth_images(24)
+    dense = model(x)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="40%", effort="fast", tuning_steps=0)
+    assert sum(result.plan.tokens.merged) > 0
+    assert model(x).shape == dense.shape
+    assert relative(model(x), dense) < 1
+
+
+@pytest.mark.parametrize("name", ["rotary", "normed after", "mixing"])
+def test_tokens_of_other_blocks_stay(name):
+    torch.manual_seed(0)
+    model, x = Vit(OTHERS[name]).eval().requires_grad_(False), smooth_images(24)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="80%", effort="fast", tuning_steps=0)
+    assert result.plan.tokens.merged == ()
+
+
+def test_a_block_of_which_tokens_merge_trains():
+    model = build("dinov2", first=1)
+    apply_tokens(model, TokenPlan(None, (4, 4), True, (1, 0)))
+    model.train().requires_grad_(True)
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    assert all(p.grad is not None for p in model.blocks.parameters())
+    assert isinstance(model.blocks[0], nn.Module)
