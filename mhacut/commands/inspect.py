@@ -90,8 +90,13 @@ def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
         source = DataOptions(
             data_dir=options.data_dir, dataset=options.dataset, train_split=options.train_split
         )
-        preprocessing, count = resolve_preprocessing(opened, options), options.images_wanted
-        found = calibration_images(preprocessing, source, count=count, seed=options.seed, use_labels=False)
+        found = calibration_images(
+            resolve_preprocessing(opened, options),
+            source,
+            count=options.calibration_images,
+            seed=options.seed,
+            use_labels=False,
+        )
         images, size = found.images, options.batch_size
         if options.has_images:
             reporter.start("calibrating")

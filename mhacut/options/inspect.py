@@ -45,8 +45,8 @@ class InspectOptions(
     """Dense model to compare with, layer by layer. Without images, synthetic images are used."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
     """Split with the images."""
-    calibration_images: int | None = option(None, at_least=1, panel="Data", needs=_RUNS)
-    """Number of images for head statistics. Default: 64."""
+    calibration_images: int = option(INSPECTED_IMAGES, at_least=1, panel="Data", needs=_RUNS)
+    """Number of images for head statistics."""
     seed: int = seed_option()
     """Random seed for choosing images."""
     batch_size: int = option(16, at_least=1, panel="Computing", needs=_RUNS)
@@ -67,7 +67,3 @@ class InspectOptions(
     @property
     def sees_images(self) -> bool:
         return self.has_images or self.compare is not None
-
-    @property
-    def images_wanted(self) -> int:
-        return INSPECTED_IMAGES if self.calibration_images is None else self.calibration_images

@@ -145,13 +145,9 @@ class SearchOptions(Options, panel="Research switches"):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.selection == "indicator" and self.by_indicators:
+        if self.selection == self.allocation == "indicator":
             expected = f"channel or auto with {option_name('selection', 'indicator')}"
             require("basis", self.basis, self.basis != "principal", expected)
-
-    @property
-    def by_indicators(self) -> bool:
-        return self.allocation == "indicator"
 
     @property
     def trained_gain_steps(self) -> int:
