@@ -45,7 +45,6 @@ class Folder:
 
     @property
     def empty(self) -> tuple[str, ...]:
-        """Class folders without images."""
         held = set(self.names)
         return tuple(name for name in self.classes if name not in held)
 

@@ -196,8 +196,6 @@ def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemor
 
 
 class _Images(Dataset[Sample]):
-    """A subset of a dataset, without labels."""
-
     def __init__(self, dataset: Any, chosen: Sequence[int]) -> None:
         self._dataset, self._chosen = dataset, chosen
 

@@ -131,7 +131,6 @@ class Preprocessing:
             )
 
     def transform(self) -> Transform:
-        """Return timm's evaluation transform."""
         self.check_channels()
         made: Transform = create_transform(
             input_size=self.input_size,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mhacut.data.preprocessing import Preprocessing, Transform
+from mhacut.errors import DataError, option_name
 
 # Security: EPS files are programs, which Pillow would run with Ghostscript. Excluding the format in
 # Image.open is not enough: IPTC files can hold EPS, and timm and torchvision open images themselves.
@@ -89,6 +90,15 @@ def label_outside(labels: Tensor, num_classes: int | None) -> int | None:
     if low < 0:
         return low
     return high if num_classes is not None and high >= num_classes else None
+
+
+def check_labels(labels: Tensor, num_classes: int | None, where: str) -> None:
+    wrong = label_outside(labels, num_classes)
+    if wrong is not None:
+        raise DataError(
+            f"{where}: found label {wrong}, the model's head has {num_classes} classes, counted from 0. "
+            f"Map the classes with {option_name('class_map')}"
+        )
 
 
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:

@@ -22,9 +22,9 @@ from mhacut.data.reading import (
     Sample,
     Unreadable,
     balanced_order,
+    check_labels,
     collate,
     fingerprint,
-    label_outside,
 )
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
@@ -159,12 +159,7 @@ def calibration_images(
             raise DataError(f"images {split.name}: none arrived")
     if not split.labelled:
         return CalibrationImages(images, None, description, rest=rest)
-    wrong = label_outside(labels, num_classes)
-    if wrong is not None:
-        raise DataError(
-            f"images {split.name}: label {wrong} is not a class of the model's head ({num_classes} classes). "
-            f"Map them with {option_name('class_map')}, or leave them out with {option_name('labels', False)}"
-        )
+    check_labels(labels, num_classes, f"images {split.name}")
     return CalibrationImages(images, labels, description, rest=rest)
 
 
@@ -256,12 +251,7 @@ class EvaluationLoader:
             if not self.labelled:
                 yield images, torch.full_like(labels, -1)
                 continue
-            wrong = label_outside(labels, self._num_classes)
-            if wrong is not None:
-                raise DataError(
-                    f"{self.description}: found label {wrong}, and the model has {self._num_classes} "
-                    f"classes. Map them with {option_name('class_map')}"
-                )
+            check_labels(labels, self._num_classes, self.description)
             yield images, labels
         if bad:
             raise DataError(

@@ -32,7 +32,6 @@ def synthetic_images(
 
 
 def _leaves(input_size: tuple[int, int, int], generator: torch.Generator) -> Tensor:
-    """One image [C, H, W] in 0..1."""
     channels, height, width = input_size
     side = max(height, width)
     colours = torch.rand(LEAVES + 1, channels + 1, generator=generator)

@@ -54,8 +54,6 @@ _FREE = frozenset(
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Files of a run."""
-
     path: Path
 
     def file(self, name: str) -> Path:
@@ -111,7 +109,6 @@ class RunFolder:
         write_file(self.file(SUMMARY), text.getvalue().encode(), overwrite=True)
 
     def write_state(self, state: Mapping[str, Any]) -> None:
-        """Write the state to resume from."""
         import torch
 
         buffer = io.BytesIO()
@@ -139,7 +136,6 @@ class RunFolder:
         return checked
 
     def not_resumable(self, why: str) -> CheckpointError:
-        """Return the error for a state that cannot be resumed from."""
         again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"
         return CheckpointError(
             f"{self.file(STATE)}: {why}, so the run cannot be resumed. {LAST} holds its weights; {again} "
@@ -147,12 +143,10 @@ class RunFolder:
         )
 
     def _files(self) -> list[str]:
-        """Return the names of run files in the folder."""
         return [name for name in _FILES if self.file(name).exists()]
 
 
 def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
-    """Return the folder of the run; ``stem`` starts its default name."""
     return RunFolder(Path(options.resume or options.output or f"{stem}-finetuned"))
 
 

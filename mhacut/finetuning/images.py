@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from mhacut.data import Preprocessing
 from mhacut.data.preprocessing import Transform
-from mhacut.data.reading import Sample, Unreadable, label_outside
+from mhacut.data.reading import Sample, Unreadable, check_labels
 from mhacut.data.sets import open_split
 from mhacut.errors import DataError, UsageError, option_name
 from mhacut.options.base import DataOptions
@@ -35,8 +35,6 @@ Drawn = tuple["Tensor | None", int, list[Unreadable]]
 
 
 class Batch(NamedTuple):
-    """Images of a forward pass."""
-
     images: Tensor
     """[B, C, H, W], normalised."""
     labels: Tensor
@@ -248,13 +246,8 @@ def training_loader(
                 f"{count} images of a batch cannot be read, first {first.file}: {first.reason}. "
                 "Repair or remove the files"
             )
-        wrong = None if images.num_classes is None else label_outside(batch.labels, images.num_classes)
-        if wrong is not None:
-            raise DataError(
-                f"{images.description}: found label {wrong}, the model's head has {images.num_classes} "
-                f"classes, counted from 0. Map the classes with {option_name('class_map')}, or leave labels "
-                f"out with {option_name('labels', False)}"
-            )
+        if images.num_classes is not None:
+            check_labels(batch.labels, images.num_classes, images.description)
         yield batch
 
 

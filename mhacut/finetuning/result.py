@@ -55,24 +55,16 @@ class Progress:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Return the progress from its ``dataclasses.asdict``."""
         before = None if state["before"] is None else Evaluation(**state["before"])
         return cls(**{**state, "before": before, "rows": [EpochSummary(**row) for row in state["rows"]]})
 
     @property
     def improved(self) -> bool | None:
-        """Whether training improved the score; None if it is not measured."""
         return None if self.start is None or self.best is None else self.best > self.start
 
     def summary(self) -> list[dict[str, Any]]:
         """Return the lines of ``summary.csv``."""
         return [asdict(row) for row in self.rows]
-
-    def add_step(self, loss: float, images: int) -> None:
-        """Count a step with the sum of its ``loss`` over ``images``."""
-        self.step += 1
-        self.epoch_loss += loss
-        self.epoch_images += images
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from timm.layers import convert_sync_batchnorm
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mhacut.checkpoint.checkpoint import Checkpoint
@@ -43,8 +43,6 @@ _MAX_HELD_OUT = 256
 
 @dataclass
 class Run:
-    """State of a fine-tuning run."""
-
     options: FinetuneOptions
     processes: Processes
     reporter: Reporter
@@ -68,12 +66,9 @@ class Run:
     not needed or too few."""
     teacher_sha256: str | None
     progress: Progress = field(default_factory=Progress)
-    targets: list[Tensor | None] = field(default_factory=list)
-    """Teacher outputs for each batch of held-out images, computed when first needed."""
 
     @property
     def images_per_step(self) -> int:
-        """Number of images of a step over all processes."""
         return self.batches.batch_size * self.batches.parts
 
     def weights(self, name: str) -> Path:

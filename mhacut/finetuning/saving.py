@@ -138,7 +138,6 @@ def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
 
 
 def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
-    """Return the record of the input file with a new entry in its history."""
     earlier = run.loaded.record
     assert earlier is not None
     entry = {

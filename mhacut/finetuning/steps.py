@@ -52,7 +52,9 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
         loss, count = run.trainer.step(progress.step, batches)
         loss, seen = run.processes.total([loss, count])
         _check_finite(run, loss)
-        progress.add_step(loss, int(seen))
+        progress.step += 1
+        progress.epoch_loss += loss
+        progress.epoch_images += int(seen)
         seconds += time.perf_counter() - began
         images += int(seen)
         step, per_epoch = progress.step, run.batches.steps_per_epoch
@@ -97,7 +99,6 @@ def _check_finite(run: Run, loss: float) -> None:
 
 
 def _end_epoch(run: Run, logs: Logs) -> None:
-    """Measure the model, write the weights, and add a line to the summary."""
     progress = run.progress
     score, evaluation = measured_score(run)
     row = EpochSummary(

@@ -29,8 +29,6 @@ _MODEL_STREAM, _MIXING_STREAM = 1, 2
 
 
 class Trainer:
-    """Model with its optimiser, learning rate schedule and weight average."""
-
     def __init__(
         self,
         model: nn.Module,
@@ -78,7 +76,6 @@ class Trainer:
 
     @property
     def lr(self) -> float:
-        """Maximum learning rate over parameter groups."""
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -136,7 +133,6 @@ class Trainer:
         return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all tensors and numbers that later steps depend on."""
         return {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -236,7 +232,6 @@ def _schedule(
 
 
 def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -> Any:
-    """Return the model wrapped for several processes and compiled if requested."""
     network: Any = model
     if processes.size > 1:
         ids = [processes.device.index] if processes.device.type == "cuda" else None

@@ -158,7 +158,6 @@ def best_step(loss: Callable[[], Tensor], weights: Sequence[Tensor]) -> float:
 
 @torch.no_grad()
 def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Callable[[], Tensor]) -> None:
-    """Log the expected duration of tuning."""
     ticks = [time.perf_counter()]
     for run in runs:
         with torch.autocast(job.device.type, torch.bfloat16, enabled=job.amp), ordered_attention(job.device):
@@ -212,7 +211,6 @@ def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _images(job: Job, calibration: Calibration) -> ConcatDataset[Sample]:
-    """Return all images that are not held out."""
     near = job.images[calibration.held :]
     parts: list[Dataset[Any]] = [TensorDataset(near, torch.zeros(len(near), dtype=torch.long))]
     return ConcatDataset(parts if job.extra_images is None else [*parts, job.extra_images])

@@ -81,7 +81,6 @@ def default_torch() -> Iterator[None]:
 
 
 def software_versions() -> dict[str, str]:
-    """Return the versions that go into a file's history."""
     import timm
 
     return {

@@ -42,7 +42,6 @@ class Processes:
         return values
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Return sums over all processes."""
         if self.size == 1:
             return list(values)
         # float64, because counts up to 2**53 are exact in it.

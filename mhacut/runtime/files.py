@@ -58,7 +58,6 @@ def check_checkpoint(path: AnyPath) -> None:
 
 
 def regular_size(path: Path) -> int:
-    """Return the size of a regular file in bytes."""
     # Checked before the file is opened: opening a FIFO would block.
     if not os.path.exists(path):
         hint = "; it is a link to a missing file" if path.is_symlink() else ""
@@ -217,7 +216,6 @@ def _finish(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or a directory's list of files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -14,7 +14,6 @@ DEFAULT_WORKERS = 2
 
 
 def world_size() -> int:
-    """Return the number of processes that torchrun started, or 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 

@@ -35,8 +35,6 @@ class Reporter(Protocol):
 
 
 class Silent:
-    """A reporter that shows nothing."""
-
     def log(self, message: str) -> None:
         pass
 
@@ -85,8 +83,6 @@ class StageTimer:
 
 
 class Counter:
-    """Reports the progress of a stage from increments."""
-
     def __init__(self, reporter: Reporter, total: int) -> None:
         self.reporter, self.total, self.done = reporter, total, 0
 
