@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -117,13 +116,3 @@ def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
         left = [indices[turn] for indices in members.values() if turn < len(indices)]
         for position in torch.randperm(len(left), generator=generator).tolist():
             yield left[position]
-
-
-def fingerprint(names: Sequence[str], labels: Sequence[object]) -> str:
-    """Return a digest of names and labels, independent of the folder."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    for label in labels:
-        digest.update(f"{label},".encode())
-    return digest.hexdigest()

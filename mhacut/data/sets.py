@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,6 @@ from mhacut.data.reading import (
     balanced_order,
     check_labels,
     collate,
-    fingerprint,
 )
 from mhacut.data.synthetic import synthetic_images
 from mhacut.errors import DataError, UsageError, option_name
@@ -45,8 +44,6 @@ class Split:
     """Class of each image where known; else all equal."""
     labelled: bool
     """Whether labels are used."""
-    identity: Callable[[Sequence[int]], str]
-    """Digest of the names and labels of the images with these indices."""
     stream: Any = None
     """timm dataset that can only be read in order."""
 
@@ -70,19 +67,12 @@ def open_split(
         name, where = str(data.dataset), f"of {data.dataset} {split}"
         opened = open_named(data, split, num_classes, seed=seed, check_classes=use_labels)
         if isinstance(opened, IterableDataset):
-            count = len(opened)  # type: ignore[arg-type]  # 0 where a stream does not know
-            return Split(where, None, (), use_labels, lambda _: fingerprint([name, split], [count]), opened)
+            return Split(where, None, (), use_labels, opened)
         if not len(opened):
             raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
-        targets = targets_of(name, opened)
-        return Split(
-            where,
-            # timm's reader, because timm's dataset replaces an unreadable image by the next one.
-            ImagesByIndex(getattr(opened, "reader", opened), preprocessing, transform, name),
-            targets,
-            use_labels,
-            lambda chosen: fingerprint([name, split], [targets[i] for i in chosen]),
-        )
+        # timm's reader, because timm's dataset replaces an unreadable image by the next one.
+        images = ImagesByIndex(getattr(opened, "reader", opened), preprocessing, transform, name)
+        return Split(where, images, targets_of(name, opened), use_labels)
     assert data.data_dir is not None
     folder = scan(find_folder(data.data_dir, split, option))
     if not folder.images:
@@ -99,13 +89,8 @@ def open_split(
         other = data.val_split if option == "train_split" else None if reads_both else "train"
         labels = label_images(folder, data, num_classes, hint, other=other)
     files = [os.path.join(folder.path, image) for image in folder.images]
-    return Split(
-        f"under {folder.name}/",
-        ImagesByIndex(list(zip(files, labels, strict=True)), preprocessing, transform),
-        folder.names,
-        labelled,
-        lambda chosen: fingerprint([folder.images[i] for i in chosen], [labels[i] for i in chosen]),
-    )
+    images = ImagesByIndex(list(zip(files, labels, strict=True)), preprocessing, transform)
+    return Split(f"under {folder.name}/", images, folder.names, labelled)
 
 
 # -- calibration --
@@ -216,11 +201,8 @@ class EvaluationLoader:
         workers: int,
         num_classes: int | None,
         description: str,
-        fingerprint: str,
         labelled: bool = True,
     ) -> None:
-        self.fingerprint = fingerprint
-        """Digest of all images that are measured, not only of the part read here; equal for equal data."""
         self.description = description
         """Text for readers."""
         self.images = total
@@ -293,7 +275,7 @@ def evaluation_loader(
         total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images {split.name}"
-        samples, chosen = NamedStream(str(data.dataset), split.stream, limit, preprocessing), []
+        samples = NamedStream(str(data.dataset), split.stream, limit, preprocessing)
     else:
         chosen = _spread(split.groups, limit)
         if len(chosen) < part[1]:
@@ -313,7 +295,6 @@ def evaluation_loader(
         workers=0 if split.images is None else worker_count(data.workers),
         num_classes=num_classes,
         description=description,
-        fingerprint=split.identity(chosen),
         labelled=use_labels,
     )
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from mhacut.checkpoint.folder import PRUNED
 from mhacut.errors import CheckpointError, OutputError, UsageError, option_name
-from mhacut.limits import is_int
 from mhacut.options.finetune import FinetuneOptions
 from mhacut.options.option import read_config
 from mhacut.runtime.files import REMOTE, check_output, reason_alone, stem_of, write_file
@@ -30,7 +29,6 @@ LAST_FOLDER, BEST_FOLDER = Path(LAST).stem, Path(BEST).stem
 """Folders that take the place of slim files for models of transformers."""
 _FILES = (ARGUMENTS, STATE, LAST, BEST, LAST_FOLDER, BEST_FOLDER, SUMMARY, TENSORBOARD)
 """Files of a run. ``args.yaml`` is removed first: without it, the rest of a run cannot be resumed."""
-_STATE_VERSION = 5
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
 """Options that are paths or addresses (:data:`REMOTE`)."""
@@ -112,7 +110,7 @@ class RunFolder:
         import torch
 
         buffer = io.BytesIO()
-        torch.save({"version": _STATE_VERSION, **state}, buffer)
+        torch.save(dict(state), buffer)
         with buffer.getbuffer() as content:  # no copy: with an optimiser's moments it is three models large
             write_file(self.file(STATE), content, overwrite=True)
 
@@ -126,14 +124,10 @@ class RunFolder:
                 raise self.not_resumable("is gone")
             return None
         try:
-            state = read_whole(path)
+            state: dict[str, Any] = read_whole(path)
         except CheckpointError as error:
             raise self.not_resumable(f"cannot be read ({reason_alone(error, path)})") from None
-        version = state.get("version") if isinstance(state, dict) else None
-        if not is_int(version) or version != _STATE_VERSION:
-            raise self.not_resumable("is not a state of a run of this version of mhacut")
-        checked: dict[str, Any] = state
-        return checked
+        return state
 
     def not_resumable(self, why: str) -> CheckpointError:
         again = f"{option_name('overwrite', True)} instead of {option_name('resume')}"

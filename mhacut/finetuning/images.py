@@ -51,8 +51,6 @@ class TrainingImages:
     labelled: bool
     description: str
     """Description for logs and records."""
-    fingerprint: str
-    """Digest of names and labels, the same wherever the files are."""
     num_classes: int | None = None
     """Number of classes to check labels against; None without labels."""
 
@@ -104,7 +102,6 @@ def training_images(
         count=count,
         labelled=split.labelled,
         description=f"{count} images {split.name} ({split.label_note})",
-        fingerprint=split.identity(range(count)),
         num_classes=num_classes if split.labelled else None,
     )
 

@@ -62,42 +62,39 @@ def start(run: Run) -> None:
 
 
 def _restore(run: Run, state: Mapping[str, Any]) -> None:
-    _check_same_inputs(run, state.get("inputs", {}))
     try:
-        run.trainer.load_state_dict(state["trainer"])
-        run.progress = Progress.from_state(state["progress"])
+        before, progress = state["inputs"], Progress.from_state(state["progress"])
+        changed = [
+            f"{name} ({before.get(name)!s:.40}, now {value!s:.40})"
+            for name, value in _inputs(run).items()
+            if before.get(name) != value
+        ]
+        if not changed:
+            run.trainer.load_state_dict(state["trainer"])
+            run.progress = progress
     except Exception as error:  # torch and each optimiser raise different errors
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]:.100}"
         raise run.folder.not_resumable(f"does not fit this run ({reason})") from error
-    if run.progress.best is not None and not run.weights(BEST).exists():
-        run.progress.best = None  # the weights of the next epoch take its place
-
-
-def _inputs(run: Run) -> dict[str, Any]:
-    """Return digests and numbers that a resumed run must share with its start."""
-    return {
-        "slim file": run.loaded.sha256,
-        "teacher": run.teacher_sha256,
-        "training images": run.images.fingerprint,
-        "validation images": None if run.validation is None else run.validation.fingerprint,
-        "images per step": run.images_per_step,
-        "steps": run.total_steps,
-    }
-
-
-def _check_same_inputs(run: Run, before: Mapping[str, Any]) -> None:
-    """Raise a :class:`CheckpointError` that names the inputs that changed since the run began."""
-    changed = [
-        f"{name} ({before.get(name)!s:.12}, now {value!s:.12})"
-        for name, value in _inputs(run).items()
-        if before.get(name) != value
-    ]
     if changed:
         raise CheckpointError(
             f"{run.folder.path}: cannot resume, because inputs differ from the start of the run: "
             f"{', '.join(changed)}. Restore them, or start a new run. Images per step are processes x "
             f"{option_name('batch_size')} x {option_name('grad_accum_steps')}"
         )
+    if run.progress.best is not None and not run.weights(BEST).exists():
+        run.progress.best = None  # the weights of the next epoch take its place
+
+
+def _inputs(run: Run) -> dict[str, Any]:
+    """Return digests, counts and descriptions that a resumed run must share with its start."""
+    return {
+        "slim file": run.loaded.sha256,
+        "teacher": run.teacher_sha256,
+        "training images": run.images.description,
+        "validation images": None if run.validation is None else run.validation.description,
+        "images per step": run.images_per_step,
+        "steps": run.total_steps,
+    }
 
 
 def save(run: Run, evaluation: Evaluation | None = None) -> None:

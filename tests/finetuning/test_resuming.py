@@ -191,7 +191,7 @@ def change(**entries):
         (lambda file: file.write_bytes(b""), "cannot be read ("),
         (cut, "cannot be read ("),
         (flip, "cannot be read (is damaged)"),
-        (change(version=1), "is not a state of a run of this version of mhacut"),
+        (change(progress={"step": 1}), "does not fit this run (KeyError: 'before')"),
         (change(trainer={}), "does not fit this run (KeyError: 'optimizer')"),
         (
             change(trainer=small_trainer().state_dict()),

@@ -42,7 +42,7 @@ class Images(list):
 
 images = Images((__import__("torch").zeros(3, 2, 2), 0) for _ in range(100))
 loader = EvaluationLoader(
-    images, total=100, batch_size=2, workers=1, num_classes=1, description="", fingerprint=""
+    images, total=100, batch_size=2, workers=1, num_classes=1, description=""
 )
 batches = iter(loader)
 next(batches)
