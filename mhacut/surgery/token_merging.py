@@ -65,6 +65,15 @@ class SizedTokens(NamedTuple):
         # transformers reads the hidden state as entry 0 of a layer's output.
         return self.unmerge() if type(index) is int else self.unmerge()[index]
 
+    def __add__(self, other: Any) -> Any:
+        # YOLOS adds positions between blocks: a token gets the mean over its patches.
+        if self.token_of_patch is None or not isinstance(other, Tensor):
+            return self.unmerge() + other
+        index = torch.arange(self.x.shape[1], device=self.x.device)[:, None]
+        members = (self.token_of_patch[:, None] == index).to(other.dtype)  # (B, N, all tokens)
+        mean = members @ other.expand(len(self.x), -1, -1) / self.sizes
+        return self._replace(x=self.x + mean)
+
     # Code between blocks reads a tensor with a token for every patch.
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # looked up by copy and pickle

@@ -136,14 +136,17 @@ OTHERS = {
 
 
 class Vit(nn.Module):
-    """Class tokens before the patches, detection tokens behind them."""
+    """Class tokens before the patches, detection tokens behind them, perhaps positions between the blocks."""
 
-    def __init__(self, block, dim=32, depth=2, first=1, last=0, positions=True, levels=()):
+    def __init__(self, block, dim=32, depth=2, first=1, last=0, positions=True, levels=(), between=False):
         super().__init__()
         self.patch_embed, self.levels = nn.Conv2d(3, dim, 4, 4), levels
         self.first, self.last = (nn.Parameter(torch.randn(1, count, dim)) for count in (first, last))
         self.positions = nn.Parameter(0.1 * positions * torch.randn(1, 64, dim))
+        self.between = nn.Parameter(torch.zeros(1, first + 64 + last, dim))
         self.blocks = nn.ModuleList(block(dim) for _ in range(depth))
+        if between:
+            nn.init.normal_(self.between)
         attention = getattr(self.blocks[0], "attn", None)
         self.tokens_first = not getattr(attention, "batch_first", True)
 
@@ -153,6 +156,8 @@ class Vit(nn.Module):
         x, levels = x.transpose(0, 1) if self.tokens_first else x, []
         for number, block in enumerate(self.blocks):
             x = block(x)
+            if number < len(self.blocks) - 1 and not self.tokens_first:
+                x = x + self.between
             if number in self.levels:
                 levels.append(F.layer_norm(x, x.shape[-1:]))
         if self.levels:
