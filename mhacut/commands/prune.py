@@ -12,7 +12,7 @@ from torch import nn
 
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.commands.prune_attempt import CHECK_IMAGES, TIMING_SECONDS, Attempt
-from mhacut.commands.prune_folder import check_folder, read_folder
+from mhacut.commands.prune_folder import read_folder
 from mhacut.commands.prune_inputs import PruneInputs, SlimFile, Source, read_inputs
 from mhacut.commands.prune_latency import Latency
 from mhacut.commands.prune_result import PruneResult, PruneResults, advice
@@ -38,6 +38,7 @@ from mhacut.report.page import write_overview, write_report
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.distributed import gathered
 from mhacut.runtime.files import show
+from mhacut.runtime.process import world_size
 from mhacut.runtime.progress import SILENT, Reporter, Reporting, StageTimer, reporting
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
@@ -173,8 +174,9 @@ def run_prune(
 ) -> tuple[PruneResult, ...]:
     """Run ``mhacut prune``. A ``module`` is copied and replaces the checkpoint."""
     folder = options.as_ == "huggingface"
-    if folder:
-        check_folder(options)
+    if folder and world_size() > 1:
+        kind = option_name("as_", options.as_)
+        raise UsageError(f"{kind}: expected one process, found {world_size()} of torchrun")
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.fail_together():
@@ -211,7 +213,7 @@ def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneRes
     result = _measure(targets, attempt, planned, slim, planner)  # 7. measure
     if not options.dry_run:
         timer.start("writing")  # 8. write
-        result = _write(result, source, slim, options)
+        result = _write(result, source, slim, Path(str(options.output)), overwrite=options.overwrite)
     result = replace(result, advice=advice(result, targets, attempt, planner))
     if options.report is not None:
         timer.start("reporting")
@@ -246,13 +248,15 @@ def _measure(
     slim = slim.cpu()
     before = validation.dense_predictions().evaluation
     after = None if predictions is None else predictions.evaluation
-    output = source.output(inputs, attempt, after, fidelity)
-    flops, size = attempt.planned.flops, output.size(slim)
+    flops, budget = attempt.planned.flops, attempt.flops_limit
+    record = inputs.record(planned.plan, planned.curves, flops, budget, after, fidelity, attempt.reached)
+    output = source.output(record, inputs.dtypes)
+    size = output.size(slim)
     return PruneResult(
         output=None,
         architecture=source.name,
         plan=planned.plan,
-        budget=job.table.dense if attempt.flops_limit is None else attempt.flops_limit,
+        budget=job.table.dense if budget is None else budget,
         dense=ModelFigures(job.table.dense, count_parameters(source.model), dense_ms, before, source.size()),
         slim=ModelFigures(flops, count_parameters(slim), slim_ms, after, size),
         data=source.images.description,
@@ -275,9 +279,11 @@ def _measure(
 
 
 @torch.no_grad()
-def _write(result: PruneResult, source: Source, slim: nn.Module, options: PruneOptions) -> PruneResult:
+def _write(
+    result: PruneResult, source: Source, slim: nn.Module, target: Path, *, overwrite: bool
+) -> PruneResult:
     """Write the slim model, read it back, and compare the outputs. Return the result with the file's size."""
-    output, target, reloaded = result.files, Path(str(options.output)), list[nn.Module]()
+    output, reloaded = result.files, list[nn.Module]()
 
     def check(path: Path) -> None:
         output.complete(path, result.rows())
@@ -289,7 +295,7 @@ def _write(result: PruneResult, source: Source, slim: nn.Module, options: PruneO
                 "written. This is a bug in mhacut. Please report the architecture and its arguments"
             )
 
-    output.write(target, slim, overwrite=options.overwrite, check=check)
+    output.write(target, slim, overwrite=overwrite, check=check)
     size = target.stat().st_size if target.is_file() else result.slim.size
     targets = tuple(met.with_size(size or 0) for met in result.targets)
     figures = replace(result.slim, size=size)

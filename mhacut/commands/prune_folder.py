@@ -17,25 +17,26 @@ from mhacut.checkpoint.folder import PREPROCESSORS
 from mhacut.checkpoint.huggingface import ImageModel, open_huggingface, write_huggingface
 from mhacut.checkpoint.part_file import CARD, FILES, load_pruned
 from mhacut.checkpoint.preprocessing import Provenance, resolve_preprocessing
+from mhacut.checkpoint.record import SlimRecord
 from mhacut.commands.prune_attempt import Attempt
-from mhacut.commands.prune_in_place import cut_submodule, find_part, record_submodule, submodule_job
+from mhacut.commands.prune_in_place import cut_submodule, find_part
 from mhacut.commands.prune_inputs import Output, PruneInputs, Source
 from mhacut.commands.prune_names import options_of_each
 from mhacut.commands.prune_validation import Validation, read_images
 from mhacut.data import ImagesInMemory
 from mhacut.errors import UsageError, option_name
 from mhacut.exporting.stopwatch import Stopwatch
-from mhacut.measuring.accuracy import Evaluation, Fidelity
 from mhacut.options.base import PathLike, PreprocessingOptions, TimingOptions
 from mhacut.options.prune import PruneOptions
+from mhacut.pruning.build_job import submodule_job
 from mhacut.pruning.job import Job
 from mhacut.pruning.planner import Planned
 from mhacut.pruning.preserve import Preserved
 from mhacut.runtime.distributed import Processes
 from mhacut.runtime.files import check_outputs, stem_of
-from mhacut.runtime.process import world_size
 from mhacut.runtime.progress import Reporter
-from mhacut.surgery.costs import count_bytes
+from mhacut.surgery.costs import Dtypes, count_bytes
+from mhacut.surgery.submodule import record_submodule
 
 
 class Folder(Output):
@@ -98,22 +99,9 @@ class FolderSource(Source):
     def classifier(self, model: nn.Module) -> nn.Module:
         return ImageModel(model, self.stopwatch.size)
 
-    def output(
-        self, inputs: PruneInputs, attempt: Attempt, evaluation: Evaluation | None, fidelity: Fidelity
-    ) -> Folder:
-        plan, flops = attempt.planned.plan, attempt.planned.flops
-        record = inputs.record(plan, {}, flops, attempt.flops_limit, evaluation, fidelity)
+    def output(self, record: SlimRecord, dtypes: Dtypes) -> Folder:
         self.folder.history = record.history
         return self.folder
-
-
-def check_folder(options: PruneOptions) -> None:
-    """Raise a :class:`UsageError` for a module and under torchrun, which are not supported for folders."""
-    kind = option_name("as_", "huggingface")
-    if not options.checkpoint:
-        raise UsageError(f"{kind}: expected a folder of transformers, found a module; see mhacut.prune_")
-    if world_size() > 1:
-        raise UsageError(f"{kind}: expected one process, found {world_size()} of torchrun")
 
 
 def read_folder(
@@ -127,6 +115,9 @@ def read_folder(
 
     FLOPs count the vision transformer, parameters and latency count the complete model.
     """
+    if not options.checkpoint:
+        kind = option_name("as_", options.as_)
+        raise UsageError(f"{kind}: expected a folder of transformers, found a module; see mhacut.prune_")
     reporter.start("reading")
     folder = Path(options.checkpoint)
     (options,) = options_of_each(options, stem_of(folder))

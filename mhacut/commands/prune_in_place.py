@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from mhacut.adapters.huggingface import is_old
 from mhacut.budget import Budget, format_flops
@@ -21,24 +17,18 @@ from mhacut.commands.prune_targets import check_reachable
 from mhacut.errors import BudgetError, UnsupportedModelError, UsageError, option_name
 from mhacut.measuring.accuracy import Fidelity
 from mhacut.options.option import lists_options
-from mhacut.options.prune import Scope, SearchOptions
+from mhacut.options.prune import SearchOptions
 from mhacut.plan import Plan
-from mhacut.pruning.build_job import build_job, why_no_merging
+from mhacut.pruning.build_job import submodule_job
 from mhacut.pruning.job import Job
-from mhacut.pruning.limits import Constraints, Limit, lowest_flops
+from mhacut.pruning.limits import Limit, lowest_flops
 from mhacut.pruning.planner import Planned, Planner
-from mhacut.pruning.preserve import ANSWERS, OutputMetric, Preserved
+from mhacut.pruning.preserve import OutputMetric
 from mhacut.runtime.device import default_torch
 from mhacut.runtime.progress import Reporter, reporting
-from mhacut.surgery.channels import output_weights
-from mhacut.surgery.features import Features
-from mhacut.surgery.find import find_prunable_layers, gives_probabilities
-from mhacut.surgery.flops import measure_flops_by_module
-from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, record, shown, vision_transformers
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.submodule import Batches, SubmoduleFn, record_submodule, shown, vision_transformers
 from mhacut.surgery.tokens import tokens_of
-
-Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
-"""Batches for the model, or a function that runs 1 batch."""
 
 
 @dataclass(frozen=True)
@@ -139,20 +129,6 @@ def prune_(
     return InPlaceResult(name, planned.plan, before, after, outputs, fidelity, metric)
 
 
-def record_submodule(
-    model: nn.Module, name: str, images: Batches, count: int, loss: Callable[[Any], Tensor] | None = None
-) -> tuple[Recorded, nn.Module]:
-    """Run ``model`` until the submodule has received ``count`` images. Return the calls and a copy."""
-    with _in_eval_mode(model):
-        stops = not callable(images)  # a function may go on after its forward pass
-        sensitivity = None if loss is None else Loss(loss)
-        recorded = record(model, name, _runs(model, images), count, sensitivity, stops=stops)
-        dense = copy.deepcopy(model.get_submodule(name)).float().requires_grad_(False)
-        for layer in find_prunable_layers(dense).layers:
-            layer.adapter.prepare(dense.get_submodule(layer.name))
-        return recorded, dense
-
-
 def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> Planned:
     """Cut the submodule ``module`` in place; return the plan in the names of its layers.
 
@@ -215,98 +191,3 @@ def _check_kind(module: nn.Module, name: str) -> None:
 
 def _of_transformers_4() -> str:
     return "; of transformers 4, DINOv2, DINOv3, CLIP and SigLIP alone are cut" if is_old() else ""
-
-
-def submodule_job(
-    dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, scope: str, reporter: Reporter
-) -> tuple[Job, tuple[str, ...]]:
-    """Return the pruning job of a submodule and the names of the preserved outputs."""
-    images, cls = recorded.images, type(dense).__name__
-    image = images[:1].to(next(dense.parameters()).device)
-    with torch.no_grad():
-        maps = dict(
-            zip(recorded.outputs, SubmoduleFn(dense, recorded, recorded.outputs).maps(image), strict=True)
-        )
-    # Nobody knows what is read of the model's own outputs: the logits, else the features of all tokens.
-    outputs = [output for output in maps if name or output == "logits"]
-    outputs = outputs or [output for output, value in maps.items() if value.ndim > 2] or list(maps)
-    model = SubmoduleFn(dense, recorded, outputs).eval()
-    skipped = f" ({recorded.left_out} of other shapes left out)" if recorded.left_out else ""
-    reporter.log(
-        f"pruning {shown(name)} ({cls}) on {len(images)} inputs {list(images.shape[1:])}{skipped}; "
-        f"preserving {', '.join(outputs)}"
-    )
-    preserved = _preserved(dense, {output: maps[output] for output in outputs}, model, recorded.loss)
-    if scope != "auto":
-        reason = option_name("scope", scope)
-    elif options.allocation != "curves":
-        reason = option_name("allocation", options.allocation)
-    else:
-        reason = why_no_merging(model, preserved, tuple(images.shape[1:]))
-    merged = "channels and token merging (merged tokens are copied back to their patches)"
-    reporter.log(f"scope: {f'channels only: {reason}' if reason else merged}")
-    parts: Scope = "attention+mlp" if reason else "attention+mlp+tokens"
-    job = build_job(model, images, preserved, parts, options)
-    one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]
-    if one_width:
-        classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
-        reporter.log(f"{', '.join(sorted(classes))} has one width of q, k and v: they are kept equal")
-    job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
-    _report_unknown(job)
-    return job, tuple(outputs) if recorded.loss is None else ("loss",)
-
-
-def _report_unknown(job: Job) -> None:
-    """Report the attention classes that stay, their share of the FLOPs, and the lowest budget."""
-    if not job.prunable.unknown:
-        return
-    counted = measure_flops_by_module(job.model, job.input_size)
-    for cls, names in job.prunable.unknown.items():
-        share = sum(counted.get(name, 0) for name in names) / counted[""]
-        job.reporter.log(f"{len(names)} layers of class {cls} stay, with {share:.0%} of the FLOPs")
-    lowest = lowest_flops(job.allowed, job.table.flops) / job.table.dense
-    job.reporter.log(f"the lowest budget by channels is {lowest:.0%} of the FLOPs")
-
-
-def _preserved(
-    dense: nn.Module, maps: Mapping[str, Tensor], model: nn.Module, loss: Loss | None
-) -> Preserved:
-    """Return the outputs to preserve: class probabilities, 1 vector, or the features of all tokens."""
-    if loss is None and [each.ndim for each in maps.values()] == [2]:
-        answers = "logits" in maps or gives_probabilities(dense)
-        return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
-    units = find_prunable_layers(model).units(("v", "hidden"))
-    widths = {len(output_weights(model.get_submodule(unit.layer), unit)) for unit in units}
-    last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
-    dims = tuple(-1 if channels_last else 1 for channels_last in last)
-    # Errors of maps add up, of which the mean is taken.
-    metrics = () if loss is None else tuple(len(maps) * one for one in map(loss.metric, maps, dims))
-    return Preserved("outputs", "dense", Features("maps", channel_dims=dims), metrics=metrics)
-
-
-def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:
-    """Return functions that each run 1 batch of ``images``."""
-    if callable(images):
-        while True:
-            yield images
-    device = next(model.parameters()).device
-    for batch in [images] if isinstance(images, Tensor | Mapping) else images:
-
-        def run(batch: Any = batch) -> Any:
-            given = batch[0] if isinstance(batch, tuple | list) else batch
-            given = dict(given) if isinstance(given, Mapping) else given
-            given = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
-            return model(**given) if isinstance(given, dict) else model(given)
-
-        yield run
-
-
-@contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

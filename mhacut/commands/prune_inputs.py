@@ -28,7 +28,7 @@ from mhacut.checkpoint.preprocessing import (
 )
 from mhacut.checkpoint.record import SlimRecord
 from mhacut.checkpoint.write import file_size, write_slim
-from mhacut.commands.prune_attempt import Attempt
+from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_names import check_output_paths, options_of_each
 from mhacut.commands.prune_validation import Validation, read_images
 from mhacut.data import CalibrationImages, ImagesInMemory, Preprocessing
@@ -38,9 +38,9 @@ from mhacut.exporting.stopwatch import Stopwatch
 from mhacut.measuring.accuracy import Evaluation, Fidelity, accuracy_for_history
 from mhacut.measuring.normalisation import SAMPLE
 from mhacut.options.base import PathLike, TimingOptions
-from mhacut.options.prune import OTHER_TARGETS, PruneOptions, Scope
+from mhacut.options.prune import OTHER_TARGETS, PruneOptions
 from mhacut.plan import Plan, TokenPlan, UnitKey
-from mhacut.pruning.build_job import build_job, why_no_merging
+from mhacut.pruning.build_job import build_job, resolve_scope
 from mhacut.pruning.curves import Curve
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import MULTIPLE, Constraints
@@ -116,9 +116,7 @@ class Source(ABC):
         """Return the complete slim model, and the plan in the names of its layers."""
 
     @abstractmethod
-    def output(
-        self, inputs: PruneInputs, attempt: Attempt, evaluation: Evaluation | None, fidelity: Fidelity
-    ) -> Output: ...
+    def output(self, record: SlimRecord, dtypes: Dtypes) -> Output: ...
 
     def preserved(self, preserved: Preserved) -> dict[str, Any]:
         """Describe the preserved outputs as JSON."""
@@ -161,7 +159,7 @@ class PruneInputs:
         budget: int | None = None,
         evaluation: Evaluation | None = None,
         fidelity: Fidelity | None = None,
-        targets: Sequence[Mapping[str, Any]] = (),
+        reached: Sequence[TargetResult] = (),
     ) -> SlimRecord:
         """Return the record that the slim file stores about its origin."""
         options, source, preserved = self.options, self.source, self.job.preserved
@@ -191,8 +189,8 @@ class PruneInputs:
             entry["fidelity"] = asdict(fidelity)
         entry |= {} if loaded.record is not None else license_for_history(loaded)
         entry["versions"] = software_versions()
-        if targets:
-            entry["targets"] = list(targets)
+        if len(reached) > 1 or (reached and options.flops is None):  # the budget of FLOPs is above
+            entry["targets"] = [target.to_json() for target in reached]
         if curves:
             entry["curves"] = curves_to_json(curves, plan)
         earlier = loaded.record
@@ -259,15 +257,8 @@ class CheckpointSource(Source):
     def slim(self, attempt: Attempt, job: Job) -> tuple[nn.Module, Planned]:
         return attempt.model, attempt.planned
 
-    def output(
-        self, inputs: PruneInputs, attempt: Attempt, evaluation: Evaluation | None, fidelity: Fidelity
-    ) -> SlimFile:
-        planned, targets = attempt.planned, [result.to_json() for result in attempt.reached]
-        if inputs.options.flops is not None and len(targets) == 1:
-            targets = []  # the record has the budget of FLOPs
-        flops, budget = planned.flops, attempt.flops_limit
-        record = inputs.record(planned.plan, planned.curves, flops, budget, evaluation, fidelity, targets)
-        return SlimFile(record, inputs.dtypes, self.loaded.path)
+    def output(self, record: SlimRecord, dtypes: Dtypes) -> SlimFile:
+        return SlimFile(record, dtypes, self.loaded.path)
 
 
 def read_inputs(
@@ -293,7 +284,13 @@ def read_inputs(
     check_output_paths(options, source.loaded.stem, source.loaded.path)  # default names may be known only now
     dense, size = source.model, source.preprocessing.input_size
     preserved = find_preserved(dense, options.preserve, size, reporter)
-    options = replace(options, scope=_scope(options, dense, preserved, size, reporter))
+    channels_only = ""  # the reason
+    if not options.bounds_work:
+        channels_only = "token merging does not reduce parameters or file size"
+    elif options.keep_dead_tokens and not preserved.dense:
+        channels_only = "merged tokens have no separate features"
+    scope = resolve_scope(options.scope, options, dense, preserved, size, reporter, channels_only)
+    options = replace(options, scope=scope)
     all_tokens = preserved.dense or options.keep_dead_tokens
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
     job = build_job(dense, torch.empty(0, *size), preserved, options.scope, options, tokens)
@@ -304,10 +301,17 @@ def read_inputs(
     source.images, judged = read_images(
         options, source.preprocessing, images, val_images, validation, compares=compares
     )
-    _log_images(options, source, judged, reporter, in_memory=images is not None or val_images is not None)
+    _log_images(source.images, classifier_size(dense), reporter)
+    if judged.no_accuracy and (images is not None or val_images is not None or options.has_images):
+        reporter.log(f"accuracy is not measured: {judged.no_accuracy}")
     source.provenance = provenance(source.loaded, options)
     if images is None and processes.first:  # images in memory are normalised already
         _check_preprocessing(source, options.batch_size, processes.device, reporter)
+    round_to = options.round_to or MULTIPLE
+    # Kernels of GPUs work on tiles of 16. Narrow layers would be left with few widths to choose from.
+    tiled = all(unit.width >= _LEAST_TILES * _GPU_MULTIPLE for unit in job.units)
+    if options.round_to is None and options.max_latency and source.stopwatch.device.type != "cpu" and tiled:
+        round_to = _GPU_MULTIPLE
     job = replace(
         job,
         model=job.model.to(processes.device),
@@ -315,7 +319,7 @@ def read_inputs(
         labels=source.images.labels,
         extra_images=source.images.rest,
         workers=worker_count(options.workers) if images is None and source.images.rest is not None else 0,
-        round_to=options.round_to or _round_to(options, job, source.stopwatch.device),
+        round_to=round_to,
         amp=options.amp,
         reporter=reporter,
         constraints=Constraints(options.exclude, options.min_width, options.equal_qkv),
@@ -345,18 +349,13 @@ def _read_checkpoint(
     return CheckpointSource(loaded, preprocessing, stopwatch)
 
 
-def _log_images(
-    options: PruneOptions, source: Source, validation: Validation, reporter: Reporter, *, in_memory: bool
-) -> None:
-    images, classes = source.images, classifier_size(source.model)
+def _log_images(images: CalibrationImages, classes: int, reporter: Reporter) -> None:
     reporter.log(f"searching on {images.description}")
     held = classes if images.labels is None else len(images.labels.unique())
     if 2 * held < min(classes, len(images.images)):
         reporter.log(
             f"calibration images cover {held} of {classes} classes; accuracy on the others may drop more"
         )
-    if validation.no_accuracy and (in_memory or options.has_images):
-        reporter.log(f"accuracy is not measured: {validation.no_accuracy}")
 
 
 def _check_preprocessing(
@@ -372,39 +371,6 @@ def _check_preprocessing(
     source.provenance = with_hint(source.provenance, source.model, source.preprocessing, batches, device)
     if source.provenance.hint is not None:
         reporter.log(source.provenance.hint)
-
-
-def _round_to(options: PruneOptions, job: Job, device: torch.device) -> int:
-    # Kernels of GPUs work on tiles of 16; narrow layers would be left with few widths to choose from.
-    wide = all(unit.width >= _LEAST_TILES * _GPU_MULTIPLE for unit in job.units)
-    on_gpu = options.max_latency is not None and device.type != "cpu"
-    return _GPU_MULTIPLE if on_gpu and wide else MULTIPLE
-
-
-def _scope(
-    options: PruneOptions, dense: nn.Module, preserved: Preserved, size: tuple[int, ...], reporter: Reporter
-) -> Scope:
-    """Resolve ``--scope auto``: merge tokens in every model that allows merging."""
-    if options.scope != "auto":
-        return options.scope
-    if options.allocation != "curves":
-        reason = option_name("allocation", options.allocation)
-    elif not options.bounds_work:
-        reason = "token merging does not reduce parameters or file size"
-    elif options.keep_dead_tokens and not preserved.dense:
-        reason = "merged tokens have no separate features"
-    else:
-        reason = why_no_merging(dense, preserved, size)
-    if reason:
-        reporter.log(f"scope: channels only: {reason}")
-        return "attention+mlp"
-    alone = option_name("scope", "attention+mlp")
-    features = "merged tokens are copied back to their patches" if preserved.dense else "no patch features"
-    reporter.log(
-        f"scope: channels and token merging ({features}). {alone} cuts channels only. ONNX, OpenVINO and pt2 "
-        "exports run anywhere; eager PyTorch needs mhacut"
-    )
-    return "attention+mlp+tokens"
 
 
 def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:

@@ -27,9 +27,13 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
     files = []
     for flops in options.several or (options.flops,):
         alone = replace(options, flops=flops)
-        name, own_page = Path(output).name.replace(PLACE, _label(alone)), page
+        # 50pct, 50pct-params60pct, kl0.1
+        labels = [budget.label for budget in alone.budgets.values()]
+        bounds = (("kl", alone.max_kl), ("drop", alone.max_drop))
+        label = "-".join(labels + [f"{bound}{value:g}" for bound, value in bounds if value is not None])
+        name, own_page = Path(output).name.replace(PLACE, label), page
         if options.several and page is not None:
-            own_page = Path(page).with_name(f"{Path(page).stem}-{_label(alone)}{Path(page).suffix}")
+            own_page = Path(page).with_name(f"{Path(page).stem}-{label}{Path(page).suffix}")
         files.append(replace(alone, output=str(Path(output).with_name(name)), report=own_page))
     return tuple(files)
 
@@ -46,10 +50,3 @@ def check_output_paths(options: PruneOptions, stem: str | None = None, read: Pat
     written = [*sorted(pages), *(None if one.dry_run else one.output for one in each)]
     sources = (checkpoint, *options.files_read())
     check_outputs(written, overwrite=options.overwrite, input_paths=sources)
-
-
-def _label(options: PruneOptions) -> str:
-    """Return the targets as part of a file name: ``50pct``, ``50pct-params60pct``, ``kl0.1``."""
-    labels = [budget.label for budget in options.budgets.values()]
-    bounds = (("kl", options.max_kl), ("drop", options.max_drop))
-    return "-".join(labels + [f"{name}{bound:g}" for name, bound in bounds if bound is not None])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -12,11 +13,16 @@ from mhacut.options.prune import Scope, SearchOptions
 from mhacut.plan import TokenPlan, UnitKind
 from mhacut.pruning.choose_merges import find_outside_tokens, with_all_merged
 from mhacut.pruning.job import Job
-from mhacut.pruning.preserve import Preserved
+from mhacut.pruning.limits import Constraints, lowest_flops
+from mhacut.pruning.preserve import ANSWERS, Preserved
+from mhacut.runtime.progress import Reporter
+from mhacut.surgery.channels import output_weights
 from mhacut.surgery.costs import build_cost_table
-from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.flops import measure_flops
+from mhacut.surgery.features import Features
+from mhacut.surgery.find import find_prunable_layers, gives_probabilities
+from mhacut.surgery.flops import measure_flops, measure_flops_by_module
 from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, shown
 from mhacut.surgery.tokens import stack_of, why_not_merged, with_tokens
 
 
@@ -67,6 +73,93 @@ def build_job(
         merged=merged,
         unmerge=unmerge,
     )
+
+
+def submodule_job(
+    dense: nn.Module, name: str, recorded: Recorded, options: SearchOptions, scope: Scope, reporter: Reporter
+) -> tuple[Job, tuple[str, ...]]:
+    """Return the pruning job of a submodule and the names of the preserved outputs."""
+    images, cls = recorded.images, type(dense).__name__
+    image = images[:1].to(next(dense.parameters()).device)
+    with torch.no_grad():
+        maps = dict(
+            zip(recorded.outputs, SubmoduleFn(dense, recorded, recorded.outputs).maps(image), strict=True)
+        )
+    # Nobody knows what is read of the model's own outputs: the logits, else the features of all tokens.
+    outputs = [output for output in maps if name or output == "logits"]
+    outputs = outputs or [output for output, value in maps.items() if value.ndim > 2] or list(maps)
+    model = SubmoduleFn(dense, recorded, outputs).eval()
+    skipped = f" ({recorded.left_out} of other shapes left out)" if recorded.left_out else ""
+    reporter.log(
+        f"pruning {shown(name)} ({cls}) on {len(images)} inputs {list(images.shape[1:])}{skipped}; "
+        f"preserving {', '.join(outputs)}"
+    )
+    preserved = _preserved(dense, {output: maps[output] for output in outputs}, model, recorded.loss)
+    scope = resolve_scope(scope, options, model, preserved, tuple(images.shape[1:]), reporter)
+    job = build_job(model, images, preserved, scope, options)
+    one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]
+    if one_width:
+        classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
+        reporter.log(f"{', '.join(sorted(classes))} has one width of q, k and v: they are kept equal")
+    job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
+    _report_unknown(job)
+    return job, tuple(outputs) if recorded.loss is None else ("loss",)
+
+
+def _report_unknown(job: Job) -> None:
+    """Report the attention classes that stay, their share of the FLOPs, and the lowest budget."""
+    if not job.prunable.unknown:
+        return
+    counted = measure_flops_by_module(job.model, job.input_size)
+    for cls, names in job.prunable.unknown.items():
+        share = sum(counted.get(name, 0) for name in names) / counted[""]
+        job.reporter.log(f"{len(names)} layers of class {cls} stay, with {share:.0%} of the FLOPs")
+    lowest = lowest_flops(job.allowed, job.table.flops) / job.table.dense
+    job.reporter.log(f"the lowest budget by channels is {lowest:.0%} of the FLOPs")
+
+
+def _preserved(
+    dense: nn.Module, maps: Mapping[str, Tensor], model: nn.Module, loss: Loss | None
+) -> Preserved:
+    """Return the outputs to preserve: class probabilities, 1 vector, or the features of all tokens."""
+    if loss is None and [each.ndim for each in maps.values()] == [2]:
+        answers = "logits" in maps or gives_probabilities(dense)
+        return ANSWERS if answers else Preserved("pooled", "features", Features("output"))
+    units = find_prunable_layers(model).units(("v", "hidden"))
+    widths = {len(output_weights(model.get_submodule(unit.layer), unit)) for unit in units}
+    last = (each.ndim != 4 or each.shape[-1] in widths - {each.shape[1]} for each in maps.values())
+    dims = tuple(-1 if channels_last else 1 for channels_last in last)
+    # Errors of maps add up, of which the mean is taken.
+    metrics = () if loss is None else tuple(len(maps) * one for one in map(loss.metric, maps, dims))
+    return Preserved("outputs", "dense", Features("maps", channel_dims=dims), metrics=metrics)
+
+
+def resolve_scope(
+    scope: Scope,
+    options: SearchOptions,
+    model: nn.Module,
+    preserved: Preserved,
+    size: tuple[int, ...],
+    reporter: Reporter,
+    reason: str = "",
+) -> Scope:
+    """Resolve ``--scope auto``: merge tokens if the model allows merging. ``reason``: why only channels."""
+    if scope != "auto":
+        return scope
+    if options.allocation != "curves":
+        reason = option_name("allocation", options.allocation)
+    reason = reason or why_no_merging(model, preserved, size)
+    if reason:
+        reporter.log(f"scope: channels only: {reason}")
+        return "attention+mlp"
+    alone = option_name("scope", "attention+mlp")
+    copied = _unmerges(model, preserved)
+    features = "merged tokens are copied back to their patches" if copied else "no patch features"
+    reporter.log(
+        f"scope: channels and token merging ({features}). {alone} cuts channels only. ONNX, OpenVINO and pt2 "
+        "exports run anywhere; eager PyTorch needs mhacut"
+    )
+    return "attention+mlp+tokens"
 
 
 def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,15 +12,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from mhacut.adapters.registry import adapter_for
 from mhacut.errors import DataError, UnsupportedModelError, UsageError
+from mhacut.surgery.find import find_prunable_layers
 
 _PROBES = 4
 """Number of random projections of the values of a loss."""
 _DIFFERENTIATED = 64
 """Minimum number of images for the gradients of a loss."""
+
+Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
+"""Batches for the model, or a function that runs 1 batch."""
 
 _Note = Callable[[str, Any, Any], None]
 
@@ -317,3 +322,45 @@ def vision_transformers(model: nn.Module) -> list[str]:
 def _embeds_patches(module: nn.Module) -> bool:
     inside = (name for name, _ in module.named_modules())
     return hasattr(module, "forward_features") or any("patch_embed" in name for name in inside)
+
+
+def record_submodule(
+    model: nn.Module, name: str, images: Batches, count: int, loss: Callable[[Any], Tensor] | None = None
+) -> tuple[Recorded, nn.Module]:
+    """Run ``model`` until the submodule has received ``count`` images. Return the calls and a copy."""
+    with _in_eval_mode(model):
+        stops = not callable(images)  # a function may go on after its forward pass
+        sensitivity = None if loss is None else Loss(loss)
+        recorded = record(model, name, _runs(model, images), count, sensitivity, stops=stops)
+        dense = copy.deepcopy(model.get_submodule(name)).float().requires_grad_(False)
+        for layer in find_prunable_layers(dense).layers:
+            layer.adapter.prepare(dense.get_submodule(layer.name))
+        return recorded, dense
+
+
+def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:
+    """Return functions that each run 1 batch of ``images``."""
+    if callable(images):
+        while True:
+            yield images
+    device = next(model.parameters()).device
+    for batch in [images] if isinstance(images, Tensor | Mapping) else images:
+
+        def run(batch: Any = batch) -> Any:
+            given = batch[0] if isinstance(batch, tuple | list) else batch
+            given = dict(given) if isinstance(given, Mapping) else given
+            given = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, given)
+            return model(**given) if isinstance(given, dict) else model(given)
+
+        yield run
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
