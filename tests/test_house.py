@@ -17,7 +17,7 @@ LINES = {
     "adapters": 3600,
     "checkpoint": 4745,
     "cli": 1174,
-    "commands": 3689,
+    "commands": 3448,
     "data": 1257,
     "exporting": 1290,
     "finetuning": 1780,
@@ -26,10 +26,10 @@ LINES = {
     "linalg": 757,
     "measuring": 839,
     "options": 1417,
-    "pruning": 4173,
+    "pruning": 4218,
     "report": 960,
     "runtime": 790,
-    "surgery": 2930,
+    "surgery": 2987,
     "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
