@@ -81,7 +81,7 @@ def read_whole(path: Path, device: str = "cpu") -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()  # torch does not compare the checksums
-    except (zipfile.BadZipFile, OSError) as error:
+    except Exception as error:  # a damaged file fails in any way
         raise _broken(path, error) from None
     if damaged is not None:
         raise CheckpointError(f"{show(path)}: is damaged")

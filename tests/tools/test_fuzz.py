@@ -178,6 +178,10 @@ def test_damaged_files(tmp_path, target, data):
     run(tmp_path, data.draw(changed(data.draw(st.sampled_from(seeds())))))
 
 
+def test_a_member_whose_name_is_no_text_is_refused(tmp_path):
+    resume(tmp_path, saved_state().replace(b"archive/version", b"\xffrchive/version"))
+
+
 def test_seeds_are_read(tmp_path):
     """Or nothing above would reach what it is to reach."""
     for content in (checkpoint(), checkpoint(_use_new_zipfile_serialization=False)):
