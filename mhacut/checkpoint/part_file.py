@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from mhacut._version import __version__
 from mhacut.checkpoint.files import read_safetensors, safetensors_header
-from mhacut.checkpoint.folder import PREPROCESSORS, PRUNED
+from mhacut.checkpoint.folder import INDEXES, PREPROCESSORS, PRUNED
 from mhacut.checkpoint.header import infos
+from mhacut.checkpoint.modeling import MODULE, modeling_of
 from mhacut.checkpoint.record import PART_KEY
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
@@ -31,7 +32,8 @@ from mhacut.surgery.tokens import stack_of
 from mhacut.text import listed
 
 REST, CARD = "rest.safetensors", "README.md"
-FILES = "config.json", PRUNED, REST, CARD
+MODELING = f"{MODULE}.py"
+FILES = "config.json", PRUNED, REST, CARD, MODELING, INDEXES[0]
 _RECORD = "mhacut_pruned"
 """Attribute of a pruned submodule: the content of its metadata."""
 
@@ -79,7 +81,8 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
     Args:
         model: the model or the pruned submodule.
         file: a name ending in ``.safetensors`` gets the pruned submodule only. Any other name is a folder
-            for the whole transformers model, which :func:`load_pruned` opens.
+            for the whole transformers model, which :func:`load_pruned` opens, and in most cases transformers
+            itself, with ``trust_remote_code=True``.
         overwrite: replace existing files.
 
     Raises:
@@ -103,22 +106,35 @@ def write_pruned(
     version = 2 if "tokens" in record else 1  # version 1 has no token merging
     text = json.dumps({"format_version": version, **record, "part": name or record["part"]})
 
-    def write(path: Path) -> None:
-        save_tensors(_tensors(part), path, {"format": "pt", PART_KEY: text})
+    def write(path: Path, inside: str = "") -> None:
+        tensors = {inside + key: tensor for key, tensor in _tensors(part).items()}
+        save_tensors(tensors, path, {"format": "pt", PART_KEY: text})
 
     def fill(folder: Path) -> None:
         whole: Any = model
         config = copy.deepcopy(whole.config)
         config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-        write(folder / PRUNED)
         inside = f"{name}." if name else ""
-        rest = {key: tensor for key, tensor in _tensors(model).items() if not key.startswith(inside)}
+        write(folder / PRUNED, inside)
+        tensors = _tensors(model)
+        rest = {key: tensor for key, tensor in tensors.items() if not key.startswith(inside)}
         if rest:
             save_tensors(rest, folder / REST, {"format": "pt"})
+        modeling = modeling_of(model)
+        if modeling is None:  # only mhacut opens it
+            vars(config).pop("auto_map", None)
+        else:
+            entries, source = modeling
+            vars(config).update(entries)
+            (folder / MODELING).write_text(source, "utf-8")
+            shards = {key: REST if key in rest else PRUNED for key in tensors}
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            index = {"metadata": {"total_size": size}, "weight_map": shards}
+            (folder / INDEXES[0]).write_text(json.dumps(index, indent=1), "utf-8")
+        config.save_pretrained(folder)
         for preprocessor in preprocessors:
             shutil.copyfile(preprocessor, folder / preprocessor.name)
-        (folder / CARD).write_text(_card(Path(file).name, type(model).__name__, name, record), "utf-8")
+        (folder / CARD).write_text(_card(Path(file).name, name, record, config), "utf-8")
         finish(folder)
 
     if Path(file).suffix == ".safetensors":
@@ -139,22 +155,25 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
 
 
-def _card(folder: str, cls: str, name: str, record: Mapping[str, Any]) -> str:
+def _card(folder: str, name: str, record: Mapping[str, Any], config: Any) -> str:
     pruned = f"{shown(name).capitalize()} ({record['class']}, {record['library']})"
     share = f"{record['flops_after'] / record['flops_before']:.0%}"
+    lines = ["import mhacut", "", f'model = mhacut.load_pruned("{folder}")']
+    for auto in getattr(config, "auto_map", {}):
+        lines = [f"from transformers import {auto}", ""]
+        lines.append(f'model = {auto}.from_pretrained("{folder}", trust_remote_code=True)  # without mhacut')
+    code = "\n".join(lines)
     return f"""---
 library_name: transformers
 tags: [mhacut, pruned]
 ---
 
-# {cls}, pruned
+# {config.architectures[0]}, pruned
 
 {pruned} was pruned by mhacut {record["mhacut"]} to {share} of its FLOPs.
 
 ```python
-import mhacut
-
-model = mhacut.load_pruned("{folder}")
+{code}
 ```
 """
 
@@ -253,7 +272,10 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
         cut(outline, plan)
     except MhacutError as error:
         raise CheckpointError(f"{where}: does not fit this {cls}: {error}") from None
-    expected = infos(outline.state_dict())
+    expected, stored = infos(outline.state_dict()), tensors
+    # In folders, tensors have their names in the whole model.
+    inside = "" if expected.keys() >= stored.keys() else f"{recorded}."
+    tensors = {key.removeprefix(inside): info for key, info in stored.items()}
     for key in expected | tensors:
         shape, found = (list(side[key].shape) if key in side else None for side in (expected, tensors))
         if shape != found:
@@ -261,6 +283,7 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
                 f"{where}: does not fit this {cls}: {key!r:.150}: expected {shape}, found {found}. Build the "
                 "model from the same configuration"
             )
-    values = read_safetensors(Path(file), tensors)
+    values = read_safetensors(Path(file), stored)
+    values = {key.removeprefix(inside): tensor for key, tensor in values.items()}
     made = {key: record[key] for key in ("flops_before", "flops_after", "history") if key in record}
     cut_part(part, name, plan, values, **made)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -42,8 +41,8 @@ from mhacut.surgery.submodule import record_submodule
 class Folder(Output):
     """A folder of a pruned transformers model."""
 
-    def __init__(self, dense_folder: Path, dtype: torch.dtype) -> None:
-        self.dense_folder, self.dtype = dense_folder, dtype
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.history: tuple[dict[str, Any], ...] = ()
 
     def size(self, model: nn.Module) -> int:
@@ -63,7 +62,6 @@ class Folder(Output):
         return load_pruned(path).float()
 
     def complete(self, path: Path, rows: Sequence[Sequence[str]]) -> None:
-        shutil.copyfile(self.dense_folder / "config.json", path / "config.json")
         first, *others = ("| " + " | ".join(cells) + " |" for cells in rows)
         with (path / CARD).open("a", encoding="utf-8") as card:
             card.write("\n".join(["", first, "|---|---|---|---|", *others, ""]))
@@ -140,7 +138,7 @@ def read_folder(
     part = find_part(model, "" if answers else None)
     timing = options.only(TimingOptions)
     stopwatch = Stopwatch(timing, dense, size, processes.device, reporter)
-    source = FolderSource(loaded, model, part, Folder(folder, dtype), stopwatch)
+    source = FolderSource(loaded, model, part, Folder(dtype), stopwatch)
     source.preprocessing = preprocessing
     source.provenance = Provenance(dict.fromkeys(preprocessing.to_json(), "file"), name)
     reporter.start("loading images")

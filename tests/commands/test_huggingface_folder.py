@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +14,11 @@ import torch
 
 import mhacut
 from helpers.cli import refusal, run
-from helpers.data import write_split
+from helpers.data import write_image, write_split
+from mhacut.checkpoint.part_file import cut_part
+from mhacut.plan import Plan, TokenPlan
+from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.slice import cut
 
 SIZES = {
     "hidden_size": 32,
@@ -106,3 +114,68 @@ def test_options_of_timm_are_refused(folders, tmp_path):
     message = refusal(tmp_path, "inspect", folders / "slim", "--model", "vit_tiny_patch16_224")
     assert "Leave out --model, " in message
     assert "was pruned already" in refusal(tmp_path, "prune", folders / "slim", "--flops", "50%", code=2)
+
+
+WITHOUT_MHACUT = """
+import sys
+
+sys.modules["mhacut"] = None
+import torch
+import transformers
+
+folder, auto, file = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+images, expected = torch.load(file)
+output = next(iter(model(pixel_values=images).values()))
+assert (output - expected).abs().max() <= 1e-6 * expected.abs().max()
+output.sum().backward()
+assert all(p.grad is not None for name, p in model.named_parameters() if "layer" in name)
+if auto == "AutoModelForImageClassification":
+    classify = transformers.pipeline("image-classification", folder, trust_remote_code=True)
+    picture = transformers.image_utils.load_image(sys.argv[0])
+    assert len(classify(picture)) == 3
+"""
+
+
+def opened_without_mhacut(folder, auto, model, tmp_path):
+    """Compare the outputs of ``model`` with those of ``folder`` in a process that cannot import mhacut."""
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.save((images, next(iter(model(pixel_values=images).values()))), tmp_path / "outputs.pt")
+    picture = write_image(tmp_path / "picture.png")
+    code = WITHOUT_MHACUT.replace("sys.argv[0]", repr(str(picture)))
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(folder), auto, str(tmp_path / "outputs.pt")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_transformers_opens_a_classifier_without_mhacut(folders, tmp_path):
+    model = mhacut.load_pruned(folders / "slim")
+    opened_without_mhacut(folders / "slim", "AutoModelForImageClassification", model, tmp_path)
+    card = (folders / "slim" / "README.md").read_text()
+    assert 'AutoModelForImageClassification.from_pretrained("slim", trust_remote_code=True)' in card
+
+
+def test_transformers_opens_a_backbone_that_merges_tokens_without_mhacut(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)).eval()
+    narrow = [unit.keep_first(unit.width // 2) for unit in find_prunable_layers(model).units()]
+    plan = Plan(tuple(narrow), TokenPlan(merged=(0, 5, 3), unmerge=True))
+    outline = copy.deepcopy(model)
+    cut(outline, plan)
+    cut_part(model, "", plan, outline.state_dict(), flops_before=2, flops_after=1)
+    mhacut.save_pruned(model, tmp_path / "folder")
+    opened_without_mhacut(tmp_path / "folder", "AutoModel", mhacut.load_pruned(tmp_path / "folder"), tmp_path)
+
+
+def test_a_folder_with_layers_of_mhacut_has_no_code(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES)).eval()
+    plan = Plan(tuple(unit.keep_first(unit.width // 2) for unit in find_prunable_layers(model).units()))
+    outline = copy.deepcopy(model)
+    cut(outline, plan)
+    cut_part(model, "", plan, outline.state_dict(), flops_before=2, flops_after=1)
+    mhacut.save_pruned(model, tmp_path / "folder")
+    assert not (tmp_path / "folder" / "modeling_mhacut.py").exists()
+    assert 'mhacut.load_pruned("folder")' in (tmp_path / "folder" / "README.md").read_text()

@@ -44,10 +44,14 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
     assert found["preserved"] == {"what": "answers", "outputs": ["logits"]}
     assert found["judged_images"] == "validation images"
     assert 0 <= found["slim"]["top1"] <= 100
-    for name in ("config.json", "preprocessor_config.json"):
-        assert (out / name).read_bytes() == (folder / name).read_bytes()
+    assert (out / "preprocessor_config.json").read_bytes() == (
+        folder / "preprocessor_config.json"
+    ).read_bytes()
+    config, dense_config = (json.loads((path / "config.json").read_text()) for path in (out, folder))
+    assert config.keys() - dense_config.keys() == {"auto_map", "mhacut"}
+    assert all(config[name] == value for name, value in dense_config.items())
     card = (out / "README.md").read_text()
-    assert 'mhacut.load_pruned("out")' in card
+    assert 'AutoModelForImageClassification.from_pretrained("out", trust_remote_code=True)' in card
     assert "| Dinov2ForImageClassification | dense | slim | ratio |\n|---|---|---|---|\n| top-1" in card
     slim, x = mhacut.load_pruned(out), torch.randn(4, 3, 28, 28)
     mhacut.save_pruned(slim, tmp_path / "tuned")

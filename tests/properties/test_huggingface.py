@@ -200,7 +200,8 @@ def test_a_depth_model_is_written_as_a_folder_that_opens_by_one_call(tmp_path):
     depth = model(x).predicted_depth
     mhacut.save_pruned(model, tmp_path / "folder")
     assert (tmp_path / "folder" / "config.json").is_file()
-    assert 'mhacut.load_pruned("folder")' in (tmp_path / "folder" / "README.md").read_text()
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert 'AutoModelForDepthEstimation.from_pretrained("folder", trust_remote_code=True)' in card
     opened = mhacut.load_pruned(tmp_path / "folder")
     assert relative(opened(x).predicted_depth, depth) < 1e-6
     with pytest.raises(mhacut.OutputError, match="exists already"):
