@@ -12,13 +12,12 @@ from typing import Any
 
 from torch import nn
 
-from mhacut.budget import Budget
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.commands.prune_attempt import Attempt, TargetResult
 from mhacut.commands.prune_inputs import Output
-from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Params, Targets
+from mhacut.commands.prune_targets import KL_PER_POINT, Amount, Targets
 from mhacut.data import Preprocessing
-from mhacut.errors import BudgetError, CheckpointError, option_name
+from mhacut.errors import CheckpointError, option_name
 from mhacut.measuring.accuracy import Fidelity, Figure, ModelFigures
 from mhacut.measuring.latency import latency_conditions
 from mhacut.options.base import IN_MEMORY, PathLike
@@ -261,12 +260,7 @@ def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Pla
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
     alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
     if alone and _mostly_merged(result) and targets.inputs.options.as_ == "timm":
-        try:
-            Params(targets.inputs, Budget.parse(_PARAMS, "params"))
-        except BudgetError:
-            pass  # out of reach
-        else:
-            ways.append(f"add {option_name('params', _PARAMS)} for a smaller file")
+        ways.append(f"add {option_name('params', _PARAMS)} for a smaller file")
     return tuple(ways)
 
 
