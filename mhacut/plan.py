@@ -56,16 +56,16 @@ class UnitPlan:
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
         if not _LAYER_NAME.fullmatch(self.layer):
-            raise PlanError(f"{where}: not a module name")
+            raise PlanError(f"{where}: expected a module name as layer")
         if self.kind not in UNIT_KINDS:
-            raise PlanError(f"{where}: kind is one of {', '.join(UNIT_KINDS)}")
+            raise PlanError(f"{where}: expected kind {', '.join(UNIT_KINDS)}")
         if self.basis not in get_args(Basis):
-            raise PlanError(f"{where}: basis is one of {', '.join(get_args(Basis))}")
+            raise PlanError(f"{where}: expected basis {', '.join(get_args(Basis))}")
         if not self.kept:
-            raise PlanError(f"{where}: no heads")
+            raise PlanError(f"{where}: expected at least 1 head, found none")
         width = len(self.kept[0])
         if width == 0:
-            raise PlanError(f"{where}: every head keeps at least one channel, found none")
+            raise PlanError(f"{where}: expected at least 1 kept channel per head, found none")
         for head, channels in enumerate(self.kept):
             if len(channels) != width:
                 raise PlanError(
@@ -138,15 +138,15 @@ class TokenPlan:
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
-            raise PlanError(f"plan of tokens: read is at least 1, found {self.output_tokens}")
+            raise PlanError(f"token plan: `read` must be at least 1, found {self.output_tokens}")
         if any(merged < 0 for merged in self.merged):
-            raise PlanError("plan of tokens: no block merges less than 0 tokens")
+            raise PlanError("token plan: numbers of merged tokens must be at least 0")
         if not any(self.merged):
             object.__setattr__(self, "merged", ())
             object.__setattr__(self, "unmerge", False)
             object.__setattr__(self, "outside", None)
         if self.unmerge and self.output_tokens is not None:
-            raise PlanError("plan of tokens: copied needs all tokens in the last block, found read")
+            raise PlanError("token plan: `copied` and `read` cannot be combined")
 
     def __bool__(self) -> bool:
         """Whether the plan changes anything."""
@@ -168,25 +168,25 @@ class TokenPlan:
     def from_json(cls, document: object) -> TokenPlan:
         """Return the plan that :meth:`to_json` wrote; the document may come from an untrusted file."""
         if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
-            raise PlanError(f"a plan of tokens has at most the keys {', '.join(sorted(_TOKEN_KEYS))}")
+            raise PlanError(f"token plan: allowed keys are {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])
         copied, outside = document.get("copied", False), document.get("outside")
         if "read" in document and not is_int(read):
-            raise PlanError("plan of tokens: read is a whole number")
+            raise PlanError("token plan: `read` must be a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
-            raise PlanError("plan of tokens: merged is a list of whole numbers, one per block")
+            raise PlanError("token plan: `merged` must be a list of whole numbers, 1 per block")
         if not isinstance(copied, bool):
-            raise PlanError("plan of tokens: copied is true or false")
+            raise PlanError("token plan: `copied` must be true or false")
         if outside is not None and not (
             isinstance(outside, list) and len(outside) == 2 and _all_int(outside)
         ):
-            raise PlanError("plan of tokens: outside is a list of 2 whole numbers")
+            raise PlanError("token plan: `outside` must be a list of 2 whole numbers")
         # Merged by another rule, the same numbers would give other logits, without an error.
         rule, known = document.get("rule"), COPY_RULE if copied else MERGE_RULE
         if any(merged) and rule not in (known, MERGE_RULE):
             raise PlanError(
-                f"plan of tokens: this version merges by the rule {known!r}, found {rule!r}; open the file "
-                "with the version of mhacut that wrote it, or prune the dense model again"
+                f"token plan: this version of mhacut merges by the rule {known!r}, found {rule!r}; open the "
+                "file with the version of mhacut that wrote it, or prune the dense model again"
             )
         in_rows = copied and rule == MERGE_RULE
         unmerge: Unmerge = "rows" if in_rows else copied
@@ -266,7 +266,7 @@ class Plan:
             PlanError: anything that is not exactly such a document.
         """
         if not isinstance(document, list):
-            raise PlanError(f"a plan is a list of units, found {type(document).__name__}")
+            raise PlanError(f"plan: expected a list of units, found {type(document).__name__}")
         units = tuple(_unit_from_json(entry) for entry in document)
         return cls(units, TokenPlan() if tokens is None else TokenPlan.from_json(tokens))
 
@@ -274,18 +274,18 @@ class Plan:
 def _unit_from_json(entry: object) -> UnitPlan:
     if not isinstance(entry, Mapping) or not _UNIT_KEYS <= set(entry) <= _UNIT_KEYS | _OPTIONAL_KEYS:
         raise PlanError(
-            f"a unit of a plan has the keys {', '.join(sorted(_UNIT_KEYS))}, and at most "
+            f"unit of a plan: expected the keys {', '.join(sorted(_UNIT_KEYS))}, and at most "
             f"{', '.join(sorted(_OPTIONAL_KEYS))} beside them"
         )
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
     basis = entry.get("basis", "channel")  # the first files named none
     unshared = entry.get("unshared", False)
     if not all(isinstance(text, str) for text in (layer, kind, basis)) or not is_int(dense_width):
-        raise PlanError("a unit of a plan has text for layer, kind, basis, a whole number for dense_width")
+        raise PlanError("unit of a plan: layer, kind and basis must be text, dense_width a whole number")
     if not isinstance(unshared, bool):
-        raise PlanError(f"plan of {layer!r}: unshared is true or false")
+        raise PlanError(f"plan of {layer!r}: `unshared` must be true or false")
     if not isinstance(kept, list) or not all(isinstance(row, list) and _all_int(row) for row in kept):
-        raise PlanError(f"plan of {layer!r}: kept is a list of channel indices per head")
+        raise PlanError(f"plan of {layer!r}: `kept` must be a list of channel indices for each head")
     rows = tuple(tuple(row) for row in kept)
     return UnitPlan(layer, cast(UnitKind, kind), dense_width, rows, cast(Basis, basis), unshared)
 

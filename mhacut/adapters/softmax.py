@@ -163,7 +163,8 @@ class Softmax(Adapter):
         masks = [name for name, _ in self.arguments if "mask" in name or "causal" in name]
         if masks and self.logits is unmasked and Twin in self.mixins:
             raise TypeError(
-                f"{self.cls.__name__}.forward takes {', '.join(masks)}: a row needs `logits` for it"
+                f"{self.cls.__name__}.forward takes {', '.join(masks)}: its row in softmax_table.py needs a "
+                "`logits` hook"
             )
 
     def heads(self, module: Any) -> int:

@@ -176,7 +176,7 @@ def run_prune(
     folder = options.as_ == "huggingface"
     if folder and world_size() > 1:
         kind = option_name("as_", options.as_)
-        raise UsageError(f"{kind}: expected one process, found {world_size()} of torchrun")
+        raise UsageError(f"{kind}: expected 1 process, found {world_size()} of torchrun")
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.fail_together():

@@ -186,7 +186,7 @@ def _check_kind(module: nn.Module, name: str) -> None:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{shown(name)}: {error}{_of_transformers_4()}") from None
     if not layers[0].name:
-        raise UnsupportedModelError(f"{shown(name)} is a single layer; name the block or the model around it")
+        raise UnsupportedModelError(f"{shown(name)} is a single layer. Name the block or model around it")
 
 
 def _of_transformers_4() -> str:

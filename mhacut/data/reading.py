@@ -31,7 +31,7 @@ def open_image(source: Any, channels: int) -> Image.Image:
         opened.load()
         picture: Image.Image = opened
         if picture.mode == "F" or (picture.mode == "I" and opened.format not in _SIXTEEN_BITS):
-            raise ValueError("pixels are floats or 32-bit integers of unknown range")
+            raise ValueError("pixels are floats or 32-bit integers, whose value range is unknown")
         if picture.mode.startswith("I"):
             # 16 bits: Pillow's own conversion would clip everything above 255 to white
             picture = Image.fromarray((np.asarray(picture).astype(np.int64) >> 8).astype(np.uint8))

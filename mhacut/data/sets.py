@@ -141,7 +141,7 @@ def calibration_images(
         rest = None
         description = f"the first {len(labels)} images {split.name}, shuffled ({split.label_note})"
         if not samples:
-            raise DataError(f"images {split.name}: none arrived")
+            raise DataError(f"images {split.name}: expected images, the dataset gave none")
     if not split.labelled:
         return CalibrationImages(images, None, description, rest=rest)
     check_labels(labels, num_classes, f"images {split.name}")
@@ -243,7 +243,7 @@ class EvaluationLoader:
         if self.images and seen != self.images:
             raise DataError(f"{self.description}: expected {self.images} images, read {seen}")
         if not seen:
-            raise DataError(f"{self.description}: no images arrived")
+            raise DataError(f"{self.description}: expected images, the dataset gave none")
 
 
 def evaluation_loader(
@@ -271,7 +271,7 @@ def evaluation_loader(
     samples: Dataset[Sample]
     if split.images is None:
         if part[1] > 1:
-            raise DataError(f"images {split.name}: several processes cannot share a stream")
+            raise DataError(f"images {split.name}: a dataset without random access needs 1 process")
         total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images {split.name}"

@@ -215,7 +215,7 @@ def _schedule(
     warmup = total_steps // 10 if epochs is None else round(epochs * steps_per_epoch)
     if warmup >= total_steps:
         option = option_name("warmup_epochs", options.warmup_epochs)
-        raise UsageError(f"{option}: warm-up takes {warmup} steps, the run has {total_steps}; use less")
+        raise UsageError(f"{option}: warm-up takes {warmup} of only {total_steps} steps; use less")
     schedule, _ = create_scheduler_v2(
         optimizer,
         sched=options.sched,

@@ -152,7 +152,7 @@ class FocusedLinearAttention(nn.Module):
     ) -> None:
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"{dim} channels cannot be shared by {num_heads} heads")
+            raise ValueError(f"{dim} channels cannot be divided equally among {num_heads} heads")
         dd, width, tokens = {"device": device, "dtype": dtype}, dim // num_heads, grid_size[0] * grid_size[1]
         self.num_heads, self.grid_size, self.focusing_factor = num_heads, grid_size, focusing_factor
         self.scale = nn.Parameter(torch.zeros(1, 1, dim, **dd))

@@ -137,7 +137,7 @@ def compare(
             same += float((expected.argmax(-1) == actual.argmax(-1)).sum())
             progress(start + len(batch), len(images))
     if not math.isfinite(divergence):
-        raise MhacutError(f"{option}: the outputs of 1 of the models are not finite")
+        raise MhacutError(f"{option}: 1 of the 2 models gives NaN or infinite outputs")
     flops = [_flops(model, images) for model in (dense, slim)]
     slim_units = {unit.key: unit for unit in prunable[1].units()}
     layers = []

@@ -100,7 +100,7 @@ def submodule_job(
     one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]
     if one_width:
         classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
-        reporter.log(f"{', '.join(sorted(classes))} has one width of q, k and v: they are kept equal")
+        reporter.log(f"{', '.join(sorted(classes))}: q, k and v keep equal widths, as the class has 1 width")
     job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
     _report_unknown(job)
     return job, tuple(outputs) if recorded.loss is None else ("loss",)
@@ -115,7 +115,7 @@ def _report_unknown(job: Job) -> None:
         share = sum(counted.get(name, 0) for name in names) / counted[""]
         job.reporter.log(f"{len(names)} layers of class {cls} stay, with {share:.0%} of the FLOPs")
     lowest = lowest_flops(job.allowed, job.table.flops) / job.table.dense
-    job.reporter.log(f"the lowest budget by channels is {lowest:.0%} of the FLOPs")
+    job.reporter.log(f"the lowest budget that channel pruning reaches is {lowest:.0%} of the FLOPs")
 
 
 def _preserved(

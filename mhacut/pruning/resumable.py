@@ -141,7 +141,7 @@ class ResumableModel:
                 self._run_innermost()
         except _TargetReached as reached:
             return reached.value
-        raise ValueError(f"the forward pass does not reach {name} any more")
+        raise ValueError(f"this forward pass does not call the module {name} any more")
 
     def _call(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         outer = self._stack[-1]

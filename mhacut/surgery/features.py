@@ -125,7 +125,7 @@ def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -
 def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
     """Return the final token map as features. ``image`` is [1, C, H, W]."""
     if not hasattr(model, "forward_features"):
-        raise UnsupportedModelError("it has no forward_features, which would give its tokens")
+        raise UnsupportedModelError("the model has no method forward_features, which returns tokens")
     run = _Reader(model, Features("tokens"))
     (tokens,) = run(image)
     _check_map(tokens, "forward_features", image)
@@ -187,7 +187,7 @@ def _check_map(output: object, name: str, image: Tensor) -> None:
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(
-            f"{name} gives no map of tokens, [B, tokens, channels] or with rows and columns, but {found}"
+            f"{name} gives no token map [B, tokens, channels] or [B, rows, columns, channels], but {found}"
         )
     if len(output) != len(image):
         raise UnsupportedModelError(

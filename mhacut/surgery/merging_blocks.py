@@ -176,7 +176,7 @@ def unmerged(output: Any) -> Any:
 
 def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     if attn_mask is not None or is_causal:
-        raise UnsupportedModelError("a model that merges tokens takes no attention mask")
+        raise UnsupportedModelError("attention masks are not supported in a model that merges tokens")
 
 
 class MergedTokens:

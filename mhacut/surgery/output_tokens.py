@@ -133,7 +133,7 @@ def output_tokens_of(model: nn.Module) -> int | None:
 def tokens_read_by_head(model: nn.Module) -> int:
     """Number of first tokens of the last block that the head reads; an error if it reads all."""
     if type(model) not in OUTPUT_TOKEN_MODELS and not isinstance(model, OutputTokenModel):
-        raise UnsupportedModelError(f"the tokens that the head of {type(model).__name__} reads are unknown")
+        raise UnsupportedModelError(f"cannot find the tokens that the head of {type(model).__name__} reads")
     head: Any = model
     if head.global_pool != "token" or getattr(head, "attn_pool", None) is not None:
         raise UnsupportedModelError(f"the head reads all tokens (global_pool={head.global_pool!r})")

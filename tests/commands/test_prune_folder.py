@@ -114,5 +114,5 @@ def test_a_module_and_torchrun_are_refused(monkeypatch):
     with pytest.raises(UsageError, match="found a module"):
         mhacut.prune(torch.nn.Linear(2, 2), **given)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="expected one process, found 2"):
+    with pytest.raises(UsageError, match="expected 1 process, found 2"):
         mhacut.prune("dense", **given)

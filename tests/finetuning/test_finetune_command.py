@@ -39,7 +39,7 @@ RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
         ({"scale": (0.9, 0.5)}, "2 numbers, the smaller first"),
         ({"aa": "nonsense-m9"}, "^aa='nonsense-m9': not supported by timm"),
         ({"amp": True, "amp_dtype": "float16", "device": "cpu"}, "requires CUDA"),
-        ({"warmup_epochs": 3.0}, "warmup_epochs=3.0: warm-up takes 9 steps"),
+        ({"warmup_epochs": 3.0}, "warmup_epochs=3.0: warm-up takes 9 of only"),
     ],
 )
 def test_what_makes_no_sense_is_refused(tune, options, message):

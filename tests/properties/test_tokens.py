@@ -82,7 +82,7 @@ OTHERS = {
     "averaging beit": (reading("beit_base_patch16_224"), "head reads all tokens"),
     "another model": (
         ModelCase("cait_xxs24_224", {"depth": 1, "img_size": 32, "embed_dim": 24, "num_heads": 3}),
-        "the head of Cait reads are unknown",
+        "the head of Cait reads",
     ),
 }
 """Models of which all tokens are computed, and what of the reason."""

@@ -121,7 +121,7 @@ class Family:
                 self.finish(converted)
         except (RuntimeError, IndexError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"its tensors do not fit together ({reason:.200})") from None
+            raise CheckpointError(f"shapes of its tensors contradict each other ({reason:.200})") from None
         if unknown:
             names = listed([f"{name!r:.150}" for name in unknown], _MAX_NAMES)
             raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {names}")

@@ -49,11 +49,11 @@ def _finish_open_clip(tensors: dict[str, Tensor]) -> None:
 def _build_open_clip(config: Config, shapes: Shapes) -> TimmSpec:
     tower = config.part("vision_cfg")
     if isinstance(tower.raw("layers"), list):
-        raise CheckpointError(f"{tower.where}: layers: ResNets of CLIP have no attention that mhacut cuts")
+        raise CheckpointError(f"{tower.where}: found a CLIP ResNet, expected a CLIP ViT")
     tower.require(_STATED, "timm's ViT of CLIP has one value only")
     for name in ("act_kwargs", "norm_kwargs", "block_type"):
         if tower.raw(name):
-            raise CheckpointError(f"{tower.where}: {name} cannot be converted: timm's ViT of CLIP has none")
+            raise CheckpointError(f"{tower.where}: {name}: timm's CLIP ViT has no such argument")
     args = tower.read(
         {
             "img_size": ("image_size", 224),
