@@ -176,6 +176,11 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
             shapes = [[each.shape for each in preserved.features.of(m, image)] for m in (model, merging)]
     except UnsupportedModelError as error:  # for example, the model runs its blocks with a mask
         return str(error)
+    except Exception as error:  # code of other libraries may do anything with the tokens
+        stack = stack_of(model)
+        if stack is None or stack.vit is not None:
+            raise
+        return f"code between its blocks takes no merged tokens ({type(error).__name__})"
     return "" if shapes[0] == shapes[1] else "tokens are read inside blocks, where they are not copied back"
 
 

@@ -12,10 +12,10 @@ import math
 from collections.abc import Mapping
 from functools import cache, cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mhacut.plan import UnitKey, Unmerge
 from mhacut.pruning.allocate import NEAR, job_widths, total_error
@@ -35,9 +35,9 @@ from mhacut.pruning.merge_law import (
 )
 from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.hooks import captured_outputs, recorded_calls
+from mhacut.surgery.hooks import registered
 from mhacut.surgery.output_tokens import output_tokens_of
-from mhacut.surgery.tokens import set_merged, stack_of
+from mhacut.surgery.tokens import Stack, set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
 """Minimum and maximum number of images for trials of schedules; between them, 1/4 of the calibration images.
@@ -245,12 +245,8 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
 def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     stack = stack_of(model)
     assert stack is not None
-    first = stack.names[0]
-    with recorded_calls(model, [first]) as calls:
-        model(torch.zeros(1, *size, device=next(model.parameters()).device))
-    args, _ = calls[first][0]
-    count = args[0].shape[0 if stack.tokens_first else 1]
-    return Tokens(count, stack.prefix, len(stack.blocks))
+    (x,) = _inputs_of_blocks(model, stack, torch.zeros(1, *size))
+    return Tokens(x.shape[1], stack.prefix, len(stack.blocks))
 
 
 @torch.no_grad()
@@ -263,16 +259,29 @@ def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
         return (
             "its inputs are tokens, so its class tokens are unknown; name a module around the patch embedding"
         )
-    images = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
-    with captured_outputs(model, stack.names[:1], lambda args, output: args[0]) as inputs:
-        model(images.to(next(model.parameters())))
-    (x,) = inputs[stack.names[0]]
-    x = x.transpose(0, 1) if stack.tokens_first else x
+    noise = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    inputs = _inputs_of_blocks(model, stack, noise)
+    if len(inputs) != 1 or inputs[0].ndim != 3 or len(inputs[0]) != 2:
+        return "its blocks do not run once for each image"
+    first, second = inputs[0]
     # Tokens of patches alone depend on the image.
-    differs = ~torch.isclose(x[0], x[1], rtol=1e-4, atol=1e-5).all(-1)
+    differs = ~torch.isclose(first, second, rtol=1e-4, atol=1e-5).all(-1)
     places = differs.nonzero().flatten().tolist()
     if not places or len(places) != places[-1] + 1 - places[0]:
         return "the tokens of its patches are not side by side"
     for block in stack.blocks:
         block.outside = places[0], len(differs) - 1 - places[-1]
     return ""
+
+
+def _inputs_of_blocks(model: nn.Module, stack: Stack, images: Tensor) -> list[Tensor]:
+    """Run ``model``; return the tokens of each call of its first block, [B, N, C]."""
+    inputs: list[Tensor] = []
+
+    def take(module: nn.Module, args: Any, kwargs: Any) -> None:
+        x = next(iter((*args, *kwargs.values())))
+        inputs.append(x.transpose(0, 1) if stack.tokens_first else x)
+
+    with registered([stack.blocks[0].register_forward_pre_hook(take, with_kwargs=True)]):
+        model(images.to(next(model.parameters()).device))
+    return inputs

@@ -107,7 +107,7 @@ class MergingLayer(Merging):
     """
 
     branches: Branches
-    outside: tuple[int, int] = (0, 0)
+    outside: tuple[int, int]
     """Number of tokens before and after the patches. They never merge."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor | SizedTokens:

@@ -143,10 +143,8 @@ class Vit(nn.Module):
         self.patch_embed, self.levels = nn.Conv2d(3, dim, 4, 4), levels
         self.first, self.last = (nn.Parameter(torch.randn(1, count, dim)) for count in (first, last))
         self.positions = nn.Parameter(0.1 * positions * torch.randn(1, 64, dim))
-        self.between = nn.Parameter(torch.zeros(1, first + 64 + last, dim))
         self.blocks = nn.ModuleList(block(dim) for _ in range(depth))
-        if between:
-            nn.init.normal_(self.between)
+        self.between = nn.Parameter(torch.randn(1, first + 64 + last, dim)) if between else None
         attention = getattr(self.blocks[0], "attn", None)
         self.tokens_first = not getattr(attention, "batch_first", True)
 
@@ -156,7 +154,7 @@ class Vit(nn.Module):
         x, levels = x.transpose(0, 1) if self.tokens_first else x, []
         for number, block in enumerate(self.blocks):
             x = block(x)
-            if number < len(self.blocks) - 1 and not self.tokens_first:
+            if self.between is not None and number < len(self.blocks) - 1:
                 x = x + self.between
             if number in self.levels:
                 levels.append(F.layer_norm(x, x.shape[-1:]))

@@ -116,3 +116,21 @@ def test_positions_between_blocks_are_averaged_over_the_patches_of_a_token():
     assert tokens_of_own_code(model, first, x).x.shape[1] < 68
     assert last.unmerge
     assert model(x).shape[1] == 68
+
+
+class Strict(Vit):
+    """Code between the blocks that takes tensors only."""
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).mT + self.positions
+        for block in self.blocks:
+            assert isinstance(x, torch.Tensor)
+            x = block(x=x)
+        return x
+
+
+def test_tokens_stay_where_code_between_blocks_takes_tensors_only():
+    torch.manual_seed(0)
+    model, x = Strict(BUILDERS["dinov2"]).eval().requires_grad_(False), smooth_images(24)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="80%", effort="fast", tuning_steps=0)
+    assert result.plan.tokens.merged == ()
