@@ -18,7 +18,7 @@ from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, chec
 from mhacut.runtime.process import local_rank
 
 RESEARCH = "Research switches"
-"""Panel of the options without a flag: YAML, ``--set`` and Python set them."""
+"""Panel of research switches. They have no flag: YAML files, ``--set`` and Python set them."""
 PANELS = (
     "Arguments",
     "Result",
@@ -107,7 +107,7 @@ class Command(TyperCommand):
 
 
 def _flags(known: Mapping[str, Option]) -> list[Option]:
-    """Return the options that are flags or arguments, the budget of FLOPs first."""
+    """Return the options that are flags or arguments. ``--flops`` comes first."""
     flags = (option for option in known.values() if option.panel != RESEARCH)
     return sorted(flags, key=lambda option: (PANELS.index(option.panel), option.name != "flops"))
 
@@ -121,7 +121,7 @@ _REMOVED = {
 
 
 def _replacements(known: Mapping[str, Option]) -> dict[str, str]:
-    """Return what to write instead of a flag that users may expect."""
+    """Return what to write in place of a removed flag, or of a flag that other tools have."""
     replacements = {flag: f"was removed: {way}" for flag, way in _REMOVED.items()}
     for option in known.values():
         for flag in (option.flag, option.negative):
@@ -189,7 +189,7 @@ def command(
 
 
 def check_paths(options: Options) -> None:
-    """Raise the command's own error now, before torch is imported, if a path cannot be read."""
+    """Check input paths before torch is imported, so that errors come fast."""
     for name, option in options.options().items():
         value = getattr(options, name)
         if value is not None and option.reads is not None:
@@ -225,7 +225,7 @@ def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
 def _values(
     options: Mapping[str, Option], config: str | None, pairs: Sequence[str], from_flags: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the values of a YAML file, overridden by ``--set``, overridden by flags."""
+    """Return option values: flags override ``--set``, which overrides the YAML file."""
     values = {} if config is None else read_config(config, options, f"--config {config}")
     for pair in pairs:
         key, _, text = pair.partition("=")
@@ -239,7 +239,6 @@ def _values(
 
 
 def _flag(option: Option) -> inspect.Parameter:
-    """Make one flag, or argument."""
     # All but switches are text to Typer: Option.check reads flags, YAML and Python alike.
     kind: Any = bool if option.kind is bool else list[str] if option.repeats or option.takes_pairs else str
     info: Any

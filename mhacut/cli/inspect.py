@@ -71,7 +71,7 @@ def _text(result: InspectResult, *, by_head: bool) -> str:
 
 
 def _kept_channels(layers: Sequence[LayerReport]) -> Iterator[str]:
-    """Yield a line about the channels of each head of a slim file."""
+    """Yield 1 line per head of a slim file: the kept channels."""
     for layer in layers:
         for kind, unit in layer.units.items():
             if kind == "hidden":

@@ -133,13 +133,13 @@ class SearchOptions(Options, panel="Research switches"):
     """Keep the widths of all heads equal while indicators are trained. If off, equal widths are enforced only
     in the final plan."""
     init: Init = option("attention-difference", needs=_INDICATORS)
-    """Initial values of the indicators."""
+    """Initial values of the indicators, the learned importance of each channel (method paper)."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
-    """Training steps of the indicators."""
+    """Training steps of the indicators, the learned importance of each channel (method paper)."""
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
-    """Learning rate of the indicators."""
+    """Learning rate of the indicators, the learned importance of each channel (method paper)."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
-    """Weight of the budget's gradient, relative to the task's gradient."""
+    """Weight of the FLOPs budget's gradient, relative to the loss gradient (method paper)."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
     """Weight of the cross-entropy with labels, relative to the distillation loss."""
 

@@ -88,7 +88,7 @@ def _solve(
     close_gap: bool,
     pairs: Mapping[UnitKey, UnitKey] | None = None,
 ) -> dict[UnitKey, int]:
-    """Return the best widths within ``limits``; each of ``pairs`` (q/k and v) is treated as one unit."""
+    """Return the best widths within ``limits``. ``pairs`` (q/k and v of a layer) get equal widths."""
     if pairs:
         tied = pairs
 
@@ -150,7 +150,7 @@ def _prices(choices: Choices, limit: Limit) -> dict[UnitKey, float]:
 def _worth_tying(
     curves: Curves, choices: Choices, limits: Limits, pairs: Mapping[UnitKey, UnitKey], tied: Widths
 ) -> dict[UnitKey, UnitKey]:
-    """Return the pairs for which equal widths save more cost than they add error."""
+    """Return the pairs (q/k and v of a layer) for which equal widths save more cost than they add error."""
     # Costs are converted to errors by the derivative of the error with respect to each limit.
     error, prices = total_error(curves, tied), []
     for limit in limits:
@@ -180,7 +180,7 @@ def _worth_tying(
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
-    """Return the error saved per cost by each channel, in order, on the convex hull of ``curve``."""
+    """Return the error that each further channel saves per cost, on the convex hull of ``curve``."""
     # On the lower convex hull the worth never rises, so a threshold cuts only once.
     hull: list[int] = []
     for width in choices:
@@ -207,7 +207,7 @@ def fill_budget(
     *,
     close_gap: bool = True,
 ) -> dict[UnitKey, int]:
-    """Return widths within ``limits``, given a score for each channel, comparable between units."""
+    """Return widths within ``limits``. ``ranked`` scores each channel on a scale that all units share."""
 
     def widths_at(threshold: float) -> dict[UnitKey, int]:
         widths = {}
@@ -248,7 +248,7 @@ def fill_budget(
 def _next_step(
     key: UnitKey, width: int, ranked: Mapping[UnitKey, Sequence[float]], choices: Choices
 ) -> tuple[float, UnitKey, int] | None:
-    """Return (mean score of the added channels, unit, next width); None at the dense width."""
+    """Return (mean score of the added channels, unit, next larger width). None at the dense width."""
     wider = next((choice for choice in choices[key] if choice > width), None)
     if wider is None:
         return None
@@ -257,7 +257,7 @@ def _next_step(
 
 
 class _Changes(NamedTuple):
-    """Linked list of width changes, the latest first, at most 1 for each unit."""
+    """Linked list of width changes, latest first. A unit occurs at most once."""
 
     key: UnitKey
     width: int
@@ -271,11 +271,10 @@ def _closer(
     tightest: Limit,
     limits: Limits,
 ) -> dict[UnitKey, int]:
-    """Return widths near ``widths`` that use more of a limit.
+    """Return widths near ``widths`` that leave less of the tightest limit unused.
 
-    Dynamic programming over the units. Its states are the added costs, limited to the best
-    :data:`MAX_CANDIDATES`. The search treats the costs of units as independent, so the caller must check the
-    exact cost.
+    Dynamic programming over the units, which keeps the best :data:`MAX_CANDIDATES` states. Costs of units are
+    treated as independent, so the caller must check the exact cost.
     """
     cost, budget = tightest.cost, tightest.most
     have = cost(widths)

@@ -107,7 +107,7 @@ def submodule_job(
 
 
 def _report_unknown(job: Job) -> None:
-    """Report the attention classes that stay, their share of the FLOPs, and the lowest budget."""
+    """Log the attention classes that cannot be pruned, their share of the FLOPs, and the lowest budget."""
     if not job.prunable.unknown:
         return
     counted = measure_flops_by_module(job.model, job.input_size)
@@ -185,7 +185,6 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
 
 
 def _unmerges(model: nn.Module, preserved: Preserved) -> bool:
-    """Whether merged tokens are copied back, as code around blocks of other libraries expects."""
     stack = stack_of(model)
     return preserved.dense or (stack is not None and stack.vit is None)
 

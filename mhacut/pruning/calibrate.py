@@ -110,7 +110,7 @@ def calibrate(
 
 
 def _batches(held: int, count: int, size: int) -> list[tuple[int, int]]:
-    """Return the (start, stop) of batches of which none mixes held-out with other images."""
+    """Return (start, stop) of each batch. No batch mixes held-out images with other images."""
     parts = (held, count), (0, held)
     return [(start, min(start + size, last)) for first, last in parts for start in range(first, last, size)]
 
@@ -118,7 +118,7 @@ def _batches(held: int, count: int, size: int) -> list[tuple[int, int]]:
 def _sum_over_processes(
     gathered: Mapping[UnitKey, UnitSums], sums: dict[str, Tensor], processes: Processes
 ) -> Tensor:
-    """Add up the sums of all units in one exchange, and return the outputs of all images."""
+    """Sum the statistics of all units over the processes, and return the outputs of all images."""
     for number, unit_sums in enumerate(gathered.values()):
         sums |= {f"{number} {name}": part for name, part in unit_sums.sums.items()}
     sums = processes.summed(sums)

@@ -29,7 +29,7 @@ overfit. Class attention and pooling heads have 1 row per image (docs/explanatio
 
 @dataclass(frozen=True)
 class Candidate:
-    """A basis for a unit, and the order in which channels are removed in this basis."""
+    """A channel basis of a unit, and the order in which channels of this basis are removed."""
 
     unit: Unit
     rotation: Tensor | None
@@ -132,5 +132,8 @@ def _contributions(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tenso
 
 
 def _second(unit: Unit, moments: Moments, refit: bool) -> Tensor:
-    """Return the second moment of the channels, centred if a bias or batch norm can absorb their mean."""
+    """Return the second moment of the channels.
+
+    It is centred if a bias or batch norm can absorb the channel means.
+    """
     return moments.covariance if unit.constants_pass and refit else moments.energy

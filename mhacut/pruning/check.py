@@ -23,7 +23,6 @@ REPEATABILITY = 1e-5
 
 
 def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
-    """Check that the FLOPs of the pruned model equal the planned FLOPs."""
     if planned.merged:
         slim = copy.deepcopy(slim)
         set_merged(slim, planned.merged, planned.unmerge)
@@ -40,7 +39,7 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
 
 @torch.no_grad()
 def masked_outputs(job: Job, ready: ReconstructedModel, images: Tensor) -> Tensor:
-    """Return the outputs of the dense-shaped model with removed channels masked; ``ready`` is on the CPU."""
+    """Return the outputs of the dense-shaped model ``ready`` with removed channels masked."""
     return run_with(ready.model, masked_tensors(ready.model, job.prunable, ready.channel_scales), images)
 
 
@@ -63,5 +62,5 @@ def same_outputs(model: nn.Module, expected: nn.Module, images: Tensor) -> bool:
 
 
 def relative_difference(output: Tensor, expected: Tensor) -> float:
-    """Return the maximum absolute difference, relative to the maximum expected value."""
+    """Return the largest absolute difference divided by the largest expected value."""
     return float((output - expected).abs().max() / expected.abs().max().clamp_min(1e-12))

@@ -70,7 +70,7 @@ class MergeChoice(NamedTuple):
 
 
 class MergeSearch:
-    """Search for merging schedules of one model, reusable for all budgets."""
+    """Search for merging schedules of one model. One search serves all budgets."""
 
     def __init__(self, job: Job, calibration: Calibration, law: MergeLaw | None = None) -> None:
         self.job, self.tokens = job, tokens_of_model(job.model, job.input_size)
@@ -94,7 +94,7 @@ class MergeSearch:
 
     @cached_property
     def schedules(self) -> list[Schedule]:
-        """Schedules of least cost, from no merging to maximum merging."""
+        """Merging schedules of least cost, ordered from no merging to maximum merging."""
         costs = block_costs(self.job, self.tokens)
         scale = _DENSE_SCALE if self.job.dense else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
@@ -110,7 +110,7 @@ class MergeSearch:
         return self._tables[schedule]
 
     def _estimate(self, schedule: Schedule) -> CostTable:
-        """Estimate the cost table with merges, since the exact count takes 1 second."""
+        """Estimate the FLOPs as a function of widths with these merges. An exact count takes 1 second."""
         if schedule in self._tables:
             return self._tables[schedule]
         job, total, stack = self.job, self.tokens.total, stack_of(self.job.model)
@@ -210,7 +210,10 @@ class MergeSearch:
 
 
 def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
-    """Return the approximate FLOPs of each block by its tokens; merges count by their time."""
+    """Return the approximate FLOPs of each block as a function of its tokens.
+
+    The time of a merge counts as FLOPs.
+    """
     by_layer, count, stack = job.table.by_layer(), tokens.total, stack_of(job.model)
     assert stack is not None
     costs = []
@@ -251,7 +254,10 @@ def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
 
 @torch.no_grad()
 def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
-    """Find the tokens that never merge, and note them in the blocks. Return a reason if that fails."""
+    """Find the tokens that never merge, and store their number in the blocks.
+
+    Return the reason if this fails.
+    """
     stack = stack_of(model)
     if stack is None or stack.vit is not None:
         return ""

@@ -155,13 +155,13 @@ def _curves_by_runs(
 
 
 def divergence_by_cut(error: float, dense: bool) -> float:
-    """Return the expected divergence in nats of a pruned and healed model whose curves sum to ``error``."""
+    """Return the expected divergence (nats) after pruning and healing, from the sum of the curves."""
     error = max(error, 0.0)  # rounding may leave less than nothing
     return float(DENSE_FACTOR * error if dense else CHANNEL_FACTOR * error**CHANNEL_POWER)
 
 
 def sampled_widths(choices: Sequence[int], most: int = MAX_WIDTHS) -> list[int]:
-    """Return at most ``most`` of ``choices``, spread logarithmically, including both ends."""
+    """Return at most ``most`` of the widths ``choices``, spread logarithmically, with both ends."""
     if len(choices) <= most:
         return list(choices)
     low, high = math.log(choices[0]), math.log(choices[-1])
@@ -170,7 +170,7 @@ def sampled_widths(choices: Sequence[int], most: int = MAX_WIDTHS) -> list[int]:
 
 
 def _interpolated(sampled: Mapping[int, float], choices: Sequence[int]) -> Curve:
-    """Return errors at all ``choices``, made monotonic in the width."""
+    """Return errors at all widths in ``choices``. Errors never rise with the width."""
     known = sorted(sampled)
     tiny = 1e-30
     curve: dict[int, float] = {}

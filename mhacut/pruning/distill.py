@@ -23,7 +23,7 @@ ADAM_BETAS = (0.9, 0.99)
 
 
 class Distillation:
-    """Images and the dense model's outputs for them, as an endless stream of shuffled batches with a loss."""
+    """Endless shuffled batches of images with the dense model's outputs, and a loss."""
 
     def __init__(
         self,
@@ -42,7 +42,7 @@ class Distillation:
         self._batches = _batches(len(images), options.batch_size, options.seed)
 
     def part(self, start: int, stop: int | None) -> Distillation:
-        """Return a copy on images ``start`` to ``stop``, restarted at the first batch."""
+        """Return a copy with images ``start`` to ``stop`` that begins with its first batch."""
         part = copy.copy(self)
         part.images, part.teacher = self.images[start:stop], self.teacher[start:stop]
         part.labels = None if self.labels is None else self.labels[start:stop]
@@ -82,7 +82,7 @@ class Distillation:
     def masked_loss(
         self, model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
     ) -> Tensor:
-        """Return the :meth:`loss` of ``model`` with scaled channels; only the scales get gradients."""
+        """Return the :meth:`loss` of ``model`` with scaled channels. Only the scales get gradients."""
         # Detached, weights get no gradients, which would take as much memory again.
         frozen = {name: parameter.detach() for name, parameter in model.named_parameters()}
         return self.loss(model, {**frozen, **masked_tensors(model, prunable, channel_scales)})
@@ -117,7 +117,7 @@ def minimise(
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Yield shuffled batches of indices forever; each index occurs once per round."""
+    """Yield shuffled batches of indices without end. Each index occurs once per epoch."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     while True:

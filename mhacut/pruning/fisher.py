@@ -55,7 +55,7 @@ class FisherInformation:
 
 
 def _grid(shape: Sequence[int], images: int) -> Grid:
-    """Return the grid of an activation. Windows of an image are consecutive in dimension 0."""
+    """Return the token grid of an activation. Windows of an image are consecutive in dimension 0."""
     return (shape[0] // images, *shape[1:])
 
 
@@ -151,7 +151,6 @@ class _Gradients:
         )
 
     def _add(self, layer: str, gradient: Tensor) -> None:
-        """Add an output gradient [images, ..., out]."""
         rows = gradient.flatten(0, -2)  # (images * tokens, out)
         self.sums[f"matrix {layer}"] += gram(rows).double()
         if gradient.shape[0] % self.images:

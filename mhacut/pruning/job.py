@@ -84,12 +84,11 @@ class Job:
 
     @property
     def least_widths(self) -> dict[UnitKey, int]:
-        """Least allowed width of every unit."""
         return {key: widths[0] for key, widths in self.allowed.items()}
 
     @property
     def dense(self) -> bool:
-        """Whether features of all tokens are preserved."""
+        """Whether features of all tokens are preserved, not logits."""
         return self.preserved is not None and self.preserved.dense
 
     @property
@@ -140,5 +139,4 @@ class Job:
         return self.distillation(calibration).part(0, max(calibration.held, 1))
 
     def training(self, calibration: Calibration) -> Distillation:
-        """Return the part of :meth:`distillation` that is not held out."""
         return self.distillation(calibration).part(calibration.held, None)

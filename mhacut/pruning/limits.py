@@ -46,7 +46,7 @@ MULTIPLE = 8
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
-    """Return the multiples of ``round_to`` below the dense width, and the dense width itself."""
+    """Return the multiples of ``round_to`` below the dense width, then the dense width."""
     return (*range(round_to, dense, round_to), dense)
 
 
@@ -58,7 +58,7 @@ def nearest_width(count: float, dense: int, round_to: int) -> int:
 def lowest_flops(
     choices: Mapping[UnitKey, Sequence[int]], flops: Callable[[Mapping[UnitKey, int]], int]
 ) -> int:
-    """FLOPs, or another cost, of the model at the least allowed width of every unit."""
+    """Return the cost of the model at the least width of every unit."""
     return flops({key: widths[0] for key, widths in choices.items()})
 
 
@@ -68,21 +68,20 @@ Choices = Mapping[UnitKey, Sequence[int]]
 
 @dataclass(frozen=True)
 class Constraints:
-    """Units that are not cut, least widths, and widths that are equal.
+    """User constraints on widths: ``--exclude``, ``--min-width``, ``--equal-qkv``.
 
-    Patterns match the name of a layer (``blocks.0.attn``) or of a unit (``blocks.0.attn.qk``).
+    Patterns match names of layers (``blocks.0.attn``) or units (``blocks.0.attn.qk``).
     """
 
     exclude: tuple[str, ...] = ()
     min_width: tuple[str, ...] = ()
-    """``PATTERN=N`` each."""
+    """Entries ``PATTERN=N``: matching units keep at least N channels per head."""
     equal_qkv: bool = False
 
     def __bool__(self) -> bool:
         return bool(self.exclude or self.min_width or self.equal_qkv)
 
     def allowed(self, choices: Choices) -> dict[UnitKey, tuple[int, ...]]:
-        """Return the widths of ``choices`` that meet the constraints."""
         left = {key: tuple(widths) for key, widths in choices.items()}
         for pattern in self.exclude:
             for key in _matching("exclude", pattern, pattern, choices):
@@ -115,7 +114,7 @@ class Constraints:
         return left
 
     def __iter__(self) -> Iterator[tuple[str, str | bool]]:
-        """Yield the option and the value of each constraint."""
+        """Yield (option name, value) of each constraint."""
         yield from (("exclude", pattern) for pattern in self.exclude)
         yield from (("min_width", text) for text in self.min_width)
         if self.equal_qkv:

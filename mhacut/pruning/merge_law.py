@@ -52,7 +52,6 @@ class MergeLaw(NamedTuple):
     coupling: float
 
     def terms(self, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
-        """Return ``c ** (1 / g)`` of a block; token counts ``before`` and ``after`` broadcast."""
         return _terms(torch.tensor(self, dtype=torch.float64), block, before, after, tokens)
 
     def divergence(self, schedule: Schedule, tokens: Tokens) -> float:
@@ -138,14 +137,14 @@ def most_merged(tokens: Tokens, last: int) -> Schedule:
 
 
 def between(few: Schedule, many: Schedule, part: float, tokens: Tokens) -> Schedule:
-    """Return a mixture of 2 schedules with weight ``part`` on ``few``."""
+    """Return a mixture of the schedules ``few`` and ``many``. ``few`` has weight ``part``."""
     both = zip(few or [0] * tokens.depth, many, strict=True)
     mixed = _schedule([(part * a + (1 - part) * b) / tokens.total for a, b in both], tokens)
     return mixed if any(mixed) else ()
 
 
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
-    """Return the schedule that merges the given fractions of all tokens, limited by the tokens left."""
+    """Return the schedule that merges these fractions of all tokens, as far as tokens are left."""
     count, merged = tokens.total, []
     for fraction in fractions:
         merged.append(min(round(fraction * tokens.total), largest_merge(count, tokens.prefix)))

@@ -41,7 +41,7 @@ class Planned:
 
     @property
     def plan(self) -> Plan:
-        """Plan in the form that the slim file stores."""
+        """Plan of the whole model, as stored in the slim file."""
         tokens = TokenPlan(self.ready.plan.tokens.output_tokens, self.merged, self.unmerge)
         return Plan(self.ready.plan.units, tokens)
 

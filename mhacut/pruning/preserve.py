@@ -36,8 +36,8 @@ SHRINKAGE = 0.5
 FLOOR = 1e-6
 """Minimum variance of a channel, relative to the mean over all channels."""
 KEPT = 0.1
-"""Weight of the plain divergence in a task loss's metric, which ignores directions without first-order
-effect."""
+"""Weight of the task-independent divergence in a task loss's metric, which ignores directions without
+first-order effect."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 OutputMetric = Literal["answers", "features", "dense"]
@@ -134,9 +134,9 @@ class Preserved:
         return (outputs - dense).square().mean() / self.variance
 
     def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
-        """Return a random projection with gradient g, for which E[g g^T] = Hessian of the divergence.
+        """Return a random projection of the outputs with gradient g and E[g g^T] = Hessian of the divergence.
 
-        For logits, sum_c eps_c sqrt(p_c) log p_c: then E[g g^T] is the Fisher information of the logits.
+        For logits, it is sum_c eps_c sqrt(p_c) log p_c, and E[g g^T] is the Fisher information.
         """
         if self.metric == "answers":
             # E = sum_c p_c grad(log p_c) grad(log p_c)^T; sqrt(p_c) is a weight here, and takes no gradient.

@@ -208,7 +208,10 @@ class _BlockCall:
 
 
 def _calls_of(block: Block, cut: ResumableModel, dense: ResumableModel) -> list[_BlockCall]:
-    """Run both models to ``block``; return the slim model's calls and their target outputs."""
+    """Run both models to ``block``.
+
+    Return the calls in the slim model, with the dense model's outputs as targets.
+    """
     calls = cut.run_up_to(block.name)
     module = cut.model.get_submodule(block.name)
     matches: list[Match | None] = [None] * len(calls)
@@ -232,7 +235,7 @@ def _answer(model: ResumableModel, block: Block, matches: Sequence[Match | None]
 
 
 def _run(block: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Call ``block`` on copies of the arguments, which it may overwrite, and return its tokens."""
+    """Call ``block`` on copies of its arguments, which it may overwrite, and return its tokens."""
     args, kwargs = tree_map(
         lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, (args, dict(kwargs))
     )
@@ -308,7 +311,7 @@ def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[s
 
 @dataclass(frozen=True)
 class _Error:
-    """Squared error of a block's output, weighted by channel and token; about 1 for noise."""
+    """Squared error of a block's output, weighted by channel and token. Noise has an error of about 1."""
 
     channel_dim: int
     channels: Tensor

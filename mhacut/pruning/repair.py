@@ -144,7 +144,7 @@ def shrink(
     *,
     refit: bool = True,
 ) -> None:
-    """Zero the removed channels of ``unit`` at ``width`` in place, and repair the layer with ``refit``."""
+    """Set the removed channels of ``unit`` at ``width`` to 0 in place, and refit the layer by ``refit``."""
     unit_plan = candidate.plan(width)
     kept = kept_channels(unit_plan).float()
     if unit.linear and unit.gate is not None:  # nothing to refit

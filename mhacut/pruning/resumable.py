@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class _ModuleCall:
-    """A call of a module during a pass."""
+    """Recorded call of a module in an unfinished forward pass."""
 
     module: nn.Module
     forward: Callable[..., Any]
@@ -31,7 +31,7 @@ class _ModuleCall:
     calls: list[_ModuleCall] = field(default_factory=list)
     """Calls inside an unfinished call, in order."""
     position: int = 0
-    """Number of ``calls`` that the current run has passed."""
+    """Number of inner calls that the current forward pass has reached."""
 
     def __post_init__(self) -> None:
         self.versions = _versions(self.value)
@@ -120,7 +120,7 @@ class ResumableModel:
         return sum(sizes.values())
 
     def answer(self, outputs: Sequence[Any]) -> None:
-        """Use ``outputs`` as the results of the calls before which :meth:`run_up_to` stopped."""
+        """Provide ``outputs`` as results of the calls at which :meth:`run_up_to` stopped."""
         for stack, output in zip(self._stacks, outputs, strict=True):
             stack.pop().set(output, finished=True)
 

@@ -40,11 +40,11 @@ DENSE_BATCH = 8
 ROUNDS = 10
 """Maximum number of epochs, unless a number of steps was given."""
 HINTS = 64.0
-"""Weight of the class token's error (docs/explanation/choices.md)."""
+"""Weight of the class token's error after each block in the loss (docs/explanation/choices.md)."""
 FLOOR = 0.01
 """Minimum variance of a class token's channel, relative to the mean over channels."""
 KEPT_BYTES = 2**28
-"""Maximum memory for cached outputs of the dense model when several models are tuned."""
+"""Maximum memory for cached logits of the dense model, which several budgets share."""
 WARM_UP, DENSE_WARM_UP = 0.1, 0.3
 """Fraction of steps with rising learning rate: Adam's first steps depend only on the sign of 1 gradient."""
 
@@ -171,7 +171,7 @@ def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Ca
 
 
 def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
-    """Return the names of the blocks of a plain timm ViT that classifies by its class token."""
+    """Return the blocks whose class tokens give hints: all, if a timm ViT classifies by its class token."""
     stack = stack_of(model)
     if stack is None or preserved.metric != "answers" or getattr(stack.vit, "global_pool", "") != "token":
         return []

@@ -54,7 +54,7 @@ def rotated(moments: UnitMoments, unit: Unit, rotation: Tensor | None) -> UnitMo
 
 
 def block_diagonal(blocks: Tensor) -> Tensor:
-    """Return blocks [H, d, d] as a matrix [H * d, H * d]."""
+    """Return blocks [H, d, d] as a block-diagonal matrix [H * d, H * d]."""
     matrix: Tensor = torch.block_diag(*blocks)
     return matrix
 
@@ -95,7 +95,7 @@ class UnitSums:
             self._add_moments(hook, Moments.of(channels.flatten(-2).flatten(0, -2), weights), held)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
-        """Add features or values (B, H, N, d); the sums wait for query, key and value of a batch."""
+        """Add features or values (B, H, N, d), once query, key and value of a batch are there."""
         self._waiting[hook] = x
         if hook != "value":
             self._add_gram(hook, x.transpose(0, 1).flatten(1, 2))
@@ -110,7 +110,7 @@ class UnitSums:
         self._add("energy", energy)
 
     def _add_logit_energy(self, hook: str, x: Tensor) -> None:
-        """Add queries or keys (B, H, N, d); the sum waits for both of a batch."""
+        """Add the logit energy of queries and keys (B, H, N, d), once both of a batch are there."""
         self._waiting[hook] = x
         if len(self._waiting) == 2:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()

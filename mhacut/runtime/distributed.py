@@ -23,7 +23,7 @@ _TIMEOUT = timedelta(days=1)
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run. All processes must call a method at the same point of the run."""
+    """Processes of a torchrun run. All processes must call a method at the same point of the program."""
 
     rank: int
     """Number of this process. Process 0 writes files and prints."""
@@ -51,7 +51,7 @@ class Processes:
         return sums
 
     def summed(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return sums of tensors over all processes, by name. A process may lack some names."""
+        """Return sums of tensors over all processes, by name. A name may be missing in some processes."""
         if self.size == 1:
             return dict(tensors)
         # all_reduce needs the same tensors in all processes, so a process without a tensor sends zeros.
@@ -79,9 +79,9 @@ class Processes:
 
     @contextmanager
     def fail_together(self) -> Iterator[None]:
-        """If the block fails in one process, raise an error in all processes.
+        """Raise an error in all processes if the block fails in 1 process.
 
-        Without this, the others would wait for the failed process. The block must not exchange data.
+        The others would wait forever. The block must not exchange data.
         """
         if self.size == 1:
             yield
@@ -101,7 +101,7 @@ class Processes:
 
 @contextmanager
 def gathered(device: str) -> Iterator[Processes]:
-    """Connect the processes of the run until the block ends: GPUs by NCCL, CPUs by gloo."""
+    """Connect the processes of a torchrun run inside the block: GPUs by NCCL, CPUs by gloo."""
     size = world_size()
     if size == 1:
         chosen = resolve_device(device)

@@ -25,12 +25,12 @@ READ_IN_FOLDERS = re.compile(
 
 
 def show(path: AnyPath) -> str:
-    """Return ``path`` for a message, with undecodable bytes replaced."""
+    """Return a path as printable text: undecodable bytes are replaced."""
     return os.fsencode(path).decode(errors="replace")
 
 
 def reason_alone(error: Exception, path: AnyPath) -> str:
-    """Return the reason in an error message of the form "path: reason; advice"."""
+    """Return the reason of an error whose message is "path: reason; advice"."""
     return str(error).removeprefix(f"{show(path)}: ").partition("; ")[0]
 
 
@@ -88,7 +88,7 @@ def check_class_map(path: AnyPath) -> None:
 
 
 def exists_already(path: Path) -> str:
-    """Say how to choose another name, or to overwrite."""
+    """Return the message for an output that exists: choose another name, or overwrite."""
     # A report has an option of its own for its name.
     name = "" if path.suffix in (".html", ".htm") else f" with {option_name('output')}"
     return f"exists already; choose another name{name}, or {option_name('overwrite', True)}"
@@ -120,7 +120,7 @@ def check_output(path: AnyPath, *, overwrite: bool, input_path: AnyPath | None) 
 
 
 def _is_part_of(target: Path, source: Path) -> bool:
-    """Whether ``target`` is ``source``, or a file of the checkpoint in the folder ``source``."""
+    """Whether ``target`` is the checkpoint ``source``, or a file inside this folder."""
     if os.path.isdir(source):
         real = Path(os.path.realpath(target))  # resolves links
         return str(real.parent) == os.path.realpath(source) and bool(READ_IN_FOLDERS.fullmatch(real.name))
@@ -130,7 +130,7 @@ def _is_part_of(target: Path, source: Path) -> bool:
 def check_outputs(
     paths: Iterable[AnyPath | None], *, overwrite: bool, input_paths: Iterable[AnyPath | None]
 ) -> None:
-    """Check output paths, which must differ from the inputs and from each other. None is skipped."""
+    """Check output paths: they must differ from the inputs and from each other."""
     sources: list[AnyPath | None] = [source for source in input_paths if source is not None]
     seen: dict[str, AnyPath] = {}
     for path in paths:
@@ -207,7 +207,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _finish(path: Path) -> None:
-    """Flush a file to disk, and give it the mode of the umask."""
+    """Flush a file to disk, and set its mode from the umask."""
     # Temporary files of libraries are readable only by their owner.
     umask = os.umask(0)
     os.umask(umask)

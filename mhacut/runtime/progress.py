@@ -25,7 +25,7 @@ class Reporter(Protocol):
     """Receives messages and progress of a command."""
 
     def log(self, message: str) -> None:
-        """Receive a message about an inference, a choice or an omission."""
+        """Receive a message about a choice that the command made."""
 
     def start(self, stage: str) -> None:
         """Begin a stage, and end the previous stage."""
@@ -76,7 +76,7 @@ class StageTimer:
             self._stage = None
 
     def taken(self) -> dict[str, float]:
-        """End the current stage, return the seconds of all stages, and reset them."""
+        """End the current stage. Return the seconds by stage, and start again at 0."""
         self.stop()
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -92,7 +92,7 @@ class Counter:
 
 
 class StageDisplay(Silent):
-    """A reporter that shows stages on stderr, as a bar or as lines for ``say``. It shows no messages."""
+    """Reporter that shows progress on stderr: a bar in terminals, else lines. It prints no messages."""
 
     def __init__(self, say: Callable[[str], None] | None = None, every: float | None = None) -> None:
         from rich import progress  # takes as long to import as a short command
@@ -120,7 +120,7 @@ class StageDisplay(Silent):
 
     @property
     def console(self) -> Console:
-        """Console that prints above the bar."""
+        """Rich console whose output appears above the bar."""
         return self._progress.console
 
     def start(self, stage: str) -> None:

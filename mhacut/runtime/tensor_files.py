@@ -20,7 +20,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping
 
 
 def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without shared memory, which safetensors refuses."""
+    """Copy tensors that share memory, which safetensors refuses."""
     # The first tensor of each storage is not copied: a copy of a large model may not fit into memory.
     unshared: dict[str, Tensor] = {}
     storages = set[int]()

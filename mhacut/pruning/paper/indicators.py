@@ -42,7 +42,7 @@ _SPREAD = 0.03
 
 @dataclass(frozen=True)
 class SearchStep:
-    """State of the search at an optimiser step."""
+    """State of the indicator training at one step."""
 
     step: int
     loss: float
@@ -54,7 +54,7 @@ class SearchStep:
 
 
 class _UnitState:
-    """Indicators and channel scales of a unit during training."""
+    """Trained indicators and channel scales of a unit."""
 
     def __init__(self, unit: Unit, job: Job, calibration: Calibration) -> None:
         self.unit, options = unit, job.options
@@ -127,7 +127,7 @@ def search(
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Return masks times scales, and widths, with straight-through gradients to the indicators."""
+    """Return (mask times scale) and widths. Gradients pass the mask unchanged to the indicators."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
@@ -145,7 +145,7 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
 
 
 def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[str, float]:
-    """Return the kept fraction of all channels of each kind."""
+    """Return the fraction of kept channels by kind (``qk``, ``v``, ``hidden``)."""
     now: dict[str, float] = {}
     dense: dict[str, int] = {}
     for state in states:
@@ -206,7 +206,7 @@ def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight:
 
 
 def straight_through_mask(score: Tensor) -> Tensor:
-    """Return 1 where ``score`` > 1/2, else 0, with the gradient of the identity."""
+    """Return 1 where ``score`` exceeds 1/2, else 0. The gradient is that of the identity function."""
     hard = (score > THRESHOLD).to(score.dtype)
     return hard + (score - score.detach())
 
