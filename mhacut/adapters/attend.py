@@ -21,7 +21,7 @@ def attend(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """Return attention [B, H, N, d_v] of q [B, H, N, d_qk], k [B, H, M, d_qk] and v [B, H, M, d_v]."""
+    """Return softmax(q k^T * scale) v, [B, H, N, d_v]; q and k have d_qk channels per head, v has d_v."""
     # PyTorch's fused CPU kernel is fast only if d_qk == d_v. Otherwise logits are computed for a few images
     # at a time. For large images, and in training, zeros pad the smaller width.
     d_qk, d_v = q.shape[-1], v.shape[-1]
@@ -48,21 +48,20 @@ def attend(
 
 
 def _images_at_once(q: Tensor, k: Tensor) -> int:
-    """Number of images whose logits are computed together. 0 selects the fused kernel."""
+    """Number of images whose attention logits are computed together; 0 if the fused kernel is faster."""
     logits = q[0].shape[:-1].numel() * k.shape[-2]
     keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
     return 0 if keeps_all or logits > _MAX_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
 
 
 def weights_of(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> Tensor:
-    """Attention weights, [B, H, N, M]."""
     logits = (q * scale) @ k.transpose(-2, -1)  # (B, H, N, M)
     logits = maybe_add_mask(logits, resolve_self_attn_mask(q.shape[-2], logits, attn_mask))
     return logits.softmax(dim=-1)
 
 
 def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Return :func:`attend` with the scale, kernel and dropout of ``module``, [B, H, N, d_v]."""
+    """Call :func:`attend` with the softmax scale, kernel and dropout rate of an attention layer."""
     # Heads of k and v may each serve several consecutive heads of q.
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
@@ -80,7 +79,7 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 def cls_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the output of :func:`attend_as` and the class token's attention weights, [B, H, M]."""
+    """Return the attention output, [B, H, N, d_v], and the class token's attention weights, [B, H, M]."""
     if module.fused_attn and not products_are_faster(q, k):
         first = weights_of(q[:, :, :1], k, module.scale, attn_mask)
         return attend_as(module, q, k, v, attn_mask), first[:, :, 0]
@@ -89,18 +88,19 @@ def cls_attention(
 
 
 def graph_is_recorded() -> bool:
-    """Whether an exporter, a compiler or the FLOP counter runs the model."""
+    """Whether an exporter, a compiler or the FLOP counter records the forward pass."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 
 FEW_LOGITS = 2**19
-"""Up to this number of logits, explicit logits on the CPU are as fast as the fused kernel."""
+"""Up to this number of attention logits, an explicit softmax on the CPU is as fast as the fused kernel."""
 _LOGITS_AT_ONCE, _MAX_LOGITS = 2**18, 2**22
-"""Number of logits that fit the CPU cache, and number per image above which the fused kernel is faster."""
+"""Number of attention logits that fit the CPU cache, and number of logits per image above which the fused
+kernel is faster."""
 
 
 def products_are_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether explicit logits are at least as fast as the fused kernel."""
+    """Whether an explicit softmax(q k^T) v is at least as fast as the fused kernel."""
     if q.device.type != "cpu":
         return False
     # Exporters decompose SDPA anyway, and padding would stay in the graph.

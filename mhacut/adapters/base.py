@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mhacut.plan import LayerFamily, UnitKey, UnitKind, UnitPlan
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
-"""Tensors of a batch norm with 1 entry per channel."""
+"""Parameters and buffers of a batch norm that have 1 entry per channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
 """Degree to which the channels of a head can be mixed.
@@ -55,27 +55,27 @@ class ChannelAxis:
     """
 
     tensor: str
-    """Name relative to the layer: ``qkv.weight``."""
+    """Tensor name relative to the layer: ``qkv.weight``."""
     dim: int
-    """Dimension of the tensor that holds the channels."""
+    """Tensor dimension along which the channels are indexed."""
     offset: int = 0
-    """Index of channel 0 of the first head."""
+    """Index of channel 0 of head 0 in the tensor dimension ``dim``."""
     heads: tuple[int, int] | None = None
-    """Range (first, last + 1) of heads, if the tensor holds only some heads."""
+    """First head and last head + 1 in the tensor, if the tensor holds only some heads."""
     shared: bool = False
-    """Whether all heads share the rows: channel i of every head has index ``offset + i``."""
+    """Whether all heads share these tensor rows: channel i of every head has index ``offset + i``."""
     head_step: int | None = None
-    """Index step between heads. None: the width of a head."""
+    """Index step from one head to the next. None: the number of rows of a head."""
     channel_step: int = 1
-    """Index step between channels of a head."""
+    """Index step from one channel of a head to the next."""
     copies: tuple[int, ...] = (0,)
-    """Offsets of all rows of a channel from its first row, if a channel has several rows."""
+    """Index offsets of the rows of a channel from its first row. ``(0,)``: 1 row per channel."""
     norm: str | None = None
-    """Name of the batch norm that follows these rows. Pruning slices the norm's entries with the rows, and
-    channel scales change the norm instead of the rows."""
+    """Name of the batch norm after these rows. Pruning slices the batch norm with the rows, and channel
+    scales multiply the batch norm instead of the rows."""
 
     def rows(self, heads: int, width: int) -> Tensor:
-        """Return the indices along ``dim``, [heads, width, copies]."""
+        """Return the indices of the channels along the tensor dimension ``dim``, [heads, width, copies]."""
         if self.shared:
             heads = 1
         elif self.heads is not None:
@@ -87,28 +87,32 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class ActivationHook:
-    """Activation of a unit's channels in the forward pass, [..., offset + heads * width, ...]."""
+    """Place in the forward pass where a unit's channels can be read: input or output of a submodule."""
 
     module: str
-    """Name of the submodule, relative to the layer. ``*`` stands for the head number if every head has its
-    own submodule."""
+    """Submodule name relative to the layer. If every head has its own submodule, ``*`` replaces the head
+    number."""
     side: Literal["input", "output"]
     offset: int = 0
     channel_dim: int = -1
-    """Dimension of the activation that holds the channels."""
+    """Dimension of the activation along which the channels are indexed."""
     width: int | None = None
-    """Channels per head. None: the width of the unit."""
+    """Channels per head in the activation. None: the unit's channels per head."""
     stride: int | None = None
-    """Index step between heads. None: the width."""
+    """Index step from one head to the next in the activation. None: the channels per head."""
     argument: int = 0
-    """Position of the argument, if the hook reads an input."""
+    """Position of the activation in the submodule's arguments, if ``side`` is ``input``."""
     then: Callable[[Any, Tensor], Tensor] | None = None
-    """Function (submodule, activation) -> [..., channels], for activations that are not ordered by head."""
+    """Function that takes the submodule and its activation and returns the channels in order of heads. None:
+    the activation is in that order."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Channels of one kind (qk, v or MLP) in one layer. All heads keep the same number."""
+    """Prunable channels of one kind (qk, v or hidden) in one attention layer or MLP.
+
+    All heads keep the same number of channels.
+    """
 
     layer: str
     kind: UnitKind
@@ -116,40 +120,41 @@ class Unit:
     width: int
     """Channels per head."""
     axes: tuple[ChannelAxis, ...]
-    """All axes to slice when channels are cut."""
+    """Places of the unit's channels in all tensors that a cut slices."""
     scale_axes: tuple[ChannelAxis, ...]
-    """Axes on which a factor per channel scales the channel's contribution exactly; 0 removes the channel. A
-    subset of ``axes``, with biases. Empty if there is a ``gate``."""
+    """Subset of ``axes``: a factor on these tensor rows scales the channel's contribution exactly, and factor
+    0 removes the channel. Empty if there is a ``gate``."""
     hooks: Mapping[str, ActivationHook]
-    """``query`` and ``key`` for qk, and ``value`` in linear attention; ``value`` and ``output`` (after
-    attention, before the projection) for v; ``hidden`` for the MLP."""
+    """Places of the channels' activations by name: ``query`` and ``key`` (qk; ``value`` too in linear
+    attention), ``value`` and ``output`` before the projection (v), ``hidden`` (MLP)."""
     output_projection: ChannelAxis | None = None
-    """Columns that read the channels (v or hidden). None for qk."""
+    """Columns of the output projection that read the v or hidden channels. None for qk."""
     output_bias: str | None = None
-    """Bias of the output projection."""
+    """Name of the bias of the output projection. None without a bias."""
     output_norm: str | None = None
-    """Batch norm after the output projection."""
+    """Name of the batch norm after the output projection. None without a batch norm."""
     output_scale: str | None = None
-    """LayerScale after the output projection: 1 factor per output channel."""
+    """Name of the LayerScale parameter after the output projection. None without LayerScale."""
     mixing: Mixing = "refit"
     sharing: Sharing = "own"
-    """:attr:`ChannelAxis.shared` marks the shared tensors."""
+    """Whether heads have their own tensors, or share tensors."""
     softmax_scaled: bool = False
-    """Whether the layer multiplies logits by 1/sqrt(width), so that a cut changes the temperature."""
+    """Whether the layer divides attention logits by sqrt(channels per head), so that a cut changes the
+    softmax temperature."""
     linear: bool = False
-    """Whether the attention is linear: products of features of q and k, divided by their sum."""
+    """Whether the layer is linear attention, which replaces the softmax by products of non-negative q and k
+    features."""
     feeds: bool = False
-    """Whether other channels of the layer read these channels before the output projection. Least squares
-    repairs only the projection, so the loss must be measured in a forward pass of the layer."""
+    """Whether other channels of the layer read these channels before the output projection. A refit of the
+    output projection then corrects only part of the loss."""
     white_inputs: bool = True
-    """Whether inputs may be treated as white noise if there are no images
-    (:mod:`mhacut.pruning.unit_moments`)."""
+    """Whether the layer's input may be modelled as white noise when there are no calibration images."""
     gate: str | None = None
-    """Buffer with a scale per channel, [heads * width], at least 0. Used if no factor on a parameter removes
-    a channel exactly. None outside a masked model. :meth:`Adapter.merge_gate` merges the scales."""
+    """Name of a buffer in the masked model with a scale per channel, [heads * width], at least 0. Used if no
+    factor on a parameter removes a channel exactly."""
     constants: tuple[ChannelAxis, ...] = ()
-    """Biases, 1 per channel, that reach the output projection unchanged when the input of the channel is 0. A
-    cut adds their effect to the output bias."""
+    """Biases added to the channels shortly before the output projection. When a cut removes such a channel,
+    the constant effect of its bias is added to the output bias."""
 
     def __post_init__(self) -> None:
         assert any(axis.shared for axis in self.axes) == (self.sharing != "own"), self.key
@@ -159,12 +164,11 @@ class Unit:
         return self.layer, self.kind
 
     def keep_first(self, width: int, *, unshared: bool = False) -> UnitPlan:
-        """Return the plan that keeps the first ``width`` channels of each head."""
         kept = (tuple(range(width)),) * self.heads
         return UnitPlan(*self.key, self.width, kept, unshared=unshared)
 
     def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
-        """Return the unit with other output columns, and a hook on the input of these columns."""
+        """Return the unit with ``columns`` as its output projection and ``hook`` on their input."""
         old, name = self.output_projection, "hidden" if self.kind == "hidden" else "output"
         return replace(
             self,
@@ -182,38 +186,42 @@ class Unit:
 
 @dataclass(frozen=True)
 class Layer:
-    """Description of one attention or MLP of a model."""
+    """One attention layer or MLP of a model, with its prunable units."""
 
     name: str
-    """Module name in the model, ``blocks.0.attn``."""
+    """Module name in the model: ``blocks.0.attn``."""
     adapter: Adapter
     units: tuple[Unit, ...]
     not_prunable: Mapping[UnitKind, str] = field(default_factory=dict)
-    """Kinds that cannot be cut exactly, with the reason."""
+    """Reason why the channels cannot be cut, by kind (qk, v or hidden)."""
     channel_dim: int = -1
-    """Channel dimension of the layer's output."""
+    """Index of the channel dimension in the layer's output tensor."""
     result: str = ""
-    """Submodule whose output is compared, if the layer's output contains more than the output projection."""
+    """Name of the submodule whose output replaces the layer's output in comparisons of dense and slim layers.
+    Empty: the layer."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
-    """Kinds whose channels are tied to channels of another kind."""
+    """Kinds without a unit of their own, each with the kind whose channels are cut together with theirs."""
 
 
 class Adapter(ABC):
-    """Description of one attention or MLP class. Stateless: 1 instance serves all layers of the class."""
+    """Description of an attention or MLP class for pruning.
+
+    It has no state, so 1 instance serves all layers of the class.
+    """
 
     family: LayerFamily
     module_classes: tuple[type[nn.Module], ...]
-    """Supported classes. A subclass may compute something else, so it needs its own adapter."""
+    """Supported module classes. Subclasses are not supported, because they may compute something else."""
     one_width: bool = False
-    """Whether the classes have a single width for q, k and v."""
+    """Whether a layer of these classes has equal numbers of q, k and v channels before a cut."""
     equal_widths_only: bool = False
-    """Whether a cut layer needs equal widths of q, k and v."""
+    """Whether q, k and v must have equal numbers of channels after a cut."""
 
     def __deepcopy__(self, memo: object) -> Adapter:
         return self
 
     def serves(self, module: Any) -> bool:
-        """Whether this adapter supports the configuration of ``module``, whose class is supported."""
+        """Whether this adapter supports the configuration of ``module``."""
         return True
 
     @abstractmethod
@@ -229,39 +237,29 @@ class Adapter(ABC):
         return
 
     def heads(self, module: Any) -> int:
-        """Number of heads of the attention ``module``."""
         return module.num_heads
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store the kept channels of ``unit``, [heads, kept], in a layer that needs them.
-
-        Runs before slicing.
-        """
+        """Store the indices of the kept channels, [heads, kept], in a layer whose forward pass needs them."""
         return
 
     def prepare(self, module: Any) -> None:
-        """Make a dense layer call the submodules that its hooks name."""
+        """Change a dense layer so that its forward pass calls the submodules with hooks."""
         return
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Repair references of ``model`` to modules that cut layers no longer share."""
+        """Update references in ``model`` to modules that layers shared before the cut."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
-        """Put channel scales into parameters, before they are sliced, so that the layer needs no gate.
-
-        Args:
-            module: the layer, not yet cut.
-            unit: unit of that layer, with a gate.
-            channel_scale: [heads, width], float64; 0 only for channels that are cut next.
-        """
+        """Multiply the channel scales of a unit into parameters, so that the layer needs no gate."""
         raise NotImplementedError
 
 
 def mixed(prefix: str, *classes: type, **attributes: Any) -> Any:
-    """Make a class of ``classes``, the last of them timm's, named after it: ``ReadBeitAttention``.
+    """Return a class that inherits from ``classes``.
 
-    It is kept under its name in this module, where pickle looks for it.
+    The class is stored in this module, where pickle finds it.
     """
     module = classes[-1].__module__.rpartition(".")[2].title().replace("_", "")
     name = f"{prefix}{module}{classes[-1].__name__}"
@@ -270,15 +268,14 @@ def mixed(prefix: str, *classes: type, **attributes: Any) -> Any:
 
 
 def library_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class of ``module`` before :func:`mixed` changed it."""
     cls = type(module)
     return cls.__bases__[-1] if cls.__module__ == __name__ else cls
 
 
 def table_device(weight: Tensor) -> torch.device:
-    """Return the device for an index table beside ``weight``: the CPU if that is on the meta device.
+    """Return the device for an index buffer: that of ``weight``, or the CPU for the meta device.
 
-    Weights on the meta device are read from a file later; a table is in no file and must keep its values.
+    The meta device would lose the indices, because weight files do not contain them.
     """
     return torch.device("cpu") if weight.is_meta else weight.device
 
@@ -288,10 +285,10 @@ _LINEAR = (nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Projection:
-    """A linear layer or convolution, or a module that holds one and a batch norm."""
+    """A linear layer or convolution, optionally followed by a batch norm."""
 
     name: str
-    """Name relative to the layer."""
+    """Submodule name relative to the layer."""
     linear_name: str
     linear: Any
     norm: str | None
@@ -308,7 +305,7 @@ class Projection:
 
     @property
     def channel_dim(self) -> int:
-        """Channel dimension of input and output."""
+        """Index of the channel dimension in the projection's input and output."""
         return -1 if isinstance(self.linear, nn.Linear) else 1
 
     @property
@@ -327,23 +324,23 @@ class Projection:
 
     @property
     def transposed(self) -> bool:
-        """Whether it is a transposed convolution: input channels are dimension 0 of the weight."""
+        """Whether the projection is a transposed convolution, with input channels in dimension 0."""
         return isinstance(self.linear, nn.ConvTranspose2d)
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the axes of output channels from row ``offset`` on: weight and bias."""
+        """Return the places of the output channels from index ``offset`` on in the weight and the bias."""
         weight = ChannelAxis(f"{self.linear_name}.weight", 0, offset, head_step=stride, norm=self.norm)
         if self.bias is None:
             return (weight,)
         return weight, ChannelAxis(self.bias, 0, offset, head_step=stride)
 
     def scaled_rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the axes of :meth:`rows` to scale. A batch norm after a bias already scales the bias."""
+        """Return the places of :meth:`rows` that channel scales multiply: no bias if a batch norm follows."""
         axes = self.rows(offset, stride)
         return axes if self.norm is None else axes[:1]
 
     def columns(self) -> ChannelAxis:
-        """Return the axis of the input channels."""
+        """Return the places of the input channels in the weight."""
         return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
     def hook(
@@ -353,7 +350,7 @@ class Projection:
         stride: int | None = None,
         width: int | None = None,
     ) -> ActivationHook:
-        """Return the hook on the input, or on the output after the batch norm."""
+        """Return the hook on the projection's input or output, after its batch norm."""
         name = self.linear_name if side == "input" else self.name
         return ActivationHook(name, side, offset, self.channel_dim, width, stride)
 
@@ -366,7 +363,7 @@ class Projection:
         hooks: Mapping[str, ActivationHook],
         **further: Any,
     ) -> Unit:
-        """Return the unit of the input channels of this projection."""
+        """Return the unit that consists of this projection's input channels."""
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),

@@ -18,11 +18,11 @@ from mhacut.plan import UnitKind
 
 
 class FocusedAttentionAdapter(Adapter):
-    """Focused linear attention with one ``qkv``, or ``q`` and ``kv``; widths are read from the tensors.
+    """Focused linear attention of FLatten with one projection ``qkv``, or with ``q`` and ``kv``.
 
-    q/k channels end in a ReLU and a power over all heads, so that they are selected, never mixed; a gate on
-    their features removes them exactly. v channels pass a depthwise convolution: they are selected too, and
-    where heads share its filters, either at equal positions or with a copy of the filters for each head.
+    Channels are selected, not mixed: a ReLU and a power act on each q/k channel, and a depthwise convolution
+    on each v channel. A gate on the q/k features removes q/k channels exactly. If heads share the filters of
+    the convolution, all heads keep the same v channels, or get copies of the filters.
     """
 
     family = "attention"
@@ -32,7 +32,7 @@ class FocusedAttentionAdapter(Adapter):
     )
 
     def branch(self, module: Any) -> tuple[str, Any]:
-        """Return name prefix and module of ``scale``, ``positional_encoding`` and ``dwc``."""
+        """Return the name prefix and the module that has ``scale``, ``positional_encoding`` and ``dwc``."""
         return "", module
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -93,14 +93,17 @@ class FocusedAttentionAdapter(Adapter):
 
 
 class SlimStripeAttention(StripeAttention):
-    """Cut ``StripeAttention``: q/k and v may have different widths. Created by ``resize``."""
+    """Stripe attention of FLatten-CSWin after a cut: q/k and v may have different numbers of channels."""
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend_as(self, q, k, v)
 
 
 class Stripes(Softmax):
-    """Softmax attention within stripes. If there are 2 branches, each has half of the heads."""
+    """Softmax attention of FLatten-CSWin within stripes of the map.
+
+    With 2 branches, each branch has half of the heads.
+    """
 
     def v(self, name: str, module: Any) -> Unit:
         plain = super().v(name, module)
@@ -120,10 +123,10 @@ class Stripes(Softmax):
 
 
 class CswinAttentionAdapter(FocusedAttentionAdapter):
-    """FLatten-CSWin's attention: a pair of projections around branches, linear over the map or in stripes.
+    """Attention of FLatten-CSWin: input and output projections around branches of linear or stripe attention.
 
-    Rows of the fused ``qkv`` are [q | k | v], each head-major. LePE convolves every v channel by itself, so
-    that v channels are selected, each head its own.
+    Rows of ``qkv`` are [q | k | v], each ordered by head. LePE convolves every v channel separately, so v
+    channels are selected, not mixed.
     """
 
     module_classes: tuple[type[nn.Module], ...] = (CswinAttention,)

@@ -28,16 +28,17 @@ from mhacut.adapters.softmax_special import KEPT, Rope
 from mhacut.plan import UnitKind
 
 _FORWARD = ["self", "hidden_states", "attention_mask"]
-"""Accepted first parameters of ``forward``, before ``position_embeddings`` and ``kwargs``."""
+"""Names that the first parameters of ``forward`` may have in an attention class of transformers."""
 _CLIP_FORWARD = [*_FORWARD, "causal_attention_mask", "output_attentions"]
 _DINOV2_FORWARD = ["self", "hidden_states", "head_mask"]
-"""First parameters of ``forward`` in DINOv2 of transformers 4."""
+"""First parameters of ``forward`` in the DINOv2 attention of transformers 4."""
 _MLPS = {
     frozenset({"fc1", "fc2"}): (("fc1",), "fc2"),
     frozenset({"up_proj", "down_proj"}): (("up_proj",), "down_proj"),
     frozenset({"gate_proj", "up_proj", "down_proj"}): (("gate_proj", "up_proj"), "down_proj"),
 }
-"""Names of the linear layers of an MLP: writers of the hidden channels, and the reader."""
+"""Names of linear layers in MLPs of transformers: layers that write the hidden channels, and the layer that
+reads the hidden channels."""
 
 
 def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: Any) -> tuple[Any, ...]:
@@ -48,7 +49,7 @@ def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: An
 def _rotated(
     m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, positions: Any, *_: Any
 ) -> tuple[Any, ...]:
-    """Rotate all tokens after the prefix. A cut layer looks up the angles of its channels."""
+    """Rotate q and k of all tokens after the prefix by the position angles of the kept channels."""
     cos, sin = positions  # [patches, d] each
     kept = getattr(m, KEPT, None)  # (H, d)
     if kept is not None:
@@ -74,18 +75,18 @@ def _without_weights(m: Any, y: Tensor, *_: Any) -> tuple[Tensor, None]:
 
 
 class _Named(Twin):
-    """Mixin: forward pass with the argument names of transformers."""
+    """Mixin for attention classes of transformers: a forward pass with transformers' argument names."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Map tokens [B, N, C] to [B, N, C]. Returns no attention weights."""
+        """Map tokens [B, N, C] to a tuple of tokens [B, N, C] and None in place of the attention weights."""
         return super().forward(hidden_states, *args, **options)
 
 
 @dataclass(eq=False)
 class Linears(Softmax):
-    """Attention with 4 linear layers and one ``head_dim``.
+    """Attention class of transformers with 4 linear layers (q, k, v, output) and an attribute ``head_dim``.
 
-    The class keeps its own forward pass if all widths are equal.
+    A cut layer with equal q, k and v widths keeps the forward pass of its class.
     """
 
     written_by: Mapping[str, str] = field(
@@ -116,9 +117,9 @@ class Linears(Softmax):
 
 @dataclass(eq=False)
 class RotaryLinears(Linears, Rope):
-    """Attention with rotary positions.
+    """Attention class of transformers with rotary positions.
 
-    Each head keeps its own pairs of channels, so a cut layer gets a class of mhacut.
+    Each head keeps its own channel pairs, so mhacut replaces the class of a cut layer.
     """
 
     logits: Hook = _rotated
@@ -127,7 +128,7 @@ class RotaryLinears(Linears, Rope):
 
 @dataclass(eq=False)
 class Nested(Linears):
-    """DINOv2 attention in transformers 4: one module has q, k and v, another the output projection."""
+    """DINOv2 attention of transformers 4: 1 submodule for q, k and v, 1 for the output projection."""
 
     written_by: Mapping[str, str] = field(
         default_factory=lambda: {"attention.query": "q", "attention.key": "k", "attention.value": "v"}
@@ -147,12 +148,12 @@ class Nested(Linears):
 
 
 def is_old() -> bool:
-    """Whether the installed version is transformers 4, whose layers have a different structure."""
+    """Whether transformers 4 is installed. Layers of transformers 5 have another structure."""
     return str(getattr(sys.modules.get("transformers"), "__version__", "")).startswith("4.")
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """Return the adapter of a module outside timm. None if its structure is unknown."""
+    """Return the adapter of a transformers module; None if the module structure is unknown."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, Linears):  # a cut layer
         return spec

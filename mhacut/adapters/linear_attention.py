@@ -23,19 +23,17 @@ from mhacut.plan import UnitKind
 
 
 class AdditiveAdapter(Adapter):
-    """SwiftFormer's attention: every key is multiplied by the weighted sum of all queries.
+    """Additive attention of SwiftFormer: each key is multiplied by a weighted sum of all queries.
 
-    Channel i of the sum meets channel i of the keys; output i of a projection of the products is added to
-    channel i of the queries, and read. So channel i of queries, keys and projection are cut together, as qk;
-    there is no v. Queries and keys have unit length over all channels. So a channel is removed exactly if it
-    is zero in both and not read either, because the projection writes to it what it reads from others.
+    Channel i of q, of k and of the projection of their products is cut together as a qk channel, because the
+    3 are multiplied or added elementwise. There is no v. q and k have unit length over all channels, so a
+    channel is removed exactly only if it is zero in q and k and the projection does not read it.
     """
 
     family = "attention"
     module_classes = (EfficientAdditiveAttention,)
 
     def heads(self, module: Any) -> int:
-        """Return 1: all heads compute the same."""
         return 1
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -59,10 +57,10 @@ class AdditiveAdapter(Adapter):
 
 
 class SeparableAdapter(Adapter):
-    """MobileViTv2's attention: rows of ``qkv_proj`` are [score | k | v].
+    """Separable attention of MobileViTv2, with the ``qkv_proj`` rows [score | k | v].
 
-    It weighs keys by one score per point and multiplies every value by their sum. Channel i of k, of v and of
-    the result are cut together, as v.
+    The sum of all keys, weighted by 1 score per point, multiplies every value. Channel i of k, of v and of
+    the output is cut together as a v channel.
     """
 
     family = "attention"
@@ -79,13 +77,12 @@ class SeparableAdapter(Adapter):
 
 
 class SlimLiteMLA(LiteMLA):  # type: ignore[misc]
-    """Cut attention of EfficientViT: q/k and v may have different widths. Created by ``resize``."""
+    """Linear attention of EfficientViT (MIT) after a cut. The widths of q/k and v may differ."""
 
     num_heads: int
-    """Heads per scale."""
+    """Number of heads at each scale."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C_out, H, W]."""
         q, k, v = heads_of_all_scales(self, x)
         q, k, v = self.kernel_func(q), self.kernel_func(k), F.pad(v, (0, 1), value=1.0)
         device = "cpu" if v.is_meta else v.device.type  # there is no autocast for meta
@@ -105,7 +102,7 @@ def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int) -> Tensor:
-    """Apply ``conv``, whose groups are q, k and v of each head, to a map [B, C, H, W]."""
+    """Apply a grouped convolution to a map [B, C, H, W]. Its groups are q, k and v of each head."""
     if qk_width == v_width:
         return conv(x)
     x, weight = x.unflatten(1, (heads, -1)), conv.weight.unflatten(0, (heads, -1))
@@ -126,19 +123,16 @@ def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int)
 class MultiScaleAdapter(Adapter):
     """Linear attention at several scales: ``LiteMLA`` of EfficientViT (MIT).
 
-    Every scale has heads of its own. ``qkv`` writes those of the first scale, q, k, v within every head; a
-    depthwise convolution, and then one within the q, the k and the v of each head, make those of another
-    scale of them. So a channel of the first scale feeds its own head and, with others, all channels of that
-    head at the other scales. All heads keep the same number of channels, each its own. q and k pass a ReLU
-    and v the depthwise convolution, so that channels are selected, never mixed. A factor on the rows of a
-    channel scales everything that it feeds.
+    ``qkv`` writes the heads of the first scale. For each other scale, a depthwise convolution and a
+    convolution within q, k or v of each head compute further heads from these channels. A factor on the rows
+    of a first-scale channel therefore scales all channels that it feeds. All heads keep the same number of
+    channels. Channels are selected, not mixed, because q and k pass a ReLU and v a depthwise convolution.
     """
 
     family = "attention"
     module_classes = (LiteMLA, SlimLiteMLA)
 
     def heads(self, module: Any) -> int:
-        """Number of heads of all scales."""
         return _sizes(module)[0] * (1 + len(module.aggreg))
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -161,7 +155,8 @@ class MultiScaleAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Move the weights that read kept channels of the first scale to the front; others become 0."""
+        """Move convolution weights of kept channels to the front, and set weights of removed channels to
+        0."""
         heads, qk_width, _ = _sizes(module)
         width = kept.shape[1]
         for _, pointwise in module.aggreg:
@@ -185,7 +180,7 @@ class MultiScaleAdapter(Adapter):
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:
-    """Return heads per scale, q/k channels per head, and v channels per head."""
+    """Return 3 numbers: heads per scale, q/k channels per head, v channels per head."""
     qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
     heads = module.num_heads if isinstance(module, SlimLiteMLA) else qkv.writes // (3 * module.dim)
     v_width = proj.reads // (heads * (1 + len(module.aggreg)))
@@ -193,9 +188,9 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 
 
 def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[ChannelAxis, ...]]:
-    """Return the rows that write q, k or v, and the rows to scale.
+    """Return the rows that write q, k or v, and the subset that channel scales multiply.
 
-    ``offset`` is the first row of the part within a head.
+    ``offset`` is the first row of q, k or v within a head.
     """
     heads, qk_width, v_width = _sizes(module)
     place = offset, 2 * qk_width + v_width
@@ -214,7 +209,7 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
 
 
 def _hook(part: int, width: int) -> ActivationHook:
-    """Return a hook on q, k or v of all scales, computed from the layer's input."""
+    """Return a hook on the layer's input that computes q, k or v of all scales."""
 
     def features(module: Any, x: Tensor) -> Tensor:
         made = heads_of_all_scales(module, x)[part]
@@ -224,23 +219,21 @@ def _hook(part: int, width: int) -> ActivationHook:
 
 
 class SlimFactorAttention(FactorAttnConvRelPosEnc):  # type: ignore[misc]
-    """Cut attention of CoaT, with any width. Created by ``resize``."""
+    """Factorised attention of CoaT after a cut."""
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """Map [B, 1 + H * W, C] to the same shape; ``size`` is (H, W)."""
+        """Map tokens [B, 1 + H * W, C], the class token first, to the same shape; ``size`` is (H, W)."""
         q, k, v = (by_head(part, self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))  # (B, H, N, d)
         gathered = q @ (k.softmax(dim=2).mT @ v)
         return self.proj_drop(self.proj(merged(self.scale * gathered + self.crpe(q, v, size=size))))
 
 
 class FactorAttentionAdapter(Adapter):
-    """CoaT's factorised attention: q (softmax(k)^T v), and q times a depthwise convolution of v.
+    """Factorised attention of CoaT: q (softmax(k)^T v) plus q times a depthwise convolution of v.
 
-    Rows of ``qkv`` are [q | k | v], each head-major; each convolution has the v of several heads. Channel i
-    of q multiplies row i of softmax(k)^T v, and the convolved channel i of v; so q, k and v keep the same
-    channels. That row is added to all channels of the head: without channel i, more changes than the column
-    of the projection that reads it. Layers of a stage share the convolutions; a layer that is cut gets its
-    own, with the channels that it kept.
+    Rows of ``qkv`` are [q | k | v], each ordered by head. q, k and v of a head keep the same channels,
+    because channel i of q multiplies row i of softmax(k)^T v and the convolved channel i of v. Layers of a
+    stage share the convolutions, and a cut layer gets its own copy.
     """
 
     family = "attention"
@@ -266,7 +259,7 @@ class FactorAttentionAdapter(Adapter):
         module.crpe.channel_splits = [split * widths["v"] for split in module.crpe.head_splits]
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Point the model to the convolutions of the first layer that used the shared ones."""
+        """Replace the stage's shared convolutions by those of the first layer that used them."""
         coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
         for coat in coats:
             for stage in range(1, 5):
@@ -279,7 +272,7 @@ class FactorAttentionAdapter(Adapter):
 
 
 def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
-    """Return the axes of the v channels in the convolutions."""
+    """Return the places of the v channels in the layer's convolutions."""
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):
@@ -290,13 +283,12 @@ def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
 
 
 class LambdaAdapter(Adapter):
-    """``LambdaLayer``: the queries of every head meet one matrix of keys and values.
+    """``LambdaLayer``: the queries of all heads multiply one matrix of keys and values.
 
-    Rows of ``qkv`` are [q of every head | k | v]. A q/k channel is a row of that matrix, made of a key that
-    is a softmax over positions and of a convolution of v, or a table of positions. It meets one channel of
-    every head's queries: they are tied, and count as one head. Each key has a softmax of its own, so that
-    channels are selected. timm's own forward takes any number of them. v is not prunable, because no
-    projection reads it.
+    Rows of ``qkv`` are [q of every head | k | v]. A q/k channel is a row of this matrix and meets that
+    channel of every head's queries, so q/k channels of all heads are cut together, as 1 head. Each key
+    channel has its own softmax over positions, so channels are selected, not mixed. v is not prunable,
+    because no projection reads v.
     """
 
     family = "attention"

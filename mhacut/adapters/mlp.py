@@ -15,23 +15,26 @@ from mhacut.adapters.base import NORM_TENSORS, Adapter, ChannelAxis, Layer, Proj
 
 @dataclass(eq=False)
 class Mlp(Adapter):
-    """Linear layers of one MLP class. They may be convolutions, with or without a batch norm."""
+    """An MLP class, described by the names of its linear layers or convolutions."""
 
     family = "mlp"
 
     cls: type[nn.Module]
     writers: tuple[str, ...] = ("fc1",)
-    """Linear layers that write the hidden channels. Outputs of several writers are multiplied."""
+    """Names of the layers that write the hidden channels. The outputs of 2 layers are multiplied (gated
+    MLP)."""
     reader: str = "fc2"
-    """Linear layer that reads the hidden channels."""
+    """Name of the layer that reads the hidden channels."""
     between: tuple[str, ...] = ()
-    """Optional depthwise convolutions and norms between writer and reader."""
+    """Names of depthwise convolutions and norms that an MLP may have on its hidden channels."""
     behind: str = ""
-    """Norm after the reader, if it is a separate module."""
+    """Name of the norm after the output layer; empty without a norm."""
     within: str = ""
-    """Submodule that holds these layers, if the module adds its input to their output."""
+    """Name of the submodule that holds the layers, if the MLP class contains a residual addition; else
+    empty."""
     halves: bool = False
-    """Whether one writer writes both factors of a product: channel i is rows i and i + hidden."""
+    """Whether ``fc1`` writes both factors of a gated MLP: hidden channel i is the product of rows i and i +
+    hidden."""
 
     def __post_init__(self) -> None:
         self.module_classes = (self.cls,)
@@ -64,7 +67,6 @@ class Mlp(Adapter):
 
 
 def _why_not_prunable(between: Mapping[str, nn.Module]) -> str | None:
-    """Return why the hidden channels are not prunable; None if they are."""
     for part in between.values():
         if isinstance(part, _BatchNorm):
             continue

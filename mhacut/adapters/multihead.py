@@ -17,9 +17,9 @@ from mhacut.plan import UnitKind
 
 
 class MultiheadTwin(nn.Module):
-    """Forward pass of a cut ``nn.MultiheadAttention``, with any widths.
+    """Forward pass of ``nn.MultiheadAttention`` after a cut.
 
-    It calls ``out_proj`` as a module, so hooks run.
+    It calls ``out_proj`` as a module, so that hooks on ``out_proj`` run.
     """
 
     def forward(
@@ -33,7 +33,7 @@ class MultiheadTwin(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the output, and the attention weights if needed. Arguments are torch's."""
+        """Return the attention output and the attention weights (None without ``need_weights``)."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         sizes = [heads * width for heads, width in map(self.spec.sizes(self).get, "qkv")]
@@ -62,7 +62,7 @@ class MultiheadTwin(nn.Module):
 
 
 def _additive(mask: Tensor | None, like: Tensor) -> Any:
-    """Return ``mask`` as a bias on the logits. In a bool mask, True means that a key is ignored."""
+    """Convert an attention mask to a bias on the logits. In a bool mask, True excludes a key."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, -torch.inf)
@@ -70,7 +70,7 @@ def _additive(mask: Tensor | None, like: Tensor) -> Any:
 
 @dataclass(eq=False)
 class Multihead(Softmax):
-    """Rows of ``in_proj_weight`` are q, k and v, each with all heads."""
+    """``nn.MultiheadAttention``, whose ``in_proj_weight`` has the rows [q | k | v], each ordered by head."""
 
     mixins: tuple[type, ...] = (MultiheadTwin,)
     read_by: str = "out_proj"

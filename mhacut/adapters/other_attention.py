@@ -31,15 +31,15 @@ from mhacut.adapters.softmax import FreshBiases, read
 from mhacut.plan import UnitKind
 
 _PLACES = "places_of_values"
-"""Buffer with the place of each channel of the next head's input among the v channels that a head kept,
-[H, d]; for those that it did not keep, one past the last."""
+"""Name of a buffer, [H, d]: for each channel of the next head's input, the index of the v channel that is
+added to it among the kept v channels of a head. Removed channels have the index after the last kept
+channel."""
 
 
 class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: ignore[misc]
-    """Cut attention of Microsoft's EfficientViT, with any widths. Created by ``resize``."""
+    """Cascaded group attention of EfficientViT (Microsoft) after a cut."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to the same shape."""
         shares, biases = x.chunk(self.num_heads, dim=1), self.get_attention_biases(x.device)
         outputs: list[Tensor] = []
         for head, (qkv, depthwise) in enumerate(zip(self.qkvs, self.dws, strict=True)):
@@ -50,7 +50,7 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
         return self.proj(torch.cat(outputs, dim=1))
 
     def passed_on(self, output: Tensor, head: int) -> Tensor:
-        """Return the output of ``head`` for the next head, [B, kept, H, W], with 0 for cut channels."""
+        """Return the part of the next head's input that ``head`` computes, with 0 for removed channels."""
         places = getattr(self, _PLACES, None)
         if places is None:
             return output
@@ -58,13 +58,12 @@ class SlimCascadedGroupAttention(FreshBiases, CascadedGroupAttention):  # type: 
 
 
 class CascadedAdapter(Adapter):
-    """Heads that feed one another: ``CascadedGroupAttention`` of EfficientViT (Microsoft).
+    """Cascaded group attention of EfficientViT (Microsoft), whose heads feed one another.
 
-    Every head has a ``qkvs`` of its own, with rows [q | k | v], which reads the sum of a part of the map's
-    channels and of the output of the head before. q passes a depthwise convolution, so that q/k channels are
-    selected, never mixed; they are scaled behind it. A v channel is read by a column of the projection, and
-    by the next head, through the channel of its input to which it is added. Every layer that writes channels
-    has a batch norm.
+    Each head reads a part of the map's channels plus the output of the previous head, and has its own
+    ``qkvs`` with rows [q | k | v]. q/k channels are selected, not mixed, because q passes a depthwise
+    convolution. A v channel is read by the output projection and, by addition to an input channel, by the
+    next head.
     """
 
     family = "attention"
@@ -94,7 +93,7 @@ class CascadedAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Record which kept channel is added to each channel of the next head's input."""
+        """Store which kept v channel is added to each input channel of the next head."""
         if unit.kind != "v":
             return
         kept = kept.to(table_device(module.attention_biases))
@@ -114,7 +113,7 @@ class CascadedAdapter(Adapter):
 
 
 def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """Return the rows from ``offset`` on in the layers ``part``, 1 layer per head."""
+    """Return the rows of the per-head layers ``part`` from index ``offset`` on."""
     return tuple(
         replace(axis, heads=(head, head + 1))
         for head in range(module.num_heads)
@@ -126,12 +125,11 @@ _SHARED_SOFTMAX = "a softmax runs over these channels: without one of them the o
 
 
 class ChannelTwin(nn.Module):
-    """Forward pass of a cut layer, with any widths."""
+    """Forward pass of channel attention after a cut."""
 
     spec: ChannelAttention
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        """Map [B, N, C] to [B, N, C_out]."""
         spec: ChannelAttention = self.spec
         heads, kept, uncut = spec.sizes(self)
         sizes = [heads * (kept if part == "x" else uncut) for part in spec.order]
@@ -145,12 +143,12 @@ class ChannelTwin(nn.Module):
 
 @dataclass(eq=False)
 class ChannelAttention(Adapter):
-    """Attention among the channels of a head instead of among tokens: XCiT's, EdgeNeXt's and DaViT's.
+    """Attention among the channels of a head instead of among tokens: XCiT, EdgeNeXt and DaViT.
 
-    softmax over channels (x y^T) z, with x, y and z of [channels, tokens], from one ``qkv``, each third
-    head-major. A channel of x is a row of the result, called v because the projection reads it: it is cut
-    exactly, with its column of the projection. Channels of y and z share the softmax: without one of them the
-    others would weigh more, so that they are not cut.
+    The output is softmax over channels (x y^T) z, with x, y and z [channels, tokens] from the thirds of
+    ``qkv``. A channel of x is a row of the output, read by 1 projection column: it is cut exactly as a v
+    channel. Channels of y and z are not cut, because removing one would raise the softmax weights of the
+    others.
     """
 
     family = "attention"
@@ -158,18 +156,18 @@ class ChannelAttention(Adapter):
 
     cls: type[nn.Module]
     similarity: Callable[[Any, Tensor, Tensor], Tensor]
-    """(module, x [B, H, kept, N], y [B, H, d, N]) -> logits of the softmax, [B, H, kept, d]."""
+    """Function (module, x [B, H, kept, N], y [B, H, d, N]) that returns logits [B, H, kept, d]."""
     order: str = "xyz"
-    """Order of the rows of ``qkv``."""
+    """Letters of the tensors x, y and z in the order of the ``qkv`` rows."""
     heads_in: str = "num_heads"
-    """Attribute that holds the number of heads."""
+    """Name of the module's attribute that holds the number of heads."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", ChannelTwin, self.cls, spec=self)
         self.module_classes = (self.cls, self.twin)
 
     def sizes(self, module: Any) -> tuple[int, int, int]:
-        """Return heads, output channels per head, and channels per head that share the softmax."""
+        """Return 3 numbers: heads, output channels per head, and channels per head that share the softmax."""
         heads, kept = getattr(module, self.heads_in), module.proj.in_features
         return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
 
@@ -189,7 +187,7 @@ def cross_covariance(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Florence-2: divide logits by the root of the number of tokens, or of the width before the cut."""
+    """Florence-2: divide logits by the root of the number of tokens, or of the dense head width."""
     return (x * (x.shape[-1] if m.dynamic_scale else m.head_dim) ** -0.5) @ y.mT
 
 
@@ -203,10 +201,9 @@ CHANNEL_ATTENTION = (
 
 
 class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
-    """Cut attention of VOLO, with any width. Created by ``resize``."""
+    """Outlook attention of VOLO after a cut."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, H, W, C] to [B, H, W, C_out]."""
         batch, height, width, _ = x.shape
         window, heads = self.kernel_size**2, self.num_heads
         logits = self.attn(as_tokens(self.pool(x.permute(0, 3, 1, 2))))  # (B, N, H * k^4)
@@ -225,7 +222,7 @@ class SlimOutlookAttention(OutlookAttention):  # type: ignore[misc]
 
 
 class OutlookAdapter(Adapter):
-    """VOLO's outlook attention: a linear layer computes weights of neighbouring points, without q, k."""
+    """Outlook attention of VOLO: a linear layer computes the attention weights, so there is no q and k."""
 
     family = "attention"
     module_classes = (OutlookAttention, SlimOutlookAttention)
@@ -240,11 +237,10 @@ class OutlookAdapter(Adapter):
 
 
 class UnprunableAdapter(Adapter):
-    """Attention classes of which no channel can be cut by itself, for one reason.
+    """Attention classes whose channels cannot be cut exactly: MViT V2, Gemma 4 and CSATv2.
 
-    MViT V2 normalises q, k and v over the channels of a head, behind convolutions that all heads share, and
-    adds q to the output; Gemma 4 normalises them too. CSATv2 weighs maps by the output of a block whose
-    attention and MLP have a single channel.
+    MViT V2 and Gemma 4 normalise q, k and v over the channels of a head. MViT V2 also shares convolutions
+    among heads and adds q to the output. CSATv2 has attention with a single channel.
     """
 
     family = "attention"

@@ -47,11 +47,12 @@ ADAPTERS: tuple[Adapter, ...] = (
 )
 
 POOLING_HEADS = ("AttentionPoolLatent", "AttentionPool2d", "AttentionPoolPrr", "AttentionPoolingHead")
-"""Name endings of attention that pools tokens after the last block. Skipped unless its class is
-registered."""
+"""Endings of module names of attention that pools tokens after the last block. Such attention is skipped
+unless an adapter exists for its class."""
 
 POSITION_BIASES = ("RelPosMlp",)
-"""Modules that compute a position bias, equal for every image. Their MLPs cost almost nothing."""
+"""Classes that compute position biases, equal for every image. Their MLPs are skipped, because they cost
+almost nothing."""
 
 _MLP_NAME = re.compile(r"mlp|ffn|feedforward", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"attn|attention", re.IGNORECASE)
@@ -62,7 +63,7 @@ _CHANNEL_GATES = frozenset(
     | {"GatherExcite", "SqueezeExcite", "SEModule", "EffectiveSEModule"}
 )
 _NO_ATTENTION = frozenset({"ConvAttention"})
-"""Classes named like attention that contain only convolutions (Next-ViT)."""
+"""Classes with "attention" in the name that contain only convolutions (Next-ViT)."""
 
 _BY_CLASS = {cls: adapter for adapter in ADAPTERS for cls in adapter.module_classes}
 _KNOWN_ATTENTION = {
@@ -70,14 +71,11 @@ _KNOWN_ATTENTION = {
     for cls, adapter in _BY_CLASS.items()
     if adapter.family == "attention" and not _ATTENTION_NAME.search(cls.__name__)
 }
-"""Names of registered attention classes without "attention" in the name."""
+"""Names of attention classes with an adapter but without "attention" in the name."""
 
 
 def adapter_for(module: nn.Module) -> Adapter | None:
-    """Return the adapter of the exact class of ``module``.
-
-    None if there is none or it does not support this configuration.
-    """
+    """Return the adapter of the exact class of ``module``; None if the class is not supported."""
     # The exact class: a subclass may compute something else with the same tensors.
     adapter = _BY_CLASS.get(type(module)) or adapter_of(module) or adapter_by_structure(module)
     return adapter if adapter is not None and adapter.serves(module) else None
@@ -92,23 +90,25 @@ def is_position_bias(module: nn.Module) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether the class name of an unregistered module says that it computes attention itself."""
+    """Whether the class name says that ``module``, which has no adapter, computes attention."""
     return type(module).__name__ in _KNOWN_ATTENTION
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether the class name of an unregistered module contains "attention". The module may only hold one."""
+    """Whether the class name contains "attention".
+
+    The module may compute attention or contain an attention layer.
+    """
     name = type(module).__name__
     return name not in _CHANNEL_GATES | _NO_ATTENTION and _ATTENTION_NAME.search(name) is not None
 
 
 def looks_like_mlp(module: nn.Module) -> bool:
-    """Whether the class name of an unregistered module contains "MLP"."""
     return _MLP_NAME.search(type(module).__name__) is not None
 
 
 def why_not_cut(mlp: str) -> str:
-    """Return why an unregistered MLP is skipped."""
+    """Return the reason why an MLP without an adapter is skipped."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
         return "the hidden channels of a classifier are not pruned"
     return "this MLP class is not supported"
