@@ -21,22 +21,19 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Parameters and buffers of a batch norm that have 1 entry per channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
-"""Degree to which the channels of a head can be mixed.
+"""How the kept channels of a head can replace removed channels exactly or approximately.
 
-- ``rotate``: the layer computes the same when scale axes are multiplied by any invertible matrix [d, d] and
-  the other axes by its inverse transpose.
-- ``refit``: something acts on single channels, so that the basis stays; but the output projection, or W_q,
-  can be refitted so that kept channels stand in for removed ones.
-- ``select``: something acts on single channels behind W_q and W_k: a kept q/k channel cannot stand in for a
-  removed one, and what is constant over the keys matters.
+- ``rotate``: the basis of the channels can change by any invertible matrix [d, d] without changing the output.
+- ``refit``: the basis must stay, but a refit of the output projection or of W_q replaces removed channels.
+- ``select``: the basis must stay, and kept q/k channels cannot replace removed q/k channels.
 """
 
 Sharing = Literal["own", "copied", "tied"]
-"""Degree to which heads share tensors of a unit.
+"""Whether heads share tensors of a unit.
 
-- ``own``: every head has its own.
-- ``copied``: heads share a tensor, of which each can get a copy (:attr:`mhacut.plan.UnitPlan.unshared`).
-- ``tied``: heads share a tensor without room for copies: all keep the same channels, in the same basis.
+- ``own``: every head has its own tensors.
+- ``copied``: heads share a tensor, and pruning can give each head a copy.
+- ``tied``: heads share a tensor that cannot be copied, so all heads keep the same channels.
 """
 
 
@@ -213,9 +210,9 @@ class Adapter(ABC):
     module_classes: tuple[type[nn.Module], ...]
     """Supported module classes. Subclasses are not supported, because they may compute something else."""
     one_width: bool = False
-    """Whether a layer of these classes has equal numbers of q, k and v channels before a cut."""
+    """Whether the original module class has 1 head width for q, k and v together."""
     equal_widths_only: bool = False
-    """Whether q, k and v must have equal numbers of channels after a cut."""
+    """Whether the class of a cut layer supports only equal numbers of q, k and v channels per head."""
 
     def __deepcopy__(self, memo: object) -> Adapter:
         return self

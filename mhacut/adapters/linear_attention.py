@@ -155,8 +155,7 @@ class MultiScaleAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Move convolution weights of kept channels to the front, and set weights of removed channels to
-        0."""
+        """Move convolution weights of kept channels to the front; set weights of removed ones to 0."""
         heads, qk_width, _ = _sizes(module)
         width = kept.shape[1]
         for _, pointwise in module.aggreg:
