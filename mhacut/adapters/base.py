@@ -23,7 +23,7 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 Mixing = Literal["rotate", "refit", "select"]
 """How the kept channels of a head can replace removed channels exactly or approximately.
 
-- ``rotate``: the basis of the channels can change by any invertible matrix [d, d] without changing the output.
+- ``rotate``: any invertible matrix [d, d] can change the basis without changing the output.
 - ``refit``: the basis must stay, but a refit of the output projection or of W_q replaces removed channels.
 - ``select``: the basis must stay, and kept q/k channels cannot replace removed q/k channels.
 """
