@@ -21,7 +21,7 @@ NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 """Parameters and buffers of a batch norm that have 1 entry per channel."""
 
 Mixing = Literal["rotate", "refit", "select"]
-"""How the kept channels of a head can replace removed channels exactly or approximately.
+"""Ability of the kept channels of a head to replace removed channels.
 
 - ``rotate``: any invertible matrix [d, d] can change the basis without changing the output.
 - ``refit``: the basis must stay, but a refit of the output projection or of W_q replaces removed channels.
