@@ -13,7 +13,7 @@ from torch import nn
 
 from mhacut.adapters.attend import graph_is_recorded
 from mhacut.surgery import merging_blocks, token_merging
-from mhacut.surgery.merging_blocks import Matcher, MergingLayer
+from mhacut.surgery.merging_blocks import Branches, Matcher, MergingLayer
 
 MODULE = "modeling_mhacut"
 
@@ -32,7 +32,8 @@ class Pruned:
         for name, merge in stated["merges"].items():
             layer = self.get_submodule(name)
             layer.__class__ = type(f"Merging{type(layer).__name__}", (MergingLayer, type(layer)), {})
-            layer.matcher = None if merge is None else Matcher(**merge)
+            layer.matcher = None if merge["matcher"] is None else Matcher(**merge["matcher"])
+            layer.branches, layer.outside = Branches(*merge["branches"], None), merge["outside"]
         for name, values in stated["attributes"].items():
             vars(self.get_submodule(name)).update(values)
 
@@ -62,8 +63,11 @@ def modeling_of(model: Any) -> tuple[dict[str, Any], str] | None:
         if merges:
             arguments = [*inspect.signature(Matcher).parameters]
             matcher: Any = module.matcher
-            merge = None if matcher is None else {key: getattr(matcher, key) for key in arguments}
-            stated["merges"][name] = merge
+            stated["merges"][name] = {
+                "matcher": None if matcher is None else {key: getattr(matcher, key) for key in arguments},
+                "branches": module.branches[:-1],
+                "outside": module.outside,
+            }
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str)
             if plain and key != "training" and vars(expected).get(key) != value:
@@ -88,7 +92,8 @@ def _opens(auto: str, model: Any) -> bool:
 def _source(cls: str) -> str:
     objects: tuple[Any, ...] = (
         graph_is_recorded,
-        merging_blocks.layer_part,
+        Branches,
+        merging_blocks.apply_part,
         merging_blocks._check_no_mask,
         merging_blocks._with_sizes,
         Matcher,
@@ -98,8 +103,8 @@ def _source(cls: str) -> str:
     )
     parts = [
         inspect.getsource(token_merging),
-        "import transformers\nfrom torch import nn\n\nUnsupportedModelError = ValueError\n"
-        f"_LAYER_PARTS = {merging_blocks._LAYER_PARTS!r}\n",
+        "from operator import attrgetter\n\nimport transformers\nfrom torch import nn\n"
+        "from torch.utils._pytree import tree_leaves\n\nUnsupportedModelError = ValueError",
         *(inspect.getsource(each) for each in objects),
         f"class Pruned{cls}(Pruned, transformers.{cls}):\n    pass\n",
     ]
