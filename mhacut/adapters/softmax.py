@@ -27,14 +27,14 @@ Hook = Callable[..., Any]
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Rows of a projection: channel i of head h is row ``offset + h * stride + i``."""
+    """Rows that a projection has for the heads: head h, channel i is row ``offset + h * stride + i``."""
 
     projection: Projection
     heads: int
     width: int
     offset: int = 0
     stride: int | None = None
-    """None: the width."""
+    """Row step from one head to the next. None: the channels per head."""
 
 
 def read(m: Any, y: Tensor) -> Tensor:
@@ -44,28 +44,28 @@ def read(m: Any, y: Tensor) -> Tensor:
 
 
 def to_tokens(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Project [B, N, C] to the layout of ``query``, channels last."""
+    """Apply the output projection to y [B, N, C] and return the shape of ``query``, channels last."""
     return read(m, y.reshape(*query.shape[:-1], -1))
 
 
 def to_map(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Project [B, N, C] to the layout of ``query``, [B, C, height, width]."""
+    """Apply the output projection to y [B, N, C] and return a map [B, C, height, width]."""
     return read(m, as_map(y, query.shape[2:]))
 
 
 class Twin(nn.Module):
-    """The forward pass of a cut layer, for any widths.
+    """Forward pass of a softmax attention layer after a cut, with any widths of q/k and v.
 
-    Mixed into timm's class, in front of it, by :meth:`Softmax.resize`; never constructed.
+    :meth:`Softmax.resize` mixes it into the layer's class.
     """
 
     spec: Softmax
     written_by: tuple[tuple[str, bool, bool, str, tuple[tuple[int, int], ...]], ...]
-    """For each projection: its name ("" if its bias is in parts), whether it is a convolution, whether its
-    rows are ordered by head, and its parts with heads and channels."""
+    """For each projection: its name (empty if the bias is in parts), whether it is a convolution, whether its
+    rows are ordered by head, its letters (q, k, v), and heads and channels of each letter."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Compute the output of the class. Arguments are those of the class's own forward."""
+        """Compute the layer's output from the arguments of the class's own forward pass."""
         spec: Softmax = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         query, source = spec.inputs(self, x, *args)
@@ -78,81 +78,88 @@ class Twin(nn.Module):
 
 
 class FreshBiases:
-    """Position biases gathered anew in every call.
+    """Mixin that gathers position biases in every call.
 
-    timm caches the biases in eval mode together with their autograd graph. A second backward pass in eval
-    mode, as in healing, then fails or uses old biases.
+    timm caches the biases in eval mode with their autograd graph, so that a second backward pass in eval mode
+    fails or uses old biases.
     """
 
     def get_attention_biases(self: Any, device: torch.device) -> Tensor:
         return self.attention_biases[:, self.attention_bias_idxs]
 
     def train(self: Any, mode: bool = True) -> Any:
-        """Set the mode and return the module (timm's method returns None)."""
         return nn.Module.train(self, mode)
 
 
 def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    """Normalise q and k if the class has these norms. No mask, no bias."""
+    """Normalise q and k if the class has these norms, and return them with None in place of a mask."""
     return (m.q_norm(q), m.k_norm(k), None) if hasattr(m, "q_norm") else (q, k, None)
 
 
 @dataclass(eq=False)
 class Softmax(Adapter):
-    """One class of softmax attention; the defaults are those of a plain ViT.
+    """Description of a class of softmax attention.
 
-    Hooks take the module, called ``m``, first; those that end in ``...`` take all further arguments of the
-    class's forward, in its order. A subclass describes what fields cannot.
+    Defaults describe a plain ViT. Functions take the module ``m`` first; in their signatures, ``...`` means
+    all further arguments of the forward pass.
     """
 
     family = "attention"
 
     cls: type[nn.Module]
     written_by: Mapping[str, str] = field(default_factory=lambda: {"qkv": "qkv"})
-    """Projections and the order of their rows: ``q``, ``k``, ``v``, and ``g`` for rows that are cut with v. A
-    module may lack some."""
+    """Projection names, each with the letters of the tensors in its rows, in order: ``q``, ``k``, ``v``, or
+    ``g`` for a gate that is cut with v. A module may lack some projections."""
     per_head: bool = False
-    """Row order. True: q, k, v of head 0, then of head 1, unless ``head_first`` of the module is False.
-    False: q of all heads, then k, then v."""
+    """Order of the rows of a fused projection. True: q, k, v of head 0, then q, k, v of head 1. False: q of
+    all heads, then k, then v."""
     read_by: str | Callable[[Any], str] = "proj"
-    """Name of the projection that reads v."""
+    """Name of the output projection."""
     read_beside: Callable[[Any], int] = lambda m: 0
-    """Number of other input channels of this projection."""
+    """Function that returns the number of input channels of the output projection besides the v channels."""
     query_heads: int = 1
-    """Number of q heads and k heads per v head."""
+    """Number of q heads per v head; k has as many heads as q."""
     inputs: Hook = lambda m, x, *_: (x, x)
-    """(m, x, ...) -> input of q, input of k and v."""
+    """Function (m, x, ...) that returns the input of the q projection and the input of the k and v
+    projections."""
     spread: Callable[[Any, Tensor], Tensor] | None = None
-    """(m, rows of projections) -> the rows as [windows of all images, ..., channels]."""
+    """Function (m, projection output) that splits the output into windows, [windows of all images, ...,
+    channels]. None: no windows."""
     logits: Hook = unmasked
-    """(m, q, k [B, H, N, d], x, ...) -> q, k, and a mask or bias [B, H, N, N]."""
+    """Function (m, q, k, x, ...) that returns q and k [B, H, N, d], and a mask or bias [B, H, N, N] for the
+    logits."""
     weigh: Hook = attend_as
-    """(m, q, k, v [B, H, N, d], bias) -> [B, H, N, d], or a tuple with further outputs of the layer."""
+    """Function (m, q, k, v, bias) that computes the softmax attention, [B, H, N, d], or a tuple with further
+    outputs of the layer."""
     finish: Hook = to_tokens
-    """(m, y [B, N, H * d], input of q, x, ...) -> the layer's output."""
+    """Function (m, y [B, N, H * d], input of q, x, ...) that applies the output projection and returns the
+    layer's output."""
     mixins: tuple[type, ...] = (Twin,)
     """Classes mixed in before ``cls`` in cut layers. Without :class:`Twin`, a cut layer runs the forward pass
     of ``cls``."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
-    """(m, q/k width, v width) -> whether the forward pass of ``cls`` supports these widths."""
+    """Function (m, q/k width, v width) that returns whether the forward pass of ``cls`` supports these
+    widths."""
     attributes: Mapping[str, str] = field(default_factory=dict)
-    """Size attributes of ``cls``: ``qk``, ``v``, ``heads * qk`` or ``heads * v``."""
+    """Size attributes of ``cls`` to update after a cut, each with its value: ``qk``, ``v``, ``heads * qk`` or
+    ``heads * v``."""
     scaled: bool = True
-    """Whether logits are divided by the root of the width."""
+    """Whether logits are divided by the square root of the q/k channels per head."""
     cosine: bool = False
-    """Whether q and k have unit length, so that a factor per channel must scale both."""
+    """Whether the layer normalises q and k to unit length, so that a channel scale must multiply both."""
     qk_mixing: Callable[[Any], Mixing] = lambda m: "rotate"
-    """m -> mixing of q/k channels."""
+    """Function of the module that returns the :data:`~mhacut.adapters.base.Mixing` of the q/k channels."""
     v_mixing: Mixing = "rotate"
-    """Mixing of v channels. With ``g`` rows it is ``refit``."""
+    """:data:`~mhacut.adapters.base.Mixing` of the v channels; ``refit`` if a projection has ``g`` rows."""
     norm_behind: str = ""
-    """Norm over all channels between attention and projection."""
+    """Name of a norm over all channels between attention and output projection; empty without a norm."""
     v_refusal: str = ""
-    """Reason why v cannot be pruned; empty if it can."""
+    """Reason why v channels cannot be pruned; empty if they can."""
     channel_dim: int | None = None
-    """Channel dimension of the layer's output. None: that of the projection's output."""
+    """Index of the channel dimension in the layer's output. None: as in the output of the output
+    projection."""
     result: str = ""
-    """Name of the submodule that computes the layer's output, if not the layer."""
+    """Name of the submodule whose output is the layer's output; empty for the layer."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", *self.mixins, self.cls, spec=self) if self.mixins else self.cls
@@ -175,7 +182,7 @@ class Softmax(Adapter):
         return Projection.of(module, self.read_by if isinstance(self.read_by, str) else self.read_by(module))
 
     def writers(self, module: Any) -> Mapping[str, str]:
-        """Entries of ``written_by`` that ``module`` has."""
+        """Entries of ``written_by`` whose projections exist in ``module``."""
         return {
             name: letters
             for name, letters in self.written_by.items()
@@ -183,12 +190,12 @@ class Softmax(Adapter):
         }
 
     def v_size(self, module: Any) -> tuple[int, int]:
-        """Return heads of v and channels per head."""
+        """Return 2 numbers: v heads and v channels per head."""
         heads = self.heads(module) // self.query_heads
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        """Return heads of q, k, v and ``g``, and channels per head."""
+        """Return heads and channels per head for each letter q, k, v and ``g``."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
         # The output projection gives the size of v. The other rows of a fused projection are q and k.
@@ -197,7 +204,7 @@ class Softmax(Adapter):
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, HeadRows]:
-        """Return the rows that write q, k, v and ``g``."""
+        """Return the projection rows that write each letter q, k, v and ``g``."""
         sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0
@@ -209,7 +216,7 @@ class Softmax(Adapter):
         return parts
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        """Return the kinds that cannot be cut, with the reason."""
+        """Return the reason why channels cannot be cut, by kind (qk or v)."""
         reasons: dict[UnitKind, str] = {}
         if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
             reasons["qk"] = NORMALISED
@@ -257,7 +264,7 @@ class Softmax(Adapter):
         return reader.unit(name, "v", size, written, {"value": value}, mixing=mixing)
 
     def axes(self, module: Any, letter: str) -> tuple[ChannelAxis, ...]:
-        """Return the rows that write ``letter`` (q, k, v or g), and their biases."""
+        """Return the weight and bias rows that write ``letter`` (q, k, v or g)."""
         part = self.parts(module)[letter]
         axes = part.projection.rows(part.offset, part.stride)
         if not _has_split_bias(module):
@@ -301,7 +308,7 @@ class Softmax(Adapter):
             )
 
     def split(self, m: Any, query: Tensor, source: Tensor) -> tuple[Any, Any, Any]:
-        """Return q, k and v, [B, H, N, d]. q is None if the layer has no projection for q."""
+        """Return q, k and v, each [B, H, N, d]. q is None if the layer has no q projection."""
         by_letter: dict[str, Tensor] = {}
         for name, conv, per_head, letters, sizes in m.written_by:
             x = query if "q" in letters else source
@@ -327,7 +334,7 @@ class Softmax(Adapter):
 
 
 def fused_projection(m: Any, x: Tensor) -> Tensor:
-    """Apply ``m.qkv`` to [..., C]. The bias may be in parts; the k part is then a constant 0."""
+    """Apply ``m.qkv`` to x [..., C]. If the bias is in parts, the k bias is 0."""
     if not _has_split_bias(m):
         return m.qkv(x)
     return F.linear(x, m.qkv.weight, torch.cat((m.q_bias, m.k_bias, m.v_bias)))

@@ -22,23 +22,22 @@ from mhacut.adapters.softmax import read
 
 
 def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the class token, the only query."""
+    """Return the class token as the input of q, and all tokens as the input of k and v."""
     return x[:, :1], x
 
 
 def output_tokens(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Return the first tokens, the only queries."""
+    """Return the first tokens as the input of q, and all tokens as the input of k and v."""
     return x[:, : m.output_tokens], x
 
 
 def tokens_of_map(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the positions of a map as tokens."""
     tokens = as_tokens(x)
     return tokens, tokens
 
 
 def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
-    """Return keys and values of a downsampled map. Some classes need the map's ``size``."""
+    """Return tokens for q, and tokens of the downsampled map for k and v."""
     if m.sr is None:
         return x, x
     source = x.mT if size is None else as_map(x, size)
@@ -48,7 +47,7 @@ def reduced(m: Any, x: Tensor, size: Any = None) -> tuple[Tensor, Tensor]:
 
 
 def latents(m: Any, x: Tensor, attn_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Pooling head: learnt queries, equal for all images."""
+    """Return a pooling head's learnt queries, equal for all images, and the tokens for k and v."""
     if m.pos_embed is not None:
         x = x + m.pos_embed.unsqueeze(0).to(x.dtype)
     return m.latent.expand(x.shape[0], -1, -1), x
@@ -76,7 +75,7 @@ def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """SHViT: return the first channels. The projection reads the other channels unchanged."""
+    """SHViT: return the first channels, which the attention reads."""
     x = m.pre_norm(x[:, : m.pdim])
     return x, x
 
@@ -85,7 +84,7 @@ def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_of(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Return the mask of tokens ``x`` [B, N, C]; causal takes precedence, as in timm."""
+    """Return the attention mask of tokens ``x`` [B, N, C]. A causal mask replaces ``attn_mask``."""
     if not is_causal:
         return attn_mask
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -96,7 +95,7 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
 
 
 def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Return ``logits`` for the queries of the first tokens, with the matching rows of a mask or bias."""
+    """Return a ``logits`` function for the first tokens, with their rows of the mask or bias."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
@@ -106,7 +105,7 @@ def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tu
 
 
 def of_windows(bias: Tensor, q: Tensor, mask: Tensor | None) -> Tensor:
-    """Combine a bias [1, H, N, N] with the mask [windows per image, N, N] of shifted windows."""
+    """Add the mask of shifted windows, [windows per image, N, N], to a position bias [1, H, N, N]."""
     if mask is None:
         return bias
     return (bias + mask.unsqueeze(1)).repeat(q.shape[0] // mask.shape[0], 1, 1, 1)
@@ -117,7 +116,7 @@ def swin(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[
 
 
 def cosine(positions: Callable[[Any], Tensor]) -> Callable[..., tuple[Any, ...]]:
-    """Swin V2: q and k of unit length, and a learnt scale."""
+    """Swin V2: return the function that normalises q and k and multiplies q by a learnt scale."""
 
     def logits(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None) -> tuple[Any, ...]:
         scale = m.logit_scale.view(-1, 1, 1).clamp(max=math.log(100)).exp()
@@ -132,14 +131,14 @@ def swin_v2_positions(m: Any) -> Tensor:
 
 
 def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """Return the position bias of the layer, or the bias that all layers share."""
+    """Return q, k and a position bias: the bias of the layer, or ``shared`` if all layers share a bias."""
     if hasattr(m, "q_norm"):
         q, k = m.q_norm(q), m.k_norm(k)
     return q, k, shared if m.rel_pos is None else m.rel_pos.get_bias()
 
 
 def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """Return the sum of the layer's relative position bias and the bias that all layers share, [H, N, N]."""
+    """BEiT: return q, k and the sum of the layer's position bias and the bias of all layers, [H, N, N]."""
     if m.relative_position_bias_table is None:
         return q, k, shared
     bias = m._get_rel_pos_bias()
@@ -151,14 +150,14 @@ def cached_biases(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 def pooled(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """Hiera: the maximum over groups of queries."""
+    """Hiera: reduce queries to the maximum over each group of tokens."""
     if m.q_stride == 1:
         return q, k, None
     return q.unflatten(-2, (m.q_stride, -1)).amax(dim=-3), k, None
 
 
 def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM 2: pool queries [B, height, width, C]."""
+    """SAM 2: pool the queries on their map [B, height, width, C]."""
     if m.q_pool is None:
         return q, k, None
     maps = as_map(q.flatten(0, 1), x.shape[1:3])
@@ -166,17 +165,17 @@ def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 KEPT_GLOBAL = "global_channels"
-"""Buffer: indices of a cut layer's q channels in the queries of the stage, [H * d]."""
+"""Name of the buffer with the indices of a cut layer's q channels in the stage's shared queries, [H * d]."""
 
 
 def own_queries(m: Any, q_global: Tensor) -> Tensor:
-    """GCViT: return the kept channels of the stage's queries [..., C]."""
+    """GCViT: return the channels of the stage's shared queries [..., C] that a cut layer keeps."""
     kept = getattr(m, KEPT_GLOBAL, None)
     return q_global if kept is None else q_global[..., kept]
 
 
 def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Tensor) -> tuple[Any, ...]:
-    """GCViT: one set of queries per image, [B, height, width, C], serves all windows of the image."""
+    """GCViT: repeat the queries of an image, [B, height, width, C], for all its windows."""
     if m.use_global:
         q = by_head(own_queries(m, q_global.flatten(1, 2)), m.num_heads)
         q = q.repeat_interleave(k.shape[0] // q.shape[0], dim=0)
@@ -184,7 +183,7 @@ def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Ten
 
 
 def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM: add a bias per query and key, q times a row of the table of each direction."""
+    """SAM: return the bias of each query and key, q times a row of the position table of each direction."""
     q, k = m.q_norm(q), m.k_norm(k)
     if m.rope is not None:
         table = m.rope.get_embed()
@@ -206,7 +205,7 @@ def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
-    """CaiT: heads are mixed before and after the softmax."""
+    """CaiT: mix the heads of the attention logits before the softmax, and of the weights after it."""
     weights = _over_heads(m.proj_l, (q * m.scale) @ k.mT).softmax(dim=-1)  # (B, H, N, N)
     return m.attn_drop(_over_heads(m.proj_w, weights)) @ v
 
@@ -216,7 +215,7 @@ def _over_heads(mixing: Any, x: Tensor) -> Tensor:
 
 
 def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
-    """ConViT: mix content attention and position attention with a learnt weight per head."""
+    """ConViT: average content and position attention with a learnt weight per head."""
     if m.rel_indices.shape[1] != q.shape[-2]:
         m.rel_indices = m.get_rel_indices(q.shape[-2])
     content = ((q @ k.mT) * m.scale).softmax(dim=-1)  # (B, H, N, N)
@@ -227,7 +226,7 @@ def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Te
 
 
 def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Differential attention: subtract 2 softmaxes, then normalise within the heads of v."""
+    """Differential attention: subtract 2 softmax attentions, then normalise the channels of each v head."""
     first, second = (attend_as(m, q[:, part::2], k[:, part::2], v, mask) for part in (0, 1))
     return m.sub_norm(first - m._compute_lambda().type_as(q) * second) * (1 - m.lambda_init)
 
@@ -241,7 +240,7 @@ def gated(m: Any, y: Tensor, query: Tensor, x: Tensor, *_: Any) -> Tensor:
 
 
 def pooled_latents(m: Any, y: Tensor, query: Tensor, x: Tensor, attn_mask: Tensor | None) -> Tensor:
-    """Pooling head: return [B, C_out], or [B, queries, C_out] if the queries are not pooled."""
+    """Return the output of a pooling head: [B, C_out], or [B, queries, C_out] if queries are not pooled."""
     y = read(m, y)
     if m.mlp is not None:
         y = y + m.mlp(m.norm(y))
@@ -255,7 +254,7 @@ def tokens_to_map(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
 
 
 def heads_last(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
-    """NesT: ``proj`` reads channels in the order (d, H)."""
+    """NesT: reorder channels from (H, d) to (d, H), the order that ``proj`` reads."""
     y = y.unflatten(-1, (m.num_heads, -1)).transpose(-1, -2)
     return read(m, y.reshape(*x.shape[:-1], -1))
 
@@ -266,7 +265,7 @@ def unwindowed(m: Any, y: Tensor, query: Tensor, x: Tensor, size: Any) -> Tensor
 
 
 def mask_units(m: Any, x: Tensor) -> Tensor:
-    """Hiera: reshape [B, N, C], whose windows interleave, to [B * windows, tokens, C]."""
+    """Hiera: reshape tokens [B, N, C], whose windows interleave, to [B * windows, tokens, C]."""
     if not m.use_mask_unit_attn:
         return x
     count = x.shape[1] // (m.q_stride * m.window_size)
@@ -292,7 +291,7 @@ def with_others(m: Any, y: Tensor, query: Tensor, x: Tensor) -> Tensor:
 
 
 def upsampling_reader(m: Any) -> str:
-    """LowFormer: the output projection is a 1x1 convolution or an upsampling transposed convolution."""
+    """LowFormer: return the name of the output projection, a 1x1 or an upsampling transposed convolution."""
     if isinstance(m.o_proj, nn.Conv2d):
         return "o_proj"
     return "upsampling.0" if isinstance(m.upsampling, nn.Sequential) else "upsampling"

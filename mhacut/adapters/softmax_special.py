@@ -34,10 +34,10 @@ CHEAP = "in a pooling head it costs next to nothing"
 
 
 class GlobalContext(Softmax):
-    """Global Context ViT, where every second layer has queries of its stage, made once for all its layers.
+    """Attention of Global Context ViT with queries that all layers of a stage share.
 
-    Such a layer cuts q/k channels of its keys, and records the channels of the stage's queries that remain.
-    Its channels are selected, because it has no queries of its own to mix.
+    A cut layer selects q/k channels and stores which channels of the shared queries it keeps. Channels are
+    not mixed, because the layer has no q projection.
     """
 
     def writers(self, module: Any) -> Mapping[str, str]:
@@ -61,7 +61,7 @@ class GlobalContext(Softmax):
         )
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store the indices of the kept channels of the stage's queries."""
+        """Store the indices of the kept channels of the stage's shared queries."""
         if unit.kind != "qk" or not module.use_global:
             return
         kept = kept.to(table_device(module.proj.weight))
@@ -71,10 +71,11 @@ class GlobalContext(Softmax):
 
 
 class Sam(Softmax):
-    """SAM: the bias of a pair of positions is q times a row of a table, which all heads share.
+    """Attention of SAM, with position biases q times a row of a table that all heads share.
 
-    Heads keep the same q/k channels, or get tables of their own; channels are selected, because a q mixed for
-    k would not fit its table. The softmax scale stays that of the dense layer: the bias is not scaled.
+    Heads keep the same q/k channels, or get their own tables. Channels are selected, because mixed q channels
+    would not match the table. The softmax scale stays that of the dense layer, because the bias is not
+    scaled.
     """
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
@@ -92,10 +93,10 @@ class Sam(Softmax):
 
 
 class PoolingHead(Softmax):
-    """A pooling head: learnt queries attend to all tokens once.
+    """Attention pooling head: learnt queries attend to all tokens.
 
-    Queries are the same for every image, so that a single PCA channel of q and k of a head is exact where the
-    head has one query. The MLP behind ``proj`` runs on very few tokens and is not pruned.
+    With 1 query per head, a single PCA channel of q and k per head is exact, because queries are equal for
+    all images. The MLP after ``proj`` is not pruned, because it runs on few tokens.
     """
 
     def serves(self, module: Any) -> bool:
@@ -109,7 +110,7 @@ class PoolingHead(Softmax):
 
 
 class Interleaved(Softmax):
-    """NesT: channel i of head h is column i * H + h of ``proj``."""
+    """Attention of NesT, where channel i of head h is input column i * H + h of ``proj``."""
 
     def v(self, name: str, module: Any) -> Unit:
         plain, (heads, _) = super().v(name, module), self.v_size(module)
@@ -119,10 +120,13 @@ class Interleaved(Softmax):
 
 
 class TiedHeads(Softmax):
-    """Heads whose q channels all meet the same tensor. They keep the same channels and count as 1 head."""
+    """Attention where q channels of all heads meet the same tensor.
+
+    Heads keep the same channels and count as 1 head.
+    """
 
     def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
-        """Return the axes of q or k, and a hook that treats heads as observations."""
+        """Return the places of the q or k channels, and a hook that treats the heads as observations."""
         part = self.parts(module)[letter]
         stride = part.stride or part.width
         copies = tuple(head * stride for head in range(part.heads))
@@ -137,10 +141,9 @@ class TiedHeads(Softmax):
 
 
 class MultiQuery(TiedHeads):
-    """MobileNetV4: queries of every head, one head of keys and values for all.
+    """Multi-query attention of MobileNetV4: all heads share 1 head of keys and values.
 
-    What every head makes of channel i of the values is read by a column of its own: heads keep the same
-    channels, and columns are refitted on those of all heads.
+    All heads therefore keep the same v channels.
     """
 
     def qk(self, name: str, module: Any) -> Unit:
@@ -159,11 +162,10 @@ class MultiQuery(TiedHeads):
 
 @dataclass(eq=False)
 class Positional(TiedHeads):
-    """``BottleneckAttn`` and ``HaloAttn`` of ResNets, whose positions weigh q channels.
+    """``BottleneckAttn`` and ``HaloAttn`` of ResNets, where a position table multiplies q.
 
-    Heads share the table of positions, of which a q channel reads a column. A q mixed for k would not fit the
-    table, so that channels are selected; the scale stays that of the dense layer, since the bias of positions
-    is not scaled. There is no projection behind v.
+    Heads share the table. q/k channels are selected, because mixed q channels would not match the table. The
+    softmax scale stays that of the dense layer. v is not prunable, because no output projection reads v.
     """
 
     mixins: tuple[type, ...] = ()
@@ -195,10 +197,9 @@ class Positional(TiedHeads):
 
 
 class ParallelTwin(Twin):
-    """Forward pass of a cut :class:`Parallel` block."""
+    """Forward pass of a :class:`Parallel` block after a cut."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Map [B, N, C] to the same shape."""
         spec: Parallel = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         hidden, q, k, v = self.in_proj(self.in_norm(x)).split(self.in_split, dim=-1)
@@ -216,10 +217,10 @@ class ParallelTwin(Twin):
 
 @dataclass(eq=False)
 class Parallel(Softmax):
-    """A block of attention and an MLP side by side, whose three units are those of a single layer.
+    """Transformer block with parallel attention and MLP, described as 1 layer with qk, v and hidden units.
 
-    Rows of ``in_proj`` are [hidden | q | k | v], of sizes ``in_split``; one projection reads [v | hidden], or
-    one each.
+    Rows of ``in_proj`` are [hidden | q | k | v], of sizes ``in_split``. Either 1 output projection reads [v |
+    hidden], or 2 projections read v and hidden.
     """
 
     written_by: Mapping[str, str] = field(default_factory=lambda: {"in_proj": "hqkv"})
@@ -243,7 +244,7 @@ class Parallel(Softmax):
         return replace(super().v(name, module), output_scale=_layer_scale(module))
 
     def hidden(self, name: str, module: Any) -> Unit:
-        """Return the unit of the MLP."""
+        """Return the unit of the hidden MLP channels."""
         fused = module.out_proj is not None
         reader = Projection.of(module, "out_proj" if fused else "mlp_out_proj")
         written = self.axes(module, "h")
@@ -271,14 +272,14 @@ def _layer_scale(module: Any) -> str | None:
 
 
 class OutputTokens:
-    """Mixed into an attention class, in front of it: q is computed for the first tokens, k and v for all.
+    """Mixin for an attention class: q is computed for the first tokens only, k and v for all tokens.
 
-    It serves the last block of a ViT. :func:`mhacut.surgery.output_tokens.attend_from_output_tokens` sets
-    the class of an existing layer. The forward pass follows the class's row in the softmax table.
+    :func:`mhacut.surgery.output_tokens.attend_from_output_tokens` mixes it into the attention of the last ViT
+    block.
     """
 
     output_tokens: int
-    """Number of first tokens to compute."""
+    """Number of first tokens for which q is computed."""
 
 
 OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
@@ -291,17 +292,17 @@ OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
         vision_transformer_relpos.RelPosAttention,
     )
 }
-"""Attention classes that can compute only the first tokens, each with the class that does."""
+"""Attention classes, each with its subclass that computes q for the first tokens only."""
 
 
 CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("ClsWeights", layers.Attention)}
-"""Attention classes for blocks that merge tokens by the class token's attention, each with the class that
-also returns these weights, [B, H, N]."""
+"""Attention classes, each with its subclass that also returns the class token's attention weights, [B, H, N].
+Token merging uses the weights."""
 
 
 SHARED_KEYS = "several heads share their keys"
 KEPT = "kept_channels"
-"""Buffer: indices of a cut layer's q/k channels in the dense layer, [H, d]."""
+"""Name of the buffer with the indices of a cut layer's q/k channels in the dense layer, [H, d]."""
 
 
 def rotated(
@@ -313,7 +314,7 @@ def rotated(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> tuple[Any, ...]:
-    """Rotate q and k [B, H, N, d] by ``rope``, sines and cosines [..., N, 2 * dense width]."""
+    """Rotate q and k [B, H, N, d] by ``rope``, the sines and cosines [..., N, 2 * dense width]."""
     dtype = q.dtype
     q, k = m.q_norm(q), m.k_norm(k)
     if rope is not None:
@@ -323,7 +324,7 @@ def rotated(
 
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
-    """Rotate all tokens after the prefix. There may be queries of prefix tokens only."""
+    """Rotate the patch tokens of q or k. Prefix tokens, such as the class token, are not rotated."""
     if x.shape[2] <= m.num_prefix_tokens:  # the last block of a model that computes the class token alone
         return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
@@ -331,7 +332,7 @@ def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
 
 
 def _angles(rope: Tensor, channels: Tensor | None) -> Tensor:
-    """Return sines and cosines of ``channels`` [H, d] from [..., N, 2 * dense], as [..., H, N, 2 * d]."""
+    """Return the sines and cosines of the kept ``channels`` [H, d], as [..., H, N, 2 * d]."""
     if channels is None:
         return rope
     heads, width = channels.shape
@@ -345,13 +346,10 @@ def _angles(rope: Tensor, channels: Tensor | None) -> Tensor:
 class Rope(Softmax):
     """Rotary attention (RoPE): EVA-02, DINOv3, RoPE-ViT, PE, Qwen3-ViT, ...
 
-    It has one ``qkv``, whose bias may be in parts, or a projection each. A q/k channel is a pair of rows that
-    rotate together: neighbours, or one from each half of a head. Pairs rotate at different speeds, so that
-    they are selected, each head its own, and never mixed; a cut layer keeps the numbers of its pairs to look
-    up their angles. v channels do not rotate and can be mixed.
-
-    If several heads of q share keys and values, v has as many heads as the keys, and a v channel is read once
-    for each head of q.
+    A q/k channel is a pair of rows that rotate together: neighbours, or 1 row from each half of a head. Each
+    head selects its own pairs, because pairs rotate at different speeds and cannot be mixed. A cut layer
+    stores the indices of its pairs to look up their angles. v channels do not rotate and can be mixed. If
+    several q heads share a k and v head, each of them reads its v channels.
     """
 
     written_by: Mapping[str, str] = field(
@@ -375,7 +373,7 @@ class Rope(Softmax):
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
-        """Return the unit of channel pairs that rotate together."""
+        """Return the unit of q/k channel pairs."""
         plain, half = super().qk(name, module), _by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
@@ -395,7 +393,7 @@ class Rope(Softmax):
         )
 
     def v(self, name: str, module: Any) -> Unit:
-        """Return the unit of v, with the heads of k."""
+        """Return the unit of v channels, with as many heads as k."""
         unit, queries = super().v(name, module), _queries_per_key(module)
         if queries == 1:
             return unit
@@ -408,7 +406,7 @@ class Rope(Softmax):
         return replace(unit, axes=axes).read_at(by_each(unit.scale_axes[0]), output)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store the indices of the kept channels, which select the angles."""
+        """Store the indices of the kept q/k channel pairs, which select the rotation angles."""
         if unit.kind != "qk":
             return
         kept = kept.to(table_device(self.reader(module).linear.weight))
@@ -423,7 +421,7 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """Return ``hook`` with the 2 channels of each pair separated: [..., 2, heads * pairs]."""
+    """Return ``hook`` with the 2 channels of each pair as separate observations, [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)
@@ -436,12 +434,12 @@ def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> Activ
 
 
 def _by_halves(module: Any) -> bool:
-    """Whether a pair is a channel of each half of a head. True for all classes outside timm."""
+    """Whether a channel pair is 1 channel from each half of a head. True for all classes outside timm."""
     return getattr(module, "rotate_half", True)
 
 
 def _queries_per_key(module: Any) -> int:
-    """Number of q heads per k head; 1 for EVA's attention."""
+    """Number of q heads per k head; 1 for the attention of EVA."""
     return getattr(module, "num_kv_groups", 1)
 
 

@@ -42,7 +42,7 @@ EFFICIENT_FORMER_V2_SIZES = {"key_dim": "qk", "d": "v", "dh": "heads * v"}
 
 
 def equal(m: Any, qk: int, v: int) -> bool:
-    """Whether timm's own forward pass, which has one width, supports these widths."""
+    """Whether q/k and v have the same width, so that timm's own forward pass supports it."""
     return qk == v
 
 

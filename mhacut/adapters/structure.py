@@ -27,11 +27,13 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.plan import UnitKind
 
 _TOLERANCE = 1e-6
-"""Largest relative difference of outputs in a proof. Some classes compute the softmax in float32."""
+"""Largest relative difference between outputs that must be equal. Some attention classes compute the softmax
+in float32."""
 _GRIDS = ((8, 8), (8, 16))
-"""Heights and widths of the token maps in a proof."""
+"""Heights and widths of the random token maps on which a found structure is tested."""
 _PROVED: dict[tuple[Any, ...], Adapter | None] = {}
-"""Proved adapters by module structure. Modules on the meta device have no values to run a proof."""
+"""Cache of adapters found by structure. Copies of a module on the meta device have no weights to test and use
+the cache."""
 
 
 class _NamedTwin(Twin):
@@ -61,7 +63,7 @@ def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether an argument is a height, a width, or both."""
+    """Whether an argument of the forward pass is a height, a width, or a pair of both."""
     entries = value if isinstance(value, tuple | list) else (value,)
     # Sizes are tensors while torch traces.
     return all(type(entry) is int or (isinstance(entry, Tensor) and not entry.dim()) for entry in entries)
@@ -80,14 +82,14 @@ def _projected(m: Any, y: Tensor, *_: Any) -> Any:
 
 @dataclass(eq=False)
 class PlainAttention(Softmax):
-    """Global softmax attention of a class that has no row in the table."""
+    """Softmax attention over all tokens, of a class without an adapter."""
 
     heads_at: str = "num_heads"
-    """Attribute with the number of heads, possibly of a submodule."""
+    """Name of the attribute that holds the number of heads, possibly in a submodule (``attn.num_heads``)."""
     beside: int | None = None
-    """Number of ``None`` after the output in a tuple. None if the output is a tensor."""
+    """Number of ``None`` values after the output in a returned tuple. None: the layer returns a tensor."""
     reduced_by: tuple[str, str] | None = None
-    """Names of the convolution and the norm that reduce the map for k and v."""
+    """Names of the convolution and the norm that downsample the input of k and v. None: no downsampling."""
     inputs: Hook = _reduced
     logits: Hook = _with_mask
     weigh: Hook = _attended
@@ -108,19 +110,15 @@ class PlainAttention(Softmax):
 
 @dataclass(eq=False)
 class OwnForward(PlainAttention):
-    """Attention that runs its own forward pass after a cut, with q, k and v of one width.
-
-    It may reduce the map that k and v are made of, or add biases of positions: the proof finds out which
-    channels can be mixed.
-    """
+    """Attention that keeps the forward pass of its class after a cut, with equal widths of q, k and v."""
 
     sizes_at: tuple[tuple[str, str, str], ...] = ()
-    """Attributes to change with the head width: submodule, attribute, and ``d``, ``heads * d`` or
-    ``scale``."""
+    """Attributes that depend on the head width d: submodule, attribute, and value (``d``, ``heads * d`` or
+    ``scale``)."""
     tables: tuple[str, ...] = ()
-    """Tables of relative positions, [positions, d], which q multiplies. All heads share them."""
+    """Names of tables of relative positions, [positions, d], that multiply q. All heads share the tables."""
     mixing: Mapping[UnitKind, Mixing] | None = None
-    """Mixing per kind. None: the most restrictive."""
+    """:data:`~mhacut.adapters.base.Mixing` by kind. None: ``select`` for qk, ``refit`` for v."""
     mixins: tuple[type, ...] = ()
     one_width = True
     equal_widths_only = True
@@ -140,7 +138,7 @@ class OwnForward(PlainAttention):
         return replace(plain, axes=plain.axes + tables, sharing="tied" if shared else "own")
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Undo in the tables the factor that q gets for the softmax: their bias has no scale."""
+        """Divide the position tables by the factor with which q keeps the softmax temperature."""
         if unit.kind == "qk" and unit.softmax_scaled:
             for table in self.tables:
                 module.get_parameter(table).data.mul_((unit.width / kept.shape[1]) ** 0.5)
@@ -153,7 +151,7 @@ class OwnForward(PlainAttention):
 
 
 def adapter_by_structure(module: nn.Module) -> Adapter | None:
-    """Return the adapter of a module whose linear layers have a known form; None without a proof."""
+    """Return an adapter derived from the linear layers of ``module``; None if its test fails."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, PlainAttention):  # a cut layer
         return spec
@@ -171,22 +169,19 @@ def adapter_by_structure(module: nn.Module) -> Adapter | None:
 
 
 def _of_tokens(linears: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the linear layers that read or write tokens, without tables of position biases."""
+    """Return the linear layers that read or write tokens; linear layers of position biases are left out."""
     widths = Counter(part.in_features for part in linears.values())
     width = widths.most_common(1)[0][0] if widths else 0
     return {name: part for name, part in linears.items() if width in (part.in_features, part.out_features)}
 
 
 def is_registered_library(module: nn.Module) -> bool:
-    """Whether all prunable classes of the module's library have their own adapters."""
+    """Whether mhacut has adapters for all prunable classes of the library that defines the class."""
     return type(module).__module__.startswith(("timm.", "mhacut."))
 
 
 def mlp_of_block(module: nn.Module, layers: Collection[str]) -> Mlp | None:
-    """Return the MLP whose 2 linear layers are in different submodules of a block.
-
-    ``layers`` are the known layers.
-    """
+    """Return the MLP whose 2 linear layers are in different submodules of the block ``module``."""
     linears = {
         name: part
         for name, part in module.named_modules()
@@ -207,7 +202,7 @@ def _proved(module: nn.Module, linears: Mapping[str, Any], *, only_mlp: bool = F
 
 
 class _Proof:
-    """Search for the form of a module, on a float64 copy with random weights."""
+    """Search for the structure of a module: candidates are tested on a float64 copy with random weights."""
 
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
@@ -249,7 +244,7 @@ class _Proof:
         )
 
     def reproduces(self, spec: PlainAttention) -> bool:
-        """Whether a cut layer computes the outputs of the module, with and without a mask."""
+        """Whether a cut layer computes the outputs of the module, with and without an attention mask."""
         # Other dropouts than these two would be lost in training.
         dropouts = {name for name, part in self.trial.named_modules() if getattr(part, "p", 0)}
         if not dropouts <= {"attn_drop", "proj_drop"}:
@@ -270,7 +265,7 @@ class _Proof:
         return True
 
     def cuts_exactly(self, adapter: Adapter) -> bool:
-        """Whether a cut to half of the channels gives the outputs of the masked module."""
+        """Whether a layer cut to half of its channels gives the same outputs as the masked module."""
         generator = torch.Generator().manual_seed(0)
         masked, slim = copy.deepcopy(self.trial), copy.deepcopy(self.trial)
         layer = adapter.describe("", self.trial)
@@ -310,7 +305,7 @@ class _Proof:
         return all(_equal(self.run(slim, grid), self.run(masked, grid)) for grid in self.grids)
 
     def mixing_of(self, adapter: Adapter) -> dict[UnitKind, Mixing]:
-        """Return ``rotate`` for each kind whose channels can be mixed without changing the outputs."""
+        """Return the mixing by kind: ``rotate`` if a change of basis leaves the outputs unchanged."""
         mixing: dict[UnitKind, Mixing] = {}
         for unit in adapter.describe("", self.trial).units:
             turned = self.with_mixed_channels(unit)
@@ -331,7 +326,7 @@ class _Proof:
         return turned
 
     def run(self, module: nn.Module, grid: tuple[int, int], **more: Any) -> list[Any] | None:
-        """Run a module on random tokens. None if it takes other arguments."""
+        """Run a module on random tokens; return None if the module needs other arguments."""
         try:
             output = module(*self.inputs(grid), **more)
         except Exception:  # of any kind: this code is not known
@@ -353,7 +348,7 @@ class _Proof:
 
 
 def _windows_of(module: nn.Module) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Return grids for attention that takes the tokens of one window."""
+    """Yield the window size of attention that runs on the tokens of a single window."""
     for part in module.modules():
         side = getattr(part, "window_size", None)
         height, width = side if isinstance(side, tuple | list) else (side, side)
@@ -389,7 +384,7 @@ def _own_forms(cls: type[nn.Module], form: Mapping[str, Any], module: nn.Module)
 
 
 def _attention_forms(linears: Mapping[str, Any], module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Yield fields of :class:`PlainAttention` to try, likely ones first."""
+    """Yield possible fields of :class:`PlainAttention` for a module, likely candidates first."""
     heads = list(_head_counts(module))
     for reader in reversed([*linears]):
         width = linears[reader].in_features
@@ -457,7 +452,7 @@ def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
 
 
 def with_random_weights(module: nn.Module) -> nn.Module:
-    """Return a float64 copy with random weights. Zero weights would hide the effect of a parameter."""
+    """Return a float64 copy with random weights, because weights of 0 would hide a parameter."""
     trial = copy.deepcopy(module).cpu().double().requires_grad_(False)
     trial.eval()  # which some classes return nothing from
     generator = torch.Generator().manual_seed(0)
