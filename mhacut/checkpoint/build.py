@@ -18,7 +18,7 @@ from mhacut.errors import CheckpointError
 from mhacut.limits import is_int
 
 _FILL = "init_non_persistent_buffers"
-"""Method of timm's modules that computes the non-persistent buffers."""
+"""Name of the method by which timm's modules compute their non-persistent buffers."""
 
 
 def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | None = None) -> nn.Module:
@@ -52,7 +52,6 @@ def build_skeleton(identity: ModelIdentity, limit: Mapping[str, TensorInfo] | No
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Create tensors on the meta device and skip their initialisation."""
     # Meta tensors have no values, yet their initialisation takes torch up to 10 times as long as the model.
     with torch.device("meta"), _Uninitialised():
         yield

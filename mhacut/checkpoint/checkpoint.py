@@ -28,14 +28,14 @@ from mhacut.text import dtype_name, listed
 
 @dataclass(eq=False)
 class Checkpoint:
-    """A timm model, dense or slim, and its file, which the properties read on first use."""
+    """A timm model, dense or slim, with its file. Properties read the file on first use."""
 
     source: str
-    """Path, ``timm:NAME``, or another name for messages."""
+    """Path or ``timm:NAME``; for a model in memory, a name for messages."""
     stem: str
     record: SlimRecord | None
     header: FileHeader | None = None
-    """Header of the file; None for a model in memory."""
+    """Header of the checkpoint file; None for a model in memory."""
     hints: ModelHints = field(default_factory=ModelHints)
     has_weights: bool = False
     _resolved: ResolvedModel | None = None
@@ -82,7 +82,7 @@ class Checkpoint:
 
     @property
     def input_size(self) -> tuple[int, int, int]:
-        """Image size [C, H, W] of the model."""
+        """Size of an input image, (channels, height, width)."""
         identity = self.identity
         return model_input_size(self.skeleton, identity.pretrained_cfg, identity.model_args)
 
@@ -92,7 +92,7 @@ class Checkpoint:
 
     @property
     def skeleton(self) -> nn.Module:
-        """The model, cut if slim; on the meta device until the weights are read."""
+        """The timm model, cut if the file is slim. It is on the meta device until the weights are read."""
         return self._resolve().skeleton
 
     @property
@@ -101,7 +101,7 @@ class Checkpoint:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Log lines: what was inferred, and which part of the file was read."""
+        """Lines for the log: how the model was identified, and the entry of the file that was read."""
         notes, header = list(self._resolve().notes), self.header
         if header is None:
             return tuple(notes)
@@ -122,7 +122,6 @@ class Checkpoint:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the file, or of the tensors of a model in memory."""
         if self._sha256 is None and self.header is not None:
             self._sha256 = sha256_of_file(self.header)
         elif self._sha256 is None:
@@ -130,7 +129,7 @@ class Checkpoint:
         return self._sha256
 
     def read_tensors(self) -> dict[str, Tensor]:
-        """Read the tensors in the file's dtypes, by their names in the model."""
+        """Read the file's tensors in their stored dtypes, by their names in the timm model."""
         assert self.header is not None
         resolved, tensors = self._resolve(), read_tensors(self.header)
         # Another library's tensors are renamed, split and joined; a slim file has the model's names.

@@ -47,7 +47,7 @@ def _file_header(path: Path, part: str | None = None) -> FileHeader:
 
 
 def _named(header: FileHeader) -> FileHeader:
-    """Rename tensors to the model's names and drop tensors outside the model."""
+    """Return ``header`` without tensors outside the model, and with wrapper prefixes removed from names."""
     of_timm = header.config is None or "architecture" in header.config
     if METADATA_KEY in header.metadata or not of_timm:
         return dataclasses.replace(header, names={name: name for name in header.tensors})
@@ -75,7 +75,6 @@ def _sharded_header(paths: Sequence[Path], part: str | None) -> FileHeader:
 
 
 def read_tensors(header: FileHeader) -> dict[str, Tensor]:
-    """Read the tensors in ``header`` on the CPU, in the file's dtypes."""
     names = header.names
     tensors: dict[str, Tensor] = {}
     stored: Mapping[Path, Iterable[str]] = header.shards or {header.path: names}
@@ -103,7 +102,7 @@ def read_safetensors(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """Return tensor infos and metadata. The library checks for holes and overlaps."""
+    """Return the shape and dtype of each tensor, and the metadata of the file."""
     regular_size(path)  # opening a pipe would block
     try:
         with safe_open(path, framework="pt") as file:
@@ -127,7 +126,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
 
 
 def sha256_of_file(header: FileHeader) -> str:
-    """Return the digest of the file. For shards: the digest of their digests."""
+    """Return the SHA-256 of a checkpoint file. For shards: the SHA-256 of their digests."""
     if not header.shards:
         return sha256_of(header.path)
     return hashlib.sha256("".join(map(sha256_of, header.shards)).encode()).hexdigest()

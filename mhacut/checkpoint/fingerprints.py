@@ -17,21 +17,21 @@ TABLE = Path(__file__).with_name("fingerprints.txt")
 POSITIONS = re.compile(
     r"(positional_encoding|pos_embed\w*|relative_position_bias_table|rel_pos_[hw]|attention_biases)$"
 )
-"""Tensors whose shape depends on the image size."""
+"""Pattern for names of tensors whose shape depends on the image size."""
 CLASSIFIERS = re.compile(
     r"((aux_)?head(_dist)?|heads\.\d+|fc|classif(ier)?|last_linear)"
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
 _OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamma|attn\.qkv\.bias)")
-"""Tensors whose presence depends on one argument. Other tensors show that argument."""
+"""Pattern for names of tensors that 1 timm argument adds or removes. Any-size digests ignore them."""
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
 def fingerprint(shapes: Shapes) -> tuple[str, str]:
-    """Return digests of the names and shapes without classifiers.
+    """Return an exact digest and an any-size digest of the names and shapes, without classifiers.
 
-    The first ignores the shapes of position tables. The second also ignores depth, channels of images, patch
-    size, pooling and registers.
+    The exact digest ignores the shapes of position tables. The any-size digest also ignores depth, image
+    channels, patch size, pooling and registers.
     """
     exact: set[str] = set()
     any_size: set[str] = set()
@@ -55,20 +55,18 @@ def _digest(lines: Iterable[str], size: int) -> str:
 
 
 def exact_matches(shapes: Shapes) -> tuple[str, ...]:
-    """Return architectures with these tensors for some number of classes and image size."""
     exact, any_size = fingerprint(shapes)
     return read_table()[1].get(any_size, {}).get(exact, ())
 
 
 def matches_of_any_size(shapes: Shapes) -> list[str]:
-    """Return architectures that may have these tensors with other arguments."""
     group = read_table()[1].get(fingerprint(shapes)[1], {})
     return [name for names in group.values() for name in names if not name.startswith("test_")]
 
 
 @cache
 def read_table() -> tuple[str, Mapping[str, Mapping[str, tuple[str, ...]]]]:
-    """Return timm's version, and names of architectures by the digest of any size and the exact digest."""
+    """Return timm's version and {any-size digest: {exact digest: names of architectures}}."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     group: dict[str, tuple[str, ...]] = {}

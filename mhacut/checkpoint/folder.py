@@ -18,11 +18,11 @@ WEIGHT_FILES = (
     "model.pth",
     "model.pt",
 )
-"""Files with weights, in order of preference."""
+"""Names of weight files in a model folder, the preferred name first."""
 PRUNED = "pruned.safetensors"
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Lists of shards, in order of preference."""
+"""Names of index files that list the shards of a model, the preferred name first."""
 MERGE_ADAPTER_ADVICE = (
     "Merge it into its model first: merged = PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload(); "
     'torch.save(merged.state_dict(), "weights.pth")'
@@ -32,7 +32,7 @@ _NO_WEIGHTS = {
     "adapter_config.json": f"holds an adapter without its model. {MERGE_ADAPTER_ADVICE}",
     "config.json": "has no weights. Expected model.safetensors next to config.json",
 }
-"""Reasons why a folder has no weights, by a file in it; the first counts."""
+"""Error text for a folder without weights, by the name of a file in the folder. The first match is used."""
 
 
 def open_folder(folder: Path) -> tuple[Sequence[Path], dict[str, Any] | None, dict[str, Any] | None]:
@@ -84,7 +84,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def shard_names(index: Path) -> list[str]:
-    """Return the names of the shards in an untrusted index. Names that leave the folder are refused."""
+    """Return the shard names in an index file. Raise if a name could lead out of the folder."""
     files = read_json(index).get("weight_map")
     names = sorted(set(map(str, files.values()))) if isinstance(files, dict) else []
     # No slash and no dot but the last: a name cannot lead out of the folder.

@@ -38,8 +38,6 @@ def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
 
 @dataclass(frozen=True)
 class FileHeader:
-    """Tensors of a file, and where they were found."""
-
     path: Path
     format: Format
     tensors: Mapping[str, TensorInfo]
@@ -48,17 +46,17 @@ class FileHeader:
     preprocessor: Mapping[str, Any] | None = None
     shards: Mapping[Path, Mapping[str, TensorInfo]] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
-    """Names in the file of the tensors to read, mapped to names in the model."""
+    """Tensor names in the file, mapped to names in the model. Only these tensors are read."""
     note: str | None = None
-    """Log line: the part that was read, and the tensors that were dropped."""
+    """Line for the log: the entry of the file that was read, and the tensors that were ignored."""
     part: str | None = None
-    """Entry of a training checkpoint that was read, for example ``model_ema``."""
+    """Entry of a training checkpoint that was read, for example ``model_ema``; None without entries."""
     other_parts: tuple[str, ...] = ()
-    """Other entries with weights, selectable with ``--part``."""
+    """Other entries of the training checkpoint that hold weights. ``--part`` selects one of them."""
     requested_part: str | None = None
-    """Value of ``--part``: an entry, or a module in it."""
+    """Value of ``--part``: an entry of the training checkpoint, or a module inside the entry."""
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Untrusted options saved by a training script, see :mod:`mhacut.checkpoint.training`."""
+    """Options that a training script saved in the file, untrusted. See :mod:`mhacut.checkpoint.training`."""
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

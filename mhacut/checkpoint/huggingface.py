@@ -28,11 +28,11 @@ from mhacut.runtime.files import read_json, show
 
 
 class ImageModel(nn.Module):
-    """A transformers model as a function from images [B, C, H, W] to logits, or to features."""
+    """Wraps a transformers model: images [B, C, H, W] to logits, or to features without a classifier."""
 
     @torch.no_grad()
     def __init__(self, model: nn.Module, size: tuple[int, ...]) -> None:
-        """Wrap the model. ``size`` is the [C, H, W] of a test image."""
+        """Run ``model`` on a zero image of ``size`` [C, H, W] to find the number of classes."""
         super().__init__()
         self.model = model
         try:
@@ -52,7 +52,7 @@ class ImageModel(nn.Module):
 
 
 def _preprocessing_of(folder: Path, model: Any) -> Preprocessing:
-    """Return the preprocessing of the model folder. The image size is the folder's, or else the model's."""
+    """Return the folder's preprocessing. If it has no image size, use the model's image size."""
     stated = preprocessor_of(folder)
     if stated is None:
         raise CheckpointError(
@@ -66,17 +66,14 @@ def _preprocessing_of(folder: Path, model: Any) -> Preprocessing:
 
 
 def is_pruned_folder(source: str | os.PathLike[str]) -> bool:
-    """Whether :func:`save_pruned`, or ``prune --as huggingface``, wrote the folder."""
     return (Path(source) / PRUNED).is_file()
 
 
 def is_huggingface(checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint is a model of transformers, not one of timm."""
     return isinstance(checkpoint.skeleton, ImageModel)
 
 
 def open_huggingface(source: str | os.PathLike[str], hints: ModelHints | None = None) -> Checkpoint:
-    """Open a folder of a transformers model, dense or pruned, without converting the model to timm."""
     folder, hints = Path(source), hints or ModelHints()
     pruned = is_pruned_folder(folder)
     if pruned:
@@ -113,7 +110,7 @@ def open_huggingface(source: str | os.PathLike[str], hints: ModelHints | None = 
 
 
 def as_huggingface(checkpoint: Checkpoint) -> Checkpoint:
-    """Return the checkpoint of a transformers folder without its conversion to timm; others as they are."""
+    """Reopen a converted transformers folder without the conversion. Return other checkpoints unchanged."""
     config = None if checkpoint.header is None else checkpoint.header.config
     converted = config is not None and "model_type" in config and not is_huggingface(checkpoint)
     return open_huggingface(checkpoint.source) if converted else checkpoint
@@ -145,7 +142,6 @@ def write_huggingface(
     overwrite: bool,
     finish: Callable[[Path], object] | None = None,
 ) -> None:
-    """Write a pruned transformers model as a folder of its class; see :func:`write_pruned`."""
     written = copy.deepcopy(model).to(dtype)
     pruned_part(written)[1]["history"] = list(history)
     write_pruned(written, path, overwrite=overwrite, finish=finish or (lambda folder: None))

@@ -31,7 +31,6 @@ from mhacut.surgery.slice import cut
 
 
 def identify_slim(header: FileHeader, record: SlimRecord, hints: ModelHints) -> ResolvedModel:
-    """Build the model described in a slim file's metadata, cut it by the plan, and compare tensors."""
     where = show(header.path)
     identity = record.identity
     try:
@@ -66,7 +65,6 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
 
 
 def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
-    """Build the model of a dense file from its configuration, the user's hints, or names and shapes."""
     args = checked_model_args(hints.model_args)
     if hints.num_classes is not None:
         args["num_classes"] = hints.num_classes
@@ -153,7 +151,7 @@ def _from_conversion(
 def _from_file(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
 ) -> ResolvedModel:
-    """Build the model of a file without configuration. ``cfg`` is the preprocessing its library implies."""
+    """Build the model of a file without config.json. ``cfg`` is the preprocessing of the file's library."""
     training = read_training(header.training)
     if training is None:
         return _from_names(header, args, hints, cfg)
@@ -182,7 +180,6 @@ def _from_file(
 def _from_training(
     header: FileHeader, args: Mapping[str, Any], training: Training, *, given: bool
 ) -> ResolvedModel:
-    """Build the model named in the training options, without arguments that contradict the tensors."""
     name, tag = split_tag(training.model or "")
     cfg = cfg_of_tag(name, tag)
     heads = {key: training.args[key] for key in ("num_heads",) if training.implied and key in training.args}
@@ -233,7 +230,7 @@ def _from_names(
 
 
 def _without_claims(model: ResolvedModel, stated: Iterable[str] = ()) -> ResolvedModel:
-    """Drop license, tag and labels that come from timm's default. Keep those in ``stated``."""
+    """Drop timm's default license, tag and labels from the model, except the keys in ``stated``."""
     dropped = WEIGHTS_CFG_KEYS - set(stated)
     cfg = {name: value for name, value in model.identity.pretrained_cfg.items() if name not in dropped}
     return replace(model, identity=replace(model.identity, pretrained_cfg=cfg))

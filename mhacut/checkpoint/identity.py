@@ -22,7 +22,7 @@ _RESERVED_ARGS = frozenset((
     "exportable", "no_jit", "features_only", "feature_cfg", "feature_cls", "out_indices", "kwargs_filter",
     "pruned", "model_name", "model_cls", "variant", "device", "dtype",
 ))
-"""Arguments of timm.create_model that load, place or wrap a model."""
+"""Forbidden arguments of ``timm.create_model``: they load weights, choose a device or wrap the model."""
 _CFG_SIZES = frozenset({"input_size", "test_input_size", "min_input_size"})
 _CFG_KEYS = _CFG_SIZES | frozenset((
     "num_classes", "pool_size", "test_pool_size", "first_conv", "classifier", "architecture", "tag",
@@ -30,22 +30,21 @@ _CFG_KEYS = _CFG_SIZES | frozenset((
     "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 ))
 # fmt: on
-"""Keys of a pretrained_cfg that are read: preprocessing, labels, provenance. Sources of weights are dropped.
-"""
+"""Keys of timm's pretrained_cfg that mhacut reads. Keys that name a source of weights are missing here."""
 PROVENANCE_CFG_KEYS = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
 LABEL_CFG_KEYS = frozenset({"label_names", "label_descriptions"})
 WEIGHTS_CFG_KEYS = PROVENANCE_CFG_KEYS | LABEL_CFG_KEYS
-"""Keys of a pretrained_cfg that describe weights. timm's defaults for them do not apply to other files."""
+"""Keys of timm's pretrained_cfg that describe timm's own weights, such as their license and labels."""
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """Arguments of ``timm.create_model`` for the dense model, as JSON values."""
+    """Arguments of ``timm.create_model`` that build the dense model, as JSON values."""
 
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    """Preprocessing, labels and license in timm's format, without sources of weights."""
+    """timm's preprocessing, labels and license, without keys that name a source of weights."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or not _ARCHITECTURE.fullmatch(self.architecture):
@@ -58,17 +57,17 @@ class ModelIdentity:
 
 @dataclass(frozen=True)
 class ModelHints:
-    """The user's options about the model in a file. None means: infer from the file."""
+    """User options that say which model a file holds. Fields that are None are inferred from the file."""
 
     model: str | None = None
     model_args: Mapping[str, Any] = field(default_factory=dict)
     num_classes: int | None = None
     part: str | None = None
-    """Entry or module of a training checkpoint that holds the model."""
+    """Entry of a training checkpoint, or module inside the entry, that holds the model."""
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Return ``args`` as JSON values, or raise if they do more than describe a model."""
+    """Return ``args`` as JSON values. Raise if an argument does more than describe the architecture."""
     if not isinstance(args, Mapping):
         raise CheckpointError(f"model_args: expected an object, found {type(args).__name__}")
     for name in args:
@@ -84,7 +83,6 @@ def checked_model_args(args: object) -> dict[str, Any]:
 
 
 def checked_pretrained_cfg(cfg: object) -> dict[str, Any]:
-    """Return ``cfg`` as JSON values without the sources of weights."""
     if not isinstance(cfg, Mapping):
         raise CheckpointError(f"pretrained_cfg: expected an object, found {type(cfg).__name__}")
     # Sources of weights are dropped: a file must not make timm download others.
@@ -106,7 +104,7 @@ def identity_of(model: Any, architecture: str, args: Mapping[str, Any]) -> Model
 
 
 def dense_args(identity: ModelIdentity) -> dict[str, Any]:
-    """Return the ``model_args`` for opening the dense original of a slim file."""
+    """Return the ``model_args`` with which the dense original of a slim file can be opened."""
     return {name: value for name, value in identity.model_args.items() if name != "num_classes" or value == 0}
 
 

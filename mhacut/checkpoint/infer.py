@@ -24,16 +24,13 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """The model of a checkpoint, without its weights."""
-
     identity: ModelIdentity
     skeleton: nn.Module
     tensors: Tensors
-    """Tensors of the file by their names in the model."""
+    """Shape and dtype of each tensor in the file, by the tensor's name in the model."""
     notes: tuple[str, ...]
     cfg_origins: Mapping[str, str] = field(default_factory=dict)
-    """Origin of each pretrained_cfg value, see :mod:`mhacut.checkpoint.preprocessing`. Missing keys are
-    timm's defaults."""
+    """Origin of each pretrained_cfg value, for example ``file``. Missing keys are timm's defaults."""
     conversion: Conversion | None = None
     inferred: frozenset[str] = frozenset()
 
@@ -41,7 +38,7 @@ class ResolvedModel:
 def infer_from_shapes(
     name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], tensors: Tensors, *, bounded: bool = False
 ) -> ResolvedModel:
-    """Build model ``name`` with arguments inferred from ``tensors``, whose number limits the depth."""
+    """Build timm model ``name``. Arguments that are missing in ``args`` are inferred from ``tensors``."""
     limit = tensors if bounded else None
     shapes = {key: info.shape for key, info in tensors.items()}
     args = dict(args)
@@ -120,7 +117,7 @@ def position_shapes(tensors: Tensors) -> list[tuple[int, ...]]:
 
 
 def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename a dense file's tensors to the model's names and resize FLatten's positions."""
+    """Rename a dense file's tensors to the timm model's names, and resize FLatten's position tables."""
     convert = checkpoint_filter(model)
     named = dict(tensors) if convert is None else convert(tensors, model)
     own, classifier = model.state_dict(), getattr(model, "pretrained_cfg", {}).get("classifier")
@@ -131,7 +128,6 @@ def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 
 
 def infos_by_model_names(tensors: Tensors, model: nn.Module) -> dict[str, TensorInfo]:
-    """Return shapes and dtypes after :func:`to_model_names`, without reading weights."""
     announced = {
         name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()
     }

@@ -21,7 +21,7 @@ from mhacut.runtime.progress import Reporter
 
 
 def open_checkpoint(source: str | os.PathLike[str], **hints: Any) -> Checkpoint:
-    """Open a checkpoint. For files, only the header is read now."""
+    """Open a checkpoint. The weights of a file are read on first use."""
     given = ModelHints(**hints)
     if isinstance(source, str) and source.startswith(TIMM_PREFIX):
         return open_pretrained(source, given)
@@ -83,9 +83,10 @@ def load_model(
     ``timm.data.resolve_data_config(model=...)`` work on it.
 
     Args:
-        path: safetensors file, ``.pth`` file, folder, ``timm:NAME`` or ``hf-hub:OWNER/NAME``. A pruned
-            transformers folder gives a function from images to logits; :func:`load_pruned` gives its class.
-        model: timm's name of the architecture, for dense files that do not name it.
+        path: safetensors file, ``.pth`` file, folder, ``timm:NAME`` or ``hf-hub:OWNER/NAME``. For a pruned
+            transformers folder, the result is a module from images to logits. Use :func:`load_pruned` for
+            the transformers class.
+        model: timm's name of the architecture. Default: inferred from the file.
         part: entry or module of a training checkpoint that holds the model. Default: inferred.
         model_args: further arguments of ``timm.create_model``, for example ``img_size=32``.
 

@@ -19,10 +19,9 @@ MODULE = "modeling_mhacut"
 
 
 class Pruned:
-    """Mixin for a class of transformers, whose layers get the sizes and merges in ``config.mhacut``."""
+    """Mixin by which a transformers class builds the pruned model that ``config.mhacut`` describes."""
 
     def __init__(self: Any, config: Any, *args: Any, **options: Any) -> None:
-        """Build the dense model, and cut it."""
         super().__init__(config, *args, **options)  # type: ignore[call-arg]
         stated = config.mhacut
         for name, shape in stated["shapes"].items():
@@ -39,9 +38,9 @@ class Pruned:
 
 
 def modeling_of(model: Any) -> tuple[dict[str, Any], str] | None:
-    """Return entries of ``config.json`` and the source of ``modeling_mhacut.py``.
+    """Return entries of ``config.json`` and the source of ``modeling_mhacut.py`` for a pruned model.
 
-    None if the model has a layer of a class that only mhacut has.
+    None if a layer of the model has a class that only mhacut defines.
     """
     import transformers
 

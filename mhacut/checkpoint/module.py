@@ -27,15 +27,14 @@ from mhacut.errors import CheckpointError, option_name
 from mhacut.surgery.find import classifier_size, model_input_size, patch_embedding
 
 _ARGS = "mhacut_model_args"
-"""Attribute of a loaded module: its timm.create_model arguments."""
+"""Attribute of a loaded module that stores its ``timm.create_model`` arguments."""
 _WRAPPED = {"OptimizedModule": "_orig_mod", "DataParallel": "module", "DistributedDataParallel": "module"}
-"""Wrapper classes of torch, and the attribute that holds the model. OptimizedModule is torch.compile's."""
+"""Wrapper classes of torch, mapped to the attribute that holds the model."""
 _SAME = 1e-5
-"""Largest relative difference between the float32 outputs of two builds of one model."""
+"""Largest relative output difference at which a rebuilt module counts as equal to the original."""
 
 
 def with_args(module: nn.Module, identity: ModelIdentity) -> nn.Module:
-    """Store the timm.create_model arguments on ``module``, so that it can be rebuilt."""
     module.__dict__[_ARGS] = {
         # The module itself shows these, also after timm's reset_classifier and set_input_size.
         name: value
@@ -59,7 +58,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return a checkpoint of a dense timm module, rebuilt from its architecture and arguments."""
+    """Return a checkpoint with a copy of a dense timm module, built from architecture and arguments."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = f"{architecture} in memory"

@@ -35,7 +35,7 @@ REST, CARD = "rest.safetensors", "README.md"
 MODELING = f"{MODULE}.py"
 FILES = "config.json", PRUNED, REST, CARD, MODELING, INDEXES[0]
 _RECORD = "mhacut_pruned"
-"""Attribute of a pruned submodule: the content of its metadata."""
+"""Attribute of a pruned submodule that stores its plan, class name and FLOPs."""
 
 
 def cut_part(part: nn.Module, name: str, plan: Plan, tensors: Mapping[str, Tensor], **made: Any) -> None:
@@ -66,7 +66,7 @@ def _pruned_in(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def pruned_part(model: nn.Module) -> tuple[str, dict[str, Any]]:
-    """Return the name of the pruned submodule, and the content of its metadata, which may be changed."""
+    """Return the name of the pruned submodule, and its metadata, a dict that callers may change."""
     pruned = _pruned_in(model)
     if len(pruned) != 1:
         names = ", ".join(map(shown, pruned)) or "none. Call prune_ first"
@@ -80,9 +80,9 @@ def save_pruned(model: nn.Module, file: str | os.PathLike[str], *, overwrite: bo
 
     Args:
         model: the model or the pruned submodule.
-        file: a name ending in ``.safetensors`` gets the pruned submodule only. Any other name is a folder
-            for the whole transformers model, which :func:`load_pruned` opens, and in most cases transformers
-            itself, with ``trust_remote_code=True``.
+        file: if the name ends in ``.safetensors``, a file with the pruned submodule only. Otherwise a folder
+            with the whole transformers model, for :func:`load_pruned`. transformers opens most of these
+            folders with ``trust_remote_code=True``.
         overwrite: replace existing files.
 
     Raises:
@@ -100,7 +100,7 @@ def write_pruned(
     overwrite: bool,
     finish: Callable[[Path], object],
 ) -> None:
-    """Write as :func:`save_pruned`. ``finish`` gets a folder before its files appear."""
+    """Write as :func:`save_pruned`. ``finish`` may add files to the folder before it is in place."""
     name, record = pruned_part(model)
     part = model.get_submodule(name)
     version = 2 if "tokens" in record else 1  # version 1 has no token merging
@@ -179,7 +179,6 @@ tags: [mhacut, pruned]
 
 
 def _opened(folder: str | os.PathLike[str], make: Callable[[Any, Any], Any]) -> Any:
-    """Call ``make(class, config)`` for the class and configuration in ``config.json``."""
     where = show(folder)
     try:
         transformers: Any = import_module("transformers")
@@ -236,17 +235,17 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
 
 @torch.no_grad()
 def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Cut a dense model in place as described in ``file``, and load the pruned weights.
+    """Cut a dense model in place by the plan in ``file``, and load the pruned weights from ``file``.
 
         model = AutoModel.from_config(config)
         mhacut.apply_pruned(model, "pruned.safetensors")
 
     Args:
         model: dense model of the same configuration as in :func:`mhacut.prune_`, or the submodule to cut.
-        file: file of :func:`save_pruned`.
+        file: ``.safetensors`` file that :func:`save_pruned` wrote.
 
     Raises:
-        CheckpointError: the file is damaged or for another model. The model is unchanged.
+        CheckpointError: the file is damaged or for another model. ``model`` is unchanged.
         UsageError: the submodule was pruned before.
     """
     where, (tensors, metadata) = show(file), safetensors_header(Path(file))

@@ -38,14 +38,13 @@ _TEXTS: dict[Origin, str] = {
     "option": "{options}",
 }
 _UNSURE = ("assumed", "default", "module")
-"""Origins that may differ from the training of the weights."""
+"""Origins of mean and std that may differ from the values at training."""
 _OPTIONS = {"input_size": "img_size"}
 _LICENSE_KEY = "license"
 _HISTORY_KEY = "preprocessing_from"
 
 
 def resolve_preprocessing(checkpoint: Checkpoint, override: PreprocessingOptions) -> Preprocessing:
-    """Return the preprocessing of the slim file or pretrained_cfg, changed by ``override``."""
     identity = checkpoint.identity
     built_for = checkpoint.input_size
     stated = identity.pretrained_cfg
@@ -87,7 +86,7 @@ class Provenance:
 
     @property
     def normalisation_is_stated(self) -> bool:
-        """Whether mean and std come from these weights' file or from the user."""
+        """Whether mean and std come from the user or from the file of these weights."""
         # Either option counts: the user has looked at the normalisation.
         origins = {self.origins["mean"], self.origins["std"]}
         return "option" in origins or not origins.intersection(_UNSURE)
@@ -158,7 +157,7 @@ def _of_slim(record: SlimRecord, name: str) -> Origin:
 
 
 def stated_license(checkpoint: Checkpoint) -> str | None:
-    """Return the license in the weights' own file. timm's license for the architecture does not count."""
+    """Return the license of these weights. timm's default license for the architecture is ignored."""
     # The text goes into YAML, and the file is untrusted: LICENSE restricts its characters.
     text: Any = None
     if checkpoint.record is not None:
@@ -178,7 +177,7 @@ def with_hint(
     *,
     refuse: bool = True,
 ) -> Provenance:
-    """Add a hint if another common normalisation is clearly better. Raise if ``refuse`` and it is certain."""
+    """Add a warning if other mean and std give a better top-1. Raise if certain and ``refuse``."""
     if stated.normalisation_is_stated:
         return stated
     model.to(device)

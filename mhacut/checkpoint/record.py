@@ -14,7 +14,7 @@ from mhacut.plan import Plan
 from mhacut.runtime.files import parse_json, plain_json
 
 FORMAT_VERSION = 2
-"""Latest format version. Version 1 has no token plan."""
+"""Latest version of the slim file format. Version 1 files have no plan for token merging."""
 METADATA_KEY = "mhacut"
 PART_KEY = "mhacut_part"
 SAVE_SLIM_ADVICE = "Save slim models with mhacut.save_model(model, FILE, like=SLIM_FILE), which adds the plan"
@@ -26,9 +26,9 @@ class SlimRecord:
     identity: ModelIdentity
     plan: Plan
     preprocessing: dict[str, Any]
-    """Resolved ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``."""
+    """Values of ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct`` and ``crop_mode``."""
     history: tuple[dict[str, Any], ...]
-    """One entry per command that changed the file, oldest first: options, seed, budget, FLOPs, versions."""
+    """One entry per mhacut command that changed the file, oldest first: options, budget, versions."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "preprocessing", _checked_preprocessing(self.preprocessing))

@@ -20,7 +20,7 @@ TIMM_PREFIX = "timm:"
 _MISFIT = "Error(s) in loading state_dict"
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 _TIMEOUT = 5
-"""Seconds to wait for the hub before only the cache is used."""
+"""Seconds to wait for the Hugging Face hub. After that, only the local cache is used."""
 _OTHER_CONFIGS = ("open_clip_config.json", "preprocessor_config.json", "processor_config.json")
 
 
@@ -61,7 +61,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
 
 
 def _check_within_reach(source: str, name: str) -> None:
-    """Fail early if the weights are not cached and the hub is unreachable. timm would retry for a minute."""
+    """Raise if the weights are not cached and the hub is unreachable. timm would retry for a minute."""
     import timm
     from huggingface_hub import try_to_load_from_cache
     from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME

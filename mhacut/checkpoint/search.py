@@ -27,7 +27,7 @@ _NOT_COMPUTED = frozenset(
         *("img_size", "num_patches", "grid_size", "feature_size"),
     )
 )
-"""Attributes without effect on the outputs in eval mode once the weights are loaded."""
+"""Module attributes that do not change outputs in eval mode once the weights are loaded."""
 _ONLY_TRAINED = ("Identity", "Dropout", "DropPath", "PatchDropout", "DropBlock2d")
 
 _FLATTEN: dict[str, tuple[str, ...]] = {
@@ -37,12 +37,10 @@ _FLATTEN: dict[str, tuple[str, ...]] = {
     "flatten_pvt_v2": ("block1.0.attn.positional_encoding", "stages.0.blocks.0.attn.positional_encoding"),
     "flatten_swin": ("layers.0.blocks.0.attn.positional_encoding",),
 }
-"""Modules of FLatten models, and a tensor name that identifies the authors' files. They have no fingerprints.
-"""
+"""Modules that define FLatten models, mapped to tensor names that identify a file of these models."""
 
 
 def search(header: FileHeader, args: Mapping[str, Any], *, normalised: bool = False) -> ResolvedModel:
-    """Return the model with exactly the file's names and shapes and the fewest inferred arguments."""
     similar = matches_of_any_size(header.shapes)
     for names in (exact_matches(header.shapes), similar, _of_flatten(header.shapes)):
         fits = _nearest(_build(header, args, names), header)
@@ -100,18 +98,16 @@ def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[Resolve
 
 
 def _distance(fit: ResolvedModel) -> tuple[int, int, int]:
-    """Number of inferred arguments: structure, depth and patches, image size and channels."""
+    """Return the numbers of inferred arguments: structure, depth and patch size, image size and channels."""
     sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
 
 
 def computes_the_same(model: nn.Module, other: nn.Module) -> bool:
-    """Whether two models with equal tensors compute the same, apart from the image size."""
     return _settings(model) == _settings(other)
 
 
 def _settings(model: nn.Module) -> dict[str, str]:
-    """Return the class of each module, its attributes, and the shapes of its non-persistent buffers."""
     # Models with equal names and shapes have equal module trees, so settings can be compared by name.
     settings = {}
     for name, module in model.named_modules():

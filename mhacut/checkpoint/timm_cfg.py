@@ -13,14 +13,14 @@ from mhacut.errors import CheckpointError, DataError
 from mhacut.surgery.find import model_input_size
 
 _SIZE_DEPENDENT = frozenset({"crop_pct", "test_input_size", "test_crop_pct", "pool_size", "test_pool_size"})
-"""Keys of a pretrained_cfg that are valid for its ``input_size`` only."""
+"""Keys of timm's pretrained_cfg that are valid only for the image size in ``input_size``."""
 # fmt: off
 _FROM_DEFAULT = _SIZE_DEPENDENT | frozenset((
     "input_size", "fixed_input_size", "min_input_size", "interpolation", "crop_mode", "mean", "std",
     "first_conv", "classifier",
 ))
 # fmt: on
-"""Keys of a pretrained_cfg that may be filled in from timm's default for the architecture."""
+"""Keys of timm's pretrained_cfg that may be completed from timm's default for the architecture."""
 
 
 def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def completed_cfg(architecture: str, stated: Mapping[str, Any]) -> dict[str, Any
 
 
 def for_size(cfg: Mapping[str, Any], input_size: Sequence[int] | None) -> dict[str, Any]:
-    """Return the part of ``cfg`` that is valid for images of ``input_size`` [C, H, W]."""
+    """Return ``cfg`` without keys that are invalid for images of ``input_size`` [C, H, W]."""
     if input_size is None or list(input_size) == cfg.get("input_size"):
         return dict(cfg)
     # A crop for 224 pixels also suits 384, but small images fill their frame.
@@ -63,7 +63,6 @@ def cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
 
 
 def set_resolved_preprocessing(model: Any, identity: ModelIdentity, where: str) -> None:
-    """Store mhacut's preprocessing in the model, so that timm resolves the same."""
     cfg = identity.pretrained_cfg
     try:
         resolved = Preprocessing.resolve(cfg, model_input_size(model, cfg, identity.model_args))

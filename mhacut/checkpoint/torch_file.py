@@ -28,22 +28,22 @@ from mhacut.runtime.files import regular_size, show
 from mhacut.text import dtype_name
 
 _MAX_PICKLE_BYTES = 8 * 2**20
-"""A training state of 10,000 tensors has a pickle of 2 MB."""
+"""Largest pickle that is read. A training state of 10,000 tensors has a pickle of 2 MB."""
 _STATE_DICT_ADVICE = "Save only the state dict: torch.save(model.state_dict(), FILE)"
 
 
 class SkippedValue:
-    """Stand-in for values that are ignored: paths, NumPy numbers, defaultdict factories."""
+    """Stand-in for ignored values of a pickle: paths, NumPy numbers and factories of defaultdict."""
 
     def __init__(self, *_: object) -> None:
-        """Drop what it was made of."""
+        pass
 
     def __setstate__(self, state: object) -> None:
-        """Drop the attributes of the original."""
+        pass
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Return the allowed classes and the names they replace."""
+    """Return the classes that torch may unpickle. A pair (class, name) replaces the class ``name``."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     unread = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths]
     unread += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]
@@ -57,7 +57,6 @@ def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
 
 
 def read_torch(path: Path, device: str = "cpu") -> Any:
-    """Load a file of ``torch.save`` without running code from it."""
     try:
         # An open file, since torch would go by the suffix of a path.
         with open(path, "rb") as file, warnings.catch_warnings():
@@ -76,7 +75,7 @@ def read_torch(path: Path, device: str = "cpu") -> Any:
 
 
 def read_whole(path: Path, device: str = "cpu") -> Any:
-    """Load one of mhacut's own files after comparing its checksums."""
+    """Load a torch file that mhacut wrote, after comparing the checksums of its archive."""
     regular_size(path)  # to open a pipe would block
     try:
         with zipfile.ZipFile(path) as archive:
@@ -89,7 +88,6 @@ def read_whole(path: Path, device: str = "cpu") -> Any:
 
 
 def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
-    """Return the header of a torch file. Storages go to the meta device unread."""
     where = show(path)
     checkpoint = read_torch(path, "meta")
     # On the meta device a tensor has a shape and no memory, whatever the file claims.

@@ -27,20 +27,20 @@ _MODEL_KEYS = (
 )
 _PREFIX = re.compile(r"(hf[-_]hub:)?timm/|timm:")
 _OF_SCRIPTS = re.compile(r"vit_(tiny|small|base|large|huge)(?:_patch(\d{1,2}))?", re.ASCII)
-"""Model names in the scripts of DINO, MAE, iBOT and MoCo v3."""
+"""Pattern for model names in the training scripts of DINO, MAE, iBOT and MoCo v3."""
 POOLS = ("avg", "token", "map", "max", "avgmax", "fast", "catavgmax")
 
 
 class Training(NamedTuple):
     model: str | None
-    """Name in timm, with the tag of the initial weights if there is one."""
+    """timm's model name, with the tag of the initial weights if the options state one."""
     origin: str
     args: dict[str, Any]
     side: int | list[int] | None
-    """Image size. The model may or may not have been built for it."""
+    """Side, or [H, W], of the training images. The model may have been built for another size."""
     cfg: dict[str, Any]
     implied: dict[str, Any]
-    """Preprocessing of the script's evaluation, if ``model`` is the script's own name for a timm model."""
+    """Preprocessing in the script's evaluation. Empty if ``model`` is one of timm's own names."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -52,7 +52,6 @@ def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    """Return containers as dicts and lists, up to ``depth`` levels."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, dict) and depth:
@@ -61,7 +60,6 @@ def _plain(value: Any, depth: int) -> Any:
 
 
 def read_training(stated: Mapping[str, Any]) -> Training | None:
-    """Return the valid training options; None if there are none."""
     options: dict[str, Any] = {}
     # The first group that states an option counts.
     for _, group in reversed(list(_groups(stated))):
@@ -88,7 +86,7 @@ def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] | None]:
-    """Return the model name, the option that states it, and arguments (None for names that timm knows)."""
+    """Return timm's model name, the option that states it, and arguments (None if the name is timm's own)."""
     from timm.models import get_arch_pretrained_cfgs
 
     of_script: tuple[str, str, dict[str, Any]] | None = None

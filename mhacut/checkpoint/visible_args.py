@@ -15,7 +15,7 @@ from mhacut.checkpoint.foreign.family import mlp_ratio
 
 Shapes = Mapping[str, tuple[int, ...]]
 InferredArg = tuple[str, Any, str]
-"""Name and value of an argument, and the origin of the value in the file."""
+"""(argument, value, where in the file the value was found)."""
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
 SIZES = frozenset({"depth", "patch_size"})
@@ -25,13 +25,14 @@ _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "norm_pre.weight": ("pre_norm", True, False),
     "cls_token": ("class_token", True, False),
 }
-"""Tensors whose presence shows one argument: (argument, value with the tensor, value without)."""
+"""Tensor name, mapped to (argument, value if the file has the tensor, value otherwise)."""
 
 
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[InferredArg, ...]:
-    """Return the arguments in which the file differs from ``model``, as far as shapes show them.
+    """Return the arguments of ``model`` that differ in a file with these tensor shapes.
 
-    Excludes the number of classes and the image size. The width needs a given ``num_heads``.
+    The width is only inferred if ``num_heads`` is given. The number of classes and the image size are
+    excluded.
     """
     expected = shapes_of(model)
     if is_foreign(expected, shapes):
@@ -50,13 +51,12 @@ def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> 
 
 
 def is_foreign(expected: Iterable[str], names: Iterable[str]) -> bool:
-    """Whether most names in the file do not exist in the model."""
     ours, theirs = ({re.sub(r"\.\d+\.", ".", name) for name in side} for side in (expected, names))
     return len(ours & theirs) < len(theirs) / 2
 
 
 def is_cut(shapes: Shapes) -> bool:
-    """Whether these are tensors of a slim model: blocks of equal width with different inner widths."""
+    """Whether ``shapes`` are of a slim model: blocks of equal width with different inner widths."""
     within: dict[tuple[str, str, int], set[int]] = {}
     for name, shape in shapes.items():
         stage, _, layer = f".{name}".rpartition(".blocks.")
@@ -93,7 +93,7 @@ def _depth(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Number of consecutive blocks; 0 if one is missing."""
+    """Number of blocks in names that match ``pattern``; 0 if a block number is missing."""
     numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 
@@ -156,7 +156,7 @@ def visible_classes(model: Any, shapes: Shapes) -> InferredArg:
 
 
 def visible_img_size(model: Any, shapes: Shapes) -> InferredArg | None:
-    """Return the image side that explains the length of ``pos_embed``; None if there is none."""
+    """Return the argument ``img_size`` that explains the length of ``pos_embed``; None if unknown."""
     file, expected = shapes.get("pos_embed"), getattr(model, "pos_embed", None)
     patch_embed = getattr(model, "patch_embed", None)
     patches, patch_size = getattr(patch_embed, "num_patches", None), getattr(patch_embed, "patch_size", None)

@@ -16,18 +16,18 @@ from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Group = Mapping[str, str]
-"""Tensor names in the file, mapped to names inside one module."""
+"""Tensor names in the file, mapped to the names inside one of its modules."""
 
 _NETWORKS = (
     *("ema", "ema_model", "model_ema", "swa_model", "average_model"),
     *("model", "online_model", "net", "network", "student", "student_backbone"),
     *("teacher", "teacher_backbone", "backbone", "module", "encoder"),
 )
-"""Names of modules that hold a network, in order of preference: averages first."""
+"""Names of modules that may hold the network, by preference. Weight averages (EMA) come first."""
 _TEACHERS = ("teacher", "teacher_backbone")
-"""Averages of the student (DINO), or other networks (distillation): with a student, the user chooses."""
+"""Names of teacher networks. If the file also has a student, the user must choose with ``--part``."""
 _WRAPPER = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-"""Prefixes inserted by torch.compile, FSDP and activation checkpointing."""
+"""Pattern for prefixes of tensor names that torch.compile, FSDP and activation checkpointing add."""
 _LEADING = re.compile(r"^((module|_orig_mod)\.)+")
 _FOR_TRAINING = re.compile(
     r"(\w+_)?(criterion|criteria|loss|losses|loss_fn|loss_fct)|((student|teacher)_)?(dino_head|ibot_head)"
@@ -36,22 +36,22 @@ _FOR_TRAINING = re.compile(
 _COUNTER = re.compile(r"n_averaged|num_updates|decay|steps?|epoch|global_step|initted|queue(_ptr)?|center")
 _PROJECTION = re.compile(r"(.+\.)?(last_layer\d?|prototypes\d*)\..+")
 _KEPT = ("timm_model", "visual", "features", "body")
-"""Prefixes that other libraries' formats or timm's own models need."""
+"""Prefixes of tensor names that are not removed: timm's models or other libraries' formats use them."""
 _ENCODER_ITSELF = (
     {"blocks", "patch_embed"},
     {"blocks", "patch_embed", "norm"},
     {"blocks", "patch_embed", "pos_embed"},
 )
-"""Contents of ``encoder.`` in timm models that have a module of that name."""
+"""Sets of names inside ``encoder.`` that show a timm model with its own module ``encoder``."""
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
-"""Names that only a complete network has."""
+"""Pattern for tensor names that only a complete network has: a stem or class token."""
 _ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema"),
     *("state_dict", "model", "teacher", "student"),
     *("model_state_dict", "model_state", "params", "weights"),
     *("module", "net", "network", "backbone", "encoder", "target_encoder"),
 )
-"""Entries with weights in order of preference: averages first, then timm's order."""
+"""Names of checkpoint entries that may hold the weights, by preference. Weight averages come first."""
 _MAX_NESTING = 4
 _MAX_NAMES = 5
 
@@ -63,9 +63,9 @@ def unwrap(
     part: str | None = None,
     parts: Sequence[str] = (),
 ) -> tuple[dict[str, str], str | None]:
-    """Return tensor names in the file, mapped to names in the model, and a log line.
+    """Return {tensor name in the file: name in the model}, and a line for the log.
 
-    ``parts`` is the entry of the checkpoint that was read, and others. Tensors without a name are dropped.
+    ``parts``: the entry that was read, and other entries with weights. Tensors outside the model are dropped.
     """
     names, prefixes = _without_wrappers(where, shapes)
     # Level by level, as modules hold each other: model. -> backbone. -> the network.
@@ -136,7 +136,7 @@ def _grouped(names: _Group) -> dict[str, dict[str, str]]:
 
 
 def _network(where: str, groups: Mapping[str, _Group]) -> str | None:
-    """Return the module that holds the model; None if the names are the model's own."""
+    """Return the module name that prefixes the model's tensors; None if there is no prefix to remove."""
     modules = {word: group for word, group in groups.items() if "" not in group.values()}
     networks = [word for word in _NETWORKS if word in modules]
     if not networks:
@@ -202,7 +202,6 @@ def pick_part(
 
 
 def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
-    """Return further entries with weights, for ``--part``."""
     if part is None or not isinstance(checkpoint, dict):
         return ()
     own = (part, part.partition(".")[0])
@@ -210,7 +209,7 @@ def other_parts(checkpoint: object, part: str | None) -> tuple[str, ...]:
 
 
 def _entry(where: str, checkpoint: Mapping[Any, Any]) -> str | None:
-    """Return the entry with the state dict; None if ``checkpoint`` is one."""
+    """Return the name of the entry with the state dict; None if ``checkpoint`` is the state dict."""
     states = {
         name: state for name, state in checkpoint.items() if isinstance(name, str) and _holds_weights(state)
     }

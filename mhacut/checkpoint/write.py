@@ -49,7 +49,7 @@ def write_slim(
 
 
 def save_slim(path: Path, model: nn.Module, record: SlimRecord, dtypes: Mapping[str, torch.dtype]) -> None:
-    """Write a slim file to exactly this path, not atomically."""
+    """Write a slim file directly to ``path``. A crash can leave an incomplete file."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
         # Counters and index tables keep their dtype.
@@ -95,16 +95,16 @@ def save_model(
         mhacut.save_model(model, "vit-2.0G-tuned.safetensors", like="vit-2.0G.safetensors")
 
     Only weights are written. Changed activations, hooks and module settings are lost. A classifier changed by
-    ``reset_classifier`` is kept; class names are dropped if their number changed.
+    ``reset_classifier`` is kept. If the number of classes changed, the class names are dropped.
 
     Args:
         model: module from :func:`mhacut.load_model`.
         path: file to write; must differ from ``like``.
-        like: slim file that the model came from. Its dtypes are used.
+        like: slim file that ``model`` was loaded from. The new file has the same dtypes.
         overwrite: replace an existing file.
 
     Raises:
-        CheckpointError: ``like`` is not the slim file of this model, or the pooling differs.
+        CheckpointError: ``like`` is not the slim file of ``model``, or the pooling of ``model`` was changed.
         OutputError: the file cannot be written.
     """
     if like is None:
@@ -169,7 +169,7 @@ def _pooling(model: nn.Module) -> dict[str, str]:
 
 
 def _sort_metadata(path: Path) -> None:
-    """Sort the metadata. The library's order is random, and equal models should give equal files."""
+    """Sort a file's metadata: safetensors writes it in random order, and equal models need equal files."""
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))

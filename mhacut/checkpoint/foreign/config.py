@@ -17,7 +17,7 @@ _Value = TypeVar("_Value")
 
 
 class Config:
-    """Untrusted JSON object. Methods raise a :class:`CheckpointError` for a wrong type or range."""
+    """An untrusted JSON object. Methods raise :class:`CheckpointError` for wrong types and ranges."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
         self._values = values
@@ -32,10 +32,10 @@ class Config:
         return CheckpointError(f"{self.where}: {name}: expected {expected}, found {shown}")
 
     def get(self, name: str, default: _Value) -> _Value:
-        """Return a value of the type of ``default``, or ``default`` if missing or null.
+        """Return the value of ``name``, or ``default`` if missing. The type must be that of ``default``.
 
-        Minimum of integers: 1, or 0 if ``default`` is 0. Two equal integers count as one (image and patch
-        sides).
+        Integers must be at least 1, or at least 0 if ``default`` is 0. A list of 2 equal integers counts as
+        one integer, as in image and patch sizes.
         """
         value: Any = self._values.get(name)
         if value is None:
@@ -49,7 +49,7 @@ class Config:
         return cast(_Value, converted)
 
     def read(self, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-        """Return timm's arguments from a table {argument: (name here, default)}."""
+        """Return timm's arguments. ``table`` is {timm's argument: (name in this object, default)}."""
         return {argument: self.get(name, default) for argument, (name, default) in table.items()}
 
     def numbers(self, name: str, count: int) -> list[float]:
@@ -101,7 +101,7 @@ IMAGENET_CFG: dict[str, Any] = {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 _MAX_LABEL = 200
 _SHORTEST_EDGE = ("CLIP", "ConvNext", "Pvt")
-"""Processors for which a single ``size`` is the shortest edge."""
+"""Prefixes of image processor classes that resize the shorter edge if ``size`` is one number."""
 
 
 def transformers_cfg(processor: Config, channels: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 Names = Mapping[str, tuple[str, ...]]
-"""Another library's tensor names, mapped to timm's. The first match counts."""
+"""Patterns of another library's tensor names, mapped to timm's names. The first matching pattern is used."""
 
 TABLE = Path(__file__).with_name("names.txt")
 ACTIVATIONS = {
@@ -35,16 +35,16 @@ VIT_SIZES = {
     (1024, 24, 16): "large",
     (1280, 32, 16): "huge",
 }
-"""Sizes in timm's ViT names, by (width, depth, heads)."""
+"""Size in the names of timm's ViTs, by (width, depth, number of heads)."""
 _BUFFERS = re.compile(
     r"(.*\.)?(relative_position_index|relative_coords_table|attn_mask|attention_bias_idxs|bias_mask|position_ids"
     r"|rope(_embed)?\.(periods|freqs_cos|freqs_sin))"
 )
-"""Computed tensors that older files contain."""
+"""Pattern for names of buffers that older files contain. timm computes these buffers, so they are dropped."""
 _PART = re.compile(r"(.+)#(\d)(.*)")
 _NUMBER = re.compile(r"\*(?:([-+/])(\d))?|\{(\d)\}")
-"""Number in a timm name: the next number of the source name, optionally changed, or the number at an index.
-"""
+"""Placeholder for a block number in a timm name. ``*`` is the next number of the source name, ``*+1`` adds 1
+to this number, and ``{0}`` is the first number of the source name."""
 _MAX_NAMES = 5
 
 
@@ -52,40 +52,39 @@ _MAX_NAMES = 5
 class TimmSpec:
     architecture: str
     args: dict[str, Any]
-    """Arguments of ``timm.create_model`` except ``num_classes``, which follows from the classifier's shape.
-    """
+    """Arguments of ``timm.create_model``, without ``num_classes``: the classifier's shape shows it."""
     cfg: dict[str, Any] = field(default_factory=dict)
     side: int | None = None
-    """Image side in pixels, for timm models without the argument ``img_size``."""
+    """Image side in pixels, only for timm models that have no argument ``img_size``."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Models whose files have the same tensor names."""
+    """Models of another library whose files have the same tensor names."""
 
     title: str
-    """Name for messages: ``ViT of transformers``."""
+    """Name of the family in messages, for example ``ViT of transformers``."""
     names: Names
-    """Table of names. A tensor with several targets is split into equal parts."""
+    """Tensor names in the file, mapped to timm's names. With several timm names, the tensor is split."""
     signs: tuple[tuple[str, ...], ...] = ()
-    """Suffixes of tensor names. A file belongs to the family if it has all suffixes of one row."""
+    """Rows of tensor-name endings. A file belongs to the family if it has all endings of at least 1 row."""
     unlike: tuple[str, ...] = ()
-    """Suffixes that exclude a file from the family."""
+    """Tensor-name endings. A file with one of these endings does not belong to the family."""
     prefixes: tuple[str, ...] = ()
-    """Optional prefixes of names. The first match is removed."""
+    """Prefixes that tensor names may have. The first matching prefix is removed."""
     others: bool = False
-    """Whether names outside the table are timm's."""
+    """Whether tensor names that are missing in ``names`` already are timm's names."""
     left_out: Mapping[str, str] = field(default_factory=dict)
-    """Tensors without use in timm, with a description for the log."""
+    """Names of tensors that timm does not use, mapped to a description for the log."""
     refused: Mapping[str, str] = field(default_factory=dict)
-    """Classifiers that timm cannot represent, with the reason. ``--num-classes 0`` drops them."""
+    """Names of classifier tensors that timm cannot represent, mapped to the reason in the error message."""
     finish: Callable[[dict[str, Tensor]], None] | None = None
-    """Changes the renamed tensors in place, beyond renaming."""
+    """Function that changes the renamed tensors in place, for example splits or reshapes them."""
     model_types: tuple[str, ...] = ()
-    """Values of ``model_type`` in ``config.json``."""
+    """Values of ``model_type`` in ``config.json`` that belong to the family."""
     build: Callable[[Config, Shapes], TimmSpec] | None = None
     named: str = ""
-    """Prefix of timm names. The family is only used if ``--model`` starts with it."""
+    """Prefix of timm's model names. The family is only used if ``--model`` starts with this prefix."""
     cfg: Mapping[str, Any] = field(default_factory=dict)
 
     def recognises(self, names: Mapping[str, object]) -> bool:
@@ -95,7 +94,7 @@ class Family:
         return any(all(map(has, sign)) for sign in self.signs) and not any(map(has, self.unlike))
 
     def convert(self, tensors: Mapping[str, Tensor], *, headless: bool = False) -> dict[str, Tensor]:
-        """Return the tensors under timm's names, in their dtypes. Works on the meta device."""
+        """Return ``tensors`` renamed and reshaped for timm, in the same dtypes. Meta tensors are allowed."""
         converted: dict[str, Tensor] = {}
         parts: dict[str, dict[int, Tensor]] = {}
         unknown: list[str] = []
@@ -128,7 +127,7 @@ class Family:
         return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:
-        """Return timm's names of a tensor or its parts; () if dropped, None if unknown."""
+        """Return timm's names for tensor ``name``: several if it is split, () if dropped, None if unknown."""
         base = self._without_prefix(name)
         for pattern, reason in self._refused:
             if pattern.fullmatch(base):
@@ -209,7 +208,7 @@ def read_families(functions: Mapping[str, Mapping[str, Any]]) -> tuple[Family, .
 
 
 def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
-    """Rename a prefix in place; drop the tensors if ``to`` is None."""
+    """Rename tensors that start with ``prefix``, in place. If ``to`` is None, delete these tensors."""
     for name in [name for name in tensors if name.startswith(prefix)]:
         tensor = tensors.pop(name)
         if to is not None:
@@ -217,7 +216,7 @@ def move(tensors: dict[str, Tensor], prefix: str, to: str | None) -> None:
 
 
 def timm_name(patterns: tuple[str, ...], args: Mapping[str, Any], **further: Any) -> str:
-    """Return the first name that timm has, else the last."""
+    """Format ``patterns`` with ``args``. Return the first result that is a timm model, else the last."""
     names = [pattern.format_map({**args, **further}) for pattern in patterns]
     return next((name for name in names if known_model(name)), names[-1])
 
@@ -227,14 +226,12 @@ def vit_size(args: Mapping[str, Any]) -> str | None:
 
 
 def vit_name(args: Mapping[str, Any], suffix: str = "") -> str:
-    """Return timm's name for a ViT of this size; ViT-B/16 if there is none."""
     stem = "vit_{size}_patch{patch_size}{suffix}_"
     patterns = (stem + "{img_size}", stem + "224", "vit_base_patch16{suffix}_224")
     return timm_name(patterns, args, size=vit_size(args), suffix=suffix)
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
-    """Return a ratio with ``int(width * ratio) == hidden``, as timm computes it."""
     ratio = hidden / width
     # If the quotient rounds down, int(width * ratio) is 1 too small.
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

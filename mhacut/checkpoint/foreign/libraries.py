@@ -22,7 +22,7 @@ from mhacut.errors import CheckpointError
 
 
 def _finish_swin(tensors: dict[str, Tensor]) -> None:
-    """Split the qkv biases of Swin V2. The key bias is dropped: torchvision uses zeros."""
+    """Split Swin V2's qkv biases into q and v biases. torchvision keeps the k bias at 0, so it is dropped."""
     for name in [name for name in tensors if name.endswith(".logit_scale")]:
         prefix = name.removesuffix("logit_scale")
         tensors[f"{prefix}q_bias"], _, tensors[f"{prefix}v_bias"] = tensors.pop(f"{prefix}qkv.bias").chunk(3)
@@ -36,7 +36,7 @@ _STATED: dict[str, Any] = {
     "pos_embed_type": "learnable",
     "pool_type": "tok",
 }
-"""Values of ``vision_cfg`` for which timm's CLIP ViT computes the same."""
+"""Required values in open_clip's ``vision_cfg``. For other values, timm's CLIP ViT has different outputs."""
 
 
 def _finish_open_clip(tensors: dict[str, Tensor]) -> None:
@@ -114,7 +114,7 @@ def _build_wrapped(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """With registers, timm adds no position to the class token."""
+    """With registers, add position 0 to the class token: timm's model adds positions to patches only."""
     if "reg_token" in tensors:
         positions = tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1].to(tensors["cls_token"].dtype)
@@ -122,7 +122,7 @@ def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
-    """Move each downsampling from the end of a stage to the start of the next, as in timm."""
+    """Move each downsampling layer from the end of a stage to the start of the next stage, as in timm."""
     if "layers.0.downsample.reduction.weight" in tensors:
         # From the last stage on: a moved name may be that of the next.
         for stage in reversed(range(8)):
@@ -132,7 +132,7 @@ def _finish_swin_of_authors(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_eva02(tensors: dict[str, Tensor]) -> None:
-    """Move the biases of separate query and value layers into these layers."""
+    """Rename the biases of separate query and value layers, for example ``q_bias`` to ``q_proj.bias``."""
     if "blocks.0.attn.q_proj.weight" in tensors:
         for name in [name for name in tensors if re.fullmatch(r"blocks\.\d+\.attn\.[qv]_bias", name)]:
             tensors[name.replace("_bias", "_proj.bias")] = tensors.pop(name)

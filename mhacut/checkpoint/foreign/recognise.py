@@ -20,7 +20,7 @@ from mhacut.runtime.files import show
 FAMILIES: dict[str, Family] = {
     family.title: family for family in read_families({**transformers.FUNCTIONS, **libraries.FUNCTIONS})
 }
-"""Families by title, in the order of detection."""
+"""Model families by title, in the order in which a file is compared with them."""
 _CLASSIFIERS = ("head.weight", "head.fc.weight", "head.linear.weight")
 
 
@@ -30,7 +30,7 @@ class Conversion:
     headless: bool
     tensors: Mapping[str, TensorInfo]
     spec: TimmSpec | None
-    """The timm model in the configuration; None without a configuration."""
+    """The timm model that the configuration file describes; None without a configuration file."""
     cfg: Mapping[str, Any]
     notes: tuple[str, ...]
 
@@ -39,7 +39,6 @@ class Conversion:
 
 
 def recognise(header: FileHeader, *, headless: bool = False, model: str | None = None) -> Conversion | None:
-    """Return the conversion of another library's file; None for timm's own format."""
     config, family = _stated(header)
     if config is None and header.config is None:
         family = _family_by_names(header.tensors, model or "")
@@ -60,7 +59,7 @@ def recognise(header: FileHeader, *, headless: bool = False, model: str | None =
 
 
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
-    """Return the configuration and family of another library's folder; (None, None) for timm's."""
+    """Return the configuration and family of a folder in another library's format, otherwise (None, None)."""
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None

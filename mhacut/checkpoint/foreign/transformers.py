@@ -41,7 +41,7 @@ def _vit_args(config: Config, act: str = "gelu", patch: int = 16) -> dict[str, A
 
 
 def _finish_vit(tensors: dict[str, Tensor]) -> None:
-    """Turn a distillation token without classifier into a register."""
+    """If the distillation token has no classifier, rename the token to timm's register token."""
     if "head_dist.weight" not in tensors:
         move(tensors, "dist_token", "reg_token")
 
@@ -79,7 +79,7 @@ def _build_beit(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """Add zero positions for the registers: timm inserts registers before adding positions."""
+    """Insert zero positions for the registers, because timm inserts registers before adding positions."""
     registers = tensors.get("reg_token")
     if registers is not None:
         positions = tensors["pos_embed"]
@@ -112,7 +112,7 @@ def _build_dinov2(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov3(tensors: dict[str, Tensor]) -> None:
-    """Rename the single matrix of an ungated MLP, and drop an empty register table."""
+    """Rename ``fc1_x`` to ``fc1`` in MLPs without a gate, and delete an empty register tensor."""
     if not any(name.endswith(".mlp.fc1_g.weight") for name in tensors):
         for name in [name for name in tensors if ".mlp.fc1_x." in name]:
             tensors[name.replace("fc1_x", "fc1")] = tensors.pop(name)
@@ -148,7 +148,7 @@ def _build_dinov3(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def finish_clip(tensors: dict[str, Tensor]) -> None:
-    """Reshape class token and positions to timm's layout, in place. Add a zero bias to a projection."""
+    """Reshape class token and positions for timm, in place. A ``head`` without bias gets a zero bias."""
     tensors["cls_token"] = tensors["cls_token"].reshape(1, 1, -1)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
     head = tensors.get("head.weight")
@@ -157,7 +157,7 @@ def finish_clip(tensors: dict[str, Tensor]) -> None:
 
 
 def _finish_clip(tensors: dict[str, Tensor]) -> None:
-    """With a classifier, drop the last norm and the projection, which the classifier does not use."""
+    """If there is a classifier, drop the last norm and the projection, which the classifier does not use."""
     classified = "head.weight" in tensors
     move(tensors, "projection.", None if classified else "head.")
     if classified:
@@ -177,7 +177,7 @@ def _build_clip(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_siglip(tensors: dict[str, Tensor]) -> None:
-    """Turn SigLIP 2's linear patch embedding into a convolution; drop pooling if there is a classifier."""
+    """Reshape a linear patch embedding to a convolution. With a classifier, drop attention pooling."""
     if "head.weight" in tensors:
         move(tensors, "attn_pool.", None)
     tensors["pos_embed"] = tensors["pos_embed"].unsqueeze(0)
@@ -209,7 +209,7 @@ def _build_siglip(config: Config, shapes: Shapes) -> TimmSpec:
 
 _MAX_STAGES = 8
 _SWIN_SIZES = {(96, 6): "tiny", (96, 18): "small", (128, 18): "base", (192, 18): "large"}
-"""Sizes in timm's names, by (width of stage 1, depth of stage 3)."""
+"""Size in the names of timm's Swin models, by (width of stage 1, number of blocks in stage 3)."""
 
 
 def _swin_args(config: Config) -> dict[str, Any]:
@@ -271,7 +271,7 @@ _PVT_SIZES = {
     (64, 8, 27): "b4",
     (64, 6, 40): "b5",
 }
-"""Sizes in timm's names, by (width of stage 1, depths of stages 2 and 3)."""
+"""Size in the names of timm's PVT v2 models, by (width of stage 1, blocks in stage 2, blocks in stage 3)."""
 
 
 def _build_pvt(config: Config, shapes: Shapes) -> TimmSpec:
