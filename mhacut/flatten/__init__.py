@@ -16,7 +16,7 @@ from mhacut.flatten import flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt
 from mhacut.flatten.family import encoded_img_size
 
 FAMILIES = (flatten_cswin, flatten_deit, flatten_pvt, flatten_pvt_v2, flatten_swin)
-"""Modules of the families; timm lists models by their names, ``list_models(module="flatten_swin")``."""
+"""Names of the modules with FLatten models, which ``timm.list_models(module="flatten_swin")`` accepts."""
 
 
 def checkpoint_filter(
@@ -28,7 +28,7 @@ def checkpoint_filter(
 
 
 def img_size_of(architecture: str, shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Image size of a checkpoint; None if it is the default of ``architecture``."""
+    """Return the image size of a FLatten checkpoint; None if it is the default of ``architecture``."""
     pyramids = [family for family in FAMILIES if family is not flatten_deit]
     config = next((f.default_cfgs[architecture] for f in pyramids if architecture in f.default_cfgs), None)
     size = encoded_img_size(shapes, patch_size)

@@ -28,23 +28,22 @@ from torch.nn import functional as F
 from mhacut.errors import UsageError
 
 Grid = tuple[int, int]
-"""Height and width of a map of tokens."""
+"""Height and width of a token map, in tokens."""
 
 EPSILON = 1e-6
-"""Added after the ReLU, so that no norm is zero, and to the denominator."""
+"""Constant added to q and k after the ReLU, so that no norm is 0, and to the denominator of the attention."""
 FOCUSING_FACTOR = 3
-"""Default of the power p."""
+"""Default power p of the focusing function (paper, equation 5)."""
 DWC_KERNEL = 5
-"""Default size of the depthwise convolution, in tokens."""
+"""Default kernel size of the depthwise convolution, in tokens."""
 
 
 def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Tensor | None = None) -> Tensor:
     """Return the focused feature map of q or k, [B, N, C] (paper, equations 5 and 6).
 
-    t = (relu(x) + 1e-6) / softplus(scale), then t^power * ||t|| / ||t^power||: directions move towards their
-    largest channels, lengths stay. Norms are over all C channels, that is over all heads together.
-
-    ``tokens`` are at least float32, since (1e-6)^3 is 0 in half precision. ``scale`` is [1, 1, C].
+    The result is t^power * ||t|| / ||t^power|| for t = (relu(x) + 1e-6) / softplus(scale), with norms over
+    the channels of all heads. ``tokens`` are at least float32, since (1e-6)^3 is 0 in half precision.
+    ``scale`` is [1, 1, C].
     """
     # The gate [C], at least 0, is a factor on each channel's product of q and k. It changes only the norms
     # here, as if q and k each had a factor of gate^(1/2p) before the power. The caller multiplies q or k by
@@ -62,9 +61,9 @@ def focus(tokens: Tensor, scale: Tensor, power: int = FOCUSING_FACTOR, gate: Ten
 
 
 def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -> Tensor:
-    """Return the scale with which :func:`focus` needs no ``gate`` for the same result, [1, 1, C].
+    """Return a scale, [1, 1, C], with which :func:`focus` gives the same features without the gate.
 
-    Exact where the gate is above 0, since features are divided by softplus(scale); elsewhere the scale stays.
+    Channels with a gate of 0 keep their scale, because no finite scale replaces a gate of 0.
     """
     # softplus(wanted) = softplus(scale) / gate^(1/2p), solved for wanted: log(exp(size) - 1), written stably.
     size = F.softplus(scale) / _factor(gate, power)
@@ -75,21 +74,22 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
 
 
 def _opening(gate: Tensor) -> Tensor:
-    """Return ``gate`` clamped at 0, with a gradient of 1 at 0, so that a closed gate can open.
-
-    The gradient of ``clamp_min`` at its bound differs between versions of torch.
-    """
+    """Return ``gate`` clamped at 0, with gradient 1 at 0, so that training can open a closed gate."""
+    # The gradient of clamp_min at its bound differs between versions of torch.
     return torch.where(gate >= 0, gate, 0.0)
 
 
 def _factor(gate: Tensor, power: int) -> Tensor:
-    """Return gate^(1/2p), or 0 with a gradient of 0 where the gate is not positive."""
+    """Return gate^(1/2p), with value 0 and gradient 0 where the gate is 0 or negative."""
     tiny = torch.finfo(gate.dtype).tiny
     return torch.where(gate > 0, gate.clamp_min(tiny) ** (0.5 / power), 0.0)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend without softmax over non-negative features, keys times values first: [B, h, N, d_v]."""
+    """Return linear attention of non-negative features q and k, [B, h, N, d_v].
+
+    Keys multiply values first.
+    """
     # Means over keys, above and below: only the epsilon then depends on the number of tokens.
     normaliser: Tensor = 1 / (q @ k.mean(dim=-2, keepdim=True).transpose(-2, -1) + EPSILON)  # (B, h, N, 1)
     # 1 / N in two halves, as in the official code.
@@ -99,9 +99,9 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
-    """Convolve the map of each channel: [B, N, C_v] to the same shape.
+    """Apply a depthwise convolution to the map of each channel, [B, N, C_v].
 
-    If there are as many filters as channels per head, all heads share them; else every channel has its own.
+    All heads share the filters if there are as many filters as channels per head.
     """
     batch, tokens, channels = v.shape
     sharing = channels // conv.out_channels  # heads for shared filters, 1 for one filter per channel
@@ -111,31 +111,30 @@ def convolve_channels(v: Tensor, conv: nn.Conv2d, grid: Grid) -> Tensor:
 
 
 def split_heads(tokens: Tensor, num_heads: int) -> Tensor:
-    """Reshape [B, N, C] to [B, h, N, d]."""
     return tokens.reshape(*tokens.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def merge_heads(heads: Tensor) -> Tensor:
-    """Reshape [B, h, N, d] to [B, N, C], contiguous."""
     return heads.transpose(1, 2).flatten(2)
 
 
 class FocusedLinearAttention(nn.Module):
-    """Attention of all families; a subclass names its projections and runs them around :meth:`attend`.
+    """Base class of focused linear attention.
 
-    Parameters have the official names and order.
+    A subclass names its projections and applies them around :meth:`attend`. Parameters have the official
+    names and order.
     """
 
     projections: Mapping[str, int]
-    """Names of the linear layers, and how many times ``dim`` channels each writes."""
+    """Names of the linear layers, each with its number of outputs as a multiple of ``dim``."""
     scale: nn.Parameter
-    """[1, 1, C_qk], before its softplus; the same for q and k."""
+    """Scale of q and k channels before its softplus, [1, 1, C_qk]."""
     positional_encoding: nn.Parameter
-    """[1, N, C_qk], added to k before the ReLU."""
+    """Encoding added to k before the ReLU, [1, N, C_qk]."""
     dwc: nn.Conv2d
-    """d_v filters that all heads share, or heads * d_v."""
+    """Depthwise convolution of v. It has d_v filters if all heads share them, else heads * d_v."""
     feature_gate: Tensor | None
-    """Scale per q/k channel, [C_qk], see :func:`focus`; None except in a masked model."""
+    """Scale per q/k channel in a masked model, [C_qk]; None in any other model."""
 
     def __init__(
         self,
@@ -170,13 +169,13 @@ class FocusedLinearAttention(nn.Module):
             init_linear(getattr(self, name))
 
     def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
-        """Make the convolutions that a family has between its projections and ``dwc``."""
+        """Add the convolutions that a model family applies besides ``dwc``."""
         return
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the sum of linear attention and depthwise convolution, heads merged, [B, N, C_v].
+        """Return the sum of linear attention and depthwise convolution of v, [B, N, C_v].
 
-        Computed in at least float32, whatever the inputs and autocast are; the result has the dtype of ``v``.
+        It is computed in float32 or float64, and returned in the dtype of ``v``.
         """
         precise = torch.promote_types(v.dtype, torch.float32)
         with _no_autocast(v.device.type):
@@ -192,7 +191,7 @@ class FocusedLinearAttention(nn.Module):
         return merge_heads(heads).to(v.dtype) + convolve_channels(v, self.dwc, self.grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
-        """Adapt to maps of another size, (height, width): resize the positional encoding (bicubic)."""
+        """Resize the positional encoding to a map of another height and width (bicubic)."""
         if grid_size != self.grid_size:
             resized = resample_abs_pos_embed(
                 self.positional_encoding.detach(), grid_size, self.grid_size, num_prefix_tokens=0
@@ -210,17 +209,14 @@ class FocusedLinearAttention(nn.Module):
 
 
 class FusedFocusedAttention(FocusedLinearAttention):
-    """Focused attention with one projection ``qkv`` of rows [q | k | v], as in Swin and DeiT.
-
-    Tokens [B, N, C] to [B, N, C].
-    """
+    """Focused linear attention with 1 projection ``qkv`` of rows [q | k | v] (FLatten-Swin, -DeiT)."""
 
     projections: Mapping[str, int] = {"qkv": 3, "proj": 1}
     qkv: nn.Linear
     proj: nn.Linear
 
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """Attend to all tokens. timm's ViT passes the other arguments; a mask is an error."""
+        """Map tokens [B, N, C] to [B, N, C]. An attention mask is an error."""
         if attn_mask is not None or is_causal:
             raise UsageError("focused linear attention does not support attention masks")
         q, k, v = split_qkv(self.qkv(x), self.proj.in_features)
@@ -228,10 +224,7 @@ class FusedFocusedAttention(FocusedLinearAttention):
 
 
 class SeparateFocusedAttention(FocusedLinearAttention):
-    """Focused attention with projections ``q`` and ``kv`` of rows [k | v], as in PVT.
-
-    Tokens [B, N, C] to [B, N, C].
-    """
+    """Focused linear attention with projections ``q`` and ``kv`` of rows [k | v], as in FLatten-PVT."""
 
     projections: Mapping[str, int] = {"q": 1, "kv": 2, "proj": 1}
     q: nn.Linear
@@ -239,7 +232,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
     proj: nn.Linear
 
     def forward(self, x: Tensor, feat_size: Any = None) -> Tensor:
-        """Attend; ``feat_size`` is the map's height and width, which timm's PVTv2 passes."""
+        """Map tokens [B, N, C] to [B, N, C]; ``feat_size`` is the height and width of the map."""
         if feat_size is not None:
             height, width = self.grid_size
             _assert(
@@ -253,7 +246,7 @@ class SeparateFocusedAttention(FocusedLinearAttention):
 
 
 class FocusedBlock(nn.Module):
-    """Block x + attn(norm1(x)), then x + mlp(norm2(x)), on tokens [B, N, C], of PVT, Swin and CSWin."""
+    """Transformer block x + attn(norm1(x)), then x + mlp(norm2(x)), of FLatten-PVT, Swin and CSWin."""
 
     def __init__(
         self, norm1: nn.Module, attn: nn.Module, norm2: nn.Module, mlp: nn.Module, drop_path: nn.Module
@@ -268,14 +261,14 @@ class FocusedBlock(nn.Module):
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output of a fused projection, [..., q | k | v], into its parts; q and k have equal widths."""
+    """Split the output [..., q | k | v] of a fused projection into q, k and v. q and k have equal widths."""
     qk_channels = (qkv.shape[-1] - v_channels) // 2
     q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
     return q, k, v
 
 
 def init_linear(linear: nn.Linear) -> None:
-    """Initialise a layer as all families do: truncated normal of standard deviation 0.02, bias 0."""
+    """Initialise a linear layer: weight from a truncated normal of standard deviation 0.02, bias 0."""
     trunc_normal_(linear.weight, std=0.02)
     if linear.bias is not None:
         nn.init.zeros_(linear.bias)

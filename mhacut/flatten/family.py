@@ -16,11 +16,11 @@ from mhacut.flatten.attention import FocusedLinearAttention
 
 
 def configs(variants: Mapping[str, Any], **values: Any) -> Any:
-    """Return timm's ``default_cfgs`` of the models of these names; ``values`` are those of a family.
+    """Return timm's ``default_cfgs`` for model names.
 
-    The preprocessing is that of the authors: images are resized to a square of 256/224 of the image size,
-    then cropped; FLatten-Swin-B at 384 pixels, alone, was evaluated without a crop. There are no weights to
-    download, and there is no ``license``: the official repository states none for its weights.
+    Images are preprocessed as by the authors: a square of 256/224 of the image size, then a crop. FLatten-
+    Swin-B at 384 pixels has no crop. No weights can be downloaded, and ``license`` is missing because the
+    official repository states none.
     """
     large = {"input_size": (3, 384, 384), "pool_size": (12, 12)}
     return generate_default_cfgs(
@@ -51,7 +51,7 @@ def configs(variants: Mapping[str, Any], **values: Any) -> Any:
 def register(
     model_class: type[nn.Module], variants: Mapping[str, Mapping[str, Any]], **feature_cfg: Any
 ) -> None:
-    """Register a family with timm, a function in its module for each model."""
+    """Register the models of a family with timm, as functions in the module of ``model_class``."""
     # timm finds a model's default_cfgs in the module of its function, and lists models by that module.
     module: Any = sys.modules[model_class.__module__]
 
@@ -78,17 +78,17 @@ def register(
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the weights of a training checkpoint, ``{"model": ...}``, or else ``state_dict`` itself."""
+    """Return the weights of a training checkpoint ``{"model": ...}``, or a state dict unchanged."""
     inner = state_dict.get("model", state_dict)
     return inner if isinstance(inner, Mapping) else state_dict
 
 
 def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Return ``state_dict`` with its position tensors resized to the maps and windows of ``model``.
+    """Resize position tensors of a state dict to ``model`` by bicubic interpolation.
 
-    ``positional_encoding`` and ``pos_embed``, [1, N, C], and ``relative_position_bias_table``, [N, h], are
-    resized as the authors do: bicubic, the N positions taken as a square grid. A tensor whose N is no square
-    number, or that differs in another dimension, stays as it is, and ``load_state_dict`` refuses it.
+    The tensors are ``positional_encoding`` and ``pos_embed``, [1, N, C], and
+    ``relative_position_bias_table``, [N, h]. If N is not a square number, the tensor stays unchanged, and
+    ``load_state_dict`` raises an error.
     """
     wanted = model.state_dict()
     grids: dict[str, tuple[int, int]] = dict(getattr(model, "pos_embed_grids", {}))
@@ -116,7 +116,7 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
 
 def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Image size for which the positional encodings of a pyramid's checkpoint were trained."""
+    """Return the image size for which the positional encodings of a checkpoint were trained."""
     tokens = [
         shape[1]
         for name, shape in shapes.items()

@@ -36,16 +36,15 @@ from mhacut.flatten.pyramid import Pyramid, make_head
 
 
 class FocusedLepeAttention(FocusedLinearAttention):
-    """Focused linear attention plus LePE over the whole map, without projections."""
+    """Focused linear attention over the whole map plus LePE, without q, k, v and output projections."""
 
     projections: Mapping[str, int] = {}
 
     def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
-        """Make the filters of LePE."""
+        """Add the depthwise convolution of LePE."""
         self.get_v = _lepe(dim, device, dtype)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend: [B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
         return self.attend(q, k, v) + convolve_channels(v, self.get_v, self.grid_size)
 
 
@@ -71,7 +70,6 @@ class StripeAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Attend: [B, N, C_qk], [B, N, C_qk], [B, N, C_v] to [B, N, C_v]."""
         q, k, v = (self._to_stripes(tokens) for tokens in (q, k, v))  # (B * stripes, tokens, C)
         lepe = convolve_channels(v, self.get_v, self.stripe)
         q, k, v = (split_heads(tokens, self.num_heads) for tokens in (q, k, v))
@@ -79,7 +77,7 @@ class StripeAttention(nn.Module):
         return self._from_stripes(merge_heads(out) + lepe)
 
     def attend_within(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Softmax attention within each stripe, [B * stripes, h, tokens, d]."""
+        """Return the softmax attention within each stripe, [B * stripes, h, tokens, d]."""
         if self.fused_attn:
             dropout = self.attn_drop.p if self.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=self.scale)
@@ -104,9 +102,9 @@ Branch = FocusedLepeAttention | StripeAttention
 
 
 class CswinAttention(nn.Module):
-    """Branches of attention between one input and one output projection: tokens [B, N, C] to [B, N, C].
+    """Attention of FLatten-CSWin: input and output projections around branches.
 
-    Each branch has an equal part of the heads: branch b of ``attns`` takes the b-th part of q, k and v.
+    Branch b of ``attns`` processes the b-th part of the heads.
     """
 
     def __init__(
@@ -136,7 +134,7 @@ class CswinAttention(nn.Module):
 def stripe_branches(
     dim: int, num_heads: int, grid: Grid, *, split_size: int | None, **kwargs: Any
 ) -> list[Branch]:
-    """Make the branches of a softmax block: vertical and horizontal stripes, or one full window."""
+    """Return the softmax branches of a block: vertical and horizontal stripes, or 1 full window."""
     height, width = grid
     # As in the official code: stripes as large as the map are one branch, with all channels.
     if split_size is None or grid == (split_size, split_size):
@@ -157,9 +155,9 @@ def _lepe(dim: int, device: Any = None, dtype: Any = None) -> nn.Conv2d:
 
 
 class ConvStem(nn.Sequential):
-    """7x7 convolution of stride 4, then a norm: images to a map, [B, H, W, C].
+    """Patch embedding of CSWin: a 7x7 convolution of stride 4 and a norm, from images to maps [B, H, W, C].
 
-    Its image size is kept under the names of timm's PatchEmbed, where timm looks it up.
+    It has the attributes of timm's PatchEmbed for the image size.
     """
 
     def __init__(
@@ -182,14 +180,12 @@ class ConvStem(nn.Sequential):
 
 
 class ToChannelsLast(nn.Module):
-    """Permutation from [B, C, H, W] to [B, H, W, C]."""
-
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
 
 class MergeBlock(nn.Module):
-    """3x3 convolution of stride 2 between stages, then a norm: [B, H, W, C] to [B, H / 2, W / 2, C_out]."""
+    """Downsampling between stages: a 3x3 convolution of stride 2, then a norm, on maps [B, H, W, C]."""
 
     def __init__(self, dim: int, out_dim: int, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -201,7 +197,7 @@ class MergeBlock(nn.Module):
 
 
 class FlattenCswin(Pyramid):
-    """CSWin with focused linear attention in the stages that ``attn_type`` marks L."""
+    """FLatten-CSWin, with focused linear attention in the stages marked ``L`` in ``attn_type``."""
 
     def __init__(
         self,
@@ -263,7 +259,7 @@ class FlattenCswin(Pyramid):
 
     @property
     def patch_embed(self) -> ConvStem:
-        """The stem, under the name where timm expects the image size."""
+        """Patch embedding, under the name that timm reads the image size from."""
         return self.stage1_conv_embed
 
     def stage_parts(self, index: int) -> tuple[str, ...]:
@@ -278,7 +274,7 @@ class FlattenCswin(Pyramid):
         return self.norm(x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns of parameters by depth, for layer-wise learning rates."""
+        """Return parameter name patterns by depth, for layer-wise learning rates."""
         return {
             "stem": r"^stage1_conv_embed",
             "blocks": r"^(?:stage|merge)(\d+)"
@@ -288,7 +284,7 @@ class FlattenCswin(Pyramid):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Rename the attention's tensors of an official state dict, and resize encodings."""
+    """Rename attention tensors of an official state dict, and resize its positional encodings."""
     renamed = {_OF_ATTENTION.sub(r"\1attn.\2", name): tensor for name, tensor in unwrap(state_dict).items()}
     return resize_encodings(renamed, model)
 

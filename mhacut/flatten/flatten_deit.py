@@ -20,7 +20,7 @@ from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenDeit(VisionTransformer):  # type: ignore[misc]
-    """timm's ViT without a class token, with :class:`FusedFocusedAttention` in every block."""
+    """FLatten-DeiT: timm's ViT without a class token, with focused linear attention in every block."""
 
     def __init__(
         self,
@@ -54,18 +54,18 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width in tokens of the position embedding, by its name."""
+        """Height and width, in tokens, of each position embedding by parameter name."""
         return {"pos_embed": self.patch_embed.grid_size}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Adapt to images of another size, as timm's ViT does; positional encodings are resized too."""
+        """Change the image size as timm's ViT does, and resize the positional encodings."""
         super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             block.attn.set_grid_size(tuple(self.patch_embed.grid_size))
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resize the encodings of a state dict, whose names are those of the model."""
+    """Resize the positional encodings of a state dict. Its tensors already have the names of the model."""
     return resize_encodings(unwrap(state_dict), model)
 
 

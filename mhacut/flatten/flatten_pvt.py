@@ -29,7 +29,7 @@ _norm = partial(nn.LayerNorm, eps=1e-6)
 
 
 class FlattenPvt(Pyramid):
-    """Four stages of patch embedding, position embedding and blocks; 3136, 784, 196, 49 tokens at 224."""
+    """FLatten-PVT: 4 stages, with 3136, 784, 196 and 49 tokens for images of 224 pixels."""
 
     def __init__(
         self,
@@ -91,12 +91,12 @@ class FlattenPvt(Pyramid):
 
     @property
     def patch_embed(self) -> PatchEmbed:
-        """Patch embedding of the first stage, under the name where timm expects the image size."""
+        """Patch embedding of the first stage, under the name that timm reads the image size from."""
         return self.patch_embed1
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width in tokens of every position embedding, by its name."""
+        """Height and width, in tokens, of each position embedding by parameter name."""
         return {
             f"pos_embed{index + 1}": getattr(self, f"patch_embed{index + 1}").grid_size
             for index in range(self.num_stages)
@@ -118,7 +118,7 @@ class FlattenPvt(Pyramid):
         return x.reshape(x.shape[0], *grid, x.shape[-1])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns of parameters by depth, for layer-wise learning rates."""
+        """Return parameter name patterns by depth, for layer-wise learning rates."""
         return {
             "stem": r"^patch_embed1|^pos_embed1",
             "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"
@@ -128,7 +128,7 @@ class FlattenPvt(Pyramid):
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Resize the encodings of an official state dict; its names are those of the model."""
+    """Resize the positional encodings of a state dict. Its tensors already have the names of the model."""
     return resize_encodings(unwrap(state_dict), model)
 
 

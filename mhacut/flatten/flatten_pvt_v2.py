@@ -16,7 +16,7 @@ from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FlattenPvtV2(PyramidVisionTransformerV2):  # type: ignore[misc]
-    """PVTv2 whose attention is :class:`SeparateFocusedAttention` without spatial reduction."""
+    """FLatten-PVTv2: PVTv2 with focused linear attention in every block and without spatial reduction."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ def _halved(size: int) -> int:
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Translate an official state dict by timm's own filter, and resize encodings."""
+    """Translate an official state dict by timm's PVTv2 filter, and resize the positional encodings."""
     return resize_encodings(pvt_v2_filter_fn(unwrap(state_dict), model), model)
 
 

@@ -19,23 +19,23 @@ from mhacut.flatten.family import configs, register, resize_encodings, unwrap
 
 
 class FocusedSwinBlock(FocusedBlock):
-    """Block on maps, [B, H, W, C], in a stage of timm's Swin."""
+    """Swin block with focused linear attention over the whole map, on maps [B, H, W, C]."""
 
     def __init__(self, block: SwinTransformerBlock, attn: FusedFocusedAttention) -> None:
-        """Take everything but the attention from ``block``."""
+        """Take all submodules except the attention from ``block``."""
         super().__init__(block.norm1, attn, block.norm2, block.mlp, block.drop_path1)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
     def set_input_size(self, feat_size: Grid, window_size: Any, always_partition: Any = None) -> None:
-        """Adapt to maps of another size, as timm's blocks do; the window always is the whole map."""
+        """Adapt the block to maps of another size. Its window is always the whole map."""
         attn: Any = self.attn
         attn.set_grid_size(tuple(feat_size))
 
 
 class FlattenSwin(SwinTransformer):  # type: ignore[misc]
-    """Swin with :class:`FusedFocusedAttention` in the stages that ``attn_type`` marks L."""
+    """FLatten-Swin: Swin with focused linear attention in the stages marked ``L`` in ``attn_type``."""
 
     def __init__(
         self,
@@ -94,11 +94,8 @@ class FlattenSwin(SwinTransformer):  # type: ignore[misc]
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Translate an official state dict by timm's own filter, which also drops buffers, and resize encodings.
-
-    Position biases bypass that filter, which would resize them by a function that PyTorch has deprecated. So
-    do tensors on which it would fail: ``load_state_dict`` then names them in its error.
-    """
+    """Translate an official state dict by timm's Swin filter, and resize the positional encodings."""
+    # Position biases bypass timm's filter, which would resize them by a deprecated function of PyTorch.
     state_dict = unwrap(state_dict)
     past = {name: tensor for name, tensor in state_dict.items() if not _for_timm(name, tensor)}
     rest = {name: tensor for name, tensor in state_dict.items() if name not in past}

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 
 class Pyramid(nn.Module):
-    """Model of stages, each with a smaller map, [B, H, W, C]; ``head`` reads the mean over the last map.
+    """Base class of models with stages of decreasing maps, [B, H, W, C].
 
-    A family implements :meth:`stage_parts` and :meth:`run_stage`, and :meth:`finish` if it has a final norm.
+    Subclasses implement :meth:`stage_parts`, :meth:`run_stage` and, with a final norm, :meth:`finish`.
     """
 
     head: nn.Module
@@ -43,31 +43,30 @@ class Pyramid(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
 
     def stage_parts(self, index: int) -> tuple[str, ...]:
-        """Names of the modules and parameters of stage ``index`` (from 0), its blocks last."""
+        """Return the names of the modules and parameters of stage ``index`` (from 0), its blocks last."""
         raise NotImplementedError
 
     def run_stage(self, index: int, x: Tensor) -> Tensor:
-        """Run stage ``index`` (from 0) on images [B, in_chans, H, W] or the previous map, [B, H, W, C]."""
+        """Run stage ``index`` (from 0) on images [B, C, H, W] or the previous map [B, H, W, C]."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """Apply the final norm, if the family has one, to the last map, [B, H, W, C]."""
+        """Apply the final norm, if the model has one, to the last map [B, H, W, C]."""
         return x
 
     def run_blocks(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        """Run the blocks of a ``ModuleList`` one after the other."""
         for block in blocks.children():
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Return the last map, [B, H / 32, W / 32, C], of images [B, in_chans, H, W]."""
+        """Return the last map, [B, H / 32, W / 32, C], of images [B, channels, H, W]."""
         for index in range(self.num_stages):
             x = self.run_stage(index, x)
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of the last map, or, with ``pre_logits``, the classifier's input."""
+        """Return the logits of the last map; with ``pre_logits``, return the input of the classifier."""
         if self.global_pool:
             x = x.flatten(1, 2).mean(dim=1)
         x = self.head_drop(x)
@@ -85,7 +84,7 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the final features [B, H, W, C], unless ``intermediates_only``, and maps [B, C, H, W]."""
+        """Return the final map [B, H, W, C] and intermediate maps [B, C, H, W], as timm does."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: only NCHW is supported")
         wanted, last = feature_take_indices(self.num_stages, indices)
@@ -103,7 +102,7 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last one in ``indices``, as timm's models do for ``features_only``."""
+        """Remove the stages after the last stage in ``indices``, as timm does for ``features_only``."""
         wanted, last = feature_take_indices(self.num_stages, indices)
         shortened = last < self.num_stages - 1
         for index in range(last + 1, self.num_stages):
@@ -123,7 +122,7 @@ class Pyramid(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a randomly initialised one of ``num_classes``; 0 removes it."""
+        """Replace the classifier by a randomly initialised classifier; ``num_classes`` of 0 removes it."""
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
@@ -136,7 +135,7 @@ class Pyramid(nn.Module):
 
 
 def make_head(features: int, num_classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    """Make the classifier, or an identity for 0 classes."""
+    """Return a linear classifier, or an identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     return nn.Linear(features, num_classes, device=device, dtype=dtype)
