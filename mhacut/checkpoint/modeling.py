@@ -32,7 +32,9 @@ class Pruned:
             layer = self.get_submodule(name)
             layer.__class__ = type(f"Merging{type(layer).__name__}", (MergingLayer, type(layer)), {})
             layer.matcher = None if merge["matcher"] is None else Matcher(**merge["matcher"])
-            layer.branches, layer.outside = Branches(*merge["branches"], None), merge["outside"]
+            layer.branches = Branches(*merge["branches"])
+            if merge["outside"] is not None:
+                layer.outside = merge["outside"]
         for name, values in stated["attributes"].items():
             vars(self.get_submodule(name)).update(values)
 
@@ -64,8 +66,8 @@ def modeling_of(model: Any) -> tuple[dict[str, Any], str] | None:
             matcher: Any = module.matcher
             stated["merges"][name] = {
                 "matcher": None if matcher is None else {key: getattr(matcher, key) for key in arguments},
-                "branches": module.branches[:-1],
-                "outside": module.outside,
+                "branches": [*module.branches[:-1], None],  # mlp, which only a cut needs
+                "outside": getattr(module, "outside", None),
             }
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str)
