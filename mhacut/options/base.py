@@ -15,14 +15,13 @@ ExportDtype = Literal["float32", "float16", "bfloat16"]
 REQUIRED: Any = MISSING
 """Default of a required option."""
 IN_MEMORY = ""
-"""Placeholder for the checkpoint of a command that is given a module."""
+"""Value of the option ``checkpoint`` if the model is a module in memory."""
 NEEDS_IMAGES = {"data_dir": GIVEN, "dataset": GIVEN}
 HIGHEST_RATE = 1e36
 """Largest learning rate: in Adam's first step, which divides by 0.1, larger values overflow float32."""
 
 
 def seed_option() -> int:
-    """Return the option of a random seed, with torch's bounds."""
     return option(42, panel="Computing", at_least=-(2**63), at_most=2**64 - 1)
 
 
@@ -31,9 +30,9 @@ class ArchitectureOptions(Options, panel="Model"):
     """Architecture of a checkpoint, and its part that holds the model."""
 
     model: str | None = None
-    """timm architecture, if the checkpoint does not name it."""
+    """timm architecture, such as vit_tiny_patch16_224, if the checkpoint does not name it."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the timm architecture, such as img_size=32 or depth=6."""
+    """Arguments for building the timm architecture, such as img_size=32 or depth=6."""
     part: str | None = None
     """Part of a training checkpoint that holds the model, such as state_dict, student or backbone."""
 
@@ -43,17 +42,17 @@ class CheckpointOptions(ArchitectureOptions, panel="Arguments"):
     """Checkpoint, and facts that the checkpoint does not state."""
 
     num_classes: int | None = option(None, panel="Model", at_least=0)
-    """Expected number of classes; any other is an error. 0 drops the classifier."""
+    """Number of classes that the checkpoint must have; any other number is an error. 0 drops the
+    classifier."""
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
-    """Dense or slim model: a .safetensors or .pth file, a timm folder, timm:NAME or hf-hub:OWNER/NAME."""
+    """Model, unpruned (dense) or pruned by mhacut (slim): a .safetensors or .pth file, a timm folder,
+    timm:NAME or hf-hub:OWNER/NAME."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOptions(Options, panel="Computing"):
-    """Device that computes."""
-
     device: str = "auto"
-    """Device: auto, cpu, cuda or cuda:N."""
+    """Device that runs the model: auto (a GPU if there is one), cpu, cuda or cuda:N."""
 
     def __post_init__(self) -> None:
         if self.device is not None:  # a torch.device becomes its name; torch is not imported here
@@ -63,12 +62,11 @@ class DeviceOptions(Options, panel="Computing"):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Options, panel="Data"):
-    """Source of images."""
-
     data_dir: PathLike | None = option(None, metavar="DIR", reads="data_dir")
-    """Image folder: with train/ and val/, with class folders, or (unlabelled) with images only."""
+    """Image folder: with train/ and val/, with 1 folder per class, or with unlabelled images only."""
     dataset: str | None = None
-    """Dataset name in timm: hfds/NAME, wds/NAME, tfds/NAME or torch/NAME."""
+    """Dataset in timm's notation: hfds/NAME (Hugging Face), wds/NAME (WebDataset), tfds/NAME (TensorFlow) or
+    torch/NAME (torchvision)."""
 
     @property
     def has_images(self) -> bool:
@@ -77,22 +75,18 @@ class ImageSource(Options, panel="Data"):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
-    """Validation images."""
-
     class_map: PathLike | None = option(None, metavar="FILE", reads="class_map")
     """Text file with the class names in the order of the classifier's outputs."""
     val_split: str = "val"
-    """Split with the validation images."""
+    """Name of the split with the validation images."""
     workers: int | None = option(None, at_least=0, at_most=MAX_PARALLEL)
     """Processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
-    """Validation images, and calibration or training images."""
-
     train_split: str = "train"
-    """Split with the calibration or training images."""
+    """Name of the split with the calibration or training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,15 +94,18 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
     """Overrides of the checkpoint's preprocessing; None keeps the checkpoint's value."""
 
     mean: tuple[float, ...] | None = None
-    """Mean per colour channel, for pixel values in 0..1. Default: the checkpoint's."""
+    """Mean of each colour channel that normalises images, for pixel values in 0..1. Default: the
+    checkpoint's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per colour channel. Default: the checkpoint's."""
+    """Standard deviation of each colour channel that normalises images, for pixel values in 0..1. Default:
+    the checkpoint's."""
     crop_pct: float | None = None
-    """Fraction of the image that the centre crop keeps. Default: the checkpoint's."""
+    """Side of the centre crop, as a fraction of the resized image's shorter side. Default: the
+    checkpoint's."""
     interpolation: str | None = None
-    """Interpolation for resizing, such as bicubic or bilinear. Default: the checkpoint's."""
+    """Interpolation for resizing images, such as bicubic or bilinear. Default: the checkpoint's."""
     img_size: int | None = None
-    """Image height and width in pixels. Default: the checkpoint's."""
+    """Height and width of the model's input images in pixels. Default: the checkpoint's."""
 
     @property
     def given(self) -> frozenset[str]:

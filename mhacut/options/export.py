@@ -21,43 +21,41 @@ _FILE_ENDINGS: dict[str, ExportFormat] = {".onnx": "onnx", ".pt2": "pt2", ".xml"
 
 
 _OF_INT8 = ("threads", "data_dir", "dataset", "train_split", "calibration_images")
-"""Options that work with ``int8`` only."""
+"""Names of the options that have an effect only with ``int8``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
-    """Options of ``mhacut export``."""
-
     int8: bool = option(False, panel="Quantization")
     """Quantize the linear layers to INT8, and compare speed, size and outputs with float32."""
     threads: int | None = option(None, panel="Quantization", at_least=1, at_most=MAX_PARALLEL)
-    """CPU threads for INT8 timing. Default: torch's choice."""
+    """CPU threads for timing the INT8 model. Default: torch's choice."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Split with the calibration images."""
+    """Name of the split with the calibration images for INT8."""
     calibration_images: int = option(256, panel="Data", at_least=8, needs=NEEDS_IMAGES)
-    """Number of calibration images for INT8. A quarter of them is held out for the comparison with
+    """Number of calibration images for INT8. A quarter of these images is held out for comparing INT8 with
     float32."""
     format: ExportFormat = "onnx"
-    """Format: ONNX, pt2 (for torch.export.load), OpenVINO IR (.xml and .bin), or timm, a folder for timm and
-    the Hugging Face hub."""
+    """File format: onnx, pt2 (for torch.export.load), openvino (.xml and .bin), or timm (a folder for timm
+    and the Hugging Face hub)."""
     output: PathLike | None = None
     """File or folder to write. Default: named after the checkpoint and the format, in the working
     directory."""
     overwrite: bool = False
-    """Replace an existing file. The checkpoint is never replaced."""
+    """Replace existing output files. The checkpoint is never replaced."""
     dtype: ExportDtype = "float32"
     """Precision of the exported weights. Images and logits are always float32."""
     fixed_batch: int | None = option(None, at_least=1)
-    """Fixed batch size. Default: any batch size."""
+    """Fixed batch size of the exported model. Default: any batch size."""
     license: str | None = None
-    """License for the model card, by its name on the hub, such as apache-2.0 or mit. Default: the
+    """License in the model card, by its name on the Hugging Face hub, such as apache-2.0 or mit. Default: the
     checkpoint's."""
     push_to_hub: str | None = option(None, metavar="OWNER/NAME")
-    """Upload the folder to this repository on the Hugging Face hub. A missing repository is created."""
+    """Upload the timm folder to this repository on the Hugging Face hub. A missing repository is created."""
     private: bool = option(False, needs={"push_to_hub": GIVEN})
-    """Make a created repository private."""
+    """Make the Hugging Face repository private if the upload creates it."""
     opset: int = option(18, at_least=18, needs={"format": "onnx"})
-    """ONNX opset."""
+    """Version of the ONNX operator set."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -27,19 +27,17 @@ _MIXES = {"mixup": GIVEN, "cutmix": GIVEN}
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
-    """Teacher for distillation."""
-
     teacher: PathLike | None = option(None, metavar="CHECKPOINT", reads="checkpoint")
-    """Checkpoint of the teacher: the dense model, or a model with the same classes. Default: the dense model,
-    if its file is next to SLIM or in the working directory."""
+    """Checkpoint of the teacher for distillation: the unpruned (dense) model, or another model with the same
+    classes. Default: the dense model, if its file is next to the slim file or in the working directory."""
     find_teacher: bool = option(True, needs={}, off="Learn from labels only: look for no teacher.")
-    """Look for the dense model's file and use it as the teacher."""
+    """Look for the unpruned (dense) model's file, and use it as the teacher for distillation."""
     label_weight: float = option(1.0, at_least=0)
     """Weight of the cross-entropy with labels, relative to the distillation loss."""
     teacher_model: str | None = None
     """timm architecture of the teacher, if its checkpoint does not name it. Default: the dense model's."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of the teacher's architecture, such as img_size=32."""
+    """Arguments for building the teacher's timm architecture, such as img_size=32."""
     teacher_part: str | None = None
     """Part of the teacher's training checkpoint that holds the model, such as state_dict or student."""
     kd_temperature: float = option(1.0, above=0)
@@ -48,14 +46,12 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions(Options, panel="Training"):
-    """Training of the weights."""
-
     epochs: int = option(10, at_least=1)
-    """Number of epochs."""
+    """Number of training epochs."""
     steps: int | None = option(None, at_least=1)
-    """Number of optimizer steps; replaces the number of epochs."""
+    """Number of optimizer steps of the run, instead of a number of epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Batch size per process. Default: 64, or 16 if an epoch has fewer than 1,000 steps of 64."""
+    """Batch size per process. Default: 64, or 16 if an epoch has fewer than 1,000 batches of 64 images."""
     grad_accum_steps: int = option(1, at_least=1)
     """Batches per optimizer step (gradient accumulation)."""
     opt: str = "adamw"
@@ -64,19 +60,20 @@ class TrainingOptions(Options, panel="Training"):
     """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that passes a trial of 25
     steps."""
     weight_decay: float = option(0.05, at_least=0)
-    """Weight decay. Biases, norms and parameters that the model exempts have none."""
+    """Weight decay. Biases, normalisation layers and parameters that the timm model exempts have none."""
     sched: Schedule = "cosine"
     """Learning rate schedule."""
     warmup_epochs: float | None = option(None, at_least=0)
-    """Epochs of learning rate warmup. Default: 10 % of the run."""
+    """Epochs of learning rate warmup. Default: 10 % of all epochs."""
     clip_grad: float | None = option(1.0, at_least=0)
     """Gradient clipping threshold; 0 turns clipping off."""
     model_ema: bool = False
     """Evaluate and save an exponential moving average (EMA) of the weights."""
     momentum: float = option(0.9, at_least=0)
-    """Momentum, for optimizers that have it."""
+    """Momentum, for optimizers that have one, such as sgd."""
     layer_decay: float | None = option(None, above=0, at_most=1)
-    """Layer-wise learning rate decay: factor from each layer to the layer before it."""
+    """Layer-wise learning rate decay: the rate of each layer is the rate of the next layer times this
+    factor."""
     drop_path: float = option(0.0, at_least=0, below=1)
     """Stochastic depth rate of the last block. Earlier blocks have lower rates."""
     warmup_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
@@ -88,13 +85,15 @@ class TrainingOptions(Options, panel="Training"):
     decay_rate: float = option(0.1, above=0)
     """Decay factor of the step schedule, and power of the poly schedule."""
     clip_mode: ClipMode = option("norm", needs={"clip_grad": GIVEN})
-    """Gradient clipping by norm, by value, or adaptive (agc)."""
+    """Type of gradient clipping: by norm (norm), by value (value), or adaptive (agc)."""
     model_ema_decay: float = option(0.9998, above=0, below=1, needs={"model_ema": True})
-    """EMA decay per step."""
+    """Decay per step of the exponential moving average (EMA) of the weights."""
     model_ema_warmup: bool = option(
-        True, needs={"model_ema": True}, off="Use the full decay of the moving average from the start."
+        True,
+        needs={"model_ema": True},
+        off="Use the full decay of the averaged weights (EMA) from the start.",
     )
-    """Start the moving average with a smaller decay."""
+    """Start the exponential moving average (EMA) of the weights with a smaller decay."""
     seed: int = seed_option()
     """Random seed."""
 
@@ -155,23 +154,19 @@ class FinetuneOptions(
     DeviceOptions,
     panel="Result",
 ):
-    """Options of ``mhacut finetune``."""
-
     checkpoint: PathLike = option(REQUIRED, panel="Arguments", metavar="SLIM", reads="checkpoint")
-    """Slim file, written by mhacut prune."""
+    """Slim file to fine-tune, written by mhacut prune."""
     output: PathLike | None = option(None, metavar="DIR")
-    """Folder of the run. Default: SLIM's name plus -finetuned, in the working directory."""
+    """Folder of the run. Default: the slim file's name plus -finetuned, in the working directory."""
     overwrite: bool = False
-    """Replace the run in the folder."""
+    """Replace an earlier run in the output folder."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Continue the run in this folder with its options."""
+    """Folder of an interrupted run to continue with the run's own options."""
     save_every: int = option(0, at_least=0)
     """Steps between saves within an epoch; 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
-    """Also learn from the labels, if the images have any.
-
-    Accuracy is measured with or without this option.
-    """
+    """Also learn from the labels, if the images have any. Accuracy is measured with or without this
+    option."""
     eval_images: int | None = option(None, at_least=0, panel="Data")
     """Number of validation images. Default: all; 0 turns validation off."""
     amp: bool = option(False, panel="Computing")
@@ -185,9 +180,9 @@ class FinetuneOptions(
     channels_last: bool = option(False, panel="Computing")
     """Use the channels-last memory format."""
     log: str | None = None
-    """Logs to write in addition to summary.csv: tensorboard, wandb, or both (tensorboard,wandb)."""
+    """Logs to write in addition to summary.csv: tensorboard, wandb, or tensorboard,wandb."""
     dtype: Dtype | None = None
-    """Precision of the saved weights. Default: SLIM's."""
+    """Precision of the saved weights. Default: the slim file's precision."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,35 +18,33 @@ from mhacut.options.option import GIVEN, PathLike, option
 
 Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 INSPECTED_IMAGES = 64
-"""Default number of images, with some thousand tokens."""
+"""Default number of images for head statistics, enough for thousands of tokens."""
 _RUNS = {**NEEDS_IMAGES, "compare": GIVEN}
-"""Options that make the command run the model on images."""
+"""Options that make ``mhacut inspect`` run the model on images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InspectOptions(
     CheckpointOptions, ImageSource, PreprocessingOptions, DeviceOptions, panel="What is shown"
 ):
-    """Options of ``mhacut inspect``."""
-
     layer: str | None = option(None, metavar="GLOB")
-    """Show only layers whose names match, with all heads: 'blocks.1*.attn'."""
+    """Show only layers whose names match GLOB, such as 'blocks.1*.attn', with all heads."""
     heads: bool = False
     """Show every head and its remaining channels."""
     sort: Sort = "layer"
     """Order of the layers: model order (layer), or largest value of the named column first."""
     shapes: bool = False
-    """Show widths and costs only. They come from the file header, so large files open fast."""
+    """Show channel counts and costs only. Both come from the file header, so large files open fast."""
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write the report as one HTML page."""
+    """Write the report to this HTML file."""
     overwrite: bool = option(False, needs={"html": GIVEN})
     """Replace an existing HTML page."""
     compare: PathLike | None = option(None, metavar="DENSE", reads="checkpoint")
-    """Dense model to compare with, layer by layer. Without images, synthetic images are used."""
+    """Unpruned (dense) model to compare with, layer by layer. Without images, synthetic images are used."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Split with the images."""
+    """Name of the split with the images for head statistics."""
     calibration_images: int = option(INSPECTED_IMAGES, at_least=1, panel="Data", needs=_RUNS)
-    """Number of images for head statistics."""
+    """Number of images for the statistics of attention heads."""
     seed: int = seed_option()
     """Random seed for choosing images."""
     batch_size: int = option(16, at_least=1, panel="Computing", needs=_RUNS)

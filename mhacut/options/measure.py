@@ -25,22 +25,18 @@ from mhacut.options.option import Options, PathLike, option, require
 class EvaluateOptions(
     CheckpointOptions, LabelledImages, PreprocessingOptions, DeviceOptions, panel="Computing"
 ):
-    """Options of ``mhacut evaluate``."""
-
     batch_size: int = option(64, at_least=1)
     """Batch size."""
     amp: bool = False
-    """Use bfloat16 autocast."""
+    """Compute under bfloat16 autocast."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
-    """Options of ``mhacut bench``."""
-
     checkpoints: tuple[PathLike, ...] = option(
         REQUIRED, panel="Arguments", metavar="CHECKPOINT...", reads="checkpoint"
     )
-    """Checkpoints, dense or slim. The first is the reference for ratios."""
+    """Dense or slim models to time. Ratios are relative to the first."""
     runtime: Runtime = "eager"
     """Runtime: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO."""
     int8: bool = False
@@ -50,9 +46,9 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     seconds: float = option(5.0, above=0)
     """Seconds of measurement per batch size, for all checkpoints together."""
     threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)
-    """CPU threads. Default: torch's choice."""
+    """CPU threads for the measurements. Default: torch's choice."""
     dtype: ExportDtype = "float32"
-    """Precision of the computation."""
+    """Precision of the weights and of the computation."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,8 +79,6 @@ class BenchKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelsOptions(Options, panel="Models"):
-    """Options of ``mhacut models``."""
-
     pattern: str = option("*", panel="Arguments", metavar="PATTERN")
     """Pattern of architecture names, as in timm.list_models. Default: all architectures, which takes
     minutes."""

@@ -43,11 +43,11 @@ T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound="Options")
 PathLike = str | os.PathLike[str]
 GIVEN: Any = ...
-"""Stands in ``needs`` for any true value."""
+"""In ``Option.needs``: any true value of the other option."""
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
 _METAVARS: Mapping[Any, str] = {int: "N", float: "X", bool: "", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
 _MOST = {int: 2**31 - 1, float: 1e30}
-"""Largest values of options without an upper bound: above, the libraries overflow."""
+"""Upper bound, by type, of options without their own bound. Larger values overflow in libraries."""
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 100
 
@@ -57,30 +57,30 @@ class Option:
     """Name, type, default, bounds and help of an option."""
 
     name: str
-    """Name in Python and in YAML."""
+    """Name in Python. The name in YAML files is :attr:`key`."""
     type: Any
     default: Any
     owner: type[Options]
-    """Class with the field; the docstring under the field is the help."""
+    """Dataclass that declares the option. The docstring under the field is the help."""
     panel: str
-    """Heading in ``--help-all``; options of the panel "Arguments" have no flag."""
+    """Heading in ``--help-all``. Options of the panel "Arguments" have no flag."""
     metavar: str = ""
-    """Placeholder of the value in the help. Default: from the type."""
+    """Placeholder of the value in the help, such as ``DIR``. Default: from the type."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
-    """Bounds of the value, or of each element of a tuple."""
     endings: tuple[str, ...] = ()
-    """Allowed file name endings, in upper or lower case."""
+    """Allowed endings of the file name, in upper or lower case."""
     reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
-    """Kind of input at the path or paths."""
+    """Kind of input that the command reads from the path."""
     repeats: bool = False
     """Whether the flag can be repeated."""
     off: str = ""
     """Help of the flag ``--no-NAME`` of a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
-    """Values of other options. The option has no effect unless at least one of them is set."""
+    """Other options with values. Without any of these values, the option has no effect and the user gets a
+    warning."""
 
     @property
     def help(self) -> str:
@@ -88,13 +88,15 @@ class Option:
 
     @property
     def flag(self) -> str:
-        """Long flag. A mapping has a flag per ``KEY=VALUE``: ``--model-arg`` for ``model_args``."""
+        """Long flag, such as ``--round-to``.
+
+        Mappings have a flag per pair: ``--model-arg`` for ``model_args``.
+        """
         name = self.name.removesuffix("s") if self.takes_pairs else self.name.rstrip("_")  # as_
         return "--" + name.replace("_", "-")
 
     @property
     def negative(self) -> str:
-        """Flag that turns a switch off."""
         return f"--no-{self.flag.removeprefix('--')}"
 
     @property
@@ -136,14 +138,13 @@ class Option:
 
     @property
     def placeholder(self) -> str:
-        """Placeholder of the value: ``N``, ``PATH``; empty for a switch."""
+        """Placeholder of the value in the help: ``N``, ``PATH``; empty for a switch."""
         spec = self.element or self.kind
         known = _METAVARS.get(get_origin(spec) or spec, "NAME")
         return self.metavar or (f"{known},{known}" if self.element and not self.repeats else known)
 
     @property
     def limits(self) -> str:
-        """Bounds in words, such as ``at least 1``."""
         bounds = {name: getattr(self, name) for name in ("at_least", "above", "at_most", "below")}
         return ", ".join(
             f"{name.replace('_', ' ')} {bound if isinstance(bound, int) else format(bound, '.10g')}"
@@ -212,7 +213,7 @@ class Option:
         return number
 
     def _pairs(self, value: Any) -> dict[str, Any]:
-        """Return a mapping, a ``KEY=VALUE``, or a list of them, as one mapping."""
+        """Merge mappings and ``KEY=VALUE`` texts into 1 mapping."""
         pairs: dict[str, Any] = {}
         for part in value if isinstance(value, list | tuple) else [value]:
             known = dict([key_value(self.name, part)]) if isinstance(part, str) else part
@@ -223,7 +224,10 @@ class Option:
 
 
 def option(default: T, **facts: Any) -> T:
-    """Return a field of an :class:`Options` dataclass, with facts about the option such as its bounds."""
+    """Return a field of an :class:`Options` dataclass.
+
+    ``facts`` are fields of :class:`Option`, such as bounds.
+    """
     made: Any = field(default=default, metadata=facts)
     return made  # type: ignore[no-any-return]
 
@@ -237,7 +241,7 @@ class Options:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _shared: ClassVar[dict[str, Any]]
-    """Default facts for the fields of the class; inherited fields keep those of their class."""
+    """Panel and needs of the options that this class declares. Inherited options keep their own."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
@@ -250,7 +254,6 @@ class Options:
     @classmethod
     @cache  # reading annotations takes milliseconds
     def options(cls) -> Mapping[str, Option]:
-        """Options by name, in the order of the fields."""
         types = get_type_hints(cls)
         # Panel and needs of a class apply to its own fields, not to inherited fields.
         owners: dict[str, Any] = {
@@ -269,7 +272,6 @@ class Options:
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make the options from values by name, or raise a :class:`UsageError`."""
         known = cls.options()
         for name in values:
             if name not in known:
@@ -280,13 +282,13 @@ class Options:
         return cls(**values)
 
     def values(self) -> dict[str, Any]:
-        """Return the arguments of :meth:`of`, with paths as text for JSON."""
+        """Return the option values by name, with paths as text for JSON."""
         values = {name: getattr(self, name) for name in self.options()}
         paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
         return values | paths
 
     def only(self, kind: type[OptionsT]) -> OptionsT:
-        """Return the options that belong to the base class ``kind``."""
+        """Return the options that the base class ``kind`` declares."""
         return kind(**{name: getattr(self, name) for name in kind.options()})
 
     def files_read(self) -> tuple[str, ...]:
@@ -302,11 +304,11 @@ class Options:
         return tuple(paths)
 
     def changed(self) -> list[str]:
-        """Names of the options that differ from their defaults."""
+        """Return the names of the options that differ from their defaults."""
         return [name for name, spec in self.options().items() if getattr(self, name) != spec.default]
 
     def unmet_needs(self) -> dict[str, str]:
-        """Changed options without effect, and a sentence that names the missing option."""
+        """Return a warning for each changed option that has no effect, by option name."""
         notes = {}
         for name in self.changed():
             needs = self.options()[name].needs
@@ -340,7 +342,7 @@ def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers and arrays of NumPy and torch to Python numbers."""
+    """Convert numbers and arrays of NumPy and torch to Python numbers and lists."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
@@ -351,20 +353,19 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 
 
 def _main(kind: Any) -> Any:
-    """Return the type to parse text as: the tuple in a union, else the last member."""
+    """Return the type that text is converted to: the tuple in a union, else the last member."""
     parts = _alternatives(kind)
     main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
     return os.PathLike if get_origin(main) is os.PathLike else main
 
 
 def unknown_option(name: str, known: tuple[str, ...], kind: str = "option") -> str:
-    """Return a message about an unknown name, with the closest known name."""
     near = difflib.get_close_matches(name, known, n=1)
     return f"no {kind} {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise a :class:`UsageError` with the option, its value and ``expected`` unless ``holds``."""
+    """Raise a :class:`UsageError` that names the option, its value and ``expected`` unless ``holds``."""
     if not holds:
         # Models, and lists that YAML aliases expand to millions of elements, are shortened.
         short = isinstance(value, str | int | float | os.PathLike) and len(str(value)) <= 200
@@ -373,7 +374,7 @@ def require(name: str, value: object, holds: bool, expected: str) -> None:
 
 
 def key_value(name: str, text: str) -> tuple[str, Any]:
-    """Parse a ``KEY=VALUE``; the value is JSON, else a Python literal, else text."""
+    """Parse ``KEY=VALUE``. The value is read as JSON, else as a Python literal, else as text."""
     key, equals, value = text.partition("=")
     if not equals or not key.isidentifier():
         raise UsageError(f"{option_name(name)} {text!r}: expected KEY=VALUE, like img_size=32")
@@ -384,7 +385,6 @@ def key_value(name: str, text: str) -> tuple[str, Any]:
 
 
 def yaml_value(text: str | bytes) -> Any:
-    """Parse YAML. Raises a :class:`UsageError` for anything else."""
     import yaml
 
     try:
@@ -394,7 +394,6 @@ def yaml_value(text: str | bytes) -> Any:
 
 
 def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
-    """Read the options in a YAML file, converted to their types."""
     try:
         document = yaml_value(Path(path).read_bytes())
     except (OSError, UsageError) as error:

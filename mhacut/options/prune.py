@@ -34,8 +34,8 @@ Method = Literal["mhacut", "paper"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of training steps for channel scales without repair. After a repair, the small gain on the
-calibration images hardly transfers to other images, so the default is 0."""
+"""Default number of training steps of channel scales without a least-squares refit (repair). After a refit,
+trained scales hardly help on other images, so the default is 0."""
 METHODS: Mapping[Method, Mapping[str, object]] = {
     "mhacut": {},
     "paper": {
@@ -47,15 +47,15 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
         "tuning_steps": 0,
     },
 }
-"""Defaults of the research switches, by method."""
+"""Default option values that differ from mhacut's, by method."""
 _INDICATORS = {"allocation": "indicator"}
 _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
-"""Option values, by option name, that train the channel scales."""
+"""Options, with the values, that make the run train channel scales."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """Search work of an effort."""
+    """Numbers of images and training steps that ``--effort`` sets."""
 
     calibration_images: int
     heal_steps: int
@@ -72,7 +72,7 @@ EFFORTS: Mapping[str, Work] = {
 }
 BUDGETS, BOUNDS = ("flops", "params", "size", "max_latency"), ("max_kl", "max_drop")
 OTHER_TARGETS = (*BUDGETS[1:], *BOUNDS, "exclude", "min_width", "equal_qkv")
-"""Options that set a budget, options that bound the loss, and all targets and constraints except FLOPs."""
+"""Names of all options that set a target or a constraint, except ``flops``."""
 _OTHERS = ("amp", "calibration_images", "int8", "keep_dead_tokens", "report", "round_to")
 OF_TIMM = {
     *OTHER_TARGETS,
@@ -82,7 +82,7 @@ OF_TIMM = {
     "runtime",
     *_OTHERS,
 }
-"""Options for timm models only."""
+"""Names of the options that work with timm models only, and not with ``--as huggingface``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,58 +90,66 @@ class SearchOptions(Options, panel="Research switches"):
     """Search for the plan. Research switches turn off parts of the method, for ablations."""
 
     effort: Effort = option("balanced", panel="Result")
-    """Search effort. DeiT-S on 2 cores: fast about 1 min, balanced 1.5 to 8 min, best longer."""
+    """Effort of search and training. A DeiT-S on 2 CPU cores takes about 1 min (fast), 1.5 to 8 min
+    (balanced) or longer (best)."""
     batch_size: int = option(16, panel="Computing", at_least=1)
     """Batch size for calibration."""
     seed: int = seed_option()
     """Random seed."""
     method: Method = option("mhacut", panel="Rarer options")
-    """Preset of the research switches: mhacut's defaults, or the paper's method (arXiv 2405.20867)."""
+    """Preset of all other research switches: mhacut's defaults (mhacut), or the method of arXiv 2405.20867
+    (paper)."""
     allocation: Allocation = "curves"
-    """Division of the budget among layers: by sensitivity curves (curves), by trained indicators as in the
-    paper (indicator), or equally (uniform)."""
+    """Division of the budget among layers: by the measured sensitivity of each layer (curves), by the learned
+    importance of each channel (indicator, method paper), or equally (uniform)."""
     basis: BasisChoice = "auto"
-    """Channels to choose from: original channels (channel), principal components where they are exact
-    (principal), or the better of both per layer (auto)."""
+    """Channels to remove: original channels (channel), principal components of the channels where a rotation
+    is exact (principal), or the better of both for each layer (auto)."""
     positions: Positions = "auto"
-    """v channels to keep in heads that share convolution filters: each head its own (own), all heads the same
-    (equal), or the better of both per layer (auto)."""
+    """In heads that share convolution filters, choose the remaining v channels for each head (own), the same
+    for all heads (equal), or the better of both for each layer (auto)."""
     repair: bool = True
-    """Refit the weights that read a pruned layer's output by least squares."""
+    """Refit weights by least squares, so that the remaining channels reproduce the dense layer's output."""
     heal_steps: int | None = option(None, at_least=0)
     """Training steps per block (healing): each block learns to reproduce the dense block's output. Default:
     set by the effort."""
     tuning_steps: int | None = option(None, at_least=0)
-    """Training steps of all weights, to reproduce the dense model's logits or features without labels.
-    Default: set by the effort."""
+    """Training steps of all weights together (tuning), to reproduce the dense model's logits or features
+    without labels. Default: set by the effort."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Learning rate of the tuning steps. Default: found by trial on held-out images."""
+    """Learning rate of the joint training of all weights (tuning). Default: found by trial on held-out
+    images."""
     token_weights: bool = True
-    """Weight each token by its influence on the model's output. If off, all tokens have the same weight."""
+    """In errors of layers, weight each token by its influence on the model's output. If off, all tokens have
+    the same weight."""
     reweight: bool = True
     """Train a scale for each remaining channel; the scales are merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Training steps of the channel scales. Default: 40 without repair, 0 with repair."""
+    """Training steps of the scales of the remaining channels. Default: 0, or 40 without the least-squares
+    refit (repair)."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
-    """Learning rate of the channel scales."""
+    """Learning rate of the scales of the remaining channels."""
     selection: Selection = option("repair", needs=_INDICATORS)
-    """Channels to keep for given widths: those with the smallest error after repair (repair), or the highest
-    indicators (indicator)."""
+    """Channels that a layer keeps at a given width: those with the smallest error after the least-squares
+    refit (repair), or those with the highest learned importance (indicator)."""
     similarity: bool = option(True, needs=_INDICATORS)
-    """Lower the indicator of a channel that resembles other channels of its head."""
+    """Lower the learned importance of a channel that resembles other channels of its head (method paper)."""
     score_adjustment: bool = option(True, needs=_INDICATORS)
-    """Keep the widths of all heads equal while indicators are trained. If off, equal widths are enforced only
-    in the final plan."""
+    """Keep the widths of all heads equal while the importance of channels is learned (method paper). If off,
+    equal widths are enforced only in the final plan."""
     init: Init = option("attention-difference", needs=_INDICATORS)
-    """Initial values of the indicators, the learned importance of each channel (method paper)."""
+    """Start values of the learned importance of each channel (method paper): by the effect of the channel on
+    attention (attention-difference), or equal (uniform)."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
-    """Training steps of the indicators, the learned importance of each channel (method paper)."""
+    """Training steps of the learned importance of each channel (method paper)."""
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
-    """Learning rate of the indicators, the learned importance of each channel (method paper)."""
+    """Learning rate of the learned importance of each channel (method paper)."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
-    """Weight of the FLOPs budget's gradient, relative to the loss gradient (method paper)."""
+    """Weight of the gradient that lowers the FLOPs to the budget, relative to the gradient of the loss
+    (method paper)."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
-    """Weight of the cross-entropy with labels, relative to the distillation loss."""
+    """Weight of the cross-entropy with labels, relative to the distillation loss, in the training of channel
+    scales and channel importance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,7 +159,6 @@ class SearchOptions(Options, panel="Research switches"):
 
     @property
     def trained_gain_steps(self) -> int:
-        """Training steps of the channel scales."""
         if not self.reweight:
             return 0
         if self.gain_steps is not None:
@@ -164,12 +171,10 @@ class SearchOptions(Options, panel="Research switches"):
 
     @property
     def healed_steps(self) -> int:
-        """Healing steps per block."""
         return self.work.heal_steps if self.heal_steps is None else self.heal_steps
 
     @property
     def tuned_steps(self) -> int:
-        """Tuning steps of all weights."""
         return self.work.tuning_steps if self.tuning_steps is None else self.tuning_steps
 
 
@@ -183,65 +188,70 @@ class PruneOptions(
     DeviceOptions,
     panel="Result",
 ):
-    """Options of ``mhacut prune``."""
-
     params: str | None = option(None, metavar="BUDGET")
-    """Budget for the parameters: 2.8M or 50%. Combines with other budgets."""
+    """Budget for the number of parameters: 2.8M, or 50% of the dense model's. Combines with other budgets."""
     size: str | None = option(None, metavar="BUDGET")
-    """Budget for the size of the written file: 6MB, 5.5MiB or 50%."""
+    """Budget for the size of the written file: 6MB, 5.5MiB, or 50% of the dense model's."""
     max_latency: str | None = option(None, metavar="TIME")
     """Budget for the time per batch: 12ms, or 50% of the dense model's time. Both models are timed."""
     max_kl: float | None = option(None, above=0, metavar="NATS")
     """Find the smallest model with at most this KL divergence (nats) from the dense model, on held-out
     calibration images."""
     max_drop: float | None = option(None, at_least=0, at_most=100, metavar="POINTS")
-    """Find the smallest model that loses at most this many points of top-1 accuracy. Needs labelled
-    validation images."""
+    """Find the smallest model that loses at most this many points of the dense model's top-1 accuracy. Needs
+    labelled validation images."""
     as_: Literal["timm", "huggingface"] = "timm"
-    """Hugging Face folders: timm converts them and writes a slim file; huggingface keeps their class and
-    writes a folder."""
+    """Treatment of a Hugging Face folder: convert the model to timm and write a slim file (timm), or keep the
+    model's class and write a folder (huggingface)."""
     output: PathLike | None = option(None, metavar="FILE")
-    """File or folder to write. Default: named after checkpoint and budget, in the working directory."""
+    """File or folder for the pruned model. Default: named after checkpoint and budget, in the working
+    directory."""
     scope: Scope = "auto"
-    """Parts to prune: attention channels, MLP channels, tokens (merged in plain ViTs). auto: all that the
-    model, its outputs and the targets allow."""
+    """Parts to prune: attention channels, MLP channels, and tokens (token merging, in plain ViTs). auto: all
+    that the model, the preserved outputs and the targets allow."""
     preserve: str | None = option(None, metavar="OUTPUTS")
     """Output to preserve: answers (logits), pooled (classifier inputs), tokens (patch features), pyramid
     (features_only maps), or layer names such as blocks.10,blocks.11. Default: answers, or tokens if there is
     no classifier."""
     keep_dead_tokens: bool = False
-    """Keep all tokens, so that patch features exist: no merging, no shortcut in the last block."""
+    """Keep all tokens, so that patch features exist: no token merging, and all tokens in the last block
+    instead of only those that the head reads."""
     round_to: int | None = option(None, at_least=1)
-    """Round widths to multiples of N. Default: 8, or 16 for a latency budget on a GPU."""
+    """Round the channels per head and per MLP to multiples of N. Default: 8, or 16 for a latency budget on a
+    GPU."""
     overwrite: bool = False
-    """Replace an existing file. The checkpoint is never replaced."""
+    """Replace existing output files. The checkpoint is never replaced."""
     dry_run: bool = False
     """Search and show the result, but write no model."""
     report: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
     """Write an HTML report of the run. Dry runs can have a report too."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
-    """Number of calibration images. Default: set by the effort."""
+    """Number of calibration images. Default: 128, 256 or 1,024, set by the effort."""
     labels: bool = option(
         True, panel="Data", off="Ignore labels: search and validate with the dense model's outputs."
     )
-    """Use labels, if the images have any. Without labels, no accuracy is measured."""
+    """Use the labels of images, if there are any. Without labels, no accuracy is measured."""
     eval_images: int = option(2000, at_least=0, panel="Measuring")
-    """Number of validation images to judge the result on, labelled or unlabelled; 0 turns this off."""
+    """Number of validation images for comparing the pruned model with the dense model; 0 turns the comparison
+    off."""
     amp: bool = option(False, panel="Computing")
     """Use bfloat16 autocast in training steps."""
     exclude: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN", repeats=True)
-    """Keep all channels of layers or units whose names match: 'blocks.0.*', '*.attn.qk'. Can be repeated."""
+    """Keep all channels of layers, or of their parts such as qk, whose names match PATTERN: 'blocks.0.*',
+    '*.attn.qk'. Can be repeated."""
     min_width: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN=N", repeats=True)
-    """Keep at least N channels per head or per MLP, where names match: 'blocks.*.mlp=256'. Can be
-    repeated."""
+    """Keep at least N channels per head or per MLP in layers whose names match PATTERN: 'blocks.*.mlp=256'.
+    Can be repeated."""
     equal_qkv: bool = option(False, panel="Rarer options")
-    """Give q, k and v of a layer the same width, for fused attention in TensorRT and ONNX Runtime."""
+    """Give q, k and v of a layer the same number of channels, for fused attention in TensorRT and ONNX
+    Runtime."""
     flops: str | tuple[str, ...] | None = option(None, metavar="BUDGET", repeats=True)
-    """Budget for the FLOPs (multiply-accumulates): 50%, 2.0G or 600M. Several budgets write one file each."""
+    """Budget for the FLOPs (multiply-accumulates) per image: 2.0G, 600M, or 50% of the dense model's. Several
+    budgets write 1 file each."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make the options from values by name, with the method's defaults."""
+        """Make the options from values by name; ``method`` sets the defaults."""
         # The super class raises the error for an unknown method.
         preset = METHODS.get(values.get("method", "mhacut"), {})
         return super().of(**{**preset, **values})
@@ -274,7 +284,7 @@ class PruneOptions(
         self._check_allocation()
 
     def _check_kind(self) -> None:
-        """Raise a :class:`UsageError` for options that do not work with a model of transformers."""
+        """Raise a :class:`UsageError` for options that do not work with ``--as huggingface``."""
         timm = self.as_ == "timm"
         fits = self.output is None or os.fspath(self.output).lower().endswith(".safetensors") == timm
         require("output", self.output, fits, "a name that ends in .safetensors" if timm else "a folder")
@@ -291,7 +301,6 @@ class PruneOptions(
             require(name, value, value in values, f"{values[-2]} or {values[-1]} with {asked}")
 
     def _check_allocation(self) -> None:
-        """Raise a :class:`UsageError` unless the allocation supports the targets."""
         # Indicators support a FLOPs budget only.
         if self.scope.endswith("+tokens"):
             expected = f"curves with {option_name('scope', self.scope)}"
@@ -309,26 +318,25 @@ class PruneOptions(
 
     @property
     def budgets(self) -> dict[str, Budget]:
-        """Budgets of 1 output file, by option."""
+        """Budgets of 1 output file, by option name."""
         values = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in values.items() if isinstance(value, Budget)}
 
     @property
     def several(self) -> tuple[str, ...]:
-        """FLOPs budgets, if there are at least 2; otherwise empty."""
         return self.flops if isinstance(self.flops, tuple) else ()
 
     @property
     def bounds_work(self) -> bool:
-        """Whether token merging can help to meet the targets. It does not change parameters or bytes."""
+        """Whether the targets limit FLOPs, time or loss, so that token merging can help."""
         return self.flops is not None or self.max_latency is not None or self.bounds_loss
 
     @property
     def bounds_loss(self) -> bool:
-        """Whether the search is for the smallest model within a loss bound."""
+        """Whether the run searches for the smallest model within a bound on the loss."""
         return self.max_kl is not None or self.max_drop is not None
 
     @property
     def images_wanted(self) -> int:
-        """``calibration_images``, or the number set by the effort."""
+        """Number of calibration images: ``calibration_images``, or the number set by the effort."""
         return self.calibration_images or self.work.calibration_images
