@@ -23,7 +23,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
-    """Return the model card, Markdown with a YAML header."""
     record, architecture = loaded.record, loaded.identity.architecture
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
     title = "Architecture" if record is None else "Dense architecture"
@@ -59,7 +58,7 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
 
 
 def _cut(plan: Plan) -> str:
-    """Return the parts that lost channels."""
+    """Describe in words whether attention, MLPs or both lost channels."""
     kinds = {unit.kind for unit in plan if not unit.keeps_all}
     parts = ["attention"] * bool(kinds - {"hidden"}) + ["MLPs"] * ("hidden" in kinds)
     if not parts:
@@ -95,7 +94,7 @@ def _header(classifies: bool, record: SlimRecord | None, license: str | None) ->
 
 
 def _base_model(record: SlimRecord | None) -> str | None:
-    """Return the hub name of the dense model, if the (untrusted) history says that it came from the hub."""
+    """Return the hub name of the dense model; None if the untrusted history names no model on the hub."""
     source = record.history[0].get("source") if record is not None and record.history else None
     kind, _, name = str(source).partition(":")
     if kind == "timm":
@@ -107,7 +106,6 @@ def _base_model(record: SlimRecord | None) -> str | None:
 
 
 def _accuracy(record: SlimRecord | None) -> dict[str, str]:
-    """Return the top-1 accuracy of the dense and the pruned model from the history."""
     history = () if record is None else record.history
     stated = [entry["accuracy"] for entry in history if isinstance(entry.get("accuracy"), dict)]
     # Every step must have measured it: a later step changes the model.

@@ -32,13 +32,11 @@ class Conditions:
     runtime: Runtime
     device: torch.device
     threads: int
-    """Number of CPU threads."""
     dtype: ExportDtype = "float32"
-    """Type of whole models in PyTorch and ONNX Runtime. OpenVINO and layers use float32."""
+    """Dtype of whole models in PyTorch and ONNX Runtime. OpenVINO and single layers run in float32."""
 
 
 def timing_device(runtime: Runtime, device: str) -> torch.device:
-    """Return the device on which ``runtime`` computes."""
     if runtime not in ("onnx", "openvino"):
         return resolve_device(device)
     option = option_name("runtime", runtime)
@@ -51,7 +49,7 @@ def timing_device(runtime: Runtime, device: str) -> torch.device:
 def model_program(
     model: nn.Module, size: tuple[int, int, int], conditions: Conditions
 ) -> Callable[[Tensor], object]:
-    """Return ``model`` as a function of float32 images [B, C, H, W] on the device."""
+    """Return a function of float32 images [B, C, H, W] that runs ``model`` in the chosen runtime."""
     if conditions.runtime == "openvino":
         return openvino_runner(model, size, threads=conditions.threads)
     if conditions.runtime == "onnx":
@@ -66,7 +64,7 @@ def model_program(
 def int8_program(
     model: nn.Module, size: tuple[int, int, int], threads: int
 ) -> tuple[Callable[[Tensor], object], int]:
-    """Return a function of images and the file size in bytes of ``model`` in INT8 (ONNX Runtime)."""
+    """Return a function of images that runs ``model`` as INT8 ONNX, and the bytes of the ONNX file."""
     content = onnx_content(model, size)
     # On noise, as ``mhacut export --int8`` does without images.
     outlier_layers = layers_with_outliers(content, [fixed_images(4, size)])
@@ -77,7 +75,7 @@ def int8_program(
 def part_run(
     part: nn.Module, inputs: tuple[Tensor, ...], conditions: Conditions, *, int8: bool = False
 ) -> Callable[[], object]:
-    """Return a function that runs a part of a model once, in float32, on CPU tensors ``inputs``."""
+    """Return a function that runs the submodule ``part`` once on ``inputs``, which are CPU tensors."""
     if conditions.runtime in ("onnx", "openvino"):
         content = part_content(part, inputs)
         if conditions.runtime == "openvino":
@@ -96,7 +94,6 @@ def part_run(
 
 @contextmanager
 def using_threads(threads: int | None) -> Iterator[int]:
-    """Set the number of CPU threads of torch inside the block, and yield their number."""
     before = torch.get_num_threads()
     if threads is not None:
         torch.set_num_threads(threads)

@@ -34,17 +34,18 @@ from mhacut.options.export import ExportOptions
 from mhacut.surgery.find import gives_probabilities
 
 _QUANTIZED_OPERATORS = ["MatMul", "Gemm"]
-"""Operators that become INT8, if their second factor is a constant weight. The rest stays float32: softmax,
-LayerNorm, GELU, products of two activations, and convolutions, which dynamic ranges make slower."""
+"""ONNX operators that become INT8 if their second input is a constant weight. Convolutions stay float32,
+because INT8 with dynamic ranges makes them slower."""
 FAR_KL, FAR_COSINE = 0.1, 0.98
-"""Limits of a usable INT8 model: largest KL divergence (nats), or without classes smallest cosine."""
+"""Limits for the warning that an INT8 model is far from float32: largest KL divergence of the logits (nats),
+or smallest cosine of the features."""
 MAX_ROUNDING_ERROR = 0.01
-"""Relative squared error of a layer's outputs above which the layer stays float32. In ViTs, a few activations
-are hundreds of times larger than the others (Sun et al., arXiv 2402.17762), and set the step for all. Layers
-without such outliers are 100 times below this limit, layers with outliers 10 times above."""
+"""A linear layer stays float32 if rounding its inputs to 8 bits changes its outputs by a larger relative
+squared error. Layers with outlier activations (Sun et al., arXiv 2402.17762) are 10 times above this limit,
+and other layers of ViTs are 100 times below."""
 _LEVELS = 255
 _SCOPES = "pkg.torch.onnx.name_scopes"
-"""Key in a node's metadata under which torch's exporter stores the names of its modules."""
+"""Metadata key of an ONNX node under which torch stores the names of the node's modules."""
 _HELD_OUT = 0.25
 _NOISE_IMAGES = 32
 _BATCH = 8
@@ -55,33 +56,32 @@ _SEED = 42
 
 @dataclass(frozen=True)
 class Quantization:
-    """Comparison of an INT8 file with the float32 file."""
+    """Comparison of an INT8 ONNX file with the float32 file of the same model."""
 
     float32_layers: tuple[str, ...]
-    """Linear layers that stay float32 because their inputs have outliers."""
+    """Names of linear layers that stay float32 because their inputs have outliers."""
     compared_on: str
-    """Description of the images of the comparison. Outliers were searched on other images."""
+    """Text about the images on which the INT8 and float32 outputs were compared."""
     agreement: Agreement
-    """Agreement of the outputs with the float32 model's."""
+    """Agreement of the INT8 outputs with the float32 outputs."""
     float32_bytes: int
-    """Size of the float32 file."""
     float32_ms: float
-    """Median CPU time of one image in ONNX Runtime, summed over threads, in turns with the INT8 file."""
+    """Median CPU time per image of the float32 file in milliseconds, summed over threads."""
     int8_ms: float
-    """Median CPU time of one image for the INT8 file."""
+    """Median CPU time per image of the INT8 file in milliseconds, summed over threads."""
     speedup: float
-    """Median over rounds of the float32 file's time divided by the INT8 file's."""
+    """Median over timing rounds of the float32 time divided by the INT8 time."""
     threads: int
 
     @property
     def far(self) -> bool:
-        """Whether the outputs are too far from the float32 model's to be useful."""
+        """Whether the INT8 outputs differ from the float32 outputs by more than FAR_KL or FAR_COSINE."""
         kl, cosine = self.agreement.kl, self.agreement.cosine
         return not (cosine >= FAR_COSINE if kl is None else kl <= FAR_KL)
 
 
 class NothingToQuantizeError(MhacutError):
-    """An ONNX model without a linear layer that ONNX Runtime can quantize."""
+    """Raised for an ONNX model without a linear layer that ONNX Runtime can quantize."""
 
 
 def _refusing_int8() -> AbstractContextManager[None]:
@@ -89,7 +89,7 @@ def _refusing_int8() -> AbstractContextManager[None]:
 
 
 def quantize(content: bytes, *, exclude: Collection[str] = ()) -> bytes:
-    """Return a float32 ONNX file with its linear layers in INT8, except the nodes named in ``exclude``."""
+    """Convert the linear layers of a float32 ONNX file to INT8, except nodes with names in ``exclude``."""
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -133,9 +133,8 @@ def quantize(content: bytes, *, exclude: Collection[str] = ()) -> bytes:
 
 
 def _forget_shapes_of_weights(path: Path) -> None:
-    """Remove from the graph's ``value_info`` the shapes of weights, which the weights state themselves."""
-    # onnxruntime 1.23, the last version for Python 3.10, transposes weights without updating these shapes,
-    # and onnx 1.23 refuses the contradiction.
+    # onnxruntime 1.23, the last version for Python 3.10, transposes weights without updating their shapes in
+    # value_info, and onnx 1.23 refuses the contradiction.
     import onnx
 
     model = onnx.load(str(path))
@@ -164,7 +163,7 @@ def quantize_and_compare(
     options: ExportOptions,
     log: Callable[[str], None],
 ) -> tuple[bytes, Runner, Quantization]:
-    """Quantize a float32 ONNX file of ``model``; return the INT8 file, a runner of it and the comparison."""
+    """Return the INT8 file of a float32 ONNX file, a function that runs it, and the comparison of both."""
     searched, held_out, description = _images(preprocessing, options)
     threads = options.threads or torch.get_num_threads()
     outlier_layers = layers_with_outliers(content, searched[:_OUTLIER_BATCHES])
@@ -190,16 +189,17 @@ def quantize_and_compare(
 def _times(
     exact: Runner, quantized: Runner, preprocessing: Preprocessing, options: ExportOptions
 ) -> list[list[float]]:
-    """Return CPU seconds per image of both files. CPU time, unlike wall time, ignores other programs."""
+    """Return the CPU seconds per image of ``exact`` and of ``quantized`` in each round."""
     images = fixed_images(options.fixed_batch or 1, preprocessing.input_size)
-    # In turns: a CPU that warms up or is shared would slow down the second file.
+    # In turns: a CPU that warms up or is shared would slow down the second file. CPU time, unlike wall
+    # time, ignores other programs.
     runs = [run_of(exact, images), run_of(quantized, images)]
     times = take_turns(runs, seconds=_SECONDS, device=torch.device("cpu"), clock=time.process_time)
     return [[seconds / len(images) for seconds in per_run] for per_run in times]
 
 
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return batches for the outlier search, batches for the comparison, and a description of the latter."""
+    """Return batches for the outlier search, batches for the comparison, and a text about the latter."""
     size = options.fixed_batch or _BATCH
     if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
@@ -233,10 +233,10 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
 
 
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return nodes whose inputs lose too much when rounded to INT8, with the names of their modules.
+    """Return {ONNX node: module} of the linear layers whose inputs lose too much in INT8, by name.
 
-    ``batches`` are images, [B, C, H, W] each. All tokens of a batch share 256 levels, as in ONNX Runtime's
-    dynamic quantization.
+    ``batches`` are images [B, C, H, W]. As in ONNX Runtime, all tokens of a batch are rounded to the same 256
+    levels.
     """
     import onnx
     import onnxruntime
@@ -262,9 +262,9 @@ def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str,
 
 
 def rounding_error(x: Any, weight: Any) -> float:
-    """Return the relative squared error of ``x`` [..., n] times ``weight`` [n, m] for ``x`` in 256 levels.
+    """Return the relative squared error of ``x @ weight`` if ``x`` [..., n] is rounded to 256 levels.
 
-    The error is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q rounds to the levels.
+    The error is the mean over tokens of ||W (q(x) - x)||^2 / ||W x||^2, where q is the rounding.
     """
     low, high = min(x.min(), 0), max(x.max(), 0)
     step = max((high - low) / _LEVELS, 1e-30)  # all values may be 0
@@ -276,7 +276,6 @@ def rounding_error(x: Any, weight: Any) -> float:
 
 
 def _linear_nodes(model: Any) -> list[Any]:
-    """Return the nodes of an ONNX model that multiply by constant weights."""
     constant = {tensor.name for tensor in model.graph.initializer}
     return [
         node
@@ -286,7 +285,7 @@ def _linear_nodes(model: Any) -> list[Any]:
 
 
 def _module_name(node: Any) -> str:
-    """Return the name of the module that a node comes from, or else the node's own name."""
+    """Return the name of the module from which torch exported ``node``, or else the name of ``node``."""
     for item in node.metadata_props:
         if item.key == _SCOPES:
             *modules, _ = ast.literal_eval(item.value)

@@ -22,28 +22,26 @@ from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import AnyPath, show, write_file
 
 METADATA = "mhacut"
-"""Key of the JSON in an exported file that describes the model."""
+"""Metadata key of an exported file under which a JSON description of the model is stored."""
 INPUT, OUTPUT = "images", "logits"
-"""Names of the input and output of an exported file."""
+"""Names of the input tensor and the output tensor in an exported file."""
 ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
-"""Endings of default output names."""
+"""Endings of default output names, by export format."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BATCH = 2**31 - 1
-"""Largest batch size of an exported file. Without a bound, torch may fail to export."""
+"""Upper bound of the batch size in exported files. Without a bound, torch may fail to export."""
 
 _OPSET = 18
-"""Default ONNX opset."""
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
-"""Key of the source lines of a node, with folders of this machine."""
+"""Metadata key of source lines in an ONNX node. Removed, because the lines name folders of this machine."""
 _F32: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32"}
-"""OpenVINO's default is bfloat16 on CPUs that have it."""
+"""OpenVINO setting for float32. The default is bfloat16 on CPUs that support bfloat16."""
 
 Runner = Callable[[Tensor], Tensor]
-"""Exported model: images [B, C, H, W] to outputs [B, classes], float32."""
+"""Function that runs an exported model: float32 images [B, C, H, W] to float32 outputs [B, classes]."""
 
 
 def require_packages(option: str, runtime: str) -> None:
-    """Raise a :class:`MhacutError` unless the packages of ``runtime`` are installed."""
     needed = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino")}
     missing = [name for name in needed.get(runtime, ()) if not importlib.util.find_spec(name)]
     if missing:
@@ -52,8 +50,6 @@ def require_packages(option: str, runtime: str) -> None:
 
 
 class _InDtype(nn.Module):
-    """Model with float32 inputs and outputs that computes in another dtype."""
-
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model, self.dtype = model.to(dtype), dtype
@@ -65,13 +61,13 @@ class _InDtype(nn.Module):
 
 
 def in_dtype(model: nn.Module, dtype: str) -> nn.Module:
-    """Return ``model``, or a copy that computes in ``dtype`` with float32 inputs and outputs."""
+    """Return ``model``, or a copy that computes in ``dtype`` and has float32 inputs and outputs."""
     return model if dtype == "float32" else _InDtype(copy.deepcopy(model), DTYPES[dtype]).eval()
 
 
 @contextmanager
 def refusing(what: str, advice: str) -> Iterator[None]:
-    """Turn any error of an exporter or runtime into a :class:`MhacutError`: ``what: reason; advice``."""
+    """Turn errors of an exporter or runtime in this context into :class:`MhacutError` with ``advice``."""
     try:
         yield
     except Exception as error:
@@ -85,7 +81,7 @@ def refusing(what: str, advice: str) -> Iterator[None]:
 
 
 def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tensor, Any]:
-    """Return example images [B, C, H, W] for tracing, and their dynamic shapes."""
+    """Return images [B, C, H, W] for tracing, and their dynamic shapes (None for a fixed batch size)."""
     # 2 images: torch treats sizes 0 and 1 as constants.
     images = torch.zeros(fixed_batch or 2, *size)
     if fixed_batch is not None:
@@ -96,7 +92,6 @@ def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tenso
 def pt2_file(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    """Return ``model`` as a ``torch.export`` file, and a runner of the file."""
     images, shapes = _example(size, options.fixed_batch)
     option = option_name("format", "pt2")
     with refusing(f"{option}: torch.export fails", f"try {option_name('format', 'onnx')}"):
@@ -116,7 +111,6 @@ def pt2_file(
 def onnx_file(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    """Return ``model`` as an ONNX file with ``about`` (JSON) in its metadata, and a runner of the file."""
     option, advice = option_name("format", "onnx"), f"try {option_name('format', 'pt2')}"
     # An unusual opset is a likely cause.
     if options.opset != _OPSET:
@@ -131,17 +125,16 @@ def onnx_file(
 
 
 RUNTIMES: Mapping[str, Callable[..., tuple[bytes, Runner]]] = {"onnx": onnx_file, "pt2": pt2_file}
-"""Exporters by format."""
+"""Functions that export a model, by format. They return the file, and a function that runs the file."""
 
 
 def onnx_content(model: nn.Module, size: tuple[int, int, int], fixed_batch: int | None = None) -> bytes:
-    """Return ``model`` as an ONNX file without a description."""
     with refusing("the model cannot be run as ONNX", "PyTorch may run it"):
         return _onnx_content(model, *_example(size, fixed_batch), "{}", _OPSET)
 
 
 def part_content(part: nn.Module, inputs: tuple[Tensor, ...]) -> bytes:
-    """Return a part of a model as an ONNX file for inputs of fixed shapes."""
+    """Return the submodule ``part`` as an ONNX file that takes the fixed shapes of ``inputs``."""
     with refusing("a layer cannot be run as ONNX", "PyTorch may run it"):
         program = _exported(part, inputs, _OPSET, input_names=list(_by_name(inputs)))
         content: bytes = program.model_proto.SerializeToString()
@@ -203,7 +196,6 @@ def _session(content: bytes, threads: int | None) -> Any:
 
 
 def onnx_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
-    """Return a function that runs an ONNX file of :func:`part_content` once."""
     session = _session(content, threads)
     arrays = _arrays(inputs, [place.name for place in session.get_inputs()])
     return lambda: session.run(None, arrays)
@@ -215,7 +207,6 @@ def onnx_runner(content: bytes, threads: int | None = None) -> Runner:
 
 
 def weights_file(target: AnyPath) -> Path:
-    """Return the weights file (.bin) of an OpenVINO IR graph (.xml)."""
     return Path(target).with_suffix(".bin")
 
 
@@ -229,9 +220,9 @@ def write_ir(
     input_path: Path | None,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write ``model`` as OpenVINO IR, if ``compare`` accepts a runner of the files.
+    """Write ``model`` as OpenVINO IR (.xml and .bin), unless ``compare`` raises for the converted model.
 
-    float16 is the type of the stored weights only.
+    If the export dtype is float16, only the stored weights are float16.
     """
     import openvino
 
@@ -263,14 +254,14 @@ def openvino_runner(model: nn.Module, size: tuple[int, int, int], *, threads: in
 
 
 def openvino_program(content: bytes, inputs: tuple[Tensor, ...], threads: int) -> Callable[[], object]:
-    """Return a function that runs an ONNX file of :func:`part_content` once, in OpenVINO on the CPU."""
+    """Return a function that runs the ONNX file ``content`` once in OpenVINO on ``inputs``."""
     compiled = _compiled(_openvino_model(content), threads)
     arrays = _arrays(inputs, [place.any_name for place in compiled.inputs])
     return lambda: compiled(arrays)
 
 
 def _openvino_model(content: bytes) -> Any:
-    """Convert from ONNX. OpenVINO's conversion of torch programs takes 10 times as long."""
+    """Convert an ONNX file to OpenVINO. Converting a torch program takes 10 times as long."""
     import openvino
 
     try:

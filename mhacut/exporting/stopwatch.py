@@ -42,7 +42,7 @@ from mhacut.surgery.hooks import Replay
 
 
 class Stopwatch:
-    """Times models in turns with the dense model, which is not changed."""
+    """Times pruned models in turns with the dense model, under the same load of the machine."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Stopwatch:
         device: torch.device,
         reporter: Reporter = SILENT,
     ) -> None:
-        """Take the dense model (float32), the size of an image [C, H, W], and the device of the model."""
+        """Prepare timing of ``dense`` (float32) and other models on images of ``size`` [C, H, W]."""
         self.timing, self.size, self.dense, self.reporter = timing, size, dense, reporter
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
         self.latency_model: TimeTable | TimeCurve | None = None
-        """Predicted times of plans, once measured for a latency budget."""
+        """Predicts the time of a plan. Measured once, when a latency budget first needs predictions."""
         self._dense_run: Run | None = None
         self._logged_busy = False
 
@@ -69,9 +69,10 @@ class Stopwatch:
         precision: float | None = None,
         dense: bool = True,
     ) -> Comparison:
-        """Time the dense model, ``models``, and ``parts`` from :meth:`as_run`, ``seconds`` for all together.
+        """Time the dense model, ``models`` and ``parts`` in turns, for ``seconds`` in total.
 
-        With ``precision`` (relative standard error of the ratios), timing may take 5 times as long.
+        ``parts`` are functions of :meth:`as_run`. With ``precision``, the target for the relative standard
+        error of the time ratios, timing may take 5 times as long.
         """
         with (
             using_threads(self.timing.threads) as threads,
@@ -95,7 +96,8 @@ class Stopwatch:
     ) -> Comparison:
         """Time a pruned model in turns with the dense model in a new process.
 
-        ``records`` has the records of ``dense`` and ``slim``, by which the new process opens both files.
+        ``records`` are the slim-file records of ``dense`` and ``slim``, with which the new process opens both
+        models.
         """
         result = None
         if self.timing.runtime == "eager":  # other runtimes manage their own memory
@@ -123,13 +125,12 @@ class Stopwatch:
         return comparison
 
     def as_run(self, part: Replay) -> Run:
-        """Return a function that runs a part of a model once. The part is moved to the device."""
+        """Return a function that runs the submodule ``part`` once on noise, on the stopwatch's device."""
         with using_threads(self.timing.threads) as threads:
             conditions = Conditions(self.timing.runtime, self.device, threads)
             return part_run(part, part.noise(torch.device("cpu")), conditions, int8=self.timing.int8)
 
     def conditions(self) -> dict[str, Any]:
-        """Return the timing conditions for records."""
         timing = self.timing
         return {
             "runtime": timing.runtime,
@@ -160,7 +161,7 @@ class Stopwatch:
 
 
 def write_comparison() -> None:
-    """Read a job from stdin, time its models, and print the comparison. Runs in a new process."""
+    """Time the models of a job, read as JSON from stdin, and print the comparison as JSON."""
     job = json.load(sys.stdin)
     # The caller's setting for TF32 on GPUs.
     torch.set_float32_matmul_precision(job["matmul_precision"])
@@ -172,7 +173,6 @@ def write_comparison() -> None:
 
 
 def machine(device: torch.device) -> str:
-    """Return the name of the GPU or processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = []  # platform.processor() is empty or "x86_64" on Linux

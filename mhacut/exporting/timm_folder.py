@@ -31,7 +31,6 @@ FILES = (WEIGHTS, CONFIG, CARD)
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
-    """Raise an :class:`OutputError` if the folder must not be written."""
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file; {option_name('format', 'timm')} writes a folder")
     real = Path(os.path.realpath(target))  # the target of a link may not exist yet
@@ -48,7 +47,7 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write a folder that timm opens, if ``compare`` accepts a runner of timm's model."""
+    """Write a folder that timm opens, unless ``compare`` raises for the model that timm builds."""
     target = Path(os.path.realpath(target))
     model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
@@ -79,7 +78,7 @@ def write_folder(
 
 
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
-    """Build the model with timm's factory, which stores the arguments that timm's writer needs."""
+    """Rebuild the model with ``timm.create_model``, which stores the arguments that timm's writer needs."""
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
     for name in WEIGHTS_CFG_KEYS:
         # timm fills in labels, license and origin of its own pretrained weights, which these are not. The
@@ -115,7 +114,7 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
 
 
 def check_hub(options: ExportOptions) -> None:
-    """Raise a :class:`MhacutError` unless the Hugging Face hub accepts the token."""
+    """Raise :class:`MhacutError` if the Hugging Face hub does not accept the user's token."""
     from huggingface_hub import whoami
 
     try:
@@ -128,7 +127,7 @@ def check_hub(options: ExportOptions) -> None:
 
 
 def push_folder(folder: Path, options: ExportOptions) -> str:
-    """Commit the files of :func:`write_folder` to the hub, and return the address of the commit."""
+    """Upload the files of :func:`write_folder` to the Hugging Face hub. Return the URL of the commit."""
     from huggingface_hub import create_repo, upload_folder
 
     repository = str(options.push_to_hub)
@@ -149,7 +148,6 @@ def push_folder(folder: Path, options: ExportOptions) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the first line of an error and of its cause."""
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     cause = "" if error.__cause__ is None else f": {_reason(error.__cause__)}"
     return f"{first + cause:.200}"

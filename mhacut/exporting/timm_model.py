@@ -18,7 +18,7 @@ NAME = "mhacut_slim"
 
 @register_model
 def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Build a slim model from ``base_architecture`` (timm's name), ``plan`` and ``tokens`` (JSON)."""
+    """Build timm model ``base_architecture``, and cut it by ``plan`` and ``tokens``, which are JSON."""
     # Imported late: timm may import this module while mhacut is being imported.
     from mhacut.checkpoint.build import known_model, unknown_model
     from mhacut.errors import CheckpointError
@@ -54,7 +54,7 @@ def mhacut_slim(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 def _features(model: Any, out_indices: Any, **_: Any) -> nn.Module:
-    """Return the model of ``features_only``, which calls ``forward_intermediates``."""
+    """Return the model of timm's ``features_only``, which calls ``forward_intermediates`` of ``model``."""
     from mhacut.surgery.tokens import tokens_of
 
     levels = [level["reduction"] for level in model.feature_info]
