@@ -254,7 +254,7 @@ def test_dense_features_and_masks_are_refused():
     model, x = merged(MERGING["read"])
     with pytest.raises(UnsupportedModelError, match="merges tokens"):
         model.forward_intermediates(x)
-    with pytest.raises(UnsupportedModelError, match="no attention mask"):
+    with pytest.raises(UnsupportedModelError, match="attention masks are not supported"):
         model(x, is_causal=True)
 
 
