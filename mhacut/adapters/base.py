@@ -307,12 +307,10 @@ class Projection:
 
     @property
     def reads(self) -> int:
-        """Number of input channels."""
         return int(self.linear.in_features if isinstance(self.linear, nn.Linear) else self.linear.in_channels)
 
     @property
     def writes(self) -> int:
-        """Number of output channels."""
         return int(self.linear.weight.shape[0])
 
     @property
@@ -337,7 +335,6 @@ class Projection:
         return axes if self.norm is None else axes[:1]
 
     def columns(self) -> ChannelAxis:
-        """Return the places of the input channels in the weight."""
         return ChannelAxis(f"{self.linear_name}.weight", 0 if self.transposed else 1)
 
     def hook(
@@ -347,7 +344,6 @@ class Projection:
         stride: int | None = None,
         width: int | None = None,
     ) -> ActivationHook:
-        """Return the hook on the projection's input or output, after its batch norm."""
         name = self.linear_name if side == "input" else self.name
         return ActivationHook(name, side, offset, self.channel_dim, width, stride)
 

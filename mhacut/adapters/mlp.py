@@ -24,7 +24,6 @@ class Mlp(Adapter):
     """Names of the layers that write the hidden channels. The outputs of 2 layers are multiplied (gated
     MLP)."""
     reader: str = "fc2"
-    """Name of the layer that reads the hidden channels."""
     between: tuple[str, ...] = ()
     """Names of depthwise convolutions and norms that an MLP may have on its hidden channels."""
     behind: str = ""

@@ -65,7 +65,6 @@ class Twin(nn.Module):
     rows are ordered by head, its letters (q, k, v), and heads and channels of each letter."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Any:
-        """Compute the layer's output from the arguments of the class's own forward pass."""
         spec: Softmax = self.spec
         args += tuple([options.get(name, default) for name, default in spec.arguments[len(args) :]])
         query, source = spec.inputs(self, x, *args)
@@ -190,7 +189,6 @@ class Softmax(Adapter):
         }
 
     def v_size(self, module: Any) -> tuple[int, int]:
-        """Return 2 numbers: v heads and v channels per head."""
         heads = self.heads(module) // self.query_heads
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
@@ -216,7 +214,6 @@ class Softmax(Adapter):
         return parts
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
-        """Return the reason why channels cannot be cut, by kind (qk or v)."""
         reasons: dict[UnitKind, str] = {}
         if _is_there(module, "q_norm") or _is_there(module, "k_norm"):
             reasons["qk"] = NORMALISED
@@ -264,7 +261,6 @@ class Softmax(Adapter):
         return reader.unit(name, "v", size, written, {"value": value}, mixing=mixing)
 
     def axes(self, module: Any, letter: str) -> tuple[ChannelAxis, ...]:
-        """Return the weight and bias rows that write ``letter`` (q, k, v or g)."""
         part = self.parts(module)[letter]
         axes = part.projection.rows(part.offset, part.stride)
         if not _has_split_bias(module):

@@ -169,7 +169,6 @@ class FocusedLinearAttention(nn.Module):
             init_linear(getattr(self, name))
 
     def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
-        """Add the convolutions that a model family applies besides ``dwc``."""
         return
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

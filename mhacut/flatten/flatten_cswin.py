@@ -41,7 +41,6 @@ class FocusedLepeAttention(FocusedLinearAttention):
     projections: Mapping[str, int] = {}
 
     def add_convolutions(self, dim: int, device: Any, dtype: Any) -> None:
-        """Add the depthwise convolution of LePE."""
         self.get_v = _lepe(dim, device, dtype)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -274,7 +273,6 @@ class FlattenCswin(Pyramid):
         return self.norm(x)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return parameter name patterns by depth, for layer-wise learning rates."""
         return {
             "stem": r"^stage1_conv_embed",
             "blocks": r"^(?:stage|merge)(\d+)"

@@ -118,7 +118,6 @@ class FlattenPvt(Pyramid):
         return x.reshape(x.shape[0], *grid, x.shape[-1])
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return parameter name patterns by depth, for layer-wise learning rates."""
         return {
             "stem": r"^patch_embed1|^pos_embed1",
             "blocks": r"^(?:patch_embed|pos_embed|block)(\d+)"

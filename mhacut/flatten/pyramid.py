@@ -51,7 +51,6 @@ class Pyramid(nn.Module):
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        """Apply the final norm, if the model has one, to the last map [B, H, W, C]."""
         return x
 
     def run_blocks(self, blocks: nn.Module, x: Tensor) -> Tensor:
@@ -66,7 +65,6 @@ class Pyramid(nn.Module):
         return self.finish(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of the last map; with ``pre_logits``, return the input of the classifier."""
         if self.global_pool:
             x = x.flatten(1, 2).mean(dim=1)
         x = self.head_drop(x)
@@ -122,7 +120,6 @@ class Pyramid(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a randomly initialised classifier; ``num_classes`` of 0 removes it."""
         if global_pool is not None:
             _check_pool(global_pool)
             self.global_pool = global_pool
@@ -135,7 +132,6 @@ class Pyramid(nn.Module):
 
 
 def make_head(features: int, num_classes: int, device: Any = None, dtype: Any = None) -> nn.Module:
-    """Return a linear classifier, or an identity for 0 classes."""
     if num_classes == 0:
         return nn.Identity()
     return nn.Linear(features, num_classes, device=device, dtype=dtype)

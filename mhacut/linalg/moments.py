@@ -10,30 +10,27 @@ from torch import Tensor
 EPSILON = 1e-6
 """Constant that linear attention adds to its denominator."""
 _AT_ONCE = 192
-"""Number of columns in a block of :func:`gram`."""
+"""Number of columns per block in :func:`gram`."""
 _ROWS = 256
-"""Number of rows converted to float64 at once."""
+"""Number of rows that are converted to float64 at once."""
 _SMALL, _LARGE = 1e-15, 1e15
-"""Range of activations whose squares, summed 1e8 times, fit float32."""
+"""Smallest and largest activation whose square, summed 1e8 times, fits float32."""
 
 
 @dataclass
 class Moments:
-    """Sums over rows x of x and x x^T, batched over leading dimensions."""
+    """Sums of x and of x x^T over activation rows x, batched over leading dimensions."""
 
     rows: int
-    """Number of rows, equal to the sum of their weights."""
+    """Number of rows that were added."""
     total: Tensor
-    """[..., d], float64."""
+    """Sum of x, [..., d], float64."""
     second: Tensor
-    """[..., d, d], float64."""
+    """Sum of x x^T, [..., d, d], float64."""
 
     @classmethod
     def of(cls, activation: Tensor, weights: Tensor | None = None) -> Moments:
-        """Return the moments of ``activation`` [..., rows, d] with ``weights`` [rows].
-
-        The weights must have mean 1 over all data that is added up.
-        """
+        """Return the moments of ``activation`` [..., rows, d]; row weights have mean 1 over all data."""
         # Products are taken in float32 about the mean of the rows: about 0, the rounding of a large mean
         # would drown a small variance. Values that overflow or vanish in float32 use float64.
         x = activation.detach().float()
@@ -74,11 +71,10 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """Mean of x, [..., d]."""
         return self.total / self.rows
 
     def about(self, centre: Tensor) -> Tensor:
-        """Return the mean of (x - centre)(x - centre)^T, [..., d, d]."""
+        """Return the mean of (x - centre)(x - centre)^T over rows, [..., d, d]."""
         mean = self.mean
         # - m c^T - c m^T + c c^T, in one pass
         shift = torch.stack([-mean, centre], -1) @ torch.stack([centre, centre - mean], -2)
@@ -86,17 +82,16 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Mean of (x - mean)(x - mean)^T, [..., d, d]."""
         return self.about(self.mean)
 
     @property
     def energy(self) -> Tensor:
-        """Mean of x x^T, [..., d, d]."""
+        """Mean of x x^T over rows, [..., d, d]."""
         return self.second / self.rows
 
 
 def gram(x: Tensor) -> Tensor:
-    """Return x^T x [..., d, d] for rows [..., rows, d], computing only the upper block triangle."""
+    """Return x^T x [..., d, d] for rows [..., rows, d]. Only the upper block triangle is computed."""
     size = x.shape[-1]
     if size < 2 * _AT_ONCE:
         return x.mT @ x
@@ -110,10 +105,10 @@ def gram(x: Tensor) -> Tensor:
 
 
 def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
-    """Return ||A - A without channel i||_F^2 of linear attention, summed over images, [H, d].
+    """Return ||A - A without channel i||_F^2 of linear attention A, summed over images, [H, d].
 
     A_nj = q_n . k_j / (sum_j q_n . k_j + N * 1e-6), with non-negative features q [B, H, N, d] and k [B, H, M,
-    d]. Features that were normalised over all channels are not normalised again without channel i.
+    d]. The norms of the other features stay as with channel i.
     """
     query, key = query.double(), key.double()
     weights, mean = _weights(query, key)
@@ -130,11 +125,12 @@ def linear_attention_energy(query: Tensor, key: Tensor) -> Tensor:
 
 
 def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram: Tensor) -> Tensor:
-    """Return the second moment of each channel's contribution to the output of linear attention, [H, d, d].
+    """Return second moments of the channels' contributions to the output of linear attention, [H, d, d].
 
-    To first order, without channel i output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights),
-    where kv is the mean of k v^T and km the mean of k. Without a set S of channels, the squared distance is
-    about the sum over S x S. ``output_gram`` is W^T W of the weights that read each head's output.
+    Summed over S x S, they approximate the squared output error after removal of the channels S. Without
+    channel i, output n moves by -q_ni (kv_i - out_n km_i) / (sum of its weights) to first order, with kv the
+    mean of k v^T and km the mean of k. ``output_gram`` is W^T W of the weights W that read each head's
+    output.
     """
     query, key, value = query.double(), key.double(), value.double()
     weights, mean = _weights(query, key)
@@ -149,12 +145,12 @@ def linear_contributions(query: Tensor, key: Tensor, value: Tensor, output_gram:
 
 
 def _weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return queries divided by the sum of their weights, [B, H, N, d], and the mean key, [B, H, d]."""
+    """Return queries divided by the sum of their weights, [B, H, N, d], and the mean key [B, H, d]."""
     mean = key.mean(-2)
     return query / (query @ mean.unsqueeze(-1) + EPSILON), mean
 
 
 def _along_output(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return inner products with the output: of each channel [B, H, N, d], and of the output itself."""
+    """Return 2 inner products with the output: of each channel, [B, H, N, d], and of the output."""
     along = weights @ gram
     return along, (along * weights).sum(-1, keepdim=True)

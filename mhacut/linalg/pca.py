@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 _FLOOR = 1e-10
-"""Minimum eigenvalue relative to the largest, which keeps the basis invertible."""
+"""Minimum eigenvalue, relative to the largest. It keeps the basis invertible."""
 _NOTHING = 1e-30
-"""Logits below this size are rounding errors."""
+"""Logits below this size are treated as rounding errors."""
 
 
 def logit_basis(query: Tensor, key: Tensor) -> Tensor:
     """Return A [H, d, d], strongest channels first, with q' = A q and k' = A^-T k.
 
     For R_q and R_k the symmetric roots of the second moments [H, d, d] and R_q R_k = U S V^T, the first w
-    channels of A = S^1/2 U^T R_q^-1 give the best approximation of rank w of the logits, if q and k are
-    independent. Keys must be centred over each image.
+    channels of A = S^1/2 U^T R_q^-1 give the best rank-w approximation of the logits. q and k are assumed
+    independent, and keys must be centred over each image.
     """
     root, inverse = _roots(query)
     u, s, _ = torch.linalg.svd(root @ _roots(key)[0])
@@ -37,8 +37,8 @@ def logit_basis(query: Tensor, key: Tensor) -> Tensor:
 def output_basis(second: Tensor, columns: Tensor) -> Tensor:
     """Return an orthogonal A [H, d, d] with v' = A v, ordered by contribution to the layer's output.
 
-    ``second`` [H, d, d] is the second moment of each head's output, and ``columns`` [out, H, d] read it. The
-    first w rows of A span the row space of the best approximation of rank w.
+    ``second`` [H, d, d] is the second moment of each head's output, and ``columns`` [out, H, d] of the output
+    projection read it. The first w rows of A span the row space of the best rank-w approximation.
     """
     read = columns.to(second).transpose(0, 1)  # (H, out, d)
     u, _, _ = torch.linalg.svd(read @ _roots(second)[0], full_matrices=False)
@@ -55,25 +55,24 @@ def _roots(second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def logit_energies(query: Tensor, key: Tensor) -> Tensor:
-    """Return the energy of each PCA channel of the logits, descending, [H, d]."""
+    """Return the energy of each principal channel of the logits, descending, [H, d]."""
     # The squared singular values of R_q R_k are the eigenvalues of R_q K R_q.
     return _between(query, key)
 
 
 def output_energies(second: Tensor, columns: Tensor) -> Tensor:
-    """Return the energy of each PCA channel of a head's contribution to the output, descending, [H, d]."""
+    """Return the energy of each principal channel of a head's output, descending, [H, d]."""
     read = columns.to(second).transpose(0, 1)  # (H, out, d)
     return _between(second, read.mT @ read)
 
 
 def falling_eigenvalues(second: Tensor) -> Tensor:
-    """Return the eigenvalues of [..., d, d], descending, with negative values set to 0."""
     values: Tensor = torch.linalg.eigvalsh(second)
     return values.clamp_min(0).flip(-1)
 
 
 def effective_rank(energies: Tensor, share: float) -> Tensor:
-    """Return the minimum number of leading channels that hold ``share`` of the energies [H, d], [H]."""
+    """Return the number of leading channels that hold the fraction ``share`` of the energies [H, d], [H]."""
     held = energies.cumsum(-1)
     # The rounding of a sum must not cost a channel.
     wanted = share * held[..., -1:] * (1 - 1e-12)
@@ -81,7 +80,7 @@ def effective_rank(energies: Tensor, share: float) -> Tensor:
 
 
 def _between(first: Tensor, second: Tensor) -> Tensor:
-    """Return the eigenvalues of R ``second`` R, descending, where R is the root of ``first``."""
+    """Return the eigenvalues of R ``second`` R, descending; R is the square root of ``first``."""
     values, vectors = torch.linalg.eigh(first)
     root = vectors * values.clamp_min(0).sqrt().unsqueeze(-2)  # (H, d, d); R up to a rotation
     inner = root.mT @ second @ root

@@ -17,29 +17,34 @@ from torch import Tensor
 from mhacut.linalg.moments import Moments
 
 RIDGES = (1e-9, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Ridges relative to the mean variance of the kept channels. For 128 images, one ridge suffices
-(docs/explanation/choices.md); several are needed if images are fewer than channels."""
+"""Ridge parameters of the regression, relative to the mean variance of the kept channels. Several are needed
+if images are fewer than channels."""
 
 _NOTHING = 1e-150
-"""Minimum mean variance, so that the ridge of a zero head is invertible."""
+"""Lower bound of the mean variance, so that the ridge of a head with zero output is above 0."""
 
 
 class Refit(NamedTuple):
-    """Refit of the output columns, W_S += W_P B and bias += W_P c, or of the logits, q_S C k_S^T."""
+    """Refit after a cut: output columns W_S += W_P B with bias += W_P c, or logits q_S C k_S^T.
+
+    S are the kept channels and P the removed channels.
+    """
 
     matrix: Tensor
-    """B, [removed, kept], or C, [H, kept, kept]."""
+    """B [removed, kept] for output columns, or C [H, kept, kept] for logits."""
     ridge: float
-    """Relative ridge; infinite if the prediction did not help on held-out images."""
+    """Ridge parameter, relative to the mean variance; infinite if the regression did not help on held-out
+    images."""
     error: float
-    """Squared error of the layer's output or logits on held-out images, relative to plain removal."""
+    """Squared error of the layer's output or logits on held-out images, divided by the error without a
+    refit."""
     error_per_row: float
-    """Squared error on held-out images, per row of the output or per pair of rows of q and k."""
+    """Squared error on held-out images per output row, or per pair of q and k rows."""
     constant: Tensor | None = None
 
 
 def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool) -> Refit:
-    """Return the best B and c; ``constant`` says whether a bias can absorb W_P c."""
+    """Return the best refit of output columns. ``constant``: whether a bias can absorb W_P c."""
     seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
     lost = columns.double()[:, gone]  # (out, P)
@@ -62,7 +67,7 @@ def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, 
 def linear_error(
     fit: Moments, held: Moments, columns: Tensor, *, constant: bool
 ) -> Callable[[Tensor], float]:
-    """Return the error of :func:`refit_linear` as a function of ``kept``, fast for many choices."""
+    """Return a function from ``kept`` to the error of :func:`refit_linear`, fast for many choices."""
     seen, unseen, columns = _centred(fit, fit, constant), _centred(held, fit, constant), columns.double()
     gram = columns.mT @ columns  # (d, d)
     as_zero, as_mean = gram * held.energy, gram * unseen
@@ -87,10 +92,10 @@ def _brought(lost: Tensor, second: Tensor) -> float:
 def _errors(
     seen: Tensor, unseen: Tensor, kept: Tensor, gone: Tensor, lost: Tensor, unpredicted: float
 ) -> dict[float, float]:
-    """Return the squared output error on held-out images, per row, for each ridge.
+    """Return the squared output error per row on held-out images, for each ridge.
 
-    ``seen`` and ``unseen`` are second moments [d, d] about the same centre. ``lost`` [out, removed] are the
-    columns that read the removed channels, and ``unpredicted`` is the error of an infinite ridge.
+    ``seen`` and ``unseen`` are second moments [d, d] about the same centre. The columns ``lost`` [out,
+    removed] read the removed channels. ``unpredicted`` is the error of an infinite ridge.
     """
     errors = {float("inf"): unpredicted}
     values, vectors = torch.linalg.eigh(_part(seen, kept, kept))
@@ -118,9 +123,10 @@ def refit_logits(
     *,
     mixes: bool = True,
 ) -> Refit:
-    """Return the best C for each head, with q and k assumed independent; ``kept`` is [H, kept].
+    """Return the best refit C of each head's logits; ``kept`` is [H, kept].
 
-    ``plain`` is the factor on the logits if the refit does not help. ``mixes`` allows mixing of channels.
+    q and k are assumed independent. ``plain`` is the factor on the logits if the refit does not help.
+    ``mixes`` allows mixing of channels.
     """
     heads, width = kept.shape
     identity = torch.eye(width, dtype=torch.float64, device=kept.device).expand(heads, -1, -1)
@@ -141,7 +147,7 @@ def refit_logits(
 def output_error(
     second: Tensor, kept: Tensor, columns: Tensor, fisher: Tensor | None, *, refit: bool = True
 ) -> float:
-    """Return the output error per row after removal of channels and a refit of the columns.
+    """Return the output error per row after removal of channels and a refit of the output columns.
 
     ``columns`` is [out, d], or [places * out, d] if the channels are read at several places. ``fisher`` [out,
     out] weighs the error; None is the plain squared error.
@@ -167,7 +173,7 @@ def symmetric_root(fisher: Tensor) -> Tensor:
 
 
 def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
-    """Return ``fisher`` [out, out] times ``columns`` [places * out, d], for each place."""
+    """Multiply ``columns`` [places * out, d] by ``fisher`` [out, out] at each place."""
     if fisher is None:
         return columns
     weighed: Tensor = fisher @ columns.unflatten(0, (-1, len(fisher)))
@@ -175,7 +181,6 @@ def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
 
 
 def others(kept: Tensor, size: int) -> Tensor:
-    """Return the indices below ``size`` that are not in ``kept``, ascending."""
     rest = torch.ones(size, dtype=torch.bool, device=kept.device)
     rest[kept] = False
     return rest.nonzero()[:, 0]
@@ -191,7 +196,7 @@ def _share(error: float, baseline: float) -> float:
 
 
 def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge: float) -> Tensor:
-    """Return I + Bq^T Bk [H, kept, kept]; Bq and Bk predict removed q and k channels."""
+    """Return I + Bq^T Bk [H, kept, kept]; Bq and Bk predict removed q and k channels from kept ones."""
     predictions = []
     for side in moments:
         target = _block(side.energy, kept, gone)
@@ -203,7 +208,7 @@ def _mixing(moments: tuple[Moments, Moments], kept: Tensor, gone: Tensor, ridge:
 
 
 def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
-    """Return (system + ridge * mean(diag(system)) * I)^-1 target [..., n, m]; 0 where the system is 0."""
+    """Return (system + ridge * mean(diag(system)) * I)^-1 target, [..., n, m]; 0 if the system is 0."""
     diagonal = system.diagonal(dim1=-2, dim2=-1)
     size = diagonal.mean(-1)[..., None, None].clamp_min(_NOTHING)
     damped = system + ridge * size * torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
@@ -220,7 +225,6 @@ def _ridge_solve(system: Tensor, target: Tensor, ridge: float) -> Tensor:
 
 
 def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor) -> float:
-    """Return the mean of ||q k^T - q_S C k_S^T||^2, summed over heads."""
     query, key = (side.energy for side in moments)
     every = torch.arange(query.shape[-1], device=kept.device).expand(len(kept), -1)
     # With q and k independent, E|q M k^T|^2 = tr(M^T E[q q^T] M E[k k^T]), here for M = I - C, expanded.
@@ -231,6 +235,5 @@ def _logit_error(moments: tuple[Moments, Moments], kept: Tensor, mixing: Tensor)
 
 
 def _block(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the rows [H, r] and columns [H, c] of [H, d, d], as [H, r, c]."""
     picked: Tensor = matrix.gather(-2, rows.unsqueeze(-1).expand(-1, -1, matrix.shape[-1]))
     return picked.gather(-1, columns.unsqueeze(-2).expand(-1, rows.shape[-1], -1))

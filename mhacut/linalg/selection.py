@@ -17,36 +17,38 @@ from mhacut.linalg.reconstruction import weighed_by
 
 TINY = torch.finfo(torch.float64).tiny
 RIDGE = 1e-6
-"""Ridge on the variances before inversion, relative to their mean: channels may be linearly dependent."""
+"""Ridge added to the variances before inversion, relative to their mean, because channels may be linearly
+dependent."""
 AT_ONCE = 0.02
-"""Fraction of the remaining channels removed per step (1 channel below 100). Steps of 1 channel are much
-slower and hardly better (docs/explanation/choices.md)."""
+"""Fraction of the remaining channels that are removed per step (1 channel below 100). Steps of 1 channel are
+slower and hardly better."""
 
 DENSE_ENOUGH = 0.9
-"""Compact the matrices when this share of rows is left."""
+"""Fraction of remaining rows below which removed rows are deleted from the matrices."""
 
 
 class Ranking(NamedTuple):
-    """Order of the channels of each head, the last removed first."""
+    """Importance order of the channels of each head."""
 
     order: Tensor
-    """Channel indices, [heads, d]."""
+    """Channel indices, most important first, [heads, d]."""
     error: Tensor | None = None
-    """Error by number of kept channels over all heads, [heads * d + 1], descending to 0. None if unknown."""
+    """Output error by number of kept channels over all heads, [heads * d + 1], descending to 0. None if
+    unknown."""
 
     def kept(self, width: int) -> Tensor:
-        """Return the first ``width`` channels of each head, ascending, [heads, width]."""
+        """Return the indices of the most important channels of each head, ascending, [heads, width]."""
         return self.order[:, :width].sort(dim=-1).values
 
 
 def rank_channels(
     second: Tensor, columns: Tensor, heads: int, smallest: int, fisher: Tensor | None = None
 ) -> Ranking:
-    """Rank the channels of a layer, given the weights ``columns`` that read them.
+    """Rank the channels of a layer by importance for the output columns that read them.
 
     ``second`` is [heads * d, heads * d], ``columns`` [places * out, heads * d]. The first ``smallest``
-    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Ranking.error`. The order is by
-    plain squared error, since Fisher information from few images is noisy.
+    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Ranking.error`. The order ignores
+    it, because Fisher information from few images is noisy.
     """
     size = second.shape[0]
     width = size // heads
@@ -95,7 +97,7 @@ def rank_channels(
 
 
 def _added_errors(lost: list[Tensor], solved: list[Tensor], fisher: Tensor | None) -> Tensor:
-    """Return the error added by each channel in order of removal; channels of a step share it equally."""
+    """Return the error added by each removed channel. Channels of a step share the error equally."""
     # A step adds the output error W_P [G^-1]_PP^-1 W_P^T.
     errors = (weighed_by(fisher, torch.cat(lost, 1)) * torch.cat(solved, 1)).sum(0)
     sizes = torch.tensor([columns.shape[1] for columns in lost], device=errors.device)
@@ -104,13 +106,12 @@ def _added_errors(lost: list[Tensor], solved: list[Tensor], fisher: Tensor | Non
 
 
 def _solve(system: Tensor, target: Tensor) -> Tensor:
-    """Return system^-1 target, fast for a system of 1 channel."""
     solution: Tensor = target / system if len(system) == 1 else torch.linalg.solve(system, target)
     return solution
 
 
 def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
-    """Rank qk channels for each head, given second moments [H, d, d] of q and centred k."""
+    """Rank q/k channels of each head, given second moments [H, d, d] of q and of centred k."""
     heads, size = query.shape[:2]
     sides = _Side(query), _Side(key)
     crossed = [sides[1].energy @ sides[0].reach, sides[0].energy @ sides[1].reach]  # P_k A_q and P_q A_k
@@ -139,7 +140,7 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
 
 class _Side:
-    """q or k, with all channels predicted from the kept channels S."""
+    """State of q or k in the ranking: all channels predicted from the kept channels S."""
 
     def __init__(self, second: Tensor) -> None:
         self.inverse = damped_inverse(second)
@@ -150,24 +151,23 @@ class _Side:
         """P = A G_S:."""
 
     def terms_of(self, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return column of A [H, d, 1], row and pivot of the inverse [H, 1, d or 1] of channels [H, 1]."""
+        """Return the column of A [H, d, 1], and the row and pivot of the inverse, for channels [H, 1]."""
         places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
         row = self.inverse.gather(-1, places).mT
         pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(TINY)
         return self.reach.gather(-1, places), row, pivot
 
     def remove(self, column: Tensor, row: Tensor, pivot: Tensor, alive: Tensor) -> None:
-        """Remove 1 channel per head, given its :meth:`terms_of`; ``alive`` [H, d] marks the kept channels."""
         self.energy = self.energy - column @ column.mT / pivot
         self.reach = (self.reach - column @ row / pivot) * alive.unsqueeze(-2)
         self.inverse = (self.inverse - row.mT @ row / pivot) * alive.unsqueeze(-1) * alive.unsqueeze(-2)
 
 
 def rank_parts(second: Tensor) -> Ranking:
-    """Rank channels that cannot replace each other, for each head.
+    """Rank channels of each head that cannot replace each other.
 
-    A removed set costs the squared length of the sum of its contributions to the output. The channel that
-    adds least to this cost is removed next.
+    The channel whose removal adds least to the squared length of the sum of removed contributions is removed
+    next.
     """
     size = second.shape[-1]
     price = second.diagonal(dim1=-2, dim2=-1).clone()
@@ -181,7 +181,7 @@ def rank_parts(second: Tensor) -> Ranking:
 
 
 def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: int) -> Ranking:
-    """Rank channels like :func:`rank_channels`, for heads that keep the same positions."""
+    """Rank channels as :func:`rank_channels` does, for heads that keep the same channel indices."""
     width = second.shape[0] // heads
     inverse = damped_inverse(second)
     weights = columns.to(inverse)
@@ -209,7 +209,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
-    """Return up to ``count`` channels of least price, the first of equals, limited by ``excess``."""
+    """Return up to ``count`` channels of lowest price, the first of equals. ``excess`` limits each owner."""
     if count == 1:
         chosen = [int(price.argmin())]
         excess[owner[chosen[0]]] -= 1
@@ -225,8 +225,6 @@ def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int
 
 
 def damped(second: Tensor) -> Tensor:
-    """Return ``second`` [..., d, d] with a ridge on its diagonal, positive definite."""
-
     def with_ridge(ridge: Tensor) -> Tensor:
         lifted = second.clone()
         lifted.diagonal(dim1=-2, dim2=-1).add_(ridge)

@@ -27,15 +27,17 @@ from mhacut.surgery.merging_blocks import Branches, MergingLayer, apply_part
 from mhacut.surgery.token_merging import SizedTokens
 
 _TOLERANCE = 1e-6
-"""Relative difference of outputs. Some classes compute the softmax in float32."""
+"""Largest relative difference between outputs that must be equal. Some attention classes compute the softmax
+in float32."""
 _LENGTHS = 8, 13
-"""Numbers of tokens in a proof."""
+"""Numbers of tokens with which a block is tested."""
 _FOUND: dict[tuple[Any, ...], Branches | None] = {}
-"""Branches by structure: a block on the meta device has no values for a proof of its own."""
+"""Cache of branches by block structure. Blocks on the meta device have no weights to test and use the
+cache."""
 
 
 def branches_of(block: nn.Module) -> Branches | None:
-    """Return the branches of a block that can merge tokens; None without a proof."""
+    """Return the attention and MLP branches of a block that can merge tokens; None if its test fails."""
     if isinstance(block, MergingLayer):
         return block.branches
     if is_registered_library(block):
@@ -49,7 +51,6 @@ def branches_of(block: nn.Module) -> Branches | None:
 
 
 def block_width(block: nn.Module, branches: Branches) -> int:
-    """Return the number of channels of a token."""
     attention = block.get_submodule(branches.attention)
     adapter = adapter_for(attention)
     assert isinstance(adapter, Softmax)
@@ -57,7 +58,7 @@ def block_width(block: nn.Module, branches: Branches) -> int:
 
 
 def _structure_of(block: nn.Module) -> tuple[Any, ...]:
-    """Key that a cut of channels leaves as it is."""
+    """Return a key of the block structure that stays equal when channels are cut."""
     switches = [
         (name, key, value)
         for name, part in block.named_modules()
@@ -113,7 +114,6 @@ def _noise(length: int, width: int) -> Tensor:
 
 
 def _run(block: nn.Module, x: Tensor) -> Any:
-    """Run a block on tokens, with None for further arguments; return None if it needs more."""
     further = list(inspect.signature(block.forward).parameters.values())[1:]
     needed = [p for p in further if p.default is p.empty and not p.kind.name.startswith("VAR")]
     try:
@@ -130,7 +130,7 @@ def _equal(actual: Tensor, expected: Tensor) -> bool:
 
 @dataclass
 class _Call:
-    """Call of a submodule that reads one tensor and returns one."""
+    """Recorded call of a submodule that reads 1 tensor and returns 1 tensor."""
 
     name: str
     x: Tensor | None
@@ -139,12 +139,12 @@ class _Call:
 
 @dataclass
 class _Trace:
-    """Run of a block that records the calls of its submodules."""
+    """Recorded run of a block, with the calls of its submodules."""
 
     block: nn.Module
     attention: str
     calls: list[_Call] = field(default_factory=list)
-    """Calls in the order of their beginning."""
+    """Calls of submodules, in the order in which the calls start."""
 
     def branches(self, x: Tensor, mask_name: str, mlp: Mlp | None) -> Branches | None:
         handles = [*self._hooks()]
@@ -187,7 +187,10 @@ class _Trace:
         call.y = output if isinstance(output, Tensor) else None
 
     def _chain(self, x: Tensor, place: int, output: Tensor) -> tuple[tuple[str, ...], Tensor, int]:
-        """Follow ``x`` to where it is added to itself; return the parts on the way and the sum."""
+        """Follow ``x`` through submodules to the residual addition.
+
+        Return their names, the sum and the next call.
+        """
         y, parts = x, list[str]()
         while True:
             found = self._reader_of(y, place)
@@ -212,11 +215,11 @@ class _Trace:
         return None
 
     def _ends(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> bool:
-        """Whether the sum of ``x`` and ``y`` is the output, or read by a submodule."""
+        """Whether ``x`` + ``y`` is the output of the block or the input of a submodule."""
         return y.shape == x.shape and (_equal(x + y, output) or self._reader_of(x + y, place) is not None)
 
     def _glue(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> str | None:
-        """Return the name of a function or parameter of the block that is applied to ``y`` next."""
+        """Return the name of the function or parameter that the block applies to ``y`` next."""
         for owner, part in self.block.named_modules():
             for name, value in (*vars(part).items(), *part.named_parameters(recurse=False)):
                 if name.startswith("_") or (not callable(value) and not isinstance(value, nn.Parameter)):

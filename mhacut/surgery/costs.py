@@ -45,14 +45,13 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of one layer as a function of its widths."""
+    """Cost of a layer as a function of its widths."""
 
     layer: Layer
     runs: tuple[Cost, ...]
-    """FLOPs of each run of the layer for one image; for storage, a single cost."""
+    """FLOPs per image of each run of the layer in a forward pass. For parameters or bytes, a single cost."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Cost of all runs at ``widths``, channels per head; other units keep their width."""
         by_kind = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
         return sum(run.at(by_kind) for run in self.runs)
 
@@ -64,24 +63,22 @@ class CostTable:
     fixed: int
     """FLOPs that do not depend on widths."""
     layers: tuple[LayerCost, ...]
-    """Layers that run, in the order of the model's modules."""
     dense: int
-    """FLOPs at the present widths, with all tokens, counted by fvcore."""
+    """FLOPs of the uncut model with all tokens, counted by fvcore."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """FLOPs at ``widths``, channels per head; other units keep their width."""
+        """Return the FLOPs at ``widths`` (channels per head). Units not in ``widths`` are uncut."""
         total: Any = self.fixed
         for layer in self.layers:
             total = total + layer.at(widths)
         return total
 
     def by_layer(self) -> dict[str, int]:
-        """FLOPs that depend on widths, by layer, at the present widths."""
         return {cost.layer.name: int(cost.at({})) for cost in self.layers}
 
 
 def build_cost_table(model: nn.Module, prunable: PrunableLayers, input_size: tuple[int, ...]) -> CostTable:
-    """Count ``model`` once, and each distinct layer at a few widths."""
+    """Count the FLOPs of ``model`` once, and of each distinct layer at a few widths."""
     # FLOPs of a layer are a quadratic polynomial of its widths with integer coefficients: a few counts
     # determine it, and one more count checks it.
     with recorded_calls(model, [layer.name for layer in prunable.layers]) as calls:
@@ -100,7 +97,7 @@ _FITTED: dict[tuple[Any, ...], Polynomial] = {}
 
 
 def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
-    """FLOPs of one run of a layer; layers with equal shapes and inputs are counted once."""
+    """Fit the FLOPs of a layer call. Layers with equal shapes and inputs are counted once."""
     meta = next(module.parameters()).is_meta
     key = (cost_key(module), repr(call), meta)
     if key not in _FITTED:
@@ -126,8 +123,6 @@ def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
 
 
 class _Counts:
-    """Cache of the FLOPs of a layer by widths."""
-
     def __init__(self, uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int]) -> None:
         self._uncut, self._count = uncut, count
         self._known: dict[tuple[int, ...], int] = {}
@@ -146,7 +141,7 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Fit a polynomial to counts, if possible without squares, and check it at other widths."""
+    """Fit a polynomial to counts, without squares if possible, and check it at other widths."""
     chance = random.Random(0)
     # Below half the widths, missing squares change the count in one direction and cannot cancel out.
     other: dict[UnitKind, int] = {
@@ -170,7 +165,7 @@ def fit_polynomial(
 def _interpolate(
     uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
 ) -> Polynomial:
-    """Polynomial through counts at whole, half and, for ``squares``, quarter widths."""
+    """Return the polynomial through the counts at full, half and, for ``squares``, quarter widths."""
     # Newton's divided differences, in fractions: coefficients of counts are whole, and stay exact.
     dense = count({})
     near = {kind: _half(width) for kind, width in uncut.items() if width > 1}
@@ -203,7 +198,7 @@ def _half(width: int) -> int:
 
 
 Dtypes = Mapping[str, torch.dtype]
-"""Dtype in a file by tensor name. Missing names keep the dtype of their tensor."""
+"""Dtype of each tensor in a file, by tensor name. Tensors without an entry keep their dtype."""
 
 
 def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
@@ -213,13 +208,13 @@ def stored_dtype(name: str, tensor: Tensor, dtypes: Dtypes) -> torch.dtype:
 
 @torch.no_grad()
 def round_to_stored(model: nn.Module, dtypes: Dtypes) -> None:
-    """Round the tensors of ``model`` in place to the values that a file in ``dtypes`` can hold."""
+    """Round the tensors of ``model``, in place, to values that the file dtypes ``dtypes`` can represent."""
     for name, tensor in model.state_dict().items():
         tensor.copy_(tensor.to(stored_dtype(name, tensor, dtypes)))
 
 
 def count_bytes(module: nn.Module, dtypes: Dtypes, prefix: str = "") -> int:
-    """Bytes of the tensors of ``module`` in a file, without its header."""
+    """Return the bytes of the tensors of ``module`` in a file, without the file header."""
     return sum(
         tensor.numel() * stored_dtype(prefix + name, tensor, dtypes).itemsize
         for name, tensor in module.state_dict().items()
@@ -234,7 +229,7 @@ def storage_cost(
     *,
     copies: bool,
 ) -> Callable[[Mapping[UnitKey, int]], int]:
-    """Return a function from widths to the number of parameters, or of bytes if ``dtypes`` is given."""
+    """Return a function from widths to the number of parameters, or to bytes if ``dtypes`` is given."""
 
     def amount(module: nn.Module, prefix: str = "") -> int:
         return count_parameters(module) if dtypes is None else count_bytes(module, dtypes, prefix)

@@ -22,11 +22,10 @@ Run = Callable[[Tensor], Sequence[Tensor]]
 
 @torch.no_grad()
 def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], image: Tensor) -> list[int]:
-    """Return the dimension of the channels in each tensor that ``run(image)`` gives.
+    """Return the channel dimension of each tensor that ``run(image)`` returns.
 
-    ``layers`` has the last layer that each tensor passes through, or None for a map of convolutions only. The
-    channel dimension is the dimension that is as long as the output of this layer has channels: many stages
-    run on tokens and return [B, C, H, W].
+    ``layers`` names the last layer before each tensor (None: a convolutional map). The channel dimension has
+    as many entries as the output of this layer has channels.
     """
     with captured_outputs(model, {layer.name for layer in layers if layer is not None}) as outputs:
         maps = run(image)
@@ -43,36 +42,34 @@ def channel_dims(model: nn.Module, run: Run, layers: Sequence[Layer | None], ima
 
 Source = Literal["output", "pooled", "tokens", "pyramid", "layers", "maps"]
 PLAIN_LEVELS = 3
-"""Number of last blocks that timm's ``features_only`` returns for a plain ViT."""
+"""Number of last blocks whose outputs timm's ``features_only`` returns for a plain ViT."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Description of the features to read from a model, for the dense and the slim model."""
+    """Features to compare between the dense and the slim model, and how to read them."""
 
     source: Source
-    """Kind of tensor:      - ``output``: output of the model     - ``pooled``: input of the classifier     -
-    ``tokens``: normalised tokens of timm's ``forward_features``     - ``pyramid``: levels of timm's
-    ``features_only``     - ``layers``: outputs of named modules     - ``maps``: outputs of a
-    :class:`~mhacut.surgery.submodule.SubmoduleFn`     """
+    """Features to read: the model's output (``output``), the classifier's input (``pooled``), timm's
+    normalised tokens (``tokens``), levels of timm's ``features_only`` (``pyramid``), outputs of named modules
+    (``layers``), or outputs of a :class:`~mhacut.surgery.submodule.SubmoduleFn` (``maps``)."""
     layers: tuple[str, ...] = ()
-    """Module names of ``layers``."""
     levels: tuple[int, ...] = ()
-    """Indices of levels, as in ``forward_intermediates``."""
+    """Indices of the feature levels, as in ``forward_intermediates``."""
     channel_dims: tuple[int, ...] = ()
-    """Channel dimension of each token map."""
+    """Index of the channel dimension of each token map."""
 
     @property
     def dense(self) -> bool:
-        """Whether there are features of every token."""
+        """Whether the features contain every token, instead of 1 vector per image."""
         return self.source not in ("output", "pooled")
 
     def of(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """Run ``model`` on ``images`` [B, C, H, W], with ``tensors`` in place of its own.
+        """Run ``model`` on ``images`` [B, C, H, W] with ``tensors`` substituted, and return its features.
 
-        Dense features are token maps, [B, tokens, channels] each. Other features are 1 output.
+        Dense features are token maps [B, tokens, channels]. Other features are 1 output.
         """
         reader = _Reader(model, self)
         maps: list[Tensor]
@@ -88,7 +85,7 @@ class Features:
 
 
 class _Reader(nn.Module):
-    """A model that returns features instead of its output."""
+    """Wrapper of a model that returns its features instead of its output."""
 
     def __init__(self, model: nn.Module, features: Features) -> None:
         super().__init__()
@@ -123,7 +120,6 @@ def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -
 
 @torch.no_grad()
 def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the final token map as features. ``image`` is [1, C, H, W]."""
     if not hasattr(model, "forward_features"):
         raise UnsupportedModelError("the model has no method forward_features, which returns tokens")
     run = _Reader(model, Features("tokens"))
@@ -135,7 +131,6 @@ def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) ->
 
 @torch.no_grad()
 def find_pyramid(model: Any, image: Tensor) -> Features:
-    """Return the levels of timm's ``features_only`` as features."""
     info = [level["reduction"] for level in getattr(model, "feature_info", ()) if "reduction" in level]
     if not info or not hasattr(model, "forward_intermediates"):
         raise UnsupportedModelError(
@@ -153,7 +148,6 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
 
 @torch.no_grad()
 def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers, image: Tensor) -> Features:
-    """Return the outputs of the modules ``names`` as features."""
     known = dict(model.named_modules())
     for name in names:
         if name not in known or not name:
@@ -183,7 +177,6 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
 
 
 def _check_map(output: object, name: str, image: Tensor) -> None:
-    """Raise an error unless ``output`` of ``name`` is a token map, 1 per image."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(

@@ -28,7 +28,7 @@ from mhacut.surgery.merging_blocks import MergingLayer
 def model_input_size(
     model: nn.Module, pretrained_cfg: Mapping[str, Any], model_args: Mapping[str, Any] | None = None
 ) -> tuple[int, int, int]:
-    """Return [C, H, W] that ``model`` is built for, from the model, its arguments or timm's record."""
+    """Return the image size [C, H, W] of ``model``, from its modules, its arguments or timm's record."""
     channels, height, width = pretrained_cfg.get("input_size", (3, 224, 224))
     size = getattr(patch_embedding(model), "img_size", None)
     if size is None and model_args is not None:
@@ -42,7 +42,6 @@ def model_input_size(
 
 
 def patch_embedding(model: nn.Module) -> Any:
-    """Return the module that embeds image patches and knows the image size, or None."""
     # CoaT's is the first of several. Visformer's first embeds the output of a stem.
     first: Any = getattr(model, "patch_embed1", None)
     sees_it = getattr(getattr(first, "proj", None), "in_channels", None) == getattr(model, "in_chans", None)
@@ -50,7 +49,7 @@ def patch_embedding(model: nn.Module) -> Any:
 
 
 def classifier_size(model: Any) -> int:
-    """Number of classes; 0 if the model gives features."""
+    """Return the number of classes; 0 for a model without a classifier."""
     return int(getattr(model, "num_classes", 0) or 0)
 
 
@@ -61,21 +60,20 @@ def gives_probabilities(model: Any) -> bool:
 
 @dataclass(frozen=True)
 class PrunableLayers:
-    """Layers of a model that can be cut, and reasons for the others."""
+    """Layers of a model that can be cut, and reasons why other layers are not cut."""
 
     layers: tuple[Layer, ...]
-    """Layers in the order of the model's modules."""
+    """Prunable layers, in the order of the modules of the model."""
     skipped: tuple[str, ...]
-    """Other modules with channels: name, class and the reason why they are not cut."""
+    """Modules that are not cut: name, class and reason."""
     unknown: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Attention classes of no known form, and the names of their layers."""
+    """Attention classes of unknown structure, each with the names of its layers."""
 
     def units(self, kinds: Iterable[UnitKind] = UNIT_KINDS) -> tuple[Unit, ...]:
         wanted = set(kinds)
         return tuple(unit for layer in self.layers for unit in layer.units if unit.kind in wanted)
 
     def without(self, names: Collection[str], reason: str) -> PrunableLayers:
-        """Return a copy in which the layers ``names`` are skipped for ``reason``."""
         layers = tuple(layer for layer in self.layers if layer.name not in names)
         return replace(self, layers=layers, skipped=(*self.skipped, *(f"{name}: {reason}" for name in names)))
 
@@ -87,7 +85,7 @@ class PrunableLayers:
 
     @property
     def not_prunable(self) -> tuple[str, ...]:
-        """One line per reason, with the layers or modules that it applies to."""
+        """Lines of text, 1 per reason, with the layers or modules that are not cut for this reason."""
         layers: dict[str, list[str]] = {}
         for layer in self.layers:
             for kind, reason in layer.not_prunable.items():
@@ -129,15 +127,15 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
 
 
 class _Walk:
-    """Search through the modules of a model."""
+    """Search through the modules of a model for prunable layers."""
 
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.skipped: list[str] = []
         self.unknown: dict[str, list[str]] = {}
-        """Attention classes of no known form, and the names of their layers."""
+        """Attention classes of unknown structure, each with the names of its layers."""
         self.unknown_mlps: dict[str, list[str]] = {}
-        """MLP classes that are not registered, and the names of their layers."""
+        """MLP classes without an adapter, each with the names of its layers."""
         self._unknown_layers = 0
         self._names: dict[int, str] = {}
 
@@ -172,7 +170,7 @@ class _Walk:
             self.unknown_mlps.setdefault(cls.__name__, []).append(name)
 
     def _mlp_of_block(self, name: str, module: nn.Module, first: int) -> Layer | None:
-        """Return the MLP whose linear layers are in different submodules of a block, beside its attention."""
+        """Return the MLP whose linear layers are in different submodules of a block."""
         if isinstance(module, MergingLayer):
             return _of_block(module.branches.mlp, name, module)
         if isinstance(module, nn.ModuleList | nn.ModuleDict) or is_registered_library(module):
@@ -189,7 +187,7 @@ def _of_block(adapter: Mlp | None, name: str, module: nn.Module) -> Layer | None
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
-    """Raise a :class:`PlanError` if the model does not have the units of ``plan`` in the same sizes."""
+    """Raise a :class:`PlanError` unless the model has all units of ``plan``, with equal widths."""
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
         if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):

@@ -49,14 +49,14 @@ def measure_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
 
 
 def executed_flops(run: Callable[[], object]) -> int:
-    """Count the multiply-accumulates of matrix products in ``run()``, including zeros that pad attention."""
+    """Count the multiply-accumulates of matrix products in ``run()``, including zero padding."""
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         run()
     return int(counter.get_total_flops()) // 2
 
 
 def measure_flops_by_module(model: nn.Module, input_size: tuple[int, ...]) -> dict[str, int]:
-    """Count the FLOPs of one image of ``input_size`` [C, H, W] by module name; ``""`` is the whole model."""
+    """Return the FLOPs of 1 image of ``input_size`` [C, H, W] by module name; ``""`` is the model."""
     parameter = next(model.parameters())
     image = torch.zeros((1, *input_size), dtype=parameter.dtype, device=parameter.device)
     return count_flops(model, (image,))
@@ -88,7 +88,7 @@ def count_flops(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int]:
 
 
 def weightless(model: nn.Module) -> nn.Module:
-    """Copy ``model``, which may be on the meta device, to the CPU with tensors that take no memory."""
+    """Copy ``model`` to the CPU with tensors that take no memory. ``model`` may be on the meta device."""
     # Tracing on the meta device fails in shape checks of torch.
     stand_in = copy.deepcopy(model)
     take_weights(stand_in)
@@ -107,7 +107,6 @@ def take_weights(model: nn.Module) -> None:
 
 
 def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
-    """Q k^T and A v: B * H * L * S * (E + Ev)."""
     query, key, value = (tuple(tensor.type().sizes()) for tensor in inputs[:3])
     rows = 1  # batch, heads and queries: every dimension but the channels
     for size in query[:-1]:
@@ -116,13 +115,12 @@ def _count_sdpa(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _count_padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count a convolution whose padding is a string, such as "same"."""
     output = outputs[0].type().sizes()  # (B, C, height, width)
     return int(math.prod(inputs[1].type().sizes()) * output[0] * math.prod(output[2:]))
 
 
 def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count one product per element of the output and per index that is summed."""
+    """Count 1 product per output element and per summed index."""
     # fvcore itself counts einsum to 4 digits only.
     equation = inputs[0].toIValue().replace(" ", "")
     shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]

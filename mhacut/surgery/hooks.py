@@ -20,14 +20,14 @@ from mhacut.plan import UnitKind
 from mhacut.surgery.slice import slice_layer
 
 Capture = Callable[[Unit, str, Tensor], None]
-"""Called with a unit, the name of one of its hooks, and the activation, [..., heads, width]."""
+"""Function that receives a unit, the name of 1 of its hooks, and the activation [..., heads, width]."""
 
 
 @contextmanager
 def captured_outputs(
     model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
 ) -> Iterator[Mapping[str, list[Any]]]:
-    """Capture ``take(args, output)`` of each call of the named modules while ``model`` runs in the block."""
+    """Collect ``take(args, output)`` of each call of the modules ``names`` inside the block."""
     captured: dict[str, list[Any]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -39,7 +39,7 @@ def captured_outputs(
 
 @contextmanager
 def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks when the block ends, or if a registration fails."""
+    """Remove the hooks when the block ends or a registration fails."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -48,7 +48,7 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iterator[None]:
-    """Call ``capture`` for every hook of ``units`` while ``model`` runs in the block."""
+    """Call ``capture`` with the activations at the hooks of ``units`` inside the block."""
     with registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
 
@@ -65,7 +65,7 @@ def _hooks_of(model: nn.Module, unit: Unit, capture: Capture) -> Iterator[Remova
 
 
 class _JoinHeads:
-    """Capture for heads that run one after the other: joins them and passes on all heads at once."""
+    """Capture function for heads that run one after the other: it joins the activations of all heads."""
 
     def __init__(self, unit: Unit, name: str, capture: Capture) -> None:
         self._unit, self._name, self._capture = unit, name, capture
@@ -91,7 +91,6 @@ def _register(
 
 
 def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation: Tensor) -> Tensor:
-    """The unit's channels in ``activation``, detached, [..., heads, width]."""
     if hook.then is not None:
         activation = hook.then(submodule, activation)
     channels = activation.detach().movedim(hook.channel_dim, -1)  # (..., C)
@@ -105,14 +104,12 @@ def _by_head(unit: Unit, hook: ActivationHook, submodule: nn.Module, activation:
 
 @dataclass(frozen=True)
 class TensorShape:
-    """Shape and dtype of a tensor."""
-
     shape: tuple[int, ...]
     dtype: torch.dtype
 
 
 LayerInputs = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one run of a layer, with tensors replaced by :class:`TensorShape`."""
+"""Positional and keyword arguments of a layer call, with a :class:`TensorShape` in place of each tensor."""
 
 
 @contextmanager
@@ -142,7 +139,7 @@ def _shape_only(leaf: Any) -> Any:
 
 
 class Replay(nn.Module):
-    """Recorded call of a layer as a module, whose inputs are the tensors of the call."""
+    """Recorded call of a layer as a module. Its inputs are the tensors of the call."""
 
     def __init__(self, module: nn.Module, call: LayerInputs) -> None:
         super().__init__()
@@ -153,7 +150,7 @@ class Replay(nn.Module):
         return tuple(torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self._shapes())
 
     def noise(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Inputs for timing: Gaussian noise, and 0 for integers."""
+        """Return inputs for timing: Gaussian noise, and 0 for integer tensors."""
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(leaf.shape, generator=generator).to(device, leaf.dtype)
@@ -173,7 +170,7 @@ class Replay(nn.Module):
 
 
 def cost_key(module: nn.Module) -> tuple[Any, ...]:
-    """Key that is equal for modules with the same cost: classes, shapes, functions, switches."""
+    """Return a key that is equal for modules with equal cost (classes, shapes, functions, switches)."""
     # Floats (dropout probabilities, scales) do not change the cost.
     parts: list[Any] = []
     for name, part in module.named_modules():
@@ -190,7 +187,7 @@ def cost_key(module: nn.Module) -> tuple[Any, ...]:
 
 
 def cut_to_widths(module: nn.Module, layer: Layer, widths: Mapping[UnitKind, int]) -> nn.Module:
-    """Return a copy of a layer that keeps the first ``widths[kind]`` channels of each head."""
+    """Return a copy of a layer with the first ``widths[kind]`` channels of each head."""
     plans = {unit.kind: unit.keep_first(widths[unit.kind]) for unit in layer.units}
     slim = copy.deepcopy(module)
     slice_layer(slim, layer, plans)

@@ -25,7 +25,10 @@ def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
 def masked_tensors(
     model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
 ) -> dict[str, Tensor]:
-    """Tensors of the masked model that differ from ``model``; ``channel_scales`` are [heads, width]."""
+    """Return the tensors of the masked model that differ from ``model``.
+
+    Channel scales are [heads, width].
+    """
     masked: dict[str, Tensor] = {}
     for layer in prunable.layers:
         for unit in layer.units:
@@ -49,7 +52,6 @@ def masked_tensors(
 
 
 def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) -> Tensor:
-    """Run ``model`` with the named tensors substituted."""
     # tie_weights=True leaves a substitute behind in a module of several names.
     outputs: Tensor = torch.func.functional_call(model, dict(tensors), (images,), tie_weights=False)
     return outputs
@@ -57,7 +59,6 @@ def run_with(model: nn.Module, tensors: Mapping[str, Tensor], images: Tensor) ->
 
 @torch.no_grad()
 def scale(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
-    """Multiply the unit's contribution by ``channel_scale`` [heads, width], in place."""
     flat = channel_scale.reshape(-1)  # (H * d)
     for axis in scaled_axes(unit):
         parameter = module.get_parameter(axis.tensor)
@@ -72,7 +73,7 @@ def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
 
 
 def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Axes that channel scales multiply: ``unit.scale_axes``, or the batch norms behind them."""
+    """Places in tensors that channel scales multiply: rows, or the batch norm behind the rows."""
     # In training, a batch norm would undo a scale on the rows before it.
     axes: list[ChannelAxis] = []
     for axis in unit.scale_axes:
@@ -94,7 +95,6 @@ def _scaled(tensor: Tensor, unit: Unit, axis: ChannelAxis, channel_scale: Tensor
 
 
 def kept_channels(unit_plan: UnitPlan) -> Tensor:
-    """Mask of the channels that stay, [heads, dense_width], bool."""
     kept = torch.zeros(unit_plan.heads, unit_plan.dense_width, dtype=torch.bool)
     for head, channels in enumerate(unit_plan.kept):
         kept[head, list(channels)] = True
@@ -102,7 +102,7 @@ def kept_channels(unit_plan: UnitPlan) -> Tensor:
 
 
 def constant_lost(module: nn.Module, unit: Unit, channel_scale: Tensor) -> Tensor:
-    """Constant [out] that the output bias must absorb for ``channel_scale`` [heads * width]."""
+    """Return the constant [out] to add to the output bias for the biases of scaled channels."""
     columns = output_weights(module, unit)
     lost = columns.new_zeros(len(columns))
     for axis in unit.constants:

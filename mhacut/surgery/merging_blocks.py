@@ -24,14 +24,14 @@ from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order,
 
 
 class Matcher(nn.Module):
-    """Choice of the tokens to merge in a block. A module, so that hooks can read and replace the match."""
+    """Module that chooses the tokens to merge in a block. Hooks can read and replace the chosen pairs."""
 
     def __init__(self, count: int, prefix: int) -> None:
         super().__init__()
         self.count, self.prefix = count, prefix
 
     def forward(self, x: Tensor, sizes: Tensor, cls_weights: Tensor | None) -> Match:
-        """Match tokens [B, N, C] of sizes [B, N, 1]; the class token's attention weights are [B, H, N]."""
+        """Match tokens [B, N, C] of sizes [B, N, 1], weighted by the class token's attention [B, H, N]."""
         weights = weigh(sizes, None if cls_weights is None else cls_weights.detach(), self.prefix)
         # A smaller image than the planned one may have too few patches: at most half of them merge.
         count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
@@ -39,23 +39,22 @@ class Matcher(nn.Module):
 
 
 class Merging:
-    """Mixin for a block class: tokens have sizes, and the block may merge some of them."""
+    """Mixin for a block class that merges tokens and tracks the number of patches per token."""
 
     matcher: Matcher | None
-    """None if the block merges no tokens."""
+    """Module that chooses the tokens to merge; None if the block merges no tokens."""
     gives_sizes: bool
-    """Whether the output is :class:`SizedTokens` instead of a tensor."""
+    """Whether the block returns :class:`SizedTokens` instead of a tensor."""
     unmerge: Unmerge
-    """Whether features that leave the model have a token for every patch."""
+    """Whether the output features of the model have a token for every patch."""
 
 
 class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
-    """timm's block with a merge between attention and MLP."""
+    """timm's ViT block with token merging between attention and MLP."""
 
     def forward(
         self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor | SizedTokens:
-        """Map N tokens to N - merged tokens."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _with_sizes(x, self)
         y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias), None
@@ -69,49 +68,46 @@ class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
 
 
 class MergedOutputTokenBlock(Merging, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
-    """Last block that computes only the tokens that the head reads, after blocks that merge."""
+    """Last block of a ViT with token merging that computes only the tokens that the head reads."""
 
     def forward(
         self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Tensor:
-        """Map N tokens to the first tokens, [B, output tokens, C]."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _with_sizes(x)
         return super().forward(tokens.x, attn_mask=bias)
 
 
 class Branches(NamedTuple):
-    """Parts of a block between its two additions, by name, in the order in which tokens pass them."""
+    """Names of the submodules of a block up to each residual addition, in the order of execution."""
 
     first: tuple[str, ...]
-    """Parts up to the first addition, with the attention."""
+    """Names of the submodules before the first residual addition, including the attention."""
     second: tuple[str, ...]
     attention: str
     mask_name: str
-    """Argument of the attention that takes a bias to add to logits."""
+    """Name of the attention argument that is a bias on the logits."""
     tokens_first: bool
-    """Whether tokens are [N, B, C]."""
+    """Whether tokens have the shape [N, B, C] instead of [B, N, C]."""
     mlp: Mlp | None
-    """Adapter of an MLP whose linear layers are in different submodules."""
+    """Adapter of the MLP if its linear layers are in different submodules; else None."""
 
 
 def apply_part(part: Any, x: Tensor) -> Any:
-    """Apply a submodule, function or layer scale of a block to tokens."""
     return part * x if isinstance(part, nn.Parameter) else part(x)
 
 
 class MergingLayer(Merging):
-    """Mixin for a block of any class with :class:`Branches`, with a merge between attention and MLP.
+    """Mixin for a block of any class with :class:`Branches`: token merging between attention and MLP.
 
-    The last block unmerges, because code around it expects a token for every patch.
+    The last block unmerges, because the code after it expects a token for every patch.
     """
 
     branches: Branches
     outside: tuple[int, int]
-    """Number of tokens before and after the patches. They never merge."""
+    """Numbers of tokens before and after the patches, such as class tokens. These tokens never merge."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor | SizedTokens:
-        """Map N tokens to N - merged tokens."""
         x, *others = (*args, *options.values())
         # transformers passes a mask of ones instead of None while a graph is recorded.
         if not graph_is_recorded():
@@ -139,16 +135,15 @@ class MergingLayer(Merging):
         return y[0] if isinstance(y, tuple) else y
 
     def laid_out(self, x: Tensor) -> Tensor:
-        """Return [B, N, C] in the layout of the block, and back."""
         return x.transpose(0, 1) if self.branches.tokens_first else x
 
 
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
-"""Names of the parameters that transformers puts before the patches."""
+"""Names of the parameters that transformers puts as tokens before the patches."""
 
 
 def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
-    """Return tokens with sizes and their attention bias; the bias is None before the first merge."""
+    """Return tokens with sizes, and the attention bias of these sizes (None before the first merge)."""
     if not isinstance(x, Tensor):
         return x, x.bias()
     token_of_patch = None
@@ -180,7 +175,7 @@ def _check_no_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
 
 
 class MergedTokens:
-    """Mixin for timm's ViT class: most tokens that leave the blocks stand for several patches."""
+    """Mixin for timm's ViT class whose blocks merge tokens."""
 
     def forward_features(
         self: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
@@ -195,7 +190,7 @@ class MergedTokens:
         return SizedTokens(self.norm(tokens.x), tokens.sizes)
 
     def pool(self: Any, x: Tensor | SizedTokens, pool_type: str | None = None) -> Tensor:
-        """Pool tokens to [B, C]. In a mean, every patch counts the same."""
+        """Pool tokens to [B, C]. A mean weighs each token by its number of patches."""
         if isinstance(x, Tensor) or (pool_type or self.global_pool) != "avg":
             tokens = x if isinstance(x, Tensor) else x.x
             pooled: Tensor = super().pool(tokens, pool_type)  # type: ignore[misc]
@@ -206,7 +201,6 @@ class MergedTokens:
         return mean
 
     def forward_intermediates(self: Any, *args: Any, **options: Any) -> Any:
-        """Return the features of timm's method, unmerged."""
         self.check_features(None)
         # timm's loop expects a tensor from each block. A copy of the model with wrapped blocks provides them.
         wrapper = copy.copy(self)
@@ -216,7 +210,6 @@ class MergedTokens:
         return super(MergedTokens, wrapper).forward_intermediates(*args, **options)  # type: ignore[misc]
 
     def check_features(self: Any, indices: object) -> None:
-        """Raise an error if the model has no features of every patch."""
         if self.blocks[-1].unmerge:
             return
         raise UnsupportedModelError(
@@ -226,7 +219,7 @@ class MergedTokens:
 
 
 class _UnmergedOutput(nn.Module):
-    """Block that returns a token for every patch and passes merged tokens to the next block in ``stream``."""
+    """Block that returns a token for every patch. ``stream`` passes merged tokens to the next block."""
 
     def __init__(self, block: nn.Module, stream: list[Any]) -> None:
         super().__init__()

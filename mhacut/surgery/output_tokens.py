@@ -25,12 +25,11 @@ from mhacut.errors import PlanError, UnsupportedModelError, option_name
 
 
 class OutputTokenBlock:
-    """Mixin for a block class: the block computes only the tokens that the head reads."""
+    """Mixin for a ViT block class: the block computes only the tokens that the head reads."""
 
     attn: Any
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Map all tokens [B, N, C] to the output tokens [B, n, C]; other arguments go to attention."""
         y = self.attn(self.norm1(x), *args, **options)  # (B, read, C)
         x = x[:, : self.attn.output_tokens] + self.drop_path1(_scaled(self, 1, y))
         out: Tensor = x + self.drop_path2(_scaled(self, 2, self.mlp(self.norm2(x))))
@@ -38,10 +37,9 @@ class OutputTokenBlock:
 
 
 class OutputTokenBlockPostNorm(OutputTokenBlock):
-    """The same for blocks that normalise after attention and after the MLP."""
+    """Output token block of a ViT class with norms after attention and after the MLP."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
-        """Map all tokens [B, N, C] to the output tokens [B, n, C]; other arguments go to attention."""
         y = self.attn(x, *args, **options)  # (B, read, C)
         x = x[:, : self.attn.output_tokens] + self.drop_path1(self.norm1(y))
         out: Tensor = x + self.drop_path2(self.norm2(self.mlp(x)))
@@ -49,7 +47,7 @@ class OutputTokenBlockPostNorm(OutputTokenBlock):
 
 
 def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
-    """Apply the LayerScale of branch 1 or 2, which is a module, a parameter or None."""
+    """Multiply y by LayerScale 1 or 2 of the block, which is a module, a parameter or None."""
     layer_scale = getattr(block, f"ls{branch}", None)
     if layer_scale is not None:
         scaled: Tensor = layer_scale(y)
@@ -59,19 +57,17 @@ def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
 
 
 class OutputTokenModel:
-    """Mixin for timm's models: refuses outputs that need tokens which the last block does not compute."""
+    """Mixin for timm's ViT classes: features that need tokens missing from the last block are an error."""
 
     def forward_intermediates(
         self: Any, x: Tensor, indices: int | list[int] | None = None, *args: Any, **options: Any
     ) -> Any:
-        """Return the features of timm's method, from blocks that compute all tokens."""
         self.check_features(indices)
         return super().forward_intermediates(x, indices, *args, **options)  # type: ignore[misc]
 
     def reset_classifier(
         self: Any, num_classes: int, global_pool: str | None = None, *args: Any, **options: Any
     ) -> None:
-        """Replace the classifier; the new one reads the same tokens."""
         if global_pool not in (None, self.global_pool):
             raise UnsupportedModelError(
                 f"global_pool={global_pool!r}: this model computes only the tokens that global_pool="
@@ -81,7 +77,7 @@ class OutputTokenModel:
         super().reset_classifier(num_classes, global_pool, *args, **options)  # type: ignore[misc]
 
     def check_features(self: Any, indices: int | list[int] | None) -> None:
-        """Raise an error if a block of ``indices`` (timm's numbering) computes output tokens only."""
+        """Raise an error if a block in ``indices`` (timm's numbering) computes only output tokens."""
         taken, _ = feature_take_indices(len(self.blocks), indices)
         short = [index for index in taken if isinstance(self.blocks[index], OutputTokenBlock)]
         if short:
@@ -102,7 +98,8 @@ OUTPUT_TOKEN_MODELS: Mapping[type[nn.Module], Any] = {
         relpos.VisionTransformerRelPos,
     )
 }
-"""Model classes whose heads read the last block only by pooling, and their classes with fewer tokens."""
+"""Model classes whose heads read only pooled tokens of the last block, each with its subclass that computes
+only these tokens."""
 OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     cls: mixed("OutputToken", mixin, cls)
     for mixin, classes in {
@@ -115,23 +112,23 @@ OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     }.items()
     for cls in classes
 }
-"""Block classes of a residual attention and a residual MLP, and their classes for output tokens only."""
+"""Block classes with residual attention and residual MLP, each with its subclass that computes only the
+output tokens."""
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:
-    """Class of ``model`` before :func:`set_output_tokens`."""
     return next((dense for dense, few in OUTPUT_TOKEN_MODELS.items() if few is type(model)), type(model))
 
 
 def output_tokens_of(model: nn.Module) -> int | None:
-    """Number of tokens that the last block computes; None for all."""
+    """Number of tokens that the last block computes; None if it computes all tokens."""
     blocks: Any = getattr(model, "blocks", ())
     last = blocks[-1] if isinstance(model, OutputTokenModel) else None
     return last.attn.output_tokens if isinstance(last, OutputTokenBlock) else None
 
 
 def tokens_read_by_head(model: nn.Module) -> int:
-    """Number of first tokens of the last block that the head reads; an error if it reads all."""
+    """Number of first tokens of the last block that the head reads; an error if it reads all tokens."""
     if type(model) not in OUTPUT_TOKEN_MODELS and not isinstance(model, OutputTokenModel):
         raise UnsupportedModelError(f"cannot find the tokens that the head of {type(model).__name__} reads")
     head: Any = model
@@ -151,7 +148,6 @@ def _check_last(block: Any) -> None:
 
 
 def _dense_class(attention: nn.Module) -> Any:
-    """Timm's class of an attention layer that may be cut."""
     return getattr(adapter_for(attention), "cls", None)
 
 
@@ -168,7 +164,7 @@ def set_output_tokens(model: Any, count: int) -> None:
 
 @torch.no_grad()
 def attend_from_output_tokens(attention: Any, count: int) -> None:
-    """Make an attention layer compute queries for the first ``count`` tokens only, in place."""
+    """Make an attention layer compute q for the first ``count`` tokens only, in place."""
     attention.__class__ = OUTPUT_TOKENS[_dense_class(attention)]
     attention.output_tokens = count
     adapter = adapter_for(attention)
@@ -179,7 +175,7 @@ def attend_from_output_tokens(attention: Any, count: int) -> None:
 
 
 def _split(attention: Any, written_by: Mapping[str, str]) -> None:
-    """Replace the fused ``qkv`` by the projections of ``written_by``."""
+    """Split the fused ``qkv`` layer into the projections that ``written_by`` names."""
     # q and k are equally wide; v is as wide as what the output projection reads.
     qkv, v_rows = attention.qkv, attention.proj.in_features
     q_rows = (qkv.out_features - v_rows) // 2
@@ -200,7 +196,6 @@ def _split(attention: Any, written_by: Mapping[str, str]) -> None:
 
 
 def _rows(linear: nn.Linear, first: int, last: int) -> nn.Linear:
-    """Return a linear layer with the rows ``first`` to ``last`` of another."""
     part = nn.Linear(linear.in_features, last - first, bias=linear.bias is not None, device="meta")
     for name, parameter in linear.named_parameters():
         rows = nn.Parameter(parameter[first:last].clone(), requires_grad=parameter.requires_grad)

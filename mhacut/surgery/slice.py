@@ -17,8 +17,8 @@ from mhacut.surgery.mask import constant_lost, kept_channels, scale
 from mhacut.surgery.tokens import apply_tokens, tokens_of
 
 _MIN_GATE = 1e-60
-"""Minimum scale of a kept channel with a gate: parameters can absorb positive scales only. The features
-get the sixth root, 1e-10, which is small against the 1e-6 that the layer adds to them."""
+"""Minimum scale of a kept channel with a gate, since parameters can absorb positive scales only. The q/k
+features are then multiplied by 1e-10, which is small against the 1e-6 that the layer adds."""
 
 
 def exact_scale(unit: Unit, width: int) -> float:
@@ -34,7 +34,10 @@ def cut(
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
     prunable: PrunableLayers | None = None,
 ) -> None:
-    """Cut ``model`` in place to ``plan``; afterwards it equals the masked model with the same scales."""
+    """Cut ``model`` to ``plan``, in place.
+
+    The cut model equals the masked model with the same channel scales.
+    """
     # On the meta device, this gives the expected shapes of a slim file before it is loaded.
     if plan.tokens and tokens_of(model) != plan.tokens:
         apply_tokens(model, plan.tokens)
@@ -54,7 +57,7 @@ def cut(
 
 @torch.no_grad()
 def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Slice the tensors of one layer in place, without changing their values."""
+    """Slice the tensors of a layer in place, without changing the kept values."""
     for unit in layer.units:
         if unit.kind in unit_plans:
             layer.adapter.record_kept(module, unit, torch.tensor(unit_plans[unit.kind].kept))
@@ -85,7 +88,6 @@ def _scale_kept(
 
 
 def _slice(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Index every tensor of the layer by the channels that its units keep."""
     removed: dict[tuple[str, int], list[Tensor]] = {}
     order: dict[tuple[str, int], list[tuple[Tensor, Tensor]]] = {}
     for unit in layer.units:
@@ -141,7 +143,6 @@ def _replace(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 
 def _update_sizes(owner: nn.Module) -> None:
-    """Set the size attributes of a standard layer from its tensors."""
     if isinstance(owner, nn.Linear):
         owner.out_features, owner.in_features = owner.weight.shape
     elif isinstance(owner, nn.ConvTranspose2d):

@@ -19,18 +19,18 @@ from mhacut.errors import DataError, UnsupportedModelError, UsageError
 from mhacut.surgery.find import find_prunable_layers
 
 _PROBES = 4
-"""Number of random projections of the values of a loss."""
+"""Number of random projections of the loss values, each with its own gradient."""
 _DIFFERENTIATED = 64
 """Minimum number of images for the gradients of a loss."""
 
 Batches = Tensor | Mapping[str, Any] | Iterable[Any] | Callable[[], Any]
-"""Batches for the model, or a function that runs 1 batch."""
+"""Batches for the model, or a function that runs the model on 1 batch."""
 
 _Note = Callable[[str, Any, Any], None]
 
 
 class SubmoduleFn(nn.Module):
-    """A submodule as a function of images or tokens. Its other arguments are those of the recorded call."""
+    """Submodule as a function of images or tokens. Other arguments come from a recorded call."""
 
     def __init__(self, module: nn.Module, recorded: Recorded, outputs: Iterable[str]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class SubmoduleFn(nn.Module):
         self.read = [recorded.outputs[name] for name in outputs]
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """Return the selected outputs, [B, ...] each, for inputs [B, ...] of the submodule."""
+        """Return the selected outputs of the submodule, [B, ...] each, for its inputs [B, ...]."""
         leaves, structure = tree_flatten(self.call)
         for number, leaf in enumerate(leaves):
             if isinstance(leaf, Tensor):
@@ -53,58 +53,57 @@ class SubmoduleFn(nn.Module):
         return [outputs[number] for number in self.read]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the outputs of :meth:`maps` in one tensor."""
         maps = self.maps(images)
         return maps[0] if len(maps) == 1 else torch.cat([output.flatten(1) for output in maps], dim=1)
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """Calls of a submodule during runs of the whole model."""
+    """Recorded calls of a submodule while the whole model runs."""
 
     call: Any
     """Positional and keyword arguments of the first call, with None in place of the images."""
     place: int
-    """Index of the images (or tokens) in the flattened ``call``."""
+    """Index of the images (or tokens) in the flattened arguments of ``call``."""
     alike: tuple[int, ...]
-    """Indices of flattened arguments with 1 row per image, all rows equal. ``call`` holds 1 row."""
+    """Indices of flattened arguments that are equal for all images. ``call`` holds 1 row of them."""
     images: Tensor
-    """Images (or tokens) of all calls, [n, ...], float32, on the CPU."""
+    """Input images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int
-    """Number of images in calls with other shapes or arguments. They are not used."""
+    """Number of images that are not used, because their calls have other shapes or arguments."""
     outputs: Mapping[str, int]
-    """Names and indices of the outputs that the whole model reads."""
+    """Names of the submodule outputs that the whole model reads, each with its index among the outputs."""
     method: str
-    """Method that the model calls: ``forward``, or another of :data:`_METHODS`."""
+    """Method of the submodule that the model calls: ``forward``, or another of :data:`_METHODS`."""
     loss: Loss | None = None
-    """Sensitivity of a loss to these outputs; None without a loss."""
+    """Loss with its sensitivity to the submodule outputs; None without a loss function."""
 
 
 @dataclass
 class Loss:
-    """A function of the whole model's outputs, and its sensitivity to the outputs of a submodule.
+    """Loss of the whole model, and its sensitivity to the outputs of a submodule.
 
-    A change d of the submodule's outputs changes the value of the loss by J d, to first order. For a random
-    projection e of unit variance, the gradient g = J^T e has E[g g^T] = J^T J. Changes of different tokens
-    are assumed to be independent.
+    To first order, a change d of the outputs changes the loss by J d. For a random projection e of unit
+    variance, the gradient g = J^T e has E[g g^T] = J^T J. Changes of different tokens are assumed to be
+    independent.
     """
 
     of: Callable[[Any], Tensor]
     """Function from the model's output to the values to preserve, [B, ...]."""
     squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Sum over images and tokens of g g^T, [C, C], by output name and channel dimension."""
+    """Sum over images and tokens of g g^T for gradients g, [C, C], by output name and channel dimension."""
     values: list[Tensor] = field(default_factory=list)
-    """Values of the loss for each batch, [B, ...] each."""
+    """Values of the loss function for each batch, [B, ...] each."""
     images: int = 0
 
     def metric(self, name: str, channel_dim: int) -> Tensor:
-        """Return M, [C, C]: the mean over tokens of d^T M d is the relative squared error of the loss."""
+        """Return M [C, C]: an output change d gives a relative squared loss error of mean d^T M d."""
         values = torch.cat([value.flatten() for value in self.values])
         scale = _PROBES * len(values) * values.var().clamp_min(1e-12)
         return self.squares[name, channel_dim] / scale
 
     def gradients(self, output: Any, named: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Add the gradients of the loss for ``output``; return those of the last projection."""
+        """Add the loss gradients for ``output`` to ``squares``, and return those of the last projection."""
         value, names, leaves = self.of(output), *zip(*named, strict=True)
         if not _is_float(value) or not value.ndim or not value.requires_grad:
             shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -126,16 +125,16 @@ class Loss:
 
 
 _METHODS = ("forward", "forward_features", "forward_intermediates", "get_intermediate_layers")
-"""Methods of a submodule that return features. All but the first are timm's."""
+"""Methods of a submodule whose calls are recorded: torch's ``forward`` and timm's feature methods."""
 
 
 class _StopForward(BaseException):
-    """Ends a run of the whole model. A BaseException, since models may catch Exception."""
+    """End of a model run. It is a BaseException, because models may catch Exception."""
 
 
 @contextmanager
 def _stopping_forward(model: nn.Module) -> Iterator[None]:
-    """End a run at :class:`_StopForward`, and restore each ``forward`` that transformers 4 replaced."""
+    """Catch :class:`_StopForward`, and restore each ``forward`` that transformers 4 replaced."""
     before = [(module, vars(module).get("forward")) for module in model.modules()]
     try:
         yield
@@ -155,7 +154,7 @@ def record(
     *,
     stops: bool = False,
 ) -> Recorded:
-    """Run a model until its submodule ``name`` was called on ``count`` images, and return these calls."""
+    """Run a model until its submodule ``name`` has received ``count`` images, and return these calls."""
     part, found = model.get_submodule(name), Counter[Any]()
     calls: dict[Any, list[Tensor]] = {}
     first: dict[Any, tuple[Any, int, tuple[int, ...]]] = {}
@@ -212,10 +211,7 @@ def record(
 
 @contextmanager
 def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Report calls of :data:`_METHODS` to ``note``, and replace their outputs by ``change``.
-
-    Inner calls are ignored.
-    """
+    """Report calls of the submodule to ``note``, and replace their outputs by ``change(output)``."""
     replaced, running = dict(vars(part)), False
 
     def watched(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -241,9 +237,9 @@ def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iter
 
 
 def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note, loss: Loss | None) -> dict[str, int]:
-    """Run a batch and return names and indices of the outputs of ``part`` that the result or loss uses.
+    """Run 1 batch and return names and indices of the submodule outputs that the model or loss uses.
 
-    All calls of ``part`` count. A model that runs without gradients gives all outputs.
+    A model without gradients counts as using all outputs.
     """
     leaves: list[tuple[str, int, Tensor]] = []
 
@@ -270,7 +266,6 @@ def _outputs_read(part: nn.Module, run: Callable[[], Any], note: _Note, loss: Lo
 
 
 def _names(output: Any) -> list[str]:
-    """Return a name for each float tensor in ``output``, in the order of its leaves."""
     entries = output.items() if isinstance(output, Mapping) else [("output", output)]
     names = []
     for name, value in entries:
@@ -288,7 +283,6 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _one_of(tensor: Tensor, name: str) -> Tensor:
-    """Return the first row of a tensor whose rows are equal."""
     if bool((tensor != tensor[:1]).any()):
         raise UnsupportedModelError(
             f"{shown(name)}: expected 1 tensor that differs between images, found a second, "
@@ -298,12 +292,11 @@ def _one_of(tensor: Tensor, name: str) -> Tensor:
 
 
 def shown(name: str) -> str:
-    """Return the name of a submodule for a message."""
     return f"`{name}`" if name else "the model"
 
 
 def vision_transformers(model: nn.Module) -> list[str]:
-    """Return the names of modules in ``model`` that embed patches and contain attention."""
+    """Return the names of submodules that embed patches and contain attention."""
     names = set()
     for name, module in model.named_modules():
         adapter = adapter_for(module)
@@ -327,7 +320,10 @@ def _embeds_patches(module: nn.Module) -> bool:
 def record_submodule(
     model: nn.Module, name: str, images: Batches, count: int, loss: Callable[[Any], Tensor] | None = None
 ) -> tuple[Recorded, nn.Module]:
-    """Run ``model`` until the submodule has received ``count`` images. Return the calls and a copy."""
+    """Run ``model`` until submodule ``name`` has received ``count`` images.
+
+    Return its calls and a copy of it.
+    """
     with _in_eval_mode(model):
         stops = not callable(images)  # a function may go on after its forward pass
         sensitivity = None if loss is None else Loss(loss)
@@ -339,7 +335,6 @@ def record_submodule(
 
 
 def _runs(model: nn.Module, images: Batches) -> Iterator[Callable[[], Any]]:
-    """Return functions that each run 1 batch of ``images``."""
     if callable(images):
         while True:
             yield images

@@ -29,37 +29,38 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 ATTENTION_FLOOR = 0.1
-"""Attention added to every token, so that no weight is 0. The mean attention of a token is 1."""
+"""Constant added to the class token's attention on each token, so that no weight is 0. The mean attention is
+1."""
 _MIN_NORM = 1e-12
-"""Lower bound of divisors: a token may be zero, and tokens may cancel out."""
+"""Lower bound of divisors, because a token may be zero and merged tokens may cancel out."""
 
 
 class Match(NamedTuple):
-    """Pairs of tokens to merge, for a batch of images. Indices count from the first token after the prefix.
+    """Pairs of tokens to merge, for a batch of images.
 
-    Tokens 1, 3, 5, ... form set A, tokens 0, 2, 4, ... set B. A token of A may be merged into one of B.
+    Tokens after the prefix form set A (1, 3, 5, ...) and set B (0, 2, 4, ...). A token of A may be merged
+    into a token of B.
     """
 
     merged: Tensor
-    """Indices in A of the tokens to merge, [B, r]."""
+    """Indices in set A of the tokens to merge, [B, r]."""
     kept: Tensor
-    """Indices in A of the other tokens, ascending, [B, |A| - r]."""
+    """Indices in set A of the tokens that stay, ascending, [B, |A| - r]."""
     receivers: Tensor
-    """Index in B of the partner of each merged token, [B, r]."""
+    """Index in set B of the partner of each merged token, [B, r]."""
     weights: Tensor
-    """Weights of all tokens, the prefix included, [B, N, 1]."""
+    """Weights of all tokens in a merge average, prefix included, [B, N, 1]."""
 
 
 class SizedTokens(NamedTuple):
-    """Tokens and their sizes, which blocks after a merge pass on."""
+    """Tokens with the number of patches per token, which blocks pass on after a merge."""
 
     x: Tensor
-    """Tokens, [B, N, C]."""
     sizes: Tensor
-    """Number of patches per token, [B, N, 1]."""
+    """Number of patches that each token stands for, [B, N, 1]."""
     token_of_patch: Tensor | None = None
-    """Index of the current token of each input token, [B, N of the first block]. None if patch features are
-    not needed."""
+    """For each token of the first block, the index of the current token that contains it, [B, N of the first
+    block]. None if patch features are not needed."""
 
     def __getitem__(self, index: Any) -> Any:
         # transformers reads the hidden state as entry 0 of a layer's output.
@@ -89,16 +90,16 @@ class SizedTokens(NamedTuple):
         return function(*args, **kwargs)
 
     def bias(self) -> Tensor:
-        """Return the attention bias of the sizes, [B, 1, 1, N] (ToMe's proportional attention)."""
+        """Return ToMe's proportional attention: the bias of token sizes on logits, [B, 1, 1, N]."""
         return self.sizes.mT.log()[:, None]
 
     def unmerge(self) -> Tensor:
-        """Return a token for every input token, [B, N of the first block, C]."""
+        """Return a token for every token of the first block, [B, N of the first block, C]."""
         return self.x if self.token_of_patch is None else _take_rows(self.x, self.token_of_patch)
 
 
 def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
-    """Return weights [B, N, 1] from sizes [B, N, 1] and the class token's attention weights [B, H, N]."""
+    """Return token weights [B, N, 1] from sizes [B, N, 1] and the class token's attention [B, H, N]."""
     sizes = at_least_float32(sizes)
     if cls_weights is None:
         return sizes
@@ -110,9 +111,9 @@ def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
 
 
 def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
-    """Match the ``count`` tokens of set A with the lowest cost of merging into set B; ``x`` is [B, N, C].
+    """Match the ``count`` tokens of set A that are cheapest to merge into set B; ``x`` is [B, N, C].
 
-    The cost is Ward's on directions: for weights v and w, ``(1 - cosine) / (1 / v + 1 / w)``.
+    The cost is Ward's on directions: ``(1 - cosine) / (1 / v + 1 / w)`` for weights v and w.
     """
     with full_precision(x):
         directions = at_least_float32(x)
@@ -132,7 +133,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
-    """Return N - r tokens, in the order prefix, rest of A, B; directions and norms are weighted averages."""
+    """Return N - r tokens, in the order prefix, rest of A, B. Merged tokens are weighted averages."""
     x, sizes, token_of_patch = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
@@ -156,7 +157,7 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
 
 
 def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) -> Tensor:
-    """Return the token indices [B, all tokens] after a merge."""
+    """Return the updated ``token_of_patch`` [B, all tokens] after a merge."""
     # New order behind the prefix: kept tokens of A, then B.
     kept = matched.kept.shape[1]
     device = token_of_patch.device
@@ -176,7 +177,7 @@ def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) ->
 def checkerboard_order(indices: Tensor, prefix: int) -> Tensor:
     """Reorder ``indices`` = 0..N-1 so that sets A and B form a checkerboard on a square image.
 
-    All 4 neighbours of a patch are then in the other set. In raster order only the 2 beside it are.
+    All 4 neighbours of a patch are then in the other set. In raster order only 2 neighbours are.
     """
     # Neighbours swap in every second row, so the order is its own inverse. Rows of odd length alternate
     # already. The width of other images is unknown: their order stays.
@@ -189,7 +190,7 @@ def checkerboard_order(indices: Tensor, prefix: int) -> Tensor:
 
 
 def _take_rows(tokens: Tensor, indices: Tensor, first: int = 0, step: int = 1) -> Tensor:
-    """Return rows ``first + step * indices`` [B, n] of ``tokens`` [B, N, C] as [B, n, C]."""
+    """Return rows ``first + step * indices`` [B, n] of ``tokens`` [B, N, C], as [B, n, C]."""
     batch, total = tokens.shape[:2]
     starts = torch.arange(first, first + batch * total, total, device=tokens.device)[:, None]
     # An embedding copies whole rows; gather copies single numbers and is slower.
@@ -202,7 +203,6 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def full_precision(x: Tensor) -> Any:
-    """Context without autocast."""
     # Rounded cosines would often be equal, and averages would lose precision.
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

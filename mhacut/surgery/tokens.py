@@ -50,33 +50,30 @@ _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _PLAIN_CLASSES = {merging: plain for plain, merging in (*_MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
 _ATTENTION = (Attention, OUTPUT_TOKENS[Attention], CLS_WEIGHTS[Attention])
-"""Attention classes of timm whose layers can follow a merge."""
+"""timm attention classes of blocks that can merge tokens."""
 
 
 class Stack(NamedTuple):
     """Blocks of the plain ViT in a model."""
 
     container: Any
-    """Module that holds the blocks, in chunks or not."""
+    """Module that holds the blocks, directly or in chunks (DINOv2)."""
     names: tuple[str, ...]
-    """Names of the blocks in the model."""
     blocks: tuple[Any, ...]
     vit: Any
-    """timm's model; None for blocks of another library."""
+    """timm's ViT that contains the blocks; None for blocks of another library."""
     prefix: int
-    """Number of tokens that never merge, such as class tokens. Merging puts them before the patches."""
+    """Number of tokens before the patches, such as class tokens. These tokens never merge."""
     width: int
-    """Channels of a token."""
     tokens_first: bool = False
-    """Whether tokens are [N, B, C]."""
+    """Whether tokens have the shape [N, B, C] instead of [B, N, C]."""
 
     def block_of(self, layer: str) -> int | None:
-        """Return the number of the block that contains the module ``layer``; None if it is outside."""
         return next((n for n, name in enumerate(self.names) if f"{layer}.".startswith(f"{name}.")), None)
 
 
 def stack_of(model: nn.Module) -> Stack | None:
-    """Return the blocks of the first plain ViT in ``model``, or of ``model``."""
+    """Return the blocks of the first plain ViT in ``model``; None without a plain ViT."""
     for name, module in model.named_modules():
         vit: Any = module
         if type(vit) in _MERGING_MODELS or isinstance(vit, MergedTokens):
@@ -109,7 +106,7 @@ def _blocks_in(name: str, container: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
-    """Return the reason why tokens of ``model`` cannot be merged, for a message; empty if they can."""
+    """Return the reason why tokens of ``model`` cannot be merged; empty if they can."""
     stack = stack_of(model)
     if stack is None:
         cls = dense_class(getattr(model, "module", model))
@@ -131,7 +128,6 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
 
 
 def merged_of(model: nn.Module) -> tuple[int, ...]:
-    """Return the number of tokens that each block merges; empty if no block merges."""
     stack = stack_of(model)
     if stack is None or not any(isinstance(block, Merging) for block in stack.blocks):
         return ()
@@ -146,7 +142,7 @@ def unmerge_of(model: nn.Module) -> Unmerge:
 
 
 def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) -> None:
-    """Make block i of ``model`` merge ``merged[i]`` tokens, in place; empty removes all merges."""
+    """Make block i of ``model`` merge ``merged[i]`` tokens, in place. An empty ``merged`` ends merging."""
     if (merged, unmerge) == (merged_of(model), unmerge_of(model)):
         return
     _remove_merges(model)
@@ -172,7 +168,7 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
 
 
 def _weighs_by_attention(vit: Any) -> bool:
-    """Whether the class token's attention serves as weight: the head reads it, q and k have no norms."""
+    """Whether the class token's attention weighs tokens: the head reads it, and q and k have no norms."""
     norms = [norm for block in vit.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
     return vit.global_pool == "token" and all(isinstance(norm, nn.Identity) for norm in norms)
 
@@ -192,7 +188,7 @@ def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
 
 
 def check_merges(model: Any, merged: tuple[int, ...]) -> None:
-    """Raise a :class:`PlanError` if a block has too few tokens for ``merged``, or the block count differs."""
+    """Raise a :class:`PlanError` unless each block has enough tokens for its number of merges."""
     _, _, blocks, vit, *_ = stack_of(model) or Stack(None, (), (), None, 0, 0)
     if len(merged) != len(blocks):
         raise PlanError(f"token plan: the model has {len(blocks)} blocks, the plan {len(merged)}")
@@ -229,14 +225,13 @@ def _set_attention_class(attention: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def tokens_of(model: nn.Module) -> TokenPlan:
-    """Return the token plan that was applied to ``model``."""
     stack = stack_of(model)
     outside = getattr(stack.blocks[0], "outside", None) if stack is not None else None
     return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside)
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
-    """Return ``model``, or a copy that shares its tensors, with the token plan applied."""
+    """Return a copy of ``model`` with the token plan applied; the copy shares its tensors."""
     if tokens == tokens_of(model):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -247,7 +242,7 @@ def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
 
 @torch.no_grad()
 def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
-    """Apply a token plan to ``model`` in place. The model may be on the meta device, and cut already."""
+    """Apply a token plan to ``model``, in place. ``model`` may be on the meta device or cut."""
     applied = tokens_of(model)
     if tokens == applied:
         return
