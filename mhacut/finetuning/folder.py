@@ -26,12 +26,12 @@ ARGUMENTS, STATE, SUMMARY = "args.yaml", "state.pt", "summary.csv"
 LAST, BEST = "last.safetensors", "best.safetensors"
 TENSORBOARD = "tensorboard"
 LAST_FOLDER, BEST_FOLDER = Path(LAST).stem, Path(BEST).stem
-"""Folders that take the place of slim files for models of transformers."""
+"""Names of the model folders that a run writes for transformers models, in place of slim files."""
 _FILES = (ARGUMENTS, STATE, LAST, BEST, LAST_FOLDER, BEST_FOLDER, SUMMARY, TENSORBOARD)
-"""Files of a run. ``args.yaml`` is removed first: without it, the rest of a run cannot be resumed."""
+"""Names of the files of a run. ``args.yaml`` is deleted first: a run without it cannot be resumed."""
 
 _PATHS = ("checkpoint", "teacher", "data_dir", "class_map", "output")
-"""Options that are paths or addresses (:data:`REMOTE`)."""
+"""Names of options whose values are paths, or addresses such as ``timm:NAME``."""
 _FREE = frozenset(
     {
         *_PATHS,  # the content of the files is compared
@@ -47,7 +47,7 @@ _FREE = frozenset(
         "resume",
     }
 )
-"""Options that may differ in a resumed run."""
+"""Names of options that may change when a run is resumed."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,6 @@ class RunFolder:
         return self.path / name
 
     def check_new(self, options: FinetuneOptions) -> None:
-        """Raise an :class:`OutputError` if a new run cannot be written here. Changes no file."""
         if os.path.exists(self.path) and not os.path.isdir(self.path):
             raise OutputError(
                 f"{self.path}: is a file; expected a folder for the run ({option_name('output')})"
@@ -76,7 +75,7 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Create the folder, or remove the files of an earlier run, and no other files."""
+        """Create the folder, or delete the files of an earlier run in the folder. Other files stay."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._files():
@@ -86,7 +85,6 @@ class RunFolder:
             raise OutputError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def write_arguments(self, options: FinetuneOptions) -> None:
-        """Write the options as YAML for ``--config``, with absolute paths."""
         values = {**options.values(), "overwrite": False, "resume": None}
         for name in _PATHS:
             if values[name] is not None and not values[name].startswith(REMOTE):
@@ -97,7 +95,6 @@ class RunFolder:
         write_file(self.file(ARGUMENTS), yaml.safe_dump(plain, sort_keys=False).encode(), overwrite=True)
 
     def write_summary(self, rows: Sequence[Mapping[str, float | None]]) -> None:
-        """Write a line per epoch with timm's columns."""
         if not rows:
             return
         text = io.StringIO()
@@ -115,7 +112,7 @@ class RunFolder:
             write_file(self.file(STATE), content, overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return the saved state; None before the first save. Does not execute code in the file."""
+        """Return the saved state; None if nothing was saved. Code in the file is not executed."""
         from mhacut.checkpoint.torch_file import read_whole
 
         path = self.file(STATE)
@@ -145,13 +142,12 @@ def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:
 
 
 def check_folder_before_reading(options: FinetuneOptions) -> None:
-    """Raise an :class:`OutputError` early if a new run cannot be written."""
     if options.resume is None and (options.output is not None or os.path.isfile(options.checkpoint)):
         folder_of(options, stem_of(Path(options.checkpoint))).check_new(options)
 
 
 def completed(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values``, completed by the saved options of the run to ``resume``."""
+    """Return ``values``, plus the saved options of the run that ``values['resume']`` names."""
     options = dict(values)
     folder = options.get("resume")
     if folder is None:
@@ -180,5 +176,5 @@ def completed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fixed_options(options: FinetuneOptions) -> dict[str, Any]:
-    """Return the options that must be the same in a resumed run."""
+    """Return the options that must stay the same when a run is resumed."""
     return {name: value for name, value in options.values().items() if name not in _FREE}

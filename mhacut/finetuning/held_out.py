@@ -16,19 +16,19 @@ from mhacut.measuring.accuracy import Evaluation
 from mhacut.runtime.process import worker_count
 
 _STEPS = 25
-"""Maximum number of steps in a trial of a learning rate."""
+"""Largest number of training steps in the trial of a learning rate."""
 _MAX_RISE = 1.2
-"""Accept a learning rate if the trial raises the held-out loss by at most 20 %: the full run recovers from
-more."""
+"""A learning rate is accepted if the held-out loss after its trial is at most 1.2 times the loss before. The
+full run recovers from a rise of 20 %."""
 _BATCH = 64
-"""Maximum number of held-out images in a forward pass."""
+"""Largest number of held-out images in a forward pass."""
 
 
 def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
-    """Return (score, accuracy) of the weights; None if not measured. Every process must call this.
+    """Return the score and the accuracy of the current weights.
 
-    The score is the top-1 accuracy on the validation images. Without them, it is the negative loss on
-    held-out training images.
+    Every process must call this function. The score is the top-1 accuracy on validation images, or else the
+    negative loss on held-out training images. Values that cannot be measured are None.
     """
     if run.validation is not None:
         run.reporter.start("evaluating")
@@ -38,10 +38,10 @@ def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:
 
 
 def find_learning_rate(run: Run) -> float:
-    """Return the highest learning rate that hardly raises the held-out loss, else the lowest rate.
+    """Return the highest of ``RATES`` that hardly raises the held-out loss in a trial, else the lowest.
 
-    The least loss after a few steps would favour low rates, but long runs need higher rates. Weights are
-    restored. Every process must call this.
+    The rate with the lowest loss after a short trial would be too low for a long run. The weights are
+    restored. Every process must call this function.
     """
     assert run.held_out is not None
     run.reporter.start("trying learning rates")
@@ -74,7 +74,7 @@ def find_learning_rate(run: Run) -> float:
 def parts_of(
     run: Run, images: TrainingImages, batches: StepBatches, steps: range, mine: Sequence[int] = ()
 ) -> Generator[Batch, None, None]:
-    """Yield the parts ``mine`` of each step, by default the parts of this process."""
+    """Yield the batches of each step with the part numbers ``mine``, by default this process's parts."""
     size, rank = run.processes.size, run.processes.rank
     return training_loader(
         images,
@@ -88,7 +88,7 @@ def parts_of(
 
 
 def _held_out_loss(run: Run) -> float:
-    """Return the mean loss on held-out images without features; infinite if it is not finite."""
+    """Return the mean loss on held-out images; infinity if the loss is not finite."""
     images, objective, model = run.held_out, run.trainer.objective, run.trainer.result
     assert images is not None
     batches = StepBatches(images.count, batch_size=min(_BATCH, images.count), parts=1, seed=0)

@@ -28,34 +28,34 @@ from mhacut.options.base import DataOptions
 from mhacut.options.finetune import AugmentationOptions
 
 _MAX_TRIES = 10
-"""Maximum number of images tried for a place in a batch."""
+"""Largest number of images that are tried for a place in a batch until an image can be read."""
 
 Drawn = tuple["Tensor | None", int, list[Unreadable]]
-"""(image or None if no tried image was readable, label or -1, unreadable images)."""
+"""(image, or None if no tried image is readable; label, or -1; unreadable images)."""
 
 
 class Batch(NamedTuple):
     images: Tensor
-    """[B, C, H, W], normalised."""
+    """Normalised images [B, C, H, W]."""
     labels: Tensor
-    """[B] int64; -1 for unlabelled images."""
+    """Class index of each image, int64 [B]; -1 for images without a label."""
     unreadable: list[Unreadable]
-    """Unreadable images that others replaced."""
+    """Images that could not be read. Other images took their places in the batch."""
 
 
 @dataclass(frozen=True)
 class TrainingImages:
     samples: Dataset[Sample]
-    """Augmented images by index."""
+    """Dataset of (augmented image, label) by index."""
     count: int
     labelled: bool
     description: str
-    """Description for logs and records."""
+    """Text about the images for logs and records."""
     num_classes: int | None = None
-    """Number of classes to check labels against; None without labels."""
+    """Number of classes of the model, with which labels are checked; None without labels."""
 
     def divided(self, count: int, preprocessing: Preprocessing, seed: int) -> tuple[TrainingImages, ...]:
-        """Split off the last ``count`` images of the first epoch, without augmentation."""
+        """Return the training images, and the last ``count`` of epoch 0, held out without augmentation."""
         order = StepBatches(self.count, batch_size=self.count, parts=1, seed=seed).of_step(0)[1]
         plain: Any = copy.copy(self.samples)
         plain.transform = preprocessing.transform()
@@ -73,7 +73,6 @@ def training_images(
     use_labels: bool,
     need_labels: bool,
 ) -> TrainingImages:
-    """Return the training split, listed and checked without opening images."""
     transform = training_transform(preprocessing, augmentation)
     use_labels = use_labels and num_classes > 1
     if data.dataset is None and data.data_dir is None:
@@ -107,7 +106,6 @@ def training_images(
 
 
 def training_transform(preprocessing: Preprocessing, options: AugmentationOptions) -> Transform:
-    """Return timm's training transform, from picture to augmented [C, H, W] float32."""
     # Without augmentation, training uses the transform of the evaluation.
     plain = preprocessing.transform()
     if not options.aug:
@@ -147,14 +145,13 @@ def mixed_seed(*numbers: int) -> int:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the generators of Python, NumPy and torch (CPU)."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.default_generator.manual_seed(seed)
 
 
 class _Seeded(Dataset[Drawn]):
-    """Images by (epoch, index), augmented with a seed of both; other images replace unreadable images."""
+    """Images by (epoch, index), which seed the augmentation. The next image replaces an unreadable image."""
 
     def __init__(self, samples: Dataset[Sample], count: int, seed: int) -> None:
         self.samples, self.count, self.seed = samples, count, seed
@@ -174,11 +171,11 @@ class _Seeded(Dataset[Drawn]):
 
 
 class StepBatches:
-    """Images of each step: a random order per epoch, cut into global batches, each split into parts.
+    """Images of each training step: in each epoch, a random order is cut into global batches.
 
-    timm's mixup pairs image i of a batch with image i from the end. So a part of even size takes images from
-    both ends of the global batch, and the pairs do not depend on the number of parts. The last incomplete
-    batch of an epoch is dropped.
+    A global batch is split into parts. timm's mixup pairs image i with image i from the end of a batch, so a
+    part of even size takes images from both ends, and the pairs do not depend on the number of parts. The
+    last incomplete batch of an epoch is dropped.
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
@@ -192,7 +189,7 @@ class StepBatches:
             )
 
     def of_step(self, step: int) -> tuple[int, list[int]]:
-        """Return the epoch of ``step`` and the indices of its global batch, both from 0."""
+        """Return the epoch of ``step``, and the image indices in the step's global batch."""
         epoch, within = divmod(step, self.steps_per_epoch)
         if getattr(self, "_epoch", None) != epoch:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
@@ -201,7 +198,7 @@ class StepBatches:
         return epoch, self._order[within * size : (within + 1) * size].tolist()
 
     def part(self, step: int, number: int) -> list[tuple[int, int]]:
-        """Return (epoch, index) of each image in part ``number`` of a step.
+        """Return (epoch, image index) of each image in part ``number`` of ``step``.
 
         >>> batches = StepBatches(8, batch_size=4, parts=2, seed=0)
         >>> batches.part(step=0, number=1) == [(0, index) for index in batches.of_step(0)[1][2:6]]
@@ -228,7 +225,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Yield the parts ``mine`` of the global batches of steps ``start`` to ``stop`` - 1, in order."""
+    """Yield the batches of steps ``start`` to ``stop`` - 1: of each step, the part numbers in ``mine``."""
     loader: DataLoader[Any] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),

@@ -35,11 +35,11 @@ _OPTIONS = {
     "model_args": "teacher_model_args",
     "part": "teacher_part",
 }
-"""Options of a checkpoint, and the matching options of the teacher."""
+"""Names of options that open a checkpoint, mapped to the options that open the teacher."""
 
 
 class Teacher:
-    """Frozen model whose logits the student learns to reproduce."""
+    """Frozen model whose outputs the student learns to reproduce."""
 
     def __init__(
         self, model: nn.Module, own: Preprocessing, student: Preprocessing, *, sha256: str | None = None
@@ -58,16 +58,16 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the outputs for images [B, C, H, W] with the student's normalisation."""
+        """Return the teacher's outputs for images [B, C, H, W] that have the student's normalisation."""
         outputs: Tensor = self.model(images if self._same else images * self._scale + self._shift)
         return outputs
 
 
 class Objective:
-    """Loss of a batch, a mean over its images.
+    """Distillation loss plus weighted cross-entropy, averaged over the images of a batch.
 
-    It is the sum of temperature^2 times the divergence of the logits (Hinton et al., arXiv 1503.02531) and
-    the weighted cross-entropy.
+    The distillation loss is temperature^2 times the divergence of the softened logits (Hinton et al., arXiv
+    1503.02531).
     """
 
     def __init__(self, options: FinetuneOptions, classes: int, teacher: Teacher | None = None) -> None:
@@ -82,7 +82,7 @@ class Objective:
         return None if self.teacher is None else self.teacher(images)
 
     def __call__(self, outputs: Tensor, labels: Tensor | None, teacher_targets: Tensor | None) -> Tensor:
-        """Return the loss for student outputs [B, classes] and labels [B] or probabilities [B, classes]."""
+        """Return the loss. Outputs are [B, classes]. Labels are [B], or after mixup [B, classes]."""
         outputs = outputs.float()
         loss = outputs.new_zeros(())
         if teacher_targets is not None:
@@ -97,7 +97,7 @@ class Objective:
 
 
 def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean over images of the squared error, relative to the teacher's variance in the image."""
+    """Return the mean over images of the squared error divided by the teacher's variance in the image."""
     # The variance of the whole batch would depend on the number of processes. A single value has no variance,
     # so its error keeps its unit.
     error = (outputs - teacher).flatten(1).square().mean(1)  # [B]
@@ -106,7 +106,7 @@ def _relative_error(outputs: Tensor, teacher: Tensor) -> Tensor:
 
 
 class Mixing:
-    """timm's mixup and cutmix, with the same random draw for all parts of a step."""
+    """timm's mixup and cutmix. All parts of a training step use the same random draw."""
 
     def __init__(self, options: AugmentationOptions, classes: int) -> None:
         self.on = options.mixup > 0 or options.cutmix > 0
@@ -121,7 +121,7 @@ class Mixing:
         )
 
     def __call__(self, images: Tensor, labels: Tensor | None, seed: int) -> tuple[Tensor, Tensor | None]:
-        """Mix images [B, C, H, W] in place; labels of mixed images become [B, classes]."""
+        """Mix images [B, C, H, W] in place. Labels [B] become probabilities [B, classes]."""
         if not self.on:
             return images, labels
         np.random.seed(seed % 2**32)  # timm draws from numpy's generator
@@ -131,7 +131,6 @@ class Mixing:
 
 
 def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Reporter) -> FinetuneOptions:
-    """Return options with the slim file's dense model as teacher, if its file is found."""
     if options.teacher is None and options.resume is None and options.find_teacher:
         history = () if slim.record is None else slim.record.history
         first = history[0] if history else {}
@@ -165,7 +164,6 @@ def make_objective(
     preprocessing: Preprocessing,
     reporter: Reporter,
 ) -> Objective:
-    """Open the teacher, if any, and return the loss of the run."""
     teacher = None
     if options.teacher is not None:
         teacher = _open_teacher(options, slim, student, preprocessing)
@@ -191,7 +189,7 @@ def _open_teacher(
 
 @contextmanager
 def _options_of_teacher() -> Iterator[None]:
-    """Make messages about a checkpoint name the options of the teacher inside the block."""
+    """Let error messages in this context name the teacher's options, such as ``--teacher-model``."""
 
     def write(name: str, *value: object) -> str:
         if name == "num_classes":  # an argument of the model: the teacher has no option for it
@@ -203,7 +201,7 @@ def _options_of_teacher() -> Iterator[None]:
 
 
 def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
-    """Open the teacher. If its architecture is unknown, the slim file's architecture is used."""
+    """Open the teacher. If its file names no architecture, the architecture of the slim file is used."""
     assert options.teacher is not None
     model, args = options.teacher_model, dict(options.teacher_model_args)
     if model is None and not states_its_model(options.teacher, options.teacher_part):
@@ -214,7 +212,6 @@ def _teacher_file(options: FinetuneOptions, slim: Checkpoint) -> Checkpoint:
 
 @torch.no_grad()
 def _check_fits(teacher: Checkpoint, classes: int, size: tuple[int, ...]) -> None:
-    """Raise a :class:`CheckpointError` if the teacher has other classes or fails on this input size."""
     teacher_classes = classifier_size(teacher.model)
     if teacher_classes != classes:
         raise CheckpointError(

@@ -16,16 +16,16 @@ from mhacut.text import safe_table
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """A line of ``summary.csv``."""
+    """Losses, accuracy and learning rate of an epoch, a line of ``summary.csv``."""
 
     epoch: int
-    """Number of the epoch, from 0."""
+    """Number of the epoch, counted from 0."""
     train_loss: float
     """Mean training loss over the images of the epoch."""
     eval_loss: float | None
-    """Cross-entropy on validation images; without them, the loss on held-out training images."""
+    """Cross-entropy on validation images, or without these, the loss on held-out training images."""
     eval_top1: float | None
-    """Top-1 accuracy on validation images in percent; None without them."""
+    """Top-1 accuracy on validation images in percent; None without validation images."""
     eval_top5: float | None
     """Top-5 accuracy on validation images in percent."""
     lr: float
@@ -34,24 +34,24 @@ class EpochSummary:
 
 @dataclass
 class Progress:
-    """Progress of a run besides its weights. Only ``unreadable`` differs between processes."""
+    """Progress of a run, saved for a resume. Only ``unreadable`` differs between processes."""
 
     step: int = 0
-    """Number of completed steps."""
+    """Number of completed training steps."""
     start: float | None = None
-    """Score of the initial weights, by :func:`mhacut.finetuning.held_out.measured_score`."""
+    """Score of the initial weights: top-1 accuracy in percent, or negative loss on held-out images."""
     best: float | None = None
-    """Best score so far; None before the first measurement."""
+    """Best score of the run so far; None before the first measurement."""
     before: Evaluation | None = None
-    """Accuracy of the initial weights."""
+    """Accuracy of the initial weights on the validation images."""
     epoch_loss: float = 0.0
-    """Sum of losses over the images of the current epoch."""
+    """Sum of the training losses of the images seen in the current epoch."""
     epoch_images: int = 0
-    """Number of training images in the current epoch so far."""
+    """Number of training images seen in the current epoch."""
     rows: list[EpochSummary] = field(default_factory=list)
-    """Summary of each completed epoch."""
+    """Summaries of the completed epochs."""
     unreadable: dict[str, None] = field(default_factory=dict)
-    """Names of unreadable images in order; after a save, those of all processes."""
+    """Names of unreadable images, in the order of discovery. Saving adds those of other processes."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
@@ -63,7 +63,6 @@ class Progress:
         return None if self.start is None or self.best is None else self.best > self.start
 
     def summary(self) -> list[dict[str, Any]]:
-        """Return the lines of ``summary.csv``."""
         return [asdict(row) for row in self.rows]
 
 
@@ -72,41 +71,41 @@ class FinetuneResult:
     """Result of :func:`mhacut.finetune`: the written file, accuracy before and after, and speed."""
 
     folder: Path
-    """Folder of the run."""
+    """Folder to which the run was written."""
     output: Path
-    """Slim file to use: the best weights by validation images or held-out images, else the last weights."""
+    """Slim file with the best weights by validation accuracy or held-out loss. If neither was measured, the
+    slim file with the last weights."""
     architecture: str
     """timm's name of the dense model."""
     before: Evaluation | None
-    """Accuracy of the input file; None without labelled validation images."""
+    """Accuracy of the input slim file; None without labelled validation images."""
     after: Evaluation | None
-    """Accuracy of ``output``, measured after reading the file."""
+    """Accuracy of the slim file ``output``; None without labelled validation images."""
     losses: tuple[float, float] | None
-    """Loss of the input file and of ``output`` on held-out training images; None if accuracy was measured."""
+    """Losses of the input file and of ``output`` on held-out images; None if accuracy was measured."""
     epochs: tuple[EpochSummary, ...]
-    """Summary of each epoch."""
+    """Losses, accuracy and learning rate of each epoch."""
     improved: bool | None
-    """Whether an epoch was better than the input file; None if it was not measured."""
+    """Whether an epoch had a better score than the input file; None if no score was measured."""
     steps: int
-    """Number of steps in total, including steps before a resume."""
+    """Number of training steps in total, including the steps before a resume."""
     flops: int
     data: str
     preprocessing: Preprocessing
-    """Preprocessing of the validation images. Training adds augmentation."""
+    """Preprocessing of the validation images. Training images are also augmented."""
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
+    """Origin of each value in ``preprocessing``, for example the file or an option."""
     unreadable: tuple[str, ...]
-    """Unreadable images that others replaced."""
+    """Names of training images that could not be read. Other images took their places."""
     images_per_second: float
-    """Training speed of this call over all processes, without validation and saving."""
+    """Training images per second of all processes together, without validation and saving."""
     device: str
     processes: int
-    """Number of processes."""
     seconds: float
-    """Duration of this call."""
+    """Wall time of the call in seconds."""
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the cells of a table of the model before and after, header first."""
+        """Return a table of the model before and after fine-tuning, as rows of cells. Row 0 is the header."""
         rows = [(self.architecture, "before", "after", "")]
         if self.before is not None and self.after is not None:
             best = " (best epoch)" if len(self.epochs) > 1 and self.improved else ""

@@ -34,11 +34,11 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import measure_flops
 
 RATES = (3e-4, 1e-4, 3e-5, 1e-5)
-"""Learning rates to try, in this order, until one is accepted."""
+"""Learning rates to try, from the highest to the lowest, until a trial is accepted."""
 _FEW_STEPS = 1000
-"""If a run has fewer steps of 64 images, steps of 16 images are better."""
+"""If a run would have fewer steps than this with a batch size of 64, the default batch size is 16."""
 _MAX_HELD_OUT = 256
-"""Maximum number of held-out images; at most 1/10 of the images."""
+"""Largest number of held-out images. At most 1/10 of the training images are held out."""
 
 
 @dataclass
@@ -47,23 +47,23 @@ class Run:
     processes: Processes
     reporter: Reporter
     loaded: Checkpoint
-    """The slim file with the model to train."""
+    """Opened slim file with the model to train."""
     folder: RunFolder
     preprocessing: Preprocessing
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
+    """Origin of each value in ``preprocessing``, for example the file or an option."""
     flops: int
     images: TrainingImages
     batches: StepBatches
     total_steps: int
     validation: EvaluationLoader | None
-    """This process's part of the labelled validation images; None without."""
+    """Share of the labelled validation images that this process measures; None without these images."""
     trainer: Trainer
     new_trainer: Callable[..., Trainer]
-    """Returns a trainer of the same model for other ``options`` and ``total_steps``."""
+    """Function of ``options`` and ``total_steps`` that returns a new trainer of the same model."""
     held_out: TrainingImages | None
     """Training images that choose the learning rate and, without validation images, the best weights. None if
-    not needed or too few."""
+    these images are not needed, or if there are too few images."""
     teacher_sha256: str | None
     progress: Progress = field(default_factory=Progress)
 
@@ -72,12 +72,12 @@ class Run:
         return self.batches.batch_size * self.batches.parts
 
     def weights(self, name: str) -> Path:
-        """Return the path of slim file ``name``, or of the folder in its place for models of transformers."""
+        """Return the path of slim file ``name``. For transformers models, it is a folder without suffix."""
         path = self.folder.file(name)
         return path.with_suffix("") if is_huggingface(self.loaded) else path
 
     def measure(self, model: nn.Module) -> Evaluation:
-        """Return the accuracy of ``model`` on the validation images. Every process must call this."""
+        """Return the accuracy of ``model`` on the validation images. Every process must call this method."""
         assert self.validation is not None
         with self.processes.fail_together():
             part = evaluate(
@@ -98,7 +98,6 @@ class Run:
 
 
 def read_run(options: FinetuneOptions, processes: Processes, reporter: Reporter) -> Run:
-    """Read the slim file, the teacher and the lists of images, and check that they fit together."""
     if options.amp and options.amp_dtype == "bfloat16":
         warn_of_slow_amp(processes.device, reporter.log)
     reporter.start("reading")
@@ -201,7 +200,6 @@ def _validation_images(
     processes: Processes,
     reporter: Reporter,
 ) -> EvaluationLoader | None:
-    """Return this process's part of the labelled validation images; None without."""
     if options.eval_images == 0 or classes < 2:  # one class has no accuracy that could fall
         return None
     if not has_split(options, options.val_split):
@@ -220,7 +218,7 @@ def _validation_images(
 
 
 def _with_shared_batch_norm(model: nn.Module, processes: Processes, reporter: Reporter) -> nn.Module:
-    """Return ``model`` with batch statistics over all processes, if possible."""
+    """Return ``model`` with batch norms that use the images of all processes, if CUDA is used."""
     if processes.size == 1 or not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return model
     if processes.device.type == "cuda":

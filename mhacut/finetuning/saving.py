@@ -27,7 +27,7 @@ _LOCAL_OPTIONS = frozenset(
 
 
 def start(run: Run) -> None:
-    """Begin a new run, or restore the saved state of a resumed run. Every process must call this."""
+    """Begin a new run, or restore the saved state of a resumed run. Every process must call this function."""
     resuming, state = run.options.resume is not None, None
     with run.processes.fail_together():
         if run.processes.first and not resuming:
@@ -86,7 +86,6 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
 
 
 def _inputs(run: Run) -> dict[str, Any]:
-    """Return digests, counts and descriptions that a resumed run must share with its start."""
     return {
         "slim file": run.loaded.sha256,
         "teacher": run.teacher_sha256,
@@ -98,7 +97,7 @@ def _inputs(run: Run) -> dict[str, Any]:
 
 
 def save(run: Run, evaluation: Evaluation | None = None) -> None:
-    """Write the last weights and the state to resume from. Every process must call this."""
+    """Write the last weights and the state for a resume. Every process must call this function."""
     parts = run.processes.gather(list(run.progress.unreadable))
     run.progress.unreadable = dict.fromkeys(name for part in parts for name in part)
     with run.processes.fail_together():
@@ -112,7 +111,7 @@ def save(run: Run, evaluation: Evaluation | None = None) -> None:
 
 
 def write_weights(run: Run, name: str, evaluation: Evaluation | None) -> None:
-    """Write the weights, or their average, to :meth:`Run.weights`; ``evaluation`` is their accuracy."""
+    """Write the trained weights, or their average, as slim file ``name``, and record ``evaluation``."""
     if not run.processes.first:
         return
     dtypes = dict(run.loaded.dtypes)  # training is in float32, also of a file in half precision
@@ -154,5 +153,4 @@ def _record_after(run: Run, evaluation: Evaluation | None) -> SlimRecord:
 
 
 def portable(options: FinetuneOptions) -> dict[str, Any]:
-    """Return ``options`` without those that depend on the machine."""
     return {key: value for key, value in options.values().items() if key not in _LOCAL_OPTIONS}

@@ -21,11 +21,11 @@ from mhacut.finetuning.run import Run
 from mhacut.finetuning.saving import portable, save, write_weights
 
 _MAX_NAMED = 10
-"""Maximum number of unreadable images in the log. The result lists all."""
+"""Largest number of unreadable images that the log names. The result names all of them."""
 
 
 def train(run: Run) -> float:
-    """Take the remaining steps; return training images per second. Every process must call this."""
+    """Take the remaining steps. Return training images per second. Every process must call this function."""
     loader = parts_of(run, run.images, run.batches, range(run.progress.step, run.total_steps))
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
@@ -73,7 +73,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
 
 
 def _log_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Pass on ``batches``, and collect and log unreadable images."""
+    """Yield ``batches`` unchanged. Log their unreadable images, and record them in ``run.progress``."""
     unreadable = run.progress.unreadable
     for batch in batches:
         for bad in batch.unreadable:
@@ -123,7 +123,6 @@ def _end_epoch(run: Run, logs: Logs) -> None:
 
 
 def check_logs(names: tuple[str, ...]) -> None:
-    """Raise a :class:`MhacutError` if the package of a log is not installed."""
     for name in names:  # which is also the name of its module, and of the extra of mhacut that installs it
         if importlib.util.find_spec(name) is None:
             option = option_name("log", name)
@@ -131,12 +130,12 @@ def check_logs(names: tuple[str, ...]) -> None:
 
 
 class Logs:
-    """Logs to TensorBoard and Weights & Biases. If a log fails, training continues without it."""
+    """Loggers for TensorBoard and Weights & Biases. If a logger fails, training continues without it."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
         self._open: dict[str, Any] = {}
-        """TensorBoard writer or Weights & Biases run, by name."""
+        """Open TensorBoard writer and Weights & Biases run, by the name of the logger."""
 
     def __enter__(self) -> Logs:
         for name in self._run.options.logs if self._run.processes.first else ():

@@ -25,7 +25,7 @@ from mhacut.runtime.device import has_bfloat16, refusing_compile
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
-"""Keep the random numbers of the model and of mixup apart."""
+"""Parts of seeds, by which the model and mixup draw independent random numbers."""
 
 
 class Trainer:
@@ -57,21 +57,20 @@ class Trainer:
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
-        """The model, or the wrapper that :meth:`connect` made."""
+        """The model, wrapped for several processes and ``--compile`` after :meth:`connect`."""
 
     def connect(self) -> None:
-        """Share gradients among processes, and compile if requested. Every process must call this."""
+        """Wrap the model for several processes and ``--compile``. Every process must call this method."""
         self.network = _network(self.model, self.options, self.processes)
 
     def disconnect(self) -> None:
-        """Undo :meth:`connect` before the process group is destroyed."""
         # The wrapper holds the process group. If it were freed last, Python would wait for a thread of the
         # group while holding the lock the thread needs: sometimes a process never ended.
         self.network = self.model
 
     @property
     def result(self) -> nn.Module:
-        """Model to measure and write: the weight average if there is one."""
+        """The model to measure and write: the weight average if there is one, else the trained model."""
         return self.model if self.average is None else self.average.module
 
     @property
@@ -79,7 +78,7 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Take step ``number`` on ``batches``; return the sum of losses and the number of images."""
+        """Train step ``number`` on ``batches``. Return the sum of the losses and the number of images."""
         options = self.options
         self.schedule.step_update(number)
         self.model.train()
@@ -126,7 +125,7 @@ class Trainer:
         return self.objective(outputs, labels, teacher_targets)
 
     def _gradients_shared(self, shared: bool) -> AbstractContextManager[object]:
-        """Return a context in which a backward pass sums gradients over processes if ``shared``."""
+        """Return a context for a backward pass. If ``shared``, gradients are summed over processes."""
         if self.processes.size > 1 and not shared:
             unshared: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
             return unshared
@@ -208,7 +207,7 @@ def _optimizer(model: nn.Module, options: FinetuneOptions) -> torch.optim.Optimi
 def _schedule(
     optimizer: torch.optim.Optimizer, options: FinetuneOptions, total_steps: int, steps_per_epoch: int
 ) -> Any:
-    """Return timm's learning rate schedule in steps. It has no state: it depends only on the step."""
+    """Return timm's learning rate schedule, counted in steps. It depends only on the step number."""
     # timm counts epochs, of which fractions are lost; here a step takes their place.
     epochs, rate = options.warmup_epochs, options.lr or 0.0  # which is chosen by now
     # Adam's first steps go by the sign of a single gradient.
@@ -242,7 +241,6 @@ def _network(model: nn.Module, options: FinetuneOptions, processes: Processes) -
 
 
 def check_precision(options: FinetuneOptions, device: torch.device) -> None:
-    """Raise a :class:`MhacutError` if ``device`` does not support the requested precision."""
     if not options.amp:
         return
     if device.type == "cpu" and options.amp_dtype == "float16":
