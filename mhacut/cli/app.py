@@ -20,7 +20,7 @@ from mhacut.options.option import Options
 
 _COMMANDS = (prune, finetune, evaluate, inspect, bench, export, models)
 COMMANDS: Mapping[str, type[Options]] = {each.__name__: getattr(each, "options") for each in _COMMANDS}  # noqa: B009
-"""Options of each command."""
+"""Options class of each command, by command name."""
 app = typer.Typer(
     name="mhacut",
     no_args_is_help=True,

@@ -39,7 +39,7 @@ BFLOAT16 = (
     "compared in float32. On CPUs with bfloat16, OpenVINO computes in bfloat16, "
     "unless compile_model gets {'INFERENCE_PRECISION_HINT': 'f32'}"
 )
-"""Note about the precision of OpenVINO files."""
+"""Note for users about the precision of OpenVINO files on some processors."""
 
 
 def _text(result: ExportResult) -> str:

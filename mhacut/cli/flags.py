@@ -18,7 +18,7 @@ from mhacut.runtime.files import REMOTE, check_checkpoint, check_class_map, chec
 from mhacut.runtime.process import local_rank
 
 RESEARCH = "Research switches"
-"""Panel of research switches. They have no flag: YAML files, ``--set`` and Python set them."""
+"""Panel of the research switches, which have no flag. YAML files, ``--set`` and Python set them."""
 PANELS = (
     "Arguments",
     "Result",
@@ -36,14 +36,14 @@ PANELS = (
     "Rarer options",
     RESEARCH,
 )
-"""Headings of ``--help-all`` and of the reference, in this order."""
+"""Headings of option groups, in the order of ``--help-all`` and of the docs."""
 SHORT = {"output": "-o", "batch_size": "-b", "model": "-m", "workers": "-j"}
 _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "checkpoint": check_checkpoint,
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-"""Checks of the paths that options read, by ``Option.reads``."""
+"""Check of an input path, by the kind of input in ``Option.reads``."""
 _CONFIG = "Read options from a YAML file, such as round_to: 8. Flags win."
 _SET = "Set any option by its YAML key, such as repair=false. Can be repeated."
 _VERBOSE = "Show stages, warnings and library logs. -vv shows more."
@@ -66,7 +66,7 @@ _COMMON = {
     "verbose": (int, 0, typer.Option("--verbose", "-v", count=True, show_default=False, help=_VERBOSE)),
     "help_all": (bool, False, typer.Option("--help-all", is_eager=True, callback=show_all, help=_ALL)),
 }
-"""Type, default and flag of the options that every command has."""
+"""Type, default and flag of the options that every command has, by name."""
 
 
 class Command(TyperCommand):
@@ -74,7 +74,7 @@ class Command(TyperCommand):
 
     known: ClassVar[Mapping[str, Option]]
     usual: ClassVar[Sequence[str]]
-    """Options of the short help, in this order."""
+    """Names of the options in the short ``--help``, in this order."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         replacements = _replacements(self.known)
@@ -117,7 +117,7 @@ _REMOVED = {
     "--feature-weight": "distill logits with --teacher, which gave higher accuracy",
     "--quantization": "use --int8, which quantizes activations dynamically",
 }
-"""Replacement of each removed flag."""
+"""Advice for each removed flag: what to use instead."""
 
 
 def _replacements(known: Mapping[str, Option]) -> dict[str, str]:

@@ -35,13 +35,13 @@ from mhacut.runtime.progress import SILENT, StageDisplay, StageTimer
 from mhacut.text import safe, table
 
 SCHEMA_VERSION = 1
-"""Version of the ``--json`` output."""
+"""Version of the format of ``--json`` output."""
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-"""Parts of out-of-memory messages of torch (CPU) and the operating system."""
+"""Texts in errors of torch (CPU) and the operating system that mean: out of memory."""
 _SECONDS_TO_SAY_WHY = 10
 """Delay before a process exits because another process failed. torchrun ends all processes at the first exit,
-and the process that reports the error must be the first."""
+so the failed process must exit first, after it printed its error."""
 
 
 class Console:

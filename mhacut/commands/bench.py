@@ -41,38 +41,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Timing:
-    """Speed of a checkpoint at one batch size."""
-
     batch_size: int
     median_ms: float
     """Median time of a batch."""
     spread_ms: float
-    """Half of the interquartile range of the runs."""
+    """Half of the interquartile range of the batch times."""
     ratio: float
-    """Median over rounds of the time divided by the first checkpoint's time in the same round."""
+    """Median, over paired runs, of this checkpoint's time divided by the first checkpoint's time."""
     saving_realised: float | None
-    """Saved fraction of time divided by saved fraction of FLOPs, compared with the first checkpoint. None if
-    that fraction is 0."""
+    """Saved fraction of the time divided by the saved fraction of the FLOPs, both relative to the first
+    checkpoint. None if no FLOPs are saved."""
     executed: float | None
-    """FLOPs that run, padding included, divided by the first checkpoint's. Only for eager PyTorch on CPUs."""
+    """FLOPs that run, padding included, divided by those of the first checkpoint. None except for eager
+    PyTorch on CPUs."""
     peak_mib: float | None
-    """Peak GPU memory of a run, with weights and images. None on the CPU."""
+    """Peak GPU memory of a run in MiB, including weights and images. None on the CPU."""
     runs: int
 
 
 @dataclass(frozen=True)
 class BenchedModel:
-    """Costs and speed of a checkpoint."""
-
     source: str
     architecture: str
     flops: int
     parameters: int
     file_bytes: int | None
-    """Size of the checkpoint, or of the ONNX file for INT8. None for ``timm:NAME``."""
+    """Size of the checkpoint file, or of the ONNX file for INT8. None for ``timm:NAME``."""
     timings: tuple[Timing, ...]
     int8: bool = False
-    """Whether the checkpoint was quantized to INT8."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,7 @@ class BenchResult:
     """Result of :func:`bench`."""
 
     models: tuple[BenchedModel, ...]
-    """Checkpoints in the given order, then the same in INT8 if requested. Ratios refer to the first."""
+    """Checkpoints in the given order, then their INT8 versions if requested. Ratios refer to the first."""
     runtime: str
     dtype: str
     device: str
@@ -89,14 +85,14 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A checkpoint as a function of images."""
+    """Checkpoint to time, as a function of images."""
 
     checkpoint: Checkpoint
     size: tuple[int, int, int]
-    """Input size, [C, H, W]."""
+    """Shape of 1 input image, [C, H, W]."""
     flops: int
     program: Callable[[Tensor], object]
-    """Function of float32 images on the device."""
+    """Function that runs the model on float32 images on the device."""
     file_bytes: int | None
     int8: bool = False
 
@@ -125,7 +121,6 @@ def bench(
 
 
 def run_bench(options: BenchOptions, reporter: Reporter) -> BenchResult:
-    """Run :func:`bench` with its options in one object."""
     device = timing_device(options.runtime, options.device)
     reporter.start("reading")
     checkpoints = []
@@ -177,7 +172,7 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
 
 
 def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
-    """Return the input sizes. Dense models take the size of the slim models, if possible."""
+    """Return the image shape of each checkpoint. Dense models take the slim models' size if possible."""
     sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in checkpoints]
     slim_sizes = {size for one, size in zip(checkpoints, sizes, strict=True) if one.record is not None}
     if len(slim_sizes) == 1:
@@ -227,7 +222,7 @@ def timing_of(
     executed: float | None = None,
     peak_mib: float | None,
 ) -> Timing:
-    """Summarise the runs of a checkpoint. Times are in seconds, ``first`` is of the first checkpoint."""
+    """Summarise ``times`` of a checkpoint, in seconds. ``first`` are the times of the first checkpoint."""
     low, _, high = statistics.quantiles(times, n=4)
     ratio = statistics.median(one / other for one, other in zip(times, first, strict=True))
     return Timing(

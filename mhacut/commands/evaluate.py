@@ -32,8 +32,6 @@ from mhacut.text import safe_table
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """Accuracy of a checkpoint, and the conditions of the measurement."""
-
     source: str
     architecture: str
     evaluation: Evaluation
@@ -41,13 +39,13 @@ class EvaluateResult:
     parameters: int
     preprocessing: Preprocessing
     provenance: Provenance
-    """Origin of each value of ``preprocessing``."""
+    """Origin of each value in ``preprocessing``: an option, the checkpoint or a default."""
     data: str
-    """Description of the images."""
+    """Description of the evaluated images for users."""
     device: str
 
     def rows(self) -> list[tuple[str, str]]:
-        """Return the results as (name, value)."""
+        """Return the results as rows of (name, value)."""
         top5 = self.evaluation.top5
         return [
             ("top-1", f"{self.evaluation.top1:.2f}%{self.evaluation.doubt}"),
@@ -112,7 +110,6 @@ def run_evaluate(
     module: nn.Module | None = None,
     images: ImagesInMemory | None = None,
 ) -> EvaluateResult:
-    """Run :func:`evaluate` with its options in one object."""
     check_one_source(images, options)
     if images is None and not options.has_images:
         raise UsageError(

@@ -37,9 +37,9 @@ from mhacut.runtime.files import check_outputs, write_file
 from mhacut.runtime.progress import Reporter, Reporting, reporting
 
 _BATCH_SIZES = (1, 2, 5)
-"""Batch sizes for comparing a file without a fixed batch size."""
+"""Batch sizes at which an exported model without a fixed batch size is compared with the original."""
 TOLERANCE: Mapping[str, float] = {"float32": 1e-4, "float16": 2e-2, "bfloat16": 1e-1}
-"""Largest accepted difference from the float32 model, relative to the largest output."""
+"""Largest accepted difference from the float32 model's outputs, relative to the largest output, by dtype."""
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class ExportResult:
     architecture: str
     dtype: str
     input_size: tuple[int, int, int]
-    """[C, H, W]."""
+    """Shape of 1 input image, [C, H, W]."""
     fixed_batch: int | None
     preprocessing: Mapping[str, Any]
-    """Preprocessing of images. The exported file contains it too."""
+    """Preprocessing that images need. The exported file contains the same values."""
     file_bytes: int
-    """Size of the file, or of the written files of a folder."""
+    """Size of the exported file, or of all files in the exported folder."""
     difference: Mapping[int, float]
-    """Largest difference from the model's outputs by batch size, relative to the largest output. INT8 has no
-    limit for it."""
+    """Largest difference from the original's outputs, relative to the largest output, by batch size. Without
+    INT8, a large difference is an error."""
     int8: Quantization | None = None
-    """Comparison of INT8 with float32. None without INT8."""
+    """Comparison of the INT8 model with the float32 model. None without INT8."""
     pushed: str | None = None
-    """Address of the commit on the Hugging Face hub."""
+    """Address of the uploaded commit on the Hugging Face hub. None without an upload."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,6 @@ def export(
 
 
 def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
-    """Run :func:`export` with its options in one object."""
     require_packages(option_name("format", options.format), options.format)
     if options.push_to_hub is not None:
         check_hub(options)
@@ -140,7 +139,7 @@ def _write(
     options: ExportOptions,
     reporter: Reporter,
 ) -> tuple[dict[int, float], Quantization | None]:
-    """Write the file or folder. Return its differences from the model, and the comparison of INT8."""
+    """Write the exported model. Return its output differences by batch size, and the INT8 comparison."""
     model, size = loaded.model, preprocessing.input_size
     history = () if loaded.record is None else loaded.record.history
     stated = {"architecture": loaded.identity.architecture, "preprocessing": preprocessing.to_json()}
@@ -196,9 +195,9 @@ def _differences(
     options: ExportOptions,
     bound: float,
 ) -> dict[int, float]:
-    """Return the difference of ``run`` from ``model`` by batch size, relative to the largest output.
+    """Return the largest output difference of ``run`` and ``model`` by batch size, relative to the outputs.
 
-    A difference above ``bound`` or NaN is an error.
+    A relative difference above ``bound``, or NaN, is an error.
     """
     generator = torch.Generator().manual_seed(0)
     differences = {}

@@ -57,7 +57,6 @@ def finetune(
 
 
 def run_finetune(options: FinetuneOptions, reporter: Reporter) -> FinetuneResult:
-    """Run :func:`finetune` with its options in one object."""
     check_logs(options.logs)
     with gathered(options.device) as processes:
         check_precision(options, processes.device)

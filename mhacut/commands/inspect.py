@@ -31,18 +31,15 @@ _MAX_NAMES = 8
 
 @dataclass(frozen=True)
 class InspectResult:
-    """Result of :func:`inspect`."""
-
     inspection: Inspection
-    """Description of the model."""
     verdict: str
-    """Summary in one line."""
+    """Summary of the inspection in 1 line."""
     chosen: tuple[LayerReport, ...]
-    """Selected layers in the selected order."""
+    """Layers that match ``layer``, in the order of ``sort``."""
     comparison: Comparison | None = None
-    """Comparison with a dense model, if given."""
+    """Comparison with the dense model of ``compare``. None without ``compare``."""
     written: tuple[Path, ...] = ()
-    """Files of the report."""
+    """Files of the HTML report."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +72,6 @@ def inspect(
 
 
 def run_inspect(options: InspectOptions, reporter: Reporter) -> InspectResult:
-    """Run :func:`inspect` with its options in one object."""
     check_outputs((options.html,), overwrite=options.overwrite, input_paths=options.files_read())
     for note in options.unmet_needs().values():
         reporter.log(note)
@@ -148,7 +144,7 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
 
 
 def _sort_value(layer: LayerReport, sort: Sort) -> float:
-    """Return the value in the column ``sort``; -1 for layers without a value, which come last."""
+    """Return the layer's value of the column ``sort``. Layers without a value get -1, so they come last."""
     if sort in ("qk", "v"):
         return next((float(unit.now) for kind, unit in layer.units.items() if kind == sort), -1.0)
     if sort in ("similarity", "rank"):

@@ -18,27 +18,27 @@ from mhacut.surgery.find import find_prunable_layers
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """Prunable parts of an architecture of timm."""
+    """Architecture of timm, and its prunable parts."""
 
     architecture: str
     attention: tuple[str, ...]
-    """Attention classes that can be pruned."""
+    """Names of the prunable attention classes in the architecture."""
     kinds: tuple[str, ...]
-    """Prunable kinds of channels: ``qk``, ``v``, ``hidden``."""
+    """Prunable kinds of channels: ``qk``, ``v``, ``hidden`` (of MLPs)."""
     not_prunable: tuple[str, ...]
-    """Units that cannot be pruned, with reasons."""
+    """Layers or parts of layers that cannot be pruned, each with the reason."""
     refusal: str | None
-    """Reason why nothing can be pruned, or None."""
+    """Reason why no part of the architecture can be pruned. None if some part can."""
     tags: tuple[str, ...]
-    """Tags of timm's pretrained weights."""
+    """Tags of timm's pretrained weights for the architecture."""
     transformer: bool
-    """Whether the body has attention, apart from pooling heads."""
+    """Whether the architecture has attention outside of pooling heads."""
 
 
 def catalogue(
     pattern: str = "*", progress: Callable[[int, int, str], None] | None = None
 ) -> tuple[CatalogueEntry, ...]:
-    """List what can be cut in each architecture whose name matches ``pattern``, in timm's order."""
+    """List the prunable parts of each timm architecture whose name matches ``pattern``."""
     names = architectures(pattern)
     entries = []
     for done, (name, tags) in enumerate(names.items()):
@@ -49,7 +49,7 @@ def catalogue(
 
 
 def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
-    """Return the pretrained tags of timm's dense architectures that match ``pattern``."""
+    """Return the names of timm's dense architectures that match ``pattern``, with their pretrained tags."""
     tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name != NAME}
     for tagged in timm.list_pretrained():
         name, _, tag = tagged.partition(".")
@@ -59,7 +59,7 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
 
 
 def build_weightless(name: str) -> nn.Module:
-    """Build an architecture of timm on the meta device."""
+    """Build an architecture of timm on the meta device, without memory for weights."""
     with warnings.catch_warnings(), without_values():
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name)
@@ -67,7 +67,6 @@ def build_weightless(name: str) -> nn.Module:
 
 
 def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry:
-    """Describe the prunable parts of ``model``, the architecture ``name``."""
     try:
         prunable = find_prunable_layers(model)
     except UnsupportedModelError as error:

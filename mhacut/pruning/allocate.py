@@ -25,18 +25,19 @@ Widths = Mapping[UnitKey, int]
 Curves = Mapping[UnitKey, Curve]
 
 TIE = 0.01
-"""Prefer equal q/k and v widths if they raise the predicted error by at most this fraction: attention with
-equal widths runs faster. Set by hand."""
+"""Give q/k and v of a layer equal widths, which run faster in attention, if the predicted error rises by at
+most this fraction. Set by hand."""
 _PARTS = 12
 """Number of coarse steps in the search for unequal q/k and v widths of a layer."""
 _LESS = 0.03
-"""Relative reduction of a limit in the numerical derivative of the error with respect to the limit."""
+"""Relative decrease of a limit in the numerical derivative of the error with respect to the limit."""
 _RATIOS = {2: 16, 3: 8, 4: 6, 5: 4}
-"""Resolution of the grid of multiplier ratios, by number of limits: 17, 45, 84 or 70 grid points."""
+"""Steps per axis of the grid of ratios between multipliers, by number of limits: 17, 45, 84 or 70 grid
+points."""
 NEAR = 0.99
-"""Fraction of a budget above which the budget counts as used up."""
+"""A budget counts as used up if the plan uses at least this fraction."""
 REACH = 6
-"""Number of width steps in both directions that a local search tries."""
+"""Number of allowed widths above and below the current width that a local search tries."""
 MAX_CANDIDATES = 20_000
 """Maximum number of states of the knapsack search that spends the rest of a budget."""
 

@@ -20,7 +20,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import capturing
 
 WITHOUT_GRADIENTS = 2
-"""Factor on the batch size for passes without gradients, which need less memory per image."""
+"""Batch size of passes without gradients, relative to the batch size of passes with gradients."""
 HELD_OUT = 0.25
 """Fraction of the calibration images that is held out to measure errors of fits."""
 
@@ -34,13 +34,13 @@ class Calibration:
     """Statistics from one pass over the calibration images. Held-out images are the first ``held``."""
 
     held: int
-    """Number of held-out images. With a single image it is 0, and this image is used for fitting and
-    measuring."""
+    """Number of held-out images. If there is only 1 image, the number is 0, and fits are measured on the
+    image they used."""
     moments: Mapping[UnitKey, UnitMoments]
     statistics: Mapping[UnitKey, UnitStatistics]
     fisher: FisherInformation
     teacher: Tensor
-    """Preserved outputs of the dense model, [images, ...], as returned by :meth:`Preserved.outputs`."""
+    """Outputs of the dense model to preserve, [images, ...], as returned by :meth:`Preserved.outputs`."""
     preserved: Preserved = ANSWERS
 
 

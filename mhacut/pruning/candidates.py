@@ -33,10 +33,11 @@ class Candidate:
 
     unit: Unit
     rotation: Tensor | None
-    """Matrix for :func:`mhacut.surgery.channels.rotate`, [H, d, d]; None for the original channels."""
+    """Change of basis for :func:`mhacut.surgery.channels.rotate`, [heads, d, d]. None keeps the original
+    channels."""
     ranking: Ranking
     unshared: bool = False
-    """Whether each head gets its own copy of tensors that heads share."""
+    """Whether tensors that several heads share are copied, so that each head can be cut differently."""
 
     @property
     def basis(self) -> Basis:

@@ -16,10 +16,10 @@ from mhacut.surgery.mask import masked_tensors, run_with
 from mhacut.surgery.tokens import set_merged
 
 EXACTNESS = 1e-3
-"""Maximum relative difference of masked and sliced outputs. Rounding causes 1e-6 to 1e-4, growing with depth
-(docs/explanation/choices.md)."""
+"""Largest accepted relative difference between outputs of the masked dense model and of the cut model.
+Rounding causes 1e-6 to 1e-4, growing with depth (docs/explanation/choices.md)."""
 REPEATABILITY = 1e-5
-"""Maximum relative difference of the outputs of a model that was loaded twice."""
+"""Largest accepted relative difference between outputs of 2 loads of the same model file."""
 
 
 def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:

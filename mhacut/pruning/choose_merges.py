@@ -40,22 +40,22 @@ from mhacut.surgery.output_tokens import output_tokens_of
 from mhacut.surgery.tokens import Stack, set_merged, stack_of
 
 TRIED_IMAGES = (32, 64)
-"""Minimum and maximum number of images for trials of schedules; between them, 1/4 of the calibration images.
-Dense features use the minimum: 1 image gives many tokens."""
+"""Minimum and maximum number of images for measuring merging schedules. Between both, 1/4 of the calibration
+images is used. For dense features, the minimum is used, since each image gives many tokens."""
 OVERHEAD = 0.07
-"""Time of token matching and averaging relative to the time of its block, measured for a ViT-Ti (197 tokens,
-CPU)."""
+"""Time of matching and averaging tokens, relative to the time of a block of a ViT-Ti (197 tokens, CPU)."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
-"""Trade-offs between FLOPs and divergence to search, in units of the law. The lowest are for models whose
-outputs hardly depend on their tokens."""
+"""Prices in nats of all dense FLOPs. For each price, the schedule with the smallest sum of predicted
+divergence and price of the FLOPs is found."""
 _DENSE_SCALE = 100
-"""Factor from divergences of logits to those of dense features, whose channels each add nats."""
+"""Factor on prices for dense features. Their divergence exceeds the divergence of logits, because each
+channel adds nats."""
 
 
 class MergeChoice(NamedTuple):
     merged: Schedule
     table: CostTable
-    """FLOPs of the model with these merges."""
+    """FLOPs of the model with ``merged`` tokens, as a function of the widths."""
     widths: Mapping[UnitKey, int]
     predicted: float
 

@@ -32,14 +32,15 @@ from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.hooks import captured_outputs, registered
 
 Curve = Mapping[int, float]
-"""Estimated KL divergence in nats by width; 0 at the dense width."""
+"""Estimated KL divergence in nats, by width of the unit; 0 at the dense width."""
 MAX_WIDTHS = 8
-"""Maximum number of widths that are measured. Other widths are interpolated in the logarithm of the error."""
+"""Maximum number of widths that are measured per unit. The logarithm of the error is interpolated between
+measured widths."""
 CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
-"""Divergence of a pruned and healed ImageNet ViT-Ti relative to the sum of its curves, which leave out
-interactions between layers and tokens."""
+"""Factor and exponent that turn the sum of all curves into the divergence of a pruned and healed ImageNet
+ViT-Ti. Curves leave out interactions between layers and tokens."""
 DENSE_FACTOR = 3.5
-"""The same factor for dense features (docs/explanation/choices.md)."""
+"""``CHANNEL_FACTOR`` for dense features (docs/explanation/choices.md)."""
 
 
 @torch.no_grad()

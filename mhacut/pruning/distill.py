@@ -19,7 +19,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.mask import masked_tensors
 
 ADAM_BETAS = (0.9, 0.99)
-"""Shorter averages than Adam's defaults, because training has few steps."""
+"""Decay rates of Adam's averages, lower than the defaults, because distillation has few steps."""
 
 
 class Distillation:

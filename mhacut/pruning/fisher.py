@@ -21,27 +21,28 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.surgery.hooks import registered
 
 SHRINKAGE = 0.5
-"""Weight of uniform importance in the token importance. Estimates from few images are noisy, and deep cuts
-cause errors too large for gradients (docs/explanation/choices.md)."""
+"""Weight of uniform importance in the importance of tokens. Estimates from few images are noisy, and
+gradients describe small errors only (docs/explanation/choices.md)."""
 
 FISHER_IMAGES = 48
-"""Maximum number of images for the Fisher information. More images take longer and change little."""
+"""Maximum number of images for the Fisher information. More images take longer and change the result
+little."""
 
 MAX_BYTES = 2**31
-"""Maximum memory for activations kept for a backward pass. Larger batches are split."""
+"""Maximum memory for the activations of a backward pass. Batches that need more are split."""
 
 Grid = tuple[int, ...]
-"""Shape of a layer's output for 1 image without the channel axis."""
+"""Shape of a layer's output for 1 image, without the channel axis."""
 
 
 @dataclass(frozen=True)
 class FisherInformation:
     matrices: Mapping[str, Tensor] = field(default_factory=dict)
-    """Fisher matrix F of each layer, [out, out]. An output error e causes a KL divergence of about 1/2 tr(F
-    E[e e^T])."""
+    """Fisher matrix F, [out, out], by layer. An error e of the layer's output raises the KL divergence of the
+    model's output by about 1/2 tr(F E[e e^T])."""
     importance: Mapping[str, Mapping[Grid, Tensor]] = field(default_factory=dict)
-    """Importance of each token [tokens], by layer and grid. It is the squared gradient, shrunk by
-    :data:`SHRINKAGE`, with mean 1."""
+    """Importance of each token, [tokens], by layer and grid: squared gradient, shrunk by :data:`SHRINKAGE`,
+    with mean 1."""
 
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
         """Return the importance of each row of an activation, float64 [rows]; None for equal weights."""

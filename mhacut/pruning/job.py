@@ -32,36 +32,37 @@ class Job:
     """Dense model in eval mode, float32, without gradients. Never modified."""
     prunable: PrunableLayers
     units: tuple[Unit, ...]
-    """Units that may be cut."""
+    """Groups of channels that may be cut: q/k or v of an attention layer, or an MLP's hidden channels."""
     table: CostTable
     """FLOPs of the model as a function of its widths."""
     images: Tensor
-    """Calibration images, [n, C, H, W], normalised."""
+    """Normalised calibration images, [n, C, H, W]."""
     options: SearchOptions
     labels: Tensor | None = None
-    """Class labels of the images, [n]. None without labels, or with ``--no-labels``."""
+    """Class index of each calibration image, [n]. None without labels, or with ``--no-labels``."""
     round_to: int = MULTIPLE
-    """Widths are multiples of this number, or the dense width."""
+    """Number of channels by which widths are rounded: widths are multiples, or the dense width."""
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
     all_merged_costs: CostTable | None = None
     """FLOPs with maximum token merging. None if no tokens are merged."""
     preserved: Preserved | None = None
-    """Outputs of the model to preserve; None for the model's own outputs."""
+    """Outputs that the slim model must preserve. None for the model's own outputs."""
     merged: tuple[int, ...] = ()
-    """Tokens that each block of the slim model merges. Set after the search; ``table`` then counts these
+    """Number of tokens that each block of the slim model merges, set after the search. ``table`` counts these
     merges. ``model`` never merges."""
     unmerge: Unmerge = False
-    """Whether merged tokens are copied back to their patches in features that leave the slim model."""
+    """Whether the slim model copies each merged token back to its patches in the features it returns."""
     constraints: Constraints = NO_CONSTRAINTS
-    """User constraints on widths, for allocation by curves or uniform widths."""
+    """User constraints on widths, such as ``--exclude``, for the allocations ``curves`` and ``uniform``."""
     extra_images: Dataset[Sample] | None = None
-    """Further images for tuning, [C, H, W] each, read on demand."""
+    """Images for tuning beyond the calibration images, [C, H, W] each, read on demand."""
     workers: int = 0
-    """Number of processes that read the further images; 0 for images in memory."""
+    """Number of processes that read ``extra_images``; 0 for images in memory."""
     teacher_cache: list[tuple[Tensor, Tensor]] | None = None
-    """Logits of the dense model for the first tuning batches, shared between budgets. None for 1 budget."""
+    """Logits of the dense model for the first tuning batches, which several budgets share. None for 1
+    budget."""
 
     @property
     def input_size(self) -> tuple[int, ...]:

@@ -18,9 +18,9 @@ class Limit:
     cost: Callable[[Mapping[UnitKey, int]], int]
     most: int
     resource: str = "flops"
-    """Option name of the budget, such as ``max_latency``."""
+    """Option name of the limited budget, such as ``max_latency``."""
     curve: TimeCurve | None = None
-    """Time as a function of FLOPs, for models that may merge tokens."""
+    """Time as a function of FLOPs, token merging included. None if ``cost`` depends on widths only."""
 
     def with_merges_fixed(self, flops: Callable[[Mapping[UnitKey, int]], int], *, merges: bool) -> Limit:
         """Return the limit for fixed merges. A limit on time becomes a limit on FLOPs."""
@@ -42,7 +42,7 @@ def keeps(limits: Limits, widths: Mapping[UnitKey, int]) -> bool:
 
 
 MULTIPLE = 8
-"""Default of ``--round-to``."""
+"""Default of ``--round-to``: widths are multiples of this number of channels."""
 
 
 def width_choices(dense: int, round_to: int) -> tuple[int, ...]:
@@ -63,7 +63,7 @@ def lowest_flops(
 
 
 Choices = Mapping[UnitKey, Sequence[int]]
-"""Allowed widths of every unit, ascending, the dense one last."""
+"""Allowed widths of each unit in ascending order. The last is the dense width."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Constraints:
 
     exclude: tuple[str, ...] = ()
     min_width: tuple[str, ...] = ()
-    """Entries ``PATTERN=N``: matching units keep at least N channels per head."""
+    """Entries ``PATTERN=N``: units whose names match PATTERN keep at least N channels per head."""
     equal_qkv: bool = False
 
     def __bool__(self) -> bool:

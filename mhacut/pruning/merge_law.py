@@ -16,23 +16,23 @@ import torch
 from torch import Tensor
 
 Schedule = tuple[int, ...]
-"""Number of tokens that each block merges."""
+"""Number of tokens that each block merges, by block index."""
 
 _DEVIATIONS = (2.0, 0.4, 0.2, 0.5, 0.2)
-"""Prior standard deviation of each parameter from :data:`TYPICAL`."""
+"""Prior standard deviation of each parameter of the law around :data:`TYPICAL`."""
 _NOISE = 0.2
-"""Standard deviation of the logarithm of a measured divergence."""
+"""Assumed standard deviation of the logarithm of a measured divergence."""
 _MIN_KL = 1e-6
-"""Divergences below this number of nats are rounded up to it."""
+"""Smallest divergence in nats that the fit distinguishes. Smaller measurements are raised to this value."""
 _STATES = 100
-"""Number of token counts in the dynamic programme."""
+"""Number of token counts that the dynamic programme distinguishes."""
 
 
 class Tokens(NamedTuple):
     total: int
     """Number of tokens in the first block."""
     prefix: int
-    """Number of tokens that are never merged (class token, registers)."""
+    """Number of first tokens that are never merged (class token, registers)."""
     depth: int
 
 
@@ -82,7 +82,7 @@ class MergeLaw(NamedTuple):
 
 
 TYPICAL = MergeLaw(level=1.4, decay=math.log(8.7), power=0.54, crowding=1.6, coupling=0.16)
-"""Law of an ImageNet ViT-Ti with 197 tokens: start and prior mean of the fit."""
+"""Law of an ImageNet ViT-Ti with 197 tokens, used as start and prior mean of the fit."""
 
 
 def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: Tokens) -> Tensor:
@@ -159,7 +159,7 @@ class BlockCost(NamedTuple):
     pair: float
     mlp: float
     merge: float = 0.0
-    """FLOPs equivalent to the time of a merge, for any number of merged tokens."""
+    """Cost of token merging in a block, in FLOPs that take the same time, for any number of merged tokens."""
 
 
 def cheapest_schedules(

@@ -31,13 +31,14 @@ class Planned:
 
     ready: ReconstructedModel
     curves: Mapping[UnitKey, Curve]
-    """Estimated KL divergence at each width of each unit. Empty if no curve was needed."""
+    """Estimated KL divergence in nats at each width, by unit. Empty if the widths were chosen without
+    curves."""
     log: tuple[SearchStep, ...]
     table: CostTable
-    """FLOPs as a function of widths, with the merges of the plan."""
+    """FLOPs as a function of widths, with the plan's token merging."""
     merged: Schedule = ()
     unmerge: Unmerge = False
-    """Whether merged tokens are copied back to their patches."""
+    """Whether the slim model copies each merged token back to its patches in the features it returns."""
 
     @property
     def plan(self) -> Plan:

@@ -25,19 +25,18 @@ from mhacut.surgery.find import classifier_size, find_prunable_layers, gives_pro
 from mhacut.surgery.tokens import tokens_of
 
 MAX_BYTES = 2**30
-"""Maximum memory for the dense model's features of all calibration images. Above it, every n-th token is
-used."""
+"""Maximum memory for the dense model's features of all calibration images. If all tokens need more, every
+n-th token is used."""
 FITTED_IMAGES = 64
-"""Maximum number of images for the estimates of covariances and variances."""
+"""Maximum number of images for estimating covariances and variances of features."""
 
 SHRINKAGE = 0.5
-"""Weight of the diagonal in the shrunk covariance. Results hardly depend on it
+"""Weight of the diagonal in the shrunk covariance of features. Results hardly depend on the weight
 (docs/explanation/choices.md)."""
 FLOOR = 1e-6
-"""Minimum variance of a channel, relative to the mean over all channels."""
+"""Smallest variance of a feature channel, relative to the mean variance over channels."""
 KEPT = 0.1
-"""Weight of the task-independent divergence in a task loss's metric, which ignores directions without
-first-order effect."""
+"""Weight of the plain divergence of features, added to the first-order effect of features on a task loss."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 OutputMetric = Literal["answers", "features", "dense"]
@@ -55,7 +54,7 @@ class Whitening:
 
     mean: Tensor
     matrix: Tensor
-    """W, [C, C], with W W^T = S^-1: inverse transposed Cholesky factor of S."""
+    """Matrix W, [C, C], with W W^T = S^-1: inverse transposed Cholesky factor of S."""
 
     @classmethod
     def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
@@ -89,13 +88,13 @@ class Preserved:
     mean over tokens and over layers or levels."""
     features: Features
     whitenings: tuple[Whitening, ...] = ()
-    """Whitening of each map of tokens, set by :meth:`fitted`."""
+    """Whitening of each preserved feature map, set by :meth:`fitted`."""
     metrics: tuple[Tensor, ...] = ()
-    """Metric of each map for :meth:`Whitening.of`; empty for the plain divergence."""
+    """Task-loss metric of each feature map, for :meth:`Whitening.of`. Empty without a task loss."""
     variance: float = 1.0
-    """Variance of all output values, set by :meth:`fitted`: unit of the squared error of features."""
+    """Variance of all preserved values, which scales their squared error. Set by :meth:`fitted`."""
     steps: int = 1
-    """Distance between compared tokens; 1 compares all tokens."""
+    """Stride between compared tokens; 1 compares all tokens."""
 
     @classmethod
     def outputs_of(cls, model: nn.Module) -> Preserved:

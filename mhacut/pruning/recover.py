@@ -34,19 +34,21 @@ from mhacut.surgery.token_merging import Match
 from mhacut.surgery.tokens import merged_of, set_merged, stack_of, unmerge_of
 
 LR = 7e-4
-"""Learning rate at the first step of each block (docs/explanation/choices.md)."""
+"""Learning rate of healing at the first step of each block (docs/explanation/choices.md)."""
 BATCH = 8
-"""Maximum number of images per step. Many small steps learn more in the same time."""
+"""Maximum number of images per training step. Many small steps learn more in the same time than few large
+steps."""
 MAX_BYTES = 5 * 2**29
-"""Maximum memory for images and activations of both models."""
+"""Maximum memory for images and activations of both models during training."""
 TUNE_MIN_KL = 0.01
-"""Minimum divergence on crops of held-out images for tuning to pay."""
+"""Skip tuning below this divergence, in nats, on crops of held-out images: tuning would gain nothing."""
 HEAL_MIN_KL = 1e-3
-"""Minimum divergence on held-out images for healing to pay."""
+"""Skip healing below this divergence, in nats, on held-out images: healing would gain nothing."""
 MIN_CROPS = 256
-"""Minimum number of crops of held-out images that measure a step (docs/explanation/choices.md)."""
+"""Minimum number of crops of held-out images on which a training step is judged
+(docs/explanation/choices.md)."""
 MIN_BLOCK_ERROR = 1e-6
-"""Minimum relative error of a block's output for training the block."""
+"""Skip the training of a block whose output has a smaller relative error."""
 
 
 def recover(
@@ -131,9 +133,9 @@ class Block:
 
     name: str
     layer: Layer
-    """Last prunable layer in the block, whose tokens are the tokens of the block's output."""
+    """Last prunable layer in the block. Its tokens are the tokens of the block's output."""
     channel_dim: int = -1
-    """Dimension of the channels in the block's output, known after the block ran."""
+    """Index of the channel axis in the block's output, set after the block ran."""
 
 
 def healed(
@@ -197,7 +199,7 @@ class _BlockCall:
     kwargs: Mapping[str, Any]
     aim: Tensor
     match: Match | None
-    """Token matches that the block must use to merge."""
+    """Token pairs that the block must merge, so that both models merge the same tokens."""
 
     def output(self, block: Any) -> Tensor:
         """Return the tokens of ``block`` with the merges of ``match`` instead of its own."""
@@ -315,9 +317,9 @@ class _Error:
 
     channel_dim: int
     channels: Tensor
-    """Inverse variance of each channel of the dense output, [C]."""
+    """Inverse variance of each channel of the dense block's output, [C]."""
     tokens: Tensor | None
-    """Importance of each token with mean 1, [tokens]; None for equal weights."""
+    """Importance of each token, [tokens], with mean 1. None weights all tokens equally."""
 
     @classmethod
     def of(

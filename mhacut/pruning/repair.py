@@ -30,10 +30,11 @@ from mhacut.surgery.tokens import tokens_of
 class UnitRepair:
     plan: UnitPlan
     ridge: float
-    """Relative ridge; infinite if no refit was used."""
+    """Ridge of the least-squares refit, relative to the mean variance of the kept channels. Infinite without
+    a refit."""
     error: float
-    """Squared error on held-out images relative to plain removal: of the logits for qk, else of the layer's
-    output."""
+    """Squared error after the refit on held-out images, relative to removal without refit: error of the
+    attention logits for q/k channels, else of the layer's output."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class ReconstructedModel:
     model: nn.Module
     plan: Plan
     channel_scales: Mapping[UnitKey, Tensor]
-    """Scales for :func:`mhacut.surgery.slice.cut`."""
+    """Scales of the remaining channels for :func:`mhacut.surgery.slice.cut`, by unit."""
     repairs: Mapping[UnitKey, UnitRepair]
-    """Result for each unit that loses channels; empty without repair."""
+    """Result of the least-squares refit, by unit that loses channels. Empty without repair."""
 
 
 def reconstruct(

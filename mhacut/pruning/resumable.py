@@ -26,12 +26,12 @@ class _ModuleCall:
     module: nn.Module
     forward: Callable[..., Any]
     value: Any
-    """(args, kwargs) of an unfinished call, output of a finished call."""
+    """Arguments (args, kwargs) of an unfinished call, or the output of a finished call."""
     finished: bool = False
     calls: list[_ModuleCall] = field(default_factory=list)
-    """Calls inside an unfinished call, in order."""
+    """Calls of submodules inside an unfinished call, in order."""
     position: int = 0
-    """Number of inner calls that the current forward pass has reached."""
+    """Number of submodule calls that the current forward pass has reached in this call."""
 
     def __post_init__(self) -> None:
         self.versions = _versions(self.value)

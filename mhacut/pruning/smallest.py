@@ -11,24 +11,24 @@ from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 _SHRINKS = 0.5
-"""Bisect the bracket if the last 2 trials left more than this fraction of it."""
+"""Use bisection instead of the secant if the last 2 trials left more than this fraction of the bracket."""
 _LEAST = 1e-9
-"""A loss below this fraction of the bound does not predict the next budget."""
+"""Losses below this fraction of the bound are not used to predict the next budget."""
 _MISSES = 3
-"""Number of consecutive smaller models that must miss the bound before the search ends."""
+"""Number of consecutive smaller models over the bound after which the search ends."""
 _STRIDES = 400
-"""Maximum number of steps from the highest budget down at the end of the search."""
+"""At the end of the search, budgets below the best fall by the largest budget divided by this number."""
 
 
 class Trial(NamedTuple):
     cost: int
-    """Cost of the model, at most its budget."""
+    """Cost of the tried model, at most the budget that was tried."""
     ratio: float
-    """Loss divided by the bound; at most 1 if the model is within the bound."""
+    """Loss of the tried model divided by the bound; at most 1 if the model is within the bound."""
 
 
 Search = Generator[int, Trial, None]
-"""Generator: yields a budget to try, and receives the trial."""
+"""Generator that yields the next budget to try and receives the trial."""
 
 
 def smallest_within(budgets: range, expected: Callable[[int], float], goal: float) -> Search:

@@ -26,27 +26,29 @@ from mhacut.surgery.merging_blocks import unmerged
 from mhacut.surgery.tokens import stack_of
 
 RATE = 1.2e-4
-"""Learning rate at a divergence of 1 nat or more on crops of held-out images. Below, it falls with the square
-root of the divergence, or linearly without hints (docs/explanation/choices.md)."""
+"""Learning rate of tuning at a divergence of 1 nat or more on crops of held-out images. Below 1 nat, the rate
+falls with the square root of the divergence, or linearly without hints (docs/explanation/choices.md)."""
 MIN_KL = 0.1
-"""Minimum divergence for the choice of the learning rate: the divergence is misleading on images that the
-dense model was trained on."""
+"""Lower divergences count as this value in the choice of the learning rate: on images that the dense model
+was trained on, the divergence is too low."""
 TRIED_STEP = 2e-6
 """Size of the trial step that finds the learning rate for dense features (docs/explanation/choices.md)."""
 DENSE_STEPS = 0.45
-"""Default number of steps for dense features, relative to logits."""
+"""Default number of tuning steps for dense features, relative to the number for logits."""
 DENSE_BATCH = 8
-"""Maximum number of images per step for dense features. Many small steps learn more in the same time."""
+"""Maximum number of images per tuning step for dense features. Many small steps learn more in the same time
+than few large steps."""
 ROUNDS = 10
-"""Maximum number of epochs, unless a number of steps was given."""
+"""Maximum number of passes over the images in tuning, unless the user sets a number of steps."""
 HINTS = 64.0
-"""Weight of the class token's error after each block in the loss (docs/explanation/choices.md)."""
+"""Weight in the tuning loss of the class token's error after each block (docs/explanation/choices.md)."""
 FLOOR = 0.01
-"""Minimum variance of a class token's channel, relative to the mean over channels."""
+"""Smallest variance of a class token's channel, relative to the mean variance over channels."""
 KEPT_BYTES = 2**28
 """Maximum memory for cached logits of the dense model, which several budgets share."""
 WARM_UP, DENSE_WARM_UP = 0.1, 0.3
-"""Fraction of steps with rising learning rate: Adam's first steps depend only on the sign of 1 gradient."""
+"""Fraction of steps in which the learning rate rises, for logits and for dense features. Adam's first steps
+need low rates, since they depend on the sign of few gradients only."""
 
 
 def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:

@@ -33,7 +33,7 @@ class UnitMoments:
 
     fit: tuple[Moments, ...]
     held: tuple[Moments, ...]
-    """Moments on held-out images; the same as ``fit`` for a single image."""
+    """Moments on held-out images. With a single image, equal to ``fit``."""
 
     @property
     def every(self) -> tuple[Moments, ...]:

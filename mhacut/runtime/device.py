@@ -16,7 +16,7 @@ from mhacut._version import __version__
 from mhacut.errors import MhacutError, UsageError, option_name
 
 _MAX_COMPILED = 1000
-"""Number of compiled programs that torch keeps per class. Further models would run eagerly."""
+"""Number of programs that torch.compile keeps per class. Beyond this number, models would run eagerly."""
 
 
 def resolve_device(name: str) -> torch.device:

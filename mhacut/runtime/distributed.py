@@ -18,7 +18,7 @@ from mhacut.runtime.process import local_rank, world_size
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(days=1)
-"""Other processes wait while process 0 searches. torchrun ends them if a process dies."""
+"""Maximum wait for another process. Long, because all processes wait while process 0 searches."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Processes:
     """Processes of a torchrun run. All processes must call a method at the same point of the program."""
 
     rank: int
-    """Number of this process. Process 0 writes files and prints."""
+    """Index of this process, from 0. Process 0 writes files and prints."""
     size: int
     device: torch.device
 

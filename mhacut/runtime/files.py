@@ -16,12 +16,12 @@ from mhacut.errors import CheckpointError, DataError, OutputError, option_name
 
 AnyPath = str | os.PathLike[str]
 REMOTE = ("timm:", "hf-hub:", "hf_hub:")
-"""Prefixes of checkpoints that are downloaded."""
+"""Prefixes of checkpoint names that are downloaded."""
 READ_IN_FOLDERS = re.compile(
     r"(open_clip_)?(pytorch_)?model(-\d+-of-\d+)?\.(safetensors|bin|pth|pt)(\.index\.json)?"
     r"|(pruned|rest)\.safetensors|.*config\.json"
 )
-"""Names of the files that are read if a checkpoint is a folder."""
+"""Names of the weight and config files that are read if a checkpoint is a folder."""
 
 
 def show(path: AnyPath) -> str:

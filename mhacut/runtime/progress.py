@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SECONDS_BETWEEN_LINES = 10.0
-"""Interval of progress lines if there is no bar."""
+"""Seconds between progress lines where no progress bar is shown."""
 
 
 class Reporter(Protocol):

@@ -30,14 +30,14 @@ from mhacut.surgery.mask import temperature_factor
 from mhacut.surgery.slice import cut
 
 _DESCENT = 0.75
-"""Fraction of the steps in which the FLOPs target falls from the dense model's FLOPs to the budget."""
+"""Fraction of the training steps in which the target falls from the dense FLOPs to the budget."""
 THRESHOLD = 0.5
-"""Channels with a higher score are kept."""
+"""Channels with a score above this value are kept."""
 START = 0.6
-"""Mean of the start values. With the threshold and the straight-through gradient, it follows "Pruning from
+"""Mean start value of the indicators. START, THRESHOLD and the straight-through gradient follow "Pruning from
 Scratch via Shared Pruning Module" (WACV 2024) of the same lab."""
 _SPREAD = 0.03
-"""Spread of start values about START, which keeps 3 standard deviations above the threshold."""
+"""Standard deviation of the start values about START: 3 of them stay above the threshold."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,12 @@ class SearchStep:
 
     step: int
     loss: float
-    """Divergence from the dense model on the batch; with labels, plus the weighted cross-entropy in nats."""
+    """Divergence from the dense model on the batch, plus the weighted cross-entropy if there are labels, in
+    nats."""
     flops: float
-    """FLOPs of the masked model."""
+    """FLOPs of the masked model at this step."""
     kept: Mapping[str, float] = field(default_factory=dict)
-    """Fraction of all channels that are kept, by kind (``qk``, ``v``, ``hidden``)."""
+    """Fraction of channels that are kept, by kind (``qk``, ``v``, ``hidden``)."""
 
 
 class _UnitState:

@@ -16,9 +16,10 @@ class UnitStatistics(NamedTuple):
     """Statistics that give the initial indicators of a unit."""
 
     redundancy: Tensor
-    """Mean similarity of each channel to the others of its head, [H, d], in [0, 1]."""
+    """Mean similarity of each channel to the other channels of its head, [heads, d], in [0, 1]."""
     difference: Tensor
-    """||A - A without the channel||_F, [H, d], of the logits for qk, else of the layer's output."""
+    """Frobenius norm of the change without the channel, [heads, d]: of attention logits for q/k channels,
+    else of the layer's output."""
 
 
 def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
