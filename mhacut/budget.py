@@ -22,13 +22,13 @@ _TIMES = {"ns": 1.0, "us": 1e3, "ms": 1e6, "s": 1e9}
 
 
 class Kind(NamedTuple):
-    """Spelling of the budgets of one resource."""
+    """Units, noun and examples of the budgets of a resource."""
 
     units: Mapping[str, float]
     noun: str
-    """Noun after an amount; empty if :func:`format_amount` adds a unit."""
+    """Noun after an amount in messages; empty if :func:`format_amount` adds a unit."""
     forms: str
-    """Examples for error messages."""
+    """Valid budgets, as examples in error messages."""
 
 
 KINDS: Mapping[str, Kind] = {
@@ -37,22 +37,22 @@ KINDS: Mapping[str, Kind] = {
     "size": Kind(_BYTES, "", "6MB, 800KB, 5.5MiB, 6e6 or 50%"),
     "max_latency": Kind(_TIMES, "", "12ms, 0.012s, 800us or 50% of the dense model's time"),
 }
-"""Resources by option name. Units of amounts: FLOPs, parameters, bytes, and nanoseconds per batch."""
+"""Resources by option name. Amounts are in FLOPs, parameters, bytes and nanoseconds per batch."""
 
 
 class Budget(str):
-    """A budget as the user wrote it, parsed: an amount of a resource, or a fraction of the model's amount."""
+    """Parsed budget text: an amount of a resource, or a fraction of the dense model's amount."""
 
     __slots__ = ("relative", "resource", "value")
     value: float
-    """Amount, or a fraction in (0, 1] when ``relative``."""
+    """Amount of the resource, or a fraction in (0, 1] if ``relative``."""
     relative: bool
     resource: str
-    """Option name of the resource."""
+    """Option name of the resource: ``flops``, ``params``, ``size`` or ``max_latency``."""
 
     @classmethod
     def parse(cls, text: str | float, resource: str = "flops") -> Budget:
-        """Read ``2.0G``, ``2e9`` or ``50%``; a size ``6MB``, ``6e6`` or ``50%``; a time ``12ms`` or ``50%``.
+        """Parse a budget: ``2.0G``, ``2e9`` or ``50%``, a size such as ``6MB``, or a time such as ``12ms``.
 
         >>> Budget.parse("2.0G").amount(dense=4_608_338_304)
         2000000000
@@ -79,19 +79,19 @@ class Budget(str):
         return budget
 
     def amount(self, dense: int) -> int:
-        """Return the budget in units of its resource; ``dense`` is the amount of the dense model."""
+        """Return the budget as an amount of the resource; ``dense`` is the amount of the dense model."""
         exact = self.value * dense if self.relative else self.value
         return math.floor(round(exact, 3))  # 8.20G is a little below 8200000000 as a product of floats
 
     @property
     def label(self) -> str:
-        """Text for file names: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
+        """Text of the budget in file names: ``2.0G``, ``50pct``, ``params60pct``, ``latency12ms``."""
         text = self.replace("%", "pct")
         return text if self.resource == "flops" else self.resource.removeprefix("max_") + text
 
 
 def format_amount(amount: float, resource: str, *, up: bool = False) -> str:
-    """Three digits of an amount or more, as :func:`format_flops`; of a size or a time with its unit.
+    """Format an amount with 3 digits or more, and with its unit for a size or time. ``up``: round up.
 
     >>> format_amount(2_800_000, "params"), format_amount(5_717_000, "size")
     ('2.80M', '5.72MB')
@@ -109,7 +109,7 @@ def format_amount(amount: float, resource: str, *, up: bool = False) -> str:
 
 
 def format_flops(flops: float, *, up: bool = False) -> str:
-    """Three significant digits, rounded, or ``up`` so that the text as a budget is not below the count.
+    """Format a count with 3 significant digits. ``up``: round up, so that the text is a sufficient budget.
 
     >>> format_flops(4_608_338_304), format_flops(183_400_000), format_flops(950)
     ('4.61G', '183M', '950')

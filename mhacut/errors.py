@@ -8,46 +8,46 @@ from contextlib import contextmanager
 
 
 class MhacutError(Exception):
-    """An expected failure. The command line shows the message without a traceback, and exits with 1."""
+    """Base class of expected errors. The command line prints only the message, and exits with code 1."""
 
 
 class UsageError(MhacutError):
-    """An option with an invalid value (``flops="2,0G"``). The command line exits with 2."""
+    """Error for an option with an invalid value (``flops="2,0G"``). The command line exits with code 2."""
 
 
 class CheckpointError(MhacutError):
-    """A checkpoint that cannot be read or recognised, or is not safe to read."""
+    """Error for a checkpoint that cannot be read or recognised, or is not safe to read."""
 
 
 class UnsupportedModelError(MhacutError):
-    """A model without attention, or with an attention class that mhacut cannot prune."""
+    """Error for a model without attention, or with an attention class that mhacut cannot prune."""
 
 
 class PlanError(MhacutError):
-    """A plan that is inconsistent or does not fit the model."""
+    """Error for a plan that is inconsistent or does not fit the model."""
 
 
 class BudgetError(MhacutError):
-    """A budget that cannot be reached, or that the dense model already meets."""
+    """Error for a budget that cannot be reached, or that the dense model already meets."""
 
 
 class DataError(MhacutError):
-    """Images or labels that are missing, unreadable, or do not fit the model."""
+    """Error for images or labels that are missing, unreadable, or do not fit the model."""
 
 
 class OutputError(MhacutError):
-    """A file that cannot be written, or must not be overwritten."""
+    """Error for a file that cannot be written, or must not be overwritten."""
 
 
 class PeerFailed(MhacutError):
-    """Another process of the run failed and reports the reason."""
+    """Error of another process of the same run. The other process reports the reason."""
 
 
 OptionWriter = Callable[..., str]
 
 
 def option_name(name: str, *value: object) -> str:
-    """Return an option for a message: an argument in Python, a flag on the command line.
+    """Return an option as messages name it: a Python argument, or a flag on the command line.
 
     >>> option_name("round_to"), option_name("round_to", 8), option_name("labels", False)
     ('round_to', 'round_to=8', 'labels=False')

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 MAX_PIXELS = 2048 * 2048
-"""Largest area of an image. Far above what any ViT of timm is made for (1024 x 1024): at patches of 16 pixels
-it is 16,384 tokens, whose attention logits take 1 GB per head where they are held in memory."""
+"""Largest number of pixels of an input image. Attention on larger images would need more than about 1 GB per
+head."""
 
 MIN_CROP_PCT = 0.1
-"""Smallest ``crop_pct``: images are resized to the input size divided by ``crop_pct``."""
+"""Smallest ``crop_pct``. Images are resized to the input size divided by ``crop_pct``, then cropped."""
 MAX_CROP_PCT = 1.25
 """Largest ``crop_pct``. Above 1, images are smaller than the input and get a border, as in timm's VOLO."""
 
@@ -19,14 +19,14 @@ MAX_PARALLEL = 1024
 """Largest number of threads or processes. OpenMP aborts without a message at much higher numbers."""
 
 LICENSE = re.compile(r"[a-z0-9][a-z0-9.\-]{0,40}")
-"""Name of a license on the hub."""
+"""Pattern of license names on the Hugging Face Hub."""
 
 REPOSITORY = re.compile(r"[\w\-]([\w.\-]{0,94}[\w\-])?/[\w\-]([\w.\-]{0,94}[\w\-])?", re.ASCII)
-"""Owner and name of a repository on the hub."""
+"""Pattern of repository names on the Hugging Face Hub: owner and name."""
 
 
 def too_large(size: Sequence[int]) -> str:
-    """Return why an image of ``size``, [C, H, W] or [H, W], is too large; empty if it is not.
+    """Return why an image of ``size`` [C, H, W] or [H, W] is too large; empty if it is small enough.
 
     >>> too_large((3, 224, 224))
     ''
@@ -40,10 +40,8 @@ def too_large(size: Sequence[int]) -> str:
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value from JSON or YAML is an integer. ``true`` is not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value from JSON or YAML is a number, NaN and infinity included."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -16,16 +16,16 @@ LayerFamily = Literal["attention", "mlp"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 UnitKey = tuple[str, UnitKind]
-"""Name of a unit in a model: its layer and kind."""
+"""Identifier of a unit in a model: layer name and kind (qk, v or hidden)."""
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
 _TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
-"""Names of the merging rules in files: without and with copies to patches. Older files name only the first
-rule."""
+"""Names of the token merging rules in files: ``weights``, and ``checkerboard`` if merged tokens are copied
+back to their patches."""
 Unmerge = bool | Literal["rows"]
-"""Whether merged tokens are copied back to their patches. ``"rows"`` marks older files that match tokens in
+"""Whether merged tokens are copied back to their patches. ``"rows"``: older file, which matches tokens in
 raster order."""
 # Plans come from untrusted files, so that only module names are looked up in a model.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
@@ -33,25 +33,24 @@ _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
 @dataclass(frozen=True)
 class UnitPlan:
-    """Channels of one unit to keep.
+    """Channels to keep in a unit (q/k, v or hidden channels of a layer).
 
-    All heads keep the same number, possibly different channels. An MLP has 1 head.
+    All heads keep the same number of channels, possibly with different indices. An MLP counts as 1 head.
     """
 
     layer: str
     """Module name in the model: ``blocks.0.attn``."""
     kind: UnitKind
-    """``qk``, ``v`` or ``hidden``."""
     dense_width: int
     """Channels per head before the cut."""
     kept: tuple[tuple[int, ...], ...]
-    """Per head: indices of the kept channels, ascending, in ``range(dense_width)``."""
+    """For each head, the ascending indices of the kept channels in ``range(dense_width)``."""
     basis: Basis = "channel"
-    """Basis of the channels: ``channel`` (the model's own), or ``principal`` (principal components, strongest
-    first)."""
+    """Meaning of the channel indices: channels of the model (``channel``), or principal components, strongest
+    first (``principal``)."""
     unshared: bool = False
-    """Whether each head gets its own copy of tensors that heads share. Without copies, these heads keep the
-    same channels."""
+    """Whether each head gets its own copy of tensors that heads share; else such heads keep the same
+    channels."""
 
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
@@ -91,7 +90,6 @@ class UnitPlan:
 
     @property
     def width(self) -> int:
-        """Channels per head after the cut."""
         return len(self.kept[0])
 
     @property
@@ -99,7 +97,7 @@ class UnitPlan:
         return self.width == self.dense_width
 
     def after(self, earlier: UnitPlan) -> UnitPlan:
-        """Combine this cut with the ``earlier`` cut of the same unit. Indices refer to the dense layer."""
+        """Combine this cut with an ``earlier`` cut of the same unit. Indices refer to the dense layer."""
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
             raise PlanError(
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
@@ -123,18 +121,18 @@ class UnitPlan:
 class TokenPlan:
     """Tokens that a model leaves out or merges; by default none.
 
-    It is applied to the dense model, before channels are cut (:func:`mhacut.surgery.tokens.apply_tokens`).
+    They apply to the dense model, before a cut.
     """
 
     output_tokens: int | None = None
-    """Number of first tokens that the last block computes, because the head reads only these. None: all
-    tokens."""
+    """Number of first tokens that the last block computes, if the head reads only these. None: all tokens."""
     merged: tuple[int, ...] = ()
-    """Number of tokens that each block merges; empty without merging."""
+    """Number of tokens that each block merges, in the order of blocks; empty without merging."""
     unmerge: Unmerge = False
-    """Whether merged tokens are copied back to their patches, so that every patch has features."""
+    """Whether merged tokens are copied back to their patches, so that every patch has output features."""
     outside: tuple[int, int] | None = field(default=None, compare=False)
-    """Number of tokens before and after the patches, which never merge; None if the model's class says it."""
+    """Numbers of tokens before and after the patches, such as class tokens, which never merge. None if the
+    class of the model determines them."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -149,11 +147,10 @@ class TokenPlan:
             raise PlanError("token plan: `copied` and `read` cannot be combined")
 
     def __bool__(self) -> bool:
-        """Whether the plan changes anything."""
         return self.output_tokens is not None or bool(self.merged)
 
     def to_json(self) -> dict[str, Any]:
-        """Return a plain object that :meth:`from_json` reads back.
+        """Return the plan as a JSON object that :meth:`from_json` reads.
 
         >>> TokenPlan(output_tokens=1, merged=(0, 8)).to_json()
         {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
@@ -166,7 +163,7 @@ class TokenPlan:
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
-        """Return the plan that :meth:`to_json` wrote; the document may come from an untrusted file."""
+        """Return the plan that :meth:`to_json` wrote. ``document`` may come from an untrusted file."""
         if not isinstance(document, Mapping) or not set(document) <= _TOKEN_KEYS:
             raise PlanError(f"token plan: allowed keys are {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])
@@ -196,11 +193,14 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cut of a whole model: at most 1 :class:`UnitPlan` per unit. Other units keep all channels."""
+    """Cut of a whole model, with at most 1 :class:`UnitPlan` per unit.
+
+    Units without a plan keep all channels.
+    """
 
     units: tuple[UnitPlan, ...]
     tokens: TokenPlan = TokenPlan()
-    """Token merging, and tokens that the last block leaves out."""
+    """Plan of merged tokens, and of tokens that the last block leaves out."""
 
     def __post_init__(self) -> None:
         seen: set[UnitKey] = set()
@@ -222,9 +222,10 @@ class Plan:
         return {unit.key: unit.width for unit in self.units}
 
     def after(self, earlier: Plan) -> Plan:
-        """Combine this plan with ``earlier``, which was made before it, in the indices of the dense model.
+        """Combine this plan with an ``earlier`` plan of the same model, in the indices of the dense model.
 
-        Units that this plan does not name stay as ``earlier`` left them; its tokens replace the earlier ones.
+        Units without an entry in this plan keep their ``earlier`` entry. The token plan replaces the
+        ``earlier`` token plan.
         """
         # Tokens are counted on the dense model, so a later plan of tokens replaces the earlier one.
         before = {unit.key: unit for unit in earlier}
@@ -234,7 +235,7 @@ class Plan:
         return Plan(tuple(merged), self.tokens)
 
     def to_json(self) -> list[dict[str, Any]]:
-        """Return the units as a list of plain objects that :meth:`from_json` reads back, without ``tokens``.
+        """Return the unit plans as a list of JSON objects that :meth:`from_json` reads, without ``tokens``.
 
         >>> plan = Plan((UnitPlan("blocks.0.mlp", "hidden", 4, ((0, 2),)),))
         >>> plan.to_json()
@@ -256,14 +257,14 @@ class Plan:
 
     @classmethod
     def from_json(cls, document: object, tokens: object = None) -> Plan:
-        """Return the plan that :meth:`to_json` wrote; the documents may come from an untrusted file.
+        """Return the plan that :meth:`to_json` wrote. Both documents may come from an untrusted file.
 
         Args:
-            document: the units.
-            tokens: what :meth:`TokenPlan.to_json` wrote; None without.
+            document: list of unit plans, from :meth:`to_json`.
+            tokens: token plan, from :meth:`TokenPlan.to_json`; None without a token plan.
 
         Raises:
-            PlanError: anything that is not exactly such a document.
+            PlanError: ``document`` or ``tokens`` is not a valid plan.
         """
         if not isinstance(document, list):
             raise PlanError(f"plan: expected a list of units, found {type(document).__name__}")

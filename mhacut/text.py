@@ -24,12 +24,11 @@ def safe(text: object) -> str:
 
 
 def dtype_name(dtype: object) -> str:
-    """Return ``float32`` for ``torch.float32``."""
     return str(dtype).removeprefix("torch.")
 
 
 def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return the first ``most`` names as text, and the number of further names.
+    """Return the first ``most`` names and the number of further names, as text.
 
     >>> listed(["a", "b", "c"], most=2), listed([])
     ('a, b and 1 more', 'none')
@@ -56,7 +55,7 @@ def ranges(indices: Sequence[int]) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Return rows in aligned columns: ``left`` columns left-aligned, the others right-aligned.
+    """Return rows as a text table: the first ``left`` columns left-aligned, others right-aligned.
 
     >>> print(table([["", "dense", "slim"], ["FLOPs", "4.61G", "2.00G"]]))
            dense   slim
@@ -73,11 +72,11 @@ def table(rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
 
 
 def filled_columns(rows: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Return rows without the columns that are empty below the heading (the first row)."""
+    """Return table rows without the columns that are empty below the heading row."""
     columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def safe_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Return a :func:`table` and lines below it, with unsafe characters escaped."""
+    """Return a :func:`table` with lines below it. Unsafe characters are escaped."""
     return "\n".join([table([list(map(safe, row)) for row in rows]), *map(safe, notes)])

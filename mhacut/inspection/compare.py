@@ -35,7 +35,7 @@ _ADVICE = "Use the dense model that the checkpoint was made from"
 def read_dense(
     source: PathLike, opened: Checkpoint, reporter: Reporter, part: str | None = None
 ) -> Checkpoint:
-    """Read the checkpoint of ``--compare``, by default with the architecture of ``opened``."""
+    """Read the checkpoint of ``--compare``, by default with the architecture of the slim file."""
     identity = opened.identity
     architecture: dict[str, Any] = {}
     if not states_its_model(source, part):
@@ -68,14 +68,15 @@ class LayerComparison:
     name: str
     family: LayerFamily
     widths: Mapping[UnitKind, tuple[int, int]]
-    """Channels per head, dense and slim, of each unit that both models have."""
+    """Dense and slim channels per head of each kind of channels that both layers have."""
     flops: tuple[int, int]
     own_error: float
-    """||slim - dense|| / ||dense|| of the layer's output if both layers get the input of the dense layer."""
+    """||slim - dense|| / ||dense|| of the layer's output, if both layers get the dense layer's input."""
     error: float
-    """||slim - dense|| / ||dense|| of the layer's output in each model, with errors of earlier layers."""
+    """||slim - dense|| / ||dense|| of the layer's output in each model, including errors of earlier
+    layers."""
     tokens: int = 0
-    """Number of tokens per image that the layer of the slim model computes."""
+    """Number of tokens per image that the slim layer computes."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,10 @@ class Comparison:
     parameters: tuple[int, int]
     layers: tuple[LayerComparison, ...]
     agreement: float | None
-    """Share of images with the same top-1 class, in 0..1; None for models that give features."""
+    """Fraction of images for which both models have the same top-1 class; None for features."""
     divergence: float
-    """KL(dense || slim) of the class probabilities in nats, or squared error of features over variance."""
+    """KL(dense || slim) of the class probabilities in nats. For features, squared error divided by
+    variance."""
     images: int
     data: str
 
@@ -110,7 +112,7 @@ def compare(
     prunable: tuple[PrunableLayers, PrunableLayers] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Comparison:
-    """Run both models on ``images`` [n, C, H, W] and compare every layer."""
+    """Run both models on ``images`` [n, C, H, W] and compare the outputs of every layer."""
     option = option_name("compare", source)
     try:  # layers are compared token by token, so both models need the same tokens
         same_tokens = with_tokens(dense, tokens_of(slim))
@@ -172,7 +174,7 @@ def _flops(model: nn.Module, images: Tensor) -> Mapping[str, int]:
 
 
 class _Tally:
-    """Sums over the tokens of one layer, float64."""
+    """Sums of squared errors over the tokens of a layer, float64."""
 
     def __init__(self, channel_dim: int) -> None:
         self.channel_dim = channel_dim
@@ -180,7 +182,6 @@ class _Tally:
         self.tokens = 0
 
     def add_own(self, dense: Any, slim: Any) -> None:
-        """Add the slim layer's output for the dense layer's input."""
         dense, slim = _first(dense), _first(slim)
         self.own_square_error += float((slim - dense).double().square().sum())
 
@@ -193,7 +194,7 @@ class _Tally:
 
 
 def _first(output: Any) -> Any:
-    """Return the output tokens of a layer, which may also return the class token's attention."""
+    """Return the tokens of a layer's output, which may also contain attention weights."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -202,7 +203,7 @@ def _relative(square_error: float, square: float) -> float:
 
 
 class _LayerHooks:
-    """Hooks on the layers of both models; the slim model must run first."""
+    """Hooks on the layers of both models. The slim model must run before the dense model."""
 
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies
@@ -243,7 +244,6 @@ class _LayerHooks:
 
 
 def _check_alike(dense: PrunableLayers, slim: PrunableLayers, source: str) -> None:
-    """Raise a :class:`MhacutError` unless both models have the same layers and numbers of heads."""
     heads = {unit.key: unit.heads for unit in dense.units()}
     odd = {layer.name for layer in slim.layers} ^ {layer.name for layer in dense.layers}
     odd |= {unit.layer for unit in slim.units() if heads.get(unit.key, unit.heads) != unit.heads}

@@ -30,21 +30,22 @@ from mhacut.text import dtype_name
 @dataclass(frozen=True)
 class HeadFindings:
     similarity: float
-    """Mean absolute similarity of a channel to the others of the head, in 0..1; 0 if none are similar."""
+    """Mean absolute similarity of a channel to the head's other channels, in 0..1; 0 for unrelated
+    channels."""
     rank99: int
-    """Number of principal channels with 99 % of the energy of the logits (qk) or of the head's output (v)."""
+    """Number of principal channels that hold 99 % of the energy of the logits (qk) or of the head's output
+    (v)."""
 
 
 def describe_heads(
     module: nn.Module, unit: Unit, moments: UnitMoments, similarity: Tensor
 ) -> tuple[HeadFindings, ...]:
-    """Describe each head of ``unit``; ``similarity`` [H, d] is that of a channel to others of its head."""
+    """Describe each head of ``unit``. ``similarity`` [H, d] compares a channel with others of its head."""
     ranks = effective_rank(_energies(module, unit, moments), 0.99)  # (H)
     return tuple(map(HeadFindings, similarity.mean(-1).tolist(), ranks.tolist()))
 
 
 def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
-    """Energies of the principal channels of each head, descending, [H, d]."""
     every = moments.every
     if unit.linear:  # linear attention has no logits
         return falling_eigenvalues(every[0].energy)
@@ -57,7 +58,6 @@ def _energies(module: nn.Module, unit: Unit, moments: UnitMoments) -> Tensor:
 
 
 def _per_head(unit: Unit, moments: Moments) -> Moments:
-    """Moments of each head, [H, d, d], from the moments of all channels, [H * d, H * d]."""
     # Heads are cut separately, so products of channels of different heads are not needed.
     blocks = moments.second.view(unit.heads, unit.width, unit.heads, unit.width)
     second = torch.stack([blocks[head, :, head] for head in range(unit.heads)])  # (H, d, d)
@@ -65,39 +65,40 @@ def _per_head(unit: Unit, moments: Moments) -> Moments:
 
 
 BY_WEIGHTS = "weights alone, inputs assumed uncorrelated (white)"
-"""``judged_by`` of an inspection without images."""
+"""Value of ``judged_by`` for an inspection without images."""
 
 
 @dataclass(frozen=True)
 class UnitReport:
-    """Description of the q/k or v channels of one attention layer, or of the hidden channels of one MLP."""
+    """Description of the q/k or v channels of an attention layer, or of the hidden channels of an MLP."""
 
     kind: UnitKind
     head_count: int
-    """Number of heads: 1 for ``hidden``; fewer than in the layer if heads share channels."""
+    """Number of heads with their own channels: 1 for ``hidden``, fewer than in the layer if heads share
+    channels."""
     now: int
-    """Channels per head, or of the whole MLP."""
+    """Current number of channels per head, or of hidden channels of the MLP."""
     dense: int
     basis: Basis
     kept: tuple[tuple[int, ...], ...] | None
-    """Indices of the dense channels that each head keeps; None if nothing was cut."""
+    """Indices of the kept channels of each head in the dense model; None if nothing was cut."""
     heads: tuple[HeadFindings, ...]
-    """Findings about each head. Empty for hidden channels, if only shapes were read, and without images if
-    inputs cannot be assumed white."""
+    """Similarity and rank of each head. Empty for hidden channels and if only tensor shapes were read. Also
+    empty without images if the layer's inputs cannot be modelled as white noise."""
 
 
 @dataclass(frozen=True)
 class LayerReport:
     name: str
-    """Module name, ``blocks.0.attn``."""
+    """Module name in the model: ``blocks.0.attn``."""
     module: str
     family: LayerFamily
     heads: int | None
-    """Number of heads; None for an MLP, or if the number is unknown."""
+    """Number of attention heads; None for an MLP, or if the number is unknown."""
     units: Mapping[UnitKind, UnitReport]
     not_prunable: Mapping[UnitKind, str]
     coupled_with: Mapping[UnitKind, UnitKind]
-    """Kinds whose channels are tied to those of another kind."""
+    """Kinds of channels that are cut together with another kind, each with the other kind."""
     flops: int
     share: float
     parameters: int
@@ -109,26 +110,27 @@ class Inspection:
     source: str
     architecture: str
     input_size: tuple[int, int, int]
-    """[C, H, W] of the images that FLOPs are counted for."""
+    """Image size [C, H, W] for which FLOPs are counted."""
     classes: int
-    """Number of classes; 0 for a model that gives features."""
+    """Number of classes; 0 for a model without a classifier."""
     flops: int
     parameters: int
     dtypes: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     not_prunable: tuple[str, ...]
-    """Lines that name what is not prunable, one for each reason."""
+    """Lines of text that name modules that are not prunable, 1 line for each reason."""
     preprocessing: Preprocessing
     provenance: Provenance
     history: tuple[Mapping[str, Any], ...]
-    """A slim file's record of the commands that made it, oldest first; untrusted. Empty for a dense file."""
+    """Commands that made a slim file, oldest first, as the file states them (untrusted). Empty for a dense
+    file."""
     slim: bool
-    """Whether the file was cut by mhacut."""
+    """Whether mhacut wrote the file after a cut."""
     tokens: TokenPlan
-    """Tokens that the model merges or leaves out."""
+    """Plan of the tokens that the model merges or leaves out."""
     judged_by: str | None
-    """Basis of the findings about heads: a description of images, or :data:`BY_WEIGHTS`; None if only shapes
-    were read."""
+    """Source of the findings about heads: a description of the images, or :data:`BY_WEIGHTS`; None if only
+    shapes were read."""
 
 
 def inspect_model(
@@ -222,7 +224,6 @@ def _unit_report(unit: Unit, plan: UnitPlan | None, findings: tuple[HeadFindings
 
 
 def _heads(layer: Layer, module: nn.Module) -> int | None:
-    """Number of heads; None where no unit can be cut and the module has no ``num_heads``."""
     if layer.units:
         return max(unit.heads for unit in layer.units)
     heads = getattr(module, "num_heads", None)
@@ -233,7 +234,7 @@ def _heads(layer: Layer, module: nn.Module) -> int | None:
 
 
 def summary(inspection: Inspection) -> str:
-    """Return the share of attention in FLOPs, the kept channels, and their redundancy, in 1 line."""
+    """Return a line with attention's share of the FLOPs, the kept channels, and their redundancy."""
     spent = sum(layer.share for layer in inspection.layers if layer.heads is not None)
     parts = [f"attention {100 * spent:.0f} % of {format_flops(inspection.flops)}"]
     kept, useful = [], []

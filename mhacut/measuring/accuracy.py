@@ -17,7 +17,7 @@ from mhacut.errors import DataError, MhacutError, option_name
 
 _TOP = 5
 _MANY = 1000
-"""Tables show the standard error of the accuracy for fewer images. It is about 1 point at this number."""
+"""Number of images below which output tables show the standard error of the accuracy."""
 
 
 @dataclass(frozen=True)
@@ -25,67 +25,64 @@ class Evaluation:
     """Accuracy of a model on labelled images."""
 
     top1: float
-    """Percentage of images whose label is the model's top-1 class."""
+    """Top-1 accuracy in percent of the images."""
     top5: float | None
-    """Percentage of images whose label is among the model's top five classes; None for 5 classes or fewer."""
+    """Top-5 accuracy in percent of the images; None for models with 5 classes or fewer."""
     images: int
     seconds: float
-    """Wall time, reading images included."""
+    """Wall time of the evaluation in seconds, including the time to read images."""
     loss: float | None = None
-    """Mean cross-entropy, in nats."""
+    """Mean cross-entropy in nats."""
     sample: str = "images"
-    """Name of the images in labels: ``validation images``."""
+    """Name of the image set in output texts: ``validation images``."""
 
     @property
     def standard_error(self) -> float:
-        """Standard error of ``top1``, in points."""
+        """Standard error of the top-1 accuracy, in percentage points."""
         # Agresti and Coull add 2 right and 2 wrong answers. Otherwise, 6 right of 6 would have an error of 0.
         right = (self.top1 / 100 * self.images + 2) / (self.images + 4)
         return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
 
     @property
     def judged_on(self) -> str:
-        """Number and name of the images, with the standard error of ``top1`` if there are few."""
+        """Text with the number and name of the images, and the standard error for few images."""
         return f"of {self.images} {self.sample}{self.doubt}"
 
     @property
     def label(self) -> str:
-        """Label of ``top1`` in tables."""
         return f"top-1, % {self.judged_on}"
 
     @property
     def doubt(self) -> str:
-        """Standard error of ``top1`` as tables write it after the number; empty if there are many images."""
+        """Text of the standard error, such as `` (± 0.5)``; empty for many images."""
         return f" (± {self.standard_error:.2g})" if self.images < _MANY else ""
 
 
 @dataclass(frozen=True)
 class ModelFigures:
-    """Size, cost and accuracy of a model."""
-
     flops: int
     parameters: int
     latency_ms: float | None = None
-    """Median of interleaved runs, per batch; None when not measured."""
+    """Median latency per batch, in milliseconds; None if not measured."""
     evaluation: Evaluation | None = None
-    """Accuracy on the validation images; None without any."""
+    """Accuracy on the validation images; None without validation images."""
     size: int | None = None
-    """Bytes of the file, in the dtype of the checkpoint; for the dense model, bytes of its tensors."""
+    """Bytes of the model file, in the dtype of the checkpoint. For the dense model, bytes of its tensors."""
 
 
 class Figure(NamedTuple):
-    """A measured value of the dense model and of the slim model; None if it was not measured."""
+    """A measured quantity of the dense model and of the slim model; None if it was not measured."""
 
     name: str
     dense: float | None
     slim: float | None
     unit: str
-    """``%``, ``ms``, ``B``, a unit of divergence, or empty for a count."""
+    """Unit of both values: ``%``, ``ms``, ``B``, a unit of divergence, or empty for a count."""
     conditions: str = ""
 
     @property
     def label(self) -> str:
-        """Name, unit and conditions. Sizes have their unit in each cell."""
+        """Name, unit and measurement conditions, as the first cell of a table row."""
         return f"{self.heading} {self.conditions}".rstrip()
 
     @property
@@ -102,7 +99,7 @@ class Figure(NamedTuple):
         return f"{value:.2g}" if self.unit else format_flops(value)
 
     def row(self) -> tuple[str, str, str, str]:
-        """Return cells of a table: label, dense, slim, and their ratio or the difference of percentages."""
+        """Return table cells: label, dense value, slim value, and ratio (for percentages: difference)."""
         ratio = ""
         if self.dense is not None and self.slim is not None:
             percent = self.unit == "%"
@@ -111,7 +108,7 @@ class Figure(NamedTuple):
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Return the standard error, in points, of the difference of two top-1 accuracies on the same images."""
+    """Return the standard error of the difference of 2 top-1 accuracies, in percentage points."""
     # Paired: the variance of the difference of the two answers to one image, each -1, 0 or 1.
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
     mean = sum(lost) / len(lost)
@@ -120,7 +117,7 @@ def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> flo
 
 
 def accuracy_for_history(before: Evaluation | None, after: Evaluation | None) -> dict[str, Any]:
-    """Return the item of a command's entry in a slim file's history; nothing unless both were measured."""
+    """Return the accuracy entry for a slim file's history; empty unless both models were measured."""
     if before is None or after is None:
         return {}
     return {"accuracy": {"top1_before": before.top1, "top1_after": after.top1, "images": after.images}}
@@ -136,9 +133,10 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     answers: list[tuple[Tensor, Tensor]] | None = None,
 ) -> Evaluation:
-    """Measure the accuracy of ``model`` on batches of images [B, C, H, W] and labels [B]; -1 is no label.
+    """Measure the accuracy of ``model`` on batches of images [B, C, H, W] and labels [B].
 
-    ``answers`` receives the logits and labels of each batch, on the CPU.
+    Images with label -1 are not counted. ``answers`` receives the logits and labels of each batch, on the
+    CPU.
     """
     began, was_training = time.perf_counter(), model.training
     model.to(device).eval()
@@ -190,38 +188,38 @@ def _check_finite(logits: Tensor, batch: int, amp: bool) -> None:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Likeness of a slim model's outputs to those of the dense model."""
+    """Similarity of a slim model's outputs to the dense model's outputs."""
 
     divergence: float
-    """KL divergence of the classes in nats, or divergence of features; mean over images."""
+    """Mean over images of the KL divergence of class probabilities in nats, or of the divergence of
+    features."""
     agreement: float | None
-    """Share of images with the same top-1 class, in 0..1; None for features."""
+    """Fraction of images for which both models have the same top-1 class; None for features."""
     images: int
     sample: str
-    """Name of the images: ``validation images``."""
+    """Name of the image set in output texts: ``validation images``."""
 
     @property
     def judged_on(self) -> str:
-        """Number and name of the images, for readers."""
         return f"{self.images} {self.sample}" if self.images > 1 else f"1 {self.sample}".removesuffix("s")
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Agreement of a program's outputs with those of the model that it was made from."""
+    """Similarity of an exported program's outputs to the outputs of its source model."""
 
     images: int
     kl: float | None
-    """Mean KL divergence of the program's classes from the model's, in nats; None if the outputs are not
-    logits."""
+    """Mean KL divergence of the program's class probabilities from the model's, in nats. None if the outputs
+    are not logits."""
     same_answer: float | None
-    """Fraction of images with the same top-1 class; None if the outputs are not logits."""
+    """Fraction of images for which program and model have the same top-1 class. None if the outputs are not
+    logits."""
     cosine: float
-    """Mean cosine between the outputs of an image."""
+    """Mean over images of the cosine between the outputs of program and model."""
 
 
 def agreement(expected: Tensor, found: Tensor, *, classes: bool) -> Agreement:
-    """Return how far ``found`` agrees with ``expected``, both [B, outputs], or [B, ...] without classes."""
     p, q = expected.double().flatten(1), found.double().flatten(1)
     cosine = float(F.cosine_similarity(p, q).mean())
     if not classes:

@@ -16,13 +16,15 @@ _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 _DRIFT = 0.03
-"""Repeat a measurement if the first program's time changed by more than this fraction within it."""
+"""Largest relative change of the first program's time within a measurement. Above it, the measurement is
+repeated."""
 _TRIES = 3
 _MAX_TRIES = 5
 _DEVIATION = 1.4826 * 1.2533
-"""Standard error of the median over median absolute deviation, times sqrt(count), for a Gaussian."""
+"""Factor from the median absolute deviation over sqrt(count) to the standard error of the median, for a
+Gaussian."""
 _PATIENCE = 3.0
-"""End a measurement of processor time after this multiple of its duration in wall time."""
+"""Maximum wall time of a measurement of processor time, as a multiple of the planned duration."""
 
 Run = Callable[[], object]
 
@@ -35,13 +37,10 @@ def latency_conditions(conditions: Mapping[str, Any]) -> str:
 
 
 def fixed_images(batch_size: int, input_size: tuple[int, int, int]) -> torch.Tensor:
-    """Return noise images [B, C, H, W] to time models on."""
     return torch.randn(batch_size, *input_size, generator=torch.Generator().manual_seed(0))
 
 
 def run_of(model: Callable[[torch.Tensor], object], images: torch.Tensor) -> Callable[[], object]:
-    """Return a function that runs ``model`` on ``images`` without gradients."""
-
     def run() -> object:
         with torch.inference_mode():
             return model(images)
@@ -56,7 +55,7 @@ def take_turns(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Return the seconds of each call of ``runs``. Only compare times within one result.
+    """Return the seconds of each call of ``runs``; only times of the same result are comparable.
 
     The runs take turns, and every other round is reversed, so that changes of the machine's speed affect all
     runs equally.
@@ -69,20 +68,18 @@ class Comparison:
     """Median times of several programs that ran in turns, and ratios to the first program."""
 
     milliseconds: tuple[float, ...]
-    """Median time of each program: processor time for 1 CPU thread if its clock is fine enough, else wall
-    time."""
+    """Median time of each program: processor time for 1 CPU thread (except on Windows), else wall time."""
     wall: tuple[float, ...]
     """Median wall time of each program, in milliseconds."""
     ratios: tuple[float, ...]
-    """Median over rounds of each program's time relative to the first program in the same round."""
+    """For each program, the median over rounds of its time divided by the first program's time."""
     drift: float
-    """Relative difference of the first program's median times in both halves of the rounds."""
+    """Relative difference of the first program's median times in the first and second half of the rounds."""
     error: float = 0.0
-    """Maximum relative standard error of the ratios, for independent rounds."""
+    """Largest relative standard error of the ratios, if rounds are independent."""
 
     @property
     def steady(self) -> bool:
-        """Whether the speed of the machine stayed constant."""
         return self.drift <= _DRIFT
 
 
@@ -94,9 +91,9 @@ def compare_runs(
     threads: int,
     precision: float | None = None,
 ) -> Comparison:
-    """Time ``runs`` in turns, repeated at most 3 times while the speed of the machine changes.
+    """Time ``runs`` in turns, with at most 3 repetitions if the machine's speed changes.
 
-    For 1 CPU thread, ratios compare processor time, which excludes other programs.
+    With 1 CPU thread, processor time is compared, which excludes other programs.
     """
     # Windows counts the time of a process in ticks of 16 ms, which is too coarse.
     by_process = device.type == "cpu" and threads == 1 and sys.platform != "win32"
@@ -118,7 +115,6 @@ def compare_runs(
 
 
 def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
-    """Summarise the seconds of all calls by wall time and by the clock for comparison."""
     # Ratios are taken within a round and then their median: what slows the machine for a while slows both.
     compared = [[call[-1] for call in own] for own in times]
     first = compared[0]
@@ -134,7 +130,6 @@ def _compared(times: Sequence[Sequence[Sequence[float]]]) -> Comparison:
 
 
 def _relative_error(values: Sequence[float]) -> float:
-    """Return the relative standard error of the median of ``values``, assuming a Gaussian distribution."""
     middle = statistics.median(values)
     deviation = statistics.median(abs(value - middle) for value in values)
     return _DEVIATION * deviation / middle / math.sqrt(len(values))
@@ -147,7 +142,10 @@ def _turns(
     clocks: Sequence[Callable[[], float]],
     patience: float = 1.0,
 ) -> list[list[list[float]]]:
-    """Return the seconds of each call by each of ``clocks``, for ``seconds`` on the last clock."""
+    """Return the seconds of each call by each of ``clocks``.
+
+    The last clock decides when ``seconds`` are over.
+    """
     # The first calls allocate memory, pick kernels, and compile.
     for run in runs:
         for _ in range(_WARM_UP):
@@ -166,7 +164,6 @@ def _turns(
 
 
 def _time(run: Run, device: torch.device, clocks: Sequence[Callable[[], float]]) -> list[float]:
-    """Return the seconds of a call, including GPU work, by each of ``clocks``."""
     # Kernels are only queued: without waiting, the clock would measure the queueing.
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -18,18 +18,18 @@ from timm.data.constants import (
 from torch import Tensor, nn
 
 SAMPLE = 256
-"""Number of images that reveal a wrong normalisation."""
+"""Number of images on which a wrong input normalisation is searched."""
 _SCREENED = 4
-"""1 of this many images selects candidates; the other images compare them, which avoids selection bias."""
+"""1 in this many images selects candidate normalisations. The other images compare the candidates."""
 _CLEAR, _CERTAIN = 2.0, 3.0
-"""Standard errors of a difference for a hint, and for certainty."""
+"""Accuracy difference, in standard errors, above which another normalisation is a hint or is certain."""
 _SAME = 0.002
-"""Tolerance for means and standard deviations that differ only in rounding."""
+"""Largest rounding difference between means or standard deviations of the same normalisation."""
 
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation per channel, for pixels in 0..1."""
+    """Mean and standard deviation of input pixels in 0..1, per colour channel."""
 
     name: str
     mean: tuple[float, ...]
@@ -42,24 +42,24 @@ USUAL = (
     Normalisation("CLIP's", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     Normalisation("CIFAR-10's usual", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
 )
-"""Normalisations of timm models, and of models trained on small images."""
+"""Normalisations of timm models and of models trained on small images."""
 
 
 @dataclass(frozen=True)
 class BetterNormalisations:
-    """Normalisations with clearly higher accuracy than the model's own normalisation."""
+    """Normalisations with which a model is clearly more accurate than with its own normalisation."""
 
     ranked: tuple[tuple[Normalisation, float], ...]
-    """Normalisations with their accuracy in percent, best first; at least 1."""
+    """Better normalisations with their top-1 accuracy in percent, best first; at least 1."""
     own_top1: float
-    """Accuracy with the model's own normalisation on the same images, in percent."""
+    """Top-1 accuracy in percent with the model's own normalisation, on the same images."""
     images: int
     certain: bool
-    """Whether the difference exceeds 3 standard errors instead of 2."""
+    """Whether the accuracy difference exceeds 3 standard errors; it always exceeds 2."""
 
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Starts a pass over batches of (images [B, C, H, W], labels [B]), the same in each pass."""
+"""Function that starts a pass over batches (images [B, C, H, W], labels [B]), equal in each pass."""
 
 
 @torch.inference_mode()
@@ -68,8 +68,8 @@ def better_normalisation(
 ) -> BetterNormalisations | None:
     """Return common normalisations that are better than ``mean`` and ``std`` by 2 standard errors.
 
-    A quarter of the images selects candidates. Only if there are candidates, the other images compare them,
-    so that a correct normalisation costs about 1 pass over :data:`SAMPLE` images.
+    A quarter of the images selects candidates. The other images compare the candidates, if there are any, so
+    that a correct normalisation costs about 1 pass over :data:`SAMPLE` images.
     """
     if len(mean) != 3:
         return None
@@ -107,7 +107,7 @@ def _right(
     *,
     screening: bool,
 ) -> Tensor:
-    """Return which images are classified correctly with each normalisation, [normalisations, images] bool."""
+    """Return which images are classified correctly with each normalisation, [normalisations, images]."""
     right: list[Tensor] = []
     for images, labels in _part(batches(), screening):
         images, labels = images.to(device), labels.to(device)
@@ -117,7 +117,6 @@ def _right(
 
 
 def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every fourth image of the sample, or all others."""
     seen = 0
     for images, labels in batches:
         numbers = torch.arange(seen, seen + len(labels))
@@ -130,7 +129,6 @@ def _part(batches: Iterable[tuple[Tensor, Tensor]], screening: bool) -> Iterator
 
 
 def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> Tensor:
-    """Return images [B, 3, H, W] with normalisation ``own`` replaced by ``other``."""
     if other is own:
         return images
     own_mean, own_std, mean, std = (
@@ -141,6 +139,6 @@ def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> T
 
 
 def _standard_errors(first: Tensor, second: Tensor) -> float:
-    """Return by how many standard errors ``first`` is more often true than ``second`` (McNemar's test)."""
+    """Return by how many standard errors ``first`` is true more often than ``second`` (McNemar's test)."""
     alone = int((first & ~second).sum()), int((second & ~first).sum())
     return (alone[0] - alone[1]) / math.sqrt(max(1, sum(alone)))

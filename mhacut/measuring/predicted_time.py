@@ -14,25 +14,25 @@ from itertools import accumulate
 from typing import Any
 
 _PAIR = ("qk", "v")
-"""Kinds of units whose layer is faster if both have the same width."""
+"""Kinds of channels whose attention layer is faster if both have the same width."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A measured time."""
+    """Measured time of a layer at certain widths."""
 
     widths: Mapping[str, int]
-    """Channels per head by kind."""
+    """Channels per head, by kind (qk, v or hidden)."""
     share: float
-    """Time relative to the complete dense model."""
+    """Time of the layer divided by the time of the dense model."""
 
 
 @dataclass(frozen=True)
 class LayerTimes:
     """Times of a layer at a few widths, interpolated linearly.
 
-    Assumes that kinds of channels save time independently, except for a penalty on the difference of q/k and
-    v widths.
+    Kinds of channels are assumed to save time independently, except for a penalty on the difference of q/k
+    and v widths.
     """
 
     dense: Point
@@ -40,7 +40,6 @@ class LayerTimes:
     _known: dict[tuple[int, ...], float] = field(default_factory=dict, repr=False, compare=False)
 
     def at(self, widths: Mapping[str, int]) -> float:
-        """Return the time at ``widths`` relative to the dense model."""
         key = tuple(widths[kind] for kind in self.dense.widths)
         if key not in self._known:
             self._known[key] = self._at(widths)
@@ -55,13 +54,13 @@ class LayerTimes:
         return max(time, 0.0)
 
     def _alone(self, kind: str) -> list[tuple[float, float]]:
-        """Return (width, time) of points at which only ``kind`` is cut."""
+        """Return (width, time) of the measured points at which only channels of ``kind`` are cut."""
         cut = [(point.widths[kind], point.share) for point in self.others if self._cuts(point) == {kind}]
         return _rising([*cut, (self.dense.widths[kind], self.dense.share)])
 
     @cached_property
     def _pair(self) -> _PairTimes | None:
-        """Times by q/k and v widths with dense other channels; None if not measured."""
+        """Times by q/k and v widths, with other channels dense; None if not measured."""
         dense = [self.dense.widths.get(kind) for kind in _PAIR]
         if dense[0] is None or dense[0] != dense[1]:
             return None
@@ -78,18 +77,18 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class _PairTimes:
-    """Times of a layer by its q/k and v widths."""
+    """Times of an attention layer by its q/k and v widths."""
 
     equal: list[tuple[float, float]]
-    """(width of both, time)."""
+    """Pairs of (width, time) at equal q/k and v widths."""
     skew: list[tuple[float, float]]
-    """(width, extra time of q/k compared with v at this width), up to a constant."""
+    """Pairs of (width, extra time of q/k compared with v at this width), up to a constant."""
     extra: list[tuple[float, float]]
-    """(difference of the widths, extra time over the mean of both equal widths)."""
+    """Pairs of (difference between q/k and v width, extra time compared with equal widths)."""
 
     @classmethod
     def of(cls, times: Mapping[tuple[int, int], float]) -> _PairTimes:
-        """Take times by (q/k, v) widths: equal pairs, and unequal pairs in both orders."""
+        """Fit the times of (q/k, v) width pairs. Unequal pairs must be measured in both orders."""
         # A kernel pads the narrower of q/k and v, or takes another path. The difference between both ways
         # round is the skew of the two widths; what their mean takes beyond equal widths is the extra.
         equal = _rising([(qk, time) for (qk, v), time in times.items() if qk == v])
@@ -117,7 +116,7 @@ class _PairTimes:
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points sorted by their first number, with the second made monotonic."""
+    """Return points sorted by their first number, with their second number made monotonic."""
     # Isotonic by the mean of the two monotone envelopes; a plan must never seem faster by keeping more.
     widths, times = zip(*sorted(points), strict=True)
     above = accumulate(times, max)
@@ -126,7 +125,6 @@ def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:
-    """Return the linear interpolation at ``at``, constant outside the line."""
     if len(points) == 1:
         return points[0][1]
     right = min(max(bisect_right([first for first, _ in points], at), 1), len(points) - 1)
@@ -136,21 +134,22 @@ def _between(points: Sequence[tuple[float, float]], at: float) -> float:
 
 @dataclass(frozen=True)
 class TimeTable:
-    """Time of a model at any widths."""
+    """Predicted time of a model at any widths, from the times of its layers."""
 
     calls: tuple[tuple[str, int], ...]
-    """Calls of layers in a forward pass: (name, index in ``layers``)."""
+    """Layer calls in a forward pass, each with the layer name and its index in ``layers``."""
     layers: tuple[LayerTimes, ...]
     uncut: float
-    """Time of the model with all channels relative to the dense model; below 1 if tokens are left out."""
+    """Time of the model with all channels, divided by the time of the dense model; below 1 if tokens are
+    merged or left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """A pair per timed model: the sum of the time saved in its layers, and the time saved by the complete
-    model. Both are fractions of the dense model's time."""
+    """For each timed model, the sum of the time saved in its layers and the time saved by the whole model,
+    divided by the time of the dense model."""
     dense: int = 10**9
-    """Time of the dense model in nanoseconds per batch, measured last."""
+    """Latest measured time of the dense model, in nanoseconds per batch."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
-        """Return the nanoseconds per batch at ``widths``; missing units keep all channels."""
+        """Return the predicted nanoseconds per batch at ``widths``. Units not in ``widths`` are uncut."""
         # Savings, not times, are scaled: what no layer accounts for (embedding, norms, head) stays as it is.
         saved = self.saved_by_layers(widths)
         if self.anchors:
@@ -158,7 +157,6 @@ class TimeTable:
         return round(self.dense * max(self.uncut - saved, 0.0))
 
     def saved_by_layers(self, widths: Mapping[Any, int]) -> float:
-        """Return the time saved by the layers at ``widths``, relative to the dense model's time."""
         saved = 0.0
         for name, index in self.calls:
             times = self.layers[index]
@@ -167,7 +165,6 @@ class TimeTable:
         return saved
 
     def with_anchors(self, models: Sequence[tuple[Mapping[Any, int], float]]) -> TimeTable:
-        """Return a table corrected by timed models."""
         anchors = [(self.saved_by_layers(widths), max(self.uncut - share, 0.0)) for widths, share in models]
         return replace(self, anchors=tuple(anchor for anchor in anchors if anchor[0] > 0))
 
@@ -191,7 +188,6 @@ def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, in
 
 
 def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
-    """Return widths near some quarters of the dense width, without the dense width."""
     dense = choices[-1]
     nearest = {min(choices, key=lambda width: abs(width - dense * part / 4)) for part in quarters}
     return sorted(nearest - {dense})
@@ -200,47 +196,45 @@ def _spread(choices: Sequence[int], quarters: Iterable[int]) -> list[int]:
 # -- by FLOPs --
 
 Line = tuple[tuple[int, float], ...]
-"""(FLOPs, time relative to the dense model) of a few models, both ascending."""
+"""Pairs of (FLOPs, time divided by the time of the dense model) of a few models, ascending."""
 
 
 @dataclass(frozen=True)
 class TimeCurve:
-    """Time of a model as a function of its FLOPs, interpolated between measured models.
+    """Predicted time of a model as a function of its FLOPs, interpolated between timed models.
 
-    Merged tokens speed up all layers, so times of single layers do not add up. FLOPs ignore the time of token
-    matching, so merging models have their own line.
+    Models that merge tokens have their own line, because FLOPs do not include the time of token matching.
     """
 
     cut: Line
-    """Line through models without merging, including the dense model."""
+    """Line through timed models without token merging, including the dense model."""
     merged: Line
-    """Line through models with merging."""
+    """Line through timed models with token merging."""
     dense: int
-    """Time of the dense model in nanoseconds per batch."""
+    """Measured time of the dense model, in nanoseconds per batch."""
     factors: tuple[float, float] = (1.0, 1.0)
-    """Correction factors of both lines, from later measurements."""
+    """Correction factors of the lines ``cut`` and ``merged``, from later time measurements."""
 
     @classmethod
     def through(
         cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
     ) -> TimeCurve:
-        """Return the curve through models; models slower than one of more FLOPs are dropped."""
+        """Return the curve through timed models. Models slower than a model of more FLOPs are dropped."""
         return cls(_fastest(cut), _fastest(merged), dense)
 
     def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
-        """Return the curve with one line scaled to pass through a measured model."""
+        """Return a curve whose line ``merged`` or ``cut`` is scaled to pass through a timed model."""
         # One factor a line: what matching tokens takes is no FLOP, and on one of the two lines only.
         plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
         factor = nanoseconds / max(plain, 1)
         return replace(self, factors=(self.factors[0], factor) if merges else (factor, self.factors[1]))
 
     def at(self, flops: int, *, merges: bool) -> int:
-        """Return the expected nanoseconds per batch for a number of FLOPs."""
         line = self.merged if merges else self.cut
         return max(round(self.factors[merges] * self.dense * _between(line, flops)), 0)
 
     def flops(self, nanoseconds: int, *, merges: bool) -> int:
-        """Return the maximum FLOPs within a time; below 0 if none are."""
+        """Return the maximum FLOPs for a time in nanoseconds per batch; negative if the time is too short."""
         line, share = self.merged if merges else self.cut, nanoseconds / (self.factors[merges] * self.dense)
         if len(line) == 1:
             return line[0][0] if line[0][1] <= share else -1
@@ -248,7 +242,7 @@ class TimeCurve:
 
 
 def _fastest(models: Sequence[tuple[int, float]]) -> Line:
-    """Return the models sorted by FLOPs, without models that are slower than one of more FLOPs."""
+    """Return models sorted by FLOPs, without models that are slower than a model of more FLOPs."""
     line: list[tuple[int, float]] = []
     for flops, share in sorted(models):
         while line and line[-1][1] >= share:
