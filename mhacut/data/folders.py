@@ -19,25 +19,25 @@ from mhacut.runtime.files import check_class_map, check_data_dir
 from mhacut.text import listed
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
-"""Suffixes of image files, in lower case."""
+"""Suffixes of file names that are read as images, in lower case."""
 SPLIT_NAMES = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "eval", "evaluation"),
 }
-"""Folder names of a split, in order of preference. Other splits have only their own name."""
+"""Folder names of the splits train and val, the preferred name first."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """Images of one split, not opened."""
+    """Paths and class folders of the images of a split. The images are not opened."""
 
     path: Path
     images: tuple[str, ...]
-    """Paths relative to ``path``, with forward slashes, sorted."""
+    """Image paths relative to ``path``, with forward slashes, sorted."""
     names: tuple[str, ...]
-    """Class folder of each image; '' outside class folders."""
+    """Class folder of each image; an empty text for images outside class folders."""
     classes: tuple[str, ...]
-    """Class folders in timm's order (2 before 10), including empty ones."""
+    """All class folders, also empty ones, in timm's order (2 before 10)."""
 
     @property
     def name(self) -> str:
@@ -50,14 +50,12 @@ class Folder:
 
 
 def has_split(data: LabelledImages, split: str) -> bool:
-    """Whether ``split`` exists as a folder, or a named dataset is used."""
     if data.dataset is not None:
         return True
     return data.data_dir is not None and split_folder(Path(data.data_dir), split) is not None
 
 
 def split_folder(root: Path, split: str) -> Path | None:
-    """Return the folder of a split under any of its names; None if missing."""
     synonyms = next((names for names in SPLIT_NAMES.values() if split in names), ())
     for name in (split, *synonyms):
         if os.path.isdir(root / name):
@@ -66,14 +64,14 @@ def split_folder(root: Path, split: str) -> Path | None:
 
 
 def subfolders(root: Path) -> list[str]:
-    """Visible folders in ``root``, in timm's class order."""
+    """Return the names of the visible folders in ``root``, in timm's class order (2 before 10)."""
     names = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     # The name itself breaks ties between "a" and "A".
     return sorted(names, key=lambda name: (natural_key(name), name))
 
 
 def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
-    """Return the folder of ``split``; ``data_dir`` itself for train and val if it has no splits."""
+    """Return the folder of ``split``; without split folders, ``data_dir`` itself for train and val."""
     root = Path(data_dir)
     check_data_dir(root)
     folder = split_folder(root, split)
@@ -90,7 +88,7 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
 
 
 def scan(folder: Path) -> Folder:
-    """List the images under ``folder``. The first folder of a path is the class. Hidden names are skipped."""
+    """List the images under ``folder``. Their class is the first subfolder. Hidden files are skipped."""
     classes = subfolders(folder)
     files = [(entry.name, "") for entry in folder.iterdir() if _is_image(entry.name) and entry.is_file()]
     files += [
@@ -116,7 +114,7 @@ def _images(start: Path) -> Iterator[Path]:
 
 
 def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
-    """Return the index of each class name; the file has one name per line, in the head's order."""
+    """Return {class name: class index}. The file has a class name per line, in the classifier's order."""
     path = Path(file)
     check_class_map(path)
     try:

@@ -26,22 +26,22 @@ from mhacut.options.base import LabelledImages
 from mhacut.text import dtype_name
 
 ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
-"""Images [N, C, H, W], (images, labels [N]), or an iterable of such batches, for example a DataLoader."""
+"""Images [N, C, H, W], (images, labels [N]), or an iterable of such batches (a DataLoader)."""
 _MEASURED = 4
-"""If images are few, 1 of 4 labelled images measures accuracy and the others calibrate."""
+"""If there are few labelled images, 1 in 4 measures accuracy. The others are for calibration."""
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Images and labels that a model takes."""
+    """Image size and number of classes of a model, with which users' images and labels are checked."""
 
     size: tuple[int, int, int]
-    """[C, H, W]."""
+    """Image size (channels, height, width)."""
     num_classes: int | None
-    """None for a model without classifier: labels are ignored."""
+    """Number of classes; None for a model without classifier, whose labels are ignored."""
 
     def check(self, batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
-        """Return the images [B, C, H, W] and the labels [B] of one batch."""
+        """Return the images [B, C, H, W] and the labels [B] of ``batch``, or raise :class:`DataError`."""
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor):
@@ -85,13 +85,12 @@ class Expected:
 
 
 class InMemoryBatches:
-    """Checked batches (images [B, C, H, W], labels [B]) for measuring accuracy."""
+    """Iterable of checked batches (images [B, C, H, W], labels [B]) for measuring accuracy."""
 
     def __init__(self, given: ImagesInMemory, expected: Expected, batch_size: int) -> None:
         self._given, self._expected, self._batch_size = given, expected, batch_size
 
     def __len__(self) -> int:
-        """Number of batches; 0 if unknown."""
         given: Any = self._given
         if _is_whole(given):
             return math.ceil(len(given if isinstance(given, Tensor) else given[0]) / self._batch_size)
@@ -126,9 +125,9 @@ def split_in_memory(
     seed: int,
     batch_size: int,
 ) -> tuple[CalibrationImages, InMemoryBatches | None]:
-    """Split images into calibration images and labelled images for accuracy.
+    """Split images into calibration images and labelled images for measuring accuracy.
 
-    Both are class-balanced random choices without overlap. Batches are read only until there are enough
+    Both are random and class-balanced, and they share no image. Batches are read until there are enough
     images.
     """
     source, unread = _spread(given, count + measured, seed)
@@ -160,7 +159,7 @@ def split_in_memory(
 def _collected(
     given: ImagesInMemory, expected: Expected, count: int, measured: int
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Read up to ``count`` images. Return images, labels, and whether the source may hold more images."""
+    """Read images until there are enough. Return images, labels, and whether more images may follow."""
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     total, enough = 0, False
@@ -181,7 +180,7 @@ def _collected(
 
 
 def _spread(given: ImagesInMemory, count: int, seed: int) -> tuple[ImagesInMemory, _Images | None]:
-    """Return a loader of ``count`` random images of a DataLoader's dataset, and the other images, unread."""
+    """Return a loader of ``count`` random images of a DataLoader, and a dataset of the other images."""
     if not isinstance(given, DataLoader) or given.batch_size is None:
         return given, None
     total = len(given.dataset) if isinstance(given.dataset, Sized) else 0
@@ -208,7 +207,7 @@ class _Images(Dataset[Sample]):
 
 
 def _is_whole(given: ImagesInMemory) -> bool:
-    """Whether all images are one batch. A DataLoader may yield [images, labels] lists."""
+    """Whether ``given`` is a single batch. A list [images, labels], as DataLoaders yield, is a batch."""
     if isinstance(given, list) and len(given) == 2:
         images, labels = given
         return isinstance(images, Tensor) and isinstance(labels, Tensor) and labels.ndim < images.ndim
@@ -216,7 +215,6 @@ def _is_whole(given: ImagesInMemory) -> bool:
 
 
 def _batches(given: ImagesInMemory, expected: Expected) -> Iterator[tuple[str, Tensor, Tensor | None]]:
-    """Yield (name for messages, images, labels)."""
     name = "images"
     if _is_whole(given):
         yield name, *expected.check(given, name)

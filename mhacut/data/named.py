@@ -23,11 +23,11 @@ _EXTRAS = {
     "tfds": ("tensorflow_datasets", "tensorflow-datasets"),
     "torch": ("torchvision", "torchvision"),
 }
-"""Required module and pip package of each prefix."""
+"""Required module and pip package for the prefix of a dataset's name."""
 
 
 class NamedStream(IterableDataset[Sample]):
-    """Images of a dataset that can only be read in order."""
+    """Images and labels of a named dataset without random access, in the dataset's order."""
 
     def __init__(self, name: str, opened: Any, limit: int | None, preprocessing: Preprocessing) -> None:
         self.name, self.opened, self.limit = name, opened, limit
@@ -77,7 +77,6 @@ def open_named(
 
 
 def _kind(name: str) -> str:
-    """Return the prefix of a dataset's name, and check that its package is installed."""
     option = option_name("dataset", name)
     prefix, slash, rest = name.partition("/")
     prefix = prefix.lower()
@@ -103,7 +102,7 @@ def _with_labels(name: str, items: Iterable[Any]) -> Iterator[Any]:
 
 
 def targets_of(name: str, opened: Any) -> list[object]:
-    """Return one label per image if labels are available without decoding images; else zeros."""
+    """Return the label of each image; zeros if reading labels would decode the images."""
     reader: Any = getattr(opened, "reader", None)
     # Labels by index would decode every image.
     if hasattr(reader, "iter_targets"):

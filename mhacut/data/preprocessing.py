@@ -16,9 +16,9 @@ from mhacut.limits import MAX_CROP_PCT, MIN_CROP_PCT, too_large
 from mhacut.options.base import PreprocessingOptions
 
 SMALL_IMAGE = 64
-"""Largest image side, in pixels, that is not cropped by default."""
+"""Largest image side in pixels at which images are not cropped by default."""
 Transform = Callable[[Image.Image], Tensor]
-"""Function from a picture to a normalised tensor [C, H, W] float32."""
+"""Function from a PIL image to a normalised float32 tensor [C, H, W]."""
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _CROP_MODES = ("center", "squash", "border")
 
@@ -28,17 +28,17 @@ class Preprocessing:
     """Size, normalisation, resizing and cropping of a model's input."""
 
     input_size: tuple[int, int, int]
-    """[C, H, W] in pixels."""
+    """Image size (channels, height, width)."""
     mean: tuple[float, ...]
-    """Mean per channel, for pixels in 0..1."""
+    """Mean per channel, for pixel values from 0 to 1."""
     std: tuple[float, ...]
-    """Standard deviation per channel, for pixels in 0..1."""
+    """Standard deviation per channel, for pixel values from 0 to 1."""
     interpolation: str
-    """``bicubic``, ``bilinear``, ..."""
+    """Interpolation for resizing, for example ``bicubic`` or ``bilinear``."""
     crop_pct: float
-    """Input size divided by the size before the crop. Above 1.0, a border is added."""
+    """Image side after the crop divided by the side before the crop. Above 1.0, a border is added."""
     crop_mode: str
-    """``center``, ``squash`` or ``border``, as in timm."""
+    """timm's crop mode: ``center``, ``squash`` or ``border``."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "input_size", tuple(int(size) for size in self.input_size))
@@ -79,9 +79,9 @@ class Preprocessing:
     ) -> Preprocessing:
         """Return the preprocessing of timm's ``pretrained_cfg``, adapted to the model.
 
-        ``model_input_size`` [C, H, W] wins over the cfg's size. ``overrides`` wins over all other values.
-        A small model (64 pixels or less) uses a ``crop_pct`` of 1.0, unless the cfg has one for this size.
-        For models with another number of channels, mean and std of 3 channels are averaged.
+        ``model_input_size`` [C, H, W] replaces the size in the cfg. ``overrides`` replaces any value.
+        Images of up to 64 pixels are not cropped, unless ``pretrained_cfg`` has a crop for their size.
+        If the model does not take 3 channels, mean and std are averaged over the channels.
 
         >>> made_for_224 = {"input_size": (3, 224, 224), "crop_pct": 0.9}
         >>> Preprocessing.resolve(made_for_224, (3, 224, 224)).crop_pct
@@ -120,7 +120,6 @@ class Preprocessing:
             raise
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values with the keys of timm's ``pretrained_cfg``."""
         lists = {name: list(getattr(self, name)) for name in ("input_size", "mean", "std")}
         return {**vars(self), **lists}
 
@@ -145,7 +144,6 @@ class Preprocessing:
 
 
 def is_too_small_to_crop(pretrained_cfg: Mapping[str, Any], size: Sequence[int]) -> bool:
-    """Whether images of ``size`` [C, H, W] are not cropped by default."""
     stated = pretrained_cfg.get("input_size")
     of_this_size = stated is None or tuple(stated)[1:] == tuple(size[1:])
     return max(size[1:]) <= SMALL_IMAGE and (pretrained_cfg.get("crop_pct") is None or not of_this_size)

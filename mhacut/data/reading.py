@@ -19,11 +19,10 @@ from mhacut.errors import DataError, option_name
 # Image.open is not enough: IPTC files can hold EPS, and timm and torchvision open images themselves.
 EpsImagePlugin.gs_binary = EpsImagePlugin.gs_windows_binary = False
 _SIXTEEN_BITS = ("PNG", "PPM")
-"""Formats whose mode I means unsigned 16 bits."""
+"""File formats in which Pillow's mode I means unsigned 16 bits."""
 
 
 def open_image(source: Any, channels: int) -> Image.Image:
-    """Return a decoded picture or image file as RGB or grey."""
     mode = "RGB" if channels == 3 else "L"
     if isinstance(source, Image.Image):
         return source.convert(mode)
@@ -42,7 +41,7 @@ def open_image(source: Any, channels: int) -> Image.Image:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Placeholder for an image that could not be read."""
+    """Placeholder for an image that could not be read, with the reason."""
 
     file: str
     reason: str
@@ -52,7 +51,7 @@ Sample = tuple["Tensor | Unreadable", int]
 
 
 class ImagesByIndex(Dataset[Sample]):
-    """Transformed images of ``items``: (file or picture, label) by index."""
+    """Dataset of (transformed image, label). ``items`` is a list of (file or PIL image, label)."""
 
     def __init__(
         self, items: Any, preprocessing: Preprocessing, transform: Transform | None = None, name: str = ""
@@ -76,7 +75,7 @@ class ImagesByIndex(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]]:
-    """Stack the readable images [n, C, H, W] and labels [n]; list the unreadable ones."""
+    """Stack the readable images [n, C, H, W] and their labels [n]. Return the unreadable images as a list."""
     bad = [image for image, _ in samples if isinstance(image, Unreadable)]
     good = [(image, label) for image, label in samples if not isinstance(image, Unreadable)]
     images = torch.stack([image for image, _ in good]) if good else torch.empty(0)
@@ -84,7 +83,7 @@ def collate(samples: Sequence[Sample]) -> tuple[Tensor, Tensor, list[Unreadable]
 
 
 def label_outside(labels: Tensor, num_classes: int | None) -> int | None:
-    """Return a label outside the model's classes; None if all are valid. -1 means missing."""
+    """Return a label that is not a class index of the model; None if all labels are valid."""
     low, high = int(labels.min()), int(labels.max())
     if low < 0:
         return low
@@ -101,7 +100,7 @@ def check_labels(labels: Tensor, num_classes: int | None, where: str) -> None:
 
 
 def balanced_order(groups: Sequence[object], seed: int) -> Iterator[int]:
-    """Yield all indices in random order, one per group in turn.
+    """Yield all indices in random order, taking 1 index from each group in turn.
 
     >>> order = list(balanced_order(["a"] * 6 + ["b"] * 2, seed=0))
     >>> sorted(order), sum(index >= 6 for index in order[:4])

@@ -34,18 +34,18 @@ from mhacut.text import listed
 
 @dataclass(frozen=True)
 class Split:
-    """One split of a folder or named dataset. Images are listed, not opened."""
+    """Images of a split of a folder or named dataset. The images are listed, not opened."""
 
     name: str
-    """Text for messages: ``under val/``, ``of torch/cifar10 val``."""
+    """Text for messages, for example ``under val/`` or ``of torch/cifar10 val``."""
     images: Dataset[Sample] | None
-    """Images by index; None for a stream."""
+    """Dataset of (image, label) by index; None for a dataset that can only be read in order."""
     groups: Sequence[object]
-    """Class of each image where known; else all equal."""
+    """Class of each image. If classes are unknown, all entries are equal."""
     labelled: bool
-    """Whether labels are used."""
+    """Whether the labels of the images are used."""
     stream: Any = None
-    """timm dataset that can only be read in order."""
+    """timm dataset that can only be read in order; None if ``images`` is set."""
 
     @property
     def label_note(self) -> str:
@@ -98,17 +98,17 @@ def open_split(
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Images for calibration and search."""
+    """Images for calibration and for the search."""
 
     images: Tensor
-    """[n, C, H, W] float32, normalised."""
+    """Normalised images, float32 [n, C, H, W]."""
     labels: Tensor | None
-    """[n] int64; None without labels."""
+    """Class index of each image, int64 [n]; None without labels."""
     description: str
-    """Text for messages: ``256 of 50000 images under train/ (with labels)``."""
+    """Text for messages, for example ``256 of 50000 images under train/ (with labels)``."""
     synthetic: bool = False
     rest: Dataset[Sample] | None = None
-    """Other images of the split, unread; None for a stream."""
+    """Dataset of the images that were not drawn; None if the dataset can only be read in order."""
 
 
 def calibration_images(
@@ -120,7 +120,7 @@ def calibration_images(
     num_classes: int | None = None,
     use_labels: bool = True,
 ) -> CalibrationImages:
-    """Return up to ``count`` class-balanced images drawn with ``seed``; synthetic ones without data."""
+    """Return ``count`` class-balanced images drawn with ``seed``. Without data, images are synthetic."""
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
     if not data.has_images:
@@ -149,7 +149,6 @@ def calibration_images(
 
 
 def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, Subset[Sample] | None]:
-    """Return images, labels, a description, and the other images, unread."""
     assert split.images is not None
     good: list[Sample] = []
     bad: list[Unreadable] = []
@@ -183,13 +182,14 @@ def _choose(split: Split, count: int, seed: int) -> tuple[Tensor, Tensor, str, S
 
 
 class WithoutLabels(DataError):
-    """Raised if accuracy is measured on images outside class folders."""
+    """Raised if accuracy is measured on images that are not in class folders."""
 
 
 class EvaluationLoader:
-    """Batches (images [B, C, H, W], labels [B]); labels are -1 if not used.
+    """Iterable of batches (images [B, C, H, W], labels [B]).
 
-    Raises :class:`DataError` at the end of a pass if an image could not be read.
+    Labels are -1 if not used. If an image could not be read, :class:`DataError` is raised after the last
+    batch.
     """
 
     def __init__(
@@ -204,11 +204,11 @@ class EvaluationLoader:
         labelled: bool = True,
     ) -> None:
         self.description = description
-        """Text for readers."""
+        """Text about the images, for messages."""
         self.images = total
-        """Number of images of a pass; 0 if a stream does not state it."""
+        """Number of images in all batches; 0 if the dataset does not state its size."""
         self.labelled = labelled
-        """Whether labels are read."""
+        """Whether labels are read. Otherwise, all labels are -1."""
         self._batch_size, self._num_classes = batch_size, num_classes
         # Not shuffled: pairwise comparisons need a fixed order.
         self._loader: DataLoader[Sample] = DataLoader(
@@ -219,7 +219,6 @@ class EvaluationLoader:
         )
 
     def __len__(self) -> int:
-        """Number of batches; 0 if unknown."""
         return math.ceil(self.images / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -256,7 +255,6 @@ def evaluation_loader(
     part: tuple[int, int] = (0, 1),
     use_labels: bool = True,
 ) -> EvaluationLoader:
-    """Return the labelled images of ``data.val_split``."""
     if data.dataset is None and data.data_dir is None:
         raise UsageError(
             f"no images to evaluate on: give {option_name('data_dir')} or {option_name('dataset')}"
@@ -300,7 +298,7 @@ def evaluation_loader(
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:
-    """Return at most ``limit`` indices, ascending, class-balanced, always the same choice."""
+    """Return at most ``limit`` indices, class-balanced and ascending. The choice is always the same."""
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
     return sorted(islice(balanced_order(labels, 0), limit))

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 LEAVES = 40
-"""Number of shapes per image."""
+"""Number of shapes in each synthetic image."""
 _SIZES = (0.05, 0.5)
-"""Smallest and largest radius, relative to the longer image side. The density is proportional to r^-3."""
+"""Smallest and largest radius of a shape, divided by the longer image side. The radius has density r^-3."""
 _STRETCH = 0.5
-"""Largest log stretch of a shape."""
+"""Largest logarithm of the factor by which a shape is stretched."""
 _COLOURFULNESS = 0.3
-"""Weight of a random colour against grey."""
+"""Weight of a random colour when it is mixed with a random grey."""
 
 
 def synthetic_images(
     count: int, input_size: tuple[int, int, int], mean: Sequence[float], std: Sequence[float], seed: int
 ) -> Tensor:
-    """Return dead-leaves images [count, C, H, W] float32, normalised: overlapping random shapes.
+    """Return normalised dead-leaves images (overlapping random shapes), float32 [count, C, H, W].
 
     Their statistics resemble photographs (Lee, Mumford & Huang, IJCV 2001), and networks can be trained on
-    them (Baradad et al., NeurIPS 2021). Image i depends on ``seed`` and i only.
+    them (Baradad et al., NeurIPS 2021). Image i depends only on ``seed`` and i.
     """
     generator = torch.Generator().manual_seed(seed)
     images = torch.stack([_leaves(input_size, generator) for _ in range(count)])
@@ -72,10 +72,9 @@ def _square(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _triangle(x: Tensor, y: Tensor) -> Tensor:
-    """Distance of an equilateral triangle about as large as the disc."""
     slope = math.sqrt(3) / 2
     return 1.3 * torch.maximum(y, torch.maximum(slope * x - 0.5 * y, -slope * x - 0.5 * y))
 
 
 _DISTANCES = (_disc, _square, _triangle)
-"""Distance from the centre in radii of the shape."""
+"""Functions of a point (x, y): the radius of the shape whose border passes through the point."""

@@ -15,30 +15,30 @@ from xml.etree.ElementTree import Element, SubElement
 from mhacut.text import safe
 
 DEPTHS = ("#795cb7", "#4e87d3", "#43a384", "#c48e25", "#d96e35")
-"""Colours of layers, from the first to the last."""
+"""Colours of lines in charts, from the first to the last layer of the model."""
 _ROW = 18
-"""Height of a row. All sizes are in pixels."""
+"""Height of a table row in pixels."""
 _LABEL = 116
-"""Width of the row names, about 6.5 per character."""
+"""Width of the row names in pixels, about 6.5 per character."""
 _NAME = 17
-"""Number of characters of a row name."""
+"""Largest number of characters of a row name."""
 _ALL = 356
-"""Width of a chart, that of a phone's screen."""
+"""Width of a chart in pixels, that of a phone's screen."""
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
-"""Position and size of the area between the axes."""
+"""Position and size of the area between the axes, in pixels."""
 _EQUAL = 1e-4
 """Relative difference below which an axis treats values as equal: numbers have at most 7 characters."""
 
 
 class Share(NamedTuple):
-    """A bar that is filled by a share."""
+    """A horizontal bar in a table, filled from the left up to ``value``."""
 
     value: float
-    """0 to 1."""
+    """Filled fraction of the bar, from 0 to 1."""
     text: str
-    """Number beside the bar, at most 4 characters."""
+    """Text beside the bar, at most 4 characters."""
     description: str
-    """Tooltip."""
+    """Tooltip of the bar."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Line:
     points: Sequence[tuple[float, float]]
     colour: str = DEPTHS[1]
     marked: tuple[float, float] | None = None
-    """Point of the line with a dot."""
+    """Point (x, y) at which a dot is drawn."""
 
 
 def depth_colour(fraction: float) -> str:
@@ -57,7 +57,7 @@ def depth_colour(fraction: float) -> str:
 def share_table(
     title: str, columns: Mapping[str, str], rows: Sequence[tuple[str, Mapping[str, Share]]]
 ) -> str:
-    """Draw a table of bars. ``columns`` maps headings to colours. A row may lack a column."""
+    """Draw a table of bars as HTML. ``columns`` maps headings to colours. A row may lack columns."""
     top, size = 20, (_ALL - _LABEL) / max(len(columns), 1)
     figure, svg = new_figure(title, _ALL, top + len(rows) * _ROW + 4)
     for number, (name, _) in enumerate(rows):
@@ -79,7 +79,7 @@ def share_table(
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw lines. Without points, the result is an empty string. A logarithmic axis omits points at 0."""
+    """Draw lines as HTML, or return an empty text if there are no points. A logarithmic axis omits 0."""
     scaled = math.log10 if logarithmic else float
     drawn = [(line, [(x, scaled(y)) for x, y in line.points if y > 0 or not logarithmic]) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]
@@ -111,7 +111,7 @@ def line_chart(
 def _axes(
     svg: Element, x_axis: tuple[str, tuple[float, float]], y_axis: tuple[str, tuple[float, float]], log: bool
 ) -> None:
-    """Draw the grid, and the numbers and names of the axes, which are (name, ends)."""
+    """Draw the grid and the axes. An axis is (label, (lowest value, highest value))."""
     (x_label, x_ends), (y_label, y_ends) = x_axis, y_axis
     right, bottom = _LEFT + _WIDTH, _TOP + _HEIGHT
     for step in range(5):
@@ -126,7 +126,6 @@ def _axes(
 
 
 def new_figure(title: str, width: float, height: float) -> tuple[Element, Element]:
-    """Return a figure and its SVG."""
     figure = Element("figure")
     SubElement(figure, "figcaption").text = safe(title)
     size = {"viewBox": f"0 0 {width:g} {height:g}", "width": f"{width:g}", "height": f"{height:g}"}
@@ -135,7 +134,6 @@ def new_figure(title: str, width: float, height: float) -> tuple[Element, Elemen
 
 
 def _shape(svg: Element, name: str, attributes: Mapping[str, object], description: str = "") -> Element:
-    """Add a shape with a tooltip."""
     shape = SubElement(svg, name, {key: _attribute(value) for key, value in attributes.items()})
     if description:
         SubElement(shape, "title").text = safe(description)
@@ -157,14 +155,14 @@ def _attribute(value: object) -> str:
 
 
 def _ends(low: float, high: float) -> tuple[float, float]:
-    """Return the ends of an axis, with room for a grid if all values are nearly equal."""
+    """Return the ends of an axis. If all values are nearly equal, the ends are 2 % apart."""
     if high - low > _EQUAL * max(abs(low), abs(high)):
         return low, high
     return (high - 0.02 * abs(high), high) if high else (0.0, 1.0)
 
 
 def _number(value: float, ends: tuple[float, float]) -> str:
-    """Format a number with enough digits that the 5 numbers of the axis differ."""
+    """Format an axis value with enough digits that the 5 numbers of the axis differ."""
     # A step is a quarter of the axis. Its digits follow the digits that both ends share.
     digits = math.log10(max(map(abs, ends)) / (ends[1] - ends[0])) + 2
     return f"{value:.{max(3, math.ceil(digits))}g}"
@@ -175,5 +173,4 @@ def _between(ends: tuple[float, float], fraction: float) -> float:
 
 
 def _short(name: str) -> str:
-    """Return the end of a layer's name, in which layers differ. Tables have the whole name."""
     return name if len(name) <= _NAME else "…" + name[1 - _NAME :]

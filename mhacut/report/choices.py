@@ -12,18 +12,18 @@ from mhacut.text import filled_columns, safe
 
 
 class Choice(NamedTuple):
-    """The model of one budget."""
+    """The pruned model for 1 of several budgets."""
 
     budget: str
-    """Budget as the user wrote it."""
+    """Budget as the user wrote it, for example ``50%``."""
     figures: Sequence[Figure]
-    """Figures of the model and of the dense model. The last is the divergence."""
+    """Figures of the pruned and of the dense model. The last figure is the divergence."""
     page: str = ""
-    """File name of the model's own report, or ""."""
+    """File name of the pruned model's own report; an empty text without a report."""
 
 
 def choice_rows(choices: Sequence[Choice]) -> list[list[str]]:
-    """Return a table: headings, the dense model, and a row per budget. Empty columns are left out."""
+    """Return table rows: headings, the dense model, and a row per budget. Empty columns are left out."""
     first = choices[0].figures
     rows = [["budget", *(figure.heading for figure in first)]]
     rows.append(["dense", *(figure.text(figure.dense) for figure in first)])
@@ -32,7 +32,6 @@ def choice_rows(choices: Sequence[Choice]) -> list[list[str]]:
 
 
 def choice_charts(choices: Sequence[Choice]) -> list[str]:
-    """Return charts of top-1 accuracy and divergence against FLOPs."""
     charts = []
     for name, logarithmic in (("top-1", False), (choices[0].figures[-1].name, True)):
         points: list[tuple[float, float, str]] = []
@@ -54,7 +53,7 @@ def choice_charts(choices: Sequence[Choice]) -> list[str]:
 
 
 def html_table(rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> str:
-    """Return a table for notebooks. The first column and the first row are headings.
+    """Return an HTML table for notebooks. The first row and the first column are headings.
 
     >>> html_table([["<vit>", "dense"], ["FLOPs", "1.26G"]])
     '<table><tr><th>&lt;vit&gt;</th><th>dense</th></tr><tr><th>FLOPs</th><td>1.26G</td></tr></table>'

@@ -22,12 +22,12 @@ from mhacut.surgery.token_merging import Match, token_of_patch_after
 SIZE = 150
 """Height and width of a picture in pixels."""
 _STAGES = (0.5, 1.0)
-"""Positions of the shown blocks among the blocks that merge, from 0 (first) to 1 (last)."""
+"""Which of the merging blocks are shown, from 0 (the first merging block) to 1 (the last)."""
 
 
 @torch.no_grad()
 def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the token index of each patch, int [B, patches], by matcher name and merging block."""
+    """Return {matcher name: token index of each patch, int [B, patches]} for all merging blocks."""
     matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
     with captured_outputs(model, matchers) as found:
         model(images)
@@ -44,7 +44,7 @@ def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 
 
 def outlines(groups: Tensor) -> str:
-    """Return the borders between ``groups`` [rows, columns] as an SVG path, 1 unit per patch.
+    """Return the borders between tokens as an SVG path, for token indices [rows, columns] of patches.
 
     >>> outlines(torch.tensor([[0, 0], [0, 1]]))
     'M1 1v1M1 1h1'
@@ -55,7 +55,7 @@ def outlines(groups: Tensor) -> str:
 
 
 def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> str:
-    """Draw ``image`` [3, H, W] in 0..1, then each stage: a caption and groups of patches [rows, columns]."""
+    """Draw ``image`` [3, H, W] in 0..1, and per stage a caption and token indices [rows, columns]."""
     pixels = (255 * image.clamp(0, 1)).round().byte().permute(1, 2, 0).cpu().numpy()
     Image.fromarray(pixels).save(buffer := io.BytesIO(), "JPEG", quality=85)
     link = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
@@ -89,9 +89,9 @@ def picture(title: str, image: Tensor, stages: Sequence[tuple[str, Tensor]]) -> 
 def gallery(
     dense: nn.Module, slim: nn.Module, images: Tensor, preprocessing: Preprocessing, names: Sequence[str] = ()
 ) -> list[str]:
-    """Draw the merged tokens of each normalised image [B, 3, H, W], and the predictions of both models.
+    """Draw the merged tokens of each image [B, 3, H, W], with the predictions of both models.
 
-    ``slim`` is a timm ViT that merges tokens.
+    ``slim`` is a timm ViT that merges tokens. Images are normalised.
     """
     images = images.to(next(slim.parameters()).device)
     groups = merged_groups(slim, images)

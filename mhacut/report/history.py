@@ -21,7 +21,7 @@ _LARGEST = 1e18
 
 
 def step(entry: Mapping[str, Any]) -> str:
-    """Return a line about a command of the history."""
+    """Describe a command in a slim file's history, as a line of text."""
     versions = entry.get("versions")
     version = _text(versions.get("mhacut") if isinstance(versions, Mapping) else None)
     command = _text(entry.get("command"))
@@ -56,7 +56,6 @@ def _targets(entry: Mapping[str, Any]) -> str:
 
 
 def _preserving(preserved: object) -> str:
-    """Return a text about the preserved outputs, empty for logits."""
     if not isinstance(preserved, Mapping):
         return ""
     what, layers = preserved.get("what"), preserved.get("layers")
@@ -82,29 +81,29 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class StoredCurve:
-    """Sensitivity curve of a unit."""
+    """Sensitivity curve of a prunable width, read from a slim file."""
 
     layer: str
     kind: str
     points: tuple[tuple[int, float], ...]
-    """(width, estimated divergence) by ascending width. The last width is the width before the cut."""
+    """(width, estimated divergence) by ascending width. The last width is the width before pruning."""
     chosen: int
-    """Width after the cut."""
+    """Width after pruning."""
 
 
 @dataclass(frozen=True)
 class StoredCurves:
-    """Sensitivity curves of a cut."""
+    """Sensitivity curves of a pruning run, read from a slim file."""
 
     curves: tuple[StoredCurve, ...] = ()
     budget: int | None = None
-    """Budget of the cut in FLOPs."""
+    """FLOPs budget of the pruning run; None if unknown."""
     metric: OutputMetric | None = "answers"
-    """Divergence that the curves are of; None where the file does not say."""
+    """Metric of the divergence in the curves; None if the file does not name a metric."""
 
 
 def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str, Any]]:
-    """Return the curves of a search as JSON: a few points per curve, with 4 digits."""
+    """Return the sensitivity curves of a search as JSON: few points per curve, with 4 digits."""
     chosen = plan.widths()
     documents = []
     for (layer, kind), curve in curves.items():
@@ -118,7 +117,6 @@ def curves_to_json(curves: Mapping[UnitKey, Curve], plan: Plan) -> list[dict[str
 
 
 def stored_curves(history: Iterable[Mapping[str, Any]]) -> StoredCurves:
-    """Return the valid curves of the last cut in a slim file's history."""
     last = StoredCurves()
     for entry in history:
         listed, budget = entry.get("curves"), entry.get("budget")

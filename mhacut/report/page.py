@@ -32,7 +32,7 @@ from mhacut.surgery.find import PrunableLayers
 from mhacut.text import safe
 
 PICTURES = 4
-"""Number of images that show merged tokens."""
+"""Number of images in a report for which merged tokens are drawn."""
 
 
 def write_page(
@@ -52,7 +52,7 @@ def write_report(
     provenance: Provenance,
     verdict: Sequence[str],
 ) -> Path:
-    """Inspect the pruned model as ``mhacut inspect --compare`` does, and write the page."""
+    """Compare the pruned with the dense model as ``mhacut inspect --compare`` does, and write the page."""
     assert options.report is not None
     assert pruned.record is not None
     batch_size = options.batch_size
@@ -98,7 +98,7 @@ def write_overview(
     provenance: Provenance,
     warnings: Sequence[str],
 ) -> Path:
-    """Write the page that compares several budgets."""
+    """Write the page that compares the pruned models of several budgets."""
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
@@ -107,7 +107,6 @@ def write_overview(
 
 
 def page(contents: Contents) -> str:
-    """Return the page as HTML."""
     from markupsafe import Markup
 
     style = files("mhacut.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -148,7 +147,7 @@ def _template() -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Replace invisible characters of text. The template escapes the text."""
+    """Replace invisible characters in a text. HTML stays unchanged."""
     if hasattr(value, "__html__"):
         return value
     return safe(value) if isinstance(value, str) else value

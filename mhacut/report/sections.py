@@ -32,26 +32,24 @@ _DIVERGENCE: Mapping[OutputMetric | None, tuple[str, str]] = {
     "dense": ("divergence, nats per token", "divergence of the features of all tokens from"),
     None: ("divergence", "divergence from"),
 }
-"""Name of the axis of the sensitivity curves, and the words before "the dense model" in their text."""
+"""Axis label, and words before "the dense model" in the text of a report, by output metric."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """Content of a report."""
-
     inspection: Inspection
     layers: tuple[LayerReport, ...]
-    """Layers to show, in this order."""
+    """Layers in the order in which the report shows them."""
     comparison: Comparison | None = None
     sensitivity: StoredCurves = field(default_factory=StoredCurves)
     figures: Sequence[Figure] = ()
-    """Figures of a run."""
+    """Figures of a pruning run, such as FLOPs and top-1 accuracy."""
     choices: Sequence[Choice] = ()
-    """Models of a run with several budgets."""
+    """Pruned models of a run with several budgets."""
     pictures: tuple[str, ...] = ()
-    """Figures of merged tokens."""
+    """Pictures of merged tokens, as HTML."""
     verdict: tuple[str, ...] = ()
-    """Result of a run in a few lines, and advice. Warnings start with "warning: "."""
+    """Result of a run in a few lines, with advice. Lines of warnings start with "warning: "."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +57,13 @@ class Section:
     title: str
     text: str = ""
     legend: Mapping[str, str] = field(default_factory=dict)
-    """Meaning of each colour."""
+    """Meaning of each colour in the charts, by colour."""
     charts: Sequence[str] = ()
-    """Figures as trusted HTML."""
+    """Charts and pictures as HTML, which is not escaped."""
     table: Sequence[Sequence[str]] = ()
-    """Rows, the first with the headings."""
+    """Rows of cells. Row 0 has the headings."""
     links: Sequence[str] = ()
-    """Relative address of a page for each row, or ""."""
+    """Address of a page for each row below the headings, or an empty text."""
 
 
 def sections(contents: Contents) -> list[Section]:
@@ -105,7 +103,7 @@ def _numbers(contents: Contents) -> Section:
 
 
 def _blocks(contents: Contents) -> Section | None:
-    """Tokens and widths that each block keeps. For a dense model: widths that hold 99 % of the energy."""
+    """Chart the tokens and widths left in each block; for a dense model, widths with 99 % of the energy."""
     slim, comparison = contents.inspection.slim, contents.comparison
     merges = any(contents.inspection.tokens.merged)
     tokens = {layer.name: layer.tokens for layer in comparison.layers} if comparison and merges else {}

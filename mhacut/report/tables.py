@@ -15,17 +15,17 @@ LAYER_NOTES = (
     "sim: mean similarity between channels of a head, from 0 (different) to 1 (equal)",
     "r99: principal channels with 99 % of the energy",
 )
-"""Meaning of the columns of :func:`layer_rows`."""
+"""Explanations of the columns of :func:`layer_rows`."""
 COMPARISON_NOTES = (
     "ratio: the layer's FLOPs in the pruned model divided by its FLOPs in the dense model",
     "error: relative error of the layer's output in the pruned model",
     "own error: the same, if the layer receives the dense model's input",
 )
-"""Meaning of the columns of :func:`comparison_rows`."""
+"""Explanations of the columns of :func:`comparison_rows`."""
 
 
 def layer_rows(layers: Sequence[LayerReport], *, by_head: bool = False) -> list[list[str]]:
-    """Return headings, a row per layer, and with ``by_head`` a row per head below its layer."""
+    """Return table rows: headings, and a row per layer. ``by_head`` adds a row per head below a layer."""
     rows = [["layer", "heads", "qk", "sim", "r99", "v", "sim", "r99", "hidden", "FLOPs", "params"]]
     for layer in layers:
         cells = [layer.name, "" if layer.heads is None else str(layer.heads)]
@@ -40,7 +40,6 @@ def layer_rows(layers: Sequence[LayerReport], *, by_head: bool = False) -> list[
 
 
 def comparison_rows(layers: Sequence[LayerComparison]) -> list[list[str]]:
-    """Return headings, and a row per layer."""
     rows = [["layer", "tokens", "widths", "FLOPs", "ratio", "own error", "error"]]
     for layer in layers:
         before, after = layer.flops
@@ -70,7 +69,6 @@ def _head(layer: LayerReport, kind: UnitKind, head: int) -> list[str]:
 
 
 def _findings(heads: Sequence[HeadFindings]) -> list[str]:
-    """Return the mean similarity, like ``.31``, and the mean rank."""
     if not heads:
         return ["", ""]
     similarity = sum(head.similarity for head in heads) / len(heads)
