@@ -1,4 +1,4 @@
-"""Budgets as people write them, and FLOPs, parameters and bytes as people read them."""
+"""Parsing of budgets (``2.0G``, ``50%``), and formatting of FLOPs, parameters, bytes and times."""
 
 from __future__ import annotations
 

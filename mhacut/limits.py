@@ -1,4 +1,4 @@
-"""Checks of values from files that anyone may have written: kinds of numbers, sizes of images."""
+"""Validation of untrusted values in files: kinds of numbers and image sizes."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Attention and MLP classes, each described once."""
+"""Adapters: descriptions of attention and MLP classes for pruning, 1 per class."""

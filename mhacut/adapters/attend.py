@@ -1,4 +1,4 @@
-"""softmax(q k^T * scale) v, where q/k and v may differ in width; layouts of tokens, maps and heads."""
+"""Softmax attention whose q/k and v have different widths, and reshapes of tokens, maps and heads."""
 
 from __future__ import annotations
 

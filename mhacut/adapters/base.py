@@ -1,7 +1,7 @@
-"""Description of a prunable layer: where its channels are, and what an adapter does when some are cut.
+"""Description of a prunable attention layer or MLP: the places of its channels in tensors and activations.
 
-Slicing, masking, merging channel scales and reading activations are done once, in :mod:`mhacut.surgery` and
-:mod:`mhacut.pruning.calibrate`, by walking what is described here.
+Slicing, masking and calibration read these descriptions in :mod:`mhacut.surgery` and
+:mod:`mhacut.pruning.calibrate`, so that each is written once for all classes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention of the FLatten Transformers: :mod:`mhacut.flatten.attention`, and CSWin's branches."""
+"""Adapters of the attention classes of FLatten Transformers (:mod:`mhacut.flatten`)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Attention and MLPs of Hugging Face's transformers, and of code written like it, by their structure.
+"""Adapters of attention and MLPs of Hugging Face's transformers, recognised by their structure.
 
-mhacut does not import transformers, and neither knows nor needs to know each of its classes: attention with
-four linear layers of the usual names, one ``head_dim`` and no inputs but tokens and a mask is cut like any
-other, and goes on as its own class with narrower layers. That what is left computes the same is checked in
-every run (:mod:`mhacut.pruning.check`).
+mhacut does not import transformers. Attention is supported if it has 4 linear layers with common names, an
+attribute ``head_dim``, and no inputs except tokens and a mask. A cut layer keeps its class. Every pruning run
+checks the outputs of the cut model (:mod:`mhacut.pruning.check`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention whose cost is linear in the number of tokens: keys meet values, or are summed, before queries."""
+"""Adapters of attention classes whose cost is linear in the number of tokens."""
 
 from __future__ import annotations
 

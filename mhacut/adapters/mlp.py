@@ -1,4 +1,4 @@
-"""MLPs beside the attention, linear layers or 1x1 convolutions: a row of :data:`MLPS` for each class."""
+"""Adapters of MLP classes: linear layers or 1x1 convolutions. :data:`MLPS` has an entry per class."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Adapters by the classes that they serve, and what is recognised of other classes by name.
+"""Registry of adapters by module class, and recognition of other attention and MLP classes by name.
 
-A new class of softmax attention is a row of :mod:`mhacut.adapters.softmax_table`, a new MLP one of
-:mod:`mhacut.adapters.mlp`; other attention is an :class:`~mhacut.adapters.base.Adapter`.
+A new class of softmax attention needs an entry in :mod:`mhacut.adapters.softmax_table`, a new MLP class in
+:mod:`mhacut.adapters.mlp`. Other attention needs an :class:`~mhacut.adapters.base.Adapter`.
 """
 
 from __future__ import annotations

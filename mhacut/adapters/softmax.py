@@ -1,7 +1,7 @@
-"""Softmax attention of any class, from one description of its projections and of what lies between them.
+"""Adapter of softmax attention classes, configured by the class's projections and its steps between them.
 
-A class is a :class:`Softmax`, a row of :mod:`mhacut.adapters.softmax_table`. Its units follow from the row,
-and so does the forward pass of a cut layer, whose q and k may have another width than v.
+A class is an entry in :mod:`mhacut.adapters.softmax_table`. The entry defines the prunable channels and the
+forward pass of a cut layer, in which q/k and v may have different widths.
 """
 
 from __future__ import annotations

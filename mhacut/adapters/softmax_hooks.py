@@ -1,6 +1,7 @@
-"""Hooks of single classes of softmax attention: the steps in which they differ from a plain ViT.
+"""Functions for the steps in which an attention class differs from the attention of a plain ViT.
 
-Fields of :class:`~mhacut.adapters.softmax.Softmax`; ``m`` is the module.
+They are values of fields of :class:`~mhacut.adapters.softmax.Softmax`. Their argument ``m`` is the attention
+module.
 """
 
 from __future__ import annotations

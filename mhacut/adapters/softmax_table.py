@@ -1,6 +1,7 @@
-"""Softmax attention of timm, a row for each class; :class:`~mhacut.adapters.softmax.Softmax` has the columns.
+"""Table of the softmax attention classes of timm, with 1 entry per class.
 
-A new class is a row here and a case in the tests.
+A new class needs an entry here and a test case. :class:`~mhacut.adapters.softmax.Softmax` explains the
+fields.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Attention and MLPs of any class, recognised by their linear layers and proved on random tokens.
+"""Adapters of unknown attention and MLP classes, found from their linear layers and tested on random tokens.
 
-A form is accepted only if a cut layer computes the outputs of the masked module in float64, with random
-weights. A module that matches no form stays as it is.
+A structure is accepted only if a cut layer computes the outputs of the masked module, in float64 with random
+weights. Otherwise the module is not cut.
 """
 
 from __future__ import annotations

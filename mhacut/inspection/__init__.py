@@ -1,1 +1,1 @@
-"""Layers and heads of a checkpoint: what they cost, and how redundant they are."""
+"""Cost and redundancy of the layers and heads of a checkpoint."""

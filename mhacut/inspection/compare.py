@@ -1,4 +1,4 @@
-"""Comparison of a dense model and its pruned model, by layer and by output."""
+"""Comparison of a dense and a pruned model, by layer outputs and model outputs."""
 
 from __future__ import annotations
 

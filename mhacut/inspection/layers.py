@@ -1,4 +1,4 @@
-"""Layers and heads of a checkpoint: widths, costs, and the redundancy of their channels before a cut."""
+"""Widths, costs and channel redundancy of the layers and heads of a checkpoint."""
 
 from __future__ import annotations
 

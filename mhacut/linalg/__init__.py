@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: the mathematics, which needs torch only."""
+"""Mathematics of pruning on tensors, without models."""

@@ -1,4 +1,4 @@
-"""First and second moments of activations, and second moments of contributions in linear attention."""
+"""First and second moments of activations, and of channel contributions in linear attention."""
 
 from __future__ import annotations
 

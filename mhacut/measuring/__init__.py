@@ -1,1 +1,1 @@
-"""Measurements of models: accuracy, agreement, normalisation, latency, and figures of all of them."""
+"""Measurements of models: accuracy, agreement, normalisation and latency."""

@@ -1,4 +1,4 @@
-"""Measure the latency of models so that they can be compared."""
+"""Measure latencies of models in turns, so that their ratios are reliable."""
 
 from __future__ import annotations
 

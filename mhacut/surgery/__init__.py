@@ -1,1 +1,1 @@
-"""A model and a plan in, the same model smaller out."""
+"""Changes of a model by a plan: cutting channels and merging tokens."""

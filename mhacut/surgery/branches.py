@@ -1,7 +1,7 @@
-"""Blocks of any class that compute norm, attention, add, norm, MLP, add: found by a run, and proved.
+"""Attention and MLP branches of unknown block classes, found by a recorded run and tested, for token merging.
 
-The run records which submodule reads the output of which. The proof doubles some tokens: the block must
-compute for them what :class:`MergingLayer` computes for tokens of size 2.
+The run records which submodule reads which output. The test duplicates some tokens: the block must then
+compute what :class:`MergingLayer` computes for tokens that stand for 2 patches.
 """
 
 from __future__ import annotations

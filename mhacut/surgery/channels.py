@@ -1,4 +1,4 @@
-"""Read, write and mix the channels of a unit, in its tensors and in the projection behind them."""
+"""Read, write and mix channels in the tensors of a layer and in its output projection."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost tables: FLOPs, parameters or bytes of a model as functions of its widths, fitted to a few counts."""
+"""Cost tables: FLOPs, parameters or bytes of a model as a function of its channels per head."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts about a timm model: the size of its images, its classes, and its prunable layers."""
+"""Image size, number of classes and prunable layers of a timm model."""
 
 from __future__ import annotations
 

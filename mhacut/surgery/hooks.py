@@ -1,4 +1,4 @@
-"""Forward hooks: capture activations, and record calls of layers to run them again at other widths."""
+"""Forward hooks that capture activations, and recorded layer calls to repeat at other widths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The masked model: dense shapes, the contribution of each channel multiplied by a scale."""
+"""Masked model: a model with dense tensors in which a scale multiplies each channel."""
 
 from __future__ import annotations
 

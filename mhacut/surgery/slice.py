@@ -1,4 +1,4 @@
-"""Cut a model to a plan: the same model with smaller tensors."""
+"""Cut channels of a model by a plan: the tensors become smaller."""
 
 from __future__ import annotations
 
