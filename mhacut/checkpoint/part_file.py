@@ -21,10 +21,10 @@ from mhacut.checkpoint.folder import INDEXES, PREPROCESSORS, PRUNED
 from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.modeling import MODULE, modeling_of
 from mhacut.checkpoint.record import PART_KEY
+from mhacut.checkpoint.write import save_tensors
 from mhacut.errors import CheckpointError, MhacutError, UsageError
 from mhacut.plan import Plan
 from mhacut.runtime.files import check_outputs, fill_folder, parse_json, show, write_file
-from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 from mhacut.surgery.submodule import shown

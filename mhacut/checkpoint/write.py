@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mhacut._version import __version__
@@ -21,8 +23,7 @@ from mhacut.checkpoint.module import unwrapped
 from mhacut.checkpoint.record import METADATA_KEY, SlimRecord
 from mhacut.errors import CheckpointError, OutputError
 from mhacut.runtime.device import default_torch
-from mhacut.runtime.files import check_output, write_file
-from mhacut.runtime.tensor_files import save_tensors
+from mhacut.runtime.files import AnyPath, check_output, write_file
 from mhacut.surgery.costs import count_bytes
 from mhacut.surgery.slice import cut
 from mhacut.text import dtype_name
@@ -179,3 +180,23 @@ def _sort_metadata(path: Path) -> None:
         if len(text) <= size:
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: AnyPath, metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors. Call it inside :func:`mhacut.runtime.files.write_file`."""
+    try:
+        save_file(_unshared(tensors), path, dict(metadata))
+    except SafetensorError as error:
+        raise OSError(str(error)) from error  # for example, the disk is full
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors that share memory, which safetensors refuses."""
+    # The first tensor of each storage is not copied: a copy of a large model may not fit into memory.
+    unshared: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        unshared[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return unshared

@@ -15,7 +15,7 @@ from timm.models import save_for_hf
 from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.identity import PROVENANCE_CFG_KEYS, WEIGHTS_CFG_KEYS
 from mhacut.checkpoint.preprocessing import stated_license
-from mhacut.checkpoint.write import save_slim
+from mhacut.checkpoint.write import save_slim, save_tensors
 from mhacut.data import Preprocessing
 from mhacut.errors import MhacutError, OutputError, option_name
 from mhacut.exporting.card import model_card
@@ -23,7 +23,6 @@ from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_outputs, exists_already, fill_folder
-from mhacut.runtime.tensor_files import save_tensors
 from mhacut.surgery.find import model_input_size
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -13,12 +13,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from helpers.models import same
+from mhacut.checkpoint import write
 from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES
 from mhacut.checkpoint.record import ModelIdentity, SlimRecord
 from mhacut.checkpoint.write import write_slim
 from mhacut.errors import OutputError
 from mhacut.plan import Plan
-from mhacut.runtime import tensor_files
 from mhacut.runtime.files import READ_IN_FOLDERS, check_output
 
 ARGS = {"depth": 1, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 2}
@@ -210,7 +210,7 @@ def test_a_disk_that_the_library_finds_full_is_an_error_like_any_other(put, tmp_
         path.with_name(".tmpHaLf").write_bytes(b"half")
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(tensor_files, "save_file", fail)
+    monkeypatch.setattr(write, "save_file", fail)
     with pytest.raises(OutputError, match=r"slim\.safetensors: cannot be written: .*No space left on device"):
         put(tmp_path / "slim.safetensors")
     assert names(tmp_path) == []
