@@ -51,6 +51,7 @@ FLAGS_OF_OTHERS = {
     "--check",  # ruff format
     "--hypothesis-profile",  # pytest
     "--data-binary", "--local-dir",  # curl, hf
+    "--write",  # tests/golden/test_golden.py
     "--sdist", "--python",  # .ci/wheels.py, which an sdist lacks
 }  # fmt: skip
 QUICK = {
