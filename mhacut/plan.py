@@ -1,4 +1,4 @@
-"""The plan: which channels and tokens stay. Pure data, checked before any tensor is touched."""
+"""Pruning plan: the channels that stay and the tokens that merge, as validated data without tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LayerFamily = Literal["attention", "mlp"]
 UnitKind = Literal["qk", "v", "hidden"]
 UNIT_KINDS: tuple[UnitKind, ...] = get_args(UnitKind)
 UnitKey = tuple[str, UnitKind]
-"""Identifier of a unit in a model: layer name and kind (qk, v or hidden)."""
+"""Layer name and kind (qk, v or hidden) of prunable channels."""
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
@@ -49,7 +49,7 @@ class UnitPlan:
     """Meaning of the channel indices: channels of the model (``channel``), or principal components, strongest
     first (``principal``)."""
     unshared: bool = False
-    """Whether each head gets its own copy of tensors that heads share; else such heads keep the same
+    """Whether each head gets a copy of tensors that heads share, so that heads can keep different
     channels."""
 
     def __post_init__(self) -> None:
@@ -224,8 +224,7 @@ class Plan:
     def after(self, earlier: Plan) -> Plan:
         """Combine this plan with an ``earlier`` plan of the same model, in the indices of the dense model.
 
-        Units without an entry in this plan keep their ``earlier`` entry. The token plan replaces the
-        ``earlier`` token plan.
+        Units that this plan does not name keep the cut of ``earlier``. The token plan of this plan applies.
         """
         # Tokens are counted on the dense model, so a later plan of tokens replaces the earlier one.
         before = {unit.key: unit for unit in earlier}

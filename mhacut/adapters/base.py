@@ -58,7 +58,7 @@ class ChannelAxis:
     offset: int = 0
     """Index of channel 0 of head 0 in the tensor dimension ``dim``."""
     heads: tuple[int, int] | None = None
-    """First head and last head + 1 in the tensor, if the tensor holds only some heads."""
+    """Range of the heads in the tensor, as (first, last + 1). None: all heads."""
     shared: bool = False
     """Whether all heads share these tensor rows: channel i of every head has index ``offset + i``."""
     head_step: int | None = None
@@ -84,7 +84,7 @@ class ChannelAxis:
 
 @dataclass(frozen=True)
 class ActivationHook:
-    """Place in the forward pass where a unit's channels can be read: input or output of a submodule."""
+    """Place in the forward pass where channel activations can be read: input or output of a submodule."""
 
     module: str
     """Submodule name relative to the layer. If every head has its own submodule, ``*`` replaces the head
@@ -94,7 +94,7 @@ class ActivationHook:
     channel_dim: int = -1
     """Dimension of the activation along which the channels are indexed."""
     width: int | None = None
-    """Channels per head in the activation. None: the unit's channels per head."""
+    """Channels per head in the activation. None: the number of prunable channels per head."""
     stride: int | None = None
     """Index step from one head to the next in the activation. None: the channels per head."""
     argument: int = 0
@@ -117,13 +117,13 @@ class Unit:
     width: int
     """Channels per head."""
     axes: tuple[ChannelAxis, ...]
-    """Places of the unit's channels in all tensors that a cut slices."""
+    """Places of these channels in all tensors that a cut slices."""
     scale_axes: tuple[ChannelAxis, ...]
     """Subset of ``axes``: a factor on these tensor rows scales the channel's contribution exactly, and factor
     0 removes the channel. Empty if there is a ``gate``."""
     hooks: Mapping[str, ActivationHook]
-    """Places of the channels' activations by name: ``query`` and ``key`` (qk; ``value`` too in linear
-    attention), ``value`` and ``output`` before the projection (v), ``hidden`` (MLP)."""
+    """Places where activations of the channels can be read, by name: ``query`` and ``key`` (qk), ``value``
+    and ``output`` before the projection (v), ``hidden`` (MLP). Linear attention has ``value`` for qk too."""
     output_projection: ChannelAxis | None = None
     """Columns of the output projection that read the v or hidden channels. None for qk."""
     output_bias: str | None = None
@@ -134,7 +134,7 @@ class Unit:
     """Name of the LayerScale parameter after the output projection. None without LayerScale."""
     mixing: Mixing = "refit"
     sharing: Sharing = "own"
-    """Whether heads have their own tensors, or share tensors."""
+    """Whether each head has its own tensors, or heads share tensors. See :data:`Sharing`."""
     softmax_scaled: bool = False
     """Whether the layer divides attention logits by sqrt(channels per head), so that a cut changes the
     softmax temperature."""
@@ -165,7 +165,7 @@ class Unit:
         return UnitPlan(*self.key, self.width, kept, unshared=unshared)
 
     def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
-        """Return the unit with ``columns`` as its output projection and ``hook`` on their input."""
+        """Return a copy with ``columns`` as output projection and ``hook`` on the input of ``columns``."""
         old, name = self.output_projection, "hidden" if self.kind == "hidden" else "output"
         return replace(
             self,
@@ -223,7 +223,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def describe(self, name: str, module: Any) -> Layer:
-        """Return the units of ``module`` and the kinds that cannot be pruned."""
+        """Return the prunable channels of ``module``, and the reasons why other kinds are not prunable."""
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         """Set attributes and class of ``module`` to the widths of its sliced tensors.
@@ -356,7 +356,7 @@ class Projection:
         hooks: Mapping[str, ActivationHook],
         **further: Any,
     ) -> Unit:
-        """Return the unit that consists of this projection's input channels."""
+        """Return the prunable :class:`Unit` that consists of this projection's input channels."""
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),

@@ -1,4 +1,4 @@
-"""``nn.MultiheadAttention``, as in torchvision, open_clip and ``nn.TransformerEncoderLayer``."""
+"""Adapter of ``nn.MultiheadAttention``, the attention of torchvision and open_clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention in cascades, among channels and without q and k; and attention that is not prunable."""
+"""Adapters of cascaded, channel and outlook attention, and of attention that is not prunable."""
 
 from __future__ import annotations
 

@@ -108,7 +108,6 @@ def looks_like_mlp(module: nn.Module) -> bool:
 
 
 def why_not_cut(mlp: str) -> str:
-    """Return the reason why an MLP without an adapter is skipped."""
     if mlp.endswith("Head"):  # timm replaces what is behind it, and knows its dense width
         return "the hidden channels of a classifier are not pruned"
     return "this MLP class is not supported"

@@ -184,7 +184,7 @@ def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Ten
 
 
 def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM: return the bias of each query and key, q times a row of the position table of each direction."""
+    """SAM: return position biases, q times the table of relative positions of each direction."""
     q, k = m.q_norm(q), m.k_norm(k)
     if m.rope is not None:
         table = m.rope.get_embed()

@@ -1,4 +1,4 @@
-"""Classes of softmax attention that need more than a row of the table."""
+"""Adapters of softmax attention classes that need more than fields of :class:`Softmax`."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class TiedHeads(Softmax):
     """
 
     def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
-        """Return the places of the q or k channels, and a hook that treats the heads as observations."""
+        """Return the places of the q or k channels, and a hook that counts each head as further samples."""
         part = self.parts(module)[letter]
         stride = part.stride or part.width
         copies = tuple(head * stride for head in range(part.heads))
@@ -244,7 +244,7 @@ class Parallel(Softmax):
         return replace(super().v(name, module), output_scale=_layer_scale(module))
 
     def hidden(self, name: str, module: Any) -> Unit:
-        """Return the unit of the hidden MLP channels."""
+        """Return the prunable :class:`~mhacut.adapters.base.Unit` of the hidden MLP channels."""
         fused = module.out_proj is not None
         reader = Projection.of(module, "out_proj" if fused else "mlp_out_proj")
         written = self.axes(module, "h")
@@ -292,12 +292,12 @@ OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
         vision_transformer_relpos.RelPosAttention,
     )
 }
-"""Attention classes, each with its subclass that computes q for the first tokens only."""
+"""Attention classes, each mapped to its subclass that computes q for the first tokens only."""
 
 
 CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {layers.Attention: mixed("ClsWeights", layers.Attention)}
-"""Attention classes, each with its subclass that also returns the class token's attention weights, [B, H, N].
-Token merging uses the weights."""
+"""Attention classes, each mapped to its subclass that also returns the class token's attention weights, [B,
+H, N], for token merging."""
 
 
 SHARED_KEYS = "several heads share their keys"
@@ -373,7 +373,7 @@ class Rope(Softmax):
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
-        """Return the unit of q/k channel pairs."""
+        """Return the prunable :class:`~mhacut.adapters.base.Unit` of the q/k channel pairs."""
         plain, half = super().qk(name, module), _by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
@@ -393,7 +393,7 @@ class Rope(Softmax):
         )
 
     def v(self, name: str, module: Any) -> Unit:
-        """Return the unit of v channels, with as many heads as k."""
+        """Return the prunable :class:`~mhacut.adapters.base.Unit` of v channels, with as many heads as k."""
         unit, queries = super().v(name, module), _queries_per_key(module)
         if queries == 1:
             return unit
@@ -421,7 +421,7 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """Return ``hook`` with the 2 channels of each pair as separate observations, [..., 2, heads * pairs]."""
+    """Return the hook with the 2 channels of each pair as 2 samples, [..., 2, heads * pairs]."""
 
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)
@@ -444,6 +444,6 @@ def _queries_per_key(module: Any) -> int:
 
 
 def _apart(width: int, queries: int, module: Any, x: Tensor) -> Tensor:
-    """Reshape [..., N, heads * queries * d] to [..., N, queries, heads * d], 1 observation per q head."""
+    """Reshape [..., N, heads * queries * d] to [..., N, queries, heads * d], 1 sample per q head."""
     x = x.reshape(*x.shape[:-1], -1, queries, width)
     return x.transpose(-2, -3).flatten(-2)

@@ -151,7 +151,7 @@ class OwnForward(PlainAttention):
 
 
 def adapter_by_structure(module: nn.Module) -> Adapter | None:
-    """Return an adapter derived from the linear layers of ``module``; None if its test fails."""
+    """Return an adapter derived from the linear layers of a module; None if tests on random tokens fail."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, PlainAttention):  # a cut layer
         return spec
@@ -202,7 +202,7 @@ def _proved(module: nn.Module, linears: Mapping[str, Any], *, only_mlp: bool = F
 
 
 class _Proof:
-    """Search for the structure of a module: candidates are tested on a float64 copy with random weights."""
+    """Search for the structure of an unknown attention class, with a test of each candidate."""
 
     def __init__(self, module: nn.Module, linears: Mapping[str, Any]) -> None:
         self.linears, self.width = linears, next(iter(linears.values())).in_features
@@ -244,7 +244,7 @@ class _Proof:
         )
 
     def reproduces(self, spec: PlainAttention) -> bool:
-        """Whether a cut layer computes the outputs of the module, with and without an attention mask."""
+        """Whether the candidate ``spec`` computes the outputs of the module, with and without a mask."""
         # Other dropouts than these two would be lost in training.
         dropouts = {name for name, part in self.trial.named_modules() if getattr(part, "p", 0)}
         if not dropouts <= {"attn_drop", "proj_drop"}:
@@ -265,7 +265,7 @@ class _Proof:
         return True
 
     def cuts_exactly(self, adapter: Adapter) -> bool:
-        """Whether a layer cut to half of its channels gives the same outputs as the masked module."""
+        """Whether cutting half of the channels gives the same outputs as multiplying them by 0."""
         generator = torch.Generator().manual_seed(0)
         masked, slim = copy.deepcopy(self.trial), copy.deepcopy(self.trial)
         layer = adapter.describe("", self.trial)
@@ -305,7 +305,7 @@ class _Proof:
         return all(_equal(self.run(slim, grid), self.run(masked, grid)) for grid in self.grids)
 
     def mixing_of(self, adapter: Adapter) -> dict[UnitKind, Mixing]:
-        """Return the mixing by kind: ``rotate`` if a change of basis leaves the outputs unchanged."""
+        """Return the mixing of q/k and v: ``rotate`` if a change of basis leaves the outputs unchanged."""
         mixing: dict[UnitKind, Mixing] = {}
         for unit in adapter.describe("", self.trial).units:
             turned = self.with_mixed_channels(unit)

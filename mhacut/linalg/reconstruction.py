@@ -39,12 +39,15 @@ class Refit(NamedTuple):
     """Squared error of the layer's output or logits on held-out images, divided by the error without a
     refit."""
     error_per_row: float
-    """Squared error on held-out images per output row, or per pair of q and k rows."""
+    """Squared error on held-out images, per output row (or per pair of q and k rows)."""
     constant: Tensor | None = None
 
 
 def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool) -> Refit:
-    """Return the best refit of output columns. ``constant``: whether a bias can absorb W_P c."""
+    """Refit output columns so that kept channels replace removed ones.
+
+    ``constant``: the layer has an output bias.
+    """
     seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
     lost = columns.double()[:, gone]  # (out, P)
@@ -67,7 +70,7 @@ def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, 
 def linear_error(
     fit: Moments, held: Moments, columns: Tensor, *, constant: bool
 ) -> Callable[[Tensor], float]:
-    """Return a function from ``kept`` to the error of :func:`refit_linear`, fast for many choices."""
+    """Return a fast function from kept channels to the output error of :func:`refit_linear`."""
     seen, unseen, columns = _centred(fit, fit, constant), _centred(held, fit, constant), columns.double()
     gram = columns.mT @ columns  # (d, d)
     as_zero, as_mean = gram * held.energy, gram * unseen
@@ -149,8 +152,8 @@ def output_error(
 ) -> float:
     """Return the output error per row after removal of channels and a refit of the output columns.
 
-    ``columns`` is [out, d], or [places * out, d] if the channels are read at several places. ``fisher`` [out,
-    out] weighs the error; None is the plain squared error.
+    ``columns`` is [out, d], or [places * out, d] if places such as kernel positions read each channel.
+    ``fisher`` [out, out] weighs the error; None is the plain squared error.
     """
     gone = others(kept, second.shape[-1])
     if len(gone) == 0:
@@ -173,7 +176,7 @@ def symmetric_root(fisher: Tensor) -> Tensor:
 
 
 def weighed_by(fisher: Tensor | None, columns: Tensor) -> Tensor:
-    """Multiply ``columns`` [places * out, d] by ``fisher`` [out, out] at each place."""
+    """Multiply ``columns`` [kernel positions * out, d] by ``fisher`` [out, out] at each kernel position."""
     if fisher is None:
         return columns
     weighed: Tensor = fisher @ columns.unflatten(0, (-1, len(fisher)))

@@ -20,8 +20,7 @@ RIDGE = 1e-6
 """Ridge added to the variances before inversion, relative to their mean, because channels may be linearly
 dependent."""
 AT_ONCE = 0.02
-"""Fraction of the remaining channels that are removed per step (1 channel below 100). Steps of 1 channel are
-slower and hardly better."""
+"""Fraction of the remaining channels that are removed per step (below 100 channels: 1 channel)."""
 
 DENSE_ENOUGH = 0.9
 """Fraction of remaining rows below which removed rows are deleted from the matrices."""
@@ -44,11 +43,11 @@ class Ranking(NamedTuple):
 def rank_channels(
     second: Tensor, columns: Tensor, heads: int, smallest: int, fisher: Tensor | None = None
 ) -> Ranking:
-    """Rank the channels of a layer by importance for the output columns that read them.
+    """Rank channels by importance for the output columns that read them.
 
-    ``second`` is [heads * d, heads * d], ``columns`` [places * out, heads * d]. The first ``smallest``
-    channels per head are never removed. ``fisher`` [out, out] weighs :attr:`Ranking.error`. The order ignores
-    it, because Fisher information from few images is noisy.
+    ``second`` is [heads * d, heads * d], ``columns`` [outputs, heads * d]. The first ``smallest`` channels
+    per head are never removed. ``fisher`` [out, out] weighs :attr:`Ranking.error`, not the order, because
+    Fisher information from few images is noisy.
     """
     size = second.shape[0]
     width = size // heads
@@ -209,7 +208,7 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
-    """Return up to ``count`` channels of lowest price, the first of equals. ``excess`` limits each owner."""
+    """Return up to ``count`` channels of lowest price. ``excess`` limits the number of channels per head."""
     if count == 1:
         chosen = [int(price.argmin())]
         excess[owner[chosen[0]]] -= 1

@@ -1,4 +1,4 @@
-"""Accuracy of a classifier on labelled images, figures of a model, and agreement of two programs' outputs."""
+"""Accuracy of a classifier, figures for result tables, and agreement of an exported program."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ class Figure(NamedTuple):
     dense: float | None
     slim: float | None
     unit: str
-    """Unit of both values: ``%``, ``ms``, ``B``, a unit of divergence, or empty for a count."""
+    """Unit of the dense and the slim value: ``%``, ``ms``, ``B``, a unit of divergence, or empty for a
+    count."""
     conditions: str = ""
 
     @property

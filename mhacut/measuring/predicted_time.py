@@ -149,7 +149,7 @@ class TimeTable:
     """Latest measured time of the dense model, in nanoseconds per batch."""
 
     def at(self, widths: Mapping[Any, int]) -> int:
-        """Return the predicted nanoseconds per batch at ``widths``. Units not in ``widths`` are uncut."""
+        """Return the predicted nanoseconds per batch at ``widths``. Channels without an entry are uncut."""
         # Savings, not times, are scaled: what no layer accounts for (embedding, norms, head) stays as it is.
         saved = self.saved_by_layers(widths)
         if self.anchors:

@@ -30,14 +30,14 @@ _TOLERANCE = 1e-6
 """Largest relative difference between outputs that must be equal. Some attention classes compute the softmax
 in float32."""
 _LENGTHS = 8, 13
-"""Numbers of tokens with which a block is tested."""
+"""Numbers of random tokens with which a block is tested."""
 _FOUND: dict[tuple[Any, ...], Branches | None] = {}
 """Cache of branches by block structure. Blocks on the meta device have no weights to test and use the
 cache."""
 
 
 def branches_of(block: nn.Module) -> Branches | None:
-    """Return the attention and MLP branches of a block that can merge tokens; None if its test fails."""
+    """Return the attention and MLP branches of a ViT block for token merging; None if a test fails."""
     if isinstance(block, MergingLayer):
         return block.branches
     if is_registered_library(block):

@@ -14,7 +14,7 @@ from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Unit
 
 
 def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Places of the channels of ``unit`` in all tensors, including the batch norms behind them."""
+    """Return the places of the channels in all tensors, including the batch norms after the projections."""
     axes: list[ChannelAxis] = []
     for axis in unit.axes:
         axes.append(axis)
@@ -24,13 +24,13 @@ def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
 
 
 def channels_of(module: nn.Module, unit: Unit, axis: ChannelAxis) -> Tensor:
-    """Return a copy of the unit's channels in the tensor of ``axis``, [H, d, copies, ...]."""
+    """Return a copy of the channels in the tensor of ``axis``, [heads, width, copies, ...]."""
     tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
     return tensor[axis.rows(unit.heads, unit.width).to(tensor.device)]
 
 
 def set_channels(module: nn.Module, unit: Unit, axis: ChannelAxis, channels: Tensor) -> None:
-    """Write ``channels`` [H, d, copies, ...] into the tensor of ``axis``, in place."""
+    """Write ``channels`` [heads, width, copies, ...] into the tensor of ``axis``, in place."""
     tensor = tensor_of(module, axis.tensor).detach().movedim(axis.dim, 0)
     tensor[axis.rows(unit.heads, unit.width).to(tensor.device)] = channels.to(tensor.dtype)
 
@@ -48,7 +48,7 @@ def has_tensor(module: nn.Module, name: str) -> bool:
 
 
 def norm_axis(axis: ChannelAxis, tensor: str) -> ChannelAxis:
-    """Place of the channels of ``axis`` in a tensor of the batch norm behind it."""
+    """Return the place of the channels of ``axis`` in a tensor of the batch norm after the projection."""
     return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
 
 
@@ -60,7 +60,7 @@ def select_heads(axis: ChannelAxis, values: Tensor) -> Tensor:
 
 
 def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """Output projection times its batch norm or LayerScale, [(places *) out, heads * width], float64."""
+    """Return the output projection times its batch norm or LayerScale, [outputs, heads * width]."""
     # The matrix maps errors of the channels to errors of the output. A convolution, or several queries, read
     # a channel at several places: squared errors add up if the errors at the places are independent.
     assert unit.output_projection is not None
@@ -78,7 +78,10 @@ def effective_output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 
 def output_weights(module: nn.Module, unit: Unit) -> Tensor:
-    """Weights of the output projection that read the unit, [(places *) out, heads * width]."""
+    """Return the weights that read the channels, [outputs, heads * width].
+
+    If several places read a channel, such as kernel positions, there are outputs for each place.
+    """
     assert unit.output_projection is not None
     weight = module.get_parameter(unit.output_projection.tensor).movedim(unit.output_projection.dim, -1)
     columns = unit.output_projection.rows(unit.heads, unit.width).to(weight.device)  # (H, d, copies)
@@ -89,7 +92,7 @@ def output_weights(module: nn.Module, unit: Unit) -> Tensor:
 
 @torch.no_grad()
 def add_constant(module: nn.Module, unit: Unit, constant: Tensor) -> None:
-    """Add a constant [(places *) out] to the output of the unit's output projection, in place."""
+    """Add a constant [outputs] to the output of the layer's output projection, in place."""
     if unit.output_bias is not None:
         bias = module.get_parameter(unit.output_bias)
         bias.add_(constant.view(-1, len(bias)).sum(0).to(bias))
@@ -109,7 +112,10 @@ def norm_factor(norm: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
-    """Change the basis of the channels by ``basis`` [H, d, d], in place. Model outputs stay equal."""
+    """Change the basis of the channels by ``basis`` [H, d, d], in place.
+
+    The outputs of the layer stay equal.
+    """
     assert unit.mixing == "rotate"
     # (A q) . (A^-T k) = q . k. Likewise for the rows of v and the columns of the output projection.
     inverse = torch.linalg.inv(basis).mT
@@ -119,7 +125,7 @@ def rotate(module: nn.Module, unit: Unit, basis: Tensor) -> None:
 
 @torch.no_grad()
 def mix(module: nn.Module, unit: Unit, axis: ChannelAxis, mixing: Tensor) -> None:
-    """Multiply the unit's channels in the tensor of ``axis`` by ``mixing`` [H, d, d], in place."""
+    """Multiply the channels in the tensor of ``axis`` by ``mixing`` [H, d, d], in place."""
     # A batch norm scales single channels, so its factor moves into the rows before they mix. Its variances
     # become those of the mixed rows (taken as independent) and its weight cancels them. The factor is then 1
     # in eval mode, and the statistics stay about right in training.

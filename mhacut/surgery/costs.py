@@ -58,7 +58,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class CostTable:
-    """FLOPs of a model as a function of the widths of its units."""
+    """FLOPs of a model as a function of the channels per head in each layer."""
 
     fixed: int
     """FLOPs that do not depend on widths."""
@@ -67,7 +67,7 @@ class CostTable:
     """FLOPs of the uncut model with all tokens, counted by fvcore."""
 
     def flops(self, widths: Mapping[UnitKey, Any]) -> Any:
-        """Return the FLOPs at ``widths`` (channels per head). Units not in ``widths`` are uncut."""
+        """Return the FLOPs at ``widths`` (channels per head). Channels without an entry are uncut."""
         total: Any = self.fixed
         for layer in self.layers:
             total = total + layer.at(widths)
@@ -97,7 +97,7 @@ _FITTED: dict[tuple[Any, ...], Polynomial] = {}
 
 
 def _fitted(module: nn.Module, layer: Layer, call: LayerInputs) -> Polynomial:
-    """Fit the FLOPs of a layer call. Layers with equal shapes and inputs are counted once."""
+    """Return the FLOPs of a layer call as a polynomial. Layers with equal shapes are counted once."""
     meta = next(module.parameters()).is_meta
     key = (cost_key(module), repr(call), meta)
     if key not in _FITTED:
@@ -141,7 +141,7 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Fit a polynomial to counts, without squares if possible, and check it at other widths."""
+    """Fit a polynomial of the widths to counted costs, and check it at other widths."""
     chance = random.Random(0)
     # Below half the widths, missing squares change the count in one direction and cannot cancel out.
     other: dict[UnitKind, int] = {

@@ -1,4 +1,4 @@
-"""Dense features of a model: its map of tokens, outputs of layers, or the levels of ``features_only``."""
+"""Features that a pruned model must preserve: token maps, layer outputs or ``features_only`` levels."""
 
 from __future__ import annotations
 
@@ -67,9 +67,9 @@ class Features:
     def of(
         self, model: nn.Module, images: Tensor, tensors: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """Run ``model`` on ``images`` [B, C, H, W] with ``tensors`` substituted, and return its features.
+        """Run ``model`` on ``images`` [B, C, H, W] and return its features.
 
-        Dense features are token maps [B, tokens, channels]. Other features are 1 output.
+        Dense features are token maps [B, tokens, channels]. ``tensors`` replace tensors of the model by name.
         """
         reader = _Reader(model, self)
         maps: list[Tensor]

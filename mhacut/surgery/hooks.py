@@ -20,14 +20,15 @@ from mhacut.plan import UnitKind
 from mhacut.surgery.slice import slice_layer
 
 Capture = Callable[[Unit, str, Tensor], None]
-"""Function that receives a unit, the name of 1 of its hooks, and the activation [..., heads, width]."""
+"""Function that receives a :class:`Unit`, the name of 1 of its hooks, and the activation [..., heads,
+width]."""
 
 
 @contextmanager
 def captured_outputs(
     model: nn.Module, names: Iterable[str], take: Callable[[Any, Any], Any] = lambda args, output: output
 ) -> Iterator[Mapping[str, list[Any]]]:
-    """Collect ``take(args, output)`` of each call of the modules ``names`` inside the block."""
+    """Collect ``take(args, output)`` of each call of the modules ``names`` in a ``with`` statement."""
     captured: dict[str, list[Any]] = {}
 
     def keep(name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -39,7 +40,7 @@ def captured_outputs(
 
 @contextmanager
 def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks when the block ends or a registration fails."""
+    """Remove hooks at the end of a ``with`` statement, or if a registration fails."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -48,7 +49,7 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iterator[None]:
-    """Call ``capture`` with the activations at the hooks of ``units`` inside the block."""
+    """Call ``capture`` with the channel activations of ``units`` in a ``with`` statement."""
     with registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
 
@@ -65,7 +66,7 @@ def _hooks_of(model: nn.Module, unit: Unit, capture: Capture) -> Iterator[Remova
 
 
 class _JoinHeads:
-    """Capture function for heads that run one after the other: it joins the activations of all heads."""
+    """Capture function that joins the activations of heads that run one after the other."""
 
     def __init__(self, unit: Unit, name: str, capture: Capture) -> None:
         self._unit, self._name, self._capture = unit, name, capture

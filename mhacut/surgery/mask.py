@@ -14,7 +14,7 @@ from mhacut.surgery.find import PrunableLayers
 
 
 def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
-    """Factor on the logits of the masked model that gives the softmax temperature of a cut to ``width``."""
+    """Factor on the attention logits that gives the softmax temperature of a cut to ``width`` channels."""
     # Logits divided by sqrt(width) instead of sqrt(dense width) compensate for the removed channels. In the
     # PCA basis the kept channels hold most of the energy of the logits, so no factor is needed.
     if basis == "principal" or not unit.softmax_scaled:
@@ -25,10 +25,7 @@ def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
 def masked_tensors(
     model: nn.Module, prunable: PrunableLayers, channel_scales: Mapping[UnitKey, Tensor]
 ) -> dict[str, Tensor]:
-    """Return the tensors of the masked model that differ from ``model``.
-
-    Channel scales are [heads, width].
-    """
+    """Return the tensors of ``model`` multiplied by channel scales [heads, width], by tensor name."""
     masked: dict[str, Tensor] = {}
     for layer in prunable.layers:
         for unit in layer.units:
@@ -73,7 +70,7 @@ def set_gate(module: nn.Module, unit: Unit, channel_scale: Tensor) -> None:
 
 
 def scaled_axes(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Places in tensors that channel scales multiply: rows, or the batch norm behind the rows."""
+    """Return the tensor rows that channel scales multiply, or the batch norm after these rows."""
     # In training, a batch norm would undo a scale on the rows before it.
     axes: list[ChannelAxis] = []
     for axis in unit.scale_axes:
@@ -102,7 +99,7 @@ def kept_channels(unit_plan: UnitPlan) -> Tensor:
 
 
 def constant_lost(module: nn.Module, unit: Unit, channel_scale: Tensor) -> Tensor:
-    """Return the constant [out] to add to the output bias for the biases of scaled channels."""
+    """Return the constant output [outputs] of channel biases that the channel scales remove."""
     columns = output_weights(module, unit)
     lost = columns.new_zeros(len(columns))
     for axis in unit.constants:

@@ -57,7 +57,7 @@ def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
 
 
 class OutputTokenModel:
-    """Mixin for timm's ViT classes: features that need tokens missing from the last block are an error."""
+    """Mixin for timm's ViT classes: features that need tokens missing in the last block raise an error."""
 
     def forward_intermediates(
         self: Any, x: Tensor, indices: int | list[int] | None = None, *args: Any, **options: Any
@@ -98,8 +98,8 @@ OUTPUT_TOKEN_MODELS: Mapping[type[nn.Module], Any] = {
         relpos.VisionTransformerRelPos,
     )
 }
-"""Model classes whose heads read only pooled tokens of the last block, each with its subclass that computes
-only these tokens."""
+"""ViT classes whose heads read only pooled tokens, each mapped to its subclass whose last block computes only
+these tokens."""
 OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     cls: mixed("OutputToken", mixin, cls)
     for mixin, classes in {
@@ -112,8 +112,7 @@ OUTPUT_TOKEN_BLOCKS: Mapping[type[nn.Module], Any] = {
     }.items()
     for cls in classes
 }
-"""Block classes with residual attention and residual MLP, each with its subclass that computes only the
-output tokens."""
+"""ViT block classes, each mapped to its subclass that computes only the tokens that the head reads."""
 
 
 def dense_class(model: nn.Module) -> type[nn.Module]:

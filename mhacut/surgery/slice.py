@@ -22,7 +22,7 @@ features are then multiplied by 1e-10, which is small against the 1e-6 that the 
 
 
 def exact_scale(unit: Unit, width: int) -> float:
-    """Factor on the channels of a cut to ``width`` that keeps the softmax temperature of the dense layer."""
+    """Factor on q/k channels that keeps the dense softmax temperature after a cut to ``width``."""
     # The layer divides logits by sqrt(width): at k of d channels they grow by sqrt(d / k).
     return float((width / unit.width) ** 0.5) if unit.softmax_scaled else 1.0
 
@@ -36,7 +36,7 @@ def cut(
 ) -> None:
     """Cut ``model`` to ``plan``, in place.
 
-    The cut model equals the masked model with the same channel scales.
+    Its outputs then equal those with removed channels multiplied by 0.
     """
     # On the meta device, this gives the expected shapes of a slim file before it is loaded.
     if plan.tokens and tokens_of(model) != plan.tokens:
