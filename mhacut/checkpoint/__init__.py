@@ -1,1 +1,1 @@
-"""Read, identify, load and write checkpoints; nothing in a file is trusted."""
+"""Read, identify, load and write checkpoints, whose content is untrusted."""

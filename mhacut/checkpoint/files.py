@@ -126,7 +126,7 @@ def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
 
 
 def sha256_of_file(header: FileHeader) -> str:
-    """Return the SHA-256 of a checkpoint file. For shards: the SHA-256 of their digests."""
+    """Return the SHA-256 of a checkpoint file. For shards, it is the SHA-256 of all shards' digests."""
     if not header.shards:
         return sha256_of(header.path)
     return hashlib.sha256("".join(map(sha256_of, header.shards)).encode()).hexdigest()

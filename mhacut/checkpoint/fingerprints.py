@@ -23,7 +23,8 @@ CLASSIFIERS = re.compile(
     r"(\.(fc|fc2|fc\.fc2|l|linear|proj|\d|head\.l|head_dist\.l|classifier\.(4|linear)))?\.(weight|bias)"
 )
 _OPTIONAL = re.compile(r"cls_token|reg_token|norm_pre\.\w+|blocks\.(ls[12]\.gamma|attn\.qkv\.bias)")
-"""Pattern for names of tensors that 1 timm argument adds or removes. Any-size digests ignore them."""
+"""Pattern for names of tensors that a timm argument adds or removes. The any-size digest of
+:func:`fingerprint` ignores these tensors."""
 _NUMBER = re.compile(r"\.\d+(?=\.)")
 
 
@@ -66,7 +67,7 @@ def matches_of_any_size(shapes: Shapes) -> list[str]:
 
 @cache
 def read_table() -> tuple[str, Mapping[str, Mapping[str, tuple[str, ...]]]]:
-    """Return timm's version and {any-size digest: {exact digest: names of architectures}}."""
+    """Return timm's version, and names of architectures by the any-size and exact :func:`fingerprint`."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     group: dict[str, tuple[str, ...]] = {}

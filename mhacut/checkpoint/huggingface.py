@@ -1,4 +1,4 @@
-"""Folders of transformers as checkpoints: the model stays of its own class, in a function of images."""
+"""Open and write folders of transformers models without converting the models to timm."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ _CFG_KEYS = _CFG_SIZES | frozenset((
     "std", "license", "origin_url", "paper_name", "paper_ids", "notes", "label_names", "label_descriptions",
 ))
 # fmt: on
-"""Keys of timm's pretrained_cfg that mhacut reads. Keys that name a source of weights are missing here."""
+"""Keys of timm's pretrained_cfg that mhacut reads. Other keys are dropped, such as sources of weights."""
 PROVENANCE_CFG_KEYS = frozenset({"tag", "license", "origin_url", "paper_name", "paper_ids", "notes"})
 LABEL_CFG_KEYS = frozenset({"label_names", "label_descriptions"})
 WEIGHTS_CFG_KEYS = PROVENANCE_CFG_KEYS | LABEL_CFG_KEYS
@@ -44,7 +44,7 @@ class ModelIdentity:
     architecture: str
     model_args: dict[str, Any] = field(default_factory=dict)
     pretrained_cfg: dict[str, Any] = field(default_factory=dict)
-    """timm's preprocessing, labels and license, without keys that name a source of weights."""
+    """Preprocessing, labels and license in timm's format. Keys that name a source of weights are dropped."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.architecture, str) or not _ARCHITECTURE.fullmatch(self.architecture):

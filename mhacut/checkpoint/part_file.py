@@ -1,4 +1,4 @@
-"""Files with a pruned submodule: plan, class name and tensors."""
+"""Files with the plan, class name and tensors of a pruned submodule."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def write_pruned(
     overwrite: bool,
     finish: Callable[[Path], object],
 ) -> None:
-    """Write as :func:`save_pruned`. ``finish`` may add files to the folder before it is in place."""
+    """Write as :func:`save_pruned` does. ``finish(folder)`` may add files to the new folder."""
     name, record = pruned_part(model)
     part = model.get_submodule(name)
     version = 2 if "tokens" in record else 1  # version 1 has no token merging

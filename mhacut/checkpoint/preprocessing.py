@@ -1,4 +1,4 @@
-"""Preprocessing of a checkpoint: values, origins, and whether another normalisation fits better."""
+"""Preprocessing of a checkpoint, the origin of each value, and a check for a wrong normalisation."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def with_hint(
     *,
     refuse: bool = True,
 ) -> Provenance:
-    """Add a warning if other mean and std give a better top-1. Raise if certain and ``refuse``."""
+    """Add a hint if another mean and std raise top-1. If that is certain, ``refuse`` makes it an error."""
     if stated.normalisation_is_stated:
         return stated
     model.to(device)

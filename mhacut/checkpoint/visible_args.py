@@ -15,7 +15,7 @@ from mhacut.checkpoint.foreign.family import mlp_ratio
 
 Shapes = Mapping[str, tuple[int, ...]]
 InferredArg = tuple[str, Any, str]
-"""(argument, value, where in the file the value was found)."""
+"""Inferred argument of a timm model: (name, value, where in the file the value was found)."""
 
 PIXELS = frozenset({"num_classes", "img_size", "in_chans"})
 SIZES = frozenset({"depth", "patch_size"})
@@ -25,7 +25,7 @@ _SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "norm_pre.weight": ("pre_norm", True, False),
     "cls_token": ("class_token", True, False),
 }
-"""Tensor name, mapped to (argument, value if the file has the tensor, value otherwise)."""
+"""Tensor name, mapped to (timm argument, value if the file has the tensor, value otherwise)."""
 
 
 def visible_args(model: nn.Module, shapes: Shapes, given: Mapping[str, Any]) -> tuple[InferredArg, ...]:

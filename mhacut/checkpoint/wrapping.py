@@ -16,7 +16,7 @@ from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Group = Mapping[str, str]
-"""Tensor names in the file, mapped to the names inside one of its modules."""
+"""Tensor names in the file, mapped to tensor names without the prefix of a module."""
 
 _NETWORKS = (
     *("ema", "ema_model", "model_ema", "swa_model", "average_model"),
@@ -42,7 +42,7 @@ _ENCODER_ITSELF = (
     {"blocks", "patch_embed", "norm"},
     {"blocks", "patch_embed", "pos_embed"},
 )
-"""Sets of names inside ``encoder.`` that show a timm model with its own module ``encoder``."""
+"""Sets of names inside ``encoder.`` for which ``encoder`` is part of a timm model, not a wrapper."""
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
 """Pattern for tensor names that only a complete network has: a stem or class token."""
 _ENTRIES = (

@@ -88,7 +88,7 @@ def find_folder(data_dir: PathLike, split: str, option: str) -> Path:
 
 
 def scan(folder: Path) -> Folder:
-    """List the images under ``folder``. Their class is the first subfolder. Hidden files are skipped."""
+    """List the images under ``folder``. The first folder of a path is the class. Hidden files are skipped."""
     classes = subfolders(folder)
     files = [(entry.name, "") for entry in folder.iterdir() if _is_image(entry.name) and entry.is_file()]
     files += [

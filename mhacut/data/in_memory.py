@@ -28,7 +28,7 @@ from mhacut.text import dtype_name
 ImagesInMemory = Tensor | tuple[Tensor, Tensor] | Iterable[Any]
 """Images [N, C, H, W], (images, labels [N]), or an iterable of such batches (a DataLoader)."""
 _MEASURED = 4
-"""If there are few labelled images, 1 in 4 measures accuracy. The others are for calibration."""
+"""If labelled images are few, 1 in 4 measures accuracy. The other images are for calibration."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Datasets with a name in timm: ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME``, ``torch/NAME``."""
+"""Datasets that timm opens by name: ``hfds/NAME``, ``wds/NAME``, ``tfds/NAME``, ``torch/NAME``."""
 
 from __future__ import annotations
 

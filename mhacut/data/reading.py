@@ -1,4 +1,4 @@
-"""Images by index. Unreadable images are reported; timm would replace them by the next image."""
+"""Read images by index, and report unreadable images. timm would replace them by the next image."""
 
 from __future__ import annotations
 

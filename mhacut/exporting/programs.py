@@ -1,4 +1,4 @@
-"""Models and layers as functions of a runtime, for measuring latency."""
+"""Functions that run models or layers in a runtime, for measuring latency."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Conditions:
     device: torch.device
     threads: int
     dtype: ExportDtype = "float32"
-    """Dtype of whole models in PyTorch and ONNX Runtime. OpenVINO and single layers run in float32."""
+    """Dtype of models in PyTorch and ONNX Runtime. OpenVINO and single layers always use float32."""
 
 
 def timing_device(runtime: Runtime, device: str) -> torch.device:
@@ -64,7 +64,7 @@ def model_program(
 def int8_program(
     model: nn.Module, size: tuple[int, int, int], threads: int
 ) -> tuple[Callable[[Tensor], object], int]:
-    """Return a function of images that runs ``model`` as INT8 ONNX, and the bytes of the ONNX file."""
+    """Return a function of images that runs ``model`` as INT8 ONNX, and the ONNX file's size in bytes."""
     content = onnx_content(model, size)
     # On noise, as ``mhacut export --int8`` does without images.
     outlier_layers = layers_with_outliers(content, [fixed_images(4, size)])

@@ -40,9 +40,9 @@ FAR_KL, FAR_COSINE = 0.1, 0.98
 """Limits for the warning that an INT8 model is far from float32: largest KL divergence of the logits (nats),
 or smallest cosine of the features."""
 MAX_ROUNDING_ERROR = 0.01
-"""A linear layer stays float32 if rounding its inputs to 8 bits changes its outputs by a larger relative
-squared error. Layers with outlier activations (Sun et al., arXiv 2402.17762) are 10 times above this limit,
-and other layers of ViTs are 100 times below."""
+"""Largest relative squared error that rounding a linear layer's inputs to 8 bits may cause in its outputs.
+Above, the layer stays float32. Layers with outlier activations (Sun et al., arXiv 2402.17762) are 10 times
+above, other layers of ViTs 100 times below."""
 _LEVELS = 255
 _SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of an ONNX node under which torch stores the names of the node's modules."""
@@ -199,7 +199,7 @@ def _times(
 
 
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return batches for the outlier search, batches for the comparison, and a text about the latter."""
+    """Return images for the outlier search, images for the comparison, and a text about the comparison."""
     size = options.fixed_batch or _BATCH
     if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size
@@ -233,7 +233,7 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
 
 
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return {ONNX node: module} of the linear layers whose inputs lose too much in INT8, by name.
+    """Return {ONNX node name: module name} of linear layers whose inputs lose too much in INT8.
 
     ``batches`` are images [B, C, H, W]. As in ONNX Runtime, all tokens of a batch are rounded to the same 256
     levels.

@@ -1,4 +1,4 @@
-"""Export to ONNX, ``torch.export`` and OpenVINO IR, and runners of such files."""
+"""Export models to ONNX, ``torch.export`` and OpenVINO IR, and run the exported files."""
 
 from __future__ import annotations
 
@@ -220,9 +220,9 @@ def write_ir(
     input_path: Path | None,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write ``model`` as OpenVINO IR (.xml and .bin), unless ``compare`` raises for the converted model.
+    """Write ``model`` as OpenVINO IR (.xml and .bin).
 
-    If the export dtype is float16, only the stored weights are float16.
+    ``compare`` may raise to refuse the files. If the export dtype is float16, only the weights are float16.
     """
     import openvino
 

@@ -56,7 +56,7 @@ class Stopwatch:
         self.timing, self.size, self.dense, self.reporter = timing, size, dense, reporter
         self.device = timing_device(timing.runtime, "cpu" if timing.on_cpu else str(device))
         self.latency_model: TimeTable | TimeCurve | None = None
-        """Predicts the time of a plan. Measured once, when a latency budget first needs predictions."""
+        """Predictor of a plan's run time. It is measured when a latency budget first needs a prediction."""
         self._dense_run: Run | None = None
         self._logged_busy = False
 

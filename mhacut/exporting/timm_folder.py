@@ -46,7 +46,7 @@ def write_folder(
     options: ExportOptions,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write a folder that timm opens, unless ``compare`` raises for the model that timm builds."""
+    """Write a folder that timm opens, unless ``compare`` raises an error for the folder's model."""
     target = Path(os.path.realpath(target))
     model = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])

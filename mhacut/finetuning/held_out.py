@@ -74,7 +74,7 @@ def find_learning_rate(run: Run) -> float:
 def parts_of(
     run: Run, images: TrainingImages, batches: StepBatches, steps: range, mine: Sequence[int] = ()
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of each step with the part numbers ``mine``, by default this process's parts."""
+    """Yield this process's batches of each step, or the step's parts with the numbers in ``mine``."""
     size, rank = run.processes.size, run.processes.rank
     return training_loader(
         images,

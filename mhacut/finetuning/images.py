@@ -31,7 +31,7 @@ _MAX_TRIES = 10
 """Largest number of images that are tried for a place in a batch until an image can be read."""
 
 Drawn = tuple["Tensor | None", int, list[Unreadable]]
-"""(image, or None if no tried image is readable; label, or -1; unreadable images)."""
+"""Result of reading an image: (image or None, label or -1, unreadable images that were tried before)."""
 
 
 class Batch(NamedTuple):
@@ -173,9 +173,9 @@ class _Seeded(Dataset[Drawn]):
 class StepBatches:
     """Images of each training step: in each epoch, a random order is cut into global batches.
 
-    A global batch is split into parts. timm's mixup pairs image i with image i from the end of a batch, so a
-    part of even size takes images from both ends, and the pairs do not depend on the number of parts. The
-    last incomplete batch of an epoch is dropped.
+    A global batch is split into parts, one per forward pass of a process. timm's mixup pairs image i with
+    image i from the end of a batch, so a part of even size takes images from both ends, and the pairs do not
+    depend on the number of parts. The last incomplete batch of an epoch is dropped.
     """
 
     def __init__(self, count: int, *, batch_size: int, parts: int, seed: int) -> None:
@@ -225,7 +225,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Yield the batches of steps ``start`` to ``stop`` - 1: of each step, the part numbers in ``mine``."""
+    """Yield the batches with part numbers ``mine`` of each step from ``start`` to ``stop`` - 1."""
     loader: DataLoader[Any] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),

@@ -25,7 +25,7 @@ from mhacut.runtime.device import has_bfloat16, refusing_compile
 from mhacut.runtime.distributed import Processes
 
 _MODEL_STREAM, _MIXING_STREAM = 1, 2
-"""Parts of seeds, by which the model and mixup draw independent random numbers."""
+"""Numbers that make the seeds for the model and for mixup different."""
 
 
 class Trainer:
@@ -57,7 +57,7 @@ class Trainer:
         half = options.amp and options.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=half)
         self.network: Any = model
-        """The model, wrapped for several processes and ``--compile`` after :meth:`connect`."""
+        """The model; after :meth:`connect`, its wrapper for several processes and ``--compile``."""
 
     def connect(self) -> None:
         """Wrap the model for several processes and ``--compile``. Every process must call this method."""

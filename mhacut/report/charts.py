@@ -1,4 +1,4 @@
-"""Charts as SVG for HTML pages and notebooks: shares by block, and lines.
+"""Bar and line charts as SVG, for HTML pages and notebooks.
 
 Each function returns a ``<figure>`` without style sheet or script. Its colours suit light and dark pages.
 """
@@ -27,7 +27,7 @@ _ALL = 356
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
 """Position and size of the area between the axes, in pixels."""
 _EQUAL = 1e-4
-"""Relative difference below which an axis treats values as equal: numbers have at most 7 characters."""
+"""Relative difference below which an axis treats values as equal: its numbers have up to 7 characters."""
 
 
 class Share(NamedTuple):
@@ -155,7 +155,7 @@ def _attribute(value: object) -> str:
 
 
 def _ends(low: float, high: float) -> tuple[float, float]:
-    """Return the ends of an axis. If all values are nearly equal, the ends are 2 % apart."""
+    """Return the lowest and highest value of an axis. If all values are nearly equal, both differ by 2 %."""
     if high - low > _EQUAL * max(abs(low), abs(high)):
         return low, high
     return (high - 0.02 * abs(high), high) if high else (0.0, 1.0)

@@ -27,7 +27,7 @@ _STAGES = (0.5, 1.0)
 
 @torch.no_grad()
 def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return {matcher name: token index of each patch, int [B, patches]} for all merging blocks."""
+    """Return {name of a token merging module: token index of each patch, int [B, patches]}."""
     matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
     with captured_outputs(model, matchers) as found:
         model(images)

@@ -81,7 +81,7 @@ def _text(value: object) -> str:
 
 @dataclass(frozen=True)
 class StoredCurve:
-    """Sensitivity curve of a prunable width, read from a slim file."""
+    """Divergence as a function of the width of a layer, read from a slim file."""
 
     layer: str
     kind: str
@@ -93,7 +93,7 @@ class StoredCurve:
 
 @dataclass(frozen=True)
 class StoredCurves:
-    """Sensitivity curves of a pruning run, read from a slim file."""
+    """Sensitivity curves of all layers in a pruning run, read from a slim file."""
 
     curves: tuple[StoredCurve, ...] = ()
     budget: int | None = None

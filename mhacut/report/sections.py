@@ -32,7 +32,7 @@ _DIVERGENCE: Mapping[OutputMetric | None, tuple[str, str]] = {
     "dense": ("divergence, nats per token", "divergence of the features of all tokens from"),
     None: ("divergence", "divergence from"),
 }
-"""Axis label, and words before "the dense model" in the text of a report, by output metric."""
+"""Label of the chart axis, and words in the chart's text, by the metric of the divergence."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,6 @@ def _numbers(contents: Contents) -> Section:
 
 
 def _blocks(contents: Contents) -> Section | None:
-    """Chart the tokens and widths left in each block; for a dense model, widths with 99 % of the energy."""
     slim, comparison = contents.inspection.slim, contents.comparison
     merges = any(contents.inspection.tokens.merged)
     tokens = {layer.name: layer.tokens for layer in comparison.layers} if comparison and merges else {}

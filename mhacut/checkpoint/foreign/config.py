@@ -49,7 +49,7 @@ class Config:
         return cast(_Value, converted)
 
     def read(self, table: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-        """Return timm's arguments. ``table`` is {timm's argument: (name in this object, default)}."""
+        """Return timm's arguments. ``table`` is {timm's argument: (key in this JSON object, default)}."""
         return {argument: self.get(name, default) for argument, (name, default) in table.items()}
 
     def numbers(self, name: str, count: int) -> list[float]:

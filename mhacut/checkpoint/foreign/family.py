@@ -1,4 +1,4 @@
-"""A family of another library's models: tensor names in timm, detection, construction."""
+"""Families of other libraries' models: recognise a file, and rename its tensors for timm."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _build_wrapped(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """With registers, add position 0 to the class token: timm's model adds positions to patches only."""
+    """If there are registers, add position 0 to the class token: timm adds positions to patches only."""
     if "reg_token" in tensors:
         positions = tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1].to(tensors["cls_token"].dtype)

@@ -1,4 +1,4 @@
-"""Models of transformers: configuration to timm arguments, and tensors that change shape."""
+"""Convert transformers models to timm: arguments from the configuration, and tensors that change shape."""
 
 from __future__ import annotations
 
