@@ -302,7 +302,6 @@ class Projection:
 
     @property
     def channel_dim(self) -> int:
-        """Index of the channel dimension in the projection's input and output."""
         return -1 if isinstance(self.linear, nn.Linear) else 1
 
     @property
@@ -356,7 +355,6 @@ class Projection:
         hooks: Mapping[str, ActivationHook],
         **further: Any,
     ) -> Unit:
-        """Return the prunable :class:`Unit` that consists of this projection's input channels."""
         columns, read = self.columns(), "hidden" if kind == "hidden" else "output"
         fields = {
             "axes": (*written, columns),

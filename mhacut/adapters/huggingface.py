@@ -152,7 +152,6 @@ def is_old() -> bool:
 
 
 def adapter_of(module: nn.Module) -> Adapter | None:
-    """Return the adapter of a transformers module; None if the module structure is unknown."""
     spec = getattr(module, "spec", None)
     if isinstance(spec, Linears):  # a cut layer
         return spec

@@ -271,7 +271,6 @@ class FactorAttentionAdapter(Adapter):
 
 
 def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
-    """Return the places of the v channels in the layer's convolutions."""
     axes: list[ChannelAxis] = []
     first = 0
     for number, split in enumerate(module.crpe.head_splits):

@@ -33,7 +33,6 @@ class MultiheadTwin(nn.Module):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the attention output and the attention weights (None without ``need_weights``)."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         sizes = [heads * width for heads, width in map(self.spec.sizes(self).get, "qkv")]

@@ -113,7 +113,6 @@ class CascadedAdapter(Adapter):
 
 
 def _rows(module: Any, part: str, offset: int = 0) -> tuple[ChannelAxis, ...]:
-    """Return the rows of the per-head layers ``part`` from index ``offset`` on."""
     return tuple(
         replace(axis, heads=(head, head + 1))
         for head in range(module.num_heads)

@@ -181,7 +181,6 @@ class Softmax(Adapter):
         return Projection.of(module, self.read_by if isinstance(self.read_by, str) else self.read_by(module))
 
     def writers(self, module: Any) -> Mapping[str, str]:
-        """Entries of ``written_by`` whose projections exist in ``module``."""
         return {
             name: letters
             for name, letters in self.written_by.items()
@@ -202,7 +201,6 @@ class Softmax(Adapter):
         return {"q": qk, "k": qk, "v": v, "g": v}
 
     def parts(self, module: Any) -> dict[str, HeadRows]:
-        """Return the projection rows that write each letter q, k, v and ``g``."""
         sizes, parts = self.sizes(module), {}
         for name, letters in self.writers(module).items():
             projection, offset = Projection.of(module, name), 0

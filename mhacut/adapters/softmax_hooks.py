@@ -132,7 +132,7 @@ def swin_v2_positions(m: Any) -> Tensor:
 
 
 def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """Return q, k and a position bias: the bias of the layer, or ``shared`` if all layers share a bias."""
+    """Return q, k and a position bias: the bias of the layer or the bias ``shared`` by all layers."""
     if hasattr(m, "q_norm"):
         q, k = m.q_norm(q), m.k_norm(k)
     return q, k, shared if m.rel_pos is None else m.rel_pos.get_bias()
@@ -158,7 +158,6 @@ def pooled(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 
 
 def pooled_on_map(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM 2: pool the queries on their map [B, height, width, C]."""
     if m.q_pool is None:
         return q, k, None
     maps = as_map(q.flatten(0, 1), x.shape[1:3])

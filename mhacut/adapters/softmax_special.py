@@ -61,7 +61,6 @@ class GlobalContext(Softmax):
         )
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store the indices of the kept channels of the stage's shared queries."""
         if unit.kind != "qk" or not module.use_global:
             return
         kept = kept.to(table_device(module.proj.weight))
@@ -244,7 +243,6 @@ class Parallel(Softmax):
         return replace(super().v(name, module), output_scale=_layer_scale(module))
 
     def hidden(self, name: str, module: Any) -> Unit:
-        """Return the prunable :class:`~mhacut.adapters.base.Unit` of the hidden MLP channels."""
         fused = module.out_proj is not None
         reader = Projection.of(module, "out_proj" if fused else "mlp_out_proj")
         written = self.axes(module, "h")
@@ -373,7 +371,6 @@ class Rope(Softmax):
         return shared | super().not_prunable(module)
 
     def qk(self, name: str, module: Any) -> Unit:
-        """Return the prunable :class:`~mhacut.adapters.base.Unit` of the q/k channel pairs."""
         plain, half = super().qk(name, module), _by_halves(module)
         pairs = plain.width // 2
         # Channel i of a half-turned head rotates with channel i + d / 2, else with its neighbour.
@@ -393,7 +390,6 @@ class Rope(Softmax):
         )
 
     def v(self, name: str, module: Any) -> Unit:
-        """Return the prunable :class:`~mhacut.adapters.base.Unit` of v channels, with as many heads as k."""
         unit, queries = super().v(name, module), _queries_per_key(module)
         if queries == 1:
             return unit
@@ -406,7 +402,6 @@ class Rope(Softmax):
         return replace(unit, axes=axes).read_at(by_each(unit.scale_axes[0]), output)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store the indices of the kept q/k channel pairs, which select the rotation angles."""
         if unit.kind != "qk":
             return
         kept = kept.to(table_device(self.reader(module).linear.weight))

@@ -54,7 +54,6 @@ def _with_mask(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any
 
 
 def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """Return tokens for q, and tokens of the reduced map for k and v."""
     if m.spec.reduced_by is None:
         return x, x
     convolution, norm = map(m.get_submodule, m.spec.reduced_by)
@@ -63,7 +62,6 @@ def _reduced(m: Any, x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _are_sizes(value: Any) -> bool:
-    """Whether an argument of the forward pass is a height, a width, or a pair of both."""
     entries = value if isinstance(value, tuple | list) else (value,)
     # Sizes are tensors while torch traces.
     return all(type(entry) is int or (isinstance(entry, Tensor) and not entry.dim()) for entry in entries)
@@ -326,7 +324,6 @@ class _Proof:
         return turned
 
     def run(self, module: nn.Module, grid: tuple[int, int], **more: Any) -> list[Any] | None:
-        """Run a module on random tokens; return None if the module needs other arguments."""
         try:
             output = module(*self.inputs(grid), **more)
         except Exception:  # of any kind: this code is not known

@@ -190,7 +190,6 @@ class FocusedLinearAttention(nn.Module):
         return merge_heads(heads).to(v.dtype) + convolve_channels(v, self.dwc, self.grid_size)
 
     def set_grid_size(self, grid_size: Grid) -> None:
-        """Resize the positional encoding to a map of another height and width (bicubic)."""
         if grid_size != self.grid_size:
             resized = resample_abs_pos_embed(
                 self.positional_encoding.detach(), grid_size, self.grid_size, num_prefix_tokens=0
@@ -260,7 +259,6 @@ class FocusedBlock(nn.Module):
 
 
 def split_qkv(qkv: Tensor, v_channels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Split the output [..., q | k | v] of a fused projection into q, k and v. q and k have equal widths."""
     qk_channels = (qkv.shape[-1] - v_channels) // 2
     q, k, v = torch.split(qkv, [qk_channels, qk_channels, v_channels], dim=-1)
     return q, k, v

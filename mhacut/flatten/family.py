@@ -116,7 +116,6 @@ def resize_encodings(state_dict: Mapping[str, Tensor], model: nn.Module) -> dict
 
 
 def encoded_img_size(shapes: Mapping[str, tuple[int, ...]], patch_size: int = 4) -> int | None:
-    """Return the image size for which the positional encodings of a checkpoint were trained."""
     tokens = [
         shape[1]
         for name, shape in shapes.items()

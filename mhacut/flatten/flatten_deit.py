@@ -54,11 +54,9 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width, in tokens, of each position embedding by parameter name."""
         return {"pos_embed": self.patch_embed.grid_size}
 
     def set_input_size(self, *args: Any, **kwargs: Any) -> None:
-        """Change the image size as timm's ViT does, and resize the positional encodings."""
         super().set_input_size(*args, **kwargs)
         for block in self.blocks:
             block.attn.set_grid_size(tuple(self.patch_embed.grid_size))

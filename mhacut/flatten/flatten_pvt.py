@@ -96,7 +96,6 @@ class FlattenPvt(Pyramid):
 
     @property
     def pos_embed_grids(self) -> dict[str, tuple[int, int]]:
-        """Height and width, in tokens, of each position embedding by parameter name."""
         return {
             f"pos_embed{index + 1}": getattr(self, f"patch_embed{index + 1}").grid_size
             for index in range(self.num_stages)

@@ -82,7 +82,6 @@ class Pyramid(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Return the final map [B, H, W, C] and intermediate maps [B, C, H, W], as timm does."""
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt {output_fmt!r}: only NCHW is supported")
         wanted, last = feature_take_indices(self.num_stages, indices)
@@ -100,7 +99,6 @@ class Pyramid(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last stage in ``indices``, as timm does for ``features_only``."""
         wanted, last = feature_take_indices(self.num_stages, indices)
         shortened = last < self.num_stages - 1
         for index in range(last + 1, self.num_stages):

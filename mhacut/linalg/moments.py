@@ -65,7 +65,6 @@ class Moments:
         return self
 
     def transformed(self, matrix: Tensor) -> Moments:
-        """Return the moments of ``matrix`` x, for ``matrix`` [..., d, d]."""
         total = (matrix @ self.total.unsqueeze(-1)).squeeze(-1)
         return Moments(self.rows, total, matrix @ self.second @ matrix.mT)
 

@@ -38,7 +38,6 @@ class Evaluation:
 
     @property
     def standard_error(self) -> float:
-        """Standard error of the top-1 accuracy, in percentage points."""
         # Agresti and Coull add 2 right and 2 wrong answers. Otherwise, 6 right of 6 would have an error of 0.
         right = (self.top1 / 100 * self.images + 2) / (self.images + 4)
         return 100 * math.sqrt(right * (1 - right) / (self.images + 4))
@@ -109,7 +108,6 @@ class Figure(NamedTuple):
 
 
 def standard_error_of_drop(before: Sequence[bool], after: Sequence[bool]) -> float:
-    """Return the standard error of the difference of 2 top-1 accuracies, in percentage points."""
     # Paired: the variance of the difference of the two answers to one image, each -1, 0 or 1.
     lost = [int(a) - int(b) for a, b in zip(before, after, strict=True)]
     mean = sum(lost) / len(lost)

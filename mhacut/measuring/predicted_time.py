@@ -170,7 +170,6 @@ class TimeTable:
 
 
 def points_to_measure(choices: Mapping[str, Sequence[int]]) -> list[dict[str, int]]:
-    """Return the widths at which a layer is timed, dense widths first."""
     dense = {kind: widths[-1] for kind, widths in choices.items()}
     points = [dense]
     paired = all(kind in choices for kind in _PAIR) and len({tuple(choices[kind]) for kind in _PAIR}) == 1
@@ -242,7 +241,6 @@ class TimeCurve:
 
 
 def _fastest(models: Sequence[tuple[int, float]]) -> Line:
-    """Return models sorted by FLOPs, without models that are slower than a model of more FLOPs."""
     line: list[tuple[int, float]] = []
     for flops, share in sorted(models):
         while line and line[-1][1] >= share:

@@ -14,7 +14,6 @@ from mhacut.adapters.base import NORM_TENSORS, ChannelAxis, Unit
 
 
 def axes_of(unit: Unit) -> tuple[ChannelAxis, ...]:
-    """Return the places of the channels in all tensors, including the batch norms after the projections."""
     axes: list[ChannelAxis] = []
     for axis in unit.axes:
         axes.append(axis)
@@ -53,7 +52,6 @@ def norm_axis(axis: ChannelAxis, tensor: str) -> ChannelAxis:
 
 
 def select_heads(axis: ChannelAxis, values: Tensor) -> Tensor:
-    """Return the part of ``values`` [H, ...] for the heads that the tensor of ``axis`` holds."""
     if axis.shared:  # one row serves all heads
         return values[:1]
     return values if axis.heads is None else values[slice(*axis.heads)]

@@ -165,7 +165,6 @@ def fit_polynomial(
 def _interpolate(
     uncut: Mapping[UnitKind, int], count: Callable[[Mapping[UnitKind, int]], int], *, squares: bool
 ) -> Polynomial:
-    """Return the polynomial through the counts at full, half and, for ``squares``, quarter widths."""
     # Newton's divided differences, in fractions: coefficients of counts are whole, and stay exact.
     dense = count({})
     near = {kind: _half(width) for kind, width in uncut.items() if width > 1}

@@ -120,7 +120,6 @@ def _count_padded_convolution(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _count_einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Count 1 product per output element and per summed index."""
     # fvcore itself counts einsum to 4 digits only.
     equation = inputs[0].toIValue().replace(" ", "")
     shapes = [tuple(tensor.type().sizes()) for tensor in inputs[1].node().inputs()]

@@ -151,7 +151,6 @@ class Replay(nn.Module):
         return tuple(torch.zeros(leaf.shape, dtype=leaf.dtype, device=device) for leaf in self._shapes())
 
     def noise(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Return inputs for timing: Gaussian noise, and 0 for integer tensors."""
         generator = torch.Generator().manual_seed(0)
         return tuple(
             torch.randn(leaf.shape, generator=generator).to(device, leaf.dtype)

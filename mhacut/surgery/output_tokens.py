@@ -163,7 +163,6 @@ def set_output_tokens(model: Any, count: int) -> None:
 
 @torch.no_grad()
 def attend_from_output_tokens(attention: Any, count: int) -> None:
-    """Make an attention layer compute q for the first ``count`` tokens only, in place."""
     attention.__class__ = OUTPUT_TOKENS[_dense_class(attention)]
     attention.output_tokens = count
     adapter = adapter_for(attention)
@@ -174,7 +173,6 @@ def attend_from_output_tokens(attention: Any, count: int) -> None:
 
 
 def _split(attention: Any, written_by: Mapping[str, str]) -> None:
-    """Split the fused ``qkv`` layer into the projections that ``written_by`` names."""
     # q and k are equally wide; v is as wide as what the output projection reads.
     qkv, v_rows = attention.qkv, attention.proj.in_features
     q_rows = (qkv.out_features - v_rows) // 2

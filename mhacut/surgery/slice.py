@@ -57,7 +57,6 @@ def cut(
 
 @torch.no_grad()
 def slice_layer(module: nn.Module, layer: Layer, unit_plans: Mapping[UnitKind, UnitPlan]) -> None:
-    """Slice the tensors of a layer in place, without changing the kept values."""
     for unit in layer.units:
         if unit.kind in unit_plans:
             layer.adapter.record_kept(module, unit, torch.tensor(unit_plans[unit.kind].kept))

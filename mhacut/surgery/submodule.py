@@ -296,7 +296,6 @@ def shown(name: str) -> str:
 
 
 def vision_transformers(model: nn.Module) -> list[str]:
-    """Return the names of submodules that embed patches and contain attention."""
     names = set()
     for name, module in model.named_modules():
         adapter = adapter_for(module)
