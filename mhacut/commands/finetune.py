@@ -35,7 +35,7 @@ def finetune(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> FinetuneResult:
-    """Fine-tune a slim file and write a better one.
+    """Fine-tune a slim file with a teacher, labels or both, and write a slim file with the best weights.
 
         result = mhacut.finetune("vit-2.0G.safetensors", teacher="vit.safetensors", data_dir="images/")
         model = mhacut.load_model(result.output)
@@ -43,13 +43,13 @@ def finetune(
     Under torchrun, every process makes the same call, and the processes share the work.
 
     Args:
-        checkpoint: a slim file; left out to continue a run (``resume``).
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+        checkpoint: slim file to fine-tune. With ``resume``, which continues a run, leave it out.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`.
+        MhacutError: a subclass in :mod:`mhacut.errors`.
     """
     values = options if checkpoint is None else {"checkpoint": checkpoint, **options}
     with reporting(reporter, progress) as active:
