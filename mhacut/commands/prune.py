@@ -44,7 +44,7 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.flops import count_parameters
 
 TARGETS = (Flops, Params, Size, Latency, MaxKL, MaxDrop)
-"""Target classes. The option of a target has the name of the class."""
+"""Target classes, 1 for each option that sets a target."""
 
 
 @dataclass(frozen=True)
@@ -77,33 +77,33 @@ def prune(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> PruneResult:
-    """Cut ``checkpoint`` down to its targets and write a slim safetensors file.
+    """Prune a model to a budget or a bound on the loss, and write a slim safetensors file.
 
         result = mhacut.prune(model, flops="50%", images=(images, labels))
         slim = result.model()
 
     Args:
         checkpoint: ``.safetensors``, ``.pth``, a timm folder, a slim file, ``timm:NAME``, or a dense timm
-            module, which is copied. For a module, ``model_args`` states arguments that its weights do not
-            show, such as ``num_heads``; one of :func:`load_model` needs none.
-        flops: ``2.0G``, ``600M``, ``2e9`` or ``50%``; one FLOP is one multiply-accumulate. ``params``,
-            ``size``, ``max_latency``, ``max_kl`` or ``max_drop`` can replace it; the first three can also be
-            combined with it. For several budgets of FLOPs, see :func:`prune_many`.
-        images: in place of ``data_dir``, images in memory, normalised as the model expects: float
-            [N, C, H, W]; a tuple of images and labels, int [N]; or a shuffled ``DataLoader``, or any
-            iterable, of such batches, which is read until there are enough images.
-        val_images: images to judge the result on, in the same forms: the accuracy, if they have labels, and
-            how like the dense model's the answers are. Without them, both are measured on other images of
-            ``images`` if these have labels, which flatters a model that was trained on them.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: options of the command line; ``help()`` lists them below.
+            module. A module is copied. ``model_args`` states arguments that the module's weights do not
+            show, such as ``num_heads``. Modules of :func:`load_model` need no ``model_args``.
+        flops: budget: ``2.0G``, ``600M``, ``2e9`` (multiply-accumulates) or ``50%`` of the dense FLOPs.
+            ``params``, ``size`` and ``max_latency`` are further budgets. ``max_kl`` or ``max_drop`` bound
+            the loss instead of a budget. For several budgets of FLOPs, see :func:`prune_many`.
+        images: images in memory instead of ``data_dir``, normalised as the model expects: float
+            [N, C, H, W]; a tuple of images and labels, int [N]; or a shuffled ``DataLoader`` or iterable of
+            such batches, which is read until there are enough images.
+        val_images: validation images, in the same forms as ``images``, to compare the slim model with the
+            dense model. Default: images of ``images`` that were not used to calibrate, if they have labels.
+            If the dense model was trained on these images, their accuracy is too high.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line, listed below by ``help()``.
 
-    Under torchrun, every process makes the same call and calibrates on its share of the images; the first
-    process then searches and writes, and all return the same result.
+    Under torchrun, every process makes the same call and calibrates on its share of the images. Process 0
+    searches and writes. All processes return the same result.
 
     Raises:
-        MhacutError: one of its kinds, in :mod:`mhacut.errors`; nothing was written.
+        MhacutError: a subclass in :mod:`mhacut.errors`. Nothing was written.
     """
     if isinstance(flops, tuple | list):
         raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
@@ -126,23 +126,22 @@ def prune_many(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> PruneResults:
-    """Cut ``checkpoint`` down to each of several budgets, with one calibration; write a file for each.
+    """Prune a model to several budgets of FLOPs with one calibration, and write 1 file per budget.
 
-    The files are those that :func:`prune` would write. Calibration, curves and what tuning asks of the dense
-    model are shared; all else is repeated for each budget. The result is a tuple, which notebooks show as a
-    table and charts.
+    The files are the same as from :func:`prune`. All budgets share the calibration, the sensitivity curves
+    and the dense model's logits. The result is a tuple, which notebooks show as a table and charts.
 
     Args:
-        checkpoint: as :func:`prune` takes it.
-        flops: budgets, all different.
-        images: as :func:`prune` takes them.
-        val_images: as :func:`prune` takes them.
-        progress: whether to show a bar; by default in notebooks and on terminals.
-        reporter: receives progress and messages, in place of a bar.
-        options: those of the command line; ``{}`` in the name of ``output`` becomes the budget (``50pct``).
+        checkpoint: the same as for :func:`prune`.
+        flops: different budgets, such as ``["70%", "50%"]``.
+        images: the same as for :func:`prune`.
+        val_images: the same as for :func:`prune`.
+        progress: show a progress bar. Default: in notebooks and terminals.
+        reporter: receives progress and messages instead of a bar.
+        options: options of the command line. ``{}`` in the name of ``output`` becomes the budget (``50pct``).
 
     Raises:
-        MhacutError: as :func:`prune`; files of earlier budgets may have been written.
+        MhacutError: a subclass in :mod:`mhacut.errors`. Files of earlier budgets may have been written.
     """
     budgets = () if isinstance(flops, str) or not isinstance(flops, Iterable) else tuple(map(str, flops))
     if not budgets:
@@ -205,7 +204,7 @@ def run_prune(
 
 
 def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneResult:
-    """Write the slim model of 1 output file."""
+    """Prune to the targets of 1 output file, measure the slim model, and write it."""
     options, source = targets.inputs.options, targets.inputs.source
     meet = smallest_within_loss if options.bounds_loss else meet_budgets
     attempt = meet(targets, planner)  # 3. plan, 4. cut, 5. check, 6. recover
@@ -224,7 +223,7 @@ def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneRes
 def _measure(
     targets: Targets, attempt: Attempt, planned: Planned, slim: nn.Module, planner: Planner
 ) -> PruneResult:
-    """Compare the slim model with the dense model: accuracy, fidelity, FLOPs, time, size."""
+    """Compare the slim model with the dense model: accuracy, similarity of outputs, FLOPs, latency, size."""
     inputs, job = targets.inputs, planner.job
     options, source, validation = inputs.options, inputs.source, inputs.validation
     classifier = source.classifier(slim.to(job.device))
@@ -282,7 +281,10 @@ def _measure(
 def _write(
     result: PruneResult, source: Source, slim: nn.Module, target: Path, *, overwrite: bool
 ) -> PruneResult:
-    """Write the slim model, read it back, and compare the outputs. Return the result with the file's size."""
+    """Write the slim model, then check the outputs of the written model.
+
+    Return the result with the file size.
+    """
     output, reloaded = result.files, list[nn.Module]()
 
     def check(path: Path) -> None:

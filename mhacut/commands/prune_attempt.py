@@ -21,34 +21,34 @@ from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
 
 CHECK_IMAGES = 4
-"""Number of images for comparing the cut model and the written model with the plan."""
+"""Number of images for checking the outputs of the cut model and of the written file."""
 TIMING_SECONDS = 3.0
-"""Seconds of latency measurement after the warm-up."""
+"""Seconds for measuring the latency of both models, after the warm-up."""
 
 
 @dataclass(frozen=True)
 class TargetResult:
-    """A target and the amount that the slim model reached."""
+    """Target of the user, and the amount that the slim model reached."""
 
     name: str
     """Name of the option that set the target, such as ``flops``."""
     spec: str
-    """Text as the user wrote it."""
+    """Value of the option as the user wrote it, such as ``50%``."""
     limit: float
-    """Largest allowed amount: FLOPs, parameters, bytes, milliseconds, nats, or points."""
+    """Largest allowed amount, in FLOPs, parameters, bytes, milliseconds, nats or points of top-1."""
     reached: float
     standard_error: float | None = None
-    """Standard error of ``reached``, if images were sampled."""
+    """Standard error of ``reached``. None if ``reached`` is exact or the error is unknown."""
     measured: Mapping[str, Any] = field(default_factory=dict)
-    """For a latency budget: conditions of the measurement, and the predicted time."""
+    """For a latency budget: predicted time and conditions of the measurement. Empty for other targets."""
     labels: tuple[str, str] = ("", "")
-    """``limit`` and ``reached`` as text with units."""
+    """Texts of ``limit`` and ``reached``, with units."""
     amount: int = 0
-    """Exact amount of a budget in its unit, for example nanoseconds; 0 for a bound on the loss."""
+    """Exact amount as an integer: FLOPs, parameters, bytes or nanoseconds. 0 for a bound on the loss."""
 
     @property
     def ratio(self) -> float:
-        """Reached amount divided by the limit. The target is met at 1 or less."""
+        """Reached amount divided by the limit. At most 1 if the target is met."""
         if self.reached <= 0:
             return 0.0
         return self.reached / self.limit if self.limit else math.inf
@@ -59,7 +59,7 @@ class TargetResult:
         return f"{option_name(self.name, self.spec)}: {reached} of at most {limit}"
 
     def with_size(self, size: int) -> TargetResult:
-        """Return the result for the written file, whose size the search bounds from above."""
+        """Return the result with the file's real ``size``, which is below the predicted size."""
         if self.name != "size":
             return self
         return replace(self, reached=size, labels=(self.labels[0], format_amount(size, "size")))
@@ -78,34 +78,34 @@ class TargetResult:
 
 @dataclass
 class Attempt:
-    """A plan and the model cut by the plan."""
+    """Plan that is tried, and the model cut by this plan."""
 
     number: int
-    """Number of plans so far, including this plan."""
+    """Number of plans tried so far, including this plan."""
     limits: Limits
-    """Limits of the plan."""
+    """Limits on widths under which the plan was made."""
     planned: Planned
     model: nn.Module
-    """The cut model. Recovery adds token merging and trains the weights."""
+    """Cut model. Recovery later adds token merging and trains the weights."""
     masked: Tensor
-    """Outputs of the dense model with masked channels, for the first calibration images."""
+    """Outputs of the dense model with removed channels masked, for the first calibration images."""
     reached: tuple[TargetResult, ...] = ()
     _predictions: Predictions | None = None
 
     def predictions(self, validation: Validation, model: nn.Module) -> Predictions | None:
-        """Return the predictions of ``model``, the slim model, computed at the first call."""
+        """Return the predictions of ``model``, the complete slim model. They are computed once."""
         if self._predictions is None:
             self._predictions = validation.predictions_of(model)
         return self._predictions
 
     @property
     def worst_ratio(self) -> float:
-        """Largest ratio of all targets. All targets are met if it is at most 1."""
+        """Largest ratio of reached amount to limit over all targets. At most 1 if all targets are met."""
         return max(result.ratio for result in self.reached)
 
     @property
     def flops_limit(self) -> int | None:
-        """FLOPs that the plan may have; None without a limit on FLOPs."""
+        """Largest FLOPs that the plan may have. None without a limit on FLOPs."""
         return min((limit.most for limit in self.limits if limit.resource == "flops"), default=None)
 
 
@@ -120,7 +120,7 @@ def cut_model(planned: Planned, limits: Limits, number: int, planner: Planner) -
 
 
 def recover_model(attempt: Attempt, dtypes: Dtypes, planner: Planner) -> None:
-    """Check the cut model and recover its accuracy. Tensors are rounded to the dtypes of the file."""
+    """Check the cut model, then recover its accuracy. Weights are rounded to the dtypes of the file."""
     job, planned = planner.job, attempt.planned
     # Masked and sliced are compared before training, which changes what the slim model computes.
     most = attempt.flops_limit

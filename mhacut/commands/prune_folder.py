@@ -39,7 +39,7 @@ from mhacut.surgery.submodule import record_submodule
 
 
 class Folder(Output):
-    """A folder of a pruned transformers model."""
+    """Output folder of a pruned transformers model."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -68,12 +68,12 @@ class Folder(Output):
 
 
 class FolderSource(Source):
-    """A transformers model, whose slim copy is a folder of the same class."""
+    """Source of a transformers model, which is written as a folder with the same class."""
 
     def __init__(
         self, loaded: Checkpoint, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch
     ) -> None:
-        """Take the model, which :meth:`slim` cuts in place, and the name of the submodule to prune."""
+        """Take the complete ``model``, which :meth:`slim` cuts in place, and the submodule name ``part``."""
         self.loaded, self.transformers_model, self.part = loaded, model, part
         self.folder, self.stopwatch = folder, stopwatch
         self.model = stopwatch.dense

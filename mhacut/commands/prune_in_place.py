@@ -38,20 +38,24 @@ class InPlaceResult:
     part: str
     """Name of the pruned submodule; empty if the complete model was pruned."""
     plan: Plan
-    """The plan. Layer names are relative to the submodule."""
+    """Channels that each layer keeps, and merged tokens. Layer names are relative to the submodule."""
     flops_before: int
-    """FLOPs of 1 call of the submodule, per image."""
+    """FLOPs of the dense submodule in 1 call, per image."""
     flops_after: int
     preserved: tuple[str, ...]
-    """Names of the preserved outputs."""
+    """Names of the submodule's outputs that were preserved, or ``loss``."""
     fidelity: Fidelity
-    """Similarity of the preserved outputs to the dense outputs, on held-out images."""
+    """Similarity of the preserved outputs to the dense model's, on held-out images."""
     metric: OutputMetric
-    """Metric of ``fidelity``, see :class:`mhacut.pruning.preserve.Preserved`."""
+    """Metric of :attr:`divergence`: KL divergence in nats (``answers``), relative squared error
+    (``features``), or nats per token (``dense``)."""
 
     @property
     def divergence(self) -> float:
-        """Divergence from the dense outputs. For a loss: its estimated squared error over its variance."""
+        """Divergence of the preserved outputs from the dense outputs, in the unit of :attr:`metric`.
+
+        With ``loss``, it is the estimated squared error of the loss's values over their variance.
+        """
         return self.fidelity.divergence
 
     def __repr__(self) -> str:
@@ -130,10 +134,7 @@ def prune_(
 
 
 def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> Planned:
-    """Cut the submodule ``module`` in place; return the plan in the names of its layers.
-
-    Costs need the job's names: FLOPs are those of ``attempt.planned``.
-    """
+    """Cut the submodule ``module`` in place. Return the plan with layer names of the submodule."""
 
     def inside(layer: str) -> str:  # the job's names are "module.blocks.0.attn"
         return layer.partition(".")[2]
@@ -155,7 +156,7 @@ def cut_submodule(module: nn.Module, name: str, attempt: Attempt, job: Job) -> P
 
 
 def find_part(model: nn.Module, part: str | None) -> str:
-    """Return the name of the submodule to prune, a dense one with layers that can be cut."""
+    """Return the name of the submodule to prune: ``part``, or the only vision transformer in ``model``."""
     name = _named_part(model, part)
     check_dense(model, name)
     _check_kind(model.get_submodule(name), name)
@@ -180,7 +181,6 @@ def _named_part(model: nn.Module, part: str | None) -> str:
 
 
 def _check_kind(module: nn.Module, name: str) -> None:
-    """Raise an :class:`UnsupportedModelError` if the submodule has no prunable layer."""
     try:
         layers = find_prunable_layers(module).layers
     except UnsupportedModelError as error:

@@ -57,20 +57,21 @@ from mhacut.surgery.output_tokens import tokens_read_by_head
 from mhacut.surgery.tokens import tokens_of
 
 _GPU_MULTIPLE, _LEAST_TILES = 16, 4
-"""Multiple of all widths on a GPU, and the smallest dense width in such multiples."""
+"""Multiple that widths are rounded to for latency budgets on GPUs, and the number of such multiples that a
+dense width needs for this rounding."""
 # Where files lie on the machine that made a slim file is nobody else's business.
 _PATHS = ("checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "as_", "dry_run", "overwrite", "workers"))
 _NEWER = frozenset((*OTHER_TARGETS, "preserve", "runtime", "int8", "threads"))
-"""Options that a slim file records only if the user set them."""
+"""Names of the options that a slim file records only if the user set them."""
 
 
 class Output(ABC):
-    """The file or folder of one slim model."""
+    """File or folder of 1 slim model."""
 
     @abstractmethod
     def size(self, model: nn.Module) -> int:
-        """Return the bytes that ``model`` takes on disk."""
+        """Return the bytes of ``model`` in the output."""
 
     @abstractmethod
     def write(
@@ -81,62 +82,61 @@ class Output(ABC):
         overwrite: bool,
         check: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write ``model``. ``check`` gets a temporary path before anything appears at ``path``."""
+        """Write ``model``. ``check`` reads the result at a temporary path before it appears at ``path``."""
 
     @abstractmethod
     def open(self, path: PathLike) -> nn.Module:
         """Return the model that was written to ``path``."""
 
     def complete(self, path: Path, rows: Sequence[Sequence[str]]) -> None:
-        """Add files to a written folder; ``rows`` is the table of the result."""
+        """Add a table of results (``rows``) to the model card of a written folder."""
         return
 
 
 class Source(ABC):
-    """A dense model as it was read, and the output of its slim copies."""
+    """Dense model as read from its file or folder, and the type of output for slim models."""
 
     loaded: Checkpoint
     name: str
-    """Architecture, for texts."""
+    """Architecture of the model, in texts for users."""
     model: nn.Module
-    """The dense model, images [B, C, H, W] to logits or features: float32, eval mode."""
+    """Dense model from images [B, C, H, W] to logits or features, float32, in eval mode."""
     preprocessing: Preprocessing
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
+    """Origin of each value in ``preprocessing``: an option, the checkpoint or a default."""
     images: CalibrationImages
     stopwatch: Stopwatch
-    """Times models in turns with the dense model."""
+    """Latency measurement of slim models in turns with the dense model."""
 
     @abstractmethod
     def size(self) -> int:
-        """Return the bytes of the dense model's tensors in a file."""
+        """Return the bytes of the dense model's tensors in their file."""
 
     @abstractmethod
     def slim(self, attempt: Attempt, job: Job) -> tuple[nn.Module, Planned]:
-        """Return the complete slim model, and the plan in the names of its layers."""
+        """Return the complete slim model, and the plan with layer names of the complete model."""
 
     @abstractmethod
     def output(self, record: SlimRecord, dtypes: Dtypes) -> Output: ...
 
     def preserved(self, preserved: Preserved) -> dict[str, Any]:
-        """Describe the preserved outputs as JSON."""
         return preserved.to_json()
 
     def classifier(self, model: nn.Module) -> nn.Module:
-        """Return ``model`` as a function of images alone."""
+        """Return ``model`` as a module that takes images only."""
         return model
 
     def dtypes(self, model: nn.Module) -> Dtypes:
-        """Return the dtype of each tensor of ``model`` in the file; without an entry, it stays."""
+        """Return the dtype in the file by tensor name. Tensors without an entry keep their dtype."""
         return {}
 
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """Everything that ``mhacut prune`` reads for 1 output file."""
+    """All inputs of ``mhacut prune`` for 1 output file."""
 
     options: PruneOptions
-    """Options of this file: 1 budget, 1 output path."""
+    """Options of 1 output file, with 1 budget of each kind at most."""
     source: Source
     validation: Validation
     job: Job
@@ -148,7 +148,7 @@ class PruneInputs:
 
     @property
     def dtypes(self) -> Dtypes:
-        """Dtype of each tensor in the file to write."""
+        """Dtype in the output file, by tensor name."""
         return self.source.dtypes(self.job.model)
 
     def record(
@@ -161,7 +161,7 @@ class PruneInputs:
         fidelity: Fidelity | None = None,
         reached: Sequence[TargetResult] = (),
     ) -> SlimRecord:
-        """Return the record that the slim file stores about its origin."""
+        """Return the description of the pruning that the slim file stores."""
         options, source, preserved = self.options, self.source, self.job.preserved
         changed, loaded = options.changed(), source.loaded
         stated = {
@@ -206,7 +206,7 @@ class PruneInputs:
 
 
 class SlimFile(Output):
-    """A slim file: the model with the record of its origin."""
+    """Slim file: safetensors with the pruned weights and a description of the pruning."""
 
     def __init__(self, record: SlimRecord, dtypes: Dtypes, input_path: Path | None) -> None:
         self.record, self.dtypes, self.input_path = record, dtypes, input_path
@@ -237,7 +237,7 @@ class SlimFile(Output):
 
 
 class CheckpointSource(Source):
-    """A timm model, whose slim copy is a slim file."""
+    """Source of a timm model, which is written as a slim file."""
 
     def __init__(self, loaded: Checkpoint, preprocessing: Preprocessing, stopwatch: Stopwatch) -> None:
         self.loaded, self.preprocessing, self.stopwatch = loaded, preprocessing, stopwatch
@@ -269,7 +269,7 @@ def read_inputs(
     images: ImagesInMemory | None,
     val_images: ImagesInMemory | None,
 ) -> tuple[PruneInputs, ...]:
-    """Read the checkpoint and the images. Several budgets give inputs that differ in the options only."""
+    """Read the checkpoint and the images once. Return the inputs of each output file, by budget."""
     check_one_source(images, options)
     check_output_paths(options)  # the command line did; Python did not
     reporter.start("reading")
@@ -361,7 +361,7 @@ def _log_images(images: CalibrationImages, classes: int, reporter: Reporter) -> 
 def _check_preprocessing(
     source: CheckpointSource, batch_size: int, device: torch.device, reporter: Reporter
 ) -> None:
-    """Compare the normalisation with other usual ones on labelled images, and log a better one."""
+    """Log a better normalisation of images if a common one gives higher accuracy on labelled images."""
     images = source.images
     if images.labels is None:
         return
@@ -374,7 +374,7 @@ def _check_preprocessing(
 
 
 def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
-    """Return the token plan of a classifier: the last block computes only the tokens that the head reads."""
+    """Let the last block of a classifier compute only the tokens that the head reads."""
     applied = tokens_of(dense)
     if applied.output_tokens is not None or not classifier_size(dense):
         return applied

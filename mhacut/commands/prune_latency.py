@@ -27,21 +27,20 @@ from mhacut.surgery.slice import cut
 from mhacut.surgery.tokens import tokens_of, with_tokens
 
 _MODEL_SECONDS = 4.0
-"""Seconds for timing complete models, after the warm-up."""
+"""Seconds for timing complete models in turns, after the warm-up."""
 _PRECISION = 0.005
-"""Target for the relative standard error of a measured time. A noisy machine needs more time."""
+"""Largest accepted relative standard error of a measured time. Noisy machines need more time to reach the
+error."""
 _LAYER_SECONDS = 0.12
-"""Seconds for timing 1 width of a layer, after the warm-up."""
+"""Seconds for timing a layer at 1 width, after the warm-up."""
 _PLACES = (0.5, 0.0)
-"""Positions in each unit's list of widths.
-
-Models of these widths calibrate the sum of layer times. If building a program takes longer than running it,
-only the last position is timed.
-"""
+"""Relative positions in each unit's list of allowed widths, 0 being the smallest width. Complete models of
+these widths calibrate the sum of layer times. Outside of eager mode, only the last position is timed, because
+building a program takes long."""
 
 
 class Latency(Amount):
-    """Budget of time per batch, in nanoseconds. Texts show milliseconds."""
+    """Budget of time per batch, in nanoseconds. Texts for users show milliseconds."""
 
     name = "max_latency"
     aim = 0.97  # in another process, times differ a little
@@ -64,7 +63,7 @@ class Latency(Amount):
         return self.times.dense
 
     def cost(self) -> Cost:
-        """Return nanoseconds per batch at the given widths, with all tokens merged or none."""
+        """Return the function from widths to predicted nanoseconds, with all tokens merged if faster."""
         times, job = self.times, self.job
         if isinstance(times, TimeTable):
             return times.at
@@ -109,7 +108,7 @@ class Latency(Amount):
 
 
 def curve_of(job: Job, stopwatch: Stopwatch) -> TimeCurve:
-    """Measure time as a function of FLOPs, on 4 models: all or fewest channels, merging or not."""
+    """Time 4 models (all or fewest channels, with or without token merging) to relate time to FLOPs."""
     assert job.all_merged_costs is not None
     # Merging takes time that FLOPs do not show, so models that merge have a line of their own.
     least = job.least_widths
@@ -168,7 +167,7 @@ def table_of(job: Job, stopwatch: Stopwatch) -> TimeTable:
 
 
 class _LayerCall:
-    """A call of a layer during 1 forward pass of the model."""
+    """Recorded call of a layer in 1 forward pass of the model, which can be timed at other widths."""
 
     def __init__(
         self, model: nn.Module, layer: Layer, call: LayerInputs, choices: dict[str, tuple[int, ...]]
@@ -180,13 +179,13 @@ class _LayerCall:
         """Equal for runs that cost the same."""
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
-        """Return a copy of the layer with these widths, as a separate module."""
+        """Return a copy of the layer with these ``widths``, as a module that repeats the recorded call."""
         all_widths = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
         return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call).eval()
 
 
 def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_LayerCall]:
-    """Return the calls of prunable layers in 1 forward pass of ``counted``, in order."""
+    """Return the calls of prunable layers in 1 forward pass of ``counted``, layer by layer."""
     choices: dict[str, dict[str, tuple[int, ...]]] = {}
     for (name, kind), widths in job.choices.items():
         choices.setdefault(name, {})[kind] = widths
@@ -201,7 +200,7 @@ def _layer_calls(job: Job, stopwatch: Stopwatch, counted: nn.Module) -> list[_La
 
 
 def _cut(model: nn.Module, job: Job, widths: Mapping[UnitKey, int]) -> nn.Module:
-    """Return a copy of ``model`` with the first channels of each head. Only its speed is meaningful."""
+    """Return a copy of ``model`` that keeps the first channels of each head, for timing only."""
     slim = copy.deepcopy(model)
     cut(slim, Plan(tuple(unit.keep_first(widths[unit.key]) for unit in job.units)))
     return slim

@@ -12,11 +12,11 @@ from mhacut.options.prune import PruneOptions
 from mhacut.runtime.files import check_outputs, stem_of
 
 PLACE = "{}"
-"""Placeholder for the budget in ``--output``."""
+"""Placeholder in ``--output`` that becomes the budget, such as ``50pct``."""
 
 
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
-    """Return the options of each output file."""
+    """Split options with several budgets into the options of each output file."""
     ending = ".safetensors" if options.as_ == "timm" else ""
     output, page = str(options.output or f"{stem}-{PLACE}{ending}"), options.report
     if options.several and PLACE not in Path(output).name:

@@ -33,20 +33,20 @@ from mhacut.surgery.tokens import why_not_merged
 from mhacut.text import safe, safe_table
 
 MUCH_POINTS, MUCH_NATS = 5.0, 0.5
-"""A larger loss of top-1 (points) or KL divergence (nats) turns the verdict into a warning."""
+"""Loss in points of top-1, and KL divergence in nats, above which the verdict is a warning."""
 _STEP = 5
-"""Step, in percent of the dense FLOPs, between advised budgets."""
+"""Step between the budgets that advice considers, in percent of the dense FLOPs."""
 _PARAMS = "60%"
-"""Advised budget of parameters if token merging left the file large."""
+"""Advised value of ``--params`` if token merging saved most FLOPs, so that the file stayed large."""
 
 _SHARED = ("data_dir", "dataset", "class_map", "train_split", "val_split", "labels")
-"""Data options that ``mhacut finetune`` has too."""
+"""Data options that ``mhacut prune`` and ``mhacut finetune`` both have, for advised commands."""
 _DIVERGENCE: Mapping[OutputMetric, tuple[str, str]] = {
     "answers": ("KL to dense", "nats"),
     "features": ("error of features", "of their variance"),
     "dense": ("divergence of features", "nats per token"),
 }
-"""Name and unit of each metric."""
+"""Name and unit of the divergence in texts, by metric."""
 
 
 @dataclass(kw_only=True)
@@ -54,62 +54,64 @@ class PruneResult:
     """Result of :func:`prune`."""
 
     output: Path | None
-    """The slim file; None after a dry run."""
+    """Path of the written slim file or folder. None after a dry run."""
     architecture: str
     plan: Plan
-    """Plan of the cut. Indices refer to the input model."""
+    """Channels that each layer keeps, as indices in the input model, and merged tokens."""
     budget: int
-    """Budget of FLOPs; the dense FLOPs if the user set none."""
+    """Largest allowed FLOPs. Without a budget of FLOPs, the FLOPs of the dense model."""
     dense: ModelFigures
-    """Figures of the input model."""
+    """Accuracy, FLOPs, parameters, latency and size of the input model."""
     slim: ModelFigures
-    """Figures of the slim model."""
+    """Accuracy, FLOPs, parameters, latency and size of the slim model."""
     data: str
-    """Description of the calibration images."""
+    """Description of the calibration images for users."""
     preprocessing: Preprocessing
-    """Preprocessing of all images. The slim file stores it."""
+    """Preprocessing of calibration and validation images. The slim file stores the same values."""
     provenance: Provenance
-    """Origin of each value in ``preprocessing``."""
+    """Origin of each value in ``preprocessing``: an option, the checkpoint or a default."""
     not_prunable: tuple[str, ...]
-    """Layers or channels that were not pruned, with reasons."""
+    """Layers or parts of layers that were not pruned, each with the reason."""
     repairs: Mapping[UnitKey, UnitRepair] = field(default_factory=dict)
-    """Outcome of the repair per unit; empty without repair."""
+    """Result of the least-squares refit of each pruned unit. Empty with ``repair=False``."""
     device: str
     latency_batch_size: int
-    """Images per batch of ``latency_ms``."""
+    """Number of images per batch in latency measurements."""
     timing: Mapping[str, Any]
-    """Conditions of ``latency_ms``: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU ``threads``,
-    ``machine``. Empty if no latency was measured."""
+    """Conditions of the latency measurements: ``runtime``, ``int8``, ``batch_size``, ``device``, CPU
+    ``threads``, ``machine``. Empty if no latency was measured."""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    """Wall time per stage. Stages that several budgets share count for the first budget."""
+    """Wall time in seconds, by stage. Stages that several budgets share count for the first budget."""
     log: tuple[SearchStep, ...] = ()
-    """Training steps of the indicators, with ``--method paper``."""
+    """State at each training step of the indicators (learned importance of channels). Empty except with
+    ``--method paper``."""
     curves: Mapping[UnitKey, Curve] = field(default_factory=dict)
-    """Estimated KL divergence (nats) at each width of every unit; empty if no curve was needed."""
+    """Estimated KL divergence in nats by width, for each unit. Empty if widths were chosen without curves."""
     report: Path | None = None
-    """HTML report, with ``--report``."""
+    """Path of the HTML report. None without ``--report``."""
     fidelity: Fidelity
-    """Similarity of the slim model's outputs to the dense outputs, on validation images or on held-out
-    calibration images. The held-out images also chose the strength of the repair."""
+    """Similarity of the slim model's outputs to the dense model's, on validation images or, without these, on
+    held-out calibration images. Held-out images also chose the ridge of the refit."""
     metric: OutputMetric
-    """KL divergence in nats of a classifier's outputs, squared error of pooled features over their variance,
-    or divergence of dense features in nats per token."""
+    """Metric of :attr:`divergence`: KL divergence in nats (``answers``), squared error of pooled features
+    over their variance (``features``), or divergence of dense features in nats per token (``dense``)."""
     preserved: Mapping[str, Any]
-    """Preserved outputs: ``what``, with ``layers`` or ``levels`` if the user chose some."""
+    """Preserved outputs: ``what`` as in ``--preserve``, with ``layers`` or ``levels`` if the user chose
+    some."""
     targets: tuple[TargetResult, ...] = ()
-    """Budgets and bounds with the reached amounts."""
+    """Budgets and bounds on the loss, with the amounts that the slim model reached."""
     advice: tuple[str, ...] = ()
-    """Advice for losing less accuracy, or for a smaller file."""
+    """Advice for losing less accuracy or for a smaller file, 1 sentence each."""
     _model: nn.Module | None = field(default=None, compare=False)
     _files: Output | None = field(default=None, compare=False)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the model: other processes open the file."""
+        """Leave out the model when pickled: other processes open the file."""
         return {**vars(self), "_model": None}
 
     @property
     def divergence(self) -> float:
-        """Divergence of the slim model from the dense one, see :attr:`fidelity` and :attr:`metric`."""
+        """Divergence of the slim model's outputs from the dense model's, in the unit of :attr:`metric`."""
         return self.fidelity.divergence
 
     @property
@@ -126,7 +128,7 @@ class PruneResult:
 
     @property
     def verdict(self) -> str:
-        """One line: accuracy or fidelity, FLOPs, speed, file size."""
+        """One line for users: accuracy or similarity, FLOPs, speed, file size."""
         dense, slim = self.dense, self.slim
         if dense.evaluation is not None and slim.evaluation is not None:
             quality = f"top-1 {slim.evaluation.top1:.1f} % (dense {dense.evaluation.top1:.1f} %)"
@@ -152,12 +154,12 @@ class PruneResult:
         return ", ".join(parts)
 
     def verdict_lines(self) -> list[str]:
-        """Return the verdict, as a warning if much is lost, and 1 line per advice."""
+        """Return the verdict (a warning if much accuracy is lost), and each advice on a further line."""
         warning = "warning: large loss: " * self.much_lost
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def figures(self) -> list[Figure]:
-        """Return the measured figures of both models. The last is the divergence."""
+        """Return the measured values of both models. The last is the divergence."""
         dense, slim, fidelity = self.dense, self.slim, self.fidelity
         before, after = dense.evaluation, slim.evaluation
         same = None if fidelity.agreement is None else 100 * fidelity.agreement
@@ -176,7 +178,10 @@ class PruneResult:
         return [figure for figure in figures if figure.slim is not None]
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """Return the figures as rows of a table. The first row has the headings."""
+        """Return the measured values as table rows of (name, dense, slim, ratio).
+
+        The first row has headings.
+        """
         return [(self.architecture, "dense", "slim", "ratio"), *(figure.row() for figure in self.figures())]
 
     def __repr__(self) -> str:
@@ -221,12 +226,12 @@ class PruneResult:
 
 
 class PruneResults(tuple[PruneResult, ...]):
-    """Results of several budgets. Notebooks show a table and charts."""
+    """Results of several budgets, shown as a table and charts in notebooks."""
 
     __slots__ = ()
 
     def rows(self) -> list[list[str]]:
-        """Return table rows: headings, the dense model, 1 row per budget."""
+        """Return table rows: headings, the dense model, then 1 row per budget."""
         return choice_rows(self.choices())
 
     def __repr__(self) -> str:
@@ -237,11 +242,11 @@ class PruneResults(tuple[PruneResult, ...]):
         return "".join([html_table(self.rows(), self._notes()), *charts])
 
     def warnings(self) -> list[str]:
-        """Return the verdicts and the advice of budgets with much loss."""
+        """Return the verdict and the advice of each budget at which much accuracy is lost."""
         return [line for result in self if result.much_lost for line in result.verdict_lines()]
 
     def choices(self) -> list[Choice]:
-        """Return the budget, the figures and the report of each result."""
+        """Return the budget, the measured values and the report name of each result."""
         return [
             Choice(
                 next(target.spec for target in result.targets if target.name == "flops"),
@@ -256,7 +261,7 @@ class PruneResults(tuple[PruneResult, ...]):
 
 
 def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> tuple[str, ...]:
-    """Return advice for the user if much accuracy is lost or the file is still large."""
+    """Return advice for the user if much accuracy is lost or the file stays large."""
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
     alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
     if alone and _mostly_merged(result) and targets.inputs.options.as_ == "timm":
@@ -265,7 +270,7 @@ def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Pla
 
 
 def _mostly_merged(result: PruneResult) -> bool:
-    """Whether token merging saved most of the FLOPs. Merging leaves the file size unchanged."""
+    """Whether token merging, which leaves the file size unchanged, saved most of the FLOPs."""
     saved = 1 - result.slim.flops / result.dense.flops
     return any(result.plan.tokens.merged) and _file_saved(result) < saved / 2
 
@@ -304,9 +309,10 @@ def _ways_to_lose_less(
 
 
 def _milder(divergence: float, targets: Targets, attempt: Attempt, planner: Planner) -> str:
-    """Return the smallest budget with an expected loss of about 1 point; empty if there is none.
+    """Return the smallest budget with an expected loss of about 1 point of top-1, as an option.
 
-    The predicted loss is scaled by measured loss over predicted loss at this budget.
+    Expected losses are scaled by the ratio of measured to predicted loss. Empty if no budget below the dense
+    model suffices.
     """
     if len(targets.all) != 1 or len(attempt.limits) != 1:
         return ""

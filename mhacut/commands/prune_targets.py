@@ -33,46 +33,47 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
 
 Cost = Callable[[Mapping[UnitKey, int]], int]
-"""Function from widths to an amount, for example FLOPs."""
+"""Function from the width of each unit to an amount, such as FLOPs or bytes."""
 CORRECTIONS = 3
-"""Maximum number of corrected plans for budgets."""
+"""Maximum number of corrected plans after the first plan, if budgets are missed or not used up."""
 KL_PER_POINT = 0.025
-"""KL divergence (nats) that cost an ImageNet ViT-Ti about 1 point of top-1."""
+"""KL divergence in nats at which an ImageNet ViT-Ti lost about 1 point of top-1."""
 _USED = 0.93
-"""Accept a corrected plan if it uses at least this fraction of the budget."""
+"""A corrected plan is accepted if it uses at least this fraction of the budget."""
 _SPARE, _SPARE_OF_TIME = 600, 500
-"""Bytes reserved in the file's header for late results: accuracy and targets, latency conditions."""
+"""Bytes reserved in the header of a slim file for values that are measured later: accuracy and reached
+targets; conditions of latency measurements."""
 
 
 class Target(ABC):
-    """A budget, or a bound on the loss, of 1 output file."""
+    """Base class of targets: a budget, or a bound on the loss, of 1 output file."""
 
     name: ClassVar[str]
-    """Name of the option."""
+    """Name of the option that sets the target."""
     limit: Limit | None = None
-    """Limit of the first plan; None if every plan meets the target."""
+    """Limit on widths for the first plan. None if every plan meets the target."""
     safety: ClassVar[float] = 1.0
-    """A model that uses at most this fraction of the target meets the target again in a new measurement."""
+    """A model at this fraction of the target or below is expected to meet the target when measured again."""
     advice: ClassVar[str] = ""
-    """Advice in the error message if no plan meets the target."""
+    """Advice at the end of the error message if no model meets the target."""
 
     def __init__(self, inputs: PruneInputs, asked: Any) -> None:
-        """Take the value of the option, and check that a model can meet it."""
+        """Check that a model can meet ``asked``, the value of the option."""
         self.inputs, self.job, self.asked = inputs, inputs.job, asked
         self.option = option_name(self.name, asked)
         self.prepare()
 
     @abstractmethod
     def prepare(self) -> None:
-        """Resolve the option's value before the calibration."""
+        """Convert the option's value to a limit, before the calibration."""
 
     @abstractmethod
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
-        """Return the amount of the attempt's model."""
+        """Measure the attempt's model against the target."""
 
 
 def options_of_lowest(job: Job) -> str:
-    """Return the options that raise the lowest reachable budget, for error messages; empty if none does."""
+    """Return a phrase with the options that raise the lowest reachable budget; empty without such options."""
     named: list[tuple[str, object]] = []
     if not job.merges_tokens:
         mlp = any(unit.kind == "hidden" for unit in job.units)
@@ -85,7 +86,6 @@ def options_of_lowest(job: Job) -> str:
 
 
 def check_reachable(budget: Budget, dense: int, lowest: int, job: Job) -> None:
-    """Raise a :class:`BudgetError` if ``budget`` is below the ``lowest`` amount that pruning reaches."""
     if budget.amount(dense) >= lowest:
         return
     hint = ""
@@ -115,7 +115,7 @@ class Targets:
         return tuple(target.measure(attempt, planner) for target in self.all)
 
     def corrected(self, attempt: Attempt) -> Limits | None:
-        """Return corrected limits for another plan, or None if every budget is met and used up."""
+        """Return tighter or wider limits for another plan. None if every budget is met and used up."""
         both = zip(self.all, attempt.reached, strict=True)
         limits = (target.next(attempt, result) for target, result in both if isinstance(target, Amount))
         corrected = {limit.resource: limit for limit in limits if limit is not None}
@@ -131,7 +131,7 @@ class Targets:
         job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {results}, {conclusion}")
 
     def rank(self, attempt: Attempt) -> tuple[float, ...]:
-        """Return the sort key of an attempt: first a margin in all budgets, then the size of the model."""
+        """Return the sort key of an attempt: first the margin in all budgets, then the FLOPs."""
         if attempt.worst_ratio > 1:
             return 0, -attempt.worst_ratio
         both = zip(self.all, attempt.reached, strict=True)
@@ -139,7 +139,7 @@ class Targets:
         return (1, -max(without_margin)) if without_margin else (2, attempt.planned.flops)
 
     def missed(self, nearest: Attempt) -> BudgetError:
-        """Return the error for targets that no attempt meets."""
+        """Return the error for the case that no attempt meets all targets."""
         both = zip(self.all, nearest.reached, strict=True)
         missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
@@ -152,10 +152,10 @@ class Targets:
 
 
 class Amount(Target):
-    """Base class of budgets: an amount that grows with every width."""
+    """Base class of budgets of an amount that grows with every width."""
 
     aim: ClassVar[float] = 1.0
-    """Fraction of the budget that a plan aims at."""
+    """Fraction of the budget that is the limit of a plan."""
 
     asked: Budget
 
@@ -169,22 +169,20 @@ class Amount(Target):
 
     @abstractmethod
     def dense_amount(self) -> int:
-        """Return the amount of the input model."""
+        """Return the amount of the unpruned model."""
 
     @abstractmethod
     def cost(self) -> Cost:
-        """Return the function from widths to the predicted amount."""
+        """Return the function that predicts the amount from the widths."""
 
     @abstractmethod
     def count(self, attempt: Attempt) -> int:
-        """Return the exact amount of a cut model."""
+        """Return the exact amount of the attempt's cut model."""
 
     def lowest(self, cost: Cost) -> int:
-        """Return the smallest reachable budget."""
         return lowest_flops(self.job.allowed, cost)
 
     def text(self, amount: float) -> str:
-        """Return an amount as text, with its unit."""
         return f"{format_amount(amount, self.name)} {KINDS[self.name].noun}".rstrip()
 
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
@@ -206,7 +204,7 @@ class Amount(Target):
 
 
 class Flops(Amount):
-    """Budget of FLOPs. Plans count FLOPs exactly, token merging included."""
+    """Budget of FLOPs. Predicted FLOPs are exact, token merging included."""
 
     name = "flops"
 
@@ -227,8 +225,6 @@ class Flops(Amount):
 
 
 class Params(Amount):
-    """Budget of parameters."""
-
     name = "params"
 
     def dense_amount(self) -> int:
@@ -243,7 +239,7 @@ class Params(Amount):
 
 
 class Size(Amount):
-    """Budget of bytes for the file, in the checkpoint's dtypes."""
+    """Budget for the bytes of the slim file, in the dtypes of the checkpoint."""
 
     name = "size"
 
@@ -251,9 +247,9 @@ class Size(Amount):
         return self.inputs.source.size()
 
     def cost(self) -> Cost:
-        """Return the bytes of tensors and of the smallest header.
+        """Predict the bytes of all tensors and of the smallest header.
 
-        A larger header is corrected by the next plan.
+        If the real header is larger, the next plan is corrected.
         """
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
@@ -275,13 +271,13 @@ class Size(Amount):
 
 
 class _Loss(Target):
-    """Base class of bounds on the loss: search for the smallest model within the bound."""
+    """Base class of bounds on the loss: the search finds the smallest model within the bound."""
 
     name: ClassVar[str]
     nats_per_unit: ClassVar[float] = 1.0
-    """Nats per unit of the bound, for the start of the search."""
+    """Expected KL divergence in nats per unit of the bound, for the first trials."""
     floor: ClassVar[float] = 0.0
-    """Smallest bound for the start of the search: a bound of 0 points gives no nats."""
+    """Smallest bound for the first trials, in units of the option. A bound of 0 points would give 0 nats."""
     format: ClassVar[str]
 
     def prepare(self) -> None:
@@ -296,7 +292,7 @@ class _Loss(Target):
             raise BudgetError(f"nothing to prune{options}: the model's {have} FLOPs are the lowest")
 
     def search(self, planner: Planner) -> Search:
-        """Start the search over FLOPs for the smallest model within the bound."""
+        """Return the search over budgets of FLOPs for the smallest model within the bound."""
         job = self.job
         # No two plans differ by less than a width step: the dearest one is what a trial is worth.
         highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
@@ -314,14 +310,14 @@ class _Loss(Target):
         return smallest_within(budgets, expected, self.nats_per_unit * max(self.most, self.floor))
 
     def reached(self, loss: float, error: float | None = None) -> TargetResult:
-        """Return the measured loss with its standard error, if known."""
+        """Return the result for the measured ``loss`` and its standard ``error``."""
         asked, shown = f"{self.most:g}", self.format.format(loss)
         shown += "" if error is None else f" (standard error {error:.2f})"
         return TargetResult(self.name, asked, self.most, loss, error, labels=(asked, shown))
 
 
 class MaxKL(_Loss):
-    """Bound on the KL divergence of the logits on held-out images."""
+    """Bound on the KL divergence of the logits from the dense model's, on held-out calibration images."""
 
     name, format = "max_kl", "KL {:.3g}"
 
@@ -340,7 +336,7 @@ class MaxKL(_Loss):
 
 
 class MaxDrop(_Loss):
-    """Bound on the loss of top-1, in points, on labelled validation images."""
+    """Bound on the lost points of top-1 accuracy, on labelled validation images."""
 
     name, format = "max_drop", "{:.2f} points of top-1 lost"
     nats_per_unit, floor = KL_PER_POINT, 0.1
@@ -373,7 +369,7 @@ class MaxDrop(_Loss):
 
 
 def meet_budgets(targets: Targets, planner: Planner) -> Attempt:
-    """Plan, cut and measure until every budget is met and used up; recover the best model."""
+    """Plan, cut and measure until every budget is met and used up. Recover the accuracy of the best model."""
     limits: Limits = tuple(target.limit for target in targets.all if target.limit is not None)
     attempt: Attempt | None = None
     best: Attempt | None = None
@@ -397,7 +393,6 @@ def meet_budgets(targets: Targets, planner: Planner) -> Attempt:
 
 
 def smallest_within_loss(targets: Targets, planner: Planner) -> Attempt:
-    """Search for the smallest model within every bound on the loss."""
     # All bounds share the search of the first bound. A trial is judged by the worst ratio of all bounds.
     search = next(target.search(planner) for target in targets.all if isinstance(target, _Loss))
     attempt: Attempt | None = None
@@ -429,10 +424,7 @@ def _rank_within_loss(attempt: Attempt) -> tuple[float, ...]:
 
 
 def _next_budget(search: Search, trial: Trial | None) -> int | None:
-    """Send a trial to the search and return the next budget, or None at the end.
-
-    ``trial=None`` starts the search.
-    """
+    """Send a trial (None at the start) to the search. Return the next budget to try, or None at the end."""
     try:
         return next(search) if trial is None else search.send(trial)
     except StopIteration:

@@ -34,14 +34,14 @@ _VALIDATION, _SEARCHED = "validation images", "images of the set searched on"
 
 @dataclass(frozen=True)
 class Predictions:
-    """Logits of a model for the validation images."""
+    """Logits of a model for the validation images, and their accuracy."""
 
     logits: Tensor
-    """[n, classes], on the CPU."""
+    """Logits of the validation images, [n, classes], on the CPU."""
     evaluation: Evaluation | None = None
-    """Accuracy; None without labels."""
+    """Accuracy on the validation images. None without labels."""
     right: tuple[bool, ...] = ()
-    """For each image: whether the top-1 class is the label."""
+    """Whether the top-1 class of each image is the label."""
 
 
 class Validation:
@@ -57,7 +57,6 @@ class Validation:
         processes: Processes,
         reporter: Reporter,
     ) -> None:
-        """Take the images, and the dense classifier ``model``."""
         self.batches = batches
         """Images and labels, in the same order in every pass. Label -1: no label. None: no images."""
         self.sample = sample
@@ -68,14 +67,14 @@ class Validation:
         self._dense: Predictions | None = None
 
     def dense_predictions(self) -> Predictions:
-        """Return the dense model's predictions, computed at the first call and in the first process only."""
+        """Return the dense model's predictions. They are computed once, in process 0 only."""
         if self._dense is None:
             predictions = self.predictions_of(self.model) if self.processes.first else None
             self._dense = predictions or Predictions(torch.empty(0))
         return self._dense
 
     def predictions_of(self, model: nn.Module) -> Predictions | None:
-        """Return the predictions of ``model`` after moving it to the device; None without images."""
+        """Move ``model`` to the device and return its predictions. None without validation images."""
         if self.batches is None:
             return None
         self.reporter.start("evaluating")
@@ -88,7 +87,7 @@ class Validation:
         return Predictions(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
     def fidelity(self, slim: Predictions) -> Fidelity:
-        """Compare the predictions of a slim model with the dense model's."""
+        """Compare the predictions of a slim model with the dense model's predictions."""
         likeness = agreement(self.dense_predictions().logits, slim.logits, classes=True)
         assert likeness.kl is not None
         return Fidelity(likeness.kl, likeness.same_answer, likeness.images, self.sample)
@@ -105,7 +104,7 @@ def read_images(
 ) -> tuple[CalibrationImages, Validation]:
     """Return the calibration images and the validation images.
 
-    ``compares``: whether the two models' logits are compared, which needs no labels.
+    ``compares`` states whether logits of both models are compared, which needs no labels.
     """
     model = validation.keywords["model"]
     classes, batch_size, seed = classifier_size(model), options.batch_size, options.seed
@@ -150,7 +149,7 @@ def read_images(
 def _validation_split(
     options: PruneOptions, preprocessing: Preprocessing, classes: int, no_labels: str
 ) -> tuple[EvaluationLoader | None, str, str]:
-    """Return the images of the validation split, their name, and the reason for missing labels."""
+    """Return the validation images, their name in texts, and the reason for missing labels."""
     split = options.val_split
     if not has_split(options, split):
         where = f"{options.data_dir} ({option_name('val_split')})"
