@@ -226,10 +226,10 @@ class Adapter(ABC):
         """Return the prunable channels of ``module``, and the reasons why other kinds are not prunable."""
 
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
-        """Set attributes and class of ``module`` to the widths of its sliced tensors.
+        """Set size attributes and class of a layer whose tensors were sliced.
 
-        Tensors keep their names. ``widths`` contains all units of the layer. Classes that read their widths
-        from their tensors need no change.
+        ``widths`` has the channels per head of all kinds. Classes that read sizes from their tensors need no
+        change.
         """
         return
 
@@ -322,7 +322,7 @@ class Projection:
         return isinstance(self.linear, nn.ConvTranspose2d)
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the places of the output channels from index ``offset`` on in the weight and the bias."""
+        """Return the places of output channels in weight and bias, from channel index ``offset`` on."""
         weight = ChannelAxis(f"{self.linear_name}.weight", 0, offset, head_step=stride, norm=self.norm)
         if self.bias is None:
             return (weight,)

@@ -187,9 +187,9 @@ class _Trace:
         call.y = output if isinstance(output, Tensor) else None
 
     def _chain(self, x: Tensor, place: int, output: Tensor) -> tuple[tuple[str, ...], Tensor, int]:
-        """Follow ``x`` through submodules to the residual addition.
+        """Follow ``x`` to the residual addition.
 
-        Return their names, the sum and the next call.
+        Return the submodules on the way, the sum and the next call.
         """
         y, parts = x, list[str]()
         while True:

@@ -49,7 +49,7 @@ class LayerCost:
 
     layer: Layer
     runs: tuple[Cost, ...]
-    """FLOPs per image of each run of the layer in a forward pass. For parameters or bytes, a single cost."""
+    """Cost of each run of the layer in a forward pass: FLOPs per image. For parameters or bytes, 1 cost."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
         by_kind = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}

@@ -98,9 +98,10 @@ def apply_part(part: Any, x: Tensor) -> Any:
 
 
 class MergingLayer(Merging):
-    """Mixin for a block of any class with :class:`Branches`: token merging between attention and MLP.
+    """Mixin for a transformer block of any class: token merging between attention and MLP.
 
-    The last block unmerges, because the code after it expects a token for every patch.
+    The last block copies merged tokens back to their patches, because the code after it expects a token for
+    every patch.
     """
 
     branches: Branches
@@ -143,7 +144,7 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "regi
 
 
 def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
-    """Return tokens with sizes, and the attention bias of these sizes (None before the first merge)."""
+    """Return tokens with their numbers of patches, and the attention bias (None before the first merge)."""
     if not isinstance(x, Tensor):
         return x, x.bias()
     token_of_patch = None
@@ -165,7 +166,7 @@ def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[
 
 
 def unmerged(output: Any) -> Any:
-    """Return a block's output as a tensor, with a token for every patch if the model unmerges."""
+    """Return a block's output as a tensor; merged tokens are copied to their patches if the model does so."""
     return output.unmerge() if isinstance(output, SizedTokens) else output
 
 

@@ -37,7 +37,7 @@ class OutputTokenBlock:
 
 
 class OutputTokenBlockPostNorm(OutputTokenBlock):
-    """Output token block of a ViT class with norms after attention and after the MLP."""
+    """Output token block for ViT classes with norms after attention and after the MLP."""
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         y = self.attn(x, *args, **options)  # (B, read, C)

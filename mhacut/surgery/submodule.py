@@ -66,7 +66,7 @@ class Recorded:
     place: int
     """Index of the images (or tokens) in the flattened arguments of ``call``."""
     alike: tuple[int, ...]
-    """Indices of flattened arguments that are equal for all images. ``call`` holds 1 row of them."""
+    """Indices of flattened arguments that have 1 row per image, all rows equal. ``call`` holds only 1 row."""
     images: Tensor
     """Input images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int
@@ -97,7 +97,7 @@ class Loss:
     images: int = 0
 
     def metric(self, name: str, channel_dim: int) -> Tensor:
-        """Return M [C, C]: an output change d gives a relative squared loss error of mean d^T M d."""
+        """Return M [C, C]. An output change d gives a relative squared error of the loss of mean d^T M d."""
         values = torch.cat([value.flatten() for value in self.values])
         scale = _PROBES * len(values) * values.var().clamp_min(1e-12)
         return self.squares[name, channel_dim] / scale

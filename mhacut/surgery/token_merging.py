@@ -94,7 +94,7 @@ class SizedTokens(NamedTuple):
         return self.sizes.mT.log()[:, None]
 
     def unmerge(self) -> Tensor:
-        """Return a token for every token of the first block, [B, N of the first block, C]."""
+        """Copy merged tokens back: return a token for every token of the first block, [B, N, C]."""
         return self.x if self.token_of_patch is None else _take_rows(self.x, self.token_of_patch)
 
 
