@@ -72,14 +72,12 @@ def pruned(tiny_vit, tmp_path_factory) -> mhacut.PruneResult:
 
 @pytest.fixture(scope="session")
 def digits_vit() -> tuple[Path, Path]:
-    """Images and model of the example in the repository."""
     folder = Path(__file__).parents[1] / "examples" / "digits"
     return folder / "images", folder / "model"
 
 
 @pytest.fixture(scope="session")
 def slim_of(tmp_path_factory) -> Callable[[str], Path]:
-    """The slim file of one of ``helpers.files.SLIM``, made when first asked for."""
     return cache(lambda name: make_slim(name, tmp_path_factory.mktemp(name)))
 
 
@@ -91,7 +89,6 @@ def clock(monkeypatch, tmp_path) -> Counting:
 
 @pytest.fixture
 def compiles_by(monkeypatch):
-    """Lets torch.compile take the given function as its compiler."""
     real = torch.compile
 
     def set_to(compiler):

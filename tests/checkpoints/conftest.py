@@ -15,6 +15,5 @@ def dense(tmp_path):
 
 @pytest.fixture(scope="session")
 def states():
-    """Tensors of a model, and others of the same shapes."""
     one = tiny().state_dict()
     return one, {name: tensor + 0.01 for name, tensor in one.items()}

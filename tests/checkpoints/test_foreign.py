@@ -40,7 +40,6 @@ PROCESSOR = {
 
 
 def vit_tensors(dtype=torch.float32):
-    """Tensors of a ViT with three classes under the names of transformers."""
     shapes = {
         "vit.embeddings.cls_token": (1, 1, 24),
         "vit.embeddings.position_embeddings": (1, 17, 24),
@@ -66,8 +65,6 @@ def vit_tensors(dtype=torch.float32):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder as transformers writes it."""
-
     def write(config=None, tensors=None, processor=PROCESSOR, shards=1):
         path = tmp_path / "vit"
         path.mkdir(exist_ok=True)

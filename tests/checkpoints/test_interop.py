@@ -52,7 +52,6 @@ def transformers() -> Any:
 
 @torch.no_grad()
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Return the model with weights that are far from their initial values, in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not name.endswith("coords_table"):
@@ -130,8 +129,6 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def built(transformers, tmp_path_factory):
-    """A folder that transformers wrote, and its model, each case once."""
-
     def build(case: Case):
         cls = getattr(transformers, case.model)
         model = randomised(cls(cls.config_class(**case.options)))
@@ -231,7 +228,6 @@ def test_patches_of_siglip_2_become_a_square_image(built):
 
 
 def torchvision_models():
-    """Tiny models of torchvision."""
     from torchvision.models import vision_transformer as vit
     from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 

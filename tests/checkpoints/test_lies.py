@@ -14,7 +14,6 @@ from mhacut.checkpoint.record import METADATA_KEY
 
 
 def relabel(path, **changes):
-    """Change what a slim file states, and nothing else."""
     with torch.no_grad():
         tensors = load_file(path)
     document = json.loads(open_checkpoint(path).header.metadata[METADATA_KEY])
@@ -24,7 +23,6 @@ def relabel(path, **changes):
 
 
 def widened(units):
-    """The last unit claims to keep one channel of very many more."""
     *rest, last = units
     return [*rest, {**last, "dense_width": 10**9}]
 

@@ -21,7 +21,6 @@ from mhacut.surgery.flops import measure_flops
 
 
 def opened(tmp_path, name, **args):
-    """A dense model with random weights, from a file that does not say what it is."""
     path = tmp_path / f"{name}.safetensors"
     model = timm.create_model(name, num_classes=7, **args)
     save_file({key: value.clone() for key, value in model.state_dict().items()}, path)
@@ -29,7 +28,6 @@ def opened(tmp_path, name, **args):
 
 
 def slim(loaded, path, **preprocessing):
-    """The model in a slim file that cuts nothing and states ``preprocessing``."""
     stated = resolve_preprocessing(loaded, PreprocessingOptions()).to_json() | preprocessing
     record = SlimRecord(loaded.identity, Plan(()), stated, ())
     write_slim(path, loaded.model, record, dtypes={}, overwrite=False, input_path=None)

@@ -151,7 +151,6 @@ def test_names_of_models_in_scripts_are_no_other_models(tmp_path):
 
 
 def vit_file(path, args=None, *, name="vit_small_patch16_224", rename=dict, **changes):
-    """A file of a ViT of two blocks, with what its script stated."""
     model = timm.create_model(name, depth=2, **changes).eval()
     torch.save({"state_dict": rename(model.state_dict()), **(args or {})}, path)
     return model

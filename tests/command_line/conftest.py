@@ -48,7 +48,6 @@ def slim(pruned):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory):
-    """An ImageFolder with a val split of 7 classes, two images each."""
     root = tmp_path_factory.mktemp("images")
     write_split(root / "val", classes=[f"class{label}" for label in range(7)], per_class=2)
     return root

@@ -32,7 +32,6 @@ def test_defaults_are_the_options(captured):
 
 
 def other_value(one):
-    """A value of the option that is not its default."""
     if one.kind is bool:
         return not one.default
     if one.takes_pairs:

@@ -23,7 +23,6 @@ VIT = ModelCase("vit_tiny_patch16_224", ARGS)
 
 
 def prune(path, output, **options):
-    """The result, and the lines of the log about tokens."""
     file, reporter = ModelFile(path, VIT.architecture, {"num_classes": 5, **ARGS}), Recorder()
     # Merges have files of their own, and tests.
     given = {"flops": "60%", "round_to": 4, "scope": "attention+mlp", "reporter": reporter, **options}

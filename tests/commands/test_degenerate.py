@@ -22,13 +22,11 @@ ARGS = {"depth": 2, "embed_dim": 24, "num_heads": 3, "patch_size": 8}
 
 
 def made(**more: object) -> nn.Module:
-    """A small ViT for images of 16 pixels."""
     case = ModelCase("vit_tiny_patch16_224", {"img_size": 16, **ARGS, **more})
     return build(case).requires_grad_(False)
 
 
 def with_attention(change: Callable[[Tensor, Tensor], None]) -> nn.Module:
-    """The same after ``change`` of its qkv weights [3, H, d, C] and biases [3, H, d]."""
     model = made()
     for block in model.blocks:
         change(block.attn.qkv.weight.view(3, 3, 8, 24), block.attn.qkv.bias.view(3, 3, 8))
@@ -58,7 +56,6 @@ def equal_channels(weight: Tensor, bias: Tensor) -> None:
 
 
 def values_times(factor: float) -> nn.Module:
-    """The same function with values that are so much larger."""
     model = made()
     for block in model.blocks:
         block.attn.qkv.weight[48:] *= factor
@@ -124,7 +121,6 @@ IMAGES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def pruned(model: nn.Module, given: Tensor, flops: str = "70%", **options) -> tuple[nn.Module, float]:
-    """The model cut, and its divergence on held-out images as it is stated."""
     side = model.patch_embed.img_size[0]
     args = {**ARGS, "img_size": side, "class_token": model.cls_token is not None}
     args["global_pool"] = model.global_pool
@@ -134,13 +130,11 @@ def pruned(model: nn.Module, given: Tensor, flops: str = "70%", **options) -> tu
 
 
 def outputs_in_float64(model: nn.Module, given: Tensor) -> Tensor:
-    """What ``model`` computes, in float64; it is float64 then."""
     return model.double()(given.double())
 
 
 @torch.no_grad()
 def assert_sound(model: nn.Module, given: Tensor, basis: str) -> tuple[Tensor, Tensor]:
-    """Prune, and compare the result's float32 with its float64, and what is stated with what is so."""
     slim, divergence = pruned(model, given, basis=basis)
     single = slim(given)
     found, expected = outputs_in_float64(slim, given), outputs_in_float64(model, given)

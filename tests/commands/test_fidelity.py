@@ -47,7 +47,6 @@ def dense(tiny_vit):
 
 @torch.no_grad()
 def likeness(dense, slim, images):
-    """KL divergence and share of the same top-1 class, by a script of one's own."""
     p, q = dense(images).log_softmax(1), slim(images).log_softmax(1)
     same = (p.argmax(1) == q.argmax(1)).float().mean()
     return float(F.kl_div(q, p, log_target=True, reduction="batchmean")), float(same)

@@ -42,7 +42,6 @@ def dense_folder(folder, name, **sizes):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A dense classifier, a pruned one, and labelled images."""
     root = tmp_path_factory.mktemp("folders")
     dense = dense_folder(root / "dense", "ViTForImageClassification", num_labels=3)
     write_split(root / "images" / "train", per_class=16)

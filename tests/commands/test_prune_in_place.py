@@ -145,8 +145,6 @@ def test_runs_that_end_early_leave_no_forward_replaced(images):
 
 
 class Reading(nn.Module):
-    """Reads the patches of a plain ViT by one of timm's methods."""
-
     def __init__(self, method="forward", **options):
         super().__init__()
         args = {"depth": 3, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "img_size": 32}
@@ -283,8 +281,6 @@ def test_budgets_out_of_reach_change_nothing(images):
 
 def test_a_mask_that_is_alike_for_all_images_is_that_of_use(images):
     class Masked(Segmenter):
-        """Its tokens see the first half of the image only."""
-
         seen = torch.tensor([9])
 
         def forward(self, pixel_values):

@@ -18,7 +18,6 @@ SWIN = ModelCase(
 
 
 def pruned(case, output, **options):
-    """Returns the result, and the lines of the log about the scope."""
     reporter, args = Recorder(), {**case.args}
     given = {"flops": "60%", "model_args": args, "reporter": reporter, "output": output, **QUICK, **options}
     result = mhacut.prune(build(case), **given)

@@ -23,7 +23,6 @@ WARNING = re.compile(
 
 @pytest.fixture
 def digits(digits_vit, few_digits, tmp_path, monkeypatch):
-    """Arguments of ``prune`` for the digits."""
     monkeypatch.chdir(tmp_path)
     return [digits_vit[1], "--data-dir", few_digits]
 

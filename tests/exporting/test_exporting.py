@@ -31,8 +31,6 @@ from properties.cases import FIRST_MODEL
 
 @pytest.fixture(scope="module")
 def exported(slim_of, tmp_path_factory) -> Callable[[str], ExportResult]:
-    """A slim ViT in a format, made when first asked for; nothing else lies beside it."""
-
     def export(format: str) -> ExportResult:
         return mhacut.export(slim_of("vit"), format=format, output=tmp_path_factory.mktemp(format) / "file")
 

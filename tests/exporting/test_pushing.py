@@ -16,8 +16,6 @@ ADDRESS = "https://hub/some/vit/commit/1"
 
 
 class Hub:
-    """Keeps what it is sent: ``created``, and ``files`` by name."""
-
     def __init__(self) -> None:
         self.created: list[tuple[str, bool]] = []
         self.files: dict[str, bytes] = {}

@@ -26,7 +26,6 @@ QUICK = {"int8": True, "threads": 1}
 
 @pytest.fixture(scope="module")
 def exported(slim_of, tmp_path_factory) -> ExportResult:
-    """An INT8 file made without images."""
     return mhacut.export(slim_of("vit"), output=tmp_path_factory.mktemp("int8") / "int8.onnx", **QUICK)
 
 

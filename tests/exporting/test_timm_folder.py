@@ -36,8 +36,6 @@ def opened(folder, **arguments):
 
 @pytest.fixture(scope="module")
 def exported(slim_of, tmp_path_factory) -> Callable[[str], ExportResult]:
-    """One of SLIM as a folder, made when first asked for; nothing else lies beside it."""
-
     def export(name: str) -> ExportResult:
         return mhacut.export(slim_of(name), format="timm", output=tmp_path_factory.mktemp(name) / "folder")
 

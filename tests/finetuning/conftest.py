@@ -44,19 +44,16 @@ def tune_in(slim, images):
 
 @pytest.fixture
 def tune(tune_in, tmp_path):
-    """The same, into a folder of the test's own."""
     return lambda name="run", **options: tune_in(tmp_path / name, **options)
 
 
 @pytest.fixture(scope="session")
 def finished_run(tune_in, tmp_path_factory):
-    """A run as :func:`tune` makes it; only read."""
     return tune_in(tmp_path_factory.mktemp("finished") / "run")
 
 
 @pytest.fixture
 def finished(finished_run, tmp_path):
-    """Folder of a finished run, to do anything to."""
     return shutil.copytree(finished_run.folder, tmp_path / "run")
 
 

@@ -72,8 +72,6 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Run:
-    """One model, pruned one way."""
-
     options: Mapping[str, Any]
     model: tuple[str, Mapping[str, Any]] | None = None
     """Architecture and arguments of a model of random weights; None is the model of the digits."""
@@ -119,7 +117,6 @@ IN_CI = {
 
 
 def prune(name: str, folder: Path) -> list[mhacut.PruneResult]:
-    """Run one of RUNS in ``folder``."""
     torch.set_num_threads(1)  # sums depend on how many share them
     run, given = RUNS[name], {**QUICK, **RUNS[name].options}
     if run.model is None:
@@ -151,7 +148,6 @@ def digest(text: str | bytes) -> str:
 
 
 def summary(result: mhacut.PruneResult) -> dict[str, Any]:
-    """FLOPs, plan and logits of a result."""
     model = mhacut.load_model(result.output)
     side = SIDES.get(result.architecture, 32)
     images = (torch.arange(2 * 3 * side * side) * 0.7).sin().view(2, 3, side, side)

@@ -16,7 +16,6 @@ sys.path.insert(0, str(BENCHMARKS))  # the scripts import the package methods/ b
 
 
 def script(name: str) -> Any:
-    """The module of a script, not run."""
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -31,14 +31,12 @@ class Hostile:
 
 
 def torch_file(value: object, **options) -> bytes:
-    """What ``torch.save`` writes."""
     buffer = io.BytesIO()
     torch.save(value, buffer, **options)
     return buffer.getvalue()
 
 
 def zipped(members: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
-    """A zip archive."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         for name, content in members.items():
@@ -82,7 +80,6 @@ def logits_with(tensors):
 
 
 def make_slim(source, path, widths=None, **read_args):
-    """A slim file made from ``source``; returns the slim model and its record."""
     loaded = read_model(source, **read_args)
     widths = widths or {"qk": 5, "v": 11, "hidden": 77}
     units = find_prunable_layers(loaded.model).units()

@@ -24,7 +24,6 @@ def research(**values: object) -> list[str]:
 
 
 def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
-    """Run ``mhacut`` with ``arguments``; unexpected errors are raised."""
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -32,19 +31,16 @@ def run(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
 
 
 def succeed(*arguments: object, env: Mapping[str, str] | None = None) -> Result:
-    """Run ``mhacut`` with ``arguments``, which must succeed."""
     result = run(*arguments, env=env)
     assert result.exit_code == 0, result.stderr
     return result
 
 
 def document_of(*arguments: object) -> dict[str, Any]:
-    """What ``mhacut`` prints with ``arguments`` and ``--json``."""
     return json.loads(succeed(*arguments, "--json").stdout)
 
 
 def tree(folder: Path) -> dict[str, bytes | str]:
-    """Everything under ``folder``, with the bytes of each file."""
     found: dict[str, bytes | str] = {}
     for path in sorted(folder.rglob("*")):
         kind = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else "other"
@@ -56,7 +52,6 @@ ROOT = Path(__file__).parents[2]
 
 
 def _states(paths: Iterable[Path]) -> dict[Path, tuple[int, bytes]]:
-    """Time and bytes of every file among ``paths``, and of those under its folders."""
     files = [file for path in paths for file in (path.rglob("*") if path.is_dir() else [path])]
     return {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in files if file.is_file()}
 

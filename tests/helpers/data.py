@@ -22,7 +22,6 @@ CLASSES = ("ant", "bee", "cat")
 
 
 def write_image(path: Path, level: int = 128) -> Path:
-    """A grey 16x16 PNG; its level tells which image it is after reading."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (16, 16), (level, level, level)).save(path)
     return path
@@ -42,7 +41,6 @@ def calibrated(preprocessing: Preprocessing, **options: Any) -> CalibrationImage
 
 
 def evaluated(preprocessing: Preprocessing, **options: Any) -> EvaluationLoader:
-    """Evaluation images, likewise."""
     return evaluation_loader(preprocessing, _source(options), **options)
 
 

@@ -28,8 +28,6 @@ NOT_RUN = "not run: "
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block of a page."""
-
     language: str
     text: str
     mark: str
@@ -75,7 +73,6 @@ def without_blocks(text: str) -> str:
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and pictures to other places of the repository."""
     text = re.sub(r"`[^`\n]*`", "", without_blocks(page.read_text()))
     found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
     return [target for target in found if not target.startswith(("http:", "https:", "mailto:"))]

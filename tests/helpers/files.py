@@ -32,7 +32,6 @@ class ModelFile:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Those arguments as options of commands."""
         return {"model": self.architecture, "model_args": self.args}
 
     @property
@@ -65,13 +64,11 @@ SLIM = {
 
 
 def save_dense(model: nn.Module, path: Path) -> Path:
-    """Write the tensors of ``model``, each by itself (CoaT's share memory)."""
     save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, path)
     return path
 
 
 def cut_into_file(model: nn.Module, plan: Plan, path: Path, case: ModelCase) -> Path:
-    """Cut ``model``, which ``case`` builds, by ``plan`` and write it as a slim file."""
     entry = {"command": "prune", "flops_before": measure_flops(model, case.size)}
     cut(model, plan)
     record = SlimRecord(

@@ -33,7 +33,6 @@ def weights(folder, name="last.safetensors"):
 
 
 def small_trainer(**options) -> Trainer:
-    """A trainer of a small classifier, for eight steps of four images, four of them to an epoch."""
     torch.manual_seed(0)
     pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4), pooled, nn.Linear(4, 3))
@@ -51,7 +50,6 @@ def small_trainer(**options) -> Trainer:
 
 
 def take_steps(trainer: Trainer, first: int, last: int) -> None:
-    """Train from one step to before another."""
     for number in range(first, last):
         images = torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(number))
         trainer.step(number, [Batch(images, torch.tensor([0, 1, 2, 0]), ())])

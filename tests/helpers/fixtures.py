@@ -34,7 +34,6 @@ def brief_times() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def few_digits(tmp_path_factory) -> Path:
-    """Three training and three validation images of each digit."""
     root = tmp_path_factory.mktemp("digits")
     for folder in sorted((Path(__file__).parents[2] / "examples" / "digits" / "images").glob("*/*")):
         (root / folder.parent.name / folder.name).mkdir(parents=True)

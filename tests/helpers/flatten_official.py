@@ -37,7 +37,6 @@ def hashed(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def weight(name: str, shape: tuple[int, ...]) -> Tensor:
-    """The value of a parameter, by its official name."""
     value = hashed(name, shape)
     if name.endswith(".bias"):
         value = 0.1 * value
@@ -54,7 +53,6 @@ def images(size: int) -> Tensor:
 
 
 def official_name(name: str) -> str:
-    """The official name of a parameter or module of one of our models."""
     if re.match(r"layers\.", name):  # Swin
         return re.sub(
             r"layers\.(\d)\.downsample", lambda found: f"layers.{int(found[1]) - 1}.downsample", name
@@ -83,6 +81,5 @@ def official_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(state: dict[str, Tensor]) -> str:
-    """Of names and shapes, whatever their order."""
     shapes = sorted((name, list(tensor.shape)) for name, tensor in state.items())
     return hashlib.sha256(json.dumps(shapes).encode()).hexdigest()

@@ -45,8 +45,6 @@ HELD = 4
 
 
 class Bench:
-    """A dense model, one that was cut to half of its widths, and what healing takes."""
-
     def __init__(self, case, images=16, dtype=torch.float64):
         self.dense = build(case, dtype=dtype).requires_grad_(False)
         self.images = image(case, batch=images, dtype=dtype)

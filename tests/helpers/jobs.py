@@ -14,8 +14,6 @@ from mhacut.surgery.find import PrunableLayers, find_prunable_layers
 
 
 class Recorder:
-    """A reporter that keeps everything it receives."""
-
     def __init__(self) -> None:
         self.messages: list[str] = []
         self.stages: list[str] = []
@@ -62,5 +60,4 @@ def job_of(
 
 
 def flops_limit(job: Job, share: float) -> Limits:
-    """A limit of ``share`` of the job's dense FLOPs."""
     return (Limit(job.table.flops, int(share * job.table.dense)),)

@@ -22,8 +22,6 @@ SMALL = {"depth": 2, "img_size": 32, "num_classes": 7}
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Case(ABC):
-    """A small model that is the same whenever it is built."""
-
     whole: Mapping[str, str] = field(default_factory=dict)
     """Kinds that some layer does not let be cut, and why."""
     revived: tuple[str, ...] = ()
@@ -73,8 +71,6 @@ class ModelCase(Case):
 
 @dataclass(frozen=True, eq=False)
 class LayerCase(Case):
-    """One layer between image and logits."""
-
     make: Callable[[], nn.Module]
     dim: int = field(default=12, kw_only=True)
     """Channels of what it takes."""
@@ -161,7 +157,6 @@ def image(case: Case, *, batch: int = 2, dtype: torch.dtype = torch.float32, see
 
 
 def double(case: Case, *, batch: int = 2) -> tuple[nn.Module, Tensor]:
-    """Model, without gradients, and images in float64."""
     return build(case, dtype=torch.float64).requires_grad_(False), image(
         case, dtype=torch.float64, batch=batch
     )
@@ -173,7 +168,6 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
-    """Whether both have the same tensors."""
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 

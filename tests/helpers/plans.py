@@ -68,6 +68,5 @@ def kill(
 
 
 def distillation_of(model: nn.Module, images: Tensor, batch_size: int = 8) -> Distillation:
-    """Distillation with ``model`` as the teacher."""
     options = SearchOptions(batch_size=batch_size, seed=0)
     return Distillation(images, model(images), None, options)

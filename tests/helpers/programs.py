@@ -36,8 +36,6 @@ os.environ |= {{"MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv.pop(1)}}
 
 @dataclass
 class Program:
-    """One that runs, in a session of its own."""
-
     pid: int
     stdout: IO[str]
     stderr: IO[str]
@@ -56,8 +54,6 @@ class Program:
 
 
 class Programs:
-    """The server, started with the first program."""
-
     def __init__(self) -> None:
         self._server: subprocess.Popen[bytes] | None = None
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -81,7 +77,6 @@ class Programs:
         return Program(pid, os.fdopen(stdout), os.fdopen(stderr), self._socket)
 
     def run(self, script: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-        """Run ``script`` to its end, and to the end of its pipes, which its children hold too."""
         program = self.start(script, *arguments)
         with program.stdout, program.stderr:
             code = program.end()

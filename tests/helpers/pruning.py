@@ -17,17 +17,14 @@ BALANCED = {**QUICK, "effort": "balanced", "gain_steps": 2}
 
 
 def prune_quickly(file: ModelFile, output: object, **options: Any) -> mhacut.PruneResult:
-    """Prune ``file``, or another ``checkpoint`` of the same model."""
     checkpoint = options.pop("checkpoint", file.path)
     return mhacut.prune(checkpoint, output=output, **{**file.options, **QUICK, **options})
 
 
 def stated_by(path: Path) -> dict[str, Any]:
-    """What a slim file states of itself."""
     with safe_open(path, "pt") as file:
         return json.loads(file.metadata()["mhacut"])
 
 
 def last_step(path: Path) -> dict[str, Any]:
-    """The last entry of the history that a slim file states."""
     return stated_by(path)["history"][-1]

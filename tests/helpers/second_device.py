@@ -126,7 +126,6 @@ def _run(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _converted(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """``tensor.to(...)``; the tensor itself where it is so already."""
     tensor, *to = args
     like = [x for x in to if isinstance(x, Tensor)]
     device = next((x for x in [*to, kwargs.get("device")] if isinstance(x, torch.device)), None)
@@ -156,7 +155,6 @@ def _refuse_mixed(function: Any, tensors: list[Tensor], generator: bool) -> None
 
 @contextmanager
 def second_device() -> Iterator[str]:
-    """Let commands take the device, whose name this yields."""
     for module in pkgutil.walk_packages(
         mhacut.__path__, "mhacut."
     ):  # what comes later would keep what is patched

@@ -14,8 +14,6 @@ import torch
 
 
 def on_a_short_stack(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let ``function`` run in a thread of its own."""
-
     @wraps(function)
     def run(*args, **kwargs):
         def in_thread():

@@ -25,7 +25,6 @@ QUICK = {"effort": "fast", "latency": False, "batch_size": 8}
 
 
 def numbered(count):
-    """Images that hold their own number throughout."""
     return torch.arange(float(count))[:, None, None, None].expand(count, *SIZE).clone()
 
 
@@ -155,7 +154,6 @@ def test_batches_to_measure_on_come_as_they_are_or_in_the_size_asked_for():
 
 @pytest.fixture(scope="module")
 def digits():
-    """300 digits and their labels, as the example's folder gives them."""
     preprocessing = Preprocessing((3, 32, 32), (0.5,) * 3, (0.5,) * 3, "bicubic", 1.0, "center")
     data = DataOptions(data_dir=DIGITS / "images", train_split="val")
     found = calibration_images(preprocessing, data, count=300, seed=0, num_classes=10)

@@ -47,8 +47,6 @@ class Stream(torch.utils.data.IterableDataset):
 
 @pytest.fixture
 def opens(monkeypatch):
-    """Makes timm open the given dataset whatever its name."""
-
     def set_to(opened):
         monkeypatch.setattr(named, "create_dataset", lambda *_, **__: opened)
 
@@ -120,8 +118,6 @@ def test_labels_outside_the_head_are_refused_while_training(opens) -> None:
 
 
 class Columns:
-    """A reader of timm's, whose dataset has no column of labels."""
-
     def iter_targets(self):
         yield {"labels": 1}["label"]
 

@@ -16,8 +16,6 @@ CPU = torch.device("cpu")
 
 
 def sleeper(name, milliseconds, diary):
-    """A program that takes a known time and keeps a diary."""
-
     def run():
         diary.append(name)
         time.sleep(milliseconds / 1000)
@@ -45,8 +43,6 @@ def test_a_model_runs_without_gradients() -> None:
 
 
 class Clock:
-    """A clock that runs as programs say."""
-
     def __init__(self, monkeypatch):
         self.now = 0.0
         for name in ("perf_counter", "process_time"):

@@ -19,7 +19,6 @@ MLP = {"hidden": tuple(range(8, 129, 8))}
 
 
 def measured(choices, time):
-    """Times of a layer that takes ``time`` of its widths, without noise."""
     points = [Point(widths, time(widths)) for widths in points_to_measure(choices)]
     return LayerTimes(points[0], tuple(points[1:]))
 

@@ -256,7 +256,6 @@ def test_versions_agree():
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory, few_digits) -> Path:
-    """A folder with the parts of the repository that commands read, and few of its images."""
     folder = tmp_path_factory.mktemp("clone")
     (folder / "examples" / "digits").mkdir(parents=True)
     (folder / "examples" / "digits" / "images").symlink_to(few_digits)
@@ -267,7 +266,6 @@ def clone(tmp_path_factory, few_digits) -> Path:
 
 @pytest.fixture(scope="module")
 def done() -> set[str]:
-    """Commands that ran already in the folder, on any page."""
     return set()
 
 

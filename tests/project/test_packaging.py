@@ -30,7 +30,6 @@ def test_the_versions_of_python_are_stated_alike():
 
 
 def imported_packages() -> set[str]:
-    """Third-party packages that the package imports at run time."""
     names: set[str] = set()
     for path in (ROOT / "mhacut").rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -55,7 +54,6 @@ def test_imported_packages_are_declared():
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
-    """A folder with both, built from the files that git knows."""
     pytest.importorskip("build", reason="needs pip install 'mhacut[dev]'")
     if not (ROOT / ".git").exists():
         pytest.skip("no clone: the files that git knows are not known")

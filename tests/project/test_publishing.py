@@ -19,8 +19,6 @@ LINK = '<a href="/mhacut-{0}.tar.gz">mhacut-{0}.tar.gz</a>'
 
 @pytest.fixture
 def served(tmp_path):
-    """A folder, and the address at which a server gives its files."""
-
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *_):
             pass

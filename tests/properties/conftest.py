@@ -18,7 +18,6 @@ REPEATED = {
 
 
 def marks(case):
-    """Mark what is not fast: slow, or exhaustive if a layer stands for it."""
     if case.fast:
         return ()
     return pytest.mark.exhaustive if case in REPEATED else pytest.mark.slow

@@ -25,7 +25,6 @@ assert QUICK | UNLIKE | set(WIDE) <= set(MODELS)
 
 
 def marks(name: str) -> list[pytest.MarkDecorator]:
-    """Fast: one; slow: a model of each class that differs most from ViTs; exhaustive: the others."""
     if name in QUICK:
         return []
     slow = name in UNLIKE or any(MODELS[name] is FIRST_MODEL.get(cls) for cls in UNLIKE_ATTENTION)

@@ -62,8 +62,6 @@ newest = pytest.mark.skipif(OLD, reason="tokens merge in transformers 5")
 
 
 class First(nn.Module):
-    """Give the first tensor of the model's output."""
-
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model

@@ -273,7 +273,6 @@ def test_under_autocast_the_same_tokens_merge():
 
 
 def matrices(content: bytes) -> int:
-    """Return how many float32 numbers the matrices of an ONNX file hold."""
     constants = onnx.load_from_string(content).graph.initializer
     floats = [one.dims for one in constants if one.data_type == onnx.TensorProto.FLOAT]
     return sum(math.prod(dims) for dims in floats if len(dims) == 2)

@@ -68,6 +68,5 @@ def test_cases_are_of_their_class(cls):
 
 
 def is_of(module: object, cls: type) -> bool:
-    """Whether a module is of ``cls`` itself, or of the class of its slim layers."""
     slim = type(module).__name__.startswith("Slim") and type(module).__bases__[-1]
     return cls in (type(module), slim)

@@ -17,7 +17,6 @@ QUICK = {"attention.AttentionRope, half", "swin_transformer_v2.WindowAttention"}
 
 
 def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    """Fast: 2 models. Slow: a model of each class in ``UNLIKE_ATTENTION``. Exhaustive: the others."""
     if name in QUICK:
         return ()
     slow = any(MODELS[name] is FIRST_MODEL.get(cls) for cls in UNLIKE_ATTENTION)
@@ -26,7 +25,6 @@ def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
 
 @pytest.fixture(params=[pytest.param(case, id=name, marks=marks(name)) for name, case in MODELS.items()])
 def models(request):
-    """The dense model, the slim one, images for both."""
     dense, slim = (build(request.param) for _ in range(2))
     plan, _ = random_plan(find_prunable_layers(slim), seed=0)
     cut(slim, plan)

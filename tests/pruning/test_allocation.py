@@ -21,8 +21,6 @@ LAYERS = [
 
 
 class Problem:
-    """Units with convex sensitivity curves, FLOPs linear in their widths."""
-
     def __init__(self, keys, choices, curves, price, fixed):
         self.keys, self.choices, self.curves = keys, choices, curves
         self.price, self.fixed = price, fixed

@@ -129,7 +129,6 @@ def test_the_model_is_left_as_it_was():
 
 
 def outputs_under(it, layer, images, errors):
-    """The model's outputs when ``errors`` are added to the output of one layer."""
     handle = it.model.get_submodule(layer).register_forward_hook(lambda m, i, output: output + errors)
     try:
         return it.model(images)
@@ -207,8 +206,6 @@ class Meeting(Processes):
 
 
 def calibrated_by_two_and_by_one(model, images, **given):
-    """What each of two processes finds, and what one process finds."""
-
     def run(processes):
         own = copy.deepcopy(model)  # the other listens to its own
         given_to_all = {"fisher_images": 6, "processes": processes, **given}

@@ -41,8 +41,6 @@ def curves_on_all_images(job, calibration, candidates):
 
 
 class Curved:
-    """The curves of a small model, and the calibration's activations to check them by."""
-
     def __init__(self, case, basis, round_to=2, refit=True):
         self.model = build(case, dtype=torch.float64).requires_grad_(False)
         self.prunable = find_prunable_layers(self.model)
@@ -184,7 +182,6 @@ def test_few_rows_are_judged_by_images_held_back(monkeypatch):
 
 
 def pooling_head(kind, images, basis):
-    """A unit of a pooling head, and the job, images, calibration and candidate to find its curve with."""
     case = ModelCase("vit_base_patch16_siglip_224", {**SMALL, "embed_dim": 48})
     model = build(case, dtype=torch.float64).requires_grad_(False)
     prunable, images = find_prunable_layers(model), image(case, batch=images, dtype=torch.float64)

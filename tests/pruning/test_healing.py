@@ -27,7 +27,6 @@ from properties.cases import MODELS
 
 
 def calls_of(model, name, images):
-    """Arguments and output of the one call of a module."""
     calls = []
     handle = model.get_submodule(name).register_forward_hook(
         lambda module, args, kwargs, output: calls.append((args, kwargs, output)), with_kwargs=True
@@ -225,8 +224,6 @@ def test_what_waits_for_an_image_is_bounded_closely(name):
 
 
 class Toy(nn.Module):
-    """Points as tokens, one block and a head."""
-
     def __init__(self, block):
         super().__init__()
         self.block, self.head = block, nn.Linear(3, 2)

@@ -32,8 +32,6 @@ SHORT = SearchOptions(steps=5, gain_steps=3, batch_size=4, allocation="indicator
 
 
 class Bench:
-    """A small model ready to be searched."""
-
     def __init__(self, images=12):
         self.model, self.images = build(WIDE).requires_grad_(False), image(WIDE, batch=images)
         self.dense_job = job_of(self.model, self.images, counted=True)
@@ -53,7 +51,6 @@ class Bench:
         return SimpleNamespace(plan=plan, channel_scales=channel_scales, log=log)
 
     def slim(self, share, options=SHORT):
-        """Search and cut."""
         found = self.search(share, options)
         trained = found.channel_scales if options.reweight else None
         channel_scales = plan_channel_scales(self.prunable, found.plan, trained)

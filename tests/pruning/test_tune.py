@@ -72,7 +72,6 @@ def test_the_same_seed_gives_the_same_bytes(tuned, tmp_path):
 
 
 def tiny(**options):
-    """Tune a ViT of random weights, and return the messages."""
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", depth=1, img_size=32, num_classes=9)
     for parameter in model.parameters():

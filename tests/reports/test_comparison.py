@@ -23,14 +23,12 @@ CASE = ModelCase("vit_tiny_patch16_224", {"depth": 2, "img_size": 32, "num_class
 
 
 def halved(model):
-    """Every unit without its last half."""
     slim, units = copy.deepcopy(model), find_prunable_layers(model).units()
     cut(slim, Plan(tuple(unit.keep_first(unit.width // 2) for unit in units)))
     return slim
 
 
 def outputs(model, images, name):
-    """(input, output) of one layer, float64; of what a matching gives, all."""
     seen = []
     handle = model.get_submodule(name).register_forward_hook(
         lambda m, args, out: seen.append((args[0], out[0] if type(out) is tuple else out))

@@ -57,7 +57,6 @@ class Reader(HTMLParser):
 
 @pytest.fixture(scope="module")
 def contents(slim_of):
-    """All that a page can have, all text of it hostile."""
     path = slim_of("vit")
     found = inspect_model(open_checkpoint(path))
     layers = tuple(dataclasses.replace(layer, name=layer.name + HOSTILE) for layer in found.layers)

@@ -22,7 +22,6 @@ from mhacut.surgery.slice import cut
 
 
 def reference(q, k, v, scale, mask):
-    """One query at a time."""
     out = torch.zeros(*q.shape[:-1], v.shape[-1], dtype=q.dtype)
     for batch in range(q.shape[0]):
         for head in range(q.shape[1]):

@@ -119,8 +119,6 @@ def test_positions_between_blocks_are_averaged_over_the_patches_of_a_token():
 
 
 class Strict(Vit):
-    """Code between the blocks that takes tensors only."""
-
     def forward(self, x):
         x = self.patch_embed(x).flatten(2).mT + self.positions
         for block in self.blocks:

@@ -150,8 +150,6 @@ def test_layers_of_any_widths_run_without_weights():
 
 
 class Contracts(nn.Module):
-    """``x`` of [1, 2, 3, 4], contracted with matrices of [4, 5]."""
-
     def __init__(self, equation):
         super().__init__()
         self.matrix, self.equation = nn.Parameter(torch.ones(4, 5)), equation

@@ -21,8 +21,6 @@ from mhacut.surgery.slice import cut
 
 
 class SelfAttention(nn.Module):
-    """Attention as in the repositories of DINO, DINOv2 and MAE."""
-
     def __init__(self, dim, num_heads):
         super().__init__()
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
@@ -37,8 +35,6 @@ class SelfAttention(nn.Module):
 
 
 class Branches(nn.Module):
-    """q, k and v of other names, and a result in a tuple."""
-
     def __init__(self, dim, heads, doubled=False):
         super().__init__()
         self.config_heads, self.doubled = heads, doubled

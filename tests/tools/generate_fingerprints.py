@@ -28,7 +28,6 @@ def write_table(timm: str, fingerprints: Mapping[str, tuple[str, str]]) -> str:
 
 
 def prunable_fingerprints(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """Return the fingerprint of each of these architectures of timm in which something can be cut."""
     fingerprints = {}
     for name in names:
         model = build_weightless(name)

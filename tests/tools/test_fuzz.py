@@ -66,7 +66,6 @@ def refused_only_as(kind: type[MhacutError], *says: str) -> Iterator[None]:
 
 
 def read(folder: Path, content: bytes) -> None:
-    """Read a checkpoint to its end, or have it refused."""
     path = folder / "model"
     path.write_bytes(content)
     with refused_only_as(CheckpointError, str(path)):
@@ -76,25 +75,21 @@ def read(folder: Path, content: bytes) -> None:
 
 
 def read_pickle(folder: Path, content: bytes) -> None:
-    """Read a pickle in a zip file of torch."""
     storages = {f"m/data/{number}": bytes(size) for number, size in enumerate((24, 4))}  # of SAFE
     read(folder, zipped({"m/data.pkl": content, "m/version": b"3\n", **storages}))
 
 
 def read_header(folder: Path, content: bytes) -> None:
-    """Read a safetensors header, with bytes behind it."""
     read(folder, struct.pack("<Q", len(content)) + content + bytes(12))
 
 
 def read_record(folder: Path, content: bytes) -> None:
-    """Read the document of a slim file."""
     with refused_only_as(CheckpointError, ""):
         record = SlimRecord.from_json(content.decode(errors="replace"))
         assert SlimRecord.from_json(record.to_json()) == record
 
 
 def read_options(folder: Path, content: bytes) -> None:
-    """Read a file of options."""
     (folder / "run.yaml").write_bytes(content)
     with refused_only_as(UsageError, "run.yaml"):
         options = PruneOptions.options()
@@ -102,7 +97,6 @@ def read_options(folder: Path, content: bytes) -> None:
 
 
 def resume(folder: Path, content: bytes) -> None:
-    """Go on with the state of a run, or have it refused."""
     run = RunFolder(folder)
     run.write_state({})
     (folder / "state.pt").write_bytes(content)
@@ -111,7 +105,6 @@ def resume(folder: Path, content: bytes) -> None:
 
 
 def saved_state() -> bytes:
-    """What a small run saves after its fourth step."""
     trainer, folder = small_trainer(), io.BytesIO()
     take_steps(trainer, 0, 4)
     torch.save({"trainer": trainer.state_dict()}, folder)
@@ -119,19 +112,16 @@ def saved_state() -> bytes:
 
 
 def checkpoint(**options) -> bytes:
-    """What a training script saves."""
     state = {"state_dict": SAFE, "args": {"model": "vit_tiny_patch16_224"}, "epoch": 3}
     return torch_file(state, **options)
 
 
 def pickled() -> bytes:
-    """The pickle in that."""
     with zipfile.ZipFile(io.BytesIO(checkpoint())) as archive:
         return next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
 
 
 def header() -> bytes:
-    """The header of a safetensors file of 12 bytes."""
     entries = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
     entries["b"] = {"dtype": "F16", "shape": [2, 1], "data_offsets": [8, 12]}
     return json.dumps({"__metadata__": {"note": "{}"}, **entries}).encode()
@@ -151,7 +141,6 @@ TARGETS: dict[str, tuple[Callable[[Path, bytes], None], Callable[[], list[bytes]
 
 @st.composite
 def changed(draw, whole: bytes) -> bytes:
-    """Some bytes replaced, cut out, repeated or put in."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(content)))
@@ -219,7 +208,6 @@ def test_whatever_torch_saves_and_any_pickle(tmp_path, value, content):
 
 
 def replace_some(data, document: dict) -> None:
-    """Put other values in up to two places of a document, however deep."""
     for _ in range(data.draw(st.integers(0, 2))):
         place, key = document, data.draw(st.sampled_from(sorted(document, key=str)))
         while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
