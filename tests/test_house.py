@@ -25,7 +25,7 @@ LINES = {
     "inspection": 534,
     "linalg": 757,
     "measuring": 839,
-    "options": 1417,
+    "options": 1400,
     "pruning": 4218,
     "report": 960,
     "runtime": 790,

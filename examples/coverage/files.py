@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from mhacut.checkpoint.load import read_model
 from mhacut.cli.flags import flag_writer
 from mhacut.errors import MhacutError, options_written_by
-from mhacut.options.inspect import InspectOptions
+from mhacut.options.measure import InspectOptions
 
 State = Mapping[str, Tensor]
 

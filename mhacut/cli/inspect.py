@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from mhacut.budget import format_flops
 from mhacut.cli.flags import command
 from mhacut.cli.running import Console
-from mhacut.options.inspect import InspectOptions
+from mhacut.options.measure import InspectOptions
 from mhacut.runtime.files import check_outputs
 from mhacut.text import ranges, safe, safe_table
 

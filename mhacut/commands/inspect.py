@@ -15,7 +15,7 @@ from mhacut.errors import UsageError, option_name
 from mhacut.inspection.compare import Comparison, compare, read_dense
 from mhacut.inspection.layers import Inspection, LayerReport, inspect_model, summary
 from mhacut.options.base import DataOptions, PathLike
-from mhacut.options.inspect import InspectOptions, Sort
+from mhacut.options.measure import InspectOptions, Sort
 from mhacut.options.option import takes_keywords
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.history import stored_curves

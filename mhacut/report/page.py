@@ -20,7 +20,7 @@ from mhacut.inspection.compare import compare
 from mhacut.inspection.layers import about_tokens, inspect_model, summary
 from mhacut.measuring.accuracy import Figure
 from mhacut.options.base import PathLike
-from mhacut.options.inspect import INSPECTED_IMAGES
+from mhacut.options.measure import INSPECTED_IMAGES
 from mhacut.options.prune import PruneOptions
 from mhacut.pruning.calibrate import calibrate
 from mhacut.report.choices import Choice

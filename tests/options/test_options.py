@@ -19,8 +19,7 @@ from mhacut.errors import UsageError, option_name, options_written_by
 from mhacut.options.base import LabelledImages
 from mhacut.options.export import ExportOptions
 from mhacut.options.finetune import FinetuneOptions
-from mhacut.options.inspect import InspectOptions
-from mhacut.options.measure import BenchOptions
+from mhacut.options.measure import BenchOptions, InspectOptions
 from mhacut.options.option import Option
 from mhacut.options.prune import PruneOptions, SearchOptions
 
