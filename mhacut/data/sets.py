@@ -108,7 +108,7 @@ class CalibrationImages:
     """Text for messages, for example ``256 of 50000 images under train/ (with labels)``."""
     synthetic: bool = False
     rest: Dataset[Sample] | None = None
-    """Dataset of the images that were not drawn; None if the dataset can only be read in order."""
+    """Dataset of the split's images that were not drawn; None for synthetic or streamed images."""
 
 
 def calibration_images(
@@ -120,7 +120,7 @@ def calibration_images(
     num_classes: int | None = None,
     use_labels: bool = True,
 ) -> CalibrationImages:
-    """Return ``count`` class-balanced images drawn with ``seed``. Without data, images are synthetic."""
+    """Return up to ``count`` class-balanced images drawn with ``seed``; without data, synthetic images."""
     if count < 1:
         raise UsageError(f"{option_name('calibration_images', count)}: expected at least 1")
     if not data.has_images:
