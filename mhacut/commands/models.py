@@ -59,7 +59,6 @@ def architectures(pattern: str = "*") -> dict[str, tuple[str, ...]]:
 
 
 def build_weightless(name: str) -> nn.Module:
-    """Build an architecture of timm on the meta device, without memory for weights."""
     with warnings.catch_warnings(), without_values():
         warnings.simplefilter("ignore")
         model: nn.Module = timm.create_model(name)

@@ -171,7 +171,6 @@ def run_prune(
     images: ImagesInMemory | None = None,
     val_images: ImagesInMemory | None = None,
 ) -> tuple[PruneResult, ...]:
-    """Run ``mhacut prune``. A ``module`` is copied and replaces the checkpoint."""
     folder = options.as_ == "huggingface"
     if folder and world_size() > 1:
         kind = option_name("as_", options.as_)
@@ -204,7 +203,6 @@ def run_prune(
 
 
 def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneResult:
-    """Prune to the targets of 1 output file, measure the slim model, and write it."""
     options, source = targets.inputs.options, targets.inputs.source
     meet = smallest_within_loss if options.bounds_loss else meet_budgets
     attempt = meet(targets, planner)  # 3. plan, 4. cut, 5. check, 6. recover
@@ -223,7 +221,6 @@ def _prune_to(targets: Targets, planner: Planner, timer: StageTimer) -> PruneRes
 def _measure(
     targets: Targets, attempt: Attempt, planned: Planned, slim: nn.Module, planner: Planner
 ) -> PruneResult:
-    """Compare the slim model with the dense model: accuracy, similarity of outputs, FLOPs, latency, size."""
     inputs, job = targets.inputs, planner.job
     options, source, validation = inputs.options, inputs.source, inputs.validation
     classifier = source.classifier(slim.to(job.device))

@@ -105,7 +105,6 @@ class Attempt:
 
     @property
     def flops_limit(self) -> int | None:
-        """Largest FLOPs that the plan may have. None without a limit on FLOPs."""
         return min((limit.most for limit in self.limits if limit.resource == "flops"), default=None)
 
 

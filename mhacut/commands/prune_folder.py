@@ -73,7 +73,6 @@ class FolderSource(Source):
     def __init__(
         self, loaded: Checkpoint, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch
     ) -> None:
-        """Take the complete ``model``, which :meth:`slim` cuts in place, and the submodule name ``part``."""
         self.loaded, self.transformers_model, self.part = loaded, model, part
         self.folder, self.stopwatch = folder, stopwatch
         self.model = stopwatch.dense

@@ -70,8 +70,7 @@ class Output(ABC):
     """File or folder of 1 slim model."""
 
     @abstractmethod
-    def size(self, model: nn.Module) -> int:
-        """Return the bytes of ``model`` in the output."""
+    def size(self, model: nn.Module) -> int: ...
 
     @abstractmethod
     def write(
@@ -85,8 +84,7 @@ class Output(ABC):
         """Write ``model``. ``check`` reads the result at a temporary path before it appears at ``path``."""
 
     @abstractmethod
-    def open(self, path: PathLike) -> nn.Module:
-        """Return the model that was written to ``path``."""
+    def open(self, path: PathLike) -> nn.Module: ...
 
     def complete(self, path: Path, rows: Sequence[Sequence[str]]) -> None:
         """Add a table of results (``rows``) to the model card of a written folder."""
@@ -148,7 +146,6 @@ class PruneInputs:
 
     @property
     def dtypes(self) -> Dtypes:
-        """Dtype in the output file, by tensor name."""
         return self.source.dtypes(self.job.model)
 
     def record(
@@ -361,7 +358,6 @@ def _log_images(images: CalibrationImages, classes: int, reporter: Reporter) -> 
 def _check_preprocessing(
     source: CheckpointSource, batch_size: int, device: torch.device, reporter: Reporter
 ) -> None:
-    """Log a better normalisation of images if a common one gives higher accuracy on labelled images."""
     images = source.images
     if images.labels is None:
         return

@@ -116,10 +116,7 @@ class PruneResult:
 
     @property
     def much_lost(self) -> bool:
-        """Whether a classifier lost over 5 points or .5 nats.
-
-        A bound on the loss switches the warning off.
-        """
+        """Whether a classifier lost over 5 points of top-1 or 0.5 nats. False with a bound on the loss."""
         if self.metric != "answers" or any(target.name in BOUNDS for target in self.targets):
             return False
         before, after = self.dense.evaluation, self.slim.evaluation
@@ -208,7 +205,7 @@ class PruneResult:
         return copy.deepcopy(self._model).requires_grad_(True)
 
     def save(self, file: PathLike, *, overwrite: bool = False) -> None:
-        """Write the pruned model as a slim file, which a dry run did not.
+        """Write the pruned model as a slim file, for example after a dry run.
 
         Args:
             file: the file; its folder is created.
@@ -231,7 +228,6 @@ class PruneResults(tuple[PruneResult, ...]):
     __slots__ = ()
 
     def rows(self) -> list[list[str]]:
-        """Return table rows: headings, the dense model, then 1 row per budget."""
         return choice_rows(self.choices())
 
     def __repr__(self) -> str:
@@ -242,11 +238,9 @@ class PruneResults(tuple[PruneResult, ...]):
         return "".join([html_table(self.rows(), self._notes()), *charts])
 
     def warnings(self) -> list[str]:
-        """Return the verdict and the advice of each budget at which much accuracy is lost."""
         return [line for result in self if result.much_lost for line in result.verdict_lines()]
 
     def choices(self) -> list[Choice]:
-        """Return the budget, the measured values and the report name of each result."""
         return [
             Choice(
                 next(target.spec for target in result.targets if target.name == "flops"),
@@ -261,7 +255,6 @@ class PruneResults(tuple[PruneResult, ...]):
 
 
 def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> tuple[str, ...]:
-    """Return advice for the user if much accuracy is lost or the file stays large."""
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
     alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
     if alone and _mostly_merged(result) and targets.inputs.options.as_ == "timm":

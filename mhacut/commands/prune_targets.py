@@ -58,7 +58,6 @@ class Target(ABC):
     """Advice at the end of the error message if no model meets the target."""
 
     def __init__(self, inputs: PruneInputs, asked: Any) -> None:
-        """Check that a model can meet ``asked``, the value of the option."""
         self.inputs, self.job, self.asked = inputs, inputs.job, asked
         self.option = option_name(self.name, asked)
         self.prepare()
@@ -68,8 +67,7 @@ class Target(ABC):
         """Convert the option's value to a limit, before the calibration."""
 
     @abstractmethod
-    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
-        """Measure the attempt's model against the target."""
+    def measure(self, attempt: Attempt, planner: Planner) -> TargetResult: ...
 
 
 def options_of_lowest(job: Job) -> str:
@@ -131,7 +129,7 @@ class Targets:
         job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {results}, {conclusion}")
 
     def rank(self, attempt: Attempt) -> tuple[float, ...]:
-        """Return the sort key of an attempt: first the margin in all budgets, then the FLOPs."""
+        """Return the sort key of an attempt: targets met, then met with a margin, then more FLOPs."""
         if attempt.worst_ratio > 1:
             return 0, -attempt.worst_ratio
         both = zip(self.all, attempt.reached, strict=True)
@@ -139,7 +137,6 @@ class Targets:
         return (1, -max(without_margin)) if without_margin else (2, attempt.planned.flops)
 
     def missed(self, nearest: Attempt) -> BudgetError:
-        """Return the error for the case that no attempt meets all targets."""
         both = zip(self.all, nearest.reached, strict=True)
         missed = [(target, one) for target, one in both if one.ratio > 1]
         share = 100 * nearest.planned.flops / self.inputs.job.table.dense
@@ -168,16 +165,14 @@ class Amount(Target):
         self.limit = Limit(cost, aim, self.name) if self.most < self.dense else None
 
     @abstractmethod
-    def dense_amount(self) -> int:
-        """Return the amount of the unpruned model."""
+    def dense_amount(self) -> int: ...
 
     @abstractmethod
     def cost(self) -> Cost:
         """Return the function that predicts the amount from the widths."""
 
     @abstractmethod
-    def count(self, attempt: Attempt) -> int:
-        """Return the exact amount of the attempt's cut model."""
+    def count(self, attempt: Attempt) -> int: ...
 
     def lowest(self, cost: Cost) -> int:
         return lowest_flops(self.job.allowed, cost)
@@ -292,7 +287,6 @@ class _Loss(Target):
             raise BudgetError(f"nothing to prune{options}: the model's {have} FLOPs are the lowest")
 
     def search(self, planner: Planner) -> Search:
-        """Return the search over budgets of FLOPs for the smallest model within the bound."""
         job = self.job
         # No two plans differ by less than a width step: the dearest one is what a trial is worth.
         highest = min(int(job.table.flops({})), job.table.dense - 1)  # else nothing would be cut
@@ -310,7 +304,6 @@ class _Loss(Target):
         return smallest_within(budgets, expected, self.nats_per_unit * max(self.most, self.floor))
 
     def reached(self, loss: float, error: float | None = None) -> TargetResult:
-        """Return the result for the measured ``loss`` and its standard ``error``."""
         asked, shown = f"{self.most:g}", self.format.format(loss)
         shown += "" if error is None else f" (standard error {error:.2f})"
         return TargetResult(self.name, asked, self.most, loss, error, labels=(asked, shown))

@@ -87,7 +87,6 @@ class Validation:
         return Predictions(logits, named, tuple((logits.argmax(1) == labels).tolist()))
 
     def fidelity(self, slim: Predictions) -> Fidelity:
-        """Compare the predictions of a slim model with the dense model's predictions."""
         likeness = agreement(self.dense_predictions().logits, slim.logits, classes=True)
         assert likeness.kl is not None
         return Fidelity(likeness.kl, likeness.same_answer, likeness.images, self.sample)
