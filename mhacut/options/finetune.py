@@ -57,8 +57,8 @@ class TrainingOptions(Options, panel="Training"):
     opt: str = "adamw"
     """Optimizer, by its name in timm."""
     lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that passes a trial of 25
-    steps."""
+    """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that hardly raises the held-out
+    loss in a trial of 25 steps."""
     weight_decay: float = option(0.05, at_least=0)
     """Weight decay. Biases, normalisation layers and parameters that the timm model exempts have none."""
     sched: Schedule = "cosine"
@@ -109,15 +109,15 @@ class AugmentationOptions(Options, panel="Augmentation"):
     aa: str | None = option(None, metavar="POLICY", needs={"aug": True})
     """AutoAugment policy, such as rand-m9-mstd0.5-inc1."""
     mixup: float = option(0.0, at_least=0)
-    """Mixup alpha; 0 turns mixup off."""
+    """Alpha of mixup, the parameter of its beta distribution; 0 turns mixup off."""
     cutmix: float = option(0.0, at_least=0)
-    """CutMix alpha; 0 turns CutMix off."""
+    """Alpha of CutMix, the parameter of its beta distribution; 0 turns CutMix off."""
     mixup_prob: float = option(1.0, at_least=0, at_most=1, needs=_MIXES)
     """Probability of mixup or CutMix per step."""
     mixup_switch_prob: float = option(0.5, at_least=0, at_most=1, needs=_MIXES)
     """Probability of CutMix instead of mixup, if both are on."""
     smoothing: float = option(0.0, at_least=0, below=1)
-    """Label smoothing."""
+    """Label smoothing: probability that is spread over all classes."""
     scale: tuple[float, ...] = option((0.5, 1.0), above=0, at_most=1, needs={"aug": True})
     """Smallest and largest area of a random crop, as a fraction of the image."""
     ratio: tuple[float, ...] = option((0.75, 4 / 3), above=0, at_most=100, needs={"aug": True})
@@ -131,9 +131,10 @@ class AugmentationOptions(Options, panel="Augmentation"):
     reprob: float = option(0.0, at_least=0, at_most=1, needs={"aug": True})
     """Probability of random erasing."""
     remode: EraseMode = option("pixel", needs={"reprob": GIVEN})
-    """Fill of an erased rectangle."""
+    """Fill of the rectangles in random erasing: zeros (const), 1 random colour (rand) or random pixels
+    (pixel)."""
     recount: int = option(1, at_least=1, needs={"reprob": GIVEN})
-    """Largest number of erased rectangles per image."""
+    """Largest number of rectangles that random erasing fills per image."""
     train_interpolation: str | None = option(None, needs={"aug": True})
     """Interpolation for random crops. Default: the checkpoint's."""
 

@@ -40,7 +40,8 @@ CHANNEL_FACTOR, CHANNEL_POWER = 6.9, 1.22
 """Factor and exponent that turn the sum of all curves into the divergence of a pruned and healed ImageNet
 ViT-Ti. Curves leave out interactions between layers and tokens."""
 DENSE_FACTOR = 3.5
-"""``CHANNEL_FACTOR`` for dense features (docs/explanation/choices.md)."""
+"""Factor that turns the sum of all curves into the divergence of dense features
+(docs/explanation/choices.md)."""
 
 
 @torch.no_grad()

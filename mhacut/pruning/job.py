@@ -41,7 +41,7 @@ class Job:
     labels: Tensor | None = None
     """Class index of each calibration image, [n]. None without labels, or with ``--no-labels``."""
     round_to: int = MULTIPLE
-    """Number of channels by which widths are rounded: widths are multiples, or the dense width."""
+    """Widths are rounded to multiples of this number of channels. The dense width is always allowed."""
     amp: bool = False
     """Whether to train under bfloat16 autocast."""
     reporter: Reporter = SILENT
