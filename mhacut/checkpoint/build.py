@@ -94,8 +94,7 @@ def allocate(model: nn.Module) -> None:
 def known_model(name: str) -> bool:
     import timm
 
-    known: bool = timm.is_model(name)
-    return known
+    return bool(timm.is_model(name))
 
 
 def unknown_model(name: str) -> str:

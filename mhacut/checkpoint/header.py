@@ -36,6 +36,10 @@ def infos(tensors: Mapping[str, Tensor]) -> dict[str, TensorInfo]:
     return {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
+def on_meta(tensors: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    return {name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()}
+
+
 @dataclass(frozen=True)
 class FileHeader:
     path: Path

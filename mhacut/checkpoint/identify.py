@@ -50,10 +50,7 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
     wrong = []
     if hints.model is not None and split_tag(hints.model)[0] != stated.architecture:
         wrong.append(f"{option_name('model', hints.model)} (it is {stated.architecture})")
-    expected = checked_model_args(hints.model_args)
-    if hints.num_classes is not None:
-        expected["num_classes"] = hints.num_classes
-    for name, value in expected.items():
+    for name, value in hints.all_args.items():
         has = stated.model_args.get(name, getattr(model, name, None))
         if has != value:
             shown = has if isinstance(has, bool | int | float | str | list) else "timm's default"
@@ -65,9 +62,7 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
 
 
 def identify_dense(header: FileHeader, hints: ModelHints) -> ResolvedModel:
-    args = checked_model_args(hints.model_args)
-    if hints.num_classes is not None:
-        args["num_classes"] = hints.num_classes
+    args = hints.all_args
     foreign = recognise(header, headless=args.get("num_classes") == 0, model=hints.model)
     if foreign is not None:
         model = _from_conversion(header, foreign, args, hints)

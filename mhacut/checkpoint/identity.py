@@ -65,6 +65,12 @@ class ModelHints:
     part: str | None = None
     """Entry of a training checkpoint, or module inside the entry, that holds the model."""
 
+    @property
+    def all_args(self) -> dict[str, Any]:
+        """Checked ``model_args``, with ``num_classes`` if the user gave it."""
+        classes = {} if self.num_classes is None else {"num_classes": self.num_classes}
+        return {**checked_model_args(self.model_args), **classes}
+
 
 def checked_model_args(args: object) -> dict[str, Any]:
     """Return ``args`` as JSON values. Raise if an argument does more than describe the architecture."""

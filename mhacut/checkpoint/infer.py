@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mhacut.checkpoint.build import build_skeleton
 from mhacut.checkpoint.fingerprints import POSITIONS
 from mhacut.checkpoint.foreign.recognise import Conversion
-from mhacut.checkpoint.header import TensorInfo
+from mhacut.checkpoint.header import TensorInfo, infos, on_meta
 from mhacut.checkpoint.identity import ModelIdentity, identity_of
 from mhacut.checkpoint.visible_args import InferredArg, visible_args, visible_classes, visible_img_size
 from mhacut.errors import CheckpointError
@@ -66,24 +65,24 @@ def infer_from_shapes(
     if any(value != getattr(model, arg, None) for arg, value, _ in last):
         model = build_skeleton(ModelIdentity(name, args, dict(cfg)), limit)
     inferred += last
-    infos = infos_by_model_names(tensors, model)
+    named = infos_by_model_names(tensors, model)
     notes = [f"{arg} {value}, from {origin}" for arg, value, origin in inferred]
     if headless:
-        infos, left_out = _without_classifier(infos, model)
+        named, left_out = _without_classifier(named, model)
         notes += left_out
     identity = identity_of(model, name, args)
     if cfg and "crop_pct" not in cfg:
         identity.pretrained_cfg.pop("crop_pct", None)  # timm's fallback, not this model's
-    return ResolvedModel(identity, model, infos, tuple(notes), inferred=frozenset(arg[0] for arg in inferred))
+    return ResolvedModel(identity, model, named, tuple(notes), inferred=frozenset(arg[0] for arg in inferred))
 
 
-def _without_classifier(infos: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
+def _without_classifier(tensors: Tensors, model: Any) -> tuple[dict[str, TensorInfo], list[str]]:
     classifier = model.pretrained_cfg.get("classifier") or ()
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     heads = tuple(f"{name.partition('.')[0]}." for name in names)
     own = model.state_dict()
-    kept = {name: info for name, info in infos.items() if name in own or not name.startswith(heads)}
-    shapes = {name: info.shape for name, info in infos.items()}
+    kept = {name: info for name, info in tensors.items() if name in own or not name.startswith(heads)}
+    shapes = {name: info.shape for name, info in tensors.items()}
     _, classes, _ = visible_classes(model, shapes)
     return kept, [f"its classifier of {classes} classes is left out"] if classes else []
 
@@ -128,13 +127,7 @@ def to_model_names(tensors: Mapping[str, Tensor], model: nn.Module) -> dict[str,
 
 
 def infos_by_model_names(tensors: Tensors, model: nn.Module) -> dict[str, TensorInfo]:
-    announced = {
-        name: torch.empty(info.shape, dtype=info.dtype, device="meta") for name, info in tensors.items()
-    }
-    return {
-        name: TensorInfo(tuple(tensor.shape), tensor.dtype)
-        for name, tensor in to_model_names(announced, model).items()
-    }
+    return infos(to_model_names(on_meta(tensors), model))
 
 
 def _shapes_for(model: nn.Module, tensors: Tensors) -> dict[str, tuple[int, ...]]:

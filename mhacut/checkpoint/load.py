@@ -54,12 +54,7 @@ def states_its_model(source: str | os.PathLike[str], part: str | None = None) ->
     return opened.record is not None or (opened.header is not None and opened.header.config is not None)
 
 
-def open_from_options(
-    options: CheckpointOptions,
-    reporter: Reporter,
-    *,
-    weights: bool = True,
-) -> Checkpoint:
+def open_from_options(options: CheckpointOptions, reporter: Reporter, *, weights: bool = True) -> Checkpoint:
     hints = {name: getattr(options, name) for name in ("model", "model_args", "num_classes", "part")}
     checkpoint = open_checkpoint(options.checkpoint, **hints)
     if weights:

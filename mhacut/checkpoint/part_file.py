@@ -217,7 +217,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         raise CheckpointError(f"{where}: expected a folder of save_pruned. For a file, use apply_pruned")
     tensors, _ = safetensors_header(Path(folder) / PRUNED)
     with torch.random.fork_rng(devices=[]):
-        model: Any = _opened(folder, lambda cls, config: cls(config)).eval()
+        model: nn.Module = _opened(folder, lambda cls, config: cls(config)).eval()
     model.to(next(info.dtype for info in tensors.values() if info.dtype.is_floating_point))
     apply_pruned(model, Path(folder) / PRUNED)
     name, _ = pruned_part(model)
@@ -229,8 +229,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         if header != infos({key: tensor for key, tensor in model.state_dict().items() if key in rest}):
             raise CheckpointError(f"{where}: {REST} does not fit the model in config.json")
         model.load_state_dict(values, strict=False)
-    loaded: nn.Module = model
-    return loaded
+    return model
 
 
 @torch.no_grad()

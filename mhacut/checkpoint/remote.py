@@ -11,7 +11,7 @@ import torch
 from mhacut.checkpoint.build import build_skeleton, known_model, unknown_model
 from mhacut.checkpoint.checkpoint import Checkpoint, check_finite, sha256_of_tensors
 from mhacut.checkpoint.folder import INDEXES, WEIGHT_FILES, shard_names
-from mhacut.checkpoint.identity import ModelHints, ModelIdentity, checked_model_args, identity_of
+from mhacut.checkpoint.identity import ModelHints, ModelIdentity, identity_of
 from mhacut.checkpoint.timm_cfg import cfg_of_tag, set_resolved_preprocessing, split_tag
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import read_json
@@ -35,16 +35,12 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         cfg_of_tag(*split_tag(name))
     except CheckpointError as error:
         raise CheckpointError(f"{source}: {error}") from None
-    args = checked_model_args(hints.model_args)
-    if hints.num_classes is not None:
-        args["num_classes"] = hints.num_classes
+    args = hints.all_args
     build_skeleton(ModelIdentity(architecture, args))  # arguments that do not fit fail here, by name
     _check_within_reach(source, name)
     model = _create(source, name, args)
     identity = identity_of(model, architecture, args)
     set_resolved_preprocessing(model, identity, source)
-    tensors = model.state_dict()
-    sha256, dtypes = sha256_of_tensors(tensors), {key: tensor.dtype for key, tensor in tensors.items()}
     model.eval()
     check_finite(source, model)
     notes = (f"pretrained weights of timm, {name}", f"num_classes {model.num_classes}, from the weights")
@@ -53,8 +49,7 @@ def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
         identity,
         source=source,
         stem=name,
-        dtypes=dtypes,
-        sha256=sha256,
+        sha256=sha256_of_tensors(model.state_dict()),
         notes=notes,
         cfg_origin="pretrained",
     )

@@ -57,11 +57,7 @@ _MAX_NAMES = 5
 
 
 def unwrap(
-    where: str,
-    shapes: Shapes,
-    *,
-    part: str | None = None,
-    parts: Sequence[str] = (),
+    where: str, shapes: Shapes, *, part: str | None = None, parts: Sequence[str] = ()
 ) -> tuple[dict[str, str], str | None]:
     """Return {tensor name in the file: name in the model}, and a line for the log.
 
@@ -92,7 +88,6 @@ def unwrap(
         known = [*parts, *(prefix[:-1] for prefix in prefixes), *others] or list(_grouped(names))
         choices = listed([f"{name!r:.100}" for name in dict.fromkeys(known)], _MAX_NAMES)
         raise CheckpointError(f"{where}: {option_name('part', part)}: no such part. Choose from {choices}")
-    _check_unique(where, names, prefixes)
     return names, _note(parts[:1], prefixes, left_out, [*parts[1:], *others])
 
 
@@ -116,15 +111,9 @@ def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[
         name = _LEADING.sub("", file)
         names[file] = _WRAPPER.sub("", name)
         prefix = max(prefix, file.removesuffix(name) or "_orig_mod." * (names[file] != name), key=len)
-    prefixes = [prefix] if prefix else []
-    _check_unique(where, names, prefixes)
-    return names, prefixes
-
-
-def _check_unique(where: str, names: _Group, prefixes: list[str]) -> None:
     if len(set(names.values())) != len(names):
-        removed = " or ".join(prefixes)
-        raise CheckpointError(f"{where}: two tensors have the same name without the prefix {removed:.150}")
+        raise CheckpointError(f"{where}: two tensors have the same name without the prefix {prefix:.150}")
+    return names, [prefix] if prefix else []
 
 
 def _grouped(names: _Group) -> dict[str, dict[str, str]]:

@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mhacut.checkpoint.foreign import libraries, transformers
 from mhacut.checkpoint.foreign.config import Config, label_names, transformers_cfg
 from mhacut.checkpoint.foreign.family import Family, Shapes, TimmSpec, read_families
 from mhacut.checkpoint.foreign.libraries import TRUNK, WRAPPED, preprocess_cfg
-from mhacut.checkpoint.header import FileHeader, TensorInfo
+from mhacut.checkpoint.header import FileHeader, TensorInfo, infos, on_meta
 from mhacut.errors import CheckpointError, option_name
 from mhacut.runtime.files import show
 
@@ -102,12 +101,7 @@ def _conversion(header: FileHeader, family: Family, config: Config | None, headl
     where = show(header.path.parent / "preprocessor_config.json")
     processor = None if header.preprocessor is None else Config(header.preprocessor, where)
     # Converted on the meta device to get shapes and dtypes under timm's names.
-    on_meta = {
-        name: torch.empty(info.shape, dtype=info.dtype, device="meta")
-        for name, info in header.tensors.items()
-    }
-    renamed = family.convert(on_meta, headless=headless)
-    tensors = {name: TensorInfo(tuple(tensor.shape), tensor.dtype) for name, tensor in renamed.items()}
+    tensors = infos(family.convert(on_meta(header.tensors), headless=headless))
     shapes = {name: info.shape for name, info in tensors.items()}
     spec: TimmSpec | None = None
     cfg: dict[str, Any] = dict(family.cfg)
