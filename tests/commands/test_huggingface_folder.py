@@ -15,29 +15,11 @@ import torch
 import mhacut
 from helpers.cli import refusal, run
 from helpers.data import write_image, write_split
+from helpers.huggingface import SIZES, dense_folder
 from mhacut.checkpoint.part_file import cut_part
 from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.find import find_prunable_layers
 from mhacut.surgery.slice import cut
-
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 28,
-    "patch_size": 7,
-    "initializer_range": 0.2,
-}
-
-
-def dense_folder(folder, name, **sizes):
-    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    cls(cls.config_class(**{**SIZES, **sizes})).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +140,7 @@ def test_transformers_opens_a_classifier_without_mhacut(folders, tmp_path):
 
 def test_transformers_opens_a_backbone_that_merges_tokens_without_mhacut(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
-    model = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES)).eval()
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**SIZES, initializer_range=0.2)).eval()
     narrow = [unit.keep_first(unit.width // 2) for unit in find_prunable_layers(model).units()]
     plan = Plan(tuple(narrow), TokenPlan(merged=(0, 5, 3), unmerge=True))
     outline = copy.deepcopy(model)
@@ -170,7 +152,7 @@ def test_transformers_opens_a_backbone_that_merges_tokens_without_mhacut(tmp_pat
 
 def test_a_folder_with_layers_of_mhacut_has_no_code(tmp_path):
     transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
-    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES)).eval()
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, initializer_range=0.2)).eval()
     plan = Plan(tuple(unit.keep_first(unit.width // 2) for unit in find_prunable_layers(model).units()))
     outline = copy.deepcopy(model)
     cut(outline, plan)

@@ -18,7 +18,6 @@ from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.module import copy_of_module, rebuilt_module
 from mhacut.errors import CheckpointError
 
-DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 QUICK = {"calibration_images": 8, "batch_size": 4, "latency": False, "flops": "60%"}
 TINY = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "img_size": 16, "num_classes": 5}
 
@@ -108,21 +107,6 @@ def test_what_cannot_be_built_again_is_refused(slim_of):
     slim = mhacut.load_model(slim_of("vit"))
     with pytest.raises(CheckpointError, match="For a slim model, give its file"):
         mhacut.prune(slim, **QUICK)
-
-
-@pytest.mark.slow
-def test_a_module_is_as_accurate_as_its_file(few_digits):
-    data = {"data_dir": few_digits}
-    expected = mhacut.evaluate(DIGITS / "model", **data)
-    model = mhacut.load_model(DIGITS / "model").train()
-    found = mhacut.evaluate(model, **data)
-    assert found.evaluation.top1 == expected.evaluation.top1
-    assert (found.architecture, found.flops, found.preprocessing) == (
-        expected.architecture,
-        expected.flops,
-        expected.preprocessing,
-    )
-    assert model.training
 
 
 def test_another_number_of_classes_is_refused(tiny_vit):

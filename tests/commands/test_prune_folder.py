@@ -11,31 +11,17 @@ from safetensors.torch import load_file
 import mhacut
 from helpers.cli import refusal, run, succeed
 from helpers.data import write_split
+from helpers.huggingface import dense_folder
 from helpers.models import relative
 from mhacut.errors import UsageError
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 7,
-}
 QUICK = ("--as", "huggingface", "--flops", "70%", "--effort", "fast", "--json")
-
-
-def written(folder, name, dtype=torch.float32, **sizes):
-    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
-    torch.manual_seed(0)
-    cls = getattr(transformers, name)
-    cls(cls.config_class(**SIZES, initializer_range=0.2, **sizes)).to(dtype).save_pretrained(folder)
-    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.slow
 def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
-    folder, out = written(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3), tmp_path / "out"
+    folder = dense_folder(tmp_path / "dense", "Dinov2ForImageClassification", num_labels=3)
+    out = tmp_path / "out"
     write_split(tmp_path / "images" / "val")
     write_split(tmp_path / "images" / "train", per_class=8)
     result = succeed("prune", folder, *QUICK, "-o", out, "--data-dir", tmp_path / "images")
@@ -76,7 +62,7 @@ def test_a_classifier_is_pruned_and_judged_as_itself(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
-    folder, out = written(tmp_path / "dense", "Dinov2Model", torch.float16), tmp_path / "out"
+    folder, out = dense_folder(tmp_path / "dense", "Dinov2Model", torch.float16), tmp_path / "out"
     result = mhacut.prune(folder, as_="huggingface", flops="70%", effort="fast", output=out)
     assert result.metric == "dense"
     assert {tensor.dtype for tensor in load_file(out / "pruned.safetensors").values()} == {torch.float16}

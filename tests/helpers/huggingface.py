@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "image_size": 28,
+    "patch_size": 7,
+}
+
+
+def dense_folder(folder, name, dtype=torch.float32, **sizes):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    config = cls.config_class(**{**SIZES, "initializer_range": 0.2, **sizes})
+    cls(config).to(dtype).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 28, "width": 28}).save_pretrained(folder)
+    return folder
 
 
 class TinyAttention(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import mhacut
-from helpers.huggingface import TinyBackbone
+from helpers.huggingface import SIZES, TinyBackbone
 from helpers.models import relative
 from helpers.plans import random_plan
 from mhacut.plan import Plan
@@ -23,14 +23,6 @@ from mhacut.surgery.tokens import set_merged
 pytestmark = pytest.mark.slow
 
 OLD = find_spec("transformers") is not None and version("transformers").startswith("4.")
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 64,
-    "image_size": 28,
-    "patch_size": 7,
-}
 STAGES = {"out_features": ["stage1", "stage3"]}
 SWIN = {
     "image_size": 32,

@@ -78,18 +78,6 @@ class Problem:
 
 
 @given(data=st.data())
-def test_on_convex_curves_it_is_at_most_one_step_from_the_best_plan(data):
-    # What does not shrink is so large that any plan uses nearly all of the budget.
-    problem = Problem.draw(data, fixed=100_000)
-    budget = problem.budget(data)
-    found = problem.solve(budget)
-    assert problem.flops(found) <= budget
-    assert all(found[key] in problem.choices[key] for key in problem.keys)
-    best = min(problem.error(plan) for plan in problem.every() if problem.flops(plan) <= budget)
-    assert problem.error(found) <= (1 + TIE) * (best + problem.dearest_step()) + 1e-9
-
-
-@given(data=st.data())
 def test_a_budget_that_steps_fit_badly_is_met_and_used_as_well_as_it_can_be(data):
     problem = Problem.draw(data, fixed=5)
     budget = problem.budget(data)

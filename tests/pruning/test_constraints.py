@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from functools import partial
 
 import pytest
 
 import mhacut
-from helpers.cli import FAST, run
 from helpers.pruning import prune_quickly
 from mhacut.errors import UsageError
 from mhacut.pruning.allocate import cheapest_widths
@@ -106,20 +104,6 @@ def test_equal_widths_need_curves(tiny_vit, tmp_path):
     """Uniform widths are spent in steps of single units, which would part q/k and v."""
     with pytest.raises(UsageError, match="expected curves with equal_qkv=True"):
         prune(tiny_vit, tmp_path / "slim.safetensors", equal_qkv=True, allocation="uniform", flops="55%")
-
-
-@pytest.mark.slow
-def test_constraints_are_flags(tiny_vit, tmp_path):
-    out = tmp_path / "slim.safetensors"
-    flags = ["--exclude", "blocks.1.mlp", "--exclude", "blocks.0.attn.v"]
-    flags += ["--min-width", "*.qk=8", "--round-to", "4"]
-    result = run("prune", *tiny_vit.flags, "--flops", "80%", "-o", out, *flags, "--json", *FAST)
-    assert result.exit_code == 0, result.stderr
-    document = json.loads(result.stdout)
-    widths = {(one["layer"], one["kind"]): one["width"] for one in document["layers"]}
-    assert widths["blocks.1.mlp", "hidden"] == 192
-    assert widths["blocks.0.attn", "v"] == 16
-    assert min(width for (_, kind), width in widths.items() if kind == "qk") >= 8
 
 
 @pytest.mark.slow

@@ -29,8 +29,9 @@ from properties.cases import CASES
 
 SMALL = {"depth": 2, "embed_dim": 24, "num_heads": 3, "img_size": 16, "patch_size": 8, "num_classes": 5}
 VIT = ModelCase("vit_tiny_patch16_224", {**SMALL, "num_classes": 0})
-SWIN_ARGS = {"window_size": 4, "depths": (1, 1)}
-SWIN = ModelCase("swin_tiny_patch4_window7_224", {"img_size": 32, **SWIN_ARGS, "num_classes": 0})
+SWIN = ModelCase(
+    "swin_tiny_patch4_window7_224", {"img_size": 32, "window_size": 4, "depths": (1, 1), "num_classes": 0}
+)
 FLATTEN_ARGS = {"depths": (1, 1, 1, 1), "embed_dims": (16, 32, 40, 64)}
 FLATTEN = ModelCase("flatten_pvt_tiny", {"img_size": 32, **FLATTEN_ARGS, "num_classes": 0})
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -360,15 +361,3 @@ def test_what_a_model_does_not_give_is_refused(tmp_path):
     swin = build(SWIN)
     with pytest.raises(UnsupportedModelError, match=r"windows for 1 images; name a block"):
         find_layers(swin, ["layers.0.blocks.0.attn"], find_prunable_layers(swin), image(SWIN, batch=1))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "args", "what"),
-    [(SWIN, SWIN_ARGS, "tokens"), (SWIN, SWIN_ARGS, "pooled"), (FLATTEN, FLATTEN_ARGS, "pyramid")],
-    ids=["swin-tokens", "swin-pooled", "flatten-pyramid"],
-)
-def test_pyramids_can_be_pruned(tmp_path, case, args, what):
-    result, _ = pruned(build(case), tmp_path, args, preserve=what, heal_steps=2)
-    assert result.preserved["what"] == what
-    assert result.slim.flops <= 0.8 * result.dense.flops

@@ -2,43 +2,16 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
-import pytest
 import torch
 
-from helpers.models import build, image, relative, slow_except
+from helpers.models import build, image, relative
 from mhacut.linalg.reconstruction import refit_logits
-from mhacut.options.prune import BasisChoice, SearchOptions
 from mhacut.plan import Plan, UnitPlan
 from mhacut.pruning.calibrate import calibrate
-from mhacut.pruning.candidates import find_candidates
 from mhacut.pruning.repair import repair
 from mhacut.surgery.channels import channels_of
 from mhacut.surgery.find import find_prunable_layers
-from mhacut.surgery.slice import cut
-from properties.cases import VIT_PARAMS, VITS
-
-
-@pytest.mark.parametrize("case", VIT_PARAMS)
-@pytest.mark.parametrize("basis", slow_except({"principal"}, get_args(BasisChoice)))
-def test_reselection_keeps_the_widths_and_the_promise_of_a_mere_slice(case, basis):
-    model = build(case, dtype=torch.float64).requires_grad_(False)
-    x = image(case, batch=6, dtype=torch.float64)
-    prunable = find_prunable_layers(model)
-    plan, moments = plan_of(prunable, 3), moments_of(model, prunable, x)
-    candidates = {
-        unit.key: find_candidates(
-            model.get_submodule(unit.layer), unit, moments[unit.key], 1, SearchOptions(basis=basis)
-        )
-        for unit in prunable.units()
-    }
-    report = repair(model, prunable, plan, moments, candidates=candidates)
-    chosen = Plan(tuple(report[unit.key].plan for unit in plan))
-    assert chosen.widths() == plan.widths()
-    shaped = model(x)
-    cut(model, chosen)
-    assert relative(model(x), shaped) < 1e-9
+from properties.cases import VITS
 
 
 def moments_of(model, prunable, images):

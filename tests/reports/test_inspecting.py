@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -139,22 +138,6 @@ def test_sorted_layers_fall(slim_of, sort):
 def test_what_cannot_be_is_refused(tiny_vit, given, message):
     with pytest.raises(UsageError, match=message):
         inspect(tiny_vit.path, **tiny_vit.options, **given)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [
-        "levit_128s",  # batch norms behind the readout
-        "mobilevitv2_050",  # no number of heads
-        "vit_pwee_patch16_reg1_gap_256",  # an MLP inside
-    ],
-)
-def test_layers_that_are_like_no_others(name, tmp_path, images):
-    path = tmp_path / "model.safetensors"
-    save_file(timm.create_model(name, num_classes=5).state_dict(), path)
-    result = succeed("inspect", path, "--model", name, "--heads", "--data-dir", images)
-    assert "head 0" in result.stdout
 
 
 def test_heads_that_go_as_one_are_a_single_row(tmp_path, images):
