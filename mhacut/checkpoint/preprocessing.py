@@ -40,7 +40,6 @@ _TEXTS: dict[Origin, str] = {
 _UNSURE = ("assumed", "default", "module")
 """Origins of mean and std that may differ from the values at training."""
 _OPTIONS = {"input_size": "img_size"}
-_LICENSE_KEY = "license"
 _HISTORY_KEY = "preprocessing_from"
 
 
@@ -125,11 +124,6 @@ def source_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
     return digest if checkpoint.header is None else {"source": Path(os.path.abspath(source)).name, **digest}
 
 
-def license_for_history(checkpoint: Checkpoint) -> dict[str, Any]:
-    license_name = stated_license(checkpoint)
-    return {} if license_name is None else {_LICENSE_KEY: license_name}
-
-
 def provenance(checkpoint: Checkpoint, override: PreprocessingOptions) -> Provenance:
     side = override.img_size
     size = checkpoint.input_size if side is None else (0, side, side)
@@ -162,7 +156,7 @@ def stated_license(checkpoint: Checkpoint) -> str | None:
     text: Any = None
     if checkpoint.record is not None:
         history = checkpoint.record.history
-        text = history[0].get(_LICENSE_KEY) if history else None
+        text = history[0].get("license") if history else None
     elif checkpoint.cfg_origins.get("license") in ("file", "pretrained"):
         text = checkpoint.identity.pretrained_cfg.get("license")
     return text if isinstance(text, str) and LICENSE.fullmatch(text) else None

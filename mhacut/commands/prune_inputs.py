@@ -20,10 +20,10 @@ from mhacut.checkpoint.load import load_model, open_from_options
 from mhacut.checkpoint.module import rebuilt_module
 from mhacut.checkpoint.preprocessing import (
     Provenance,
-    license_for_history,
     provenance,
     resolve_preprocessing,
     source_for_history,
+    stated_license,
     with_hint,
 )
 from mhacut.checkpoint.record import SlimRecord
@@ -184,7 +184,8 @@ class PruneInputs:
         entry |= accuracy_for_history(self.validation.dense_predictions().evaluation, evaluation)
         if fidelity is not None and math.isfinite(fidelity.divergence):  # JSON has no infinity
             entry["fidelity"] = asdict(fidelity)
-        entry |= {} if loaded.record is not None else license_for_history(loaded)
+        if loaded.record is None and (license_name := stated_license(loaded)) is not None:
+            entry["license"] = license_name
         entry["versions"] = software_versions()
         if len(reached) > 1 or (reached and options.flops is None):  # the budget of FLOPs is above
             entry["targets"] = [target.to_json() for target in reached]
