@@ -102,7 +102,6 @@ def heads_of_all_scales(module: Any, x: Tensor) -> tuple[Tensor, ...]:
 
 
 def _within_parts(conv: Any, x: Tensor, heads: int, qk_width: int, v_width: int) -> Tensor:
-    """Apply a grouped convolution to a map [B, C, H, W]. Its groups are q, k and v of each head."""
     if qk_width == v_width:
         return conv(x)
     x, weight = x.unflatten(1, (heads, -1)), conv.weight.unflatten(0, (heads, -1))
@@ -179,7 +178,6 @@ class MultiScaleAdapter(Adapter):
 
 
 def _sizes(module: Any) -> tuple[int, int, int]:
-    """Return 3 numbers: heads per scale, q/k channels per head, v channels per head."""
     qkv, proj = Projection.of(module, "qkv"), Projection.of(module, "proj")
     heads = module.num_heads if isinstance(module, SlimLiteMLA) else qkv.writes // (3 * module.dim)
     v_width = proj.reads // (heads * (1 + len(module.aggreg)))
@@ -187,10 +185,6 @@ def _sizes(module: Any) -> tuple[int, int, int]:
 
 
 def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[ChannelAxis, ...]]:
-    """Return the rows that write q, k or v, and the subset that channel scales multiply.
-
-    ``offset`` is the first row of q, k or v within a head.
-    """
     heads, qk_width, v_width = _sizes(module)
     place = offset, 2 * qk_width + v_width
 
@@ -208,8 +202,6 @@ def _rows(module: Any, offset: int) -> tuple[tuple[ChannelAxis, ...], tuple[Chan
 
 
 def _hook(part: int, width: int) -> ActivationHook:
-    """Return a hook on the layer's input that computes q, k or v of all scales."""
-
     def features(module: Any, x: Tensor) -> Tensor:
         made = heads_of_all_scales(module, x)[part]
         return (module.kernel_func(made) if part < 2 else made).transpose(1, 2).flatten(2)

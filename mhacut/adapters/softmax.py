@@ -192,7 +192,7 @@ class Softmax(Adapter):
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        """Return heads and channels per head for each letter q, k, v and ``g``."""
+        """Return (heads, channels per head) for q, k, v and ``g`` (rows that are cut with v)."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
         # The output projection gives the size of v. The other rows of a fused projection are q and k.

@@ -322,7 +322,6 @@ def rotated(
 
 
 def _rotate(m: Any, x: Tensor, table: Tensor) -> Tensor:
-    """Rotate the patch tokens of q or k. Prefix tokens, such as the class token, are not rotated."""
     if x.shape[2] <= m.num_prefix_tokens:  # the last block of a model that computes the class token alone
         return x
     prefix, rest = x[:, :, : m.num_prefix_tokens], x[:, :, m.num_prefix_tokens :]
@@ -416,8 +415,6 @@ class Rope(Softmax):
 
 
 def _of_pairs(hook: ActivationHook, heads: int, pairs: int, half: bool) -> ActivationHook:
-    """Return the hook with the 2 channels of each pair as 2 samples, [..., 2, heads * pairs]."""
-
     def split(module: Any, x: Tensor) -> Tensor:
         x = x if hook.then is None else hook.then(module, x)
         x = x[..., hook.offset : hook.offset + heads * 2 * pairs]
@@ -439,6 +436,5 @@ def _queries_per_key(module: Any) -> int:
 
 
 def _apart(width: int, queries: int, module: Any, x: Tensor) -> Tensor:
-    """Reshape [..., N, heads * queries * d] to [..., N, queries, heads * d], 1 sample per q head."""
     x = x.reshape(*x.shape[:-1], -1, queries, width)
     return x.transpose(-2, -3).flatten(-2)

@@ -167,7 +167,6 @@ def adapter_by_structure(module: nn.Module) -> Adapter | None:
 
 
 def _of_tokens(linears: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the linear layers that read or write tokens; linear layers of position biases are left out."""
     widths = Counter(part.in_features for part in linears.values())
     width = widths.most_common(1)[0][0] if widths else 0
     return {name: part for name, part in linears.items() if width in (part.in_features, part.out_features)}
@@ -345,7 +344,6 @@ class _Proof:
 
 
 def _windows_of(module: nn.Module) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Yield the window size of attention that runs on the tokens of a single window."""
     for part in module.modules():
         side = getattr(part, "window_size", None)
         height, width = side if isinstance(side, tuple | list) else (side, side)

@@ -146,7 +146,6 @@ def _from_conversion(
 def _from_file(
     header: FileHeader, args: Mapping[str, Any], hints: ModelHints, cfg: Mapping[str, Any] | None = None
 ) -> ResolvedModel:
-    """Build the model of a file without config.json. ``cfg`` is the preprocessing of the file's library."""
     training = read_training(header.training)
     if training is None:
         return _from_names(header, args, hints, cfg)

@@ -67,7 +67,7 @@ class SlimRecord:
                 "pip install -U mhacut"
             )
         if missing := sorted(_KEYS - document.keys()):
-            raise CheckpointError(f"{where}: lacks {', '.join(missing)}")
+            raise CheckpointError(f"{where}: the file is incomplete: missing keys {', '.join(missing)}")
         try:
             plan = Plan.from_json(document["plan"], document.get("tokens"))
         except PlanError as error:

@@ -98,7 +98,6 @@ def _nearest(built: Iterable[ResolvedModel], header: FileHeader) -> list[Resolve
 
 
 def _distance(fit: ResolvedModel) -> tuple[int, int, int]:
-    """Return the numbers of inferred arguments for structure, for depth and patches, and for images."""
     sizes, images = fit.inferred & SIZES, fit.inferred & PIXELS - {"num_classes"}
     return len(fit.inferred - SIZES - PIXELS), len(sizes), len(images)
 

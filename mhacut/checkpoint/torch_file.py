@@ -43,7 +43,6 @@ class SkippedValue:
 
 
 def _stand_ins() -> list[Callable[..., Any] | tuple[Callable[..., Any], str]]:
-    """Return the classes that torch may unpickle. A pair (class, name) replaces the class ``name``."""
     paths = ("Path", "PosixPath", "WindowsPath", "PurePath", "PurePosixPath", "PureWindowsPath")
     unread = [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in paths]
     unread += ["numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar", "numpy.dtype"]

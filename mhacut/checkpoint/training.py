@@ -40,7 +40,8 @@ class Training(NamedTuple):
     """Side, or [H, W], of the training images. The model may have been built for another size."""
     cfg: dict[str, Any]
     implied: dict[str, Any]
-    """Preprocessing in the script's evaluation. Empty if ``model`` is one of timm's own names."""
+    """Preprocessing of the training script's evaluation. Empty if ``model`` is a timm name: timm then has
+    it."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:
@@ -86,7 +87,6 @@ def _groups(stated: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _model(stated: Mapping[str, Any]) -> tuple[str | None, str, dict[str, Any] | None]:
-    """Return timm's model name, the option that states it, and arguments (None if the name is timm's own)."""
     from timm.models import get_arch_pretrained_cfgs
 
     of_script: tuple[str, str, dict[str, Any]] | None = None

@@ -93,7 +93,6 @@ def _depth(expected: Shapes, file: Shapes) -> Iterator[InferredArg]:
 
 
 def _count(pattern: str, names: Iterable[str]) -> int:
-    """Number of blocks in names that match ``pattern``; 0 if a block number is missing."""
     numbers = {int(match[1]) for name in names if (match := re.match(pattern, name))}
     return len(numbers) if numbers == set(range(len(numbers))) else 0
 

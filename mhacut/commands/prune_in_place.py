@@ -121,7 +121,10 @@ def prune_(
         check_reachable(budget, job.table.dense, lowest, job)
         limit = Limit(cost, budget.amount(job.table.dense))
         if limit.most >= job.table.dense:
-            raise BudgetError(f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs")
+            raise BudgetError(
+                f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs, which is within "
+                "the budget. Set a lower budget"
+            )
         planner = Planner(job, job.calibrate())
         attempt = cut_model(planner.plan((limit,)), (limit,), 1, planner)
         recover_model(attempt, {}, planner)

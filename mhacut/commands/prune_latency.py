@@ -179,7 +179,6 @@ class _LayerCall:
         """Equal for runs that cost the same."""
 
     def replay(self, widths: Mapping[str, int]) -> Replay:
-        """Return a copy of the layer with these ``widths``, as a module that repeats the recorded call."""
         all_widths = {unit.kind: widths.get(unit.kind, unit.width) for unit in self.layer.units}
         return Replay(cut_to_widths(self.module, self.layer, all_widths), self.call).eval()
 

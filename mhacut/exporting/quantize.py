@@ -199,7 +199,6 @@ def _times(
 
 
 def _images(preprocessing: Preprocessing, options: ExportOptions) -> tuple[list[Tensor], list[Tensor], str]:
-    """Return images for the outlier search, images for the comparison, and a text about the comparison."""
     size = options.fixed_batch or _BATCH
     if not options.has_images:
         count = max(_NOISE_IMAGES // size, 1) * size

@@ -81,7 +81,6 @@ def refusing(what: str, advice: str) -> Iterator[None]:
 
 
 def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tensor, Any]:
-    """Return images [B, C, H, W] for tracing, and their dynamic shapes (None for a fixed batch size)."""
     # 2 images: torch treats sizes 0 and 1 as constants.
     images = torch.zeros(fixed_batch or 2, *size)
     if fixed_batch is not None:

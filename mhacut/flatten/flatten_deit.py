@@ -34,8 +34,7 @@ class FlattenDeit(VisionTransformer):  # type: ignore[misc]
         for name in ("class_token", "reg_tokens", "dynamic_img_size", "dynamic_img_pad", "qk_norm"):
             if kwargs.get(name):
                 raise UsageError(
-                    f"{name}: focused linear attention takes the tokens of a map of fixed size and no "
-                    "others; leave it out"
+                    f"{name}: focused linear attention needs a fixed token grid; leave the argument out"
                 )
         fixed = {"class_token": False, "global_pool": "avg", "fc_norm": False}
         super().__init__(qkv_bias=qkv_bias, proj_drop_rate=proj_drop_rate, **{**fixed, **kwargs})

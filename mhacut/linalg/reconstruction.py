@@ -88,7 +88,6 @@ def _centred(moments: Moments, about: Moments, constant: bool) -> Tensor:
 
 
 def _brought(lost: Tensor, second: Tensor) -> float:
-    """Return the mean square that channels of second moment [P, P] contribute to the output."""
     return float((lost @ second * lost).sum())
 
 

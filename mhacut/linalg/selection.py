@@ -139,7 +139,7 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
 
 class _Side:
-    """State of q or k in the ranking: all channels predicted from the kept channels S."""
+    """State of q or k in the ranking of logit channels: all channels predicted from the kept channels."""
 
     def __init__(self, second: Tensor) -> None:
         self.inverse = damped_inverse(second)
@@ -150,7 +150,6 @@ class _Side:
         """P = A G_S:."""
 
     def terms_of(self, gone: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the column of A [H, d, 1], and the row and pivot of the inverse, for channels [H, 1]."""
         places = gone.unsqueeze(-2).expand(-1, self.inverse.shape[-2], 1)
         row = self.inverse.gather(-1, places).mT
         pivot = row.gather(-1, gone.unsqueeze(-2)).clamp_min(TINY)
@@ -208,7 +207,6 @@ def rank_shared_channels(second: Tensor, columns: Tensor, heads: int, smallest: 
 
 
 def _cheapest(price: Tensor, owner: Sequence[int], excess: list[int], count: int) -> Tensor:
-    """Return up to ``count`` channels of lowest price. ``excess`` limits the number of channels per head."""
     if count == 1:
         chosen = [int(price.argmin())]
         excess[owner[chosen[0]]] -= 1

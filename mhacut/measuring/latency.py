@@ -70,7 +70,7 @@ class Comparison:
     milliseconds: tuple[float, ...]
     """Median time of each program: processor time for 1 CPU thread (except on Windows), else wall time."""
     wall: tuple[float, ...]
-    """Median wall time of each program, in milliseconds."""
+    """Median wall time of each timed model or layer, in milliseconds."""
     ratios: tuple[float, ...]
     """For each program, the median over rounds of its time divided by the first program's time."""
     drift: float
@@ -142,10 +142,6 @@ def _turns(
     clocks: Sequence[Callable[[], float]],
     patience: float = 1.0,
 ) -> list[list[list[float]]]:
-    """Return the seconds of each call by each of ``clocks``.
-
-    The last clock decides when ``seconds`` are over.
-    """
     # The first calls allocate memory, pick kernels, and compile.
     for run in runs:
         for _ in range(_WARM_UP):

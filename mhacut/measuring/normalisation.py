@@ -107,7 +107,6 @@ def _right(
     *,
     screening: bool,
 ) -> Tensor:
-    """Return which images are classified correctly with each normalisation, [normalisations, images]."""
     right: list[Tensor] = []
     for images, labels in _part(batches(), screening):
         images, labels = images.to(device), labels.to(device)
@@ -139,6 +138,6 @@ def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> T
 
 
 def _standard_errors(first: Tensor, second: Tensor) -> float:
-    """Return by how many standard errors ``first`` is true more often than ``second`` (McNemar's test)."""
+    """McNemar's test: difference of the two accuracies in standard errors."""
     alone = int((first & ~second).sum()), int((second & ~first).sum())
     return (alone[0] - alone[1]) / math.sqrt(max(1, sum(alone)))

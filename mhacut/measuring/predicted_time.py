@@ -60,7 +60,6 @@ class LayerTimes:
 
     @cached_property
     def _pair(self) -> _PairTimes | None:
-        """Times by q/k and v widths, with other channels dense; None if not measured."""
         dense = [self.dense.widths.get(kind) for kind in _PAIR]
         if dense[0] is None or dense[0] != dense[1]:
             return None
@@ -116,7 +115,6 @@ class _PairTimes:
 
 
 def _rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points sorted by their first number, with their second number made monotonic."""
     # Isotonic by the mean of the two monotone envelopes; a plan must never seem faster by keeping more.
     widths, times = zip(*sorted(points), strict=True)
     above = accumulate(times, max)

@@ -347,13 +347,11 @@ def _plain(value: Any) -> Any:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    """Return the members of a union, without None."""
     parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
     return tuple(part for part in parts if part is not type(None))
 
 
 def _main(kind: Any) -> Any:
-    """Return the type that text is converted to: the tuple in a union, else the last member."""
     parts = _alternatives(kind)
     main = next((part for part in parts if get_origin(part) is tuple), parts[-1])
     return os.PathLike if get_origin(main) is os.PathLike else main

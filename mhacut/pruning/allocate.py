@@ -181,7 +181,6 @@ def _worth_tying(
 
 
 def _worth(curve: Curve, choices: Sequence[int], price: float) -> list[float]:
-    """Return the error that each further channel saves per cost, on the convex hull of ``curve``."""
     # On the lower convex hull the worth never rises, so a threshold cuts only once.
     hull: list[int] = []
     for width in choices:
@@ -249,7 +248,6 @@ def fill_budget(
 def _next_step(
     key: UnitKey, width: int, ranked: Mapping[UnitKey, Sequence[float]], choices: Choices
 ) -> tuple[float, UnitKey, int] | None:
-    """Return (mean score of the added channels, unit, next larger width). None at the dense width."""
     wider = next((choice for choice in choices[key] if choice > width), None)
     if wider is None:
         return None

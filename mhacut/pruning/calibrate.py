@@ -110,7 +110,6 @@ def calibrate(
 
 
 def _batches(held: int, count: int, size: int) -> list[tuple[int, int]]:
-    """Return (start, stop) of each batch. No batch mixes held-out images with other images."""
     parts = (held, count), (0, held)
     return [(start, min(start + size, last)) for first, last in parts for start in range(first, last, size)]
 

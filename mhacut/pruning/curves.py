@@ -100,7 +100,6 @@ def _output_curve(
 def _curves_by_runs(
     job: Job, calibration: Calibration, candidates: Mapping[UnitKey, Candidate], counter: Counter
 ) -> dict[UnitKey, Curve]:
-    """Return curves of units by running each layer at several widths inside the dense model."""
     errors: dict[UnitKey, dict[int, float | Tensor]] = {}  # by width, over all rows
     rows: dict[UnitKey, int] = {}
     count = 0  # images that run at once
@@ -113,7 +112,6 @@ def _curves_by_runs(
                 return  # a copy made below, which took the hook along
 
             def result(of: nn.Module) -> Tensor:
-                """Return the output projections' results for the pruned layer ``of``."""
                 with captured_outputs(of, [layer.result]) as outputs:  # the module's own, by an empty name
                     of(*args, **kwargs)
                 given: Tensor = outputs[layer.result][-1].movedim(layer.channel_dim, -1)

@@ -56,7 +56,6 @@ class FisherInformation:
 
 
 def _grid(shape: Sequence[int], images: int) -> Grid:
-    """Return the token grid of an activation. Windows of an image are consecutive in dimension 0."""
     return (shape[0] // images, *shape[1:])
 
 

@@ -100,7 +100,6 @@ def _terms(numbers: Tensor, block: int, before: Tensor, after: Tensor, tokens: T
 
 
 def _divergences(numbers: Tensor, schedules: Sequence[Schedule], tokens: Tokens) -> Tensor:
-    """Return the divergence of each schedule, [schedules], differentiable in ``numbers``."""
     merged = torch.tensor(schedules, dtype=torch.float64)
     after = tokens.total - merged.cumsum(1)
     before = after + merged
@@ -144,7 +143,6 @@ def between(few: Schedule, many: Schedule, part: float, tokens: Tokens) -> Sched
 
 
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
-    """Return the schedule that merges these fractions of all tokens, as far as tokens are left."""
     count, merged = tokens.total, []
     for fraction in fractions:
         merged.append(min(round(fraction * tokens.total), largest_merge(count, tokens.prefix)))

@@ -58,7 +58,10 @@ class Whitening:
 
     @classmethod
     def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
-        """Return the whitening for features with these moments; ``metric`` M [C, C] replaces 1/2 S^-1."""
+        """Return the whitening for features with these moments.
+
+        ``metric`` [C, C] replaces 1/2 S^-1, half the inverse covariance.
+        """
         covariance = moments.covariance
         variance = covariance.diagonal()
         # Where nothing varies, what is left is rounding, in proportion to the features' energy.

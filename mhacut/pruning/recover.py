@@ -184,7 +184,6 @@ def healed(
 
 
 def _fewer(images: Tensor, held: int, most: int) -> tuple[Tensor, int]:
-    """Return at most ``most`` of ``images``, and the number of held-out images among these."""
     if len(images) <= most:
         return images, held
     share = min(max(round(held * most / len(images)), 1), most - 1)
@@ -202,7 +201,6 @@ class _BlockCall:
     """Token pairs that the block must merge, so that both models merge the same tokens."""
 
     def output(self, block: Any) -> Tensor:
-        """Return the tokens of ``block`` with the merges of ``match`` instead of its own."""
         match = self.match
         hook = nullcontext() if match is None else block.matcher.register_forward_hook(lambda *_: match)
         with hook:
@@ -261,7 +259,6 @@ def blocks_of(prunable: PrunableLayers) -> tuple[Block, ...]:
 
 
 def _block_around(name: str, layers: Sequence[Layer]) -> str:
-    """Return the smallest module that holds the layer and both kinds of layers; "" for the model."""
     while name:
         inside = (layer for layer in layers if f"{layer.name}.".startswith(f"{name}."))
         if len({layer.adapter.family for layer in inside}) == 2:
@@ -351,7 +348,6 @@ class _Error:
 
 
 def _importance(fisher: FisherInformation, layer: str, shape: torch.Size, prefix: int) -> Tensor | None:
-    """Return the importance of tokens [B, tokens, C]; merged tokens get the mean importance of patches."""
     tokens = fisher.token_importance(layer, shape[:2], shape[0])
     if tokens is not None:
         return tokens[: shape[1]]

@@ -42,12 +42,10 @@ class _ModuleCall:
 
     @property
     def overwritten(self) -> bool:
-        """Whether a tensor in ``value`` was changed in place."""
         return self.versions != _versions(self.value)
 
     @property
     def chained(self) -> bool:
-        """Whether each inner call takes only the output of the previous call."""
         return type(self.module).forward is nn.Sequential.forward
 
 

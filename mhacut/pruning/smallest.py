@@ -86,7 +86,6 @@ def _below(best: int, failed: Sequence[tuple[int, Trial]], budgets: range) -> Se
 
 
 def _where(expected: Callable[[int], float], goal: float, budgets: range) -> int:
-    """Return the lowest budget, to a step, with an expected loss of at most ``goal``."""
     low, high = budgets.start, budgets.stop - 1
     while high - low > budgets.step:
         middle = (low + high) // 2

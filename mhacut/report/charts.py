@@ -155,14 +155,12 @@ def _attribute(value: object) -> str:
 
 
 def _ends(low: float, high: float) -> tuple[float, float]:
-    """Return the lowest and highest value of an axis. If all values are nearly equal, both differ by 2 %."""
     if high - low > _EQUAL * max(abs(low), abs(high)):
         return low, high
     return (high - 0.02 * abs(high), high) if high else (0.0, 1.0)
 
 
 def _number(value: float, ends: tuple[float, float]) -> str:
-    """Format an axis value with enough digits that the 5 numbers of the axis differ."""
     # A step is a quarter of the axis. Its digits follow the digits that both ends share.
     digits = math.log10(max(map(abs, ends)) / (ends[1] - ends[0])) + 2
     return f"{value:.{max(3, math.ceil(digits))}g}"

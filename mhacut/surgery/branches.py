@@ -58,7 +58,6 @@ def block_width(block: nn.Module, branches: Branches) -> int:
 
 
 def _structure_of(block: nn.Module) -> tuple[Any, ...]:
-    """Return a key of the block structure that stays equal when channels are cut."""
     switches = [
         (name, key, value)
         for name, part in block.named_modules()
@@ -215,11 +214,9 @@ class _Trace:
         return None
 
     def _ends(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> bool:
-        """Whether ``x`` + ``y`` is the output of the block or the input of a submodule."""
         return y.shape == x.shape and (_equal(x + y, output) or self._reader_of(x + y, place) is not None)
 
     def _glue(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> str | None:
-        """Return the name of the function or parameter that the block applies to ``y`` next."""
         for owner, part in self.block.named_modules():
             for name, value in (*vars(part).items(), *part.named_parameters(recurse=False)):
                 if name.startswith("_") or (not callable(value) and not isinstance(value, nn.Parameter)):

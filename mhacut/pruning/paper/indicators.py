@@ -128,7 +128,6 @@ def search(
 
 
 def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tensor], dict[UnitKey, Tensor]]:
-    """Return (mask times scale) and widths. Gradients pass the mask unchanged to the indicators."""
     channel_scales: dict[UnitKey, Tensor] = {}
     widths: dict[UnitKey, Tensor] = {}
     for state in states:
@@ -146,7 +145,6 @@ def _soft_scales(states: list[_UnitState], job: Job) -> tuple[dict[UnitKey, Tens
 
 
 def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[str, float]:
-    """Return the fraction of kept channels by kind (``qk``, ``v``, ``hidden``)."""
     now: dict[str, float] = {}
     dense: dict[str, int] = {}
     for state in states:
@@ -182,7 +180,6 @@ def _normalise(tensors: list[Tensor]) -> None:
 
 
 def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
-    """Return the plan of the indicators, filled up to the budget."""
     with torch.no_grad():
         scores = {state.unit.key: state.score().double().cpu() for state in states}
     ranked = {
