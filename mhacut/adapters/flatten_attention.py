@@ -21,8 +21,8 @@ class FocusedAttentionAdapter(Adapter):
     """Focused linear attention of FLatten with one projection ``qkv``, or with ``q`` and ``kv``.
 
     Channels are selected, not mixed: a ReLU and a power act on each q/k channel, and a depthwise convolution
-    on each v channel. A gate on the q/k features removes q/k channels exactly. If heads share the filters of
-    the convolution, all heads keep the same v channels, or get copies of the filters.
+    on each v channel. Setting the gate of a q/k feature to 0 gives the outputs without the channel. If heads
+    share the filters of the convolution, all heads keep the same v channels, or get copies of the filters.
     """
 
     family = "attention"

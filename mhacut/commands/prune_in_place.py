@@ -122,8 +122,8 @@ def prune_(
         limit = Limit(cost, budget.amount(job.table.dense))
         if limit.most >= job.table.dense:
             raise BudgetError(
-                f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs, which is within "
-                "the budget. Set a lower budget"
+                f"nothing to prune: {shown(name)} takes {format_flops(job.table.dense)} FLOPs, within the "
+                "budget. Set a lower budget"
             )
         planner = Planner(job, job.calibrate())
         attempt = cut_model(planner.plan((limit,)), (limit,), 1, planner)

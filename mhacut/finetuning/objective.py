@@ -169,7 +169,7 @@ def make_objective(
         teacher = _open_teacher(options, slim, student, preprocessing)
         history = () if slim.record is None else slim.record.history
         if history and teacher.sha256 != history[0].get("source_sha256"):
-            reporter.log("the teacher is another file than the dense model of the slim file")
+            reporter.log("the teacher is not the dense model that this slim file was pruned from")
     return Objective(options, classifier_size(student), teacher)
 
 
