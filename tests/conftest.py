@@ -83,7 +83,6 @@ def slim_of(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def clock(monkeypatch, tmp_path) -> Counting:
-    """A clock of models and layers that goes by their parameters."""
     return Counting(monkeypatch, tmp_path)
 
 

@@ -43,7 +43,6 @@ def nan():
 
 @pytest.fixture(scope="module")
 def uncut(tune_in, tmp_path_factory):
-    """A longer run that nothing cut off, by how often it was saved."""
     folder = tmp_path_factory.mktemp("uncut")
     return cache(lambda save_every: tune_in(folder / str(save_every), save_every=save_every, **LONGER))
 

@@ -17,6 +17,7 @@ import mhacut
 from helpers.files import save_dense
 from helpers.flatten import FLATTEN
 from helpers.models import ModelCase, build, image, relative, slow_but
+from helpers.moments import noise
 from mhacut.checkpoint.load import read_model
 from mhacut.flatten.attention import focus, linear_attention, split_heads
 from mhacut.linalg.moments import linear_attention_energy, linear_contributions
@@ -42,10 +43,6 @@ QUICK = {
     "steps": 3,
     "round_to": 4,
 }
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def features(*shape: int, seed: int) -> Tensor:

@@ -48,7 +48,6 @@ def weight(name: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def images(size: int) -> Tensor:
-    """[2, 3, size, size], float64."""
     return torch.from_numpy(hashed("input", (2, 3, size, size)))
 
 

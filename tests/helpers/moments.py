@@ -13,6 +13,10 @@ def exact(x):
     return Moments(x.shape[-2], x.sum(-2), x.transpose(-2, -1) @ x)
 
 
+def noise(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
 def rows(count, width, seed):
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(width, width, generator=generator, dtype=torch.float64)

@@ -42,7 +42,6 @@ class Program:
     server: socket.socket
 
     def end(self, timeout: float = 60) -> int:
-        """Wait for the exit code, that of the signal, negated, where one ended it."""
         self.server.settimeout(timeout)
         try:
             return os.waitstatus_to_exitcode(int(self.server.recv(64)))
@@ -59,7 +58,6 @@ class Programs:
         self._socket, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def start(self, script: str, *arguments: object) -> Program:
-        """Run ``script`` with ``sys.argv[1:]``; one at a time, the one before must have ended."""
         if self._server is None:
             code = f"{IMPORTS}\nfrom helpers import programs\nexec(programs.serve({self._theirs.fileno()}))"
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}

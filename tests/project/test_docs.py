@@ -196,7 +196,6 @@ def test_flags_exist():
 
 
 def test_commands_parse():
-    """Every command of mhacut has flags that exist; every script is there and has them."""
     scripts, parsed = flags_of_scripts(), 0
     for page, block in [(path, block) for path in PAGES for block in blocks(path)]:
         if block.language not in ("bash", "sh"):

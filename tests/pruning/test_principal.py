@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.models import build, image, relative
+from helpers.moments import noise
 from mhacut.linalg.pca import logit_basis, output_basis
 from mhacut.linalg.reconstruction import output_error
 from mhacut.plan import Plan, UnitPlan
@@ -22,10 +23,6 @@ from properties.cases import CASES, VITS
 
 each_case = pytest.mark.parametrize("case", VITS.values(), ids=VITS.keys())
 seeds = st.integers(0, 2**32 - 1)
-
-
-def noise(*shape, seed):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def rows(heads, count, width, seed):

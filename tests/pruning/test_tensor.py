@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.moments import noise
 from mhacut.pruning.paper.indicators import (
     THRESHOLD,
     adjust_scores,
@@ -23,10 +24,6 @@ from mhacut.pruning.paper.statistics import (
 )
 
 seeds = st.integers(0, 2**32 - 1)
-
-
-def noise(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def test_redundancy_of_logit_terms_is_the_cosine_of_rank_one_products():

@@ -28,8 +28,6 @@ VOID = {"br", "input", "link", "meta"}
 
 
 class Reader(HTMLParser):
-    """Every element, with its attributes, and the text under each; fails on what is not closed."""
-
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.elements, self.open, self.texts = [], [], []
