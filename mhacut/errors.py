@@ -57,7 +57,10 @@ def option_name(name: str, *value: object) -> str:
 
 @contextmanager
 def options_written_by(writer: OptionWriter) -> Iterator[OptionWriter]:
-    """Replace :func:`option_name` by ``writer`` in a ``with`` statement, and yield the previous writer."""
+    """Context in which messages spell options by ``writer``, not :func:`option_name`.
+
+    Yields the old writer.
+    """
     # Global, not a context variable, so that other threads name options the same way.
     global _write
     before, _write = _write, writer

@@ -226,7 +226,7 @@ def content_and_place(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Te
 
 
 def difference(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Differential attention: subtract 2 softmax attentions, then normalise the channels of each v head."""
+    """Differential attention: the first softmax minus the second, then a norm within each v head."""
     first, second = (attend_as(m, q[:, part::2], k[:, part::2], v, mask) for part in (0, 1))
     return m.sub_norm(first - m._compute_lambda().type_as(q) * second) * (1 - m.lambda_init)
 

@@ -227,7 +227,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         header, _ = safetensors_header(Path(folder) / REST)
         values = read_safetensors(Path(folder) / REST, header)
         if header != infos({key: tensor for key, tensor in model.state_dict().items() if key in rest}):
-            raise CheckpointError(f"{where}: {REST} does not fit the model in config.json")
+            raise CheckpointError(f"{where}: tensors of {REST} do not fit the model in config.json")
         model.load_state_dict(values, strict=False)
     return model
 

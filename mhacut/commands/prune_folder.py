@@ -114,7 +114,7 @@ def read_folder(
     """
     if not options.checkpoint:
         kind = option_name("as_", options.as_)
-        raise UsageError(f"{kind}: expected a folder of transformers, found a module; see mhacut.prune_")
+        raise UsageError(f"{kind}: expected a folder of transformers, found a module. Call mhacut.prune_")
     reporter.start("reading")
     folder = Path(options.checkpoint)
     (options,) = options_of_each(options, stem_of(folder))
@@ -145,7 +145,7 @@ def read_folder(
     source.images, judged = read_images(
         options, preprocessing, images, val_images, validation, compares=answers
     )
-    reporter.log(f"searching on {source.images.description}")
+    reporter.log(f"calibrating on {source.images.description}")
     batches = [{"pixel_values": batch} for batch in source.images.images.split(options.batch_size)]
     recorded, submodule = record_submodule(model, part, batches, options.work.calibration_images)
     job, source.outputs = submodule_job(submodule, part, recorded, options, options.scope, reporter)

@@ -348,7 +348,7 @@ def _read_checkpoint(
 
 
 def _log_images(images: CalibrationImages, classes: int, reporter: Reporter) -> None:
-    reporter.log(f"searching on {images.description}")
+    reporter.log(f"calibrating on {images.description}")
     held = classes if images.labels is None else len(images.labels.unique())
     if 2 * held < min(classes, len(images.images)):
         reporter.log(

@@ -96,8 +96,8 @@ class PruneResult:
     """Metric of :attr:`divergence`: KL divergence in nats (``answers``), squared error of pooled features
     over their variance (``features``), or divergence of dense features in nats per token (``dense``)."""
     preserved: Mapping[str, Any]
-    """Preserved outputs: ``what`` as in ``--preserve``, with ``layers`` or ``levels`` if the user chose
-    some."""
+    """Preserved outputs as a dict: ``what`` is the value of ``--preserve``; ``layers`` or ``levels`` if
+    given."""
     targets: tuple[TargetResult, ...] = ()
     """Budgets and bounds on the loss, with the amounts that the slim model reached."""
     advice: tuple[str, ...] = ()

@@ -126,7 +126,7 @@ class Targets:
         job, flops = self.inputs.job, attempt.planned.flops
         share = 100 * flops / job.table.dense
         results = ", ".join(f"{result.labels[1]} (limit {result.labels[0]})" for result in attempt.reached)
-        job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} %): {results}, {conclusion}")
+        job.reporter.log(f"{format_flops(flops)} FLOPs ({share:.1f} % of dense): {results}, {conclusion}")
 
     def rank(self, attempt: Attempt) -> tuple[float, ...]:
         """Return the sort key of an attempt: targets met, then met with a margin, then more FLOPs."""

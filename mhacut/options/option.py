@@ -79,7 +79,7 @@ class Option:
     off: str = ""
     """Help of the flag ``--no-NAME`` of a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
-    """Other options with values. Without any of these values, the option has no effect and the user gets a
+    """Other options and their values. If none has its value, the option has no effect and the user gets a
     warning."""
 
     @property

@@ -128,7 +128,7 @@ class SearchOptions(Options, panel="Research switches"):
     """Training steps of the scales of the remaining channels. Default: 0, or 40 without the least-squares
     refit (repair)."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
-    """Learning rate of the scales of the remaining channels."""
+    """Learning rate of the trained factors that scale the remaining channels."""
     selection: Selection = option("repair", needs=_INDICATORS)
     """Channels that a layer keeps at a given width: those with the smallest error after the least-squares
     refit (repair), or those with the highest learned importance (indicator)."""

@@ -54,10 +54,11 @@ def reconstruct(
     candidates: Mapping[UnitKey, tuple[Candidate, ...]] | None = None,
     channel_scales: Mapping[UnitKey, Tensor] | None = None,
 ) -> ReconstructedModel:
-    """Return a copy of the dense model that compensates for the channels removed by ``plan``.
+    """Return a copy of the dense model whose kept channels compensate for the channels removed by ``plan``.
 
-    ``candidates`` are compared on held-out images at the widths of the plan; None keeps the channels of the
-    plan. Trained ``channel_scales`` [heads, width] are used only without repair.
+    ``candidates`` are other choices of channels at the same widths: the best on held-out images is used. None
+    keeps the channels of ``plan``. Trained ``channel_scales`` [heads, width] apply only if ``--repair`` is
+    off.
     """
     model, prunable, options = copy.deepcopy(job.model), job.prunable, job.options
     if options.repair:

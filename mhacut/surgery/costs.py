@@ -24,7 +24,7 @@ from mhacut.surgery.slice import cut, slice_layer
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Cost of a layer as a quadratic polynomial of its widths (channels per head, by kind)."""
+    """Cost of a layer as a quadratic polynomial of its channels per head (q/k, v) and in its MLP."""
 
     # sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b]): exact for int, tensors get gradients.
     per_channel: Mapping[UnitKind, int]

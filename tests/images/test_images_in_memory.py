@@ -174,7 +174,7 @@ def test_pruning_on_images_in_memory(digits, tmp_path):
     again = mhacut.prune(model, images=loader, output=tmp_path / "b.safetensors", **options)
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert found.data == again.data == "64 of 300 images in memory (with labels)"
-    assert "searching on 64 of 300 images in memory (with labels)" in recorder.messages
+    assert "calibrating on 64 of 300 images in memory (with labels)" in recorder.messages
     assert found.dense.evaluation.images == found.slim.evaluation.images == 300 - 64
     assert found.dense.evaluation.top1 > 95
     assert found.slim.evaluation.top1 > 90
