@@ -30,7 +30,8 @@ class Pruned:
             setattr(module, key, nn.Parameter(tensor.new_empty(shape), requires_grad=tensor.requires_grad))
         for name, merge in stated["merges"].items():
             layer = self.get_submodule(name)
-            layer.__class__ = type(f"Merging{type(layer).__name__}", (MergingLayer, type(layer)), {})
+            merging = f"Merging{type(layer).__name__}"  # a global name, so that pickle finds the class
+            layer.__class__ = globals().setdefault(merging, type(merging, (MergingLayer, type(layer)), {}))
             layer.matcher = None if merge["matcher"] is None else Matcher(**merge["matcher"])
             layer.branches = Branches(*merge["branches"])
             if merge["outside"] is not None:
@@ -71,7 +72,7 @@ def modeling_of(model: Any) -> tuple[dict[str, Any], str] | None:
             }
         for key, value in vars(module).items():
             plain = isinstance(value, bool | int | float | str)
-            if plain and key != "training" and vars(expected).get(key) != value:
+            if plain and key != "training" and key[0] != "_" and vars(expected).get(key) != value:
                 stated["attributes"].setdefault(name, {})[key] = value
     expected_shapes = {key: list(tensor.shape) for key, tensor in dense.named_parameters()}
     for key, tensor in model.named_parameters():

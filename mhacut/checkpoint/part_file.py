@@ -22,7 +22,7 @@ from mhacut.checkpoint.header import infos
 from mhacut.checkpoint.modeling import MODULE, modeling_of
 from mhacut.checkpoint.record import PART_KEY
 from mhacut.checkpoint.write import save_tensors
-from mhacut.errors import CheckpointError, MhacutError, UsageError
+from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
 from mhacut.plan import Plan
 from mhacut.runtime.files import check_outputs, fill_folder, parse_json, show, write_file
 from mhacut.surgery.find import find_prunable_layers
@@ -143,6 +143,10 @@ def write_pruned(
     if not hasattr(model, "save_pretrained"):
         raise UsageError(
             f"{show(file)}: expected a name ending in .safetensors. Folders need a transformers model"
+        )
+    if (other := Path(file) / "model.safetensors").exists():
+        raise OutputError(
+            f"{show(other)}: transformers would open this file, not the pruned model; choose another folder"
         )
     source = getattr(model, "name_or_path", "")
     preprocessors = [Path(source, one) for one in PREPROCESSORS if source and Path(source, one).is_file()]

@@ -134,7 +134,8 @@ class RunFolder:
         )
 
     def _files(self) -> list[str]:
-        return [name for name in _FILES if self.file(name).exists()]
+        models = {name: f"{name}/{PRUNED}" for name in (LAST_FOLDER, BEST_FOLDER)}  # of a run, not the user's
+        return [name for name in _FILES if self.file(models.get(name, name)).exists()]
 
 
 def folder_of(options: FinetuneOptions, stem: str) -> RunFolder:

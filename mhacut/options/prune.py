@@ -101,7 +101,7 @@ class SearchOptions(Options, panel="Research switches"):
     (paper)."""
     allocation: Allocation = "curves"
     """Division of the budget among layers: by the measured sensitivity of each layer (curves), by the learned
-    importance of each channel (indicator, --method paper), or equally (uniform)."""
+    importance of each channel (indicator, with method=paper), or equally (uniform)."""
     basis: BasisChoice = "auto"
     """Channels to remove: original channels (channel), principal components of the channels where a rotation
     is exact (principal), or the better of both for each layer (auto)."""
@@ -133,20 +133,20 @@ class SearchOptions(Options, panel="Research switches"):
     """Channels that a layer keeps at a given width: those with the smallest error after the least-squares
     refit (repair), or those with the highest learned importance (indicator)."""
     similarity: bool = option(True, needs=_INDICATORS)
-    """Lower the learned importance of similar channels of a head (--method paper)."""
+    """Lower the learned importance of similar channels of a head (with method=paper)."""
     score_adjustment: bool = option(True, needs=_INDICATORS)
-    """Keep the widths of all heads equal while the importance of channels is learned (--method paper).
+    """Keep the widths of all heads equal while the importance of channels is learned (with method=paper).
     If off, equal widths are enforced only in the final plan."""
     init: Init = option("attention-difference", needs=_INDICATORS)
-    """Start values of the learned importance of each channel (--method paper): by the effect of the channel
-    on attention (attention-difference), or equal (uniform)."""
+    """Start values of the learned importance of each channel (with method=paper): by the effect of the
+    channel on attention (attention-difference), or equal (uniform)."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
-    """Training steps of the learned importance of each channel (--method paper)."""
+    """Training steps of the learned importance of each channel (with method=paper)."""
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
-    """Learning rate of the learned importance of each channel (--method paper)."""
+    """Learning rate of the learned importance of each channel (with method=paper)."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
     """Weight of the gradient that lowers the FLOPs to the budget, relative to the gradient of the loss
-    (--method paper)."""
+    (with method=paper)."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
     """Weight of the cross-entropy with labels, relative to the distillation loss, in the training of channel
     scales and channel importance."""

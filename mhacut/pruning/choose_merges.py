@@ -248,7 +248,7 @@ def merging_blocks(model: nn.Module, tokens: Tokens) -> int:
 def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     stack = stack_of(model)
     assert stack is not None
-    (x,) = _inputs_of_blocks(model, stack, torch.zeros(1, *size))
+    x, *_ = _inputs_of_blocks(model, stack, torch.zeros(1, *size))
     return Tokens(x.shape[1], stack.prefix, len(stack.blocks))
 
 

@@ -62,7 +62,10 @@ def _structure_of(block: nn.Module) -> tuple[Any, ...]:
         (name, key, value)
         for name, part in block.named_modules()
         for key, value in vars(part).items()
-        if isinstance(value, bool | str) and key != "training" and not key.startswith("_")
+        # Cuts change numbers in attention and MLP, but not in the block around them.
+        if isinstance(value, bool | str | (bool if name else float | int))
+        and key != "training"
+        and not key.startswith("_")
     ]
     return (*((name, library_class(part)) for name, part in block.named_modules()), *switches)
 

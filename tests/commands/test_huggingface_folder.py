@@ -55,6 +55,23 @@ def test_a_pruned_folder_is_evaluated_timed_and_inspected(folders):
     assert 0 <= inspected["comparison"]["agreement"] <= 1
 
 
+def test_a_folder_of_another_model_is_not_written_to(folders):
+    model = mhacut.load_pruned(folders / "slim")
+    with pytest.raises(mhacut.OutputError, match="transformers would open this file"):
+        mhacut.save_pruned(model, folders / "dense", overwrite=True)
+
+
+def test_training_keeps_the_preprocessing_of_the_folder(folders, tmp_path):
+    slim, data = folders / "slim", ("--data-dir", folders / "images", "-o", tmp_path / "run")
+    message = refusal(tmp_path, "finetune", slim, "--img-size", "64", *data, code=2)
+    assert "--img-size: a transformers folder has its own preprocessing" in message
+
+
+def test_config_has_no_private_attributes(folders):
+    stated = json.loads((folders / "slim" / "config.json").read_text())["mhacut"]
+    assert not [key for values in stated["attributes"].values() for key in values if key.startswith("_")]
+
+
 def test_training_writes_a_folder_of_the_same_class(folders, tmp_path):
     run_folder, data = tmp_path / "run", ("--data-dir", folders / "images", "--lr", "1e-3")
     tuned = document("finetune", folders / "slim", *data, "--epochs", "1", "-o", run_folder)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 
 import pytest
+import timm
 import torch
 from torch import nn
 
 import mhacut
 from helpers.models import relative
-from helpers.own_code import BUILDERS, OTHERS, Vit, tokens_of_own_code
+from helpers.own_code import BUILDERS, OTHERS, Dinov2Block, Vit, tokens_of_own_code
 from mhacut.adapters import structure
 from mhacut.plan import TokenPlan
 from mhacut.surgery import branches
@@ -94,6 +95,35 @@ def test_tokens_of_other_blocks_stay(name):
     model, x = Vit(OTHERS[name]).eval().requires_grad_(False), smooth_images(24)
     result = mhacut.prune_(model, "", images=x.split(8), flops="80%", effort="fast", tuning_steps=0)
     assert result.plan.tokens.merged == ()
+
+
+def test_each_factor_of_a_block_needs_its_own_proof():
+    class Scaled(Dinov2Block):
+        alpha = 1.0
+
+        def forward(self, x):
+            x = x + self.alpha * self.ls1(self.attn(self.norm1(x)))
+            return x + self.ls2(self.mlp(self.norm2(x)))
+
+    whole, half = Scaled(32), Scaled(32)
+    whole.alpha, half.alpha = 1.0, 0.5
+    assert branches.branches_of(whole.eval()) is not None
+    assert branches.branches_of(half.eval()) is None
+
+
+def test_a_model_that_runs_its_vit_twice_is_pruned():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            args = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 8, "img_size": 32}
+            self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, **args)
+
+        def forward(self, x):
+            return self.vit(x) - self.vit(x.flip(-1))
+
+    model = Siamese().eval()
+    result = mhacut.prune_(model, "", images=smooth_images(16).split(8), flops="70%", effort="fast")
+    assert result.flops_after <= 0.7 * result.flops_before
 
 
 def test_a_block_of_which_tokens_merge_trains():
