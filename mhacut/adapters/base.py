@@ -197,7 +197,8 @@ class Layer:
     """Name of the submodule whose output replaces the layer's output in comparisons of dense and slim layers.
     Empty: the layer."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
-    """Kinds without a unit of their own, each with the kind whose channels are cut together with theirs."""
+    """Kinds of channels (such as qk) that are cut only together with channels of another kind, by that
+    kind."""
 
 
 class Adapter(ABC):

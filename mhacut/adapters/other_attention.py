@@ -186,7 +186,7 @@ def cross_covariance(m: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 def scaled_by_width(m: Any, x: Tensor, y: Tensor) -> Tensor:
-    """Florence-2: divide logits by the root of the number of tokens, or of the dense head width."""
+    """Divide Florence-2's logits by the root of the number of tokens, or of the head width before the cut."""
     return (x * (x.shape[-1] if m.dynamic_scale else m.head_dim) ** -0.5) @ y.mT
 
 

@@ -16,7 +16,7 @@ from mhacut.text import listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 _Group = Mapping[str, str]
-"""Tensor names in the file, mapped to tensor names without the prefix of a module."""
+"""Tensors of one module: name in the file, mapped to the name without the module's prefix."""
 
 _NETWORKS = (
     *("ema", "ema_model", "model_ema", "swa_model", "average_model"),

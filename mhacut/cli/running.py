@@ -118,7 +118,7 @@ class Console:
         self.say(text if self.rank == 0 else f"process {self.rank}: {text}")
 
     def say(self, text: str) -> None:
-        """Print escaped lines on stderr, above the progress bar."""
+        """Print lines on stderr above the progress bar, with control characters escaped."""
         lines = "\n".join(map(safe, text.split("\n")))
         if self._display is not None and self._has_bar:
             from rich.text import Text

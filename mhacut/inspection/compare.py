@@ -203,7 +203,10 @@ def _relative(square_error: float, square: float) -> float:
 
 
 class _LayerHooks:
-    """Hooks on the layers of both models. The slim model must run before the dense model."""
+    """Hooks that compare each layer's output in the slim and the dense model.
+
+    The slim model must run first.
+    """
 
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies

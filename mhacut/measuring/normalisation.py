@@ -55,7 +55,7 @@ class BetterNormalisations:
     """Top-1 accuracy in percent with the model's own normalisation, on the same images."""
     images: int
     certain: bool
-    """Whether the accuracy difference exceeds 3 standard errors; it always exceeds 2."""
+    """Whether the accuracy gain exceeds 3 standard errors. Gains of at most 2 are not reported."""
 
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]

@@ -101,7 +101,7 @@ class Option:
 
     @property
     def switch(self) -> str:
-        """Spelling of a switch that changes its default: ``--overwrite``, ``--no-labels``."""
+        """Flag that reverses the default of a yes/no option: ``--overwrite``, ``--no-labels``."""
         return self.flag if self.default is False else self.negative
 
     @property

@@ -125,8 +125,8 @@ class SearchOptions(Options, panel="Research switches"):
     reweight: bool = True
     """Train a scale for each remaining channel; the scales are merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Training steps of the scales of the remaining channels. Default: 0, or 40 without the least-squares
-    refit (repair)."""
+    """Steps that train 1 scale per remaining channel. Default: 0, or 40 if the least-squares refit (repair)
+    is off."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
     """Learning rate of the trained factors that scale the remaining channels."""
     selection: Selection = option("repair", needs=_INDICATORS)

@@ -254,9 +254,9 @@ def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
 
 @torch.no_grad()
 def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
-    """Find the tokens that never merge, and store their number in the blocks.
+    """Count the tokens that never merge, such as class tokens, and store the counts in the blocks.
 
-    Return the reason if this fails.
+    Return the reason if this fails; otherwise an empty text.
     """
     stack = stack_of(model)
     if stack is None or stack.vit is not None:

@@ -58,9 +58,9 @@ class Whitening:
 
     @classmethod
     def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
-        """Return the whitening for features with these moments.
+        """Return the whitening for features with these moments, a root of the metric that weighs errors.
 
-        ``metric`` [C, C] replaces 1/2 S^-1, half the inverse covariance.
+        The metric is ``metric`` [C, C], by default half the inverse covariance.
         """
         covariance = moments.covariance
         variance = covariance.diagonal()

@@ -201,7 +201,6 @@ def _mix_queries(module: nn.Module, unit: Unit, unit_plan: UnitPlan, refit: Refi
 
 
 def _move_columns(module: nn.Module, unit: Unit, unit_plan: UnitPlan, refit: Refit) -> None:
-    """Fold W_S += W_P B and bias += W_P c into the output projection; columns of P become 0."""
     projection = unit.output_projection
     assert projection is not None
     assert refit.constant is not None

@@ -141,7 +141,9 @@ def _check_last(block: Any) -> None:
     if isinstance(block, OutputTokenBlock):
         return
     if type(block) not in OUTPUT_TOKEN_BLOCKS:
-        raise UnsupportedModelError(f"blocks of class {type(block).__name__} compute all tokens")
+        raise UnsupportedModelError(
+            f"blocks of class {type(block).__name__} cannot compute only the first tokens"
+        )
     if _dense_class(block.attn) not in OUTPUT_TOKENS:
         raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all tokens")
 
