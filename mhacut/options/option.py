@@ -241,7 +241,7 @@ class Options:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _shared: ClassVar[dict[str, Any]]
-    """Panel and needs of the options that this class declares. Inherited options keep their own."""
+    """Help panel and required options of all options that this class declares."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
