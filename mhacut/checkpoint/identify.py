@@ -57,7 +57,7 @@ def _check_hints(where: str, stated: ModelIdentity, hints: ModelHints, model: nn
             wrong.append(f"{name}={value!r:.60} (it has {shown!s:.60})")
     if wrong:
         raise CheckpointError(
-            f"{where}: {', '.join(wrong)} contradicts the slim file's metadata. Leave the option out"
+            f"{where}: contradicts the metadata of the slim file. Leave out {', '.join(wrong)}"
         )
 
 
