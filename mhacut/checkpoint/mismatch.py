@@ -50,7 +50,8 @@ def check_tensors(
     if not stated and is_foreign(wanted, tensors):
         raise CheckpointError(
             f"{where}: its tensors do not fit {identity.architecture}: {counts}. Most names are of another "
-            f"architecture (first {unexpected[0]!r:.150}). Give {option_name('model', 'NAME')}"
+            f"architecture (first {unexpected[0]!r:.150}). Give the file's architecture: "
+            f"{option_name('model', 'NAME')}"
             f"{f': {models}' if models else ''}"
         )
     args = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())

@@ -74,7 +74,11 @@ def test_config_has_no_private_attributes(folders):
 
 def test_training_writes_a_folder_of_the_same_class(folders, tmp_path):
     run_folder, data = tmp_path / "run", ("--data-dir", folders / "images", "--lr", "1e-3")
+    note = run_folder / "best" / "note.txt"  # of the user, whose folder has the name of a run's folder
+    note.parent.mkdir(parents=True)
+    note.touch()
     tuned = document("finetune", folders / "slim", *data, "--epochs", "1", "-o", run_folder)
+    assert note.exists()
     assert tuned["output"] == str(run_folder / "best")
     assert tuned["steps"] == 3
     assert document("inspect", run_folder / "last", "--shapes")["history"][1]["teacher_sha256"] is not None

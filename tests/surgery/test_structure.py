@@ -12,6 +12,7 @@ from torch import nn
 
 import mhacut
 from helpers.models import relative
+from helpers.own_code import Scale
 from helpers.plans import random_plan
 from mhacut.adapters import structure
 from mhacut.plan import Plan
@@ -51,15 +52,6 @@ class Branches(nn.Module):
         if self.doubled:  # no form has this
             y = y + k
         return self.unify(y.transpose(1, 2).flatten(2)), None
-
-
-class Scale(nn.Module):
-    def __init__(self, dim):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.rand(dim))
-
-    def forward(self, x):
-        return x * self.gamma
 
 
 class Feed(nn.Module):
