@@ -58,6 +58,7 @@ class Checkpoint:
         source: str,
         stem: str = "model",
         record: SlimRecord | None = None,
+        header: FileHeader | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         sha256: str | None = None,
         notes: Sequence[str] = (),
@@ -70,7 +71,7 @@ class Checkpoint:
             }
         origins = dict.fromkeys(identity.pretrained_cfg, cfg_origin)
         resolved = ResolvedModel(identity, model, tensors, tuple(notes), origins)
-        return cls(source, stem, record, has_weights=True, _resolved=resolved, _sha256=sha256)
+        return cls(source, stem, record, header, has_weights=True, _resolved=resolved, _sha256=sha256)
 
     @property
     def path(self) -> Path | None:

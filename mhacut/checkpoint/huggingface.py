@@ -95,18 +95,17 @@ def open_huggingface(source: str | os.PathLike[str], hints: ModelHints | None = 
     names = label_names(Config(header.config or {}, show(folder / "config.json")), whole.num_classes)
     cfg |= {} if names is None else {"label_names": names}
     identity = ModelIdentity(type(model).__name__, {"num_classes": whole.num_classes}, cfg)
-    checkpoint = Checkpoint.of_model(
+    return Checkpoint.of_model(
         whole,
         identity,
         source=os.fspath(source),
         stem=folder.resolve().name,
         record=_record(model, identity, preprocessing) if pruned else None,
+        header=header,
         dtypes={name: dtype for name, tensor in whole.state_dict().items() if tensor.is_floating_point()},
         notes=(f"{type(model).__name__} of transformers",),
         cfg_origin="file",
     )
-    checkpoint.header = header
-    return checkpoint
 
 
 def as_huggingface(checkpoint: Checkpoint) -> Checkpoint:

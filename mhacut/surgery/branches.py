@@ -22,13 +22,10 @@ from mhacut.adapters.base import library_class
 from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax import Softmax
-from mhacut.adapters.structure import is_registered_library, mlp_of_block, with_random_weights
+from mhacut.adapters.structure import are_equal, is_registered_library, mlp_of_block, with_random_weights
 from mhacut.surgery.merging_blocks import Branches, MergingLayer, apply_part
 from mhacut.surgery.token_merging import SizedTokens
 
-_TOLERANCE = 1e-6
-"""Largest relative difference between outputs that must be equal. Some attention classes compute the softmax
-in float32."""
 _LENGTHS = 8, 13
 """Numbers of random tokens with which a block is tested."""
 _FOUND: dict[tuple[Any, ...], Branches | None] = {}
@@ -107,7 +104,7 @@ def _merges_exactly(plain: nn.Module, merging: Any, length: int, width: int) -> 
         actual = merging(SizedTokens(x, sizes)).x
     except Exception:  # of any kind: this code is not known
         return False
-    return _equal(actual, expected)
+    return are_equal(actual, expected)
 
 
 def _noise(length: int, width: int) -> Tensor:
@@ -122,12 +119,6 @@ def _run(block: nn.Module, x: Tensor) -> Any:
         return block(x, *[None] * len(needed))
     except Exception:  # of any kind: this code is not known
         return None
-
-
-def _equal(actual: Tensor, expected: Tensor) -> bool:
-    if actual.shape != expected.shape:
-        return False
-    return bool((actual - expected).abs().max() <= _TOLERANCE * expected.abs().max().clamp_min(1e-9))
 
 
 @dataclass
@@ -157,7 +148,7 @@ class _Trace:
             return None
         first, x, place = self._chain(x, 0, output)
         second, x, place = self._chain(x, place, output)
-        if self.attention not in first or not second or not _equal(x, output):
+        if self.attention not in first or not second or not are_equal(x, output):
             return None
         # DINOv2's drop paths run in training only.
         called = {call.name for call in self.calls}
@@ -212,12 +203,12 @@ class _Trace:
 
     def _reader_of(self, x: Tensor, place: int) -> int | None:
         for number, call in enumerate(self.calls[place:], place):
-            if call.x is not None and call.y is not None and _equal(call.x, x):
+            if call.x is not None and call.y is not None and are_equal(call.x, x):
                 return number
         return None
 
     def _ends(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> bool:
-        return y.shape == x.shape and (_equal(x + y, output) or self._reader_of(x + y, place) is not None)
+        return y.shape == x.shape and (are_equal(x + y, output) or self._reader_of(x + y, place) is not None)
 
     def _glue(self, x: Tensor, y: Tensor, place: int, output: Tensor) -> str | None:
         for owner, part in self.block.named_modules():
