@@ -270,7 +270,7 @@ def torchvision_swin(version: str) -> nn.Module:
 
     more = {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
     options = more if version == "v2" else {}
-    return swin.SwinTransformer([4, 4], 32, [2, 2], [2, 4], [4, 4], num_classes=5, **options)
+    return swin.SwinTransformer([4, 4], 32, [2, 2], [4, 8], [4, 4], num_classes=5, **options)
 
 
 def open_clip_vit() -> nn.Module:
