@@ -479,7 +479,7 @@ def main() -> None:
         print(line(rows[-1]), flush=True)
     print("\n" + "\n".join(summary(rows)))
     if asked.markdown is not None:
-        title = ["# How files as they lie about are opened", ""]
+        title = ["# Checkpoint files, and how mhacut opened them", ""]
         made = [f"Made by `python examples/coverage/files.py --markdown FILE`, with {versions()}.", ""]
         asked.markdown.write_text("\n".join([*title, *made, *summary(rows), "", *head, *map(line, rows), ""]))
 
