@@ -38,7 +38,7 @@ class Classifier(nn.Module):
 
     def __init__(self, backbone: nn.Module, head: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head = backbone, head
+        self.backbone, self.head, self.num_classes = backbone, head, 430
 
     def forward(self, images: Tensor) -> Tensor:
         output = self.backbone(images)
@@ -172,7 +172,7 @@ class Log:
 
     def log(self, message: str) -> None:
         if message.startswith("tokens merged per block"):
-            self.merged = message.partition("(")[2].partition(" ")[0]
+            self.merged = message.partition("total ")[2].partition(")")[0]
         print("   ", message, file=sys.stderr, flush=True)
 
     def start(self, stage: str) -> None:

@@ -95,6 +95,8 @@ def submodule_job(
         f"preserving {', '.join(outputs)}"
     )
     preserved = _preserved(dense, {output: maps[output] for output in outputs}, model, recorded.loss)
+    if preserved.what == "pooled":
+        reporter.log(f"{outputs[0]} is preserved as features. For logits, set num_classes of the model")
     scope = resolve_scope(scope, options, model, preserved, tuple(images.shape[1:]), reporter)
     job = build_job(model, images, preserved, scope, options)
     one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]

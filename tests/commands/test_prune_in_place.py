@@ -12,6 +12,7 @@ from torch import nn
 
 import mhacut
 from helpers.huggingface import Segmenter, TinyAttention, TinyBackbone
+from helpers.jobs import Recorder
 from helpers.models import relative
 from mhacut.errors import BudgetError, CheckpointError, DataError, UnsupportedModelError, UsageError
 
@@ -186,6 +187,17 @@ def test_tokens_of_a_timm_model_are_merged_and_copied_back(tmp_path):
 def neighbours_alike():
     noise = torch.randn(12, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     return noise.repeat_interleave(8, 2).repeat_interleave(8, 3)
+
+
+def test_logits_without_a_name_need_the_number_of_classes(images):
+    recorder = Recorder()
+    model = build(lambda: nn.Sequential(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=16)))
+    result = mhacut.prune_(model, "", images=images, reporter=recorder, **QUICK)
+    assert result.metric == "features"
+    assert any("For logits, set num_classes of the model" in message for message in recorder.messages)
+    model = build(lambda: nn.Sequential(timm.create_model("vit_tiny_patch16_224", depth=2, img_size=16)))
+    model.num_classes = 1000
+    assert mhacut.prune_(model, "", images=images, **QUICK).metric == "answers"
 
 
 @pytest.mark.slow
