@@ -13,7 +13,7 @@ from torch import nn
 
 from mhacut.adapters.attend import graph_is_recorded
 from mhacut.surgery import merging_blocks, token_merging
-from mhacut.surgery.merging_blocks import Branches, Matcher, MergingLayer
+from mhacut.surgery.merging_blocks import Branches, Matcher, MergingLayer, Projections
 
 MODULE = "modeling_mhacut"
 
@@ -34,6 +34,7 @@ class Pruned:
             layer.__class__ = globals().setdefault(merging, type(merging, (MergingLayer, type(layer)), {}))
             layer.matcher = None if merge["matcher"] is None else Matcher(**merge["matcher"])
             layer.branches = Branches(*merge["branches"])
+            layer.projections = merge["projections"] and Projections(*merge["projections"])
             if merge["outside"] is not None:
                 layer.outside = merge["outside"]
         for name, values in stated["attributes"].items():
@@ -68,6 +69,7 @@ def modeling_of(model: Any) -> tuple[dict[str, Any], str] | None:
             stated["merges"][name] = {
                 "matcher": None if matcher is None else {key: getattr(matcher, key) for key in arguments},
                 "branches": [*module.branches[:-1], None],  # mlp, which only a cut needs
+                "projections": module.projections,
                 "outside": getattr(module, "outside", None),
             }
         for key, value in vars(module).items():
@@ -95,7 +97,9 @@ def _source(cls: str) -> str:
     objects: tuple[Any, ...] = (
         graph_is_recorded,
         Branches,
+        merging_blocks.Projections,
         merging_blocks.apply_part,
+        merging_blocks._cls_weights,
         merging_blocks._check_no_mask,
         merging_blocks._with_sizes,
         Matcher,

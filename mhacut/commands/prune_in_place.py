@@ -60,10 +60,10 @@ class InPlaceResult:
 
     def __repr__(self) -> str:
         before, after = format_flops(self.flops_before), format_flops(self.flops_after)
-        merged = sum(self.plan.tokens.merged)
+        merged, copied = sum(self.plan.tokens.merged), " and copied back" if self.plan.tokens.unmerge else ""
         return (
             f"{shown(self.part)}: {before} -> {after} FLOPs ({self.flops_after / self.flops_before:.1%}), "
-            f"{f'{merged} tokens merged and copied back, ' if merged else ''}"
+            f"{f'{merged} tokens merged{copied}, ' if merged else ''}"
             f"divergence of {', '.join(self.preserved)} {self.divergence:.2g}"
             f"{' nats per token' if self.metric == 'dense' and self.preserved != ('loss',) else ''}"
         )
@@ -88,8 +88,9 @@ def prune_(
         mhacut.prune_(detector, "backbone", images=loader, flops="70%")
 
     The images run through the complete model. One run shows which outputs of the submodule the model reads.
-    Class, forward pass and tensor names stay. Layers become narrower. Blocks of a plain ViT merge tokens, and
-    outputs have a copy of the merged token for each of its patches. Create optimizers after this call.
+    Class, forward pass and tensor names stay. Layers become narrower. Blocks of a plain ViT merge tokens.
+    Output features have a copy of the merged token for each of its patches. A model with logits that depend
+    on the class token only returns no patch features. Create optimizers after this call.
 
     Args:
         model: any model, on any device, in any mode.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from mhacut.surgery.costs import build_cost_table
 from mhacut.surgery.features import Features
 from mhacut.surgery.find import find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops, measure_flops_by_module
-from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.hooks import captured_outputs, registered
 from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, shown
 from mhacut.surgery.tokens import stack_of, why_not_merged, with_tokens
 
@@ -42,7 +43,7 @@ def build_job(
     merges = scope.endswith("+tokens")
     if merges and (reason := why_no_merging(model, preserved, size)):
         raise UnsupportedModelError(f"{option_name('scope', scope)}: tokens cannot be merged: {reason}")
-    unmerge = _unmerges(model, preserved) if merges else tokens.unmerge
+    unmerge = _unmerges(model, preserved, size) if merges else tokens.unmerge
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     unmerged = with_tokens(model, replace(tokens, merged=()))
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(unmerged)
@@ -72,6 +73,7 @@ def build_job(
         preserved=preserved,
         merged=merged,
         unmerge=unmerge,
+        class_token=reads_class_token(unmerged, preserved, size),
     )
 
 
@@ -155,7 +157,7 @@ def resolve_scope(
         reporter.log(f"scope: channels only: {reason}")
         return "attention+mlp"
     alone = option_name("scope", "attention+mlp")
-    copied = _unmerges(model, preserved)
+    copied = _unmerges(model, preserved, size)
     features = "merged tokens are copied back to their patches" if copied else "no patch features"
     reporter.log(
         f"scope: channels and token merging ({features}). {alone} cuts channels only. ONNX, OpenVINO and pt2 "
@@ -168,7 +170,7 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
     """Return the reason why merged tokens would not give the ``preserved`` outputs; empty if they do."""
     if preserved.metric == "features":
         return "merged tokens have no separate features"
-    unmerge = _unmerges(model, preserved)
+    unmerge = _unmerges(model, preserved, size)
     if (reason := why_not_merged(model, unmerge) or find_outside_tokens(model, size)) or not unmerge:
         return reason
     image = _image(model, size)
@@ -186,9 +188,32 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
     return "" if shapes[0] == shapes[1] else "tokens are read inside blocks, where they are not copied back"
 
 
-def _unmerges(model: nn.Module, preserved: Preserved) -> bool:
+def _unmerges(model: nn.Module, preserved: Preserved, size: tuple[int, ...]) -> bool:
     stack = stack_of(model)
-    return preserved.dense or (stack is not None and stack.vit is None)
+    other = stack is not None and stack.vit is None
+    return preserved.dense or (other and not reads_class_token(model, preserved, size))
+
+
+def reads_class_token(model: nn.Module, preserved: Preserved, size: tuple[int, ...]) -> bool:
+    """Whether the preserved outputs depend on the first token of the last block, and on no other token."""
+    stack = stack_of(model)
+    if stack is None or preserved.dense:
+        return False
+    if stack.vit is not None:
+        return bool(stack.vit.global_pool == "token")
+    if find_outside_tokens(model, size):
+        return False
+    last: list[Tensor] = []
+
+    def replace_output(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        last.append(output.detach().requires_grad_())
+        return last[-1]
+
+    with torch.enable_grad(), registered([stack.blocks[-1].register_forward_hook(replace_output)]):
+        outputs = preserved.outputs(model, _image(model, size))
+        (gradient,) = torch.autograd.grad(outputs.square().sum(), last)
+    tokens = gradient.transpose(0, 1) if stack.tokens_first else gradient
+    return tokens[0].any(-1).nonzero().flatten().tolist() == [0]
 
 
 def _image(model: nn.Module, size: tuple[int, ...]) -> Tensor:

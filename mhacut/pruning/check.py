@@ -18,6 +18,8 @@ from mhacut.surgery.tokens import set_merged
 EXACTNESS = 1e-3
 """Largest accepted relative difference between outputs of the masked dense model and of the cut model.
 Rounding causes 1e-6 to 1e-4, growing with depth (docs/explanation/choices.md)."""
+ROUNDING = 1e-2
+"""Largest accepted share of the planned FLOPs that the pruned model may save beyond the plan."""
 REPEATABILITY = 1e-5
 """Largest accepted relative difference between outputs of 2 loads of the same model file."""
 
@@ -29,8 +31,10 @@ def check_flops(slim: nn.Module, job: Job, planned: Planned, most: int) -> None:
     # Counted by fvcore, which knows nothing of the cost table: a wrong table would break the promised budget.
     counted = measure_flops(slim, job.input_size)
     expected = int(planned.table.flops(planned.plan.widths()))
-    if counted != expected or counted > most:
-        wrong = f"not the planned {expected}" if counted != expected else f"more than the budget of {most}"
+    # The table counts the class token's attention in merging blocks at the dense width.
+    planned_well = expected * (1 - ROUNDING) <= counted <= expected
+    if not planned_well or counted > most:
+        wrong = f"more than the budget of {most}" if planned_well else f"not the planned {expected}"
         raise MhacutError(
             f"the pruned model has {counted} FLOPs, {wrong}; nothing was written. This is a bug in mhacut: "
             "please report the architecture and its arguments"

@@ -54,6 +54,8 @@ class Job:
     merges. ``model`` never merges."""
     unmerge: Unmerge = False
     """Whether the slim model copies each merged token back to its patches in the features it returns."""
+    class_token: bool = False
+    """Whether the preserved outputs depend on the class token of the last block, and on no other token."""
     constraints: Constraints = NO_CONSTRAINTS
     """User constraints on widths, such as ``--exclude``, for the allocations ``curves`` and ``uniform``."""
     extra_images: Dataset[Sample] | None = None

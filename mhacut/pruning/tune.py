@@ -19,10 +19,10 @@ from mhacut.errors import DataError
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.distill import minimise
 from mhacut.pruning.job import Job
-from mhacut.pruning.preserve import FITTED_IMAGES, Preserved
+from mhacut.pruning.preserve import FITTED_IMAGES
 from mhacut.runtime.device import ordered_attention
 from mhacut.surgery.hooks import captured_outputs
-from mhacut.surgery.merging_blocks import unmerged
+from mhacut.surgery.token_merging import SizedTokens
 from mhacut.surgery.tokens import stack_of
 
 RATE = 1.2e-4
@@ -66,11 +66,13 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     steps = job.options.tuning_steps or min(usual, math.ceil(ROUNDS * len(images) / size))
     model = copy.deepcopy(slim)
     batches = enumerate(_batches(images, steps, size, job))
-    blocks = _hinting(slim, preserved)
+    # Class tokens give hints if the model classifies by its class token.
+    stack = stack_of(slim) if job.class_token and preserved.metric == "answers" else None
+    blocks = [] if stack is None else list(stack.names)
 
     def run(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return the preserved outputs, and the class token after each hinting block, [blocks, B, C]."""
-        with captured_outputs(network, blocks, lambda _, output: unmerged(output)[:, 0]) as hints:
+        with captured_outputs(network, blocks, lambda _, output: _class_token(output, stack)) as hints:
             outputs = preserved.outputs(network, batch).float()
         tokens = [token.float() for (token,) in hints.values()]
         return outputs, torch.stack(tokens) if tokens else outputs.new_zeros(0)
@@ -172,12 +174,12 @@ def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Ca
     )
 
 
-def _hinting(model: nn.Module, preserved: Preserved) -> list[str]:
-    """Return the blocks whose class tokens give hints: all, if a timm ViT classifies by its class token."""
-    stack = stack_of(model)
-    if stack is None or preserved.metric != "answers" or getattr(stack.vit, "global_pool", "") != "token":
-        return []
-    return list(stack.names)
+def _class_token(output: Any, stack: Any) -> Tensor:
+    """Return the class token [B, C] of a block's output."""
+    if isinstance(output, SizedTokens):
+        return output.x[:, 0]
+    token: Tensor = output[0] if stack.tokens_first else output[:, 0]
+    return token
 
 
 def _batches(images: ConcatDataset[Sample], count: int, size: int, job: Job) -> Iterator[Tensor]:

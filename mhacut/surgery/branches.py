@@ -23,7 +23,7 @@ from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax import Softmax
 from mhacut.adapters.structure import are_equal, is_registered_library, mlp_of_block, with_random_weights
-from mhacut.surgery.merging_blocks import Branches, MergingLayer, apply_part
+from mhacut.surgery.merging_blocks import Branches, MergingLayer, Projections, apply_part
 from mhacut.surgery.token_merging import SizedTokens
 
 _LENGTHS = 8, 13
@@ -45,6 +45,22 @@ def branches_of(block: nn.Module) -> Branches | None:
             return None
         _FOUND[key] = _found(block)
     return _FOUND[key]
+
+
+def projections_of(attention: nn.Module) -> Projections | None:
+    """Return the names of the weights that compute q and k; None if q or k is more than a projection."""
+    adapter = adapter_for(attention)
+    assert isinstance(adapter, Softmax)
+    heads, reader = adapter.heads(attention), adapter.reader(attention).name
+    if isinstance(attention, nn.MultiheadAttention):
+        return Projections("in_proj_weight", "in_proj_weight", reader, heads)
+    writers = adapter.writers(attention)
+    others = [part for name, part in attention.named_modules() if name not in (*writers, reader)]
+    normed = any(list(part.parameters(recurse=False)) for part in others)
+    if normed or adapter.per_head or {*writers.values()} not in ({"qkv"}, {"q", "k", "v"}, {"q", "kv"}):
+        return None
+    names = {letter: f"{name}.weight" for name, letters in writers.items() for letter in letters}
+    return Projections(names["q"], names["k"], reader, heads)
 
 
 def block_width(block: nn.Module, branches: Branches) -> int:
@@ -89,6 +105,7 @@ def _found(block: nn.Module) -> Branches | None:
         return None
     merging.__class__ = type("Trial", (MergingLayer, type(block)), {})
     merging.branches, merging.matcher, merging.gives_sizes, merging.unmerge = branches, None, True, True
+    merging.projections = None
     return branches if all(_merges_exactly(plain, merging, length, width) for length in _LENGTHS) else None
 
 

@@ -11,6 +11,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.models import checkpoint_seq, vision_transformer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -93,6 +94,18 @@ class Branches(NamedTuple):
     """Adapter of the MLP if its linear layers are in different submodules; else None."""
 
 
+class Projections(NamedTuple):
+    """Weights of an attention layer that compute q and k."""
+
+    query: str
+    """Name of the weight that computes q. Equal to ``key`` for a weight with the rows [q | k | v]."""
+    key: str
+    """Name of the weight that computes k, in its first rows unless the weight computes q too."""
+    reader: str
+    """Name of the output projection."""
+    heads: int
+
+
 def apply_part(part: Any, x: Tensor) -> Any:
     return part * x if isinstance(part, nn.Parameter) else part(x)
 
@@ -107,6 +120,8 @@ class MergingLayer(Merging):
     branches: Branches
     outside: tuple[int, int]
     """Numbers of tokens before and after the patches, such as class tokens. These tokens never merge."""
+    projections: Projections | None
+    """Weights that compute the class token's attention, which weighs tokens. None: sizes weigh tokens."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor | SizedTokens:
         x, *others = (*args, *options.values())
@@ -115,17 +130,23 @@ class MergingLayer(Merging):
             masks = [leaf for leaf in tree_leaves(others) if isinstance(leaf, Tensor)]
             _check_no_mask(masks[0] if masks else None, bool(options.get("is_causal")))
         tokens, bias = _with_sizes(self.laid_out(x) if isinstance(x, Tensor) else x, self)
-        tokens = tokens._replace(x=tokens.x + self._run(self.branches.first, tokens.x, bias))
-        if self.matcher is not None:
-            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, None), self.matcher.prefix)
-        tokens = tokens._replace(x=tokens.x + self._run(self.branches.second, tokens.x, None))
-        return tokens if self.gives_sizes else self.laid_out(tokens.unmerge())
-
-    def _run(self, parts: tuple[str, ...], x: Tensor, bias: Tensor | None) -> Tensor:
-        for name in parts:
+        y, cls_weights = tokens.x, None
+        for name in self.branches.first:
             part = attrgetter(name)(self)
-            x = self._attend(part, x, bias) if name == self.branches.attention else apply_part(part, x)
-        return x
+            if name != self.branches.attention:
+                y = apply_part(part, y)
+                continue
+            if self.matcher is not None and self.projections is not None:
+                cls_weights = _cls_weights(part, self.projections, y, bias)
+            y = self._attend(part, y, bias)
+        tokens = tokens._replace(x=tokens.x + y)
+        if self.matcher is not None:
+            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, cls_weights), self.matcher.prefix)
+        y = tokens.x
+        for name in self.branches.second:
+            y = apply_part(attrgetter(name)(self), y)
+        tokens = tokens._replace(x=tokens.x + y)
+        return tokens if self.gives_sizes else self.laid_out(tokens.unmerge())
 
     def _attend(self, attention: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         options: dict[str, Any] = {self.branches.mask_name: bias}
@@ -137,6 +158,26 @@ class MergingLayer(Merging):
 
     def laid_out(self, x: Tensor) -> Tensor:
         return x.transpose(0, 1) if self.branches.tokens_first else x
+
+
+def _cls_weights(attention: Any, projections: Projections, x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the class token's attention weights [B, H, N] on tokens [B, N, C], from q and k weights.
+
+    q k^T = (q W_k) x^T up to a constant, which the softmax removes. This takes N * H * C products, far fewer
+    than k.
+    """
+    query, key, reader, heads = projections
+    weight, key_weight = attention.get_parameter(query), attention.get_parameter(key)
+    owner, _, name = query.rpartition(".")
+    q_bias = getattr(attention.get_submodule(owner), name.replace("weight", "bias"), None)
+    rows = len(weight)
+    if query == key:
+        rows = (rows - attention.get_submodule(reader).in_features) // 2
+        key_weight = key_weight[rows:]
+    q = F.linear(x[:, 0], weight[:rows], None if q_bias is None else q_bias[:rows]).unflatten(-1, (heads, -1))
+    read = torch.einsum("bhd,hdc->bhc", q, key_weight[:rows].unflatten(0, (heads, -1)))
+    logits = read @ x.mT * q.shape[-1] ** -0.5
+    return (logits if bias is None else logits + bias[:, 0]).softmax(-1)
 
 
 PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")

@@ -21,7 +21,7 @@ from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import CLS_WEIGHTS, OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import TokenPlan, Unmerge
-from mhacut.surgery.branches import block_width, branches_of
+from mhacut.surgery.branches import block_width, branches_of, projections_of
 from mhacut.surgery.merging_blocks import (
     PREFIX_PARAMETERS,
     Matcher,
@@ -155,13 +155,15 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
     stack = stack_of(model)
     assert stack is not None
     vit, blocks = stack.vit, stack.blocks
-    by_attention = vit is not None and not unmerge and _weighs_by_attention(vit)
+    by_attention = not unmerge and (vit is None or _weighs_by_attention(vit))
     # Blocks before the first merge keep their class: all their tokens have size 1.
     first = next(number for number, count in enumerate(merged) if count)
     for block, count in [*zip(blocks, merged, strict=True)][first:]:
         _set_merging(block, Matcher(count, stack.prefix) if count else None, unmerge)
-        if count and by_attention:
+        if count and by_attention and vit is not None:
             _set_attention_class(block.attn, CLS_WEIGHTS[Attention])
+        elif by_attention and vit is None:
+            block.projections = projections_of(block.get_submodule(block.branches.attention))
     blocks[-1].gives_sizes = vit is not None and (unmerge or vit.global_pool == "avg")
     if vit is not None:
         vit.__class__ = _MERGING_MODELS[type(vit)]
@@ -179,7 +181,7 @@ def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
         _MERGING_BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
         _PLAIN_CLASSES[_MERGING_BLOCKS[plain]] = plain
     if issubclass(_MERGING_BLOCKS[plain], MergingLayer):
-        block.branches = branches_of(block)
+        block.branches, block.projections = branches_of(block), None
         attention = block.get_submodule(block.branches.attention)
         adapter_for(attention).resize(attention, {})  # type: ignore[union-attr]
     block.__class__ = _MERGING_BLOCKS[plain]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -162,3 +163,43 @@ def test_tokens_stay_where_code_between_blocks_takes_tensors_only():
     model, x = Strict(BUILDERS["dinov2"]).eval().requires_grad_(False), smooth_images(24)
     result = mhacut.prune_(model, "", images=x.split(8), flops="80%", effort="fast", tuning_steps=0)
     assert result.plan.tokens.merged == ()
+
+
+class Classifier(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.vit, self.head, self.num_classes = build(name), nn.Linear(32, 5), 5
+
+    def forward(self, x):
+        return self.head(self.vit(x)[:, 0])
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_class_token_classifier_copies_no_tokens_back(name, tmp_path):
+    torch.manual_seed(0)
+    model, x = Classifier(name).eval().requires_grad_(False), smooth_images(24)
+    fresh = copy.deepcopy(model)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="45%", effort="fast", tuning_steps=2)
+    assert sum(result.plan.tokens.merged) > 0
+    assert not result.plan.tokens.unmerge
+    assert model.vit(x).shape[1] < 65
+    mhacut.save_pruned(model, tmp_path / "part.safetensors")
+    mhacut.apply_pruned(fresh, tmp_path / "part.safetensors")
+    assert relative(fresh(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["dinov2", "tokens first"])
+def test_the_class_tokens_attention_weighs_tokens(name):
+    model, x, seen = build(name).double(), torch.randn(2, 3, 32, 32).double(), []
+    apply_tokens(model, TokenPlan(None, (20, 10), False, (1, 0)))
+    for block in model.blocks:
+        block.matcher.register_forward_pre_hook(lambda _, args: seen.append(args[1:]))
+        block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(x)
+    for block, y, (sizes, weights) in zip(model.blocks, seen[::2], seen[1::2], strict=True):
+        y = y.transpose(0, 1) if name == "tokens first" else y
+        both = block.attn.qkv(y) if name == "dinov2" else y @ block.attn.in_proj_weight.T
+        for image, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            q, k = (both[image, :, start + 16 * head :][:, :16] for start in (0, 32))
+            logits = [float(q[0] @ k[n]) / 4 + math.log(sizes[image, n]) for n in range(len(k))]
+            assert relative(weights[image, head], torch.tensor(logits).double().softmax(0)) < 1e-6
