@@ -29,6 +29,7 @@ from mhacut.adapters.other_attention import (
 )
 from mhacut.adapters.softmax_table import SOFTMAX
 from mhacut.adapters.structure import adapter_by_structure
+from mhacut.adapters.torchvision_swin import torchvision_swin_adapter
 
 ADAPTERS: tuple[Adapter, ...] = (
     *SOFTMAX,
@@ -77,7 +78,8 @@ _KNOWN_ATTENTION = {
 def adapter_for(module: nn.Module) -> Adapter | None:
     """Return the adapter of the exact class of ``module``; None if the class is not supported."""
     # The exact class: a subclass may compute something else with the same tensors.
-    adapter = _BY_CLASS.get(type(module)) or adapter_of(module) or adapter_by_structure(module)
+    adapter = _BY_CLASS.get(type(module)) or adapter_of(module) or torchvision_swin_adapter(module)
+    adapter = adapter or adapter_by_structure(module)
     return adapter if adapter is not None and adapter.serves(module) else None
 
 
