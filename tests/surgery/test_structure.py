@@ -192,3 +192,24 @@ def test_attention_of_no_known_form_stays_and_mlps_are_cut():
 def test_an_mlp_that_mixes_its_hidden_channels_stays():
     prunable = find_prunable_layers(build("qkv", lambda dim: Feed(dim, normed=True)))
     assert [unit.kind for unit in prunable.units()] == ["qk", "v"] * 2
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("side", [8, 7, 4, 3])
+def test_torchvisions_swin_attention_is_cut(version, side):
+    """Maps of whole windows, with padding, of a single window, and below a window."""
+    from torchvision.models import swin_transformer as swin
+
+    torch.manual_seed(0)
+    attention = swin.ShiftedWindowAttention if version == "v1" else swin.ShiftedWindowAttentionV2
+    model = nn.Sequential(attention(12, [4, 4], [2, 2], 2)).double().eval().requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.copy_(torch.randn_like(parameter) / 3)
+    x, prunable = torch.randn(2, side, side, 12).double(), find_prunable_layers(model)
+    full, slim = copy.deepcopy(model), copy.deepcopy(model)
+    cut(full, Plan(tuple(unit.keep_first(unit.width) for unit in prunable.units())))
+    assert relative(full(x), model(x)) < 1e-6
+    plan, scales = random_plan(prunable, 0)
+    masked = run_with(model, masked_tensors(model, prunable, scales), x)
+    cut(slim, plan, scales)
+    assert relative(slim(x), masked) < 1e-6
