@@ -66,6 +66,7 @@ LOWFORMER = partial(
 )
 OF_OUTPUT_TOKENS = partial(Softmax, inputs=hooks.output_tokens)
 WITH_CLS_WEIGHTS = partial(Softmax, weigh=cls_attention, result="proj")
+ROPE_WITH_CLS_WEIGHTS = partial(Rope, weigh=cls_attention, result="proj")
 ROPE_OF_OUTPUT_TOKENS = partial(
     Rope,
     written_by={"q_proj": "q", "k_proj": "k", "v_proj": "v", "gate": "g"},
@@ -91,8 +92,10 @@ SOFTMAX = (
         **PLAIN,
     ),
     Rope(layers.attention.AttentionRope),
+    ROPE_WITH_CLS_WEIGHTS(CLS_WEIGHTS[layers.attention.AttentionRope]),
     ROPE_OF_OUTPUT_TOKENS(OUTPUT_TOKENS[layers.attention.AttentionRope]),
     Rope(models.eva.EvaAttention),
+    ROPE_WITH_CLS_WEIGHTS(CLS_WEIGHTS[models.eva.EvaAttention]),
     ROPE_OF_OUTPUT_TOKENS(OUTPUT_TOKENS[models.eva.EvaAttention]),
     Softmax(models.beit.Attention, logits=hooks.beit_bias),
     OF_OUTPUT_TOKENS(

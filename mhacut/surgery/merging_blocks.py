@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq, vision_transformer
+from timm.models import checkpoint_seq, eva, vision_transformer
+from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -20,7 +21,7 @@ from mhacut.adapters.attend import graph_is_recorded
 from mhacut.adapters.mlp import Mlp
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
-from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS
+from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, scaled
 from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order, match, merge, weigh
 
 
@@ -50,33 +51,65 @@ class Merging:
     """Whether the output features of the model have a token for every patch."""
 
 
-class MergingBlock(Merging, vision_transformer.Block):  # type: ignore[misc]
-    """timm's ViT block with token merging between attention and MLP."""
+class _TimmMerging(Merging):
+    """Mixin for timm's ViT blocks with norms before attention and MLP: token merging between both."""
 
     def forward(
-        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+        self: Any,
+        x: Tensor | SizedTokens,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        rope: Tensor | None = None,
     ) -> Tensor | SizedTokens:
+        """Compute the block; ``rope`` holds the sines and cosines of all patches [N, 2 * d]."""
         _check_no_mask(attn_mask, is_causal)
-        tokens, bias = _with_sizes(x, self)
-        y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias), None
+        tokens, bias = _with_sizes(x, self, rope)
+        y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias, **_rotation(tokens, self.attn)), None
         if isinstance(y, tuple):
             y, cls_weights = y
-        tokens = tokens._replace(x=tokens.x + self.drop_path1(self.ls1(y)))
+        tokens = tokens._replace(x=tokens.x + self.drop_path1(scaled(self, 1, y)))
         if self.matcher is not None:
             tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, cls_weights), self.matcher.prefix)
-        y = tokens.x + self.drop_path2(self.ls2(self.mlp(self.norm2(tokens.x))))
+        y = tokens.x + self.drop_path2(scaled(self, 2, self.mlp(self.norm2(tokens.x))))
         return tokens._replace(x=y) if self.gives_sizes else y
 
 
-class MergedOutputTokenBlock(Merging, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
-    """Last block of a ViT with token merging that computes only the tokens that the head reads."""
+class _TimmMergedOutputTokens(Merging):
+    """Mixin for the last block of a ViT with token merging that computes only the tokens the head reads."""
 
     def forward(
-        self, x: Tensor | SizedTokens, attn_mask: Tensor | None = None, is_causal: bool = False
+        self: Any,
+        x: Tensor | SizedTokens,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        *,
+        rope: Tensor | None = None,
     ) -> Tensor:
         _check_no_mask(attn_mask, is_causal)
-        tokens, bias = _with_sizes(x)
-        return super().forward(tokens.x, attn_mask=bias)
+        tokens, bias = _with_sizes(x, self, rope)
+        y: Tensor = super().forward(tokens.x, attn_mask=bias, **_rotation(tokens, self.attn))  # type: ignore[misc]
+        return y
+
+
+class MergingBlock(_TimmMerging, vision_transformer.Block):  # type: ignore[misc]
+    pass
+
+
+class MergingEvaBlock(_TimmMerging, eva.EvaBlock):  # type: ignore[misc]
+    pass
+
+
+class MergedOutputTokenBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
+    pass
+
+
+class MergedOutputTokenEvaBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[eva.EvaBlock]):  # type: ignore[misc, valid-type]
+    pass
+
+
+def _rotation(tokens: SizedTokens, attention: Any) -> dict[str, Tensor | None]:
+    return {} if tokens.rope is None else {"rope": tokens.patch_rope(attention.num_prefix_tokens)}
 
 
 class Branches(NamedTuple):
@@ -184,12 +217,16 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "regi
 """Names of the parameters that transformers puts as tokens before the patches."""
 
 
-def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[SizedTokens, Tensor | None]:
+def _with_sizes(
+    x: Tensor | SizedTokens, block: Merging, rope: Tensor | None = None
+) -> tuple[SizedTokens, Tensor | None]:
     """Return tokens with their numbers of patches, and the attention bias (None before the first merge)."""
     if not isinstance(x, Tensor):
         return x, x.bias()
+    if rope is not None:
+        rope = F.pad(rope, (0, 0, x.shape[1] - rope.shape[-2], 0))
     token_of_patch = None
-    if block is not None and block.unmerge:
+    if block.unmerge:
         token_of_patch = torch.arange(x.shape[1], device=x.device)
         # "rows" marks slim files from before the checkerboard order existed.
         if block.unmerge is True and block.matcher is not None:
@@ -202,8 +239,9 @@ def _with_sizes(x: Tensor | SizedTokens, block: Merging | None = None) -> tuple[
             else:  # its own inverse
                 token_of_patch = order
             x = x.index_select(1, order)  # a single ONNX operation
+            rope = None if rope is None else rope.index_select(-2, order)
         token_of_patch = token_of_patch.expand(x.shape[:2])
-    return SizedTokens(x, x.new_ones(*x.shape[:2], 1), token_of_patch), None
+    return SizedTokens(x, x.new_ones(*x.shape[:2], 1), token_of_patch, rope), None
 
 
 def unmerged(output: Any) -> Any:
@@ -224,12 +262,18 @@ class MergedTokens:
     ) -> Tensor | SizedTokens:
         """Return the normalised tokens after the last block, with sizes if the head averages tokens."""
         _check_no_mask(attn_mask, is_causal)
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        tokens = self.run_blocks(self.patch_embed(x))
         if isinstance(tokens, Tensor) or tokens.token_of_patch is not None:
             features: Tensor = self.norm(unmerged(tokens))
             return features
         return SizedTokens(self.norm(tokens.x), tokens.sizes)
+
+    def run_blocks(self: Any, x: Tensor) -> Tensor | SizedTokens:
+        x = self.norm_pre(self.patch_drop(self._pos_embed(x)))
+        y: Tensor | SizedTokens = (
+            checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        )
+        return y
 
     def pool(self: Any, x: Tensor | SizedTokens, pool_type: str | None = None) -> Tensor:
         """Pool tokens to [B, C]. A mean weighs each token by its number of patches."""
@@ -237,7 +281,7 @@ class MergedTokens:
             tokens = x if isinstance(x, Tensor) else x.x
             pooled: Tensor = super().pool(tokens, pool_type)  # type: ignore[misc]
             return pooled
-        first = 0 if self.pool_include_prefix else self.num_prefix_tokens
+        first = 0 if getattr(self, "pool_include_prefix", False) else self.num_prefix_tokens
         sizes = x.sizes[:, first:]  # (B, N, 1)
         mean: Tensor = (x.x[:, first:] * sizes).sum(1) / sizes.sum(1)
         return mean
@@ -258,6 +302,22 @@ class MergedTokens:
             "this model merges tokens, so its blocks have no features of every patch; to keep those, prune "
             f"with {option_name('keep_dead_tokens', True)} or {option_name('preserve', 'tokens')}"
         )
+
+
+class MergedEvaTokens(MergedTokens):
+    """Mixin for timm's rotary ViT class whose blocks merge tokens."""
+
+    def run_blocks(self: Any, x: Tensor) -> Tensor | SizedTokens:
+        x, rope = self._pos_embed(x)
+        tokens: Tensor | SizedTokens = self.norm_pre(x)
+        if rope is not None and rope.dim() == 4:  # patches were dropped in training: [B, 1, N, 2 * d]
+            rope = rope[:, 0]
+        for block in self.blocks:
+            if self.grad_checkpointing:
+                tokens = checkpoint(block, tokens, rope=rope)
+            else:
+                tokens = block(tokens, rope=rope)
+        return tokens
 
 
 class _UnmergedOutput(nn.Module):

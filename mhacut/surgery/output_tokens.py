@@ -31,8 +31,8 @@ class OutputTokenBlock:
 
     def forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         y = self.attn(self.norm1(x), *args, **options)  # (B, read, C)
-        x = x[:, : self.attn.output_tokens] + self.drop_path1(_scaled(self, 1, y))
-        out: Tensor = x + self.drop_path2(_scaled(self, 2, self.mlp(self.norm2(x))))
+        x = x[:, : self.attn.output_tokens] + self.drop_path1(scaled(self, 1, y))
+        out: Tensor = x + self.drop_path2(scaled(self, 2, self.mlp(self.norm2(x))))
         return out
 
 
@@ -46,7 +46,7 @@ class OutputTokenBlockPostNorm(OutputTokenBlock):
         return out
 
 
-def _scaled(block: Any, branch: int, y: Tensor) -> Tensor:
+def scaled(block: Any, branch: int, y: Tensor) -> Tensor:
     """Multiply y by LayerScale 1 or 2 of the block, which is a module, a parameter or None."""
     layer_scale = getattr(block, f"ls{branch}", None)
     if layer_scale is not None:

@@ -61,6 +61,9 @@ class SizedTokens(NamedTuple):
     token_of_patch: Tensor | None = None
     """For each token of the first block, the index of the current token that contains it, [B, N of the first
     block]. None if patch features are not needed."""
+    rope: Tensor | None = None
+    """Sines and cosines of rotary positions, [N, 2 * d] before the first merge, then [B, N, 2 * d]. Rows of
+    the prefix are 0. None in models without rotary positions."""
 
     def __getitem__(self, index: Any) -> Any:
         # transformers reads the hidden state as entry 0 of a layer's output.
@@ -92,6 +95,12 @@ class SizedTokens(NamedTuple):
     def bias(self) -> Tensor:
         """Return ToMe's proportional attention: the bias of token sizes on logits, [B, 1, 1, N]."""
         return self.sizes.mT.log()[:, None]
+
+    def patch_rope(self, prefix: int) -> Tensor | None:
+        """Return the sines and cosines of the tokens after the prefix, with a dimension for heads."""
+        if self.rope is None or self.rope.dim() == 2:
+            return None if self.rope is None else self.rope[prefix:]
+        return self.rope[:, None, prefix:]
 
     def unmerge(self) -> Tensor:
         """Copy merged tokens back: return a token for every token of the first block, [B, N, C]."""
@@ -134,14 +143,20 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     """Return N - r tokens, in the order prefix, rest of A, B. Merged tokens are weighted averages."""
-    x, sizes, token_of_patch = tokens
+    x, sizes, token_of_patch, rope = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
         x = at_least_float32(x)
         # The same norms as in match: an exported graph computes them once.
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # All quantities that add up when tokens are merged, in one tensor.
-        sums = torch.cat((weights * x, weights * norms, weights, at_least_float32(sizes)), -1)
+        parts = [weights * x, weights * norms, weights, at_least_float32(sizes)]
+        if rope is not None:
+            # Attention of a merged token is the mean over its members if their q and k are equal and if their
+            # sines and cosines are averaged by size. The averages are shorter than 1: a token that covers
+            # many patches loses its fast frequencies.
+            parts.append(parts[-1] * rope)
+        sums = torch.cat(parts, -1)
         a, b = _take_rows(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
         # A product with a 0/1 matrix in place of a scatter.
         index_in_b = torch.arange(b.shape[1], device=b.device)[:, None]
@@ -149,11 +164,13 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         b = torch.baddbmm(b, receives, a[:, : merged.shape[1]])
     # Unmerged tokens pass through the same division, which undoes their weighting: fewer operations.
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
-    x, norms, weights, new_sizes = sums.split((x.shape[-1], 1, 1, 1), dim=-1)
+    x, norms, weights, new_sizes, *sums_of_rope = sums.split([part.shape[-1] for part in parts], dim=-1)
+    if rope is not None:
+        rope = (sums_of_rope[0] / new_sizes).to(rope.dtype)
     x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_MIN_NORM)))
     if token_of_patch is not None:
         token_of_patch = token_of_patch_after(token_of_patch, matched, prefix)
-    return SizedTokens(x.to(tokens.x.dtype), new_sizes.to(sizes.dtype), token_of_patch)
+    return SizedTokens(x.to(tokens.x.dtype), new_sizes.to(sizes.dtype), token_of_patch, rope)
 
 
 def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) -> Tensor:

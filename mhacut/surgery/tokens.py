@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import Attention
-from timm.models import vision_transformer
+from timm.layers.attention import AttentionRope
+from timm.models import eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
-from mhacut.adapters.base import mixed
+from mhacut.adapters.base import library_class, mixed
 from mhacut.adapters.registry import adapter_for
 from mhacut.adapters.softmax_special import CLS_WEIGHTS, OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError
@@ -25,10 +26,13 @@ from mhacut.surgery.branches import block_width, branches_of, projections_of
 from mhacut.surgery.merging_blocks import (
     PREFIX_PARAMETERS,
     Matcher,
+    MergedEvaTokens,
     MergedOutputTokenBlock,
+    MergedOutputTokenEvaBlock,
     MergedTokens,
     Merging,
     MergingBlock,
+    MergingEvaBlock,
     MergingLayer,
 )
 from mhacut.surgery.output_tokens import (
@@ -43,13 +47,25 @@ from mhacut.surgery.output_tokens import (
 _MERGING_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     vision_transformer.Block: MergingBlock,
     OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]: MergedOutputTokenBlock,
+    eva.EvaBlock: MergingEvaBlock,
+    OUTPUT_TOKEN_BLOCKS[eva.EvaBlock]: MergedOutputTokenEvaBlock,
 }
-_VITS = (vision_transformer.VisionTransformer, VisionTransformerDistilled)
+_VITS = {
+    vision_transformer.VisionTransformer: MergedTokens,
+    VisionTransformerDistilled: MergedTokens,
+    eva.Eva: MergedEvaTokens,
+}
 _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
-    cls: mixed("Merged", MergedTokens, cls) for cls in (*_VITS, *map(OUTPUT_TOKEN_MODELS.__getitem__, _VITS))
+    cls: mixed("Merged", mixin, cls)
+    for vit, mixin in _VITS.items()
+    for cls in (vit, OUTPUT_TOKEN_MODELS[vit])
 }
 _PLAIN_CLASSES = {merging: plain for plain, merging in (*_MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
-_ATTENTION = (Attention, OUTPUT_TOKENS[Attention], CLS_WEIGHTS[Attention])
+_ATTENTION = {
+    cls
+    for dense in (Attention, AttentionRope, eva.EvaAttention)
+    for cls in (dense, OUTPUT_TOKENS[dense], CLS_WEIGHTS[dense])
+}
 """timm attention classes of blocks that can merge tokens."""
 
 
@@ -119,6 +135,8 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
         return f"its head pools neither by class token nor by mean (global_pool={vit.global_pool!r})"
     if len(vit.blocks) < 2:
         return "it has no block before its last"
+    if getattr(vit, "rope_mixed", False):
+        return "every block has rotary frequencies of its own (rope_type='mixed')"
     for block in vit.blocks:
         if type(block) not in _MERGING_BLOCKS and not isinstance(block, Merging):
             return f"merging does not support blocks of class {type(block).__name__}"
@@ -161,7 +179,7 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
     for block, count in [*zip(blocks, merged, strict=True)][first:]:
         _set_merging(block, Matcher(count, stack.prefix) if count else None, unmerge)
         if count and by_attention and vit is not None:
-            _set_attention_class(block.attn, CLS_WEIGHTS[Attention])
+            _set_attention_class(block.attn, CLS_WEIGHTS[library_class(block.attn)])
         elif by_attention and vit is None:
             block.projections = projections_of(block.get_submodule(block.branches.attention))
     blocks[-1].gives_sizes = vit is not None and (unmerge or vit.global_pool == "avg")
@@ -171,6 +189,8 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
 
 def _weighs_by_attention(vit: Any) -> bool:
     """Whether the class token's attention weighs tokens: the head reads it, and q and k have no norms."""
+    if any(getattr(block.attn, "num_kv_groups", 1) > 1 for block in vit.blocks):
+        return False  # several heads share their keys
     norms = [norm for block in vit.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
     return vit.global_pool == "token" and all(isinstance(norm, nn.Identity) for norm in norms)
 
@@ -214,8 +234,9 @@ def _remove_merges(model: nn.Module) -> None:
         if type(block) in _PLAIN_CLASSES:
             block.__class__ = _PLAIN_CLASSES[type(block)]
             del block.matcher, block.gives_sizes, block.unmerge
-            if isinstance(getattr(block, "attn", None), CLS_WEIGHTS[Attention]):
-                _set_attention_class(block.attn, Attention)
+            for dense, cls in CLS_WEIGHTS.items():
+                if isinstance(getattr(block, "attn", None), cls):
+                    _set_attention_class(block.attn, dense)
     if stack is not None and type(stack.vit) in _PLAIN_CLASSES:
         stack.vit.__class__ = _PLAIN_CLASSES[type(stack.vit)]
 

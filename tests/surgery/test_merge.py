@@ -62,7 +62,7 @@ def test_merge_is_that_of_a_slow_reference(count: int, total: int, prefix: int):
     found = weigh(sizes, cls_weights, prefix)
     ratios = found / found[:, :1]
     torch.testing.assert_close(ratios[..., 0], weights / weights[:, :1])
-    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, found, count, prefix), prefix)
+    tokens, left, *_ = merge(SizedTokens(x, sizes), match(x, found, count, prefix), prefix)
     assert tokens.shape == (3, total - count, 4)
     for image in range(3):
         expected, counts = slow_merge(x[image], sizes[image, :, 0], weights[image], count, prefix)
@@ -95,7 +95,7 @@ def test_half_precision_holds_weighted_sums(dtype: torch.dtype):
     cls_weights = torch.full((1, 3, 197), 0.01, dtype=dtype)
     cls_weights[..., 5] = 1
     weights = weigh(sizes, cls_weights, 1)
-    tokens, left, _ = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
+    tokens, left, *_ = merge(SizedTokens(x, sizes), match(x, weights, 60, 1), 1)
     assert tokens.dtype == left.dtype == dtype
     wide = [each.float() for each in (x, sizes)]
     expected = merge(SizedTokens(*wide), match(wide[0], weights.float(), 60, 1), 1).x
