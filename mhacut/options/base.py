@@ -13,12 +13,12 @@ __all__ = ["PathLike"]
 Runtime = Literal["eager", "compile", "onnx", "openvino"]
 ExportDtype = Literal["float32", "float16", "bfloat16"]
 REQUIRED: Any = MISSING
-"""Default of a required option."""
+"""Marks an option without a default, which the user must set."""
 IN_MEMORY = ""
 """Value of the option ``checkpoint`` if the model is a module in memory."""
 NEEDS_IMAGES = {"data_dir": GIVEN, "dataset": GIVEN}
 HIGHEST_RATE = 1e36
-"""Largest learning rate: in Adam's first step, which divides by 0.1, larger values overflow float32."""
+"""Largest allowed learning rate. Larger values overflow float32 in Adam's first step."""
 
 
 def seed_option() -> int:
@@ -27,23 +27,20 @@ def seed_option() -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class ArchitectureOptions(Options, panel="Model"):
-    """Architecture of a checkpoint, and its part that holds the model."""
-
     model: str | None = None
-    """timm architecture, such as vit_tiny_patch16_224, if the checkpoint does not name it."""
+    """timm architecture, such as vit_tiny_patch16_224. Required if the checkpoint does not name its
+    architecture."""
     model_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for building the timm architecture, such as img_size=32 or depth=6."""
     part: str | None = None
-    """Part of a training checkpoint that holds the model, such as state_dict, student or backbone."""
+    """Entry of a training checkpoint that holds the model's weights, such as state_dict, student or
+    backbone."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(ArchitectureOptions, panel="Arguments"):
-    """Checkpoint, and facts that the checkpoint does not state."""
-
     num_classes: int | None = option(None, panel="Model", at_least=0)
-    """Number of classes that the checkpoint must have; any other number is an error. 0 drops the
-    classifier."""
+    """Expected number of classes. A checkpoint with another number is an error. 0 drops the classifier."""
     checkpoint: PathLike = option(REQUIRED, metavar="CHECKPOINT", reads="checkpoint")
     """Model, unpruned (dense) or pruned by mhacut (slim): a .safetensors or .pth file, a timm folder,
     timm:NAME or hf-hub:OWNER/NAME."""
@@ -63,7 +60,7 @@ class DeviceOptions(Options, panel="Computing"):
 @dataclass(frozen=True, kw_only=True)
 class ImageSource(Options, panel="Data"):
     data_dir: PathLike | None = option(None, metavar="DIR", reads="data_dir")
-    """Image folder: with train/ and val/, with 1 folder per class, or with unlabelled images only."""
+    """Image folder in one of 3 layouts: folders train/ and val/, 1 folder per class, or unlabelled images."""
     dataset: str | None = None
     """Dataset in timm's notation: hfds/NAME (Hugging Face), wds/NAME (WebDataset), tfds/NAME (TensorFlow) or
     torch/NAME (torchvision)."""
@@ -76,29 +73,28 @@ class ImageSource(Options, panel="Data"):
 @dataclass(frozen=True, kw_only=True)
 class LabelledImages(ImageSource, panel="Data", needs=NEEDS_IMAGES):
     class_map: PathLike | None = option(None, metavar="FILE", reads="class_map")
-    """Text file with the class names in the order of the classifier's outputs."""
+    """Text file with 1 class name per line, in the order of the classifier's outputs."""
     val_split: str = "val"
-    """Name of the split with the validation images."""
+    """Folder or dataset split with the validation images."""
     workers: int | None = option(None, at_least=0, at_most=MAX_PARALLEL)
-    """Processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
+    """Number of processes that load images. Default: 2, or 1 on a machine with 1 CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions(LabelledImages, panel="Data", needs=NEEDS_IMAGES):
     train_split: str = "train"
-    """Name of the split with the calibration or training images."""
+    """Folder or dataset split with the calibration or training images."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreprocessingOptions(Options, panel="Preprocessing"):
-    """Overrides of the checkpoint's preprocessing; None keeps the checkpoint's value."""
+    """Image preprocessing. The value None means the checkpoint's own preprocessing."""
 
     mean: tuple[float, ...] | None = None
-    """Mean of each colour channel that normalises images, for pixel values in 0..1. Default: the
-    checkpoint's."""
+    """Mean per colour channel for normalising images with pixel values in 0..1. Default: the checkpoint's."""
     std: tuple[float, ...] | None = None
-    """Standard deviation of each colour channel that normalises images, for pixel values in 0..1. Default:
-    the checkpoint's."""
+    """Standard deviation per colour channel for normalising images with pixel values in 0..1. Default: the
+    checkpoint's."""
     crop_pct: float | None = None
     """Side of the centre crop, as a fraction of the resized image's shorter side. Default: the
     checkpoint's."""
@@ -122,14 +118,13 @@ class TimingOptions(Options, panel="Measuring", needs={"latency": True, "max_lat
     latency_batch_size: int = option(8, at_least=1)
     """Batch size for latency measurements."""
     runtime: Runtime = "eager"
-    """Runtime for latency measurements: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO. onnx and
-    openvino run on the CPU."""
+    """Runtime for latency measurements: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO. ONNX
+    Runtime and OpenVINO run on the CPU."""
     int8: bool = False
     """Measure latency in INT8, with dynamic quantization in ONNX Runtime."""
     threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)
-    """CPU threads for latency measurements. Default: torch's choice."""
+    """Number of CPU threads for latency measurements. Default: PyTorch's default."""
 
     @property
     def on_cpu(self) -> bool:
-        """Whether the runtime always computes on the CPU."""
         return self.runtime in ("onnx", "openvino")

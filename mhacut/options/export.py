@@ -27,14 +27,14 @@ _OF_INT8 = ("threads", "data_dir", "dataset", "train_split", "calibration_images
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
     int8: bool = option(False, panel="Quantization")
-    """Quantize the linear layers to INT8, and compare speed, size and outputs with float32."""
+    """Quantize the linear layers to INT8. Compare speed, size and outputs with the float32 model."""
     threads: int | None = option(None, panel="Quantization", at_least=1, at_most=MAX_PARALLEL)
-    """CPU threads for timing the INT8 model. Default: torch's choice."""
+    """Number of CPU threads for timing the INT8 model. Default: PyTorch's default."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Name of the split with the calibration images for INT8."""
+    """Folder or dataset split with the calibration images for INT8."""
     calibration_images: int = option(256, panel="Data", at_least=8, needs=NEEDS_IMAGES)
-    """Number of calibration images for INT8. A quarter of these images is held out for comparing INT8 with
-    float32."""
+    """Number of calibration images for INT8. 25 % of them are held out to compare the INT8 model with the
+    float32 model."""
     format: ExportFormat = "onnx"
     """File format: onnx, pt2 (for torch.export.load), openvino (.xml and .bin), or timm (a folder for timm
     and the Hugging Face hub)."""

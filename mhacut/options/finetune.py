@@ -35,13 +35,15 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     label_weight: float = option(1.0, at_least=0)
     """Weight of the cross-entropy with labels, relative to the distillation loss."""
     teacher_model: str | None = None
-    """timm architecture of the teacher, if its checkpoint does not name it. Default: the dense model's."""
+    """timm architecture of the teacher. Required if its checkpoint does not name an architecture. Default:
+    the dense model's."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for building the teacher's timm architecture, such as img_size=32."""
     teacher_part: str | None = None
-    """Part of the teacher's training checkpoint that holds the model, such as state_dict or student."""
+    """Entry of the teacher's training checkpoint that holds the model's weights, such as state_dict or
+    student."""
     kd_temperature: float = option(1.0, above=0)
-    """Distillation temperature. It divides the logits of teacher and student."""
+    """Distillation temperature, by which the logits of teacher and student are divided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,18 +51,19 @@ class TrainingOptions(Options, panel="Training"):
     epochs: int = option(10, at_least=1)
     """Number of training epochs."""
     steps: int | None = option(None, at_least=1)
-    """Number of optimizer steps of the run, instead of a number of epochs."""
+    """Number of optimizer steps. Replaces the number of epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Batch size per process. Default: 64, or 16 if an epoch has fewer than 1,000 batches of 64 images."""
+    """Batch size per process. Default: 64, or 16 if the run would have fewer than 1,000 steps with 64."""
     grad_accum_steps: int = option(1, at_least=1)
-    """Batches per optimizer step (gradient accumulation)."""
+    """Number of batches per optimizer step (gradient accumulation)."""
     opt: str = "adamw"
     """Optimizer, by its name in timm."""
     lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
-    """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that hardly raises the held-out
-    loss in a trial of 25 steps."""
+    """Peak learning rate. Default: the largest of 3e-4, 1e-4, 3e-5 and 1e-5 that raises the loss on held-out
+    images by at most 20 % in a trial of 25 steps."""
     weight_decay: float = option(0.05, at_least=0)
-    """Weight decay. Biases, normalisation layers and parameters that the timm model exempts have none."""
+    """Weight decay. Biases, normalisation layers and parameters that the timm model exempts are not
+    decayed."""
     sched: Schedule = "cosine"
     """Learning rate schedule."""
     warmup_epochs: float | None = option(None, at_least=0)
@@ -72,8 +75,8 @@ class TrainingOptions(Options, panel="Training"):
     momentum: float = option(0.9, at_least=0)
     """Momentum, for optimizers that have one, such as sgd."""
     layer_decay: float | None = option(None, above=0, at_most=1)
-    """Layer-wise learning rate decay: the rate of each layer is the rate of the next layer times this
-    factor."""
+    """Layer-wise learning rate decay: the learning rate of a layer is this factor times the learning rate of
+    the next layer."""
     drop_path: float = option(0.0, at_least=0, below=1)
     """Stochastic depth rate of the last block. Earlier blocks have lower rates."""
     warmup_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
@@ -100,8 +103,6 @@ class TrainingOptions(Options, panel="Training"):
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentationOptions(Options, panel="Augmentation"):
-    """Augmentation of the training images by timm's transforms."""
-
     aug: bool = option(
         True, off="Preprocess training images as for validation. Mixup and CutMix still apply."
     )
@@ -113,9 +114,9 @@ class AugmentationOptions(Options, panel="Augmentation"):
     cutmix: float = option(0.0, at_least=0)
     """Alpha of CutMix, the parameter of its beta distribution; 0 turns CutMix off."""
     mixup_prob: float = option(1.0, at_least=0, at_most=1, needs=_MIXES)
-    """Probability of mixup or CutMix per step."""
+    """Probability that a training step uses mixup or CutMix."""
     mixup_switch_prob: float = option(0.5, at_least=0, at_most=1, needs=_MIXES)
-    """Probability of CutMix instead of mixup, if both are on."""
+    """Probability that a training step uses CutMix instead of mixup, if both are on."""
     smoothing: float = option(0.0, at_least=0, below=1)
     """Label smoothing: probability that is spread over all classes."""
     scale: tuple[float, ...] = option((0.5, 1.0), above=0, at_most=1, needs={"aug": True})
@@ -158,16 +159,16 @@ class FinetuneOptions(
     checkpoint: PathLike = option(REQUIRED, panel="Arguments", metavar="SLIM", reads="checkpoint")
     """Slim file to fine-tune, written by mhacut prune."""
     output: PathLike | None = option(None, metavar="DIR")
-    """Folder of the run. Default: the slim file's name plus -finetuned, in the working directory."""
+    """Folder for the files of the run. Default: the slim file's name plus -finetuned, in the working
+    directory."""
     overwrite: bool = False
     """Replace an earlier run in the output folder."""
     resume: PathLike | None = option(None, metavar="DIR")
-    """Folder of an interrupted run to continue with the run's own options."""
+    """Folder of an interrupted run. The run continues with its original options."""
     save_every: int = option(0, at_least=0)
-    """Steps between saves within an epoch; 0 saves at the end of each epoch only."""
+    """Number of steps between saves. 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
-    """Also learn from the labels, if the images have any. Accuracy is measured with or without this
-    option."""
+    """Learn from labels in addition to the teacher. If off, labels are used to measure accuracy only."""
     eval_images: int | None = option(None, at_least=0, panel="Data")
     """Number of validation images. Default: all; 0 turns validation off."""
     amp: bool = option(False, panel="Computing")

@@ -25,7 +25,7 @@ from mhacut.options.option import GIVEN, Options, PathLike, option, require
 
 Sort = Literal["layer", "flops", "params", "qk", "v", "similarity", "rank"]
 INSPECTED_IMAGES = 64
-"""Default number of images for head statistics, enough for thousands of tokens."""
+"""Default number of images for the statistics of attention heads."""
 _RUNS = {**NEEDS_IMAGES, "compare": GIVEN}
 """Options that make ``mhacut inspect`` run the model on images."""
 
@@ -35,21 +35,24 @@ class InspectOptions(
     CheckpointOptions, ImageSource, PreprocessingOptions, DeviceOptions, panel="What is shown"
 ):
     layer: str | None = option(None, metavar="GLOB")
-    """Show only layers whose names match GLOB, such as 'blocks.1*.attn', with all heads."""
+    """Show only layers whose names match GLOB, such as 'blocks.1*.attn'. All heads of these layers are
+    shown."""
     heads: bool = False
-    """Show every head and its remaining channels."""
+    """Show the remaining channels of every attention head."""
     sort: Sort = "layer"
     """Order of the layers: model order (layer), or largest value of the named column first."""
     shapes: bool = False
-    """Show channel counts and costs only. Both come from the file header, so large files open fast."""
+    """Show channel counts and costs only. These figures come from the file header, so large files open
+    fast."""
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
-    """Write the report to this HTML file."""
+    """Write the inspection report to this HTML file."""
     overwrite: bool = option(False, needs={"html": GIVEN})
     """Replace an existing HTML page."""
     compare: PathLike | None = option(None, metavar="DENSE", reads="checkpoint")
-    """Unpruned (dense) model to compare with, layer by layer. Without images, synthetic images are used."""
+    """Unpruned (dense) model to compare with, layer by layer. Synthetic images are used if no images are
+    given."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)
-    """Name of the split with the images for head statistics."""
+    """Folder or dataset split with the images for the statistics of attention heads."""
     calibration_images: int = option(INSPECTED_IMAGES, at_least=1, panel="Data", needs=_RUNS)
     """Number of images for the statistics of attention heads."""
     seed: int = seed_option()
@@ -65,9 +68,13 @@ class InspectOptions(
         others = [name for name in ("compare", "data_dir", "dataset") if getattr(self, name) is not None]
         if others:
             needing = " and ".join(map(option_name, others))
-            raise UsageError(f"{shapes} cannot be combined with {needing}, because the model must run")
+            raise UsageError(
+                f"{shapes} reads only the file header, but {needing} must run the model; leave out {shapes}"
+            )
         if self.sort in ("similarity", "rank"):
-            raise UsageError(f"{option_name('sort', self.sort)} needs weights; leave out {shapes}")
+            raise UsageError(
+                f"{option_name('sort', self.sort)} reads the model's weights; leave out {shapes}"
+            )
 
     @property
     def sees_images(self) -> bool:
@@ -89,9 +96,9 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     checkpoints: tuple[PathLike, ...] = option(
         REQUIRED, panel="Arguments", metavar="CHECKPOINT...", reads="checkpoint"
     )
-    """Dense or slim models to time. Ratios are relative to the first."""
+    """Models to time, unpruned (dense) or pruned by mhacut (slim). Ratios are relative to the first model."""
     runtime: Runtime = "eager"
-    """Runtime: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO."""
+    """Runtime for the timing: PyTorch (eager), torch.compile, ONNX Runtime or OpenVINO."""
     int8: bool = False
     """Also time each checkpoint in INT8, with dynamic quantization in ONNX Runtime."""
     batch_sizes: tuple[int, ...] = option((1, 8), at_least=1)
@@ -99,7 +106,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     seconds: float = option(5.0, above=0)
     """Seconds of measurement per batch size, for all checkpoints together."""
     threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)
-    """CPU threads for the measurements. Default: torch's choice."""
+    """Number of CPU threads for the timing. Default: PyTorch's default."""
     dtype: ExportDtype = "float32"
     """Precision of the weights and of the computation."""
 
@@ -107,7 +114,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
         super().__post_init__()
         for name in ("checkpoints", "batch_sizes"):
             if not getattr(self, name):
-                raise UsageError(f"{option_name(name)}: expected at least 1")
+                raise UsageError(f"{option_name(name)}: expected at least 1 value, found none")
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
             require("dtype", self.dtype, self.dtype == "float32", f"float32 with {option_name('int8', True)}")
@@ -115,8 +122,9 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
         require("dtype", self.dtype, computes, f"float32 with {option_name('runtime', 'openvino')}")
 
 
+# Positional ``*checkpoints`` exclude a dataclass of all options, so the keywords are repeated here.
 class BenchKeywords(TypedDict, total=False):
-    """Keywords of :func:`mhacut.bench`. A dataclass cannot type them next to ``*checkpoints``."""
+    """Keyword arguments of :func:`mhacut.bench`."""
 
     model: str | None
     model_args: Mapping[str, Any]

@@ -43,7 +43,7 @@ T = TypeVar("T")
 OptionsT = TypeVar("OptionsT", bound="Options")
 PathLike = str | os.PathLike[str]
 GIVEN: Any = ...
-"""In ``Option.needs``: any true value of the other option."""
+"""In ``Option.needs``: matches any value of the other option except None, False, 0 and an empty value."""
 _NOUNS = {bool: "True or False", int: "a whole number", float: "a number", os.PathLike: "a path"}
 _METAVARS: Mapping[Any, str] = {int: "N", float: "X", bool: "", os.PathLike: "PATH", Mapping: "KEY=VALUE"}
 _MOST = {int: 2**31 - 1, float: 1e30}
@@ -54,18 +54,18 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Name, type, default, bounds and help of an option."""
+    """Name, type, default, bounds and help of a command's option."""
 
     name: str
     """Name in Python. The name in YAML files is :attr:`key`."""
     type: Any
     default: Any
     owner: type[Options]
-    """Dataclass that declares the option. The docstring under the field is the help."""
+    """Dataclass that declares the option as a field. The docstring under the field is the option's help."""
     panel: str
-    """Heading in ``--help-all``. Options of the panel "Arguments" have no flag."""
+    """Heading of the option in ``--help-all``. Positional arguments have the panel "Arguments"."""
     metavar: str = ""
-    """Placeholder of the value in the help, such as ``DIR``. Default: from the type."""
+    """Placeholder of the value in the help, such as ``DIR``. If empty, the type sets the placeholder."""
     at_least: float | None = None
     above: float | None = None
     at_most: float | None = None
@@ -73,14 +73,14 @@ class Option:
     endings: tuple[str, ...] = ()
     """Allowed endings of the file name, in upper or lower case."""
     reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
-    """Kind of input that the command reads from the path."""
+    """Kind of input at the path. None if the option is no path of an input."""
     repeats: bool = False
     """Whether the flag can be repeated."""
     off: str = ""
-    """Help of the flag ``--no-NAME`` of a switch that is on by default."""
+    """Help of the flag ``--no-NAME``, for a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
-    """Other options and their values. If none has its value, the option has no effect and the user gets a
-    warning."""
+    """Values of other options. The option has an effect only if at least 1 of the other options has its
+    value."""
 
     @property
     def help(self) -> str:
@@ -90,7 +90,7 @@ class Option:
     def flag(self) -> str:
         """Long flag, such as ``--round-to``.
 
-        Mappings have a flag per pair: ``--model-arg`` for ``model_args``.
+        The flag of a mapping sets 1 pair: ``--model-arg img_size=32`` for ``model_args``.
         """
         name = self.name.removesuffix("s") if self.takes_pairs else self.name.rstrip("_")  # as_
         return "--" + name.replace("_", "-")
@@ -119,7 +119,7 @@ class Option:
 
     @property
     def kind(self) -> Any:
-        """Type without None: ``int`` for ``int | None``."""
+        """Type of the values other than None: ``int`` for ``int | None``."""
         return _main(self.type)
 
     @property
@@ -224,24 +224,25 @@ class Option:
 
 
 def option(default: T, **facts: Any) -> T:
-    """Return a field of an :class:`Options` dataclass.
+    """Declare a field of an :class:`Options` dataclass.
 
-    ``facts`` are fields of :class:`Option`, such as bounds.
+    ``facts`` are attributes of :class:`Option`, such as ``at_least``.
     """
     made: Any = field(default=default, metadata=facts)
     return made  # type: ignore[no-any-return]
 
 
 class Options:
-    """Options of a command; flags, YAML keys and keywords have the names of the fields.
+    """Base class for the options of a command.
 
-    A subclass is a frozen dataclass with the help as a docstring under each field. Commands share options by
-    inheritance. Creating an object checks types and bounds.
+    Each field is a flag, a YAML key and a Python keyword. A subclass is a frozen dataclass with the help as a
+    docstring under each field. Commands share options by inheritance. Creating an object checks types and
+    bounds.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _shared: ClassVar[dict[str, Any]]
-    """Help panel and required options of all options that this class declares."""
+    """Default panel and needs of the options that this class declares."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
@@ -292,13 +293,11 @@ class Options:
         return kind(**{name: getattr(self, name) for name in kind.options()})
 
     def files_read(self) -> tuple[str, ...]:
-        """Return input files, checkpoint folders and hub names.
-
-        Image folders are left out, because an output file may lie in them.
-        """
+        """Return the paths and hub names of all inputs except image folders."""
         paths: list[str] = []
         for name, spec in self.options().items():
             value = getattr(self, name)
+            # An output file may be in an image folder.
             if spec.reads not in (None, "data_dir") and value:
                 paths += map(os.fspath, value if spec.element else (value,))
         return tuple(paths)
@@ -388,7 +387,7 @@ def yaml_value(text: str | bytes) -> Any:
     try:
         return yaml.safe_load(text)
     except Exception as error:  # tags that do not fit their values raise errors of many types
-        raise UsageError(f"is not YAML: {error!s:.500}") from None
+        raise UsageError(f"invalid YAML: {error!s:.500}") from None
 
 
 def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> dict[str, Any]:
@@ -402,7 +401,7 @@ def read_config(path: PathLike, options: Mapping[str, Option], where: str) -> di
 
 
 def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], where: str) -> dict[str, Any]:
-    """Convert values by YAML key to values by option name, in the options' types."""
+    """Replace YAML keys by option names, and convert the values to the options' types."""
     names = {option.key: name for name, option in options.items()}
     values: dict[str, Any] = {}
     for key, value in document.items():
@@ -416,7 +415,7 @@ def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], whe
 
 
 def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
-    """Give a function of ``**options`` the signature of ``call`` (a dataclass) and the help of the options.
+    """Give a function of ``**options`` the signature of the dataclass ``call``, and the options' help.
 
     Editors and ``help()`` then show each keyword with its type and default.
     """

@@ -34,8 +34,8 @@ Method = Literal["mhacut", "paper"]
 Effort = Literal["fast", "balanced", "best"]
 
 UNREPAIRED_GAIN_STEPS = 40
-"""Default number of training steps of channel scales without a least-squares refit (repair). After a refit,
-trained scales hardly help on other images, so the default is 0."""
+"""Default number of training steps of the channel scales if weights are not refitted (``repair`` is off).
+After a refit, the default is 0, because trained scales hardly help on other images."""
 METHODS: Mapping[Method, Mapping[str, object]] = {
     "mhacut": {},
     "paper": {
@@ -47,10 +47,10 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
         "tuning_steps": 0,
     },
 }
-"""Default option values that differ from mhacut's, by method."""
+"""Default option values that each ``--method`` changes."""
 _INDICATORS = {"allocation": "indicator"}
 _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
-"""Options, with the values, that make the run train channel scales."""
+"""Option values that turn on the training of channel scales."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Work:
     heal_steps: int
     tuning_steps: int
     replayed_images: int = 16
-    """Number of images for the sensitivity curves."""
+    """Number of images for measuring how sensitive each layer is to pruning."""
 
 
 # docs/guides/prune.md has the accuracy, time and memory of each, docs/explanation/choices.md the reasons.
@@ -87,7 +87,7 @@ OF_TIMM = {
 
 @dataclass(frozen=True, kw_only=True)
 class SearchOptions(Options, panel="Research switches"):
-    """Search for the plan. Research switches turn off parts of the method, for ablations."""
+    """Options of the search for each layer's width. The research switches turn off parts of the method."""
 
     effort: Effort = option("balanced", panel="Result")
     """Effort of search and training. A DeiT-S on 2 CPU cores takes about 1 min (fast), 1.5 to 8 min
@@ -97,38 +97,38 @@ class SearchOptions(Options, panel="Research switches"):
     seed: int = seed_option()
     """Random seed."""
     method: Method = option("mhacut", panel="Rarer options")
-    """Preset of all other research switches: mhacut's defaults (mhacut), or the method of arXiv 2405.20867
+    """Preset for all other research switches: mhacut's defaults (mhacut), or the method of arXiv 2405.20867
     (paper)."""
     allocation: Allocation = "curves"
     """Division of the budget among layers: by the measured sensitivity of each layer (curves), by the learned
     importance of each channel (indicator, with method=paper), or equally (uniform)."""
     basis: BasisChoice = "auto"
-    """Channels to remove: original channels (channel), principal components of the channels where a rotation
-    is exact (principal), or the better of both for each layer (auto)."""
+    """Channels to remove: original channels (channel), principal components of the channels (principal, in
+    layers that allow an exact rotation), or the better of both for each layer (auto)."""
     positions: Positions = "auto"
-    """In heads that share convolution filters, choose the remaining v channels for each head (own), the same
-    for all heads (equal), or the better of both for each layer (auto)."""
+    """Choice of v channels in attention heads that share convolution filters: different channels in each head
+    (own), the same in all heads (equal), or the better of both for each layer (auto)."""
     repair: bool = True
     """Refit weights by least squares, so that the remaining channels reproduce the dense layer's output."""
     heal_steps: int | None = option(None, at_least=0)
-    """Training steps per block (healing): each block learns to reproduce the dense block's output. Default:
-    set by the effort."""
+    """Number of training steps per block (healing): each block learns to reproduce the dense block's output.
+    Default: set by the effort."""
     tuning_steps: int | None = option(None, at_least=0)
-    """Training steps of all weights together (tuning), to reproduce the dense model's logits or features
-    without labels. Default: set by the effort."""
+    """Number of training steps of all weights together (tuning), to reproduce the dense model's logits or
+    features without labels. Default: set by the effort."""
     tuning_lr: float | None = option(None, above=0, at_most=HIGHEST_RATE)
     """Learning rate of the joint training of all weights (tuning). Default: found by trial on held-out
     images."""
     token_weights: bool = True
-    """In errors of layers, weight each token by its influence on the model's output. If off, all tokens have
-    the same weight."""
+    """Weight each token by its influence on the model's output when the errors of layers are measured. If
+    off, all tokens have the same weight."""
     reweight: bool = True
-    """Train a scale for each remaining channel; the scales are merged into the weights."""
+    """Allow the training of 1 scale per remaining channel. Trained scales are merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Steps that train 1 scale per remaining channel. Default: 0, or 40 if the least-squares refit (repair)
+    """Number of training steps of the channel scales. Default: 0, or 40 if the least-squares refit (repair)
     is off."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
-    """Learning rate of the trained factors that scale the remaining channels."""
+    """Learning rate of the channel scales."""
     selection: Selection = option("repair", needs=_INDICATORS)
     """Channels that a layer keeps at a given width: those with the smallest error after the least-squares
     refit (repair), or those with the highest learned importance (indicator)."""
@@ -141,15 +141,15 @@ class SearchOptions(Options, panel="Research switches"):
     """Start values of the learned importance of each channel (with method=paper): by the effect of the
     channel on attention (attention-difference), or equal (uniform)."""
     steps: int = option(60, at_least=1, needs=_INDICATORS)
-    """Training steps of the learned importance of each channel (with method=paper)."""
+    """Number of training steps of the learned importance of each channel (with method=paper)."""
     lr: float = option(0.01, above=0, at_most=HIGHEST_RATE, needs=_INDICATORS)
     """Learning rate of the learned importance of each channel (with method=paper)."""
     budget_weight: float = option(1.0, at_least=0, needs=_INDICATORS)
     """Weight of the gradient that lowers the FLOPs to the budget, relative to the gradient of the loss
     (with method=paper)."""
     label_weight: float = option(0.1, at_least=0, needs=_SCALES)
-    """Weight of the cross-entropy with labels, relative to the distillation loss, in the training of channel
-    scales and channel importance."""
+    """Weight of the cross-entropy with labels, relative to the distillation loss, when channel scales and
+    channel importance are trained."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -189,17 +189,19 @@ class PruneOptions(
     panel="Result",
 ):
     params: str | None = option(None, metavar="BUDGET")
-    """Budget for the number of parameters: 2.8M, or 50% of the dense model's. Combines with other budgets."""
+    """Budget for the number of parameters: 2.8M, or 50% of the dense model's. Can be combined with other
+    budgets."""
     size: str | None = option(None, metavar="BUDGET")
     """Budget for the size of the written file: 6MB, 5.5MiB, or 50% of the dense model's."""
     max_latency: str | None = option(None, metavar="TIME")
-    """Budget for the time per batch: 12ms, or 50% of the dense model's time. Both models are timed."""
+    """Budget for the time per batch: 12ms, or 50% of the dense model's time. The dense and the pruned model
+    are timed."""
     max_kl: float | None = option(None, above=0, metavar="NATS")
     """Find the smallest model with at most this KL divergence (nats) from the dense model, on held-out
     calibration images."""
     max_drop: float | None = option(None, at_least=0, at_most=100, metavar="POINTS")
-    """Find the smallest model that loses at most this many points of the dense model's top-1 accuracy. Needs
-    labelled validation images."""
+    """Find the smallest model that loses at most this many percentage points of the dense model's top-1
+    accuracy. Needs labelled validation images."""
     as_: Literal["timm", "huggingface"] = "timm"
     """Treatment of a Hugging Face folder: convert the model to timm and write a slim file (timm), or keep the
     model's class and write a folder (huggingface)."""
@@ -214,11 +216,11 @@ class PruneOptions(
     (features_only maps), or layer names such as blocks.10,blocks.11. Default: answers, or tokens if there is
     no classifier."""
     keep_dead_tokens: bool = False
-    """Keep all tokens, so that patch features exist: no token merging, and all tokens in the last block
-    instead of only those that the head reads."""
+    """Compute all tokens in all blocks, so that patch features exist. Turns off token merging. If not set,
+    the last block may compute only the tokens that the head reads."""
     round_to: int | None = option(None, at_least=1)
-    """Round the channels per head and per MLP to multiples of N. Default: 8, or 16 for a latency budget on a
-    GPU."""
+    """Round the number of channels per head and per MLP to a multiple of N. Default: 8, or 16 for a latency
+    budget on a GPU."""
     overwrite: bool = False
     """Replace existing output files. The checkpoint is never replaced."""
     dry_run: bool = False
@@ -230,15 +232,15 @@ class PruneOptions(
     labels: bool = option(
         True, panel="Data", off="Ignore labels: search and validate with the dense model's outputs."
     )
-    """Use the labels of images, if there are any. Without labels, no accuracy is measured."""
+    """Use the labels of the images, if labels exist. Without labels, no accuracy is measured."""
     eval_images: int = option(2000, at_least=0, panel="Measuring")
     """Number of validation images for comparing the pruned model with the dense model; 0 turns the comparison
     off."""
     amp: bool = option(False, panel="Computing")
     """Use bfloat16 autocast in training steps."""
     exclude: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN", repeats=True)
-    """Keep all channels of layers, or of their parts such as qk, whose names match PATTERN: 'blocks.0.*',
-    '*.attn.qk'. Can be repeated."""
+    """Keep all channels of the layers or layer parts whose names match PATTERN: 'blocks.0.*', '*.attn.qk'.
+    Can be repeated."""
     min_width: tuple[str, ...] = option((), panel="Rarer options", metavar="PATTERN=N", repeats=True)
     """Keep at least N channels per head or per MLP in layers whose names match PATTERN: 'blocks.*.mlp=256'.
     Can be repeated."""
@@ -246,12 +248,15 @@ class PruneOptions(
     """Give q, k and v of a layer the same number of channels, for fused attention in TensorRT and ONNX
     Runtime."""
     flops: str | tuple[str, ...] | None = option(None, metavar="BUDGET", repeats=True)
-    """Budget for the FLOPs (multiply-accumulates) per image: 2.0G, 600M, or 50% of the dense model's. Several
-    budgets write 1 file each."""
+    """Budget for the FLOPs (multiply-accumulates) per image: 2.0G, 600M, or 50% of the dense model's. For
+    several budgets, 1 file per budget is written."""
 
     @classmethod
     def of(cls, **values: Any) -> Self:
-        """Make the options from values by name; ``method`` sets the defaults."""
+        """Make the options from keyword arguments.
+
+        The option ``method`` sets the defaults of other options.
+        """
         # The super class raises the error for an unknown method.
         preset = METHODS.get(values.get("method", "mhacut"), {})
         return super().of(**{**preset, **values})
@@ -275,8 +280,8 @@ class PruneOptions(
         if budgets and bounds:
             bound, budget = (option_name(name, getattr(self, name)) for name in (bounds[0], budgets[0]))
             raise UsageError(
-                f"{bound} and {budget} cannot be combined: a loss bound searches for the smallest model, "
-                "a budget sets its size"
+                f"{bound} and {budget} cannot be combined: leave out {budget} to find the smallest model "
+                f"with {bound}"
             )
         if self.int8:
             require("int8", True, self.runtime == "onnx", option_name("runtime", "onnx"))
@@ -293,9 +298,13 @@ class PruneOptions(
         asked = option_name("as_", self.as_)
         for name in self.changed():
             if name in OF_TIMM:
-                raise UsageError(f"{option_name(name, getattr(self, name))} does not work with {asked}")
+                raise UsageError(
+                    f"{option_name(name, getattr(self, name))} does not work with {asked}; leave it out"
+                )
         if self.several:
-            raise UsageError(f"{option_name('flops', self.several)}: expected 1 budget with {asked}")
+            raise UsageError(
+                f"{option_name('flops', self.several)}: expected only 1 FLOPs budget with {asked}"
+            )
         for name, values in (("preserve", (None, "answers", "tokens")), ("scope", ("auto", "attention+mlp"))):
             value = getattr(self, name)
             require(name, value, value in values, f"{values[-2]} or {values[-1]} with {asked}")
@@ -307,9 +316,9 @@ class PruneOptions(
             require("allocation", self.allocation, self.allocation == "curves", expected)
             if not self.bounds_work:
                 raise UsageError(
-                    f"{option_name('scope', self.scope)}: expected {option_name('flops')}, "
-                    f"{option_name('max_latency')}, {option_name('max_kl')} or {option_name('max_drop')}; "
-                    "token merging does not change the parameters or the file size"
+                    f"{option_name('scope', self.scope)}: token merging does not change the parameters or "
+                    f"the file size. Add {option_name('flops')}, {option_name('max_latency')}, "
+                    f"{option_name('max_kl')} or {option_name('max_drop')}"
                 )
         for name in set(OTHER_TARGETS).intersection(self.changed()):
             able = ("curves",) if name == "equal_qkv" else ("curves", "uniform")
@@ -318,7 +327,7 @@ class PruneOptions(
 
     @property
     def budgets(self) -> dict[str, Budget]:
-        """Budgets of 1 output file, by option name."""
+        """Budgets by option name. Several FLOPs budgets are left out: :attr:`several` holds them."""
         values = {name: getattr(self, name) for name in BUDGETS}
         return {name: value for name, value in values.items() if isinstance(value, Budget)}
 

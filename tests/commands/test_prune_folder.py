@@ -84,7 +84,7 @@ def test_a_backbone_keeps_its_dtype_and_its_tokens(tmp_path):
     ("flags", "message"),
     [
         (("--params", "60%"), "--params 60% does not work with --as huggingface"),
-        (("--flops", "50%", "-o", "out-{}"), "expected 1 budget with --as huggingface"),
+        (("--flops", "50%", "-o", "out-{}"), "expected only 1 FLOPs budget with --as huggingface"),
         (("--img-size", "28"), "--img-size 28 does not work with --as huggingface"),
         (("--preserve", "pyramid"), "expected answers or tokens with --as huggingface"),
         (("--scope", "attention"), "expected auto or attention+mlp with --as huggingface"),

@@ -44,7 +44,9 @@ def test_keywords_are_shown_with_type_default_and_help():
         assert "    batch_size: Batch size" in (inspect.getdoc(function) or "")
     shown = inspect.signature(mhacut.prune).parameters
     assert (shown["steps"].annotation, shown["steps"].default) == ("int", 60)
-    steps = "    steps: Training steps of the learned importance of each channel (with method=paper)."
+    steps = (
+        "    steps: Number of training steps of the learned importance of each channel (with method=paper)."
+    )
     assert steps in (inspect.getdoc(mhacut.prune) or "")
     assert "    seconds: Seconds of measurement per batch size" in (inspect.getdoc(mhacut.bench) or "")
 

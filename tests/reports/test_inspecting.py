@@ -129,8 +129,11 @@ def test_sorted_layers_fall(slim_of, sort):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shapes": True, "data_dir": "d"}, "shapes=True cannot be combined with data_dir, because"),
-        ({"shapes": True, "sort": "rank"}, "sort='rank' needs weights; leave out shapes=True"),
+        (
+            {"shapes": True, "data_dir": "d"},
+            "shapes=True reads only the file header, but data_dir must run the model",
+        ),
+        ({"shapes": True, "sort": "rank"}, "sort='rank' reads the model's weights; leave out shapes=True"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
         ({"layer": "blocks.7.*"}, r"'blocks.7.\*': no layer has this name. The model has blocks.0.attn"),
     ],
