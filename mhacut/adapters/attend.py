@@ -48,7 +48,7 @@ def attend(
 
 
 def _images_at_once(q: Tensor, k: Tensor) -> int:
-    """Number of images whose attention logits are computed together; 0 if the fused kernel is faster."""
+    """Number of images whose attention logits fit the CPU cache; 0 if the fused kernel is to be used."""
     logits = q[0].shape[:-1].numel() * k.shape[-2]
     keeps_all = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)  # for the backward pass
     return 0 if keeps_all or logits > _MAX_LOGITS else max(_LOGITS_AT_ONCE // logits, 1)
@@ -61,7 +61,7 @@ def weights_of(q: Tensor, k: Tensor, scale: float, attn_mask: Tensor | None) -> 
 
 
 def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """Call :func:`attend` with the softmax scale, kernel and dropout rate of an attention layer."""
+    """Call :func:`attend` with the softmax scale, kernel and dropout rate of the attention ``module``."""
     # Heads of k and v may each serve several consecutive heads of q.
     if k.shape[1] != q.shape[1]:
         k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
@@ -79,7 +79,7 @@ def attend_as(module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 def cls_attention(
     module: Any, q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return the attention output, [B, H, N, d_v], and the class token's attention weights, [B, H, M]."""
+    """Return the attention output [B, H, N, d_v] and the attention weights of the class token [B, H, M]."""
     if module.fused_attn and not products_are_faster(q, k):
         first = weights_of(q[:, :, :1], k, module.scale, attn_mask)
         return attend_as(module, q, k, v, attn_mask), first[:, :, 0]
@@ -88,7 +88,7 @@ def cls_attention(
 
 
 def graph_is_recorded() -> bool:
-    """Whether an exporter, a compiler or the FLOP counter records the forward pass."""
+    """Whether an exporter, torch.compile or the FLOP counter records the forward pass."""
     return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
 
 

@@ -39,10 +39,10 @@ Sharing = Literal["own", "copied", "tied"]
 
 @dataclass(frozen=True)
 class ChannelAxis:
-    """Indices of a unit's channels in one tensor: head h, channel i at ``offset + h * width + i``.
+    """Indices of prunable channels in one tensor: head h, channel i at ``offset + h * width + i``.
 
-    One tensor may hold several units side by side: rows of a fused ``qkv.weight`` are q, then k, then v, of
-    all heads or in every head. In general, head h, channel i, copy c has the index
+    A tensor may hold several kinds of channels: rows of a fused ``qkv.weight`` are q, then k, then v, of all
+    heads or in every head. If a channel has several rows, row c of channel i of head h has the index
     ``offset + h * head_step + i * channel_step + copies[c]``.
 
     >>> ChannelAxis("qkv.weight", 0, offset=4).rows(heads=2, width=3)[..., 0].tolist()
@@ -58,7 +58,7 @@ class ChannelAxis:
     offset: int = 0
     """Index of channel 0 of head 0 in the tensor dimension ``dim``."""
     heads: tuple[int, int] | None = None
-    """Range of the heads in the tensor, as (first, last + 1). None: all heads."""
+    """Heads whose channels are in the tensor, as (first, last + 1). None: all heads."""
     shared: bool = False
     """Whether all heads share these tensor rows: channel i of every head has index ``offset + i``."""
     head_step: int | None = None
@@ -72,7 +72,7 @@ class ChannelAxis:
     scales multiply the batch norm instead of the rows."""
 
     def rows(self, heads: int, width: int) -> Tensor:
-        """Return the indices of the channels along the tensor dimension ``dim``, [heads, width, copies]."""
+        """Return the channel indices in tensor dimension ``dim``, [heads, width, rows per channel]."""
         if self.shared:
             heads = 1
         elif self.heads is not None:
@@ -100,8 +100,8 @@ class ActivationHook:
     argument: int = 0
     """Position of the activation in the submodule's arguments, if ``side`` is ``input``."""
     then: Callable[[Any, Tensor], Tensor] | None = None
-    """Function that takes the submodule and its activation and returns the channels in order of heads. None:
-    the activation is in that order."""
+    """Function of the submodule and its activation that sorts the channels by head. None: the channels are
+    already sorted by head."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,6 @@ class Unit:
     kind: UnitKind
     heads: int
     width: int
-    """Channels per head."""
     axes: tuple[ChannelAxis, ...]
     """Places of these channels in all tensors that a cut slices."""
     scale_axes: tuple[ChannelAxis, ...]
@@ -142,10 +141,10 @@ class Unit:
     """Whether the layer is linear attention, which replaces the softmax by products of non-negative q and k
     features."""
     feeds: bool = False
-    """Whether other channels of the layer read these channels before the output projection. A refit of the
-    output projection then corrects only part of the loss."""
+    """Whether other channels of the layer also read these channels. A refit of the output projection then
+    corrects only a part of the error."""
     white_inputs: bool = True
-    """Whether the layer's input may be modelled as white noise when there are no calibration images."""
+    """Whether white noise may stand for the layer's input when there are no calibration images."""
     gate: str | None = None
     """Name of a buffer in the masked model with a scale per channel, [heads * width], at least 0. Used if no
     factor on a parameter removes a channel exactly."""
@@ -165,7 +164,7 @@ class Unit:
         return UnitPlan(*self.key, self.width, kept, unshared=unshared)
 
     def read_at(self, columns: ChannelAxis, hook: ActivationHook) -> Unit:
-        """Return a copy with ``columns`` as output projection and ``hook`` on the input of ``columns``."""
+        """Return a copy of the unit in which the output projection ``columns`` reads the channels."""
         old, name = self.output_projection, "hidden" if self.kind == "hidden" else "output"
         return replace(
             self,
@@ -186,7 +185,6 @@ class Layer:
     """One attention layer or MLP of a model, with its prunable units."""
 
     name: str
-    """Module name in the model: ``blocks.0.attn``."""
     adapter: Adapter
     units: tuple[Unit, ...]
     not_prunable: Mapping[UnitKind, str] = field(default_factory=dict)
@@ -197,8 +195,7 @@ class Layer:
     """Name of the submodule whose output replaces the layer's output in comparisons of dense and slim layers.
     Empty: the layer."""
     coupled_with: Mapping[UnitKind, UnitKind] = field(default_factory=dict)
-    """Kinds of channels (such as qk) that are cut only together with channels of another kind, by that
-    kind."""
+    """Maps a kind of channels (such as qk) to the kind (such as v) with which it is cut."""
 
 
 class Adapter(ABC):
@@ -211,7 +208,7 @@ class Adapter(ABC):
     module_classes: tuple[type[nn.Module], ...]
     """Supported module classes. Subclasses are not supported, because they may compute something else."""
     one_width: bool = False
-    """Whether the original module class has 1 head width for q, k and v together."""
+    """Whether the original module class has a single head width for q, k and v."""
     equal_widths_only: bool = False
     """Whether the class of a cut layer supports only equal numbers of q, k and v channels per head."""
 
@@ -229,8 +226,7 @@ class Adapter(ABC):
     def resize(self, module: Any, widths: Mapping[UnitKind, int]) -> None:
         """Set size attributes and class of a layer whose tensors were sliced.
 
-        ``widths`` has the channels per head of all kinds. Classes that read sizes from their tensors need no
-        change.
+        ``widths`` maps each kind of channels (qk, v, hidden) to the channels per head.
         """
         return
 
@@ -246,19 +242,16 @@ class Adapter(ABC):
         return
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Update references in ``model`` to modules that layers shared before the cut."""
+        """After a cut, update references in ``model`` to modules that several layers share."""
         return
 
     def merge_gate(self, module: Any, unit: Unit, channel_scale: Tensor) -> None:
-        """Multiply the channel scales of a unit into parameters, so that the layer needs no gate."""
+        """Multiply channel scales into the layer's parameters, so that the layer needs no gate buffer."""
         raise NotImplementedError
 
 
 def mixed(prefix: str, *classes: type, **attributes: Any) -> Any:
-    """Return a class that inherits from ``classes``.
-
-    The class is stored in this module, where pickle finds it.
-    """
+    """Return a new subclass of ``classes``. Pickle finds the subclass in this module."""
     module = classes[-1].__module__.rpartition(".")[2].title().replace("_", "")
     name = f"{prefix}{module}{classes[-1].__name__}"
     globals()[name] = type(name, classes, {**attributes, "__module__": __name__})
@@ -271,9 +264,9 @@ def library_class(module: nn.Module) -> type[nn.Module]:
 
 
 def table_device(weight: Tensor) -> torch.device:
-    """Return the device for an index buffer: that of ``weight``, or the CPU for the meta device.
+    """Return the device of ``weight`` for an index buffer, or the CPU if ``weight`` is on the meta device.
 
-    The meta device would lose the indices, because weight files do not contain them.
+    Indices on the meta device would be lost, because weight files do not contain them.
     """
     return torch.device("cpu") if weight.is_meta else weight.device
 
@@ -286,7 +279,6 @@ class Projection:
     """A linear layer or convolution, optionally followed by a batch norm."""
 
     name: str
-    """Submodule name relative to the layer."""
     linear_name: str
     linear: Any
     norm: str | None
@@ -323,14 +315,14 @@ class Projection:
         return isinstance(self.linear, nn.ConvTranspose2d)
 
     def rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the places of output channels in weight and bias, from channel index ``offset`` on."""
+        """Return the rows of weight and bias, from row ``offset`` on, that compute the channels."""
         weight = ChannelAxis(f"{self.linear_name}.weight", 0, offset, head_step=stride, norm=self.norm)
         if self.bias is None:
             return (weight,)
         return weight, ChannelAxis(self.bias, 0, offset, head_step=stride)
 
     def scaled_rows(self, offset: int = 0, stride: int | None = None) -> tuple[ChannelAxis, ...]:
-        """Return the places of :meth:`rows` that channel scales multiply: no bias if a batch norm follows."""
+        """Return the rows that channel scales multiply. The bias is left out if a batch norm follows."""
         axes = self.rows(offset, stride)
         return axes if self.norm is None else axes[:1]
 

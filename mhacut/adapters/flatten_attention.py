@@ -32,7 +32,7 @@ class FocusedAttentionAdapter(Adapter):
     )
 
     def branch(self, module: Any) -> tuple[str, Any]:
-        """Return the name prefix and the module that has ``scale``, ``positional_encoding`` and ``dwc``."""
+        """Return the module that has ``scale``, ``positional_encoding`` and ``dwc``, and its name prefix."""
         return "", module
 
     def describe(self, name: str, module: Any) -> Layer:
@@ -100,7 +100,7 @@ class SlimStripeAttention(StripeAttention):
 
 
 class Stripes(Softmax):
-    """Softmax attention of FLatten-CSWin within stripes of the map.
+    """Softmax attention of FLatten-CSWin within stripes of the token map.
 
     With 2 branches, each branch has half of the heads.
     """

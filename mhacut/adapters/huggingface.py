@@ -48,7 +48,7 @@ def _masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, *_: An
 def _rotated(
     m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Tensor | None, positions: Any, *_: Any
 ) -> tuple[Any, ...]:
-    """Rotate q and k of all tokens after the prefix by the position angles of the kept channels."""
+    """Rotate q and k of the patch tokens by the position angles of the channels that a cut layer keeps."""
     cos, sin = positions  # [patches, d] each
     kept = getattr(m, KEPT, None)  # (H, d)
     if kept is not None:
@@ -74,7 +74,7 @@ def _without_weights(m: Any, y: Tensor, *_: Any) -> tuple[Tensor, None]:
 
 
 class _Named(Twin):
-    """Mixin for attention classes of transformers: a forward pass with transformers' argument names."""
+    """Mixin that gives attention classes of transformers a forward pass with transformers' argument names."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:  # type: ignore[override]
         """Map tokens [B, N, C] to a tuple of tokens [B, N, C] and None in place of the attention weights."""

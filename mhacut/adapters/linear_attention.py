@@ -250,7 +250,7 @@ class FactorAttentionAdapter(Adapter):
         module.crpe.channel_splits = [split * widths["v"] for split in module.crpe.head_splits]
 
     def fix_shared_modules(self, model: nn.Module) -> None:
-        """Replace the stage's shared convolutions by those of the first layer that used them."""
+        """Replace the convolutions shared by a stage with those of the first layer that used them."""
         coats: list[Any] = [module for module in model.modules() if isinstance(module, CoaT)]
         for coat in coats:
             for stage in range(1, 5):
@@ -275,10 +275,9 @@ def _convolutions(module: Any) -> tuple[ChannelAxis, ...]:
 class LambdaAdapter(Adapter):
     """``LambdaLayer``: the queries of all heads multiply one matrix of keys and values.
 
-    Rows of ``qkv`` are [q of every head | k | v]. A q/k channel is a row of this matrix and meets that
-    channel of every head's queries, so q/k channels of all heads are cut together, as 1 head. Each key
-    channel has its own softmax over positions, so channels are selected, not mixed. v is not prunable,
-    because no projection reads v.
+    Rows of ``qkv`` are [q of every head | k | v]. Row i of this matrix multiplies q channel i of every head,
+    so q/k channels of all heads are cut together, as 1 head. Each key channel has its own softmax over
+    positions, so channels are selected, not mixed. v is not prunable, because no projection reads v.
     """
 
     family = "attention"

@@ -93,7 +93,7 @@ class CascadedAdapter(Adapter):
         return Layer(name, self, (qk, v), channel_dim=1)
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Store which kept v channel is added to each input channel of the next head."""
+        """Store, for each input channel of the next head, the index of the kept v channel added to it."""
         if unit.kind != "v":
             return
         kept = kept.to(table_device(module.attention_biases))
@@ -145,9 +145,9 @@ class ChannelAttention(Adapter):
     """Attention among the channels of a head instead of among tokens: XCiT, EdgeNeXt and DaViT.
 
     The output is softmax over channels (x y^T) z, with x, y and z [channels, tokens] from the thirds of
-    ``qkv``. A channel of x is a row of the output, read by 1 projection column: it is cut exactly as a v
-    channel. Channels of y and z are not cut, because removing one would raise the softmax weights of the
-    others.
+    ``qkv``. A channel of x gives 1 output row, which 1 column of the output projection reads. Channels of x
+    are therefore cut exactly, as kind v. Channels of y and z are not cut, because removing one would raise
+    the softmax weights of the others.
     """
 
     family = "attention"
@@ -159,14 +159,14 @@ class ChannelAttention(Adapter):
     order: str = "xyz"
     """Letters of the tensors x, y and z in the order of the ``qkv`` rows."""
     heads_in: str = "num_heads"
-    """Name of the module's attribute that holds the number of heads."""
+    """Name of the module attribute that holds the number of heads."""
 
     def __post_init__(self) -> None:
         self.twin = mixed("Slim", ChannelTwin, self.cls, spec=self)
         self.module_classes = (self.cls, self.twin)
 
     def sizes(self, module: Any) -> tuple[int, int, int]:
-        """Return 3 numbers: heads, output channels per head, and channels per head that share the softmax."""
+        """Return the number of heads, output channels per head, and channels per softmax."""
         heads, kept = getattr(module, self.heads_in), module.proj.in_features
         return heads, kept // heads, (module.qkv.out_features - kept) // (2 * heads)
 

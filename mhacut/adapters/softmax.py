@@ -44,7 +44,7 @@ def read(m: Any, y: Tensor) -> Tensor:
 
 
 def to_tokens(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Apply the output projection to y [B, N, C] and return the shape of ``query``, channels last."""
+    """Apply the output projection to y [B, N, C] after a reshape to the map or tokens of ``query``."""
     return read(m, y.reshape(*query.shape[:-1], -1))
 
 
@@ -91,7 +91,7 @@ class FreshBiases:
 
 
 def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, None]:
-    """Normalise q and k if the class has these norms, and return them with None in place of a mask."""
+    """Return q and k, normalised if the layer has q and k norms, and None, because there is no mask."""
     return (m.q_norm(q), m.k_norm(k), None) if hasattr(m, "q_norm") else (q, k, None)
 
 
@@ -99,8 +99,8 @@ def unmasked(m: Any, q: Tensor, k: Tensor, *_: Any) -> tuple[Tensor, Tensor, Non
 class Softmax(Adapter):
     """Description of a class of softmax attention.
 
-    Defaults describe a plain ViT. Functions take the module ``m`` first; in their signatures, ``...`` means
-    all further arguments of the forward pass.
+    Defaults describe a plain ViT. Functions take the attention module ``m`` first. In their signatures,
+    ``...`` means all further arguments of the forward pass.
     """
 
     family = "attention"
@@ -151,7 +151,7 @@ class Softmax(Adapter):
     v_mixing: Mixing = "rotate"
     """:data:`~mhacut.adapters.base.Mixing` of the v channels; ``refit`` if a projection has ``g`` rows."""
     norm_behind: str = ""
-    """Name of a norm over all channels between attention and output projection; empty without a norm."""
+    """Name of a norm over all channels between attention and output projection; empty if there is none."""
     v_refusal: str = ""
     """Reason why v channels cannot be pruned; empty if they can."""
     channel_dim: int | None = None
@@ -192,7 +192,7 @@ class Softmax(Adapter):
         return heads, (self.reader(module).reads - self.read_beside(module)) // heads
 
     def sizes(self, module: Any) -> dict[str, tuple[int, int]]:
-        """Return (heads, channels per head) for q, k, v and ``g`` (rows that are cut with v)."""
+        """Return (heads, channels per head) of q, k, v and ``g``, the gate that is cut with v."""
         heads, v = self.heads(module), self.v_size(module)
         name, letters = next(item for item in self.writers(module).items() if set(item[1]) & set("qk"))
         # The output projection gives the size of v. The other rows of a fused projection are q and k.
@@ -328,7 +328,7 @@ class Softmax(Adapter):
 
 
 def fused_projection(m: Any, x: Tensor) -> Tensor:
-    """Apply ``m.qkv`` to x [..., C]. If the bias is in parts, the k bias is 0."""
+    """Apply ``m.qkv`` to x [..., C], with separate q, k and v biases if the layer has them."""
     if not _has_split_bias(m):
         return m.qkv(x)
     return F.linear(x, m.qkv.weight, torch.cat((m.q_bias, m.k_bias, m.v_bias)))

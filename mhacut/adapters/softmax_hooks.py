@@ -68,7 +68,7 @@ def normed(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """LowFormer: downsample a map by a strided depthwise convolution."""
+    """LowFormer: downsample a map [B, C, H, W] by a strided depthwise convolution."""
     if getattr(m, "small_kernels", False):
         x = F.pad(x, (0, -x.shape[3] % m.att_stride, 0, -x.shape[2] % m.att_stride))
     x = m.conv_proj(x)
@@ -76,7 +76,7 @@ def coarse(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """SHViT: return the first channels, which the attention reads."""
+    """SHViT: return the first channels of a map, the only channels that the attention reads."""
     x = m.pre_norm(x[:, : m.pdim])
     return x, x
 
@@ -85,7 +85,6 @@ def attending(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mask_of(x: Tensor, attn_mask: Tensor | None, is_causal: bool) -> Tensor | None:
-    """Return the attention mask of tokens ``x`` [B, N, C]. A causal mask replaces ``attn_mask``."""
     if not is_causal:
         return attn_mask
     return torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).tril()
@@ -96,7 +95,7 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
 
 
 def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Return a ``logits`` function for the first tokens, with their rows of the mask or bias."""
+    """Wrap a ``logits`` function for attention with q of the first tokens only: slice its mask or bias."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)
@@ -183,7 +182,7 @@ def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Ten
 
 
 def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM: return position biases, q times the table of relative positions of each direction."""
+    """SAM: return q, k and a position bias: q times the relative position tables of rows and columns."""
     q, k = m.q_norm(q), m.k_norm(k)
     if m.rope is not None:
         table = m.rope.get_embed()

@@ -70,11 +70,11 @@ class GlobalContext(Softmax):
 
 
 class Sam(Softmax):
-    """Attention of SAM, with position biases q times a row of a table that all heads share.
+    """Attention of SAM.
 
-    Heads keep the same q/k channels, or get their own tables. Channels are selected, because mixed q channels
-    would not match the table. The softmax scale stays that of the dense layer, because the bias is not
-    scaled.
+    Its position bias is q times a table of relative positions that all heads share. Heads keep the same q/k
+    channels, or get their own tables. Channels are selected, because mixed q channels would not match the
+    table. The softmax scale stays that of the dense layer, because the bias is not scaled.
     """
 
     def not_prunable(self, module: Any) -> dict[UnitKind, str]:
@@ -119,13 +119,13 @@ class Interleaved(Softmax):
 
 
 class TiedHeads(Softmax):
-    """Attention where q channels of all heads meet the same tensor.
+    """Attention where the q channels of all heads multiply the same tensor.
 
-    Heads keep the same channels and count as 1 head.
+    All heads keep the same channels and count as 1 head.
     """
 
     def tied(self, module: Any, letter: str) -> tuple[tuple[ChannelAxis, ...], ActivationHook]:
-        """Return the places of the q or k channels, and a hook that counts each head as further samples."""
+        """Return the rows of the q or k channels, and a hook that reads all heads as samples of 1 head."""
         part = self.parts(module)[letter]
         stride = part.stride or part.width
         copies = tuple(head * stride for head in range(part.heads))
@@ -315,7 +315,7 @@ def rotated(
     attn_mask: Tensor | None,
     is_causal: bool,
 ) -> tuple[Any, ...]:
-    """Rotate q and k [B, H, N, d] by ``rope``, the sines and cosines [..., N, 2 * dense width]."""
+    """Rotate q and k [B, H, N, d] by ``rope``, sines and cosines [..., N, 2 * dense channels per head]."""
     dtype = q.dtype
     q, k = m.q_norm(q), m.k_norm(k)
     if rope is not None:

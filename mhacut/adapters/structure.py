@@ -108,7 +108,7 @@ class PlainAttention(Softmax):
 
 @dataclass(eq=False)
 class OwnForward(PlainAttention):
-    """Attention that keeps the forward pass of its class after a cut, with equal widths of q, k and v."""
+    """Attention whose class still runs after a cut, because q, k and v keep equal widths."""
 
     sizes_at: tuple[tuple[str, str, str], ...] = ()
     """Attributes that depend on the head width d: submodule, attribute, and value (``d``, ``heads * d`` or
@@ -136,7 +136,7 @@ class OwnForward(PlainAttention):
         return replace(plain, axes=plain.axes + tables, sharing="tied" if shared else "own")
 
     def record_kept(self, module: Any, unit: Unit, kept: Tensor) -> None:
-        """Divide the position tables by the factor with which q keeps the softmax temperature."""
+        """Divide the position tables by the factor on q that keeps the softmax temperature."""
         if unit.kind == "qk" and unit.softmax_scaled:
             for table in self.tables:
                 module.get_parameter(table).data.mul_((unit.width / kept.shape[1]) ** 0.5)

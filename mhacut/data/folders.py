@@ -29,7 +29,7 @@ SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class Folder:
-    """Paths and class folders of the images of a split. The images are not opened."""
+    """Paths and classes of the images of a split, from folder names. The images are not opened."""
 
     path: Path
     images: tuple[str, ...]
@@ -149,7 +149,7 @@ def label_images(
         unknown = [name for name in folder.classes if name not in index and name not in folder.empty]
         if unknown:
             raise DataError(
-                f"{folder.path}: class folders not in {class_map}: {listed(unknown)} "
+                f"{folder.path}: class folders not in {class_map}: {listed(unknown)}. Add them to the file "
                 f"({option_name('class_map')})"
             )
         return [index[name] for name in folder.names]

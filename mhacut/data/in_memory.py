@@ -63,7 +63,7 @@ class Expected:
                 "reorder the dimensions"
             )
         if len(images) == 0:
-            raise DataError(f"{where}: holds no images")
+            raise DataError(f"{where}: expected at least 1 image, found none")
         if not images.is_floating_point():
             raise DataError(
                 f"{where}: expected normalised float images, found {dtype_name(images.dtype)}. Convert bytes "
@@ -159,7 +159,7 @@ def split_in_memory(
 def _collected(
     given: ImagesInMemory, expected: Expected, count: int, measured: int
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Read images until there are enough. Return images, labels, and whether more images may follow."""
+    """Read at least ``count`` images. Return images, labels, and whether more images may follow."""
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     total, enough = 0, False
@@ -173,7 +173,7 @@ def _collected(
         if enough:
             break
     if not total:
-        raise DataError("images: holds no images")
+        raise DataError("images: expected at least 1 image, found none")
     present = [batch for batch in labels if batch is not None]
     joined = images[0] if len(images) == 1 else torch.cat([batch.cpu() for batch in images])
     return joined.cpu(), torch.cat(present) if present else None, enough and not _is_whole(given)

@@ -53,7 +53,7 @@ def open_named(
     kind, option = _kind(name), option_name("dataset", name)
     mapped = None if data.class_map is None else read_class_map(data.class_map, num_classes)
     if kind == "torch" and mapped is not None:
-        raise UsageError(f"{option}: torchvision's datasets take no {option_name('class_map')}")
+        raise UsageError(f"{option}: torchvision's datasets do not support {option_name('class_map')}")
     # Security: with root "", a shard "pipe:COMMAND" in _info.json would be run by webdataset.
     root = None if data.data_dir is None else os.fspath(data.data_dir) or os.curdir
     streamed: dict[str, Any] = {}

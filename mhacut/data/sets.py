@@ -41,7 +41,7 @@ class Split:
     images: Dataset[Sample] | None
     """Dataset of (image, label) by index; None for a dataset that can only be read in order."""
     groups: Sequence[object]
-    """Class of each image. If classes are unknown, all entries are equal."""
+    """Class of each image, for balanced sampling. If classes are unknown, all entries are equal."""
     labelled: bool
     """Whether the labels of the images are used."""
     stream: Any = None
@@ -69,7 +69,9 @@ def open_split(
         if isinstance(opened, IterableDataset):
             return Split(where, None, (), use_labels, opened)
         if not len(opened):
-            raise DataError(f"{option_name('dataset', name)}, split {split!r}: holds no images")
+            raise DataError(
+                f"{option_name('dataset', name)}, split {split!r}: found no images. Choose another split"
+            )
         # timm's reader, because timm's dataset replaces an unreadable image by the next one.
         images = ImagesByIndex(getattr(opened, "reader", opened), preprocessing, transform, name)
         return Split(where, images, targets_of(name, opened), use_labels)
@@ -98,8 +100,6 @@ def open_split(
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Images for calibration and for the search."""
-
     images: Tensor
     """Normalised images, float32 [n, C, H, W]."""
     labels: Tensor | None
@@ -141,7 +141,7 @@ def calibration_images(
         rest = None
         description = f"the first {len(labels)} images {split.name}, shuffled ({split.label_note})"
         if not samples:
-            raise DataError(f"images {split.name}: expected images, the dataset gave none")
+            raise DataError(f"images {split.name}: the dataset yielded no images. Check the split")
     if not split.labelled:
         return CalibrationImages(images, None, description, rest=rest)
     check_labels(labels, num_classes, f"images {split.name}")
@@ -242,7 +242,7 @@ class EvaluationLoader:
         if self.images and seen != self.images:
             raise DataError(f"{self.description}: expected {self.images} images, read {seen}")
         if not seen:
-            raise DataError(f"{self.description}: expected images, the dataset gave none")
+            raise DataError(f"{self.description}: the dataset yielded no images. Check the split")
 
 
 def evaluation_loader(
@@ -269,7 +269,9 @@ def evaluation_loader(
     samples: Dataset[Sample]
     if split.images is None:
         if part[1] > 1:
-            raise DataError(f"images {split.name}: a dataset without random access needs 1 process")
+            raise DataError(
+                f"images {split.name}: a dataset without random access is read by 1 process. Start 1 process"
+            )
         total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)
         description = f"{total or 'all'} images {split.name}"
@@ -298,7 +300,7 @@ def evaluation_loader(
 
 
 def _spread(labels: Sequence[object], limit: int | None) -> list[int]:
-    """Return at most ``limit`` indices, class-balanced and ascending. The choice is always the same."""
+    """Return at most ``limit`` indices, class-balanced, ascending and without randomness."""
     if limit is None or limit >= len(labels):
         return list(range(len(labels)))
     return sorted(islice(balanced_order(labels, 0), limit))

@@ -75,7 +75,7 @@ class RunFolder:
             )
 
     def clear(self) -> None:
-        """Create the folder, or delete the files of an earlier run in the folder. Other files stay."""
+        """Create the folder, or delete only the files that an earlier run wrote to it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             for name in self._files():
@@ -112,7 +112,7 @@ class RunFolder:
             write_file(self.file(STATE), content, overwrite=True)
 
     def read_state(self) -> dict[str, Any] | None:
-        """Return the saved state; None if nothing was saved. Code in the file is not executed."""
+        """Return the saved training state; None if there is none. Code in the file is not executed."""
         from mhacut.checkpoint.torch_file import read_whole
 
         path = self.file(STATE)

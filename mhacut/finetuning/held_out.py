@@ -74,7 +74,7 @@ def find_learning_rate(run: Run) -> float:
 def parts_of(
     run: Run, images: TrainingImages, batches: StepBatches, steps: range, mine: Sequence[int] = ()
 ) -> Generator[Batch, None, None]:
-    """Yield this process's batches of each step, or the step's parts with the numbers in ``mine``."""
+    """Load the batches of ``steps``: the parts ``mine`` of each step, by default those of this process."""
     size, rank = run.processes.size, run.processes.rank
     return training_loader(
         images,

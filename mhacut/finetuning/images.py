@@ -55,7 +55,10 @@ class TrainingImages:
     """Number of classes of the model, with which labels are checked; None without labels."""
 
     def divided(self, count: int, preprocessing: Preprocessing, seed: int) -> tuple[TrainingImages, ...]:
-        """Return the training images, and the last ``count`` of epoch 0, held out without augmentation."""
+        """Return the training images, and ``count`` images held out from them without augmentation.
+
+        Held out are the last images in the random order of epoch 0.
+        """
         order = StepBatches(self.count, batch_size=self.count, parts=1, seed=seed).of_step(0)[1]
         plain: Any = copy.copy(self.samples)
         plain.transform = preprocessing.transform()
@@ -151,7 +154,10 @@ def seed_everything(seed: int) -> None:
 
 
 class _Seeded(Dataset[Drawn]):
-    """Images by (epoch, index), which seed the augmentation. The next image replaces an unreadable image."""
+    """Dataset indexed by (epoch, image index), which also seed the augmentation.
+
+    The next readable image replaces an unreadable image.
+    """
 
     def __init__(self, samples: Dataset[Sample], count: int, seed: int) -> None:
         self.samples, self.count, self.seed = samples, count, seed
@@ -225,7 +231,7 @@ def training_loader(
     workers: int,
     pin_memory: bool,
 ) -> Generator[Batch, None, None]:
-    """Yield the batches with part numbers ``mine`` of each step from ``start`` to ``stop`` - 1."""
+    """Yield the batches of steps ``start`` to ``stop`` - 1: of each step, the parts numbered in ``mine``."""
     loader: DataLoader[Any] = DataLoader(
         _Seeded(images.samples, images.count, batches.seed),
         batch_sampler=(batches.part(step, number) for step in range(start, stop) for number in mine),

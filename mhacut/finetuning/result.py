@@ -19,7 +19,7 @@ class EpochSummary:
     """Losses, accuracy and learning rate of an epoch, a line of ``summary.csv``."""
 
     epoch: int
-    """Number of the epoch, counted from 0."""
+    """Index of the epoch, from 0."""
     train_loss: float
     """Mean training loss over the images of the epoch."""
     eval_loss: float | None
@@ -34,10 +34,9 @@ class EpochSummary:
 
 @dataclass
 class Progress:
-    """Progress of a run, saved for a resume. Only ``unreadable`` differs between processes."""
+    """Progress of a fine-tuning run, saved for a resume. Only ``unreadable`` differs between processes."""
 
     step: int = 0
-    """Number of completed training steps."""
     start: float | None = None
     """Score of the initial weights: top-1 accuracy in percent, or negative loss on held-out images."""
     best: float | None = None
@@ -49,9 +48,8 @@ class Progress:
     epoch_images: int = 0
     """Number of training images seen in the current epoch."""
     rows: list[EpochSummary] = field(default_factory=list)
-    """Summaries of the completed epochs."""
     unreadable: dict[str, None] = field(default_factory=dict)
-    """Names of unreadable images, in the order of discovery. Saving adds those of other processes."""
+    """Names of unreadable training images, in the order of discovery."""
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
@@ -76,7 +74,7 @@ class FinetuneResult:
     """Slim file with the best weights by validation accuracy or held-out loss. If neither was measured, the
     slim file with the last weights."""
     architecture: str
-    """timm's name of the dense model."""
+    """timm's name of the dense model's architecture."""
     before: Evaluation | None
     """Accuracy of the input slim file; None without labelled validation images."""
     after: Evaluation | None

@@ -47,7 +47,6 @@ class Run:
     processes: Processes
     reporter: Reporter
     loaded: Checkpoint
-    """Opened slim file with the model to train."""
     folder: RunFolder
     preprocessing: Preprocessing
     provenance: Provenance

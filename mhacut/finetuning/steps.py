@@ -25,7 +25,7 @@ _MAX_NAMED = 10
 
 
 def train(run: Run) -> float:
-    """Take the remaining steps. Return training images per second. Every process must call this function."""
+    """Run the remaining training steps. Return images per second. Every process must call this function."""
     loader = parts_of(run, run.images, run.batches, range(run.progress.step, run.total_steps))
     # Closing ends the processes that read images. An exception that is being shown could keep the loader
     # alive until Python waits for them.
@@ -73,7 +73,7 @@ def _take_steps(run: Run, loader: Iterator[Batch], logs: Logs) -> float:
 
 
 def _log_unreadable(run: Run, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Yield ``batches`` unchanged. Log their unreadable images, and record them in ``run.progress``."""
+    """Yield ``batches`` unchanged. Log their unreadable images, and add them to ``run.progress``."""
     unreadable = run.progress.unreadable
     for batch in batches:
         for bad in batch.unreadable:

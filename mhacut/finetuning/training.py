@@ -78,7 +78,10 @@ class Trainer:
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def step(self, number: int, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Train step ``number`` on ``batches``. Return the sum of the losses and the number of images."""
+        """Run training step ``number`` on ``batches``.
+
+        Return the sum of the losses and the number of images.
+        """
         options = self.options
         self.schedule.step_update(number)
         self.model.train()
@@ -125,7 +128,7 @@ class Trainer:
         return self.objective(outputs, labels, teacher_targets)
 
     def _gradients_shared(self, shared: bool) -> AbstractContextManager[object]:
-        """Return a context for a backward pass. If ``shared``, gradients are summed over processes."""
+        """Return a context for a backward pass that sums gradients over processes if ``shared`` is True."""
         if self.processes.size > 1 and not shared:
             unshared: AbstractContextManager[object] = self.network.no_sync()  # also where it is compiled
             return unshared

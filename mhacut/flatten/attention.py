@@ -80,7 +80,7 @@ def _opening(gate: Tensor) -> Tensor:
 
 
 def _factor(gate: Tensor, power: int) -> Tensor:
-    """Return gate^(1/2p), with value 0 and gradient 0 where the gate is 0 or negative."""
+    """Return gate^(1 / (2 * power)), with value 0 and gradient 0 where the gate is 0 or negative."""
     tiny = torch.finfo(gate.dtype).tiny
     return torch.where(gate > 0, gate.clamp_min(tiny) ** (0.5 / power), 0.0)
 

@@ -58,7 +58,6 @@ class Moments:
         return Moments(self.rows + other.rows, self.total + other.total, self.second + other.second)
 
     def __iadd__(self, other: Moments) -> Moments:
-        """Add ``other`` in place, which avoids large copies."""
         self.rows += other.rows
         self.total += other.total
         self.second += other.second

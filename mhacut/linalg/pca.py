@@ -72,7 +72,7 @@ def falling_eigenvalues(second: Tensor) -> Tensor:
 
 
 def effective_rank(energies: Tensor, share: float) -> Tensor:
-    """Return the number of leading channels that hold the fraction ``share`` of the energies [H, d], [H]."""
+    """Return the number of leading channels of each head that hold the fraction ``share`` of ``energies``."""
     held = energies.cumsum(-1)
     # The rounding of a sum must not cost a channel.
     wanted = share * held[..., -1:] * (1 - 1e-12)

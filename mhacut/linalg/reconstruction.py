@@ -25,13 +25,13 @@ _NOTHING = 1e-150
 
 
 class Refit(NamedTuple):
-    """Refit after a cut: output columns W_S += W_P B with bias += W_P c, or logits q_S C k_S^T.
+    """Refit of a layer after a cut that keeps channels S and removes channels P.
 
-    S are the kept channels and P the removed channels.
+    The output projection W becomes W_S + W_P B with bias b + W_P c, or the logits become q_S C k_S^T.
     """
 
     matrix: Tensor
-    """B [removed, kept] for output columns, or C [H, kept, kept] for logits."""
+    """Matrix [removed, kept] of an output projection refit, or [H, kept, kept] of a logit refit."""
     ridge: float
     """Ridge parameter, relative to the mean variance; infinite if the regression did not help on held-out
     images."""
@@ -39,14 +39,15 @@ class Refit(NamedTuple):
     """Squared error of the layer's output or logits on held-out images, divided by the error without a
     refit."""
     error_per_row: float
-    """Squared error on held-out images, per output row (or per pair of q and k rows)."""
+    """Squared error on held-out images, per output token or per pair of q and k tokens."""
     constant: Tensor | None = None
 
 
 def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, constant: bool) -> Refit:
-    """Refit output columns so that kept channels replace removed ones.
+    """Refit the output projection ``columns`` so that kept channels replace removed channels.
 
-    ``constant``: the layer has an output bias.
+    ``fit`` holds the moments for the regression, ``held`` those that choose its ridge. ``constant``: the
+    layer has an output bias.
     """
     seen, unseen, both = _centred(fit, fit, constant), _centred(held, fit, constant), fit + held
     gone = others(kept, len(seen))
@@ -70,7 +71,7 @@ def refit_linear(fit: Moments, held: Moments, kept: Tensor, columns: Tensor, *, 
 def linear_error(
     fit: Moments, held: Moments, columns: Tensor, *, constant: bool
 ) -> Callable[[Tensor], float]:
-    """Return a fast function from kept channels to the output error of :func:`refit_linear`."""
+    """Return a fast function from kept channels to the output error after :func:`refit_linear`."""
     seen, unseen, columns = _centred(fit, fit, constant), _centred(held, fit, constant), columns.double()
     gram = columns.mT @ columns  # (d, d)
     as_zero, as_mean = gram * held.energy, gram * unseen

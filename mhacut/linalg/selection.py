@@ -20,7 +20,7 @@ RIDGE = 1e-6
 """Ridge added to the variances before inversion, relative to their mean, because channels may be linearly
 dependent."""
 AT_ONCE = 0.02
-"""Fraction of the remaining channels that are removed per step (below 100 channels: 1 channel)."""
+"""Fraction of the remaining channels that a ranking step removes. Below 100 channels, a step removes 1."""
 
 DENSE_ENOUGH = 0.9
 """Fraction of remaining rows below which removed rows are deleted from the matrices."""
@@ -96,7 +96,7 @@ def rank_channels(
 
 
 def _added_errors(lost: list[Tensor], solved: list[Tensor], fisher: Tensor | None) -> Tensor:
-    """Return the error added by each removed channel. Channels of a step share the error equally."""
+    """Return the error that each removed channel adds. Channels removed in 1 step share its error equally."""
     # A step adds the output error W_P [G^-1]_PP^-1 W_P^T.
     errors = (weighed_by(fisher, torch.cat(lost, 1)) * torch.cat(solved, 1)).sum(0)
     sizes = torch.tensor([columns.shape[1] for columns in lost], device=errors.device)

@@ -81,7 +81,8 @@ class Processes:
     def fail_together(self) -> Iterator[None]:
         """Raise an error in all processes if the block fails in 1 process.
 
-        The others would wait forever. The block must not exchange data.
+        Without it, the other processes would wait forever. The block must not exchange data between
+        processes.
         """
         if self.size == 1:
             yield

@@ -30,7 +30,7 @@ def show(path: AnyPath) -> str:
 
 
 def reason_alone(error: Exception, path: AnyPath) -> str:
-    """Return the reason of an error whose message is "path: reason; advice"."""
+    """Return only the reason of an error message of the form ``path: reason; advice``."""
     return str(error).removeprefix(f"{show(path)}: ").partition("; ")[0]
 
 
@@ -88,7 +88,6 @@ def check_class_map(path: AnyPath) -> None:
 
 
 def exists_already(path: Path) -> str:
-    """Return the message for an output that exists: choose another name, or overwrite."""
     # A report has an option of its own for its name.
     name = "" if path.suffix in (".html", ".htm") else f" with {option_name('output')}"
     return f"exists already; choose another name{name}, or {option_name('overwrite', True)}"
@@ -241,7 +240,7 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also of integers of thousands of digits
         raise CheckpointError(f"{where}: not valid JSON ({error!s:.200})") from None
     if not isinstance(document, dict):
-        raise CheckpointError(f"{where}: expected an object, found {type(document).__name__}")
+        raise CheckpointError(f"{where}: expected a JSON object, found {type(document).__name__}")
     return document
 
 
@@ -252,5 +251,5 @@ def plain_json(value: object) -> Any:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"a value of the model's description cannot be stored: {error!s:.200}"
+            f"a value of the model's description cannot be stored as JSON: {error!s:.200}"
         ) from None

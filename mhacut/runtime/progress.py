@@ -49,7 +49,7 @@ SILENT: Reporter = Silent()
 
 
 class StageTimer:
-    """A reporter that measures the duration of each stage and forwards everything."""
+    """Reporter that measures the duration of each stage and passes all calls to another reporter."""
 
     def __init__(self, reporter: Reporter) -> None:
         self.reporter = reporter
@@ -76,7 +76,7 @@ class StageTimer:
             self._stage = None
 
     def taken(self) -> dict[str, float]:
-        """End the current stage. Return the seconds by stage, and start again at 0."""
+        """End the current stage, return the seconds of each stage, and forget them."""
         self.stop()
         seconds, self.seconds = self.seconds, {}
         return seconds
@@ -92,7 +92,7 @@ class Counter:
 
 
 class StageDisplay(Silent):
-    """Reporter that shows progress on stderr: a bar in terminals, else lines. It prints no messages."""
+    """Reporter that shows progress on stderr, as a bar in terminals, else as lines. It prints no messages."""
 
     def __init__(self, say: Callable[[str], None] | None = None, every: float | None = None) -> None:
         from rich import progress  # takes as long to import as a short command

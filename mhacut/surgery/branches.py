@@ -34,7 +34,7 @@ cache."""
 
 
 def branches_of(block: nn.Module) -> Branches | None:
-    """Return the attention and MLP branches of a ViT block for token merging; None if a test fails."""
+    """Return the attention and MLP branches of a ViT block; None if a test on random tokens fails."""
     if isinstance(block, MergingLayer):
         return block.branches
     if is_registered_library(block):

@@ -24,7 +24,7 @@ from mhacut.surgery.slice import cut, slice_layer
 
 @dataclass(frozen=True)
 class Polynomial:
-    """Cost of a layer as a quadratic polynomial of its channels per head (q/k, v) and in its MLP."""
+    """Cost of a layer as a quadratic polynomial of its q/k and v channels per head and hidden channels."""
 
     # sum(per_channel[a] * w[a]) + sum(per_pair[a, b] * w[a] * w[b]): exact for int, tensors get gradients.
     per_channel: Mapping[UnitKind, int]
@@ -45,11 +45,9 @@ class Cost(Protocol):
 
 @dataclass(frozen=True)
 class LayerCost:
-    """Cost of a layer as a function of its widths."""
-
     layer: Layer
     runs: tuple[Cost, ...]
-    """Cost of each run of the layer in a forward pass: FLOPs per image. For parameters or bytes, 1 cost."""
+    """Cost of each run of the layer in a forward pass. Parameters and bytes count once."""
 
     def at(self, widths: Mapping[UnitKey, Any]) -> Any:
         by_kind = {unit.kind: widths.get(unit.key, unit.width) for unit in self.layer.units}
@@ -141,7 +139,7 @@ def fit_polynomial(
     count: Callable[[Mapping[UnitKind, int]], int],
     counted: str = "FLOPs",
 ) -> Polynomial:
-    """Fit a polynomial of the widths to counted costs, and check it at other widths."""
+    """Fit a polynomial of the widths to costs that ``count`` returns, and check it at other widths."""
     chance = random.Random(0)
     # Below half the widths, missing squares change the count in one direction and cannot cancel out.
     other: dict[UnitKind, int] = {
@@ -156,7 +154,7 @@ def fit_polynomial(
             return polynomial
     at = ", ".join(f"{kind} {width} of {uncut[kind]}" for kind, width in other.items())
     raise UnsupportedModelError(
-        f"{name}: its {counted} are no quadratic polynomial of its widths (at {at}: expected "
+        f"{name}: its {counted} are not a quadratic polynomial of its widths (at {at}: expected "
         f"{expected}, found {count(other)}), so no budget can be planned. "
         "Please report the architecture and its arguments"
     )

@@ -142,7 +142,7 @@ def find_pyramid(model: Any, image: Tensor) -> Features:
     features = Features("pyramid", levels=tuple(levels), channel_dims=(1,) * len(levels))
     for number, feature_map in enumerate(_Reader(model, features)(image)):
         if not isinstance(feature_map, Tensor) or feature_map.ndim != 4:
-            raise UnsupportedModelError(f"level {number} of features_only is no map [B, C, H, W]")
+            raise UnsupportedModelError(f"level {number} of features_only is not a map [B, C, H, W]")
     return features
 
 
@@ -161,7 +161,7 @@ def find_layers(model: nn.Module, names: Sequence[str], prunable: PrunableLayers
         within = next((layer for layer in prunable.layers if name.startswith(f"{layer.name}.")), None)
         if within is not None and name != f"{within.name}.{within.result}":
             raise UsageError(
-                f"the output of {name!r} may change its shape when {within.name!r}, which holds it, is cut; "
+                f"the output of {name!r} may change its shape when channels of {within.name!r} are cut; "
                 f"name {within.name!r} or a block"
             )
     for name, output in zip(names, _outputs_of_layers(model, names, image), strict=True):
@@ -180,7 +180,8 @@ def _check_map(output: object, name: str, image: Tensor) -> None:
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModelError(
-            f"{name} gives no token map [B, tokens, channels] or [B, rows, columns, channels], but {found}"
+            f"{name}: expected a token map [B, tokens, channels] or [B, rows, columns, channels], "
+            f"found {found}"
         )
     if len(output) != len(image):
         raise UnsupportedModelError(

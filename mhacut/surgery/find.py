@@ -81,7 +81,7 @@ class PrunableLayers:
         for unit in self.units():
             if unit.key == key:
                 return unit
-        raise PlanError(f"the model has no unit {key[1]!r} in a layer {key[0]!r}")
+        raise PlanError(f"the model has no layer {key[0]!r} with {key[1]!r} channels")
 
     @property
     def not_prunable(self) -> tuple[str, ...]:
@@ -127,8 +127,6 @@ def find_prunable_layers(model: nn.Module) -> PrunableLayers:
 
 
 class _Walk:
-    """Search through the modules of a model for prunable layers."""
-
     def __init__(self) -> None:
         self.layers: list[Layer] = []
         self.skipped: list[str] = []
@@ -148,7 +146,9 @@ class _Walk:
         elif adapter is not None:
             earlier = self._names.setdefault(id(module), name)
             if earlier != name:
-                raise UnsupportedModelError(f"{name} and {earlier} share one module, which is not supported")
+                raise UnsupportedModelError(
+                    f"{name} and {earlier} are the same module; layers that share a module are not supported"
+                )
             self.layers.append(adapter.describe(name, module))
         else:
             self._visit_children(name, module)

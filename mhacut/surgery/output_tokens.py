@@ -145,7 +145,9 @@ def _check_last(block: Any) -> None:
             f"blocks of class {type(block).__name__} cannot compute only the first tokens"
         )
     if _dense_class(block.attn) not in OUTPUT_TOKENS:
-        raise UnsupportedModelError(f"attention of class {type(block.attn).__name__} computes all tokens")
+        raise UnsupportedModelError(
+            f"attention of class {type(block.attn).__name__} cannot compute only the first tokens"
+        )
 
 
 def _dense_class(attention: nn.Module) -> Any:

@@ -91,7 +91,8 @@ class Loss:
     of: Callable[[Any], Tensor]
     """Function from the model's output to the values to preserve, [B, ...]."""
     squares: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    """Sum over images and tokens of g g^T for gradients g, [C, C], by output name and channel dimension."""
+    """Sum over images and tokens of g g^T, [C, C], for loss gradients g, by output name and channel
+    dimension."""
     values: list[Tensor] = field(default_factory=list)
     """Values of the loss function for each batch, [B, ...] each."""
     images: int = 0
@@ -103,7 +104,7 @@ class Loss:
         return self.squares[name, channel_dim] / scale
 
     def gradients(self, output: Any, named: Iterable[tuple[str, Tensor]]) -> list[Tensor | None]:
-        """Add the loss gradients for ``output`` to ``squares``, and return those of the last projection."""
+        """Add g g^T of the loss gradients g of ``output`` to ``squares``, and return the last gradients."""
         value, names, leaves = self.of(output), *zip(*named, strict=True)
         if not _is_float(value) or not value.ndim or not value.requires_grad:
             shape = f"{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -41,7 +41,7 @@ def elsewhere(units):
     [
         ({"plan": widened}, "the model has 1 heads of 192 channels, the plan expects 1 of 1000000000"),
         ({"plan": one_less}, "0 missing, 0 unexpected, 3 of another shape\n"),
-        ({"plan": elsewhere}, "the model has no unit"),
+        ({"plan": elsewhere}, "the model has no layer"),
         ({"plan": lambda units: []}, "metadata and tensors do not match"),
         (
             {"architecture": "resnet18", "model_args": {}, "pretrained_cfg": {}},

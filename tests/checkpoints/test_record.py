@@ -87,7 +87,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(preprocessing={**PREPROCESSING, "crop_pct": 0}), "expected at least 0.1, at most 1.25"),
         (changed(preprocessing={}), "preprocessing: "),
         (changed(preprocessing=[]), "preprocessing: expected an object, found []"),
-        ("[1]", "expected an object, found list"),
+        ("[1]", "expected a JSON object, found list"),
         ("{", "not valid JSON"),
         ("[" * 200_000, "not valid JSON"),
         ("[" + "9" * 5000 + "]", "not valid JSON"),

@@ -78,9 +78,9 @@ def test_a_stream_gives_its_beginning_and_must_give_what_it_announced(opens) -> 
 
 def test_a_dataset_without_images_is_refused(opens) -> None:
     opens(Pictures(per_class=0))
-    with pytest.raises(DataError, match="torch/any', split 'train': holds no images"):
+    with pytest.raises(DataError, match="torch/any', split 'train': found no images"):
         calibrated(PLAIN, count=6, seed=0, dataset="torch/any", num_classes=3)
-    with pytest.raises(DataError, match="torch/any', split 'val': holds no images"):
+    with pytest.raises(DataError, match="torch/any', split 'val': found no images"):
         evaluated(PLAIN, dataset="torch/any", batch_size=5, workers=0, num_classes=3)
 
 

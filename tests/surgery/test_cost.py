@@ -87,7 +87,7 @@ def test_a_polynomial_of_degree_2_is_found_from_few_counts(data):
 @pytest.mark.parametrize("cost", [lambda w: w**3, lambda w: w * (w + 1) // 2, lambda w: 64 * (w // 8)])
 def test_costs_that_are_no_such_polynomial_are_an_error(cost):
     with pytest.raises(
-        UnsupportedModelError, match=r"^attn \(Odd\): .* no quadratic polynomial .*hidden \d+ of 64"
+        UnsupportedModelError, match=r"^attn \(Odd\): .* not a quadratic polynomial .*hidden \d+ of 64"
     ):
         fit_polynomial("attn (Odd)", {"hidden": 64}, lambda changed: cost(changed.get("hidden", 64)))
 
@@ -95,7 +95,7 @@ def test_costs_that_are_no_such_polynomial_are_an_error(cost):
 @pytest.mark.parametrize("width", [5, 6, 7, 16, 33, 64])
 def test_no_width_is_checked_at_one_of_those_that_were_counted(width):
     """A cubic that is interpolated in three places is met in these three only."""
-    with pytest.raises(UnsupportedModelError, match="are no quadratic polynomial"):
+    with pytest.raises(UnsupportedModelError, match="are not a quadratic polynomial"):
         fit_polynomial("attn", {"hidden": width}, lambda changed: changed.get("hidden", width) ** 3)
 
 

@@ -99,7 +99,7 @@ def test_the_hidden_channels_of_a_classifier_are_left_alone():
 def test_a_module_shared_between_layers_is_refused():
     model = build(ModelCase("vit_tiny_patch16_224", SMALL))
     model.blocks[1].attn = model.blocks[0].attn
-    with pytest.raises(UnsupportedModelError, match="share one module"):
+    with pytest.raises(UnsupportedModelError, match="share a module"):
         find_prunable_layers(model)
 
 
@@ -107,7 +107,7 @@ def test_a_module_shared_between_layers_is_refused():
     ("unit", "message"),
     [
         (UnitPlan("blocks.9.attn", "v", 64, ((0,),) * 3), "blocks.9.attn"),
-        (UnitPlan("blocks.0.attn", "hidden", 64, ((0,),) * 3), "no unit 'hidden'"),
+        (UnitPlan("blocks.0.attn", "hidden", 64, ((0,),) * 3), "with 'hidden' channels"),
         (UnitPlan("blocks.0.attn", "v", 64, ((0,),) * 2), "3 heads of 64"),
         (UnitPlan("blocks.0.attn", "v", 32, ((0,),) * 3), "the plan expects 3 of 32"),
     ],
