@@ -100,7 +100,6 @@ kernel is faster."""
 
 
 def products_are_faster(q: Tensor, k: Tensor) -> bool:
-    """Whether an explicit softmax(q k^T) v is at least as fast as the fused kernel."""
     if q.device.type != "cpu":
         return False
     # Exporters decompose SDPA anyway, and padding would stay in the graph.

@@ -216,7 +216,6 @@ class Adapter(ABC):
         return self
 
     def serves(self, module: Any) -> bool:
-        """Whether this adapter supports the configuration of ``module``."""
         return True
 
     @abstractmethod
@@ -238,7 +237,7 @@ class Adapter(ABC):
         return
 
     def prepare(self, module: Any) -> None:
-        """Change a dense layer so that its forward pass calls the submodules with hooks."""
+        """Change a dense layer so that its forward pass calls the submodules that have activation hooks."""
         return
 
     def fix_shared_modules(self, model: nn.Module) -> None:

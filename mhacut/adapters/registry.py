@@ -97,10 +97,6 @@ def is_attention(module: nn.Module) -> bool:
 
 
 def looks_like_attention(module: nn.Module) -> bool:
-    """Whether the class name contains "attention".
-
-    The module may compute attention or contain an attention layer.
-    """
     name = type(module).__name__
     return name not in _CHANNEL_GATES | _NO_ATTENTION and _ATTENTION_NAME.search(name) is not None
 

@@ -113,7 +113,6 @@ class Softmax(Adapter):
     """Order of the rows of a fused projection. True: q, k, v of head 0, then q, k, v of head 1. False: q of
     all heads, then k, then v."""
     read_by: str | Callable[[Any], str] = "proj"
-    """Name of the output projection."""
     read_beside: Callable[[Any], int] = lambda m: 0
     """Function that returns the number of input channels of the output projection besides the v channels."""
     query_heads: int = 1

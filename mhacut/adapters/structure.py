@@ -27,8 +27,7 @@ from mhacut.errors import UnsupportedModelError
 from mhacut.plan import UnitKind
 
 _TOLERANCE = 1e-6
-"""Largest relative difference between outputs that must be equal. Some attention classes compute the softmax
-in float32."""
+"""Largest relative difference between equal outputs, because some attention classes compute in float32."""
 _GRIDS = ((8, 8), (8, 16))
 """Heights and widths of the random token maps on which a found structure is tested."""
 _PROVED: dict[tuple[Any, ...], Adapter | None] = {}
@@ -80,7 +79,7 @@ def _projected(m: Any, y: Tensor, *_: Any) -> Any:
 
 @dataclass(eq=False)
 class PlainAttention(Softmax):
-    """Softmax attention over all tokens, of a class without an adapter."""
+    """Softmax attention over all tokens, found in a class for which mhacut has no adapter."""
 
     heads_at: str = "num_heads"
     """Name of the attribute that holds the number of heads, possibly in a submodule (``attn.num_heads``)."""

@@ -159,7 +159,7 @@ def split_in_memory(
 def _collected(
     given: ImagesInMemory, expected: Expected, count: int, measured: int
 ) -> tuple[Tensor, Tensor | None, bool]:
-    """Read at least ``count`` images. Return images, labels, and whether more images may follow."""
+    """Read batches until they hold enough images. Return images, labels, and whether more may follow."""
     images: list[Tensor] = []
     labels: list[Tensor | None] = []
     total, enough = 0, False

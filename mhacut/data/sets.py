@@ -43,7 +43,7 @@ class Split:
     groups: Sequence[object]
     """Class of each image, for balanced sampling. If classes are unknown, all entries are equal."""
     labelled: bool
-    """Whether the labels of the images are used."""
+    """Whether the images have labels that are used."""
     stream: Any = None
     """timm dataset that can only be read in order; None if ``images`` is set."""
 

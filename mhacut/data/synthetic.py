@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 LEAVES = 40
-"""Number of shapes in each synthetic image."""
 _SIZES = (0.05, 0.5)
 """Smallest and largest radius of a shape, divided by the longer image side. The radius has density r^-3."""
 _STRETCH = 0.5

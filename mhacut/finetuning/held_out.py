@@ -21,7 +21,6 @@ _MAX_RISE = 1.2
 """A learning rate is accepted if the held-out loss after its trial is at most 1.2 times the loss before. The
 full run recovers from a rise of 20 %."""
 _BATCH = 64
-"""Largest number of held-out images in a forward pass."""
 
 
 def measured_score(run: Run) -> tuple[float | None, Evaluation | None]:

@@ -150,7 +150,7 @@ def with_dense_model(options: FinetuneOptions, slim: Checkpoint, reporter: Repor
                     return with_teacher
         option = option_name("teacher", name or "PATH")
         reporter.log(
-            f"training on labels only; distilling the dense model usually gives more accuracy: {option}"
+            f"training on labels only. Distilling the dense model usually gives more accuracy: {option}"
         )
     if options.teacher is None:
         require("labels", options.labels, options.labels, f"a {option_name('teacher')}")

@@ -16,8 +16,6 @@ from mhacut.text import safe_table
 
 @dataclass(frozen=True)
 class EpochSummary:
-    """Losses, accuracy and learning rate of an epoch, a line of ``summary.csv``."""
-
     epoch: int
     """Index of the epoch, from 0."""
     train_loss: float
@@ -42,11 +40,9 @@ class Progress:
     best: float | None = None
     """Best score of the run so far; None before the first measurement."""
     before: Evaluation | None = None
-    """Accuracy of the initial weights on the validation images."""
     epoch_loss: float = 0.0
     """Sum of the training losses of the images seen in the current epoch."""
     epoch_images: int = 0
-    """Number of training images seen in the current epoch."""
     rows: list[EpochSummary] = field(default_factory=list)
     unreadable: dict[str, None] = field(default_factory=dict)
     """Names of unreadable training images, in the order of discovery."""

@@ -60,7 +60,7 @@ class Trainer:
         """The model; after :meth:`connect`, its wrapper for several processes and ``--compile``."""
 
     def connect(self) -> None:
-        """Wrap the model for several processes and ``--compile``. Every process must call this method."""
+        """Wrap the model for distributed training and ``--compile``. Every process must call this method."""
         self.network = _network(self.model, self.options, self.processes)
 
     def disconnect(self) -> None:

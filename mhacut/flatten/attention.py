@@ -74,7 +74,7 @@ def scale_with_gate(scale: Tensor, gate: Tensor, power: int = FOCUSING_FACTOR) -
 
 
 def _opening(gate: Tensor) -> Tensor:
-    """Return ``gate`` clamped at 0, with gradient 1 at 0, so that training can open a closed gate."""
+    """Return ``gate`` clamped at 0, with gradient 1 at 0, so that training can raise a gate of 0."""
     # The gradient of clamp_min at its bound differs between versions of torch.
     return torch.where(gate >= 0, gate, 0.0)
 

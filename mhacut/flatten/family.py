@@ -78,7 +78,10 @@ def register(
 
 
 def unwrap(state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the weights of a training checkpoint ``{"model": ...}``, or a state dict unchanged."""
+    """Return the state dict of a training checkpoint ``{"model": ...}``.
+
+    A bare state dict stays unchanged.
+    """
     inner = state_dict.get("model", state_dict)
     return inner if isinstance(inner, Mapping) else state_dict
 

@@ -29,7 +29,7 @@ class FocusedSwinBlock(FocusedBlock):
         return super().forward(x.flatten(1, 2)).reshape(x.shape)
 
     def set_input_size(self, feat_size: Grid, window_size: Any, always_partition: Any = None) -> None:
-        """Adapt the block to maps of another size. Its window is always the whole map."""
+        """Adapt the block to a map of size ``feat_size``. The attention window is always the whole map."""
         attn: Any = self.attn
         attn.set_grid_size(tuple(feat_size))
 

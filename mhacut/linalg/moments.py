@@ -12,7 +12,7 @@ EPSILON = 1e-6
 _AT_ONCE = 192
 """Number of columns per block in :func:`gram`."""
 _ROWS = 256
-"""Number of rows that are converted to float64 at once."""
+"""Number of rows that are converted to float64 at the same time."""
 _SMALL, _LARGE = 1e-15, 1e15
 """Smallest and largest activation whose square, summed 1e8 times, fits float32."""
 
@@ -22,7 +22,6 @@ class Moments:
     """Sums of x and of x x^T over activation rows x, batched over leading dimensions."""
 
     rows: int
-    """Number of rows that were added."""
     total: Tensor
     """Sum of x, [..., d], float64."""
     second: Tensor
@@ -149,6 +148,6 @@ def _weights(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _along_output(weights: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:
-    """Return 2 inner products with the output: of each channel, [B, H, N, d], and of the output."""
+    """Return the inner products of the attention output with each channel and with the output."""
     along = weights @ gram
     return along, (along * weights).sum(-1, keepdim=True)

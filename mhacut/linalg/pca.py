@@ -13,7 +13,7 @@ from torch import Tensor
 _FLOOR = 1e-10
 """Minimum eigenvalue, relative to the largest. It keeps the basis invertible."""
 _NOTHING = 1e-30
-"""Logits below this size are treated as rounding errors."""
+"""Logits of smaller magnitude are treated as rounding errors."""
 
 
 def logit_basis(query: Tensor, key: Tensor) -> Tensor:

@@ -23,12 +23,10 @@ AT_ONCE = 0.02
 """Fraction of the remaining channels that a ranking step removes. Below 100 channels, a step removes 1."""
 
 DENSE_ENOUGH = 0.9
-"""Fraction of remaining rows below which removed rows are deleted from the matrices."""
+"""Removed rows are deleted from the matrices when less than this fraction of the rows remains."""
 
 
 class Ranking(NamedTuple):
-    """Importance order of the channels of each head."""
-
     order: Tensor
     """Channel indices, most important first, [heads, d]."""
     error: Tensor | None = None
@@ -139,7 +137,7 @@ def rank_logit_channels(query: Tensor, key: Tensor, smallest: int) -> Ranking:
 
 
 class _Side:
-    """State of q or k in the ranking of logit channels: all channels predicted from the kept channels."""
+    """State of q or k while logit channels are ranked: predictions of all channels from the kept ones."""
 
     def __init__(self, second: Tensor) -> None:
         self.inverse = damped_inverse(second)

@@ -129,7 +129,7 @@ def _is_part_of(target: Path, source: Path) -> bool:
 def check_outputs(
     paths: Iterable[AnyPath | None], *, overwrite: bool, input_paths: Iterable[AnyPath | None]
 ) -> None:
-    """Check output paths: they must differ from the inputs and from each other."""
+    """Raise an :class:`OutputError` if a path cannot be written, is an input file, or appears twice."""
     sources: list[AnyPath | None] = [source for source in input_paths if source is not None]
     seen: dict[str, AnyPath] = {}
     for path in paths:
@@ -206,7 +206,7 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 
 def _finish(path: Path) -> None:
-    """Flush a file to disk, and set its mode from the umask."""
+    """Flush a file to disk and give it the permissions of a new file (umask)."""
     # Temporary files of libraries are readable only by their owner.
     umask = os.umask(0)
     os.umask(umask)

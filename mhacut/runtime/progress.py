@@ -28,7 +28,7 @@ class Reporter(Protocol):
         """Receive a message about a choice that the command made."""
 
     def start(self, stage: str) -> None:
-        """Begin a stage, and end the previous stage."""
+        pass
 
     def advance(self, done: int, total: int, detail: str = "") -> None:
         """Receive the progress of the current stage. ``total`` is 0 if unknown."""
@@ -146,7 +146,7 @@ class StageDisplay(Silent):
 
 @dataclass(frozen=True, kw_only=True)
 class Reporting:
-    """Keywords of functions that report progress. See :func:`reporting`."""
+    """Keyword arguments of functions that report progress, for :func:`reporting`."""
 
     progress: bool | None = None
     reporter: Reporter | None = None

@@ -59,7 +59,7 @@ class CostTable:
     """FLOPs of a model as a function of the channels per head in each layer."""
 
     fixed: int
-    """FLOPs that do not depend on widths."""
+    """FLOPs of the model that do not depend on the numbers of channels."""
     layers: tuple[LayerCost, ...]
     dense: int
     """FLOPs of the uncut model with all tokens, counted by fvcore."""

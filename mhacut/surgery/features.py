@@ -55,7 +55,7 @@ class Features:
     (``layers``), or outputs of a :class:`~mhacut.surgery.submodule.SubmoduleFn` (``maps``)."""
     layers: tuple[str, ...] = ()
     levels: tuple[int, ...] = ()
-    """Indices of the feature levels, as in ``forward_intermediates``."""
+    """Indices of the feature levels in timm's ``forward_intermediates``."""
     channel_dims: tuple[int, ...] = ()
     """Index of the channel dimension of each token map."""
 

@@ -187,7 +187,7 @@ def _of_block(adapter: Mlp | None, name: str, module: nn.Module) -> Layer | None
 
 
 def check_plan(prunable: PrunableLayers, plan: Plan) -> None:
-    """Raise a :class:`PlanError` unless ``plan`` names layers and channel counts of the model."""
+    """Raise a :class:`PlanError` if layers or channel counts in ``plan`` differ from those of the model."""
     for unit_plan in plan:
         unit = prunable.unit(unit_plan.key)
         if (unit.heads, unit.width) != (unit_plan.heads, unit_plan.dense_width):

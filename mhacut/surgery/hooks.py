@@ -40,7 +40,7 @@ def captured_outputs(
 
 @contextmanager
 def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove hooks at the end of a ``with`` statement, or if a registration fails."""
+    """Remove the hooks ``handles`` at the end of a ``with`` block, or if registering a hook fails."""
     with ExitStack() as stack:
         for handle in handles:
             stack.callback(handle.remove)
@@ -140,7 +140,7 @@ def _shape_only(leaf: Any) -> Any:
 
 
 class Replay(nn.Module):
-    """Recorded call of a layer as a module. Its inputs are the tensors of the call."""
+    """Module that repeats a recorded call of a layer, with the tensors of the call as inputs."""
 
     def __init__(self, module: nn.Module, call: LayerInputs) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ from mhacut.surgery.find import PrunableLayers
 
 
 def temperature_factor(unit: Unit, width: float, basis: Basis) -> float:
-    """Factor on the attention logits that gives the softmax temperature of a cut to ``width`` channels."""
+    """Factor on attention logits that sets the softmax temperature which a cut to ``width`` channels has."""
     # Logits divided by sqrt(width) instead of sqrt(dense width) compensate for the removed channels. In the
     # PCA basis the kept channels hold most of the energy of the logits, so no factor is needed.
     if basis == "principal" or not unit.softmax_scaled:

@@ -36,7 +36,7 @@ def cut(
 ) -> None:
     """Cut ``model`` to ``plan``, in place.
 
-    Its outputs then equal those with removed channels multiplied by 0.
+    Outputs equal those of the model with removed channels set to 0.
     """
     # On the meta device, this gives the expected shapes of a slim file before it is loaded.
     if plan.tokens and tokens_of(model) != plan.tokens:

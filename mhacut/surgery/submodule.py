@@ -66,7 +66,8 @@ class Recorded:
     place: int
     """Index of the images (or tokens) in the flattened arguments of ``call``."""
     alike: tuple[int, ...]
-    """Indices of flattened arguments that have 1 row per image, all rows equal. ``call`` holds only 1 row."""
+    """Indices of flattened arguments that are equal for all images. ``call`` holds only the row of 1
+    image."""
     images: Tensor
     """Input images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int
@@ -74,7 +75,7 @@ class Recorded:
     outputs: Mapping[str, int]
     """Names of the submodule outputs that the whole model reads, each with its index among the outputs."""
     method: str
-    """Method of the submodule that the model calls: ``forward``, or another of :data:`_METHODS`."""
+    """Name of the submodule's method that the model calls: ``forward``, or another of :data:`_METHODS`."""
     loss: Loss | None = None
     """Loss with its sensitivity to the submodule outputs; None without a loss function."""
 
@@ -212,7 +213,7 @@ def record(
 
 @contextmanager
 def _watched(part: nn.Module, note: _Note, change: Callable[[Any], Any]) -> Iterator[None]:
-    """Report calls of the submodule to ``note``, and replace their outputs by ``change(output)``."""
+    """Pass calls of submodule ``part`` to ``note``, and replace their outputs by ``change(output)``."""
     replaced, running = dict(vars(part)), False
 
     def watched(name: str, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -111,7 +111,7 @@ def test_sources_of_weights_are_dropped_from_the_pretrained_cfg():
 
 
 def test_only_plain_values_can_be_stored():
-    with pytest.raises(CheckpointError, match="cannot be stored: Object of type object"):
+    with pytest.raises(CheckpointError, match="cannot be stored as JSON: Object of type object"):
         checked_model_args({"norm_layer": object()})
     with pytest.raises(CheckpointError, match="not JSON compliant"):
         record(history=({"seconds": float("nan")},))

@@ -117,7 +117,7 @@ def test_the_dense_model_beside_the_slim_file_teaches_it(tiny_vit, images, tmp_p
     (tmp_path / "dense.safetensors").unlink()
     said, teacher = tuned("other")
     assert (
-        "training on labels only; distilling the dense model usually gives more accuracy: --teacher dense.saf"
+        "training on labels only. Distilling the dense model usually gives more accuracy: --teacher dense.saf"
         in said
     )
     assert teacher is None
