@@ -267,7 +267,7 @@ def results_table(name: str) -> str:
     made = "; ".join([machine["cpu"], *versions, f"seed {seed}", *common])
     if tuned := next((row["finetuned"] for row in rows if "finetuned" in row), None):
         made += f"; fine-tuned for {tuned['steps']} steps, up to {len(tuned['seeds'])} seeds"
-    return "\n".join([*lines, "", f"{made}. Rows: `results/{file}.json`."])
+    return "\n".join([*lines, "", f"The table was measured on {made}. Rows: `results/{file}.json`."])
 
 
 def _one_shot(rows: Sequence[Row]) -> tuple[list[Row], dict[str, Any]]:
