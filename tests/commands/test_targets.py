@@ -60,7 +60,7 @@ PAPER = {"allocation": "indicator", "selection": "indicator", "basis": "principa
         ({"params": "50%", "max_drop": 1.0}, "max_drop=1.0 and params='50%' cannot be combined"),
         ({"max_kl": 0.0}, "max_kl=0.0: expected above 0"),
         ({"params": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or uniform"),
-        ({"size": "6MB", "scope": "attention+mlp+tokens"}, "expected flops, max_latency, max_kl or max_drop"),
+        ({"size": "6MB", "scope": "attention+mlp+tokens"}, "Add flops, max_latency, max_kl or max_drop"),
         ({"flops": "50%", **PAPER}, "basis='principal': expected channel or auto with selection='indicator'"),
         ({"max_latency": "50%", "max_kl": 0.1}, "max_kl=0.1 and max_latency='50%' cannot be combined"),
         ({"max_latency": "50%", "allocation": "indicator"}, "allocation='indicator': expected curves or"),
