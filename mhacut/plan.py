@@ -20,7 +20,7 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
-_TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside"}
+_TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside", "patches"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
 """Names of the token merging rules in files: ``weights``, and ``checkerboard`` if merged tokens are copied
 back to their patches."""
@@ -133,6 +133,9 @@ class TokenPlan:
     outside: tuple[int, int] | None = field(default=None, compare=False)
     """Numbers of tokens before and after the patches, such as class tokens, which never merge. None if the
     class of the model determines them."""
+    patches: int | None = field(default=None, compare=False)
+    """Number of patches of the image size that the plan was made for. At other sizes, each block merges the
+    same share of its tokens. None in older files: the numbers of merged tokens apply to all sizes."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -143,6 +146,8 @@ class TokenPlan:
             object.__setattr__(self, "merged", ())
             object.__setattr__(self, "unmerge", False)
             object.__setattr__(self, "outside", None)
+        if self.patches is not None and self.patches < 1:
+            raise PlanError(f"token plan: `patches` must be at least 1, found {self.patches}")
         if self.unmerge and self.output_tokens is not None:
             raise PlanError("token plan: `copied` and `read` cannot be combined")
 
@@ -159,7 +164,8 @@ class TokenPlan:
         rule = COPY_RULE if self.unmerge is True else MERGE_RULE
         merged = {"merged": list(self.merged), "rule": rule} if self.merged else {}
         outside = {} if self.outside is None else {"outside": list(self.outside)}
-        return {**read, **merged, **({"copied": True} if self.unmerge else {}), **outside}
+        patches = {"patches": self.patches} if self.merged and self.patches is not None else {}
+        return {**read, **merged, **({"copied": True} if self.unmerge else {}), **outside, **patches}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
@@ -168,8 +174,9 @@ class TokenPlan:
             raise PlanError(f"token plan: allowed keys are {', '.join(sorted(_TOKEN_KEYS))}")
         read, merged = document.get("read"), document.get("merged", [])
         copied, outside = document.get("copied", False), document.get("outside")
-        if "read" in document and not is_int(read):
-            raise PlanError("token plan: `read` must be a whole number")
+        for key in ("read", "patches"):
+            if key in document and not is_int(document[key]):
+                raise PlanError(f"token plan: `{key}` must be a whole number")
         if not isinstance(merged, list) or not _all_int(merged):
             raise PlanError("token plan: `merged` must be a list of whole numbers, 1 per block")
         if not isinstance(copied, bool):
@@ -188,7 +195,7 @@ class TokenPlan:
         in_rows = copied and rule == MERGE_RULE
         unmerge: Unmerge = "rows" if in_rows else copied
         kept = None if outside is None else (outside[0], outside[1])
-        return cls(cast("int | None", read), tuple(merged), unmerge, kept)
+        return cls(cast("int | None", read), tuple(merged), unmerge, kept, document.get("patches"))
 
 
 @dataclass(frozen=True)

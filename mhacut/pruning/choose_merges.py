@@ -259,7 +259,12 @@ def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
     Return the reason if this fails; otherwise an empty text.
     """
     stack = stack_of(model)
-    if stack is None or stack.vit is not None:
+    if stack is None:
+        return ""
+    if stack.vit is not None:
+        tokens = tokens_of_model(model, size)
+        for block in stack.blocks:
+            block.patches = tokens.total - tokens.prefix
         return ""
     if len(size) != 3:
         return (
@@ -277,6 +282,7 @@ def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
         return "the tokens of its patches are not side by side"
     for block in stack.blocks:
         block.outside = places[0], len(differs) - 1 - places[-1]
+        block.patches = len(places)
     return ""
 
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import nn
 
 from mhacut.measuring.predicted_time import TimeCurve, TimeTable
-from mhacut.plan import Plan, TokenPlan, UnitKey, Unmerge
+from mhacut.plan import Plan, UnitKey, Unmerge
 from mhacut.pruning.allocate import job_widths, total_error, uniform_widths
 from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.candidates import Candidate, find_candidates
@@ -43,7 +43,7 @@ class Planned:
     @property
     def plan(self) -> Plan:
         """Plan of the whole model, as stored in the slim file."""
-        tokens = TokenPlan(self.ready.plan.tokens.output_tokens, self.merged, self.unmerge)
+        tokens = replace(self.ready.plan.tokens, merged=self.merged, unmerge=self.unmerge)
         return Plan(self.ready.plan.units, tokens)
 
     def cost(self, limit: Limit) -> int:

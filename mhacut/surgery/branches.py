@@ -77,7 +77,7 @@ def _structure_of(block: nn.Module) -> tuple[Any, ...]:
         for key, value in vars(part).items()
         # Cuts change numbers in attention and MLP, but not in the block around them.
         if isinstance(value, bool | str | (bool if name else float | int))
-        and key != "training"
+        and key not in ("training", "patches")
         and not key.startswith("_")
     ]
     return (*((name, library_class(part)) for name, part in block.named_modules()), *switches)

@@ -28,15 +28,27 @@ from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order,
 class Matcher(nn.Module):
     """Module that chooses the tokens to merge in a block. Hooks can read and replace the chosen pairs."""
 
-    def __init__(self, count: int, prefix: int) -> None:
+    def __init__(self, count: int, prefix: int, planned: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.count, self.prefix = count, prefix
+        self.planned = planned
+        """Numbers of patches in the model and of tokens behind this block, at the planned image size. None if
+        the same number of tokens merges at all sizes."""
 
-    def forward(self, x: Tensor, sizes: Tensor, cls_weights: Tensor | None) -> Match:
-        """Match tokens [B, N, C] of sizes [B, N, 1], weighted by the class token's attention [B, H, N]."""
+    def forward(self, tokens: SizedTokens, cls_weights: Tensor | None) -> Match:
+        """Match tokens, weighted by the class token's attention [B, H, N]."""
+        x, sizes, *_, first = tokens
         weights = weigh(sizes, None if cls_weights is None else cls_weights.detach(), self.prefix)
-        # A smaller image than the planned one may have too few patches: at most half of them merge.
-        count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
+        if self.planned is None or first is None:
+            # A small image may have too few patches: at most half of them merge.
+            count = min(self.count, (int(x.shape[1]) - self.prefix) // 2)
+        else:
+            # From the tokens of the first block, so that rounding errors of blocks do not add up. Rounded up,
+            # because at most half of the tokens of a block can merge.
+            patches, left = self.planned
+            count = x.shape[1] - self.prefix + (self.prefix - first.shape[1]) * left // patches
+            # torch.jit.trace, which counts FLOPs, gives a tensor.
+            count = int(count) if isinstance(count, Tensor) else count
         return match(x.detach(), weights, count, self.prefix)
 
 
@@ -47,6 +59,8 @@ class Merging:
     """Module that chooses the tokens to merge; None if the block merges no tokens."""
     gives_sizes: bool
     """Whether the block returns :class:`SizedTokens` instead of a tensor."""
+    patches: int | None
+    """Number of patches in the model at the image size that the merges were planned for."""
     unmerge: Unmerge
     """Whether the output features of the model have a token for every patch."""
 
@@ -70,7 +84,7 @@ class _TimmMerging(Merging):
             y, cls_weights = y
         tokens = tokens._replace(x=tokens.x + self.drop_path1(scaled(self, 1, y)))
         if self.matcher is not None:
-            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, cls_weights), self.matcher.prefix)
+            tokens = merge(tokens, self.matcher(tokens, cls_weights), self.matcher.prefix)
         y = tokens.x + self.drop_path2(scaled(self, 2, self.mlp(self.norm2(tokens.x))))
         return tokens._replace(x=y) if self.gives_sizes else y
 
@@ -174,7 +188,7 @@ class MergingLayer(Merging):
             y = self._attend(part, y, bias)
         tokens = tokens._replace(x=tokens.x + y)
         if self.matcher is not None:
-            tokens = merge(tokens, self.matcher(tokens.x, tokens.sizes, cls_weights), self.matcher.prefix)
+            tokens = merge(tokens, self.matcher(tokens, cls_weights), self.matcher.prefix)
         y = tokens.x
         for name in self.branches.second:
             y = apply_part(attrgetter(name)(self), y)
@@ -241,7 +255,8 @@ def _with_sizes(
             x = x.index_select(1, order)  # a single ONNX operation
             rope = None if rope is None else rope.index_select(-2, order)
         token_of_patch = token_of_patch.expand(x.shape[:2])
-    return SizedTokens(x, x.new_ones(*x.shape[:2], 1), token_of_patch, rope), None
+    sizes = x.new_ones(*x.shape[:2], 1)
+    return SizedTokens(x, sizes, token_of_patch, rope, sizes[..., :0]), None
 
 
 def unmerged(output: Any) -> Any:
@@ -266,7 +281,7 @@ class MergedTokens:
         if isinstance(tokens, Tensor) or tokens.token_of_patch is not None:
             features: Tensor = self.norm(unmerged(tokens))
             return features
-        return SizedTokens(self.norm(tokens.x), tokens.sizes)
+        return tokens._replace(x=self.norm(tokens.x))
 
     def run_blocks(self: Any, x: Tensor) -> Tensor | SizedTokens:
         x = self.norm_pre(self.patch_drop(self._pos_embed(x)))

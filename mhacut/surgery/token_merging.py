@@ -1,8 +1,9 @@
 """Token merging on tensors: choose pairs of similar tokens and average each pair.
 
 The method is ToMe's bipartite soft matching ("Token Merging: Your ViT But Faster", arXiv 2210.09461). Tokens
-before the patches, such as the class token, are never merged. The number of merges per block is fixed, so all
-shapes are known in advance. No operation is a scatter: several runtimes lack it or run it slowly.
+before the patches, such as the class token, are never merged. The number of merges per block is fixed for
+an image size, so all shapes are known in advance. No operation is a scatter: several runtimes lack it or run
+it slowly.
 
 Three differences from ToMe reduce the divergence to two fifths on an ImageNet ViT-Ti with half its FLOPs:
 
@@ -64,6 +65,8 @@ class SizedTokens(NamedTuple):
     rope: Tensor | None = None
     """Sines and cosines of rotary positions, [N, 2 * d] before the first merge, then [B, N, 2 * d]. Rows of
     the prefix are 0. None in models without rotary positions."""
+    first: Tensor | None = None
+    """Empty tensor [B, N of the first block, 0]: a tensor, because ``torch.jit.trace`` takes no numbers."""
 
     def __getitem__(self, index: Any) -> Any:
         # transformers reads the hidden state as entry 0 of a layer's output.
@@ -143,7 +146,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     """Return N - r tokens, in the order prefix, rest of A, B. Merged tokens are weighted averages."""
-    x, sizes, token_of_patch, rope = tokens
+    x, sizes, token_of_patch, rope, _ = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
         x = at_least_float32(x)
@@ -170,7 +173,8 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_MIN_NORM)))
     if token_of_patch is not None:
         token_of_patch = token_of_patch_after(token_of_patch, matched, prefix)
-    return SizedTokens(x.to(tokens.x.dtype), new_sizes.to(sizes.dtype), token_of_patch, rope)
+    x, sizes = x.to(tokens.x.dtype), new_sizes.to(sizes.dtype)
+    return tokens._replace(x=x, sizes=sizes, token_of_patch=token_of_patch, rope=rope)
 
 
 def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) -> Tensor:

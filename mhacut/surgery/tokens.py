@@ -176,8 +176,12 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
     by_attention = not unmerge and (vit is None or _weighs_by_attention(vit))
     # Blocks before the first merge keep their class: all their tokens have size 1.
     first = next(number for number, count in enumerate(merged) if count)
+    patches: int | None = getattr(blocks[0], "patches", None)
+    left = patches or 0
     for block, count in [*zip(blocks, merged, strict=True)][first:]:
-        _set_merging(block, Matcher(count, stack.prefix) if count else None, unmerge)
+        left -= min(count, left // 2)
+        planned = None if patches is None else (patches, left)
+        _set_merging(block, Matcher(count, stack.prefix, planned) if count else None, unmerge)
         if count and by_attention and vit is not None:
             _set_attention_class(block.attn, CLS_WEIGHTS[library_class(block.attn)])
         elif by_attention and vit is None:
@@ -249,8 +253,9 @@ def _set_attention_class(attention: nn.Module, cls: type[nn.Module]) -> None:
 
 def tokens_of(model: nn.Module) -> TokenPlan:
     stack = stack_of(model)
-    outside = getattr(stack.blocks[0], "outside", None) if stack is not None else None
-    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside)
+    first = None if stack is None else stack.blocks[0]
+    outside, patches = getattr(first, "outside", None), getattr(first, "patches", None)
+    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside, patches)
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
@@ -278,6 +283,8 @@ def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
         set_merged(model, ())
         set_output_tokens(model, tokens.output_tokens)
     stack = stack_of(model)
-    for block in () if stack is None or tokens.outside is None else stack.blocks:
-        block.outside = tokens.outside
+    for block in () if stack is None or not tokens.merged else stack.blocks:
+        if tokens.outside is not None:
+            block.outside = tokens.outside
+        block.patches = tokens.patches
     set_merged(model, tokens.merged, tokens.unmerge)

@@ -193,7 +193,7 @@ def test_the_class_tokens_attention_weighs_tokens(name):
     model, x, seen = build(name).double(), torch.randn(2, 3, 32, 32).double(), []
     apply_tokens(model, TokenPlan(None, (20, 10), False, (1, 0)))
     for block in model.blocks:
-        block.matcher.register_forward_pre_hook(lambda _, args: seen.append(args[1:]))
+        block.matcher.register_forward_pre_hook(lambda _, args: seen.append((args[0].sizes, args[1])))
         block.attn.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(x)
     for block, y, (sizes, weights) in zip(model.blocks, seen[::2], seen[1::2], strict=True):

@@ -125,6 +125,8 @@ def test_plans_of_tokens_go_through_json():
     ):
         assert TokenPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert bool(plan) == (plan != TokenPlan(merged=(0, 0)))
+    sized = TokenPlan(merged=(0, 3), patches=64)
+    assert TokenPlan.from_json(sized.to_json()).patches == 64
     assert Plan.from_json([], {"read": 1}).tokens == TokenPlan(output_tokens=1)
     before = {"merged": [0, 3], "rule": "weights", "copied": True}  # in files from before the checkerboard
     assert TokenPlan.from_json(before) == TokenPlan(merged=(0, 3), unmerge="rows")
@@ -146,6 +148,8 @@ def test_plans_of_tokens_go_through_json():
         {"merged": [0, 8]},
         {"merged": [0, 8], "rule": "another"},
         {"merged": [0, 8], "rule": "checkerboard"},
+        {"merged": [0, 8], "rule": "weights", "patches": 0},
+        {"merged": [0, 8], "rule": "weights", "patches": 1.5},
     ],
     ids=repr,
 )

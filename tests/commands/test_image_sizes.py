@@ -1,0 +1,86 @@
+"""Merging models at other image sizes than the planned size."""
+
+from __future__ import annotations
+
+import copy
+from itertools import accumulate
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import mhacut
+from helpers.models import ModelCase, build
+from helpers.own_code import Dinov2Block, Vit
+from mhacut.surgery.flops import executed_flops
+from mhacut.surgery.hooks import captured_outputs
+
+ARGS = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "dynamic_img_size": True}
+VIT = ModelCase("vit_tiny_patch16_224", {**ARGS, "patch_size": 8})
+SIDES = (32, 64, 72, 128)
+OPTIONS = {"calibration_images": 12, "round_to": 4, "latency": False}
+
+
+@pytest.fixture(scope="module")
+def slim_file(tmp_path_factory):
+    output = tmp_path_factory.mktemp("sizes") / "slim.safetensors"
+    return mhacut.prune(build(VIT), flops="55%", output=output, model_args=VIT.args, **OPTIONS).output
+
+
+def tokens_behind_blocks(model, image):
+    """Return the number of patches in the model, and of tokens behind each block that merges."""
+    matchers = [name for name, _ in model.named_modules() if name.endswith(".matcher")]
+    with torch.no_grad(), captured_outputs(model, matchers, lambda args, output: output) as found:
+        model(image)
+    matches = [match for (match,) in found.values()]
+    prefix = [model.get_submodule(name).prefix for name in matchers]
+    left = [m.weights.shape[1] - m.merged.shape[1] - p for m, p in zip(matches, prefix, strict=True)]
+    return matches[0].weights.shape[1] - prefix[0], left
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_each_block_merges_the_same_share_at_all_sizes(slim_file, side):
+    model = mhacut.load_model(slim_file)
+    merged = [count for count in mhacut.inspect(slim_file).inspection.tokens.merged if count]
+    planned = [64 - total for total in accumulate(merged)]
+    patches, left = tokens_behind_blocks(model, torch.randn(1, 3, side, side))
+    assert patches == (side // 8) ** 2
+    assert left == [-(-patches * tokens // 64) for tokens in planned]
+
+
+def test_files_without_the_planned_size_merge_the_same_number_at_all_sizes(slim_file):
+    model = mhacut.load_model(slim_file)
+    plan = mhacut.inspect(slim_file).inspection.tokens
+    document = {key: value for key, value in plan.to_json().items() if key != "patches"}
+    old = build(VIT)
+    mhacut.surgery.tokens.apply_tokens(old, type(plan).from_json(document))
+    merged = [count for count in plan.merged if count]
+    for side in (64, 128):
+        patches, left = tokens_behind_blocks(old, torch.randn(1, 3, side, side))
+        assert left == [patches - total for total in accumulate(merged)]
+        same = left == tokens_behind_blocks(model, torch.randn(1, 3, side, side))[1]
+        assert same == (side == 64)
+
+
+class AnySize(Vit):
+    """ViT of own code that takes all image sizes."""
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).mT
+        x = torch.cat((self.first.expand(len(x), -1, -1), x), 1)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_pruned_backbone_of_own_code_saves_as_much_at_all_sizes():
+    torch.manual_seed(0)
+    dense = AnySize(Dinov2Block, depth=4).eval().requires_grad_(False)
+    slim = copy.deepcopy(dense)
+    images = F.interpolate(torch.randn(24, 3, 8, 8), size=(32, 32), mode="bilinear")
+    mhacut.prune_(slim, "", images=images.split(8), flops="60%", effort="fast", tuning_steps=0)
+    for side in (20, 32, 60):
+        image = torch.randn(1, 3, side, side)
+        assert slim(image).shape == dense(image).shape
+        flops = [executed_flops(lambda model=model, image=image: model(image)) for model in (slim, dense)]
+        assert flops[0] / flops[1] < 0.66
