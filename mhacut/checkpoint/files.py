@@ -115,12 +115,12 @@ def safetensors_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str
             f"{show(path)}: truncated or damaged ({reason:.200}). Download or copy it again"
         ) from None
     if not announced:
-        raise CheckpointError(f"{show(path)}: holds no tensors")
+        raise CheckpointError(f"{show(path)}: holds no tensors. Give the file with the weights")
     for name, (dtype, _) in announced.items():
         if dtype not in DTYPES:
             raise CheckpointError(
                 f"{show(path)}: tensor {name!r:.200}: expected float values, found {dtype}. "
-                "Quantised, sparse and complex weights are not supported"
+                "Save the weights as dense float tensors"
             )
     return {name: TensorInfo(shape, DTYPES[dtype]) for name, (dtype, shape) in announced.items()}, metadata
 

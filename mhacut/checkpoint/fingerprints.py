@@ -67,7 +67,7 @@ def matches_of_any_size(shapes: Shapes) -> list[str]:
 
 @cache
 def read_table() -> tuple[str, Mapping[str, Mapping[str, tuple[str, ...]]]]:
-    """Return timm's version, and names of architectures by the any-size and exact :func:`fingerprint`."""
+    """Return timm's version and {any-size digest: {exact digest: architecture names}}."""
     first, *lines = TABLE.read_text(encoding="ascii").splitlines()
     groups: dict[str, dict[str, tuple[str, ...]]] = {}
     group: dict[str, tuple[str, ...]] = {}

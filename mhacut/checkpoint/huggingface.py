@@ -56,8 +56,8 @@ def _preprocessing_of(folder: Path, model: Any) -> Preprocessing:
     stated = preprocessor_of(folder)
     if stated is None:
         raise CheckpointError(
-            f"{show(folder)}: expected preprocessor_config.json, which states how images become inputs; "
-            "write it: transformers.AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)"
+            f"{show(folder)}: expected preprocessor_config.json with image size, mean and std. Write the "
+            "file: transformers.AutoImageProcessor.from_pretrained(NAME).save_pretrained(FOLDER)"
         )
     config = Config(model.config.to_dict(), show(folder / "config.json"))
     channels, processor = config.get("num_channels", 3), Config(stated, show(folder / PREPROCESSORS[0]))
@@ -88,7 +88,7 @@ def open_huggingface(source: str | os.PathLike[str], hints: ModelHints | None = 
     if stated or hints.num_classes not in (None, whole.num_classes):
         options = ", ".join(map(option_name, ("model", "model_args", "part", "num_classes")))
         raise CheckpointError(
-            f"{show(folder)}: a {type(model).__name__} of {whole.num_classes} classes by its config.json. "
+            f"{show(folder)}: config.json says {type(model).__name__} with {whole.num_classes} classes. "
             f"Leave out {options}"
         )
     cfg = {**preprocessing.to_json(), "num_classes": whole.num_classes}

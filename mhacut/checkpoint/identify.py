@@ -214,7 +214,7 @@ def _from_names(
     name = model.identity.architecture
     if "_rope_ape_" in name:
         raise CheckpointError(
-            f"{show(header.path)}: names and shapes fit {name} and the authors' files of DeiT III. Give "
+            f"{show(header.path)}: tensor names and shapes fit both {name} and DeiT III. Choose with "
             f"{option_name('model', 'NAME')}"
         )
     model = _with_preprocessing(model, cfg or {}, of_library=True)

@@ -73,12 +73,12 @@ class ModelHints:
 
 
 def checked_model_args(args: object) -> dict[str, Any]:
-    """Return ``args`` as JSON values. Raise if an argument does more than describe the architecture."""
+    """Return ``args`` as JSON values. Raise if an argument is not part of the architecture."""
     if not isinstance(args, Mapping):
         raise CheckpointError(f"model_args: expected an object, found {type(args).__name__}")
     for name in args:
         if not isinstance(name, str) or not ARGUMENT.fullmatch(name):
-            raise CheckpointError(f"model_args: {reprlib.repr(name):.100} is not an argument name")
+            raise CheckpointError(f"model_args: expected argument names, found {reprlib.repr(name):.100}")
         if name in _RESERVED_ARGS:
             raise CheckpointError(f"model_args: {name!r} is not allowed. Leave it out")
     checked: dict[str, Any] = plain_json(args)

@@ -89,7 +89,7 @@ def load_model(
         CheckpointError: the file is missing, damaged, unsafe or of an unknown model.
     """
     if path is None:
-        raise CheckpointError("no file to load: a dry run of prune writes none. Use result.save(FILE) first")
+        raise CheckpointError("expected a file. A dry run of prune writes no file: use result.save(FILE)")
     num_classes = model_args.pop("num_classes", None)
     checkpoint = read_model(path, model=model, model_args=model_args, num_classes=num_classes, part=part)
     return with_args(checkpoint.model, checkpoint.identity)

@@ -36,7 +36,7 @@ def check_tensors(
         names = [f"{name!r:.150} ({dtype_name(tensors[name].dtype)})" for name in odd]
         raise CheckpointError(
             f"{where}: expected float weights, found {len(odd)} tensors of other dtypes: "
-            f"{listed(names, _MAX_NAMES)}. Quantised, sparse and complex weights are not supported"
+            f"{listed(names, _MAX_NAMES)}. Save the weights as dense float tensors"
         )
     missing = [name for name in wanted if name not in tensors]
     unexpected = [name for name in tensors if name not in wanted]

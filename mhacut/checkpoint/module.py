@@ -91,8 +91,8 @@ def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
     if outputs.shape != wanted.shape or (outputs - wanted).abs().max() > _SAME * wanted.abs().max():
         stated = ", ".join(f"{name}={value!r:.60}" for name, value in identity.model_args.items())
         raise CheckpointError(
-            f"{source}: {architecture} rebuilt with {stated} has other outputs than the module. Give its "
-            f"arguments in {option_name('model_args')}"
+            f"{source}: {architecture} rebuilt with {stated} has other outputs than the module. Give all "
+            f"arguments of the module in {option_name('model_args')}"
         )
     return Checkpoint.of_model(
         model,

@@ -100,7 +100,7 @@ def write_pruned(
     overwrite: bool,
     finish: Callable[[Path], object],
 ) -> None:
-    """Write as :func:`save_pruned` does. ``finish(folder)`` may add files to the new folder."""
+    """Implement :func:`save_pruned`. ``finish`` gets the new folder and may add files to the folder."""
     name, record = pruned_part(model)
     part = model.get_submodule(name)
     version = 2 if "tokens" in record else 1  # version 1 has no token merging
@@ -202,7 +202,7 @@ def load_dense(folder: str | os.PathLike[str]) -> tuple[nn.Module, torch.dtype]:
     where, args = show(folder), {"local_files_only": True, "output_loading_info": True}
     model, loading_info = _opened(folder, lambda cls, _: cls.from_pretrained(folder, dtype="auto", **args))
     if missing := sorted(loading_info["missing_keys"]):
-        raise CheckpointError(f"{where}: tensors of {type(model).__name__} are missing: {listed(missing, 3)}")
+        raise CheckpointError(f"{where}: tensors are missing: {listed(missing, 3)}. Copy the folder again")
     dtype: torch.dtype = model.dtype
     return model.float().eval().requires_grad_(False), dtype
 
@@ -218,7 +218,9 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
     if not Path(folder).exists():
         raise CheckpointError(f"{where}: not found")
     if not (Path(folder) / PRUNED).is_file():
-        raise CheckpointError(f"{where}: expected a folder of save_pruned. For a file, use apply_pruned")
+        raise CheckpointError(
+            f"{where}: expected a folder of save_pruned. Open .safetensors files with apply_pruned"
+        )
     tensors, _ = safetensors_header(Path(folder) / PRUNED)
     with torch.random.fork_rng(devices=[]):
         model: nn.Module = _opened(folder, lambda cls, config: cls(config)).eval()
@@ -231,7 +233,7 @@ def load_pruned(folder: str | os.PathLike[str]) -> nn.Module:
         header, _ = safetensors_header(Path(folder) / REST)
         values = read_safetensors(Path(folder) / REST, header)
         if header != infos({key: tensor for key, tensor in model.state_dict().items() if key in rest}):
-            raise CheckpointError(f"{where}: tensors of {REST} do not fit the model in config.json")
+            raise CheckpointError(f"{where}: tensors of {REST} do not fit config.json. Copy the folder again")
         model.load_state_dict(values, strict=False)
     return model
 
@@ -255,13 +257,13 @@ def apply_pruned(model: nn.Module, file: str | os.PathLike[str]) -> None:
     record = parse_json(metadata.get(PART_KEY, "{}"), f"{where}: metadata {PART_KEY!r}")
     if record.get("format_version") not in (1, 2):
         raise CheckpointError(
-            f"{where}: expected a file of save_pruned, version 1 or 2. For a slim file, use load_model"
+            f"{where}: expected a file of save_pruned, version 1 or 2. Open slim files with load_model"
         )
     cls, recorded = str(record.get("class")), str(record.get("part"))
     candidates = [name for name, module in model.named_modules() if type(module).__name__ == cls]
     if recorded not in candidates and len(candidates) != 1:
-        count = f"{len(candidates)}. Give one of them" if candidates else "none"
-        raise CheckpointError(f"{where}: holds a pruned {cls}, and the {type(model).__name__} has {count}")
+        count = f"{len(candidates)}. Give one of these modules" if candidates else "none"
+        raise CheckpointError(f"{where}: expected 1 {cls} in the {type(model).__name__}, found {count}")
     name = recorded if recorded in candidates else candidates[0]
     part = model.get_submodule(name)
     check_dense(model, name)

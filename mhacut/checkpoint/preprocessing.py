@@ -171,7 +171,7 @@ def with_hint(
     *,
     refuse: bool = True,
 ) -> Provenance:
-    """Add a hint if another mean and std raise top-1. If that is certain, ``refuse`` makes it an error."""
+    """Add a hint if another mean and std give higher top-1. With ``refuse``, raise if the gain is certain."""
     if stated.normalisation_is_stated:
         return stated
     model.to(device)

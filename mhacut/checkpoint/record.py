@@ -60,7 +60,7 @@ class SlimRecord:
         document = parse_json(text, where)
         version = document.get("format_version")
         if not is_int(version) or version < 1:
-            raise CheckpointError(f"format_version: expected a whole number, found {version!r:.100}")
+            raise CheckpointError(f"format_version: expected a number from 1, found {version!r:.100}")
         if version > FORMAT_VERSION:
             raise CheckpointError(
                 f"format_version: expected at most {FORMAT_VERSION}, found {version}. Upgrade mhacut: "

@@ -26,7 +26,7 @@ _OTHER_CONFIGS = ("open_clip_config.json", "preprocessor_config.json", "processo
 
 def open_pretrained(source: str, hints: ModelHints) -> Checkpoint:
     if hints.model is not None:
-        raise CheckpointError(f"{source}: names its model. Leave {option_name('model')} out")
+        raise CheckpointError(f"{source}: already names the model. Leave out {option_name('model')}")
     name = source.removeprefix(TIMM_PREFIX)
     architecture = name.partition(".")[0]
     if not known_model(architecture):

@@ -57,7 +57,7 @@ def cfg_of_tag(name: str, tag: str) -> dict[str, Any]:
     known = {key.partition(".")[2]: cfg for key, cfg in cfgs.items()}
     if tag not in known:
         raise CheckpointError(
-            f"{name} has no pretrained tag {tag!r:.100}; it has {', '.join(sorted(known)) or 'none'}"
+            f"{name} has no pretrained tag {tag!r:.100}. Known tags: {', '.join(sorted(known)) or 'none'}"
         )
     return checked_pretrained_cfg(known[tag].to_dict())
 

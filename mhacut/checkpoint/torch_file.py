@@ -107,7 +107,7 @@ def torch_header(path: Path, requested_part: str | None = None) -> FileHeader:
     except Exception as error:  # attributes in a pickle may take the place of a dict's or a tensor's methods
         raise _broken(path, error) from None
     if not tensors:
-        raise CheckpointError(f"{where}: holds no tensors")
+        raise CheckpointError(f"{where}: holds no tensors. Give the file with the weights")
     return header
 
 
@@ -118,7 +118,9 @@ def torch_tensors(path: Path, requested_part: str | None, names: Collection[str]
 
 def _info(where: str, name: object, tensor: object) -> TensorInfo:
     if not isinstance(name, str):
-        raise CheckpointError(f"{where}: expected tensor names, found key {name!r:.100}")
+        raise CheckpointError(
+            f"{where}: expected tensor names, found key {name!r:.100}. {_STATE_DICT_ADVICE}"
+        )
     if not isinstance(tensor, Tensor):
         raise CheckpointError(
             f"{where}: {name!r:.200}: expected a tensor, found {type(tensor).__name__}. {_STATE_DICT_ADVICE}"
@@ -127,7 +129,7 @@ def _info(where: str, name: object, tensor: object) -> TensorInfo:
         kind = tensor.dtype if tensor.layout == torch.strided else tensor.layout
         raise CheckpointError(
             f"{where}: tensor {name!r:.200}: expected dense float values, found {dtype_name(kind)}. "
-            "Quantised, sparse and complex weights are not supported"
+            "Save the weights as dense float tensors"
         )
     return TensorInfo(tuple(tensor.shape), tensor.dtype)
 
@@ -144,7 +146,7 @@ def _check_archive(path: Path) -> None:
         )
     if pickles[0].file_size > _MAX_PICKLE_BYTES:
         raise CheckpointError(
-            f"{show(path)}: its pickle is larger than {_MAX_PICKLE_BYTES} bytes. {_STATE_DICT_ADVICE}"
+            f"{show(path)}: a pickle is larger than {_MAX_PICKLE_BYTES} bytes. {_STATE_DICT_ADVICE}"
         )
 
 

@@ -40,8 +40,7 @@ class Training(NamedTuple):
     """Side, or [H, W], of the training images. The model may have been built for another size."""
     cfg: dict[str, Any]
     implied: dict[str, Any]
-    """Preprocessing of the training script's evaluation. Empty if ``model`` is a timm name: timm then has
-    it."""
+    """Preprocessing of the training script's evaluation. Empty if ``model`` is a timm name."""
 
 
 def statements(checkpoint: Mapping[Any, Any]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ _ENCODER_ITSELF = (
     {"blocks", "patch_embed", "norm"},
     {"blocks", "patch_embed", "pos_embed"},
 )
-"""Sets of names inside ``encoder.`` for which ``encoder`` is part of a timm model, not a wrapper."""
+"""If the names inside ``encoder.`` equal one of these sets, ``encoder`` is a module of a timm model."""
 _STEM = re.compile(r"(^|\.)(patch_embed|embeds|stem|embeddings|cls_token)")
 """Pattern for tensor names that only a complete network has: a stem or class token."""
 _ENTRIES = (
@@ -112,7 +112,7 @@ def _without_wrappers(where: str, shapes: Shapes) -> tuple[dict[str, str], list[
         names[file] = _WRAPPER.sub("", name)
         prefix = max(prefix, file.removesuffix(name) or "_orig_mod." * (names[file] != name), key=len)
     if len(set(names.values())) != len(names):
-        raise CheckpointError(f"{where}: two tensors have the same name without the prefix {prefix:.150}")
+        raise CheckpointError(f"{where}: 2 tensors have the same name without prefix {prefix:.150}")
     return names, [prefix] if prefix else []
 
 

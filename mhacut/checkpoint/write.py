@@ -110,7 +110,7 @@ def save_model(
     """
     if like is None:
         raise CheckpointError(
-            "like: expected a slim file, found None. A dry run of prune writes none: use result.save(FILE)"
+            "like: expected a slim file, found None. A dry run of prune writes no file: use result.save(FILE)"
         )
     model = unwrapped(model)
     original = Checkpoint.open(like)
@@ -155,7 +155,7 @@ def _check_same(model: nn.Module, skeleton: nn.Module, like: str | os.PathLike[s
     for name in stated:
         if pooled.get(name, stated[name]) != stated[name]:
             raise CheckpointError(
-                f"{os.fspath(like)}: has {name}={stated[name]!r}, and the model {pooled[name]!r}. Call "
+                f"{os.fspath(like)}: has {name}={stated[name]!r}, the model has {pooled[name]!r}. Call "
                 f"reset_classifier with global_pool={stated[name]!r}"
             )
 

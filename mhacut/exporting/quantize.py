@@ -63,7 +63,6 @@ class Quantization:
     compared_on: str
     """Text about the images on which the INT8 and float32 outputs were compared."""
     agreement: Agreement
-    """Agreement of the INT8 outputs with the float32 outputs."""
     float32_bytes: int
     float32_ms: float
     """Median CPU time per image of the float32 file in milliseconds, summed over threads."""
@@ -232,7 +231,7 @@ def _advice(result: Quantization, options: ExportOptions) -> str:
 
 
 def layers_with_outliers(content: bytes, batches: Sequence[Tensor]) -> dict[str, str]:
-    """Return {ONNX node name: module name} of linear layers whose inputs lose too much in INT8.
+    """Return {ONNX node: module} of linear layers whose rounding error exceeds MAX_ROUNDING_ERROR.
 
     ``batches`` are images [B, C, H, W]. As in ONNX Runtime, all tokens of a batch are rounded to the same 256
     levels.

@@ -150,7 +150,7 @@ def _onnx_content(model: nn.Module, images: Tensor, shapes: Any, about: str, ops
     proto = program.model_proto
     written = max(entry.version for entry in proto.opset_import if entry.domain == "")
     if written != opset:  # onnxscript silently ignores an opset that it cannot convert to
-        raise ValueError(f"the installed onnxscript writes opset {written} instead")
+        raise ValueError(f"expected opset {opset}, but the installed onnxscript writes opset {written}")
     content: bytes = proto.SerializeToString()
     return content
 
@@ -219,9 +219,9 @@ def write_ir(
     input_path: Path | None,
     compare: Callable[[Runner], None],
 ) -> None:
-    """Write ``model`` as OpenVINO IR (.xml and .bin).
+    """Write ``model`` as OpenVINO IR (.xml and .bin), unless ``compare`` raises.
 
-    ``compare`` may raise to refuse the files. If the export dtype is float16, only the weights are float16.
+    If the export dtype is float16, only the weights are float16.
     """
     import openvino
 
@@ -269,9 +269,7 @@ def _openvino_model(content: bytes) -> Any:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
         named = [line for line in lines if "operations:" in line]  # names of unsupported operations
         reason = (named or lines[-1:] or ["no reason given"])[0]
-        raise MhacutError(
-            f"OpenVINO cannot convert the model: {reason:.200}; ONNX Runtime may run it"
-        ) from error
+        raise MhacutError(f"OpenVINO cannot convert the model: {reason:.200}. Try ONNX Runtime") from error
 
 
 def _openvino_runner(converted: Any, threads: int | None) -> Runner:

@@ -96,8 +96,8 @@ class Stopwatch:
     ) -> Comparison:
         """Time a pruned model in turns with the dense model in a new process.
 
-        ``records`` are the slim-file records of ``dense`` and ``slim``, with which the new process opens both
-        models.
+        The new process opens both models from ``records``: slim-file records with keys ``dense`` and
+        ``slim``.
         """
         result = None
         if self.timing.runtime == "eager":  # other runtimes manage their own memory

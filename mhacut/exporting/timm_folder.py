@@ -77,7 +77,7 @@ def write_folder(
 
 
 def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
-    """Rebuild the model with ``timm.create_model``, which stores the arguments that timm's writer needs."""
+    """Rebuild the model with ``timm.create_model``: timm's writer needs the arguments stored in the model."""
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
     for name in WEIGHTS_CFG_KEYS:
         # timm fills in labels, license and origin of its own pretrained weights, which these are not. The

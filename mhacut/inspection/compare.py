@@ -35,7 +35,7 @@ _ADVICE = "Use the dense model that the checkpoint was made from"
 def read_dense(
     source: PathLike, opened: Checkpoint, reporter: Reporter, part: str | None = None
 ) -> Checkpoint:
-    """Read the checkpoint of ``--compare``, by default with the architecture of the slim file."""
+    """Read the model of ``--compare``. A file without an architecture gets the slim file's architecture."""
     identity = opened.identity
     architecture: dict[str, Any] = {}
     if not states_its_model(source, part):
@@ -68,7 +68,7 @@ class LayerComparison:
     name: str
     family: LayerFamily
     widths: Mapping[UnitKind, tuple[int, int]]
-    """Dense and slim channels per head of each kind of channels that both layers have."""
+    """Channels per head of the (dense, slim) layer, by kind of channels."""
     flops: tuple[int, int]
     own_error: float
     """||slim - dense|| / ||dense|| of the layer's output, if both layers get the dense layer's input."""

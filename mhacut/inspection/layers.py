@@ -98,7 +98,7 @@ class LayerReport:
     units: Mapping[UnitKind, UnitReport]
     not_prunable: Mapping[UnitKind, str]
     coupled_with: Mapping[UnitKind, UnitKind]
-    """Kinds of channels that are cut together with another kind, each with the other kind."""
+    """Kind of channels, mapped to the kind whose channels are cut at the same time."""
     flops: int
     share: float
     parameters: int

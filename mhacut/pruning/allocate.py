@@ -28,12 +28,11 @@ TIE = 0.01
 """Give q/k and v of a layer equal widths, which run faster in attention, if the predicted error rises by at
 most this fraction. Set by hand."""
 _PARTS = 12
-"""Number of coarse steps in the search for unequal q/k and v widths of a layer."""
+"""Number of evenly spread widths that the search for unequal q/k and v widths tries for q/k and for v."""
 _LESS = 0.03
-"""Relative decrease of a limit in the numerical derivative of the error with respect to the limit."""
+"""A limit is lowered by this fraction to measure how much the error rises per saved cost."""
 _RATIOS = {2: 16, 3: 8, 4: 6, 5: 4}
-"""Steps per axis of the grid of ratios between multipliers, by number of limits: 17, 45, 84 or 70 grid
-points."""
+"""Steps per axis of the grid of price ratios, by number of limits. 2 to 5 limits give 17 to 84 points."""
 NEAR = 0.99
 """A budget counts as used up if the plan uses at least this fraction."""
 REACH = 6

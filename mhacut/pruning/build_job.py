@@ -104,7 +104,7 @@ def submodule_job(
     one_width = [layer.name for layer in job.prunable.layers if layer.adapter.one_width]
     if one_width:
         classes = {type(model.get_submodule(layer)).__name__ for layer in one_width}
-        reporter.log(f"{', '.join(sorted(classes))}: q, k and v keep equal widths, as the class has 1 width")
+        reporter.log(f"{', '.join(sorted(classes))}: q, k and v get equal widths")
     job = replace(job, reporter=reporter, constraints=Constraints(equal_qkv=bool(one_width)))
     _report_unknown(job)
     return job, tuple(outputs) if recorded.loss is None else ("loss",)
@@ -117,7 +117,7 @@ def _report_unknown(job: Job) -> None:
     counted = measure_flops_by_module(job.model, job.input_size)
     for cls, names in job.prunable.unknown.items():
         share = sum(counted.get(name, 0) for name in names) / counted[""]
-        job.reporter.log(f"{len(names)} layers of class {cls} stay, with {share:.0%} of the FLOPs")
+        job.reporter.log(f"{len(names)} layers of class {cls} cannot be pruned ({share:.0%} of the FLOPs)")
     lowest = lowest_flops(job.allowed, job.table.flops) / job.table.dense
     job.reporter.log(f"the lowest budget that channel pruning reaches is {lowest:.0%} of the FLOPs")
 
@@ -147,7 +147,7 @@ def resolve_scope(
     reporter: Reporter,
     reason: str = "",
 ) -> Scope:
-    """Resolve ``--scope auto``: merge tokens if the model allows merging. ``reason``: why only channels."""
+    """Resolve ``--scope auto``: merge tokens if the model allows merging and ``reason`` is empty."""
     if scope != "auto":
         return scope
     if options.allocation != "curves":

@@ -58,10 +58,10 @@ def calibrate(
     reporter: Reporter = SILENT,
     processes: Processes | None = None,
 ) -> Calibration:
-    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics, in each process.
+    """Run ``images`` [n, C, H, W] through ``model`` and return the statistics.
 
-    The first ``fisher_images`` images that are not held out are differentiated, which takes about 3 times as
-    long.
+    Gradients are computed for the first ``fisher_images`` images that are not held out. A pass with gradients
+    takes about 3 times as long.
     """
     processes = processes or Processes(0, 1, images.device)
     count, held, device = len(images), held_out_count(len(images)), next(model.parameters()).device

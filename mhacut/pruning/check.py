@@ -19,7 +19,7 @@ EXACTNESS = 1e-3
 """Largest accepted relative difference between outputs of the masked dense model and of the cut model.
 Rounding causes 1e-6 to 1e-4, growing with depth (docs/explanation/choices.md)."""
 ROUNDING = 1e-2
-"""Largest accepted share of the planned FLOPs that the pruned model may save beyond the plan."""
+"""The pruned model may have fewer FLOPs than planned by at most this fraction."""
 REPEATABILITY = 1e-5
 """Largest accepted relative difference between outputs of 2 loads of the same model file."""
 

@@ -45,11 +45,10 @@ images is used. For dense features, the minimum is used, since each image gives 
 OVERHEAD = 0.07
 """Time of matching and averaging tokens, relative to the time of a block of a ViT-Ti (197 tokens, CPU)."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
-"""Prices in nats of all dense FLOPs. For each price, the schedule with the smallest sum of predicted
-divergence and price of the FLOPs is found."""
+"""Prices of the dense model's FLOPs in nats. For each price, the schedule with the smallest sum of divergence
+and priced FLOPs is found."""
 _DENSE_SCALE = 100
-"""Factor on prices for dense features. Their divergence exceeds the divergence of logits, because each
-channel adds nats."""
+"""Factor on prices for dense features, whose divergences in nats are larger than divergences of logits."""
 
 
 class MergeChoice(NamedTuple):
@@ -110,7 +109,7 @@ class MergeSearch:
         return self._tables[schedule]
 
     def _estimate(self, schedule: Schedule) -> CostTable:
-        """Estimate the FLOPs as a function of widths with these merges. An exact count takes 1 second."""
+        """Estimate FLOPs of ``schedule`` as a function of the widths. An exact count takes 1 second."""
         if schedule in self._tables:
             return self._tables[schedule]
         job, total, stack = self.job, self.tokens.total, stack_of(self.job.model)
@@ -150,7 +149,7 @@ class MergeSearch:
             return MergeChoice(schedule, table, widths, predicted)
 
         def excess(table: CostTable) -> int:
-            """Return how far the narrowest layers exceed the limits; at most 0 if they fit."""
+            """Return the largest excess over a limit at the smallest allowed widths, at most 0 if all fit."""
             within = job.limits_on_widths(limits, table)
             return max(lowest_flops(job.allowed, limit.cost) - limit.most for limit in within)
 
@@ -189,7 +188,7 @@ class MergeSearch:
         return choice_of(schedule, self.table(schedule), widths)
 
     def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:
-        """Return schedule ``index``, or a schedule with fewer merges if FLOPs would stay unused."""
+        """Return schedule number ``index``. If FLOPs are left over, return a schedule with fewer merges."""
 
         def within(schedule: Schedule) -> Limits:
             flops, merges = self.table(schedule).flops, bool(schedule)
@@ -256,7 +255,7 @@ def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
 def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
     """Count the tokens that never merge, such as class tokens, and store the counts in the blocks.
 
-    Return the reason if this fails; otherwise an empty text.
+    Return the reason if the tokens cannot be counted, otherwise an empty text.
     """
     stack = stack_of(model)
     if stack is None:

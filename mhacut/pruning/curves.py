@@ -155,7 +155,7 @@ def _curves_by_runs(
 
 
 def divergence_by_cut(error: float, dense: bool) -> float:
-    """Return the expected divergence (nats) after pruning and healing, from the sum of the curves."""
+    """Return the expected divergence (nats) after pruning and healing. ``error`` is the sum of all curves."""
     error = max(error, 0.0)  # rounding may leave less than nothing
     return float(DENSE_FACTOR * error if dense else CHANNEL_FACTOR * error**CHANNEL_POWER)
 

@@ -42,7 +42,7 @@ class Distillation:
         self._batches = _batches(len(images), options.batch_size, options.seed)
 
     def part(self, start: int, stop: int | None) -> Distillation:
-        """Return a copy with images ``start`` to ``stop`` that begins with its first batch."""
+        """Return a copy with images ``start`` to ``stop``. The order of batches restarts from the seed."""
         part = copy.copy(self)
         part.images, part.teacher = self.images[start:stop], self.teacher[start:stop]
         part.labels = None if self.labels is None else self.labels[start:stop]
@@ -98,7 +98,7 @@ def minimise(
     warm_up: int = 0,
     reporter: Reporter = SILENT,
 ) -> None:
-    """Minimise ``loss`` over ``parameters`` by Adam with warm-up and cosine decay, until it is not finite."""
+    """Minimise ``loss`` by Adam with warm-up and cosine decay. Stop early if the loss is not finite."""
     optimiser = torch.optim.Adam(parameters, lr=lr, betas=ADAM_BETAS)
 
     def factor(step: int) -> float:

@@ -45,7 +45,7 @@ class FisherInformation:
     with mean 1."""
 
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
-        """Return the importance of each row of an activation, float64 [rows]; None for equal weights."""
+        """Return the importance of each row of an activation, float64 [rows]; None if unknown."""
         if shape[0] % images:
             return None
         laid_out = _grid(shape, images)

@@ -91,7 +91,7 @@ class Job:
 
     @property
     def dense(self) -> bool:
-        """Whether features of all tokens are preserved, not logits."""
+        """Whether the features of all tokens are preserved."""
         return self.preserved is not None and self.preserved.dense
 
     @property
@@ -100,9 +100,9 @@ class Job:
         return self.all_merged_costs is not None
 
     def limits_on_widths(self, limits: Limits, table: CostTable | None = None) -> Limits:
-        """Return ``limits`` on the widths of the model with the merges of ``table``, by default the job's.
+        """Return ``limits`` on the widths for the token merging of ``table``, by default the job's table.
 
-        A limit on FLOPs that the uncut model keeps is left out beside others: each costs search time.
+        If there are other limits, a FLOPs limit that the uncut model meets is dropped to save search time.
         """
         merges = table is not None and table is not self.table
         cost = (table or self.table).flops

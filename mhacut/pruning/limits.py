@@ -13,8 +13,9 @@ from mhacut.plan import UnitKey
 
 @dataclass(frozen=True)
 class Limit:
-    """Upper bound on a cost. Costs grow with each width, except that equal q/k and v widths may save time."""
+    """Upper bound on the cost of a model as a function of its widths."""
 
+    # Costs grow with each width, except that attention may run faster if q/k and v widths are equal.
     cost: Callable[[Mapping[UnitKey, int]], int]
     most: int
     resource: str = "flops"

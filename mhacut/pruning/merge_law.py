@@ -157,15 +157,15 @@ class BlockCost(NamedTuple):
     pair: float
     mlp: float
     merge: float = 0.0
-    """Cost of token merging in a block, in FLOPs that take the same time, for any number of merged tokens."""
+    """FLOPs that take as long as token merging in a block, for any number of merged tokens."""
 
 
 def cheapest_schedules(
     law: MergeLaw, tokens: Tokens, costs: Sequence[BlockCost], last: int, prices: Sequence[float]
 ) -> list[Schedule]:
-    """Return the distinct schedules that minimise ``sum of terms + price * FLOPs`` for the ``prices``.
+    """Return the distinct schedules that minimise ``sum(law.terms) + price * FLOPs`` for the ``prices``.
 
-    Exact by dynamic programming over the number of tokens left, in steps of 1/100.
+    The minimum is exact for numbers of tokens in steps of 1/100 of all tokens (dynamic programming).
     """
     # States of the dynamic programme are the numbers of tokens left; the price of FLOPs stands for a budget.
     step = max(1, round(tokens.total / _STATES))

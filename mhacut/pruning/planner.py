@@ -60,7 +60,7 @@ class Planned:
         return int(self.table.flops(self.plan.widths()))
 
     def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
-        """Return ``limit`` corrected by the ratio of the measured to the predicted cost of the cut model."""
+        """Adapt ``limit`` to ``found``, the measured cost of the model cut for the limit ``asked``."""
         if limit.curve is None:
             return replace(limit, most=asked.most + self.cost(limit) - found)
         return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))

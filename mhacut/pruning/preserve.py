@@ -36,7 +36,7 @@ SHRINKAGE = 0.5
 FLOOR = 1e-6
 """Smallest variance of a feature channel, relative to the mean variance over channels."""
 KEPT = 0.1
-"""Weight of the plain divergence of features, added to the first-order effect of features on a task loss."""
+"""Weight of an unweighted feature error, which is added to the feature error weighted by a task loss."""
 
 What = Literal["answers", "pooled", "tokens", "pyramid", "layers", "outputs"]
 OutputMetric = Literal["answers", "features", "dense"]
@@ -58,10 +58,7 @@ class Whitening:
 
     @classmethod
     def of(cls, moments: Moments, metric: Tensor | None = None) -> Whitening:
-        """Return the whitening for features with these moments, a root of the metric that weighs errors.
-
-        The metric is ``metric`` [C, C], by default half the inverse covariance.
-        """
+        """Return the whitening of features: a root of ``metric``, by default half the inverse covariance."""
         covariance = moments.covariance
         variance = covariance.diagonal()
         # Where nothing varies, what is left is rounding, in proportion to the features' energy.
@@ -138,7 +135,8 @@ class Preserved:
     def projected(self, outputs: Tensor, noise: Tensor) -> Tensor:
         """Return a random projection of the outputs with gradient g and E[g g^T] = Hessian of the divergence.
 
-        For logits, it is sum_c eps_c sqrt(p_c) log p_c, and E[g g^T] is the Fisher information.
+        For logits with probabilities p and noise eps, the projection is sum_c eps_c sqrt(p_c) log p_c, and
+        E[g g^T] is the Fisher information.
         """
         if self.metric == "answers":
             # E = sum_c p_c grad(log p_c) grad(log p_c)^T; sqrt(p_c) is a weight here, and takes no gradient.
@@ -222,8 +220,8 @@ def find_preserved(
         applied = tokens_of(model)
         if (applied.merged and not applied.unmerge) or applied.output_tokens is not None:
             raise UnsupportedModelError(
-                "the checkpoint leaves out tokens, so it has no features of each; prune the dense one, or "
-                f"one that was pruned with {option_name('keep_dead_tokens', True)}"
+                "the checkpoint merges or drops tokens, so token features are missing. Prune the dense "
+                f"model, or a model pruned with {option_name('keep_dead_tokens', True)}"
             )
         if what == "pyramid":
             preserved = Preserved("pyramid", "dense", find_pyramid(model, image))

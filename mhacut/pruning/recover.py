@@ -62,7 +62,7 @@ def recover(
         options.tuned_steps,
     )
     if calibration.held == 0 and (scale_steps or heal_steps or tune_steps):
-        reporter.log("recovery skipped: a single calibration image leaves none to check the result")
+        reporter.log("recovery skipped: with 1 calibration image, none is held out to check the result")
         scale_steps = heal_steps = tune_steps = 0
     slim = slim.to(job.device)
     unseen = cache(partial(_unseen, job, calibration))
@@ -95,7 +95,7 @@ def recover(
 
 @torch.no_grad()
 def _unseen(job: Job, calibration: Calibration) -> Distillation:
-    """Return the images that measure a step: held-out images, for classifiers random crops of these."""
+    """Return images to judge recovery steps: held-out images, as random crops for classifiers."""
     unseen, size = job.held_out(calibration), job.options.batch_size
     if calibration.preserved.metric != "answers" or job.images.ndim != 4:
         return unseen
@@ -310,7 +310,7 @@ def _outputs(model: nn.Module, names: Iterable[str], image: Tensor) -> Mapping[s
 
 @dataclass(frozen=True)
 class _Error:
-    """Squared error of a block's output, weighted by channel and token. Noise has an error of about 1."""
+    """Squared error of a block's output, weighted by channel and token."""
 
     channel_dim: int
     channels: Tensor
@@ -322,9 +322,9 @@ class _Error:
     def of(
         cls, calls: Sequence[_BlockCall], block: Block, fisher: FisherInformation, last: bool, prefix: int
     ) -> _Error:
-        """Return the error with weights from the targets of ``calls``.
+        """Compute the weights from the dense model's outputs in ``calls``.
 
-        In the last block, tokens that nothing reads get weight 0.
+        In the last block, tokens that do not affect the model's output get weight 0.
         """
         aims = [_by_token(call.aim, block.channel_dim) for call in calls]
         count = sum(aim[..., 0].numel() for aim in aims)

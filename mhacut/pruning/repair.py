@@ -146,7 +146,7 @@ def shrink(
     *,
     refit: bool = True,
 ) -> None:
-    """Set the removed channels of ``unit`` at ``width`` to 0 in place, and refit the layer by ``refit``."""
+    """Set channels of ``unit`` to 0 in place, except ``width`` per head. ``refit`` refits kept channels."""
     unit_plan = candidate.plan(width)
     kept = kept_channels(unit_plan).float()
     if unit.linear and unit.gate is not None:  # nothing to refit
@@ -191,7 +191,7 @@ def _fold(module: nn.Module, unit: Unit, unit_plan: UnitPlan, rotation: Tensor |
 
 
 def _mix_queries(module: nn.Module, unit: Unit, unit_plan: UnitPlan, refit: Refit) -> None:
-    """Fold q_S C k_S^T into W_q: kept rows of W_q become C^T W_q, other rows 0."""
+    """Fold the refit matrix C into the query weights W_q: kept rows become C^T W_q, other rows 0."""
     mixing = refit.matrix.new_zeros(unit.heads, unit.width, unit.width)  # (H, d, d)
     for head, kept in enumerate(unit_plan.kept):
         rows = torch.tensor(kept, device=mixing.device)

@@ -64,8 +64,8 @@ class _TargetReached(BaseException):
 class ResumableModel:
     """Forward passes of several batches through a model, stopping at one module after another.
 
-    The context replaces the ``forward`` of all modules. A pass stores outputs of finished modules and frees
-    those of inner modules.
+    Inside the context, the ``forward`` of all modules is replaced. Outputs of finished modules are stored,
+    and outputs of their submodules are freed.
     """
 
     def __init__(self, model: nn.Module, batches: Sequence[Tensor]) -> None:

@@ -11,13 +11,13 @@ from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 _SHRINKS = 0.5
-"""Use bisection instead of the secant if the last 2 trials left more than this fraction of the bracket."""
+"""If the last 2 trials left more than this fraction of the bracket, bisect instead of interpolating."""
 _LEAST = 1e-9
 """Losses below this fraction of the bound are not used to predict the next budget."""
 _MISSES = 3
-"""Number of consecutive smaller models over the bound after which the search ends."""
+"""The search ends after this number of consecutive smaller models with losses over the bound."""
 _STRIDES = 400
-"""At the end of the search, budgets below the best fall by the largest budget divided by this number."""
+"""At the end of the search, budgets fall in steps of the largest budget divided by this number."""
 
 
 class Trial(NamedTuple):
@@ -32,13 +32,13 @@ Search = Generator[int, Trial, None]
 
 
 def smallest_within(budgets: range, expected: Callable[[int], float], goal: float) -> Search:
-    """Search for the model of least cost within the bound; if none is, the highest budget is tried too.
+    """Search for the model of least cost whose loss is within the bound.
 
-    Losses are assumed to fall as budgets grow, though not steadily. Until one trial passes and one fails, the
-    next budget is the one at which the expected loss, scaled to the last measurement, meets the bound. Then
-    it is the one at which the logarithm of the loss, interpolated linearly between the two nearest trials,
-    meets it. A bracket that hardly shrinks is halved. When passing and failing budgets are at most a step
-    apart, smaller models are tried until :data:`_MISSES` in a row miss.
+    If no model is within the bound, the highest budget is tried too. Losses are assumed to fall as budgets
+    grow, with exceptions. At first, budgets are chosen by the ``expected`` loss, scaled to the last
+    measurement. Once a trial passes and a trial fails, the logarithm of the loss is interpolated linearly
+    between the 2 nearest trials. If the bracket hardly shrinks, the search bisects. When passing and failing
+    budgets are at most a step apart, smaller models are tried until :data:`_MISSES` trials in a row fail.
     """
     low, high, step = budgets.start, budgets.stop - 1, budgets.step
     failing, passing = low - step, high + step

@@ -71,7 +71,7 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
     blocks = [] if stack is None else list(stack.names)
 
     def run(network: nn.Module, batch: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the preserved outputs, and the class token after each hinting block, [blocks, B, C]."""
+        """Return the preserved outputs, and the class token after each of ``blocks``, [blocks, B, C]."""
         with captured_outputs(network, blocks, lambda _, output: _class_token(output, stack)) as hints:
             outputs = preserved.outputs(network, batch).float()
         tokens = [token.float() for (token,) in hints.values()]

@@ -22,13 +22,13 @@ from mhacut.surgery.channels import channels_of, effective_output_weights
 
 @dataclass(frozen=True)
 class UnitMoments:
-    """Moments of a unit's channels, as the output projection sees them.
+    """Moments of a unit's channels on the images for fitting and on held-out images.
 
-    - qk: (query, key), [H, d] each. Keys are centred over each image unless the unit only selects.
+    - qk: (query, key), [H, d] each. Keys are centred over each image unless ``mixing`` is "select".
     - linear attention: (parts,), [H, d], contributions to the layer's output.
     - v and hidden: (channels,), [H * d], all heads together.
 
-    Rows are weighted by token importance if it is known, except keys and rows of linear attention.
+    Tokens are weighted by importance if known. Keys and tokens of linear attention have equal weights.
     """
 
     fit: tuple[Moments, ...]
@@ -62,7 +62,7 @@ def block_diagonal(blocks: Tensor) -> Tensor:
 class UnitSums:
     """Sums over images for a unit, by name, float64, on the model's device.
 
-    ``rows``, ``total`` and ``second`` of a hook give its moments, separately for fitting and held-out images.
+    Sums ``rows``, ``total`` and ``second`` give the moments of a hook, separately for held-out images. Sums
     ``gram`` and ``energy`` over all images give :class:`UnitStatistics`.
     """
 
@@ -95,7 +95,7 @@ class UnitSums:
             self._add_moments(hook, Moments.of(channels.flatten(-2).flatten(0, -2), weights), held)
 
     def _feed_linear(self, hook: str, x: Tensor, held: bool) -> None:
-        """Add features or values (B, H, N, d), once query, key and value of a batch are there."""
+        """Add features or values (B, H, N, d) after query, key and value of a batch have arrived."""
         self._waiting[hook] = x
         if hook != "value":
             self._add_gram(hook, x.transpose(0, 1).flatten(1, 2))
@@ -110,7 +110,7 @@ class UnitSums:
         self._add("energy", energy)
 
     def _add_logit_energy(self, hook: str, x: Tensor) -> None:
-        """Add the logit energy of queries and keys (B, H, N, d), once both of a batch are there."""
+        """Add the logit energy of a batch after its queries and keys (B, H, N, d) have arrived."""
         self._waiting[hook] = x
         if len(self._waiting) == 2:
             query, key = self._waiting.pop("query").float(), self._waiting.pop("key").float()

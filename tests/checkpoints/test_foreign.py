@@ -194,7 +194,10 @@ def test_configurations_are_not_trusted(folder, config, says):
 def test_tensors_that_do_not_belong_to_the_model_are_named(folder):
     tensors = vit_tensors()
     extra = folder(tensors=tensors | {"decode_head.weight": torch.zeros(2)})
-    assert "ViT of transformers: 1 tensors are not part of the model: 'decode_head.weight'" in refusal(extra)
+    assert (
+        "ViT of transformers: found 1 tensors that the model does not have: 'decode_head.weight'"
+        in refusal(extra)
+    )
     del tensors["vit.encoder.layer.0.attention.attention.key.weight"]
     said = refusal(folder(tensors=tensors))
     assert "'blocks.0.attn.qkv.weight' expected [72, 24], found [48, 24]" in said
@@ -258,7 +261,7 @@ def test_the_configuration_beside_the_weights_counts(tmp_path):
     [
         ({"layers": [3, 4, 6, 3]}, "found a CLIP ResNet"),
         ({"pool_type": "avg"}, "pool_type 'avg' cannot be converted"),
-        ({"norm_kwargs": {"eps": 1}}, "norm_kwargs: timm"),
+        ({"norm_kwargs": {"eps": 1}}, "norm_kwargs: not supported by timm"),
         ({"width": None, "head_width": 0}, "head_width: expected a whole number"),
     ],
 )

@@ -134,5 +134,5 @@ def test_names_with_several_numbers_and_parts():
         "e.w": [2],
     }
     assert table.described_as_left_out({"m.text.w": 1}) == ["the text"]
-    with pytest.raises(CheckpointError, match=r"two tensors map to 'x.1.y.2.z.w'"):
+    with pytest.raises(CheckpointError, match=r"2 tensors map to timm's 'x.1.y.2.z.w'"):
         Family("x", {"a": ("x.1.y.2.z",), "b": ("x.1.y.2.z",)}).convert({"a.w": one, "b.w": one})

@@ -99,9 +99,9 @@ def test_a_hub_out_of_reach_is_asked_once(cache, monkeypatch):
 @pytest.mark.slow
 def test_timm_names_are_checked_before_anything_is_fetched(cache):
     assert "did you mean vit_tiny_patch16_224" in refusal("timm:vit_tiny_patch16_22")
-    assert "has no pretrained tag 'x'; it has augreg" in refusal(f"timm:{NAME}.x")
+    assert "has no pretrained tag 'x'. Known tags: augreg" in refusal(f"timm:{NAME}.x")
     assert "No pretrained weights exist" in refusal("timm:vit_base_patch16_gap_224")
-    assert "names its model" in refusal(f"timm:{NAME}", model=NAME)
+    assert "already names the model" in refusal(f"timm:{NAME}", model=NAME)
     assert "timm cannot build" in refusal(f"timm:{NAME}", model_args={"surprise": 1})
     said = refusal(f"timm:{NAME}")
     assert f"timm:{NAME}: the weights are not in the cache and could not be downloaded" in said

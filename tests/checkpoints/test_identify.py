@@ -104,7 +104,7 @@ def test_an_unknown_model_name_gets_close_matches(dense):
     message = refusal(dense[1], model="vit_tiny_patch16_242")
     assert "timm has no model 'vit_tiny_patch16_242'" in message
     assert "vit_tiny_patch16_224" in message
-    assert "has no pretrained tag 'nope'; it has augreg" in refusal(dense[1], model=f"{NAME}.nope")
+    assert "has no pretrained tag 'nope'. Known tags: augreg" in refusal(dense[1], model=f"{NAME}.nope")
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ BOMB = {"m/data.pkl": b"\x80\x02N.", "m/data/0": bytes(10**6)}
 TENSOR = torch.ones(2)
 DAMAGED = "truncated or damaged ("
 NO_CHECKPOINT = "not a safetensors or PyTorch checkpoint: begins with b"
-QUANTISED = "sparse and complex weights are not supported"
+QUANTISED = "Save the weights as dense float tensors"
 FILES = {
     "3 empty": (b"", "file is empty (0 bytes)"),
     "5 cut in the header": (struct.pack("<Q", 5000) + b"{}", DAMAGED),
@@ -66,7 +66,7 @@ FILES = {
     "18 protocol 4": (b"\x80\x04garbage", "objects other than weights"),
     "19 numpy arrays": (torch_file({"a": TENSOR, "best": np.ones(3)}), "other than weights (numpy"),
     "20 zip bomb": (zipped(BOMB, zipfile.ZIP_DEFLATED), "an uncompressed zip file with 1 data.pkl"),
-    "20 large pickle": (zipped({"m/data.pkl": bytes(2**23 + 1)}), "its pickle is larger than 8388608 bytes"),
+    "20 large pickle": (zipped({"m/data.pkl": bytes(2**23 + 1)}), "a pickle is larger than 8388608 bytes"),
     "21 overlap": (header({**ONE, "b": entry(offsets=(4, 12))}, b"0" * 12), DAMAGED),
     "21 overflow": (header({"a": entry(shape=(2**40, 2**40))}), DAMAGED),
     "21 unknown dtype": (header({"a": entry("X9")}), DAMAGED),

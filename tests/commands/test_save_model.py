@@ -89,7 +89,7 @@ def test_a_pooling_that_the_file_does_not_state_is_not_lost(tiny_vit, tmp_path):
     model.reset_classifier(7, "token")
     mhacut.save_model(model, tmp_path / "same.safetensors", like=slim)
     model.reset_classifier(7, "avg")
-    with pytest.raises(CheckpointError, match=r"has global_pool='token', and the model 'avg'"):
+    with pytest.raises(CheckpointError, match=r"has global_pool='token', the model has 'avg'"):
         mhacut.save_model(model, tmp_path / "other.safetensors", like=slim)
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -115,5 +115,5 @@ def test_pooling_may_be_a_module_or_the_head_s(architecture, args, tmp_path):
     model.reset_classifier(3)
     mhacut.save_model(model, tmp_path / "classes.safetensors", like=slim)
     model.reset_classifier(3, "max")
-    with pytest.raises(CheckpointError, match=r"='avg', and the model 'max'. Call reset"):
+    with pytest.raises(CheckpointError, match=r"='avg', the model has 'max'. Call reset"):
         mhacut.save_model(model, tmp_path / "max.safetensors", like=slim)

@@ -111,7 +111,7 @@ class Family:
                     if part is not None:
                         parts.setdefault(part[1] + part[3], {})[int(part[2])] = piece
                     elif target in converted:
-                        raise ValueError(f"two tensors map to {target!r:.150}, one is {name!r:.150}")
+                        raise ValueError(f"2 tensors map to timm's {target!r:.150}, one is {name!r:.150}")
                     elif target:
                         converted[target] = piece
             for name, pieces_of in parts.items():
@@ -120,10 +120,10 @@ class Family:
                 self.finish(converted)
         except (RuntimeError, IndexError, ValueError, KeyError) as error:
             reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"shapes of its tensors contradict each other ({reason:.200})") from None
+            raise CheckpointError(f"the file's tensor shapes contradict each other ({reason:.200})") from None
         if unknown:
             names = listed([f"{name!r:.150}" for name in unknown], _MAX_NAMES)
-            raise CheckpointError(f"{len(unknown)} tensors are not part of the model: {names}")
+            raise CheckpointError(f"found {len(unknown)} tensors that the model does not have: {names}")
         return converted
 
     def targets(self, name: str, *, headless: bool = False) -> tuple[str, ...] | None:

@@ -53,7 +53,7 @@ def _build_open_clip(config: Config, shapes: Shapes) -> TimmSpec:
     tower.require(_STATED, "timm's ViT of CLIP has one value only")
     for name in ("act_kwargs", "norm_kwargs", "block_type"):
         if tower.raw(name):
-            raise CheckpointError(f"{tower.where}: {name}: timm's CLIP ViT has no such argument")
+            raise CheckpointError(f"{tower.where}: {name}: not supported by timm's CLIP ViT")
     args = tower.read(
         {
             "img_size": ("image_size", 224),
@@ -114,7 +114,7 @@ def _build_wrapped(config: Config, shapes: Shapes) -> TimmSpec:
 
 
 def _finish_dinov2(tensors: dict[str, Tensor]) -> None:
-    """If there are registers, add position 0 to the class token: timm adds positions to patches only."""
+    """With registers, fold the class token's position into the token: timm adds positions to patches only."""
     if "reg_token" in tensors:
         positions = tensors["pos_embed"]
         tensors["cls_token"] = tensors["cls_token"] + positions[:, :1].to(tensors["cls_token"].dtype)

@@ -37,7 +37,7 @@ START = 0.6
 """Mean start value of the indicators. START, THRESHOLD and the straight-through gradient follow "Pruning from
 Scratch via Shared Pruning Module" (WACV 2024) of the same lab."""
 _SPREAD = 0.03
-"""Standard deviation of the start values about START: 3 of them stay above the threshold."""
+"""Standard deviation of the start values about START. Deviations are clipped to 3 standard deviations."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ class _UnitState:
 def search(
     job: Job, limits: Limits, calibration: Calibration, distillation: Distillation
 ) -> tuple[Plan, dict[UnitKey, Tensor], tuple[SearchStep, ...]]:
-    """Train indicators and channel scales; return the plan, filled up to the budget, scales and the log.
+    """Train indicators and channel scales.
 
-    Scales [heads, dense width] per unit are without masks and temperature.
+    Return the plan, the scales by unit, and the log. The plan uses the whole budget. Scales [heads, dense
+    width] exclude masks and the temperature factor.
     """
     options, budget = job.options, limits[0].most
     states = [_UnitState(unit, job, calibration) for unit in job.units]
@@ -155,7 +156,7 @@ def _kept(states: list[_UnitState], widths: Mapping[UnitKey, Tensor]) -> dict[st
 
 
 def _add_budget_gradient(states: list[_UnitState], flops: Tensor, target: float, weight: float) -> None:
-    """Normalise the indicators' gradients; above ``target`` FLOPs, add the budget's normalised gradient."""
+    """Normalise the indicators' gradients. Above ``target`` FLOPs, add the FLOPs' normalised gradient."""
     # Of unit scale, one learning rate and one weight serve any model, loss and budget.
     indicators = [state.indicator for state in states]
     grads = [indicator.grad for indicator in indicators if indicator.grad is not None]
@@ -190,7 +191,7 @@ def _final_plan(states: list[_UnitState], job: Job, limits: Limits) -> Plan:
 
 
 def initial_indicator(difference: Tensor | None, shape: tuple[int, int], weight: Tensor) -> Tensor:
-    """Return start values m [H, d] with each score ``weight * m`` above the threshold."""
+    """Return start values m [H, d] with all scores ``weight * m`` above :data:`THRESHOLD`."""
     start = torch.full(shape, START, dtype=weight.dtype, device=weight.device)
     if difference is not None and shape[1] > 1:
         logs = difference.clamp_min(torch.finfo(difference.dtype).tiny).log()

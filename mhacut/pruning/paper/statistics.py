@@ -25,8 +25,8 @@ class UnitStatistics(NamedTuple):
 def logit_energy(query: Tensor, key: Tensor, *, centre: bool = True) -> Tensor:
     """Return the squared Frobenius norm of each qk channel's part of the logits, summed over images, [H, d].
 
-    ||A - A without channel i||_F for A = Q K^T is ||q_i|| * ||k_i||. The softmax ignores constants over keys,
-    so keys are centred over each image. ``centre`` is False if keys are transformed before the product.
+    Channel i adds q_i k_i^T to the logits, with norm ||q_i|| * ||k_i||. Keys are centred over each image: the
+    softmax ignores constants over keys. ``centre`` is False if keys are transformed before the product.
     """
     if centre:
         key = key - key.mean(dim=-2, keepdim=True)
