@@ -291,7 +291,12 @@ class MergedTokens:
         return y
 
     def pool(self: Any, x: Tensor | SizedTokens, pool_type: str | None = None) -> Tensor:
-        """Pool tokens to [B, C]. A mean weighs each token by its number of patches."""
+        """Pool tokens to [B, C]. Means and attention weigh each token by its number of patches."""
+        attention_pool = getattr(self, "attn_pool", None)
+        if isinstance(x, SizedTokens) and attention_pool is not None:
+            first = 0 if getattr(self, "pool_include_prefix", True) else self.num_prefix_tokens
+            attended: Tensor = attention_pool(x.x[:, first:], attn_mask=x.bias()[..., first:])
+            return attended
         if isinstance(x, Tensor) or (pool_type or self.global_pool) != "avg":
             tokens = x if isinstance(x, Tensor) else x.x
             pooled: Tensor = super().pool(tokens, pool_type)  # type: ignore[misc]

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention
+from timm.layers import Attention, AttentionPoolLatent
 from timm.layers.attention import AttentionRope
 from timm.models import eva, vision_transformer
 from timm.models.deit import VisionTransformerDistilled
@@ -130,9 +130,8 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
     if stack.vit is None:
         return ""
     vit = stack.vit
-    pooled = vit.global_pool in ("token", "avg") and getattr(vit, "attn_pool", None) is None
-    if not (unmerge or pooled):
-        return f"its head pools neither by class token nor by mean (global_pool={vit.global_pool!r})"
+    if not (unmerge or _pools_by_size(vit) or _reads_class_token(vit)):
+        return f"its head pools by global_pool={vit.global_pool!r}, not by class token, mean or attention"
     if len(vit.blocks) < 2:
         return "it has no block before its last"
     if getattr(vit, "rope_mixed", False):
@@ -143,6 +142,17 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
         if getattr(adapter_for(block.attn), "cls", None) not in _ATTENTION:
             return f"merging does not support attention of class {type(block.attn).__name__}"
     return ""
+
+
+def _pools_by_size(vit: Any) -> bool:
+    pool = getattr(vit, "attn_pool", None)
+    if pool is None:
+        return bool(vit.global_pool == "avg")
+    return library_class(pool) is AttentionPoolLatent and pool.pos_embed is None
+
+
+def _reads_class_token(vit: Any) -> bool:
+    return vit.global_pool == "token" and getattr(vit, "attn_pool", None) is None
 
 
 def merged_of(model: nn.Module) -> tuple[int, ...]:
@@ -186,7 +196,7 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
             _set_attention_class(block.attn, CLS_WEIGHTS[library_class(block.attn)])
         elif by_attention and vit is None:
             block.projections = projections_of(block.get_submodule(block.branches.attention))
-    blocks[-1].gives_sizes = vit is not None and (unmerge or vit.global_pool == "avg")
+    blocks[-1].gives_sizes = vit is not None and (unmerge or _pools_by_size(vit))
     if vit is not None:
         vit.__class__ = _MERGING_MODELS[type(vit)]
 
@@ -196,7 +206,7 @@ def _weighs_by_attention(vit: Any) -> bool:
     if any(getattr(block.attn, "num_kv_groups", 1) > 1 for block in vit.blocks):
         return False  # several heads share their keys
     norms = [norm for block in vit.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
-    return vit.global_pool == "token" and all(isinstance(norm, nn.Identity) for norm in norms)
+    return _reads_class_token(vit) and all(isinstance(norm, nn.Identity) for norm in norms)
 
 
 def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:

@@ -65,6 +65,11 @@ MERGING = {
         merging("vit_small_patch16_dinov3", patch_size=8, img_size=32),
         TokenPlan(None, (0, 8, 4), unmerge=True),
     ),
+    "attention pooling": (merging(global_pool="map"), TokenPlan(None, (2, 5, 1))),
+    "rotary, attention pooling": (
+        merging("vit_pe_core_tiny_patch16_384", num_classes=10),
+        TokenPlan(None, (0, 8, 2)),
+    ),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""
@@ -103,9 +108,12 @@ def merged(case: tuple[ModelCase, TokenPlan]) -> tuple[nn.Module, torch.Tensor]:
 @torch.no_grad()
 def test_a_model_whose_equal_tokens_merge_computes_the_same():
     """Averages of equal tokens are these tokens, which then weigh as much as all of them together."""
-    for global_pool in ("token", "avg"):
-        model, x = double(merging(global_pool=global_pool))
+    rotary = merging("eva02_tiny_patch14_224", patch_size=16)
+    for case in (*(merging(global_pool=name) for name in ("token", "avg", "map")), rotary):
+        model, x = double(case)
         model.pos_embed.zero_()
+        if case is rotary:  # all patches at the same position
+            model.rope.pos_embed.copy_(model.rope.pos_embed[5].clone())
         x = x[:, :, :16, :16].repeat(1, 1, 4, 4)  # 16 patches alike
         expected = model(x)
         set_merged(model, (8, 4, 2))
@@ -269,14 +277,14 @@ def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
     [
         ("vit_relpos_small_patch16_224", {}),
         ("vit_small_patch16_rope_mixed_224", {}),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}),
+        ("vit_tiny_patch16_224", {"global_pool": "max"}),
         ("vit_tiny_patch16_224", {"depth": 1}),
     ],
 )
 def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
     model = build(merging(architecture, **args))
     with pytest.raises(
-        UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|frequencies|map|no block)"
+        UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|frequencies|max|no block)"
     ):
         set_merged(model, (1, 0, 0))
 
