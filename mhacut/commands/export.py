@@ -125,7 +125,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         input_size=preprocessing.input_size,
         fixed_batch=options.fixed_batch,
         preprocessing=preprocessing.to_json(),
-        file_bytes=sum(file.stat().st_size for file in _files(target, options)),
+        file_bytes=sum(file.stat().st_size for file in _files(target, options) if file.is_file()),
         difference=differences,
         int8=quantized,
         pushed=pushed,
@@ -165,7 +165,7 @@ def _write(
 
     reporter.start("exporting")
     if options.format == "timm":
-        write_folder(target, loaded, preprocessing, options, compare)
+        write_folder(target, loaded, preprocessing, options, compare, reporter.log)
     elif options.format == "openvino":
         write_ir(target, model, size, about, options, input_path=loaded.path, compare=compare)
     else:

@@ -22,7 +22,9 @@ _MAX_FLOPS = 10**18
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None) -> str:
+def model_card(
+    source: str, loaded: Checkpoint, preprocessing: Preprocessing, license: str | None, *, has_code: bool
+) -> str:
     record, architecture = loaded.record, loaded.identity.architecture
     classes = int(getattr(loaded.model, "num_classes", 0) or 0)
     title = "Architecture" if record is None else "Dense architecture"
@@ -52,7 +54,7 @@ def model_card(source: str, loaded: Checkpoint, preprocessing: Preprocessing, li
         *(f"- **{key}:** {value}" for key, value in details.items()),
         "",
         "## Model Usage",
-        *_usage(source, cut=record is not None),
+        *_usage(source, cut=record is not None, has_code=has_code),
     ]
     return "\n".join(lines) + "\n" + ("" if record is None else _widths(record))
 
@@ -120,7 +122,8 @@ def _accuracy(record: SlimRecord | None) -> dict[str, str]:
     return {"Top-1 accuracy": ", ".join(known)} if known else {}
 
 
-def _usage(source: str, *, cut: bool) -> list[str]:
+def _usage(source: str, *, cut: bool, has_code: bool) -> list[str]:
+    without = ["", "`build()` in `model.py` returns the model without mhacut."]
     return [
         "```python",
         "import timm",
@@ -129,6 +132,7 @@ def _usage(source: str, *, cut: bool) -> list[str]:
         "data = timm.data.resolve_model_data_config(model)",
         "transform = timm.data.create_transform(**data, is_training=False)",
         "```",
+        *(without if has_code else []),
     ]
 
 

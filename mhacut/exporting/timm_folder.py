@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from runpy import run_path
 from shlex import quote
 from typing import Any, cast
 
@@ -17,16 +18,17 @@ from mhacut.checkpoint.identity import PROVENANCE_CFG_KEYS, WEIGHTS_CFG_KEYS
 from mhacut.checkpoint.preprocessing import stated_license
 from mhacut.checkpoint.write import save_slim, save_tensors
 from mhacut.data import Preprocessing
-from mhacut.errors import MhacutError, OutputError, option_name
+from mhacut.errors import MhacutError, OutputError, UnsupportedModelError, option_name
 from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
+from mhacut.exporting.timm_code import timm_code
 from mhacut.exporting.timm_model import NAME
 from mhacut.options.export import ExportOptions
 from mhacut.runtime.files import check_outputs, exists_already, fill_folder
 from mhacut.surgery.find import model_input_size
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
-FILES = (WEIGHTS, CONFIG, CARD)
+WEIGHTS, CONFIG, CARD, CODE = "model.safetensors", "config.json", "README.md", "model.py"
+FILES = (WEIGHTS, CONFIG, CARD, CODE)
 
 
 def check_folder(target: Path, *, overwrite: bool, input_path: Path | None) -> None:
@@ -45,15 +47,20 @@ def write_folder(
     preprocessing: Preprocessing,
     options: ExportOptions,
     compare: Callable[[Runner], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Write a folder that timm opens, unless ``compare`` raises an error for the folder's model."""
+    """Write a folder that timm opens, unless ``compare`` raises an error for the folder's model.
+
+    ``log`` receives the reason if ``model.py`` is left out.
+    """
     target = Path(os.path.realpath(target))
-    model = _made_by_timm(loaded, options.license or stated_license(loaded))
+    model, arguments = _made_by_timm(loaded, options.license or stated_license(loaded))
     dtypes = dict.fromkeys(model.state_dict(), DTYPES[options.dtype])
     pushed_to = options.push_to_hub
     source = f"local-dir:{target.name}" if pushed_to is None else f"hf-hub:{pushed_to}"
 
     def fill(folder: Path) -> None:
+        has_code = False
         # timm's writer writes the configuration that timm's reader expects, and no weights (None: neither
         # pickle nor safetensors), because it fails on modules with several names.
         save_for_hf(model, str(folder), safe_serialization=cast(Any, None))
@@ -65,19 +72,41 @@ def write_folder(
             save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         else:
             save_slim(folder / WEIGHTS, model, loaded.record, dtypes)
-        card = model_card(source, loaded, preprocessing, options.license)
+            has_code = _write_code(folder, loaded, arguments, log)
+        card = model_card(source, loaded, preprocessing, options.license, has_code=has_code)
         (folder / CARD).write_text(card, encoding="utf-8")
         # timm initialises the model, which must not change the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
         opened = opened.eval().requires_grad_(False)
         compare(lambda images: opened(images))
+        if has_code:
+            with torch.random.fork_rng(devices=[]):
+                alone = run_path(str(folder / CODE))["build"]().requires_grad_(False)
+            compare(lambda images: alone(images))
+        else:
+            (target / CODE).unlink(missing_ok=True)  # of the model that was in the folder
 
     fill_folder(target, fill)
 
 
-def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
-    """Rebuild the model with ``timm.create_model``: timm's writer needs the arguments stored in the model."""
+def _write_code(
+    folder: Path, loaded: Checkpoint, arguments: Mapping[str, Any], log: Callable[[str], None]
+) -> bool:
+    try:
+        code = timm_code(loaded.model, loaded.identity.architecture, arguments)
+    except UnsupportedModelError as error:
+        log(f"{CODE} is left out, so the folder needs mhacut: {error}")
+        return False
+    (folder / CODE).write_text(code, encoding="utf-8")
+    return True
+
+
+def _made_by_timm(loaded: Checkpoint, license: str | None) -> tuple[Any, dict[str, Any]]:
+    """Rebuild the model with ``timm.create_model``: timm's writer needs the arguments stored in the model.
+
+    Return the model and the arguments of the dense architecture.
+    """
     identity, given = loaded.identity, dict(cast(Any, loaded.model).pretrained_cfg)
     for name in WEIGHTS_CFG_KEYS:
         # timm fills in labels, license and origin of its own pretrained weights, which these are not. The
@@ -98,8 +127,7 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
         made.default_cfg = made.pretrained_cfg
     else:
         plan = loaded.record.plan
-        if plan.tokens:
-            arguments["tokens"] = plan.tokens.to_json()
+        tokens = {"tokens": plan.tokens.to_json()} if plan.tokens else {}
         with torch.random.fork_rng(devices=[]):
             made = timm.create_model(
                 NAME,
@@ -107,9 +135,10 @@ def _made_by_timm(loaded: Checkpoint, license: str | None) -> Any:
                 base_architecture=identity.architecture,
                 plan=plan.to_json(),
                 **arguments,
+                **tokens,
             )
     made.load_state_dict(loaded.model.state_dict())
-    return made
+    return made, arguments
 
 
 def check_hub(options: ExportOptions) -> None:

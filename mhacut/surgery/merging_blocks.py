@@ -171,6 +171,7 @@ class MergingLayer(Merging):
     """Weights that compute the class token's attention, which weighs tokens. None: sizes weigh tokens."""
 
     def forward(self, *args: Any, **options: Any) -> Tensor | SizedTokens:
+        options.pop("num_items_in_batch", None)  # a tensor that transformers' Trainer passes to all layers
         x, *others = (*args, *options.values())
         # transformers passes a mask of ones instead of None while a graph is recorded.
         if not graph_is_recorded():

@@ -132,6 +132,13 @@ output = next(iter(model(pixel_values=images).values()))
 assert (output - expected).abs().max() <= 1e-6 * expected.abs().max()
 output.sum().backward()
 assert all(p.grad is not None for name, p in model.named_parameters() if "layer" in name)
+if auto == "AutoModelForImageClassification":  # a step of transformers' Trainer, which needs accelerate
+    labels, count = torch.tensor([0, 1]), torch.tensor(2)
+    model.train()(pixel_values=images, labels=labels, num_items_in_batch=count).loss.backward()
+    torch.optim.SGD(model.parameters(), 0.01).step()
+    model.eval().save_pretrained(file + " trained")
+    again = getattr(transformers, auto).from_pretrained(file + " trained", trust_remote_code=True).eval()
+    assert torch.equal(again(pixel_values=images).logits, model(pixel_values=images).logits)
 if auto == "AutoModelForImageClassification":
     classify = transformers.pipeline("image-classification", folder, trust_remote_code=True)
     picture = transformers.image_utils.load_image(sys.argv[0])

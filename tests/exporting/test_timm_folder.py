@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -19,15 +20,19 @@ from timm.models import save_for_hf
 
 import mhacut
 from helpers.checkpoints import make_slim
+from helpers.cli import run
 from helpers.data import write_split
-from helpers.files import SLIM, ModelFile
-from helpers.models import slow_but
+from helpers.files import SLIM, ModelFile, cut_into_file
+from helpers.models import ModelCase, slow_but
+from helpers.plans import random_plan
 from helpers.pruning import prune_quickly
 from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
+from mhacut.plan import Plan, TokenPlan
+from mhacut.surgery.find import find_prunable_layers
 
 
 def opened(folder, **arguments):
@@ -94,6 +99,70 @@ def test_what_timm_can_do_to_a_model_it_can_do_to_a_slim_one(folder, tmp_path):
     assert data["input_size"] == (3, 32, 32)
     save_for_hf(model, str(tmp_path / "again"), safe_serialization=True)
     assert torch.equal(opened(tmp_path / "again")(images), model(images))
+
+
+WITHOUT_MHACUT = """
+import runpy
+import sys
+
+sys.modules["mhacut"] = None
+import torch
+
+code, file = sys.argv[1:]
+images, expected = torch.load(file)
+model = runpy.run_path(code)["build"]()
+assert (model(images) - expected).abs().max() <= 1e-6 * expected.abs().max()
+model.train()(images).sum().backward()
+assert all(parameter.grad is not None for parameter in model.parameters())
+"""
+DEEP = {"depth": 12, "embed_dim": 48, "num_heads": 3, "img_size": 32, "patch_size": 4}
+MERGED = TokenPlan(merged=(0, 5, 5, *[2] * 8, 0))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "tokens"),
+    [
+        ("vit_tiny_patch16_224", {}, replace(MERGED, output_tokens=1)),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, MERGED),
+        ("deit_tiny_distilled_patch16_224", {}, replace(MERGED, output_tokens=2)),
+    ],
+)
+def test_timm_opens_merging_models_without_mhacut(tmp_path, architecture, options, tokens):
+    case = ModelCase(architecture, {**DEEP, **options})
+    torch.manual_seed(0)
+    model = case.create().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    plans = random_plan(find_prunable_layers(model), seed=0)[0]
+    slim = cut_into_file(model, Plan(tuple(plans), tokens), tmp_path / "slim.safetensors", case)
+    opened_without_mhacut(slim, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["vit", "distilled", "swin"])
+def test_timm_opens_models_with_fewer_channels_without_mhacut(slim_of, tmp_path, name):
+    opened_without_mhacut(slim_of(name), tmp_path)
+
+
+def opened_without_mhacut(slim, tmp_path):
+    code = mhacut.export(slim, format="timm", output=tmp_path / "folder").output / "model.py"
+    assert len(code.read_text().splitlines()) <= 200
+    model = mhacut.load_model(slim)
+    images = torch.randn(2, *read_model(slim).input_size)
+    with torch.no_grad():
+        torch.save((images, model(images)), tmp_path / "outputs.pt")
+    command = [sys.executable, "-c", WITHOUT_MHACUT, str(code), str(tmp_path / "outputs.pt")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_log_names_a_class_that_model_py_lacks(slim_of, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.py").touch()  # of another model
+    result = run("export", slim_of("coat"), "--format", "timm", "-o", folder, "--overwrite")
+    assert result.exit_code == 0
+    assert "model.py is left out, so the folder needs mhacut" in result.stderr
+    assert not (folder / "model.py").exists()
 
 
 @pytest.mark.slow
@@ -215,6 +284,7 @@ def test_what_must_not_be_written_over(folder, slim_of, tmp_path, monkeypatch):
         "notes.txt",
         "README.md",
         "config.json",
+        "model.py",
         "model.safetensors",
     }
     with pytest.raises(OutputError, match="is the input"):
