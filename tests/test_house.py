@@ -22,7 +22,7 @@ LINES = {
     "exporting": 1538,
     "finetuning": 1780,
     "flatten": 1361,
-    "inspection": 534,
+    "inspection": 545,
     "linalg": 757,
     "measuring": 839,
     "options": 1400,

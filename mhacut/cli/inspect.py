@@ -96,6 +96,9 @@ def _about(inspection: Inspection) -> list[str]:
         f"{format_flops(inspection.flops)} FLOPs, {format_flops(inspection.parameters)} parameters, "
         f"{' and '.join(inspection.dtypes)}",
     ]
+    if inspection.flops_by_side:
+        counts = [f"{side}: {format_flops(flops)}" for side, flops in inspection.flops_by_side.items()]
+        lines.append(f"FLOPs by image height: {', '.join(counts)}")
     if inspection.judged_by is not None:
         lines += [*LAYER_NOTES, f"computed from: {inspection.judged_by}"]
     lines.append(f"preprocessing: {inspection.provenance.describe(inspection.preprocessing)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from mhacut.pruning.calibrate import Calibration
 from mhacut.pruning.unit_moments import UnitMoments, white_moments
 from mhacut.surgery.channels import effective_output_weights
 from mhacut.surgery.find import PrunableLayers, classifier_size, find_prunable_layers
-from mhacut.surgery.flops import count_parameters, measure_flops_by_module, weightless
+from mhacut.surgery.flops import count_parameters, measure_flops, measure_flops_by_module, weightless
 from mhacut.surgery.tokens import tokens_of
 from mhacut.text import dtype_name
 
@@ -114,6 +115,8 @@ class Inspection:
     classes: int
     """Number of classes; 0 for a model without a classifier."""
     flops: int
+    flops_by_side: Mapping[int, int]
+    """FLOPs at half, equal and double image height, by height. Empty if the model takes 1 image size only."""
     parameters: int
     dtypes: tuple[str, ...]
     layers: tuple[LayerReport, ...]
@@ -182,6 +185,7 @@ def inspect_model(
         input_size=resolved.input_size,
         classes=classifier_size(model),
         flops=flops[""],
+        flops_by_side=_flops_by_side(opened.skeleton, resolved.input_size, flops[""]),
         parameters=parameters,
         dtypes=tuple(
             sorted({dtype_name(dtype) for dtype in opened.dtypes.values() if dtype.is_floating_point})
@@ -195,6 +199,16 @@ def inspect_model(
         tokens=tokens_of(model),
         judged_by=None if shapes_only else judged_by,
     )
+
+
+def _flops_by_side(model: nn.Module, size: tuple[int, int, int], own: int) -> Mapping[int, int]:
+    channels, height, width = size
+    counted, outline = {height: own}, weightless(model)
+    for numerator, divisor in ((1, 2), (2, 1)):
+        side = height * numerator // divisor
+        with suppress(Exception):  # of any kind: the model does not take this size
+            counted[side] = measure_flops(outline, (channels, side, width * numerator // divisor))
+    return dict(sorted(counted.items())) if len(counted) > 1 else {}
 
 
 @torch.no_grad()

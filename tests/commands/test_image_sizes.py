@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 
 import mhacut
+from helpers.cli import document_of, succeed
+from helpers.files import save_dense
 from helpers.models import ModelCase, build
 from helpers.own_code import Dinov2Block, Vit
-from mhacut.surgery.flops import executed_flops
+from mhacut.surgery.flops import executed_flops, measure_flops
 from mhacut.surgery.hooks import captured_outputs
 
 ARGS = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "dynamic_img_size": True}
 VIT = ModelCase("vit_tiny_patch16_224", {**ARGS, "patch_size": 8})
+FIXED = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 SIDES = (32, 64, 72, 128)
 OPTIONS = {"calibration_images": 12, "round_to": 4, "latency": False}
 
@@ -84,3 +87,14 @@ def test_a_pruned_backbone_of_own_code_saves_as_much_at_all_sizes():
         assert slim(image).shape == dense(image).shape
         flops = [executed_flops(lambda model=model, image=image: model(image)) for model in (slim, dense)]
         assert flops[0] / flops[1] < 0.66
+
+
+def test_inspect_shows_the_flops_of_models_that_take_several_sizes(slim_file, tmp_path):
+    found = document_of("inspect", slim_file, "--shapes")["flops_by_side"]
+    assert list(found) == ["32", "64", "128"]
+    model = mhacut.load_model(slim_file)
+    assert list(found.values()) == [measure_flops(model, (3, side, side)) for side in (32, 64, 128)]
+    assert "FLOPs by image height: 32: " in succeed("inspect", slim_file, "--shapes").stdout
+    fixed = save_dense(build(ModelCase("vit_tiny_patch16_224", FIXED)), tmp_path / "fixed.safetensors")
+    found = mhacut.inspect(fixed, model="vit_tiny_patch16_224", model_args=FIXED, shapes=True)
+    assert found.inspection.flops_by_side == {}
