@@ -15,7 +15,7 @@ _MODELS = ("mhacut.flatten", "mhacut.exporting.timm_model")
 
 
 def register_with_timm() -> None:
-    """Register the models now if timm is imported, or else when timm is imported."""
+    """Register mhacut's models with timm, now or as soon as timm is imported."""
     if "timm" in sys.modules:
         _import_models()
     elif not any(isinstance(finder, _TimmFinder) for finder in sys.meta_path):
@@ -28,7 +28,7 @@ def _import_models() -> None:
 
 
 class _TimmFinder:
-    """Import finder that registers the models after timm has been imported."""
+    """Import finder that registers mhacut's models after timm has been imported."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":
@@ -42,7 +42,7 @@ class _TimmFinder:
         return spec
 
     def _follow(self, loader: Any) -> None:
-        """Register the models after ``loader`` has executed timm."""
+        """Register mhacut's models after ``loader`` has executed timm."""
         # The finder stays until timm has run: a program may look for timm without importing it. The loader is
         # patched, not wrapped, because others use it to read source and data.
         execute = loader.exec_module

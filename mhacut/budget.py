@@ -74,7 +74,7 @@ class Budget(str):
         budget.value, budget.resource, budget.relative = value, resource, match["unit"] == "%"
         if budget.relative and value > 1:
             raise UsageError(
-                f"{option_name(resource, text)} is more than the model has; a share is at most 100%"
+                f"{option_name(resource, text)} is more than the dense model has; write at most 100%"
             )
         return budget
 

@@ -57,10 +57,7 @@ def option_name(name: str, *value: object) -> str:
 
 @contextmanager
 def options_written_by(writer: OptionWriter) -> Iterator[OptionWriter]:
-    """Context in which messages spell options by ``writer``, not :func:`option_name`.
-
-    Yields the old writer.
-    """
+    """Context in which the function ``writer`` formats options in messages. Yields the previous writer."""
     # Global, not a context variable, so that other threads name options the same way.
     global _write
     before, _write = _write, writer

@@ -22,11 +22,11 @@ _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
 _TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside", "patches"}
 MERGE_RULE, COPY_RULE = "weights", "checkerboard"
-"""Names of the token merging rules in files: ``weights``, and ``checkerboard`` if merged tokens are copied
-back to their patches."""
+"""Names of the token merging rules in files. The rule ``checkerboard`` copies merged tokens back to their
+patches."""
 Unmerge = bool | Literal["rows"]
-"""Whether merged tokens are copied back to their patches. ``"rows"``: older file, which matches tokens in
-raster order."""
+"""Whether merged tokens are copied back to their patches. ``"rows"`` is for older files, which match tokens
+in raster order."""
 # Plans come from untrusted files, so that only module names are looked up in a model.
 _LAYER_NAME = re.compile(r"\w+(\.\w+)*")
 
@@ -55,11 +55,13 @@ class UnitPlan:
     def __post_init__(self) -> None:
         where = f"plan of {self.layer!r} ({self.kind})"
         if not _LAYER_NAME.fullmatch(self.layer):
-            raise PlanError(f"{where}: expected a module name as layer")
+            raise PlanError(f"{where}: expected a layer name such as blocks.0.attn")
         if self.kind not in UNIT_KINDS:
-            raise PlanError(f"{where}: expected kind {', '.join(UNIT_KINDS)}")
+            raise PlanError(f"{where}: expected the kind to be 1 of {', '.join(UNIT_KINDS)}")
         if self.basis not in get_args(Basis):
-            raise PlanError(f"{where}: expected basis {', '.join(get_args(Basis))}")
+            raise PlanError(
+                f"{where}: expected the basis {' or '.join(get_args(Basis))}, found {self.basis!r}"
+            )
         if not self.kept:
             raise PlanError(f"{where}: expected at least 1 head, found none")
         width = len(self.kept[0])
@@ -119,9 +121,9 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Tokens that a model leaves out or merges; by default none.
+    """Tokens that a model leaves out or merges.
 
-    They apply to the dense model, before a cut.
+    The default leaves out no tokens and merges no tokens. Token numbers refer to the dense model.
     """
 
     output_tokens: int | None = None
@@ -149,7 +151,7 @@ class TokenPlan:
         if self.patches is not None and self.patches < 1:
             raise PlanError(f"token plan: `patches` must be at least 1, found {self.patches}")
         if self.unmerge and self.output_tokens is not None:
-            raise PlanError("token plan: `copied` and `read` cannot be combined")
+            raise PlanError("token plan: expected `copied` or `read`, found both")
 
     def __bool__(self) -> bool:
         return self.output_tokens is not None or bool(self.merged)
@@ -200,9 +202,9 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Cut of a whole model, with at most 1 :class:`UnitPlan` per unit.
+    """Channels to keep in a model, and tokens to merge.
 
-    Units without a plan keep all channels.
+    Units without a :class:`UnitPlan` keep all channels.
     """
 
     units: tuple[UnitPlan, ...]
@@ -231,7 +233,8 @@ class Plan:
     def after(self, earlier: Plan) -> Plan:
         """Combine this plan with an ``earlier`` plan of the same model, in the indices of the dense model.
 
-        Units that this plan does not name keep the cut of ``earlier``. The token plan of this plan applies.
+        Units that this plan does not name keep the cut of ``earlier``. The result has the token plan of this
+        plan.
         """
         # Tokens are counted on the dense model, so a later plan of tokens replaces the earlier one.
         before = {unit.key: unit for unit in earlier}
@@ -281,8 +284,8 @@ class Plan:
 def _unit_from_json(entry: object) -> UnitPlan:
     if not isinstance(entry, Mapping) or not _UNIT_KEYS <= set(entry) <= _UNIT_KEYS | _OPTIONAL_KEYS:
         raise PlanError(
-            f"unit of a plan: expected the keys {', '.join(sorted(_UNIT_KEYS))}, and at most "
-            f"{', '.join(sorted(_OPTIONAL_KEYS))} beside them"
+            f"unit of a plan: expected the keys {', '.join(sorted(_UNIT_KEYS))}, with "
+            f"{', '.join(sorted(_OPTIONAL_KEYS))} as optional keys"
         )
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
     basis = entry.get("basis", "channel")  # the first files named none

@@ -43,7 +43,7 @@ _CHECKS: Mapping[str, Callable[[Any], None]] = {
     "data_dir": check_data_dir,
     "class_map": check_class_map,
 }
-"""Check of an input path, by the kind of input in ``Option.reads``."""
+"""Function that checks an input path, by the kind of input in ``Option.reads``."""
 _CONFIG = "Read options from a YAML file, such as round_to: 8. Flags win."
 _SET = "Set any option by its YAML key, such as repair=false. Can be repeated."
 _VERBOSE = "Show stages, warnings and library logs. -vv shows more."
@@ -51,7 +51,6 @@ _ALL = "Show all options."
 
 
 def show_all(context: typer.Context, wanted: bool) -> None:
-    """Print the help with all options, and exit."""
     if wanted:
         context.obj = show_all  # a sign for Command.format_options
         typer.echo(context.get_help())
@@ -121,7 +120,7 @@ _REMOVED = {
 
 
 def _replacements(known: Mapping[str, Option]) -> dict[str, str]:
-    """Return what to write in place of a removed flag, or of a flag that other tools have."""
+    """Return the advice for each flag that this command does not accept, such as a removed flag."""
     replacements = {flag: f"was removed: {way}" for flag, way in _REMOVED.items()}
     for option in known.values():
         for flag in (option.flag, option.negative):
@@ -140,10 +139,10 @@ def command(
     complete: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict,
     check_outputs: Callable[[Any], None] | None = None,
 ) -> Callable[[Callable[[Any, Console], None]], Callable[..., None]]:
-    """Make a command of a function of (options, console); ``usual`` are those of its short help.
+    """Turn a function of (options, console) into a command with the flags of ``options``.
 
-    Flags override ``--set``, which overrides the ``--config`` file. ``complete`` may change the values.
-    ``check_outputs`` raises an error, before torch is imported, if an output cannot be written.
+    Flags override ``--set``, which overrides the ``--config`` file. ``usual`` names the options in the short
+    help. ``complete`` may change the values. ``check_outputs`` runs before torch is imported.
     """
     known = options.options()
 
@@ -199,7 +198,7 @@ def check_paths(options: Options) -> None:
 
 
 def flag_writer(options: Mapping[str, Option]) -> Callable[..., str]:
-    """Return the writer of options in messages that makes them flags: ``--round-to 8``, ``--no-labels``.
+    """Return a function that writes options as flags in messages: ``--round-to 8``, ``--no-labels``.
 
     Research switches have no flag: ``--set selection=indicator``.
     """

@@ -71,7 +71,7 @@ def _text(result: InspectResult, *, by_head: bool) -> str:
 
 
 def _kept_channels(layers: Sequence[LayerReport]) -> Iterator[str]:
-    """Yield 1 line per head of a slim file: the kept channels."""
+    """Yield 1 line of text per head of a slim file, with the head's remaining channels."""
     for layer in layers:
         for kind, unit in layer.units.items():
             if kind == "hidden":

@@ -81,7 +81,6 @@ def _text(result: PruneResult) -> str:
 
 
 def _target(target: TargetResult) -> str:
-    """Format a target with the reached amount, and its latency measurement."""
     limit, reached = target.labels
     option = option_name(target.name, target.spec)
     if not target.measured:

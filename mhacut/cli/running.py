@@ -40,14 +40,15 @@ FAILED, USAGE, INTERRUPTED = 1, 2, 130
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 """Texts in errors of torch (CPU) and the operating system that mean: out of memory."""
 _SECONDS_TO_SAY_WHY = 10
-"""Delay before a process exits because another process failed. torchrun ends all processes at the first exit,
-so the failed process must exit first, after it printed its error."""
+"""Delay in seconds before a process exits because another process failed. torchrun ends all processes at the
+first exit, so the failed process must print its error and exit first."""
 
 
 class Console:
-    """Output of a command; a :class:`mhacut.runtime.progress.Reporter`.
+    """Output of a command, as a :class:`mhacut.runtime.progress.Reporter`.
 
-    If a run has several processes, only the first process prints more than errors.
+    In a run with several processes, only the first process prints results and messages. The other processes
+    print errors.
     """
 
     def __init__(
@@ -63,7 +64,11 @@ class Console:
         self._has_bar = False
 
     def result(self, text: str, document: object) -> None:
-        """Print ``text``, or with ``--json`` ``document``, a mapping or dataclass. ``-v`` adds times."""
+        """Print ``text``.
+
+        With ``--json``, print the mapping or dataclass ``document`` as JSON. With ``-v``, first print the
+        wall time of each stage.
+        """
         self.finish()
         if self.rank > 0:
             return
@@ -147,7 +152,6 @@ def _as_json(value: Any) -> Any:
 
 
 def _print_in_colour(text: str) -> None:
-    """Print ``text`` on a terminal, with warnings in colour."""
     from rich.console import Console as Terminal
     from rich.text import Text
 
@@ -161,7 +165,7 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
     """Convert the errors of a command's body into messages and exit codes.
 
     An error that is not a :class:`MhacutError` is a bug and is printed with its traceback. ``MHACUT_DEBUG=1``
-    prints all tracebacks. ``known`` are the options of the command, for advice about memory.
+    prints all tracebacks. ``known`` has the names of the command's options, for advice about memory.
     """
     debug = os.environ.get("MHACUT_DEBUG", "") not in ("", "0")
     code = 0
@@ -203,7 +207,7 @@ def _out_of_memory(error: Exception, known: Collection[str]) -> str:
 
 @contextmanager
 def _quiet_interrupts() -> Iterator[None]:
-    """Handle SIGTERM like Ctrl-C, and let both end workers quietly, unless the run has several processes."""
+    """In a run with 1 process, handle SIGTERM like Ctrl-C, and end data loader workers without a message."""
     # A process that waits for other processes in a collective operation would not see the exception.
     if threading.current_thread() is not threading.main_thread() or world_size() > 1:
         yield
@@ -230,8 +234,6 @@ def _quiet_interrupts() -> Iterator[None]:
 
 
 class _ToConsole(logging.Handler):
-    """Handler that prints log records above the progress display."""
-
     def __init__(self, console: Console) -> None:
         super().__init__()
         self.console = console

@@ -52,8 +52,8 @@ class Timing:
     """Saved fraction of the time divided by the saved fraction of the FLOPs, both relative to the first
     checkpoint. None if no FLOPs are saved."""
     executed: float | None
-    """FLOPs that run, padding included, divided by those of the first checkpoint. None except for eager
-    PyTorch on CPUs."""
+    """FLOPs that run, padding included, divided by those of the first checkpoint. Measured only for eager
+    PyTorch on CPUs, else None."""
     peak_mib: float | None
     """Peak GPU memory of a run in MiB, including weights and images. None on the CPU."""
     runs: int
@@ -76,7 +76,8 @@ class BenchResult:
     """Result of :func:`bench`."""
 
     models: tuple[BenchedModel, ...]
-    """Checkpoints in the given order, then their INT8 versions if requested. Ratios refer to the first."""
+    """Checkpoints in the given order, then their INT8 versions if requested. Ratios are relative to the first
+    model."""
     runtime: str
     dtype: str
     device: str
@@ -172,7 +173,10 @@ def _file_bytes(checkpoint: Checkpoint) -> int | None:
 
 
 def _input_sizes(checkpoints: Sequence[Checkpoint], reporter: Reporter) -> list[tuple[int, int, int]]:
-    """Return the image shape of each checkpoint. Dense models take the slim models' size if possible."""
+    """Return the image shape of each checkpoint.
+
+    If possible, dense models get the image size of the slim models.
+    """
     sizes = [resolve_preprocessing(one, PreprocessingOptions()).input_size for one in checkpoints]
     slim_sizes = {size for one, size in zip(checkpoints, sizes, strict=True) if one.record is not None}
     if len(slim_sizes) == 1:

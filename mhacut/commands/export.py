@@ -107,7 +107,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         reporter.log(note)
     loaded = open_from_options(options, reporter)
     if options.format == "timm" and is_huggingface(loaded):
-        raise UsageError(f"{option_name('format', 'timm')}: {loaded.source} holds a model of transformers")
+        timm = option_name("format", "timm")
+        raise UsageError(f"{timm}: expected a timm model, but {loaded.source} holds a model of transformers")
     target = Path(options.output or f"{loaded.stem}{ENDINGS[options.format]}")
     _check(target, options, loaded.path)
     loaded.model.requires_grad_(False)

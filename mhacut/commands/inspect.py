@@ -144,7 +144,6 @@ def _wanted(names: list[str], pattern: str | None) -> list[str]:
 
 
 def _sort_value(layer: LayerReport, sort: Sort) -> float:
-    """Return the layer's value of the column ``sort``. Layers without a value get -1, so they come last."""
     if sort in ("qk", "v"):
         return next((float(unit.now) for kind, unit in layer.units.items() if kind == sort), -1.0)
     if sort in ("similarity", "rank"):

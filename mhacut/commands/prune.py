@@ -106,7 +106,9 @@ def prune(
         MhacutError: a subclass in :mod:`mhacut.errors`. Nothing was written.
     """
     if isinstance(flops, tuple | list):
-        raise UsageError(f"{option_name('flops', flops)}: expected one budget; several are for prune_many")
+        raise UsageError(
+            f"{option_name('flops', flops)}: expected 1 budget. For several budgets, call mhacut.prune_many"
+        )
     with reporting(reporter, progress) as shown:
         (result,) = _prune_all(
             checkpoint, None if flops is None else str(flops), shown, images, val_images, options
@@ -145,7 +147,7 @@ def prune_many(
     """
     budgets = () if isinstance(flops, str) or not isinstance(flops, Iterable) else tuple(map(str, flops))
     if not budgets:
-        raise UsageError(f"{option_name('flops', flops)}: expected one or more budgets in a list")
+        raise UsageError(f"{option_name('flops', flops)}: expected a list of budgets, such as ['70%', '50%']")
     with reporting(reporter, progress) as shown:
         return PruneResults(_prune_all(checkpoint, budgets, shown, images, val_images, options))
 
@@ -174,7 +176,7 @@ def run_prune(
     folder = options.as_ == "huggingface"
     if folder and world_size() > 1:
         kind = option_name("as_", options.as_)
-        raise UsageError(f"{kind}: expected 1 process, found {world_size()} of torchrun")
+        raise UsageError(f"{kind}: expected 1 process, found {world_size()}. Run without torchrun")
     with gathered(options.device) as processes:
         timer = StageTimer(reporter if processes.first else SILENT)
         with processes.fail_together():

@@ -59,7 +59,7 @@ class TargetResult:
         return f"{option_name(self.name, self.spec)}: {reached} of at most {limit}"
 
     def with_size(self, size: int) -> TargetResult:
-        """Return the result with the file's real ``size``, which is below the predicted size."""
+        """Replace the predicted file size by the real ``size``, if the target is a size."""
         if self.name != "size":
             return self
         return replace(self, reached=size, labels=(self.labels[0], format_amount(size, "size")))
@@ -78,7 +78,7 @@ class TargetResult:
 
 @dataclass
 class Attempt:
-    """Plan that is tried, and the model cut by this plan."""
+    """A plan that is tried, and the model cut by the plan."""
 
     number: int
     """Number of plans tried so far, including this plan."""
@@ -93,7 +93,7 @@ class Attempt:
     _predictions: Predictions | None = None
 
     def predictions(self, validation: Validation, model: nn.Module) -> Predictions | None:
-        """Return the predictions of ``model``, the complete slim model. They are computed once."""
+        """Return the predictions of ``model``, the complete slim model. The first result is cached."""
         if self._predictions is None:
             self._predictions = validation.predictions_of(model)
         return self._predictions

@@ -39,8 +39,6 @@ from mhacut.surgery.submodule import record_submodule
 
 
 class Folder(Output):
-    """Output folder of a pruned transformers model."""
-
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.history: tuple[dict[str, Any], ...] = ()
@@ -68,7 +66,7 @@ class Folder(Output):
 
 
 class FolderSource(Source):
-    """Source of a transformers model, which is written as a folder with the same class."""
+    """Source for a transformers model. The pruned model is written as a folder with the same model class."""
 
     def __init__(
         self, loaded: Checkpoint, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch
@@ -110,11 +108,13 @@ def read_folder(
 ) -> PruneInputs:
     """Read a transformers folder and its images.
 
-    FLOPs count the vision transformer, parameters and latency count the complete model.
+    FLOPs are those of the vision transformer. Parameters and latency are those of the complete model.
     """
     if not options.checkpoint:
         kind = option_name("as_", options.as_)
-        raise UsageError(f"{kind}: expected a folder of transformers, found a module. Call mhacut.prune_")
+        raise UsageError(
+            f"{kind}: expected a folder of transformers, found a module. Call mhacut.prune_ for modules"
+        )
     reporter.start("reading")
     folder = Path(options.checkpoint)
     (options,) = options_of_each(options, stem_of(folder))
@@ -124,7 +124,7 @@ def read_folder(
     check_outputs(written, overwrite=options.overwrite, input_paths=(folder,))
     loaded = open_huggingface(folder)
     if loaded.record is not None:
-        raise UsageError(f"{loaded.source}: was pruned already. Give the folder of the dense model")
+        raise UsageError(f"{loaded.source}: was pruned already. Start from the folder of the dense model")
     dense, name, dtype = loaded.model, loaded.identity.architecture, next(iter(loaded.dtypes.values()))
     assert isinstance(dense, ImageModel)
     model = copy.deepcopy(dense.model).to(processes.device)
@@ -133,7 +133,8 @@ def read_folder(
     dense.to(processes.device)
     answers = options.preserve == "answers" or (options.preserve is None and dense.num_classes > 1)
     if answers and dense.num_classes < 2:
-        raise UsageError(f"{option_name('preserve', 'answers')}: {name} is no classifier")
+        logits, tokens = option_name("preserve", "answers"), option_name("preserve", "tokens")
+        raise UsageError(f"{logits}: {name} is no classifier. Use {tokens}")
     part = find_part(model, "" if answers else None)
     timing = options.only(TimingOptions)
     stopwatch = Stopwatch(timing, dense, size, processes.device, reporter)

@@ -48,13 +48,13 @@ class InPlaceResult:
     """Similarity of the preserved outputs to the dense model's, on held-out images."""
     metric: OutputMetric
     """Metric of :attr:`divergence`: KL divergence in nats (``answers``), relative squared error
-    (``features``), or nats per token (``dense``)."""
+    (``features``), or divergence of patch features in nats per token (``dense``)."""
 
     @property
     def divergence(self) -> float:
         """Divergence of the preserved outputs from the dense outputs, in the unit of :attr:`metric`.
 
-        With ``loss``, it is the estimated squared error of the loss's values over their variance.
+        With ``loss``: estimated squared error of the values of ``loss``, divided by their variance.
         """
         return self.fidelity.divergence
 
@@ -172,7 +172,7 @@ def _named_part(model: nn.Module, part: str | None) -> str:
         found = vision_transformers(model)
         if len(found) > 1:
             names = ", ".join(map(shown, found))
-            raise UsageError(f"{len(found)} vision transformers inside: {names}; name one")
+            raise UsageError(f"{len(found)} vision transformers inside: {names}; choose 1 as `part`")
         if not found:
             _check_kind(model, "")  # names attention that is not known
         return found[0] if found else ""

@@ -57,13 +57,13 @@ from mhacut.surgery.output_tokens import tokens_read_by_head
 from mhacut.surgery.tokens import tokens_of
 
 _GPU_MULTIPLE, _LEAST_TILES = 16, 4
-"""Multiple that widths are rounded to for latency budgets on GPUs, and the number of such multiples that a
-dense width needs for this rounding."""
+"""For latency budgets on GPUs: widths are rounded to multiples of 16 if every dense width is at least 4 times
+16."""
 # Where files lie on the machine that made a slim file is nobody else's business.
 _PATHS = ("checkpoint", "class_map", "data_dir", "output", "report")
 _LOCAL = frozenset((*_PATHS, "as_", "dry_run", "overwrite", "workers"))
 _NEWER = frozenset((*OTHER_TARGETS, "preserve", "runtime", "int8", "threads"))
-"""Names of the options that a slim file records only if the user set them."""
+"""Names of options that a slim file records only if the user changed their default values."""
 
 
 class Output(ABC):
@@ -81,7 +81,10 @@ class Output(ABC):
         overwrite: bool,
         check: Callable[[Path], None] | None = None,
     ) -> None:
-        """Write ``model``. ``check`` reads the result at a temporary path before it appears at ``path``."""
+        """Write ``model``.
+
+        Before the file appears at ``path``, ``check`` is called with a temporary path of the file.
+        """
 
     @abstractmethod
     def open(self, path: PathLike) -> nn.Module: ...
@@ -235,7 +238,7 @@ class SlimFile(Output):
 
 
 class CheckpointSource(Source):
-    """Source of a timm model, which is written as a slim file."""
+    """Source for a timm model. The pruned model is written as a slim file."""
 
     def __init__(self, loaded: Checkpoint, preprocessing: Preprocessing, stopwatch: Stopwatch) -> None:
         self.loaded, self.preprocessing, self.stopwatch = loaded, preprocessing, stopwatch
@@ -277,7 +280,7 @@ def read_inputs(
         warn_of_slow_amp(processes.device, reporter.log)
     if options.max_latency is not None and processes.size > 1:  # they would disturb each other's times
         latency = option_name("max_latency", options.max_latency)
-        raise UsageError(f"{latency}: expected one process, found {processes.size} of torchrun")
+        raise UsageError(f"{latency}: expected 1 process, found {processes.size}. Run without torchrun")
     source = _read_checkpoint(options, processes, reporter, module)
     check_output_paths(options, source.loaded.stem, source.loaded.path)  # default names may be known only now
     dense, size = source.model, source.preprocessing.input_size
@@ -352,7 +355,8 @@ def _log_images(images: CalibrationImages, classes: int, reporter: Reporter) -> 
     held = classes if images.labels is None else len(images.labels.unique())
     if 2 * held < min(classes, len(images.images)):
         reporter.log(
-            f"calibration images cover {held} of {classes} classes; accuracy on the others may drop more"
+            f"calibration images cover {held} of {classes} classes; "
+            "accuracy on the other classes may drop more"
         )
 
 
@@ -381,5 +385,7 @@ def _without_unread_tokens(dense: nn.Module, reporter: Reporter) -> TokenPlan:
         reporter.log(f"all tokens of the last block are computed: {reason}")
         return applied
     tokens, keep = "token" if read == 1 else f"{read} tokens", option_name("keep_dead_tokens", True)
-    reporter.log(f"last block: computes only the {tokens} that the classifier reads; {keep} computes all")
+    reporter.log(
+        f"last block: computes only the {tokens} that the classifier reads; {keep} computes all tokens"
+    )
     return replace(applied, output_tokens=read)

@@ -29,14 +29,14 @@ from mhacut.surgery.tokens import tokens_of, with_tokens
 _MODEL_SECONDS = 4.0
 """Seconds for timing complete models in turns, after the warm-up."""
 _PRECISION = 0.005
-"""Largest accepted relative standard error of a measured time. Noisy machines need more time to reach the
-error."""
+"""Timing continues until the relative standard error of the times is at most this value, or for a maximum
+time."""
 _LAYER_SECONDS = 0.12
 """Seconds for timing a layer at 1 width, after the warm-up."""
 _PLACES = (0.5, 0.0)
-"""Relative positions in each unit's list of allowed widths, 0 being the smallest width. Complete models of
-these widths calibrate the sum of layer times. Outside of eager mode, only the last position is timed, because
-building a program takes long."""
+"""Relative positions in the ascending list of allowed widths of each layer. Models with these widths are
+timed to correct the sum of layer times. Outside of eager mode, only the last position is used, because
+compilation takes long."""
 
 
 class Latency(Amount):
@@ -63,7 +63,10 @@ class Latency(Amount):
         return self.times.dense
 
     def cost(self) -> Cost:
-        """Return the function from widths to predicted nanoseconds, with all tokens merged if faster."""
+        """Return a function that predicts nanoseconds per batch from the widths.
+
+        For models that merge tokens, the function returns the smaller time of no merging and full merging.
+        """
         times, job = self.times, self.job
         if isinstance(times, TimeTable):
             return times.at

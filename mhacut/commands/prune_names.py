@@ -39,7 +39,6 @@ def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...
 
 
 def check_output_paths(options: PruneOptions, stem: str | None = None, read: PathLike | None = None) -> None:
-    """Check the output paths that are known before the checkpoint is read."""
     if options.as_ == "huggingface":
         return  # its folder is checked once torch is imported
     each = options_of_each(options, stem or stem_of(Path(options.checkpoint)))

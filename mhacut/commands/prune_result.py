@@ -73,7 +73,8 @@ class PruneResult:
     not_prunable: tuple[str, ...]
     """Layers or parts of layers that were not pruned, each with the reason."""
     repairs: Mapping[UnitKey, UnitRepair] = field(default_factory=dict)
-    """Result of the least-squares refit of each pruned unit. Empty with ``repair=False``."""
+    """Result of the least-squares refit for the q/k, v or hidden channels of each layer. Empty with
+    ``repair=False``."""
     device: str
     latency_batch_size: int
     """Number of images per batch in latency measurements."""
@@ -86,18 +87,20 @@ class PruneResult:
     """State at each training step of the indicators (learned importance of channels). Empty except with
     ``--method paper``."""
     curves: Mapping[UnitKey, Curve] = field(default_factory=dict)
-    """Estimated KL divergence in nats by width, for each unit. Empty if widths were chosen without curves."""
+    """Estimated KL divergence in nats by width, for the q/k, v or hidden channels of each layer. Empty if
+    widths were chosen without curves."""
     report: Path | None = None
     """Path of the HTML report. None without ``--report``."""
     fidelity: Fidelity
-    """Similarity of the slim model's outputs to the dense model's, on validation images or, without these, on
-    held-out calibration images. Held-out images also chose the ridge of the refit."""
+    """Similarity of the slim model's outputs to the dense model's outputs. Measured on validation images, or
+    without validation images on held-out calibration images, which also selected the ridge parameter of the
+    refit."""
     metric: OutputMetric
     """Metric of :attr:`divergence`: KL divergence in nats (``answers``), squared error of pooled features
     over their variance (``features``), or divergence of dense features in nats per token (``dense``)."""
     preserved: Mapping[str, Any]
-    """Preserved outputs as a dict: ``what`` is the value of ``--preserve``; ``layers`` or ``levels`` if
-    given."""
+    """Preserved outputs: ``what`` is the value of ``--preserve``. ``layers`` or ``levels`` lists the
+    preserved layers or levels."""
     targets: tuple[TargetResult, ...] = ()
     """Budgets and bounds on the loss, with the amounts that the slim model reached."""
     advice: tuple[str, ...] = ()
@@ -200,7 +203,9 @@ class PruneResult:
         """
         if self._model is None:
             if self.output is None:
-                raise CheckpointError("the model of a dry run is in the first process only")
+                raise CheckpointError(
+                    "after a dry run, only process 0 has the model: call model() in process 0"
+                )
             return self.files.open(self.output)
         return copy.deepcopy(self._model).requires_grad_(True)
 
@@ -302,7 +307,7 @@ def _ways_to_lose_less(
 
 
 def _milder(divergence: float, targets: Targets, attempt: Attempt, planner: Planner) -> str:
-    """Return the smallest budget with an expected loss of about 1 point of top-1, as an option.
+    """Return the option with the smallest budget whose expected loss is about 1 point of top-1 accuracy.
 
     Expected losses are scaled by the ratio of measured to predicted loss. Empty if no budget below the dense
     model suffices.

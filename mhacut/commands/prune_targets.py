@@ -33,16 +33,16 @@ from mhacut.surgery.find import classifier_size
 from mhacut.surgery.flops import count_parameters
 
 Cost = Callable[[Mapping[UnitKey, int]], int]
-"""Function from the width of each unit to an amount, such as FLOPs or bytes."""
+"""Function from the width of each unit (q/k, v or hidden channels of a layer) to an amount, such as FLOPs."""
 CORRECTIONS = 3
 """Maximum number of corrected plans after the first plan, if budgets are missed or not used up."""
 KL_PER_POINT = 0.025
 """KL divergence in nats at which an ImageNet ViT-Ti lost about 1 point of top-1."""
 _USED = 0.93
-"""A corrected plan is accepted if it uses at least this fraction of the budget."""
+"""A corrected plan is accepted if the cut model uses at least this fraction of the budget."""
 _SPARE, _SPARE_OF_TIME = 600, 500
-"""Bytes reserved in the header of a slim file for values that are measured later: accuracy and reached
-targets; conditions of latency measurements."""
+"""Bytes reserved in the header of a slim file for values that are measured later: 600 for accuracy and
+reached targets, 500 for the conditions of latency measurements."""
 
 
 class Target(ABC):
@@ -53,7 +53,7 @@ class Target(ABC):
     limit: Limit | None = None
     """Limit on widths for the first plan. None if every plan meets the target."""
     safety: ClassVar[float] = 1.0
-    """A model at this fraction of the target or below is expected to meet the target when measured again."""
+    """A model within this fraction of the target is expected to meet the target when measured again."""
     advice: ClassVar[str] = ""
     """Advice at the end of the error message if no model meets the target."""
 
@@ -71,7 +71,7 @@ class Target(ABC):
 
 
 def options_of_lowest(job: Job) -> str:
-    """Return a phrase with the options that raise the lowest reachable budget; empty without such options."""
+    """Return text with the options that raise the lowest reachable budget, or an empty text."""
     named: list[tuple[str, object]] = []
     if not job.merges_tokens:
         mlp = any(unit.kind == "hidden" for unit in job.units)
@@ -98,8 +98,6 @@ def check_reachable(budget: Budget, dense: int, lowest: int, job: Job) -> None:
 
 
 class Targets:
-    """All targets of 1 output file."""
-
     def __init__(self, inputs: PruneInputs, kinds: Sequence[type[Target]]) -> None:
         asked = [(kind, getattr(inputs.options, kind.name)) for kind in kinds]
         self.all = [kind(inputs, value) for kind, value in asked if value is not None]
@@ -149,10 +147,10 @@ class Targets:
 
 
 class Amount(Target):
-    """Base class of budgets of an amount that grows with every width."""
+    """Budget of an amount that grows with the width of every layer, such as FLOPs or bytes."""
 
     aim: ClassVar[float] = 1.0
-    """Fraction of the budget that is the limit of a plan."""
+    """A plan is made for this fraction of the budget."""
 
     asked: Budget
 
@@ -169,7 +167,7 @@ class Amount(Target):
 
     @abstractmethod
     def cost(self) -> Cost:
-        """Return the function that predicts the amount from the widths."""
+        """Return the function that predicts the amount from the width of each unit."""
 
     @abstractmethod
     def count(self, attempt: Attempt) -> int: ...
@@ -242,16 +240,14 @@ class Size(Amount):
         return self.inputs.source.size()
 
     def cost(self) -> Cost:
-        """Predict the bytes of all tensors and of the smallest header.
-
-        If the real header is larger, the next plan is corrected.
-        """
+        """Return the function that predicts the file size from the width of each unit."""
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
         tensors = storage_cost(job.model, job.prunable, job.least_widths, dtypes, copies=copies)
         plan = Plan(tuple(unit.keep_first(job.least_widths[unit.key]) for unit in job.units))
         curves = {key: dict.fromkeys(widths, 1 / 3) for key, widths in job.choices.items()}
         record = self.inputs.record(plan, curves, job.table.dense)
+        # If the header of the file is larger, the next plan is corrected.
         header = file_size(job.model, record, dtypes) - count_bytes(job.model, dtypes) + self._spare
         return lambda widths: tensors(widths) + header
 
@@ -266,13 +262,14 @@ class Size(Amount):
 
 
 class _Loss(Target):
-    """Base class of bounds on the loss: the search finds the smallest model within the bound."""
+    """Base class for bounds on the loss. The search finds the smallest model within the bound."""
 
     name: ClassVar[str]
     nats_per_unit: ClassVar[float] = 1.0
     """Expected KL divergence in nats per unit of the bound, for the first trials."""
     floor: ClassVar[float] = 0.0
-    """Smallest bound for the first trials, in units of the option. A bound of 0 points would give 0 nats."""
+    """Smallest bound that the first trials assume, in the unit of the option. A bound of 0 points would give
+    0 nats."""
     format: ClassVar[str]
 
     def prepare(self) -> None:
@@ -284,7 +281,7 @@ class _Loss(Target):
             raise UsageError(f"{self.option}: expected a model with 2 or more classes, found {what}")
         if self.lowest >= self.job.table.dense:
             have, options = format_amount(self.job.table.dense, "flops"), options_of_lowest(self.job)
-            raise BudgetError(f"nothing to prune{options}: the model's {have} FLOPs are the lowest")
+            raise BudgetError(f"nothing to prune{options}: the model already has the lowest FLOPs ({have})")
 
     def search(self, planner: Planner) -> Search:
         job = self.job
@@ -362,7 +359,10 @@ class MaxDrop(_Loss):
 
 
 def meet_budgets(targets: Targets, planner: Planner) -> Attempt:
-    """Plan, cut and measure until every budget is met and used up. Recover the accuracy of the best model."""
+    """Plan, cut and measure until every budget is met and used up.
+
+    Then recover the accuracy of the best model.
+    """
     limits: Limits = tuple(target.limit for target in targets.all if target.limit is not None)
     attempt: Attempt | None = None
     best: Attempt | None = None

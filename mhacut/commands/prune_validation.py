@@ -103,7 +103,8 @@ def read_images(
 ) -> tuple[CalibrationImages, Validation]:
     """Return the calibration images and the validation images.
 
-    ``compares`` states whether logits of both models are compared, which needs no labels.
+    ``compares`` states whether the logits of the slim and the dense model are compared, which needs no
+    labels.
     """
     model = validation.keywords["model"]
     classes, batch_size, seed = classifier_size(model), options.batch_size, options.seed

@@ -162,7 +162,7 @@ def evaluate(
     finally:
         model.train(was_training)
     if images == 0:
-        raise DataError("no images to evaluate on")
+        raise DataError("no images to evaluate on: the data set is empty")
     return Evaluation(
         top1=100 * first / images,
         top5=100 * first_five / images if classes > _TOP else None,

@@ -16,15 +16,15 @@ _WARM_UP = 3
 _MIN_ROUNDS = 5
 _MAX_ROUNDS = 500
 _DRIFT = 0.03
-"""Largest relative change of the first program's time within a measurement. Above it, the measurement is
-repeated."""
+"""Largest accepted change of the first program's time during a measurement, as a fraction. After a larger
+change, the measurement is repeated."""
 _TRIES = 3
 _MAX_TRIES = 5
 _DEVIATION = 1.4826 * 1.2533
 """Factor from the median absolute deviation over sqrt(count) to the standard error of the median, for a
 Gaussian."""
 _PATIENCE = 3.0
-"""Maximum wall time of a measurement of processor time, as a multiple of the planned duration."""
+"""Maximum wall time of a measurement of processor time, divided by the planned duration."""
 
 Run = Callable[[], object]
 
@@ -55,10 +55,10 @@ def take_turns(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[float]]:
-    """Return the seconds of each call of ``runs``; only times of the same result are comparable.
+    """Time all ``runs`` in turns.
 
-    The runs take turns, and every other round is reversed, so that changes of the machine's speed affect all
-    runs equally.
+    Return the seconds of each call, by run. Every other round is in reverse order, so that changes of the
+    machine's speed affect all runs equally.
     """
     return [[own for (own,) in times] for times in _turns(runs, seconds, device, (clock,))]
 
@@ -91,9 +91,10 @@ def compare_runs(
     threads: int,
     precision: float | None = None,
 ) -> Comparison:
-    """Time ``runs`` in turns, with at most 3 repetitions if the machine's speed changes.
+    """Time ``runs`` in turns.
 
-    With 1 CPU thread, processor time is compared, which excludes other programs.
+    The timing is repeated if the machine's speed changes. With 1 CPU thread, processor time is measured,
+    which excludes other programs.
     """
     # Windows counts the time of a process in ticks of 16 ms, which is too coarse.
     by_process = device.type == "cpu" and threads == 1 and sys.platform != "win32"

@@ -18,9 +18,9 @@ from timm.data.constants import (
 from torch import Tensor, nn
 
 SAMPLE = 256
-"""Number of images on which a wrong input normalisation is searched."""
+"""Number of images for detecting a wrong input normalisation."""
 _SCREENED = 4
-"""1 in this many images selects candidate normalisations. The other images compare the candidates."""
+"""1 of this many images selects candidate normalisations. The other images compare the candidates."""
 _CLEAR, _CERTAIN = 2.0, 3.0
 """Accuracy difference, in standard errors, above which another normalisation is a hint or is certain."""
 _SAME = 0.002
@@ -59,7 +59,8 @@ class BetterNormalisations:
 
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""Function that starts a pass over batches (images [B, C, H, W], labels [B]), equal in each pass."""
+"""Function that returns an iterator over batches (images [B, C, H, W], labels [B]). Every call gives the same
+batches."""
 
 
 @torch.inference_mode()
@@ -68,7 +69,7 @@ def better_normalisation(
 ) -> BetterNormalisations | None:
     """Return common normalisations that are better than ``mean`` and ``std`` by 2 standard errors.
 
-    A quarter of the images selects candidates. The other images compare the candidates, if there are any, so
+    A quarter of the images selects candidates. The other images are used only if there are candidates, so
     that a correct normalisation costs about 1 pass over :data:`SAMPLE` images.
     """
     if len(mean) != 3:
@@ -138,6 +139,6 @@ def _renormalised(images: Tensor, own: Normalisation, other: Normalisation) -> T
 
 
 def _standard_errors(first: Tensor, second: Tensor) -> float:
-    """McNemar's test: difference of the two accuracies in standard errors."""
+    """Return the difference of two accuracies in standard errors (McNemar's test)."""
     alone = int((first & ~second).sum()), int((second & ~first).sum())
     return (alone[0] - alone[1]) / math.sqrt(max(1, sum(alone)))

@@ -31,8 +31,7 @@ class Point:
 class LayerTimes:
     """Times of a layer at a few widths, interpolated linearly.
 
-    Kinds of channels are assumed to save time independently, except for a penalty on the difference of q/k
-    and v widths.
+    Time savings of q/k, v and hidden channels are added. Unequal q/k and v widths get a time penalty.
     """
 
     dense: Point
@@ -81,7 +80,7 @@ class _PairTimes:
     equal: list[tuple[float, float]]
     """Pairs of (width, time) at equal q/k and v widths."""
     skew: list[tuple[float, float]]
-    """Pairs of (width, extra time of q/k compared with v at this width), up to a constant."""
+    """Pairs of (width, time of q/k minus time of v at the same width), up to a constant."""
     extra: list[tuple[float, float]]
     """Pairs of (difference between q/k and v width, extra time compared with equal widths)."""
 
@@ -138,11 +137,11 @@ class TimeTable:
     """Layer calls in a forward pass, each with the layer name and its index in ``layers``."""
     layers: tuple[LayerTimes, ...]
     uncut: float
-    """Time of the model with all channels, divided by the time of the dense model; below 1 if tokens are
+    """Time of the model with all channels, divided by the time of the dense model. Below 1 if tokens are
     merged or left out."""
     anchors: tuple[tuple[float, float], ...] = ()
-    """For each timed model, the sum of the time saved in its layers and the time saved by the whole model,
-    divided by the time of the dense model."""
+    """Pair for each timed model: (sum of the time saved in its layers, time saved by the whole model). Both
+    are divided by the time of the dense model."""
     dense: int = 10**9
     """Latest measured time of the dense model, in nanoseconds per batch."""
 
@@ -200,7 +199,7 @@ Line = tuple[tuple[int, float], ...]
 class TimeCurve:
     """Predicted time of a model as a function of its FLOPs, interpolated between timed models.
 
-    Models that merge tokens have their own line, because FLOPs do not include the time of token matching.
+    Models that merge tokens have a separate line, because FLOPs do not include the time of token matching.
     """
 
     cut: Line
@@ -216,11 +215,11 @@ class TimeCurve:
     def through(
         cls, cut: Sequence[tuple[int, float]], merged: Sequence[tuple[int, float]], dense: int
     ) -> TimeCurve:
-        """Return the curve through timed models. Models slower than a model of more FLOPs are dropped."""
+        """Return the curve through timed models. A model is dropped if a model of more FLOPs is faster."""
         return cls(_fastest(cut), _fastest(merged), dense)
 
     def with_measured(self, flops: int, nanoseconds: int, *, merges: bool) -> TimeCurve:
-        """Return a curve whose line ``merged`` or ``cut`` is scaled to pass through a timed model."""
+        """Return a curve that passes through a timed model: the line ``merged`` or ``cut`` is scaled."""
         # One factor a line: what matching tokens takes is no FLOP, and on one of the two lines only.
         plain = replace(self, factors=(1.0, 1.0)).at(flops, merges=merges)
         factor = nanoseconds / max(plain, 1)

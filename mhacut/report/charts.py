@@ -27,7 +27,8 @@ _ALL = 356
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
 """Position and size of the area between the axes, in pixels."""
 _EQUAL = 1e-4
-"""Relative difference below which an axis treats values as equal: its numbers have up to 7 characters."""
+"""Relative difference below which axis values count as equal, because axis labels have at most 7
+characters."""
 
 
 class Share(NamedTuple):
@@ -79,7 +80,7 @@ def share_table(
 def line_chart(
     title: str, lines: Sequence[Line], x_label: str, y_label: str, *, logarithmic: bool = False
 ) -> str:
-    """Draw lines as HTML, or return an empty text if there are no points. A logarithmic axis omits 0."""
+    """Draw lines as HTML. The result is empty if there are no points. A logarithmic axis omits 0."""
     scaled = math.log10 if logarithmic else float
     drawn = [(line, [(x, scaled(y)) for x, y in line.points if y > 0 or not logarithmic]) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]

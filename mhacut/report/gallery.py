@@ -22,7 +22,7 @@ from mhacut.surgery.token_merging import Match, token_of_patch_after
 SIZE = 150
 """Height and width of a picture in pixels."""
 _STAGES = (0.5, 1.0)
-"""Which of the merging blocks are shown, from 0 (the first merging block) to 1 (the last)."""
+"""Positions of the shown merging blocks: 0 is the first merging block of the model, 1 the last."""
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(plan=[{**UNIT, "layer": "__import__('os')", "kept": [[0]]}]), "expected a module name"),
         (
             changed(plan=[{**UNIT, "kept": [[0]], "basis": "os.system"}]),
-            "expected basis channel, principal",
+            "expected the basis channel or principal",
         ),
         (changed(architecture="../../etc/passwd"), "expected the name of a timm model"),
         (changed(architecture=7), "expected the name of a timm model"),

@@ -53,7 +53,7 @@ def test_help_is_fast_and_needs_no_torch():
 WRONG = [
     ("prune {file} --flops 0", 2, "--flops 0 is not a budget"),
     ("prune {file} --flops 2,0G", 2, "--flops 2,0G is not a budget"),
-    ("prune {file} --flops 500%", 2, "a share is at most 100%"),
+    ("prune {file} --flops 500%", 2, "write at most 100%"),
     ("prune nowhere.pth --flops 50%", 1, "no such file: nowhere.pth"),
     ("prune {empty} --flops 50%", 1, "file is empty"),
     ("prune {file} --flops 50% --data-dir nowhere", 1, "nowhere: no such directory (--data-dir)"),

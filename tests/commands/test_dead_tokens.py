@@ -42,7 +42,7 @@ def slim(dense):
 
 def test_prune_leaves_them_out_and_says_so(dense, tmp_path):
     result, (line,) = prune(dense, tmp_path / "slim.safetensors")
-    assert "only the token that the classifier reads; keep_dead_tokens=True computes all" in line
+    assert "only the token that the classifier reads; keep_dead_tokens=True computes all tokens" in line
     model, whole = mhacut.load_model(result.output), build(VIT)
     assert tokens_of(model) == result.plan.tokens == TokenPlan(output_tokens=1)
     assert result.dense.flops == measure_flops(whole, VIT.size)

@@ -116,5 +116,5 @@ def test_a_loader_in_the_order_of_classes_is_read_from_all_over(tiny_vit, images
     assert not [message for message in recorder.messages if message.startswith("calibration images cover")]
     # Batches that come one after the other cannot be chosen from.
     prune(tiny_vit, None, images=iter(loader), reporter=recorder, **options)
-    warning = "calibration images cover 2 of 7 classes; accuracy on the others may drop more"
+    warning = "calibration images cover 2 of 7 classes; accuracy on the other classes may drop more"
     assert recorder.messages.count(warning) == 1

@@ -78,8 +78,8 @@ def test_a_later_plan_may_name_fewer_or_other_units():
         (("blocks.0.attn", "v", 4, ((),)), "at least 1 kept channel"),
         (("blocks.0.attn", "v", 4, ()), "expected at least 1 head"),
         (("../evil", "v", 4, ((0,),)), "expected a module name"),
-        (("blocks.0.attn", "w", 4, ((0,),)), "expected kind"),
-        (("blocks.0.attn", "v", 4, ((0,),), "svd"), "expected basis channel, principal"),
+        (("blocks.0.attn", "w", 4, ((0,),)), "expected the kind"),
+        (("blocks.0.attn", "v", 4, ((0,),), "svd"), "expected the basis channel or principal"),
     ],
 )
 def test_a_plan_that_contradicts_itself_is_refused(arguments, message):

@@ -265,7 +265,7 @@ def test_yaml(tmp_path, text):
     dense=st.integers(1, 10**15),
 )
 def test_budgets(text, resource, dense):
-    with refused_only_as(UsageError, "is not a budget", "more than the model has"):
+    with refused_only_as(UsageError, "is not a budget", "more than the dense model has"):
         amount = Budget.parse(text, resource).amount(dense)
         assert isinstance(amount, int)
         assert amount >= 0
