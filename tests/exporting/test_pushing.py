@@ -63,7 +63,7 @@ def test_what_is_pushed_is_the_folder(hub, slim_of, tmp_path):
 def test_other_files_of_the_folder_stay_at_home(hub, slim_of, tmp_path):
     (tmp_path / "secrets.txt").write_text("mine")
     mhacut.export(slim_of("vit"), output=tmp_path, overwrite=True, format="timm", push_to_hub="some/vit")
-    assert set(hub.files) == {"model.safetensors", "config.json", "README.md"}
+    assert set(hub.files) == {"model.safetensors", "config.json", "README.md", "model.py"}
 
 
 @pytest.mark.parametrize("refused", ["create", "upload"])
