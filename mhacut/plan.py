@@ -121,10 +121,7 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """Tokens that a model leaves out or merges.
-
-    The default leaves out no tokens and merges no tokens. Token numbers refer to the dense model.
-    """
+    """Tokens that a model leaves out or merges, counted on the dense model. By default, all tokens stay."""
 
     output_tokens: int | None = None
     """Number of first tokens that the last block computes, if the head reads only these. None: all tokens."""

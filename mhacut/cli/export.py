@@ -21,9 +21,9 @@ _USUAL = ("format", "output", "overwrite", "int8", "dtype", "fixed_batch", "data
 def export(options: ExportOptions, console: Console) -> None:
     """Export CHECKPOINT to ONNX, OpenVINO, pt2 or timm.
 
-    ONNX, pt2 and OpenVINO files run without mhacut and timm, and describe the preprocessing. Their outputs
-    are compared with CHECKPOINT's; a file that differs is deleted. ONNX requires pip install 'mhacut[onnx]',
-    OpenVINO requires 'mhacut[openvino]'.
+    ONNX, pt2 and OpenVINO files run without mhacut and timm, and describe the preprocessing. Outputs of an
+    exported file are compared with outputs of CHECKPOINT. A file with different outputs is deleted. ONNX
+    requires pip install 'mhacut[onnx]', OpenVINO requires 'mhacut[openvino]'.
 
     Examples:
       mhacut export vit-50pct.safetensors --format onnx

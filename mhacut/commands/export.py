@@ -81,7 +81,7 @@ def export(
     reporter: Reporter | None = None,
     **options: Any,
 ) -> ExportResult:
-    """Write a dense or slim checkpoint for another program, and compare the outputs with the model's.
+    """Export a dense or slim checkpoint, and compare the exported model's outputs with the checkpoint's.
 
     Args:
         checkpoint: a file or name that ``mhacut prune`` reads or writes.
@@ -90,7 +90,7 @@ def export(
         options: options of the command line, listed below by ``help()``.
 
     Raises:
-        MhacutError: a subclass in :mod:`mhacut.errors`. Nothing was written, except if the upload failed.
+        MhacutError: a subclass in :mod:`mhacut.errors`. If only the upload failed, the exported files stay.
     """
     with reporting(reporter, progress) as shown:
         return run_export(ExportOptions.of(checkpoint=checkpoint, **options), shown)

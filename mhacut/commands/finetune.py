@@ -43,7 +43,7 @@ def finetune(
     Under torchrun, every process makes the same call, and the processes share the work.
 
     Args:
-        checkpoint: slim file to fine-tune. With ``resume``, which continues a run, leave it out.
+        checkpoint: slim file to fine-tune. Leave out to continue a run with ``resume``.
         progress: show a progress bar. Default: in notebooks and terminals.
         reporter: receives progress and messages instead of a bar.
         options: options of the command line, listed below by ``help()``.

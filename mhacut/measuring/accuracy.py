@@ -70,7 +70,7 @@ class ModelFigures:
 
 
 class Figure(NamedTuple):
-    """A measured quantity of the dense model and of the slim model; None if it was not measured."""
+    """Measured quantity, such as latency, of the dense and the slim model. None means: not measured."""
 
     name: str
     dense: float | None

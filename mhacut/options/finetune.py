@@ -35,8 +35,8 @@ class TeacherOptions(Options, panel="Teacher", needs={"teacher": GIVEN}):
     label_weight: float = option(1.0, at_least=0)
     """Weight of the cross-entropy with labels, relative to the distillation loss."""
     teacher_model: str | None = None
-    """timm architecture of the teacher. Required if its checkpoint does not name an architecture. Default:
-    the dense model's."""
+    """timm architecture of the teacher. Default: as named in the teacher's checkpoint, or the dense
+    model's."""
     teacher_model_args: Mapping[str, Any] = field(default_factory=dict)
     """Arguments for building the teacher's timm architecture, such as img_size=32."""
     teacher_part: str | None = None
@@ -53,7 +53,7 @@ class TrainingOptions(Options, panel="Training"):
     steps: int | None = option(None, at_least=1)
     """Number of optimizer steps. Replaces the number of epochs."""
     batch_size: int | None = option(None, at_least=1)
-    """Batch size per process. Default: 64, or 16 if the run would have fewer than 1,000 steps with 64."""
+    """Batch size per process. Default: 64, or 16 if a run with 64 has fewer than 1,000 optimizer steps."""
     grad_accum_steps: int = option(1, at_least=1)
     """Number of batches per optimizer step (gradient accumulation)."""
     opt: str = "adamw"
@@ -166,7 +166,7 @@ class FinetuneOptions(
     resume: PathLike | None = option(None, metavar="DIR")
     """Folder of an interrupted run. The run continues with its original options."""
     save_every: int = option(0, at_least=0)
-    """Number of steps between saves. 0 saves at the end of each epoch only."""
+    """Number of optimizer steps between saves. 0 saves at the end of each epoch only."""
     labels: bool = option(True, panel="Data", off="Learn from the teacher only.")
     """Learn from labels in addition to the teacher. If off, labels are used to measure accuracy only."""
     eval_images: int | None = option(None, at_least=0, panel="Data")

@@ -73,14 +73,14 @@ class Option:
     endings: tuple[str, ...] = ()
     """Allowed endings of the file name, in upper or lower case."""
     reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
-    """Kind of input at the path. None if the option is no path of an input."""
+    """Kind of input that the option's path leads to. None for all other options."""
     repeats: bool = False
     """Whether the flag can be repeated."""
     off: str = ""
     """Help of the flag ``--no-NAME``, for a switch that is on by default."""
     needs: Mapping[str, Any] = field(default_factory=dict)
-    """Values of other options. The option has an effect only if at least 1 of the other options has its
-    value."""
+    """Names and values of other options. The option has an effect only if at least 1 of these options has the
+    value listed here."""
 
     @property
     def help(self) -> str:
@@ -242,7 +242,7 @@ class Options:
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
     _shared: ClassVar[dict[str, Any]]
-    """Default panel and needs of the options that this class declares."""
+    """Default ``panel`` and ``needs`` of the options that this class declares."""
 
     def __init_subclass__(cls, panel: str = "", needs: Mapping[str, Any] | None = None) -> None:
         super().__init_subclass__()
@@ -283,7 +283,6 @@ class Options:
         return cls(**values)
 
     def values(self) -> dict[str, Any]:
-        """Return the option values by name, with paths as text for JSON."""
         values = {name: getattr(self, name) for name in self.options()}
         paths = {name: os.fspath(value) for name, value in values.items() if isinstance(value, os.PathLike)}
         return values | paths
@@ -362,7 +361,7 @@ def unknown_option(name: str, known: tuple[str, ...], kind: str = "option") -> s
 
 
 def require(name: str, value: object, holds: bool, expected: str) -> None:
-    """Raise a :class:`UsageError` that names the option, its value and ``expected`` unless ``holds``."""
+    """Raise a :class:`UsageError` with the option, its value and ``expected`` if ``holds`` is false."""
     if not holds:
         # Models, and lists that YAML aliases expand to millions of elements, are shortened.
         short = isinstance(value, str | int | float | os.PathLike) and len(str(value)) <= 200

@@ -47,7 +47,7 @@ METHODS: Mapping[Method, Mapping[str, object]] = {
         "tuning_steps": 0,
     },
 }
-"""Default option values that each ``--method`` changes."""
+"""Default values of options that each ``--method`` sets."""
 _INDICATORS = {"allocation": "indicator"}
 _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
 """Option values that turn on the training of channel scales."""
@@ -125,10 +125,10 @@ class SearchOptions(Options, panel="Research switches"):
     reweight: bool = True
     """Allow the training of 1 scale per remaining channel. Trained scales are merged into the weights."""
     gain_steps: int | None = option(None, at_least=0, needs={"reweight": True})
-    """Number of training steps of the channel scales. Default: 0, or 40 if the least-squares refit (repair)
-    is off."""
+    """Number of training steps for the scales of the remaining channels. Default: 0, or 40 if the
+    least-squares refit (repair) is off."""
     gain_lr: float = option(0.003, above=0, at_most=HIGHEST_RATE, needs=_SCALES)
-    """Learning rate of the channel scales."""
+    """Learning rate for the scales of the remaining channels."""
     selection: Selection = option("repair", needs=_INDICATORS)
     """Channels that a layer keeps at a given width: those with the smallest error after the least-squares
     refit (repair), or those with the highest learned importance (indicator)."""
@@ -224,7 +224,7 @@ class PruneOptions(
     overwrite: bool = False
     """Replace existing output files. The checkpoint is never replaced."""
     dry_run: bool = False
-    """Search and show the result, but write no model."""
+    """Show the result of pruning, but write no model."""
     report: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
     """Write an HTML report of the run. Dry runs can have a report too."""
     calibration_images: int | None = option(None, at_least=1, panel="Data")
@@ -299,7 +299,8 @@ class PruneOptions(
         for name in self.changed():
             if name in OF_TIMM:
                 raise UsageError(
-                    f"{option_name(name, getattr(self, name))} does not work with {asked}; leave it out"
+                    f"{option_name(name, getattr(self, name))} does not work with {asked}, "
+                    f"only with {option_name('as_', 'timm')}"
                 )
         if self.several:
             raise UsageError(

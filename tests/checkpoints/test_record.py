@@ -69,7 +69,7 @@ UNIT = {"layer": "blocks.0.mlp", "kind": "hidden", "dense_width": 8}
         (changed(plan=...), "missing keys plan"),
         (changed(plan=[{**UNIT, "kept": [[0, 8]]}]), "must lie in 0..7"),
         (changed(plan=[{**UNIT, "kept": [[0, 1.5]]}]), "`kept` must be a list of channel indices"),
-        (changed(plan=[{**UNIT, "layer": "__import__('os')", "kept": [[0]]}]), "expected a module name"),
+        (changed(plan=[{**UNIT, "layer": "__import__('os')", "kept": [[0]]}]), "expected a layer name"),
         (
             changed(plan=[{**UNIT, "kept": [[0]], "basis": "os.system"}]),
             "expected the basis channel or principal",

@@ -77,7 +77,7 @@ def test_a_later_plan_may_name_fewer_or_other_units():
         (("blocks.0.attn", "v", 4, ((-1, 0),)), "must lie in 0..3"),
         (("blocks.0.attn", "v", 4, ((),)), "at least 1 kept channel"),
         (("blocks.0.attn", "v", 4, ()), "expected at least 1 head"),
-        (("../evil", "v", 4, ((0,),)), "expected a module name"),
+        (("../evil", "v", 4, ((0,),)), "expected a layer name"),
         (("blocks.0.attn", "w", 4, ((0,),)), "expected the kind"),
         (("blocks.0.attn", "v", 4, ((0,),), "svd"), "expected the basis channel or principal"),
     ],
