@@ -37,7 +37,8 @@ KINDS: Mapping[str, Kind] = {
     "size": Kind(_BYTES, "", "6MB, 800KB, 5.5MiB, 6e6 or 50%"),
     "max_latency": Kind(_TIMES, "", "12ms, 0.012s, 800us or 50% of the dense model's time"),
 }
-"""Resources by option name. Amounts are in FLOPs, parameters, bytes and nanoseconds per batch."""
+"""Resources that a budget can limit, by option name. Amounts are in FLOPs, parameters, bytes and ns per
+batch."""
 
 
 class Budget(str):
@@ -45,7 +46,7 @@ class Budget(str):
 
     __slots__ = ("relative", "resource", "value")
     value: float
-    """Amount of the resource, or a fraction in (0, 1] if ``relative``."""
+    """Amount of the resource. If ``relative``: fraction of the dense model's amount, in (0, 1]."""
     relative: bool
     resource: str
     """Option name of the resource: ``flops``, ``params``, ``size`` or ``max_latency``."""

@@ -103,7 +103,7 @@ class UnitPlan:
         if earlier.key != self.key or earlier.heads != self.heads or earlier.width != self.dense_width:
             raise PlanError(
                 f"plan of {self.layer!r} ({self.kind}): expected {earlier.heads} heads of {earlier.width} "
-                f"channels left by the earlier cut, found {self.heads} of {self.dense_width}"
+                f"channels left by the earlier cut, found {self.heads} heads of {self.dense_width}"
             )
         # Principal components mix channels, so they have no indices in the dense layer.
         if self.basis == "principal" and not self.keeps_all:
@@ -273,7 +273,7 @@ class Plan:
             PlanError: ``document`` or ``tokens`` is not a valid plan.
         """
         if not isinstance(document, list):
-            raise PlanError(f"plan: expected a list of units, found {type(document).__name__}")
+            raise PlanError(f"plan: expected a list of unit plans, found {type(document).__name__}")
         units = tuple(_unit_from_json(entry) for entry in document)
         return cls(units, TokenPlan() if tokens is None else TokenPlan.from_json(tokens))
 
@@ -281,14 +281,14 @@ class Plan:
 def _unit_from_json(entry: object) -> UnitPlan:
     if not isinstance(entry, Mapping) or not _UNIT_KEYS <= set(entry) <= _UNIT_KEYS | _OPTIONAL_KEYS:
         raise PlanError(
-            f"unit of a plan: expected the keys {', '.join(sorted(_UNIT_KEYS))}, with "
+            f"unit plan: expected the keys {', '.join(sorted(_UNIT_KEYS))}, with "
             f"{', '.join(sorted(_OPTIONAL_KEYS))} as optional keys"
         )
     layer, kind, dense_width, kept = entry["layer"], entry["kind"], entry["dense_width"], entry["kept"]
     basis = entry.get("basis", "channel")  # the first files named none
     unshared = entry.get("unshared", False)
     if not all(isinstance(text, str) for text in (layer, kind, basis)) or not is_int(dense_width):
-        raise PlanError("unit of a plan: layer, kind and basis must be text, dense_width a whole number")
+        raise PlanError("unit plan: layer, kind and basis must be text, dense_width a whole number")
     if not isinstance(unshared, bool):
         raise PlanError(f"plan of {layer!r}: `unshared` must be true or false")
     if not isinstance(kept, list) or not all(isinstance(row, list) and _all_int(row) for row in kept):

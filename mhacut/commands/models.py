@@ -28,7 +28,7 @@ class CatalogueEntry:
     not_prunable: tuple[str, ...]
     """Layers or parts of layers that cannot be pruned, each with the reason."""
     refusal: str | None
-    """Reason why no part of the architecture can be pruned. None if some part can."""
+    """Reason why no part of the architecture can be pruned. None if a part can be pruned."""
     tags: tuple[str, ...]
     """Tags of timm's pretrained weights for the architecture."""
     transformer: bool

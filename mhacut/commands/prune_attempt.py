@@ -23,7 +23,7 @@ from mhacut.surgery.slice import cut
 CHECK_IMAGES = 4
 """Number of images for checking the outputs of the cut model and of the written file."""
 TIMING_SECONDS = 3.0
-"""Seconds for measuring the latency of both models, after the warm-up."""
+"""Seconds for measuring the latency of the dense and the slim model, after the warm-up."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Attempt:
     number: int
     """Number of plans tried so far, including this plan."""
     limits: Limits
-    """Limits on widths under which the plan was made."""
+    """Limits that the widths of the plan must meet."""
     planned: Planned
     model: nn.Module
     """Cut model. Recovery later adds token merging and trains the weights."""

@@ -113,7 +113,7 @@ def read_folder(
     if not options.checkpoint:
         kind = option_name("as_", options.as_)
         raise UsageError(
-            f"{kind}: expected a folder of transformers, found a module. Call mhacut.prune_ for modules"
+            f"{kind}: expected a Hugging Face folder, found a module. Call mhacut.prune_ for modules"
         )
     reporter.start("reading")
     folder = Path(options.checkpoint)

@@ -45,7 +45,7 @@ class InPlaceResult:
     preserved: tuple[str, ...]
     """Names of the submodule's outputs that were preserved, or ``loss``."""
     fidelity: Fidelity
-    """Similarity of the preserved outputs to the dense model's, on held-out images."""
+    """Similarity of the preserved outputs to the dense model's outputs, on held-out images."""
     metric: OutputMetric
     """Metric of :attr:`divergence`: KL divergence in nats (``answers``), relative squared error
     (``features``), or divergence of patch features in nats per token (``dense``)."""
@@ -172,7 +172,7 @@ def _named_part(model: nn.Module, part: str | None) -> str:
         found = vision_transformers(model)
         if len(found) > 1:
             names = ", ".join(map(shown, found))
-            raise UsageError(f"{len(found)} vision transformers inside: {names}; choose 1 as `part`")
+            raise UsageError(f"{len(found)} vision transformers found: {names}; choose 1 as `part`")
         if not found:
             _check_kind(model, "")  # names attention that is not known
         return found[0] if found else ""
@@ -190,7 +190,9 @@ def _check_kind(module: nn.Module, name: str) -> None:
     except UnsupportedModelError as error:
         raise UnsupportedModelError(f"{shown(name)}: {error}{_of_transformers_4()}") from None
     if not layers[0].name:
-        raise UnsupportedModelError(f"{shown(name)} is a single layer. Name the block or model around it")
+        raise UnsupportedModelError(
+            f"{shown(name)} is a single layer. Choose a `part` that contains the layer, such as a block"
+        )
 
 
 def _of_transformers_4() -> str:

@@ -99,7 +99,7 @@ class Source(ABC):
 
     loaded: Checkpoint
     name: str
-    """Architecture of the model, in texts for users."""
+    """Name of the model's architecture in output texts."""
     model: nn.Module
     """Dense model from images [B, C, H, W] to logits or features, float32, in eval mode."""
     preprocessing: Preprocessing

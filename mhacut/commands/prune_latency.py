@@ -65,7 +65,8 @@ class Latency(Amount):
     def cost(self) -> Cost:
         """Return a function that predicts nanoseconds per batch from the widths.
 
-        For models that merge tokens, the function returns the smaller time of no merging and full merging.
+        For models that merge tokens, the function predicts the time without merging and with full merging,
+        and returns the smaller time.
         """
         times, job = self.times, self.job
         if isinstance(times, TimeTable):

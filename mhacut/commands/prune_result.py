@@ -159,7 +159,7 @@ class PruneResult:
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def figures(self) -> list[Figure]:
-        """Return the measured values of both models. The last is the divergence."""
+        """Return the measured values of both models. The divergence comes last."""
         dense, slim, fidelity = self.dense, self.slim, self.fidelity
         before, after = dense.evaluation, slim.evaluation
         same = None if fidelity.agreement is None else 100 * fidelity.agreement

@@ -105,7 +105,7 @@ class Targets:
         budgets = [target for target in self.all if isinstance(target, Amount)]
         if budgets and all(budget.limit is None for budget in budgets):
             within = " and ".join(f"{one.text(one.dense)} are already within {one.asked}" for one in budgets)
-            raise BudgetError(f"nothing to prune: the model's {within}")
+            raise BudgetError(f"nothing to prune: the model's {within}. Set a lower budget")
 
     def measure(self, attempt: Attempt, planner: Planner) -> tuple[TargetResult, ...]:
         return tuple(target.measure(attempt, planner) for target in self.all)

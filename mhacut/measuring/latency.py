@@ -21,8 +21,8 @@ change, the measurement is repeated."""
 _TRIES = 3
 _MAX_TRIES = 5
 _DEVIATION = 1.4826 * 1.2533
-"""Factor from the median absolute deviation over sqrt(count) to the standard error of the median, for a
-Gaussian."""
+"""Factor for Gaussian times: median absolute deviation / sqrt(count) * factor is the standard error of the
+median."""
 _PATIENCE = 3.0
 """Maximum wall time of a measurement of processor time, divided by the planned duration."""
 

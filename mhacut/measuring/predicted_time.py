@@ -14,7 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 _PAIR = ("qk", "v")
-"""Kinds of channels whose attention layer is faster if both have the same width."""
+"""Kinds of channels in attention layers. A layer is faster if both kinds have the same width."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ _LABEL = 116
 _NAME = 17
 """Largest number of characters of a row name."""
 _ALL = 356
-"""Width of a chart in pixels, that of a phone's screen."""
+"""Width of a chart in pixels. A chart fits on a phone's screen."""
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 24, 280, 190
 """Position and size of the area between the axes, in pixels."""
 _EQUAL = 1e-4

@@ -17,7 +17,7 @@ class Choice(NamedTuple):
     budget: str
     """Budget as the user wrote it, for example ``50%``."""
     figures: Sequence[Figure]
-    """Measured values of the dense and the pruned model, such as FLOPs. The last is the divergence."""
+    """Measured values of the dense and the pruned model, such as FLOPs. The divergence comes last."""
     page: str = ""
     """File name of the pruned model's own report; an empty text without a report."""
 

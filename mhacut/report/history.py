@@ -86,7 +86,8 @@ class StoredCurve:
     layer: str
     kind: str
     points: tuple[tuple[int, float], ...]
-    """(width, estimated divergence) by ascending width. The last width is the width before pruning."""
+    """Pairs of (width, estimated divergence) by ascending width. The last width is the width before
+    pruning."""
     chosen: int
     """Width after pruning."""
 

@@ -43,7 +43,7 @@ class Contents:
     comparison: Comparison | None = None
     sensitivity: StoredCurves = field(default_factory=StoredCurves)
     figures: Sequence[Figure] = ()
-    """Figures of a pruning run, such as FLOPs and top-1 accuracy."""
+    """Measured values of a pruning run, such as FLOPs and top-1 accuracy."""
     choices: Sequence[Choice] = ()
     """Pruned models of a run with several budgets."""
     pictures: tuple[str, ...] = ()

@@ -271,8 +271,13 @@ class Two(Segmenter):
     [
         (Segmenter, "backbon", UsageError, "part='backbon': Segmenter has no such submodule; .*`backbone`"),
         (Segmenter, "neck", UnsupportedModelError, "`neck`: Conv2d has no attention layer"),
-        (Segmenter, "backbone.layer.0.attention", UnsupportedModelError, "is a single layer. Name the block"),
-        (Two, None, UsageError, "2 vision transformers inside: `backbone`, `teacher`; choose 1 as `part`"),
+        (
+            Segmenter,
+            "backbone.layer.0.attention",
+            UnsupportedModelError,
+            "is a single layer. Choose a `part`",
+        ),
+        (Two, None, UsageError, "2 vision transformers found: `backbone`, `teacher`; choose 1 as `part`"),
         (Two, "teacher", DataError, "images: `teacher` was not called"),
         (lambda: nn.Conv2d(3, 3, 1), None, UnsupportedModelError, "the model: Conv2d has no attention layer"),
     ],
