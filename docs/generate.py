@@ -184,17 +184,18 @@ def architectures_page(document: Mapping[str, Any], timm: str) -> str:
     """
     entries = [entry for entry in document["models"] if entry["transformer"]]
     cut = [entry for entry in entries if entry["refusal"] is None]
+    merging = [entry for entry in cut if not entry["tokens_stay"]]
     head = f"""{_WRITTEN}# Architectures
 
 `mhacut models` builds every architecture of timm without weights and lists what can be cut. Of timm
 {timm} and the FLatten Transformers, {len(entries)} architectures have attention; something can be cut in
-{len(cut)}. `mhacut models PATTERN --json` also names the parts that stay, each with its reason;
-`mhacut models --refused` says why an architecture is refused.
+{len(cut)}, and tokens merge in {len(merging)}. `mhacut models PATTERN --json` also names the parts that
+stay, each with its reason; `mhacut models --refused` says why an architecture is refused.
 
 A star marks architectures of which some layers or kinds of channels stay. Tags name the pretrained weights
 in timm: `timm:NAME.TAG` opens them.
 
-| architecture | attention | channels that can be cut | tags |
+| architecture | attention | channels that can be cut, and tokens | tags |
 |---|---|---|---|
 """
     return head + "".join(_architecture_row(entry) + "\n" for entry in entries)
@@ -205,8 +206,9 @@ def _architecture_row(entry: Mapping[str, Any]) -> str:
     kinds = {"qk": "q/k", "v": "v", "hidden": "MLP"}
     cut = ", ".join(kinds[kind] for kind in entry["kinds"]) or "refused"
     star = "\\*" if entry["not_prunable"] else ""
+    tokens = "" if entry["tokens_stay"] else ", tokens"
     tags = ", ".join(f"`{tag}`" for tag in entry["tags"]) or "-"
-    return f"| `{entry['architecture']}` | {attention} | {cut}{star} | {tags} |"
+    return f"| `{entry['architecture']}` | {attention} | {cut}{star}{tokens} | {tags} |"
 
 
 # --- Tables of results ---

@@ -134,6 +134,7 @@ def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
             rows.append([*name, entry.refusal.partition(". ")[0]])
         elif not refused:
             kinds = " ".join(entry.kinds) + ("*" if entry.not_prunable else "")
+            kinds += "" if entry.tokens_stay else " tokens"
             rows.append([*name, kinds or "-", ", ".join(entry.attention) or "-"])
     tags = [sum(len(entry.tags) for entry in entries) for entries in (cut, attending)]
     if not attending:
@@ -142,6 +143,7 @@ def _listed(entries: tuple[CatalogueEntry, ...], refused: bool) -> str:
     lines.append(
         f"{len(cut)} of {len(attending)} architectures with attention can be pruned ({tags[0]} of {tags[1]} "
         f"pretrained tags); attention channels in {sum(bool(entry.attention) for entry in cut)}; "
+        f"tokens merge in {sum(not entry.tokens_stay for entry in cut)}; "
         f"{len(entries) - len(attending)} have no attention"
     )
     if not refused:

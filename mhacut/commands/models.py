@@ -14,6 +14,7 @@ from mhacut.checkpoint.build import without_values
 from mhacut.errors import UnsupportedModelError
 from mhacut.exporting.timm_model import NAME
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.tokens import why_not_merged
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class CatalogueEntry:
     """Tags of timm's pretrained weights for the architecture."""
     transformer: bool
     """Whether the architecture has attention outside of pooling heads."""
+    tokens_stay: str
+    """Reason why tokens of the architecture cannot be merged. Empty if they can."""
 
 
 def catalogue(
@@ -69,15 +72,25 @@ def entry_of(name: str, model: nn.Module, tags: Sequence[str]) -> CatalogueEntry
     try:
         prunable = find_prunable_layers(model)
     except UnsupportedModelError as error:
-        return CatalogueEntry(name, (), (), (), str(error), tuple(tags), _attends(model))
+        refusal = str(error)
+        return CatalogueEntry(name, (), (), (), refusal, tuple(tags), _attends(model), tokens_stay=refusal)
     layers = [layer for layer in prunable.layers if layer.adapter.family == "attention" and layer.units]
     classes = {type(model.get_submodule(layer.name)).__name__ for layer in layers}
     kinds = {
         kind for layer in prunable.layers for kind in (*(u.kind for u in layer.units), *layer.coupled_with)
     }
     order = tuple(kind for kind in ("qk", "v", "hidden") if kind in kinds)
+    # Without a classifier, merged tokens are copied back to their patches.
+    reason = why_not_merged(model) and why_not_merged(model, unmerge=True)
     return CatalogueEntry(
-        name, tuple(sorted(classes)), order, prunable.not_prunable, None, tuple(tags), transformer=True
+        name,
+        tuple(sorted(classes)),
+        order,
+        prunable.not_prunable,
+        None,
+        tuple(tags),
+        transformer=True,
+        tokens_stay=reason,
     )
 
 

@@ -10,7 +10,9 @@ def test_what_can_be_cut_and_what_is_refused():
     (vit,) = catalogue("vit_tiny_patch16_224")
     assert (vit.attention, vit.kinds, vit.refusal) == (("Attention",), ("qk", "v", "hidden"), None)
     assert "augreg_in21k_ft_in1k" in vit.tags
+    assert vit.tokens_stay == catalogue("vit_small_patch16_dinov3")[0].tokens_stay == ""
     (mvit,) = catalogue("mvitv2_tiny")
+    assert "plain ViT" in mvit.tokens_stay
     assert mvit.kinds == ("hidden",)
     assert any("attn" in line for line in mvit.not_prunable)
     (refused,) = catalogue("bat_resnext26ts")
@@ -35,7 +37,7 @@ def test_the_command():
     assert "bat_resnext26ts" in result.stdout
     assert result.stdout.splitlines()[-2:] == [
         "0 of 1 architectures with attention can be pruned (0 of 1 pretrained tags); "
-        "attention channels in 0; 0 have no attention",
+        "attention channels in 0; tokens merge in 0; 0 have no attention",
         "-: refused; --refused shows the reasons",
     ]
     why = run("models", "bat_resnext26*", "--refused").stdout
