@@ -230,10 +230,10 @@ def averaging():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"scope": "attention", "round_to": 32}, "scope='attention' and round_to=32: the model's .* FLOPs"),
+        ({"scope": "attention", "round_to": 32}, "scope='attention' and round_to=32"),
         (
             {"scope": "attention+mlp", "exclude": ("*",)},
-            r"scope='attention\+mlp', round_to=8 and exclude='\*': the model's .* FLOPs",
+            r"scope='attention\+mlp', round_to=8 and exclude='\*'",
         ),
     ],
 )
@@ -242,7 +242,9 @@ def test_a_bound_is_refused_before_the_work_where_no_width_can_change(
 ):
     model, args = averaging
     monkeypatch.setattr("mhacut.pruning.job.calibrate", lambda *args, **options: pytest.fail("calibrated"))
-    with pytest.raises(BudgetError, match=f"nothing to prune with {message} are the lowest"):
+    with pytest.raises(
+        BudgetError, match=f"nothing to prune with {message}: the model already has the lowest FLOPs"
+    ):
         mhacut.prune(
             model, model_args=args, max_kl=0.1, output=tmp_path / "slim.safetensors", **QUICK, **options
         )
