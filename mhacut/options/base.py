@@ -91,17 +91,18 @@ class PreprocessingOptions(Options, panel="Preprocessing"):
     """Image preprocessing. The value None means the checkpoint's own preprocessing."""
 
     mean: tuple[float, ...] | None = None
-    """Mean per colour channel for normalising images with pixel values in 0..1. Default: the checkpoint's."""
+    """Mean per colour channel for normalising images with pixel values in 0..1. Default: set by the
+    checkpoint."""
     std: tuple[float, ...] | None = None
-    """Standard deviation per colour channel for normalising images with pixel values in 0..1. Default: the
-    checkpoint's."""
+    """Standard deviation per colour channel for normalising images with pixel values in 0..1. Default: set by
+    the checkpoint."""
     crop_pct: float | None = None
-    """Side of the centre crop, as a fraction of the resized image's shorter side. Default: the
-    checkpoint's."""
+    """Side of the centre crop, as a fraction of the resized image's shorter side. Default: set by the
+    checkpoint."""
     interpolation: str | None = None
-    """Interpolation for resizing images, such as bicubic or bilinear. Default: the checkpoint's."""
+    """Interpolation for resizing images, such as bicubic or bilinear. Default: set by the checkpoint."""
     img_size: int | None = None
-    """Height and width of the model's input images in pixels. Default: the checkpoint's."""
+    """Height and width of the model's input images in pixels. Default: set by the checkpoint."""
 
     @property
     def given(self) -> frozenset[str]:

@@ -49,7 +49,7 @@ class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
     """Fixed batch size of the exported model. Default: any batch size."""
     license: str | None = None
     """License in the model card, by its name on the Hugging Face hub, such as apache-2.0 or mit. Default: the
-    checkpoint's."""
+    checkpoint's license."""
     push_to_hub: str | None = option(None, metavar="OWNER/NAME")
     """Upload the timm folder to this repository on the Hugging Face hub. A missing repository is created."""
     private: bool = option(False, needs={"push_to_hub": GIVEN})

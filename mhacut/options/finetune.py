@@ -67,13 +67,13 @@ class TrainingOptions(Options, panel="Training"):
     sched: Schedule = "cosine"
     """Learning rate schedule."""
     warmup_epochs: float | None = option(None, at_least=0)
-    """Epochs of learning rate warmup. Default: 10 % of all epochs."""
+    """Number of epochs of learning rate warmup. Default: 10 % of all epochs."""
     clip_grad: float | None = option(1.0, at_least=0)
     """Gradient clipping threshold; 0 turns clipping off."""
     model_ema: bool = False
     """Evaluate and save an exponential moving average (EMA) of the weights."""
     momentum: float = option(0.9, at_least=0)
-    """Momentum, for optimizers that have one, such as sgd."""
+    """Momentum of optimizers such as sgd."""
     layer_decay: float | None = option(None, above=0, at_most=1)
     """Layer-wise learning rate decay: the learning rate of a layer is this factor times the learning rate of
     the next layer."""
@@ -84,7 +84,7 @@ class TrainingOptions(Options, panel="Training"):
     min_lr: float = option(1e-6, at_least=0, at_most=HIGHEST_RATE)
     """Learning rate at the end of the schedule."""
     decay_epochs: float = option(30.0, above=0, needs={"sched": "step"})
-    """Epochs between decays of the step schedule."""
+    """Number of epochs between decays of the learning rate (step schedule)."""
     decay_rate: float = option(0.1, above=0)
     """Decay factor of the step schedule, and power of the poly schedule."""
     clip_mode: ClipMode = option("norm", needs={"clip_grad": GIVEN})
@@ -137,7 +137,7 @@ class AugmentationOptions(Options, panel="Augmentation"):
     recount: int = option(1, at_least=1, needs={"reprob": GIVEN})
     """Largest number of rectangles that random erasing fills per image."""
     train_interpolation: str | None = option(None, needs={"aug": True})
-    """Interpolation for random crops. Default: the checkpoint's."""
+    """Interpolation for resizing random crops of training images. Default: set by the checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -174,7 +174,7 @@ class FinetuneOptions(
     amp: bool = option(False, panel="Computing")
     """Train in mixed precision. Accuracy is measured in float32."""
     amp_dtype: AmpDtype = option("bfloat16", panel="Computing", needs={"amp": True})
-    """Type of mixed precision. float16 needs CUDA."""
+    """Number format of mixed precision. float16 needs CUDA."""
     compile: bool = option(False, panel="Computing")
     """Compile the model with torch.compile."""
     grad_checkpointing: bool = option(False, panel="Computing")

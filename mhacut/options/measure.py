@@ -47,7 +47,7 @@ class InspectOptions(
     html: PathLike | None = option(None, endings=(".html", ".htm"), metavar="FILE")
     """Write the inspection report to this HTML file."""
     overwrite: bool = option(False, needs={"html": GIVEN})
-    """Replace an existing HTML page."""
+    """Replace an existing HTML report."""
     compare: PathLike | None = option(None, metavar="DENSE", reads="checkpoint")
     """Unpruned (dense) model to compare with, layer by layer. Synthetic images are used if no images are
     given."""
@@ -102,7 +102,7 @@ class BenchOptions(ArchitectureOptions, DeviceOptions, panel="Measuring"):
     int8: bool = False
     """Also time each checkpoint in INT8, with dynamic quantization in ONNX Runtime."""
     batch_sizes: tuple[int, ...] = option((1, 8), at_least=1)
-    """Batch sizes to time."""
+    """Batch sizes at which models are timed."""
     seconds: float = option(5.0, above=0)
     """Seconds of measurement per batch size, for all checkpoints together."""
     threads: int | None = option(None, at_least=1, at_most=MAX_PARALLEL)

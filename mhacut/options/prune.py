@@ -55,7 +55,7 @@ _SCALES = {"gain_steps": GIVEN, "allocation": "indicator", "repair": False}
 
 @dataclass(frozen=True)
 class Work:
-    """Numbers of images and training steps that ``--effort`` sets."""
+    """Numbers of images and training steps that the option ``--effort`` sets."""
 
     calibration_images: int
     heal_steps: int
