@@ -106,7 +106,6 @@ class Command(TyperCommand):
 
 
 def _flags(known: Mapping[str, Option]) -> list[Option]:
-    """Return the options that are flags or arguments. ``--flops`` comes first."""
     flags = (option for option in known.values() if option.panel != RESEARCH)
     return sorted(flags, key=lambda option: (PANELS.index(option.panel), option.name != "flops"))
 
@@ -188,7 +187,6 @@ def command(
 
 
 def check_paths(options: Options) -> None:
-    """Check input paths before torch is imported, so that errors come fast."""
     for name, option in options.options().items():
         value = getattr(options, name)
         if value is not None and option.reads is not None:

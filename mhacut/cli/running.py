@@ -112,7 +112,6 @@ class Console:
             self._display.advance(done, total, detail)
 
     def finish(self) -> None:
-        """End the last stage and remove the progress bar."""
         self._timer.stop()
         if self._display is not None:
             self._display.close()
@@ -135,7 +134,6 @@ class Console:
 
 
 def _as_json(value: Any) -> Any:
-    """Convert results to values for JSON: fields of dataclasses, and None for NaN and infinity."""
     if hasattr(value, "to_json"):
         return _as_json(value.to_json())
     if hasattr(value, "_asdict"):  # a named tuple

@@ -86,8 +86,6 @@ class BenchResult:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Checkpoint to time, as a function of images."""
-
     checkpoint: Checkpoint
     size: tuple[int, int, int]
     """Shape of 1 input image, [C, H, W]."""

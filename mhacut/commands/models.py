@@ -19,8 +19,6 @@ from mhacut.surgery.tokens import why_not_merged
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """Architecture of timm, and its prunable parts."""
-
     architecture: str
     attention: tuple[str, ...]
     """Names of the prunable attention classes in the architecture."""

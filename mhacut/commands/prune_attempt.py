@@ -78,8 +78,6 @@ class TargetResult:
 
 @dataclass
 class Attempt:
-    """A plan that is tried, and the model cut by the plan."""
-
     number: int
     """Number of plans tried so far, including this plan."""
     limits: Limits

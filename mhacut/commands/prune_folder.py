@@ -66,8 +66,6 @@ class Folder(Output):
 
 
 class FolderSource(Source):
-    """Source for a transformers model. The pruned model is written as a folder with the same model class."""
-
     def __init__(
         self, loaded: Checkpoint, model: nn.Module, part: str, folder: Folder, stopwatch: Stopwatch
     ) -> None:

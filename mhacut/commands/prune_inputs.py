@@ -134,8 +134,6 @@ class Source(ABC):
 
 @dataclass(frozen=True)
 class PruneInputs:
-    """All inputs of ``mhacut prune`` for 1 output file."""
-
     options: PruneOptions
     """Options of 1 output file, with 1 budget of each kind at most."""
     source: Source
@@ -207,8 +205,6 @@ class PruneInputs:
 
 
 class SlimFile(Output):
-    """Slim file: safetensors with the pruned weights and a description of the pruning."""
-
     def __init__(self, record: SlimRecord, dtypes: Dtypes, input_path: Path | None) -> None:
         self.record, self.dtypes, self.input_path = record, dtypes, input_path
 
@@ -238,8 +234,6 @@ class SlimFile(Output):
 
 
 class CheckpointSource(Source):
-    """Source for a timm model. The pruned model is written as a slim file."""
-
     def __init__(self, loaded: Checkpoint, preprocessing: Preprocessing, stopwatch: Stopwatch) -> None:
         self.loaded, self.preprocessing, self.stopwatch = loaded, preprocessing, stopwatch
         self.model, self.name = loaded.model, loaded.identity.architecture

@@ -16,7 +16,6 @@ PLACE = "{}"
 
 
 def options_of_each(options: PruneOptions, stem: str) -> tuple[PruneOptions, ...]:
-    """Split options with several budgets into the options of each output file."""
     ending = ".safetensors" if options.as_ == "timm" else ""
     output, page = str(options.output or f"{stem}-{PLACE}{ending}"), options.report
     if options.several and PLACE not in Path(output).name:

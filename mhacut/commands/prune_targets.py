@@ -240,7 +240,6 @@ class Size(Amount):
         return self.inputs.source.size()
 
     def cost(self) -> Cost:
-        """Return the function that predicts the file size from the width of each unit."""
         job, dtypes = self.job, self.inputs.dtypes
         copies = self.inputs.options.positions != "equal"
         tensors = storage_cost(job.model, job.prunable, job.least_widths, dtypes, copies=copies)
@@ -262,8 +261,6 @@ class Size(Amount):
 
 
 class _Loss(Target):
-    """Base class for bounds on the loss. The search finds the smallest model within the bound."""
-
     name: ClassVar[str]
     nats_per_unit: ClassVar[float] = 1.0
     """Expected KL divergence in nats per unit of the bound, for the first trials."""

@@ -19,8 +19,6 @@ _PAIR = ("qk", "v")
 
 @dataclass(frozen=True)
 class Point:
-    """Measured time of a layer at certain widths."""
-
     widths: Mapping[str, int]
     """Channels per head, by kind (qk, v or hidden)."""
     share: float
@@ -75,8 +73,6 @@ class LayerTimes:
 
 @dataclass(frozen=True)
 class _PairTimes:
-    """Times of an attention layer by its q/k and v widths."""
-
     equal: list[tuple[float, float]]
     """Pairs of (width, time) at equal q/k and v widths."""
     skew: list[tuple[float, float]]

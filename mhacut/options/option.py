@@ -54,8 +54,6 @@ _SHORT.maxstring = _SHORT.maxother = 100
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """Name, type, default, bounds and help of a command's option."""
-
     name: str
     """Name in Python. The name in YAML files is :attr:`key`."""
     type: Any
@@ -213,7 +211,6 @@ class Option:
         return number
 
     def _pairs(self, value: Any) -> dict[str, Any]:
-        """Merge mappings and ``KEY=VALUE`` texts into 1 mapping."""
         pairs: dict[str, Any] = {}
         for part in value if isinstance(value, list | tuple) else [value]:
             known = dict([key_value(self.name, part)]) if isinstance(part, str) else part
@@ -288,7 +285,6 @@ class Options:
         return values | paths
 
     def only(self, kind: type[OptionsT]) -> OptionsT:
-        """Return the options that the base class ``kind`` declares."""
         return kind(**{name: getattr(self, name) for name in kind.options()})
 
     def files_read(self) -> tuple[str, ...]:
@@ -302,7 +298,6 @@ class Options:
         return tuple(paths)
 
     def changed(self) -> list[str]:
-        """Return the names of the options that differ from their defaults."""
         return [name for name, spec in self.options().items() if getattr(self, name) != spec.default]
 
     def unmet_needs(self) -> dict[str, str]:
@@ -340,7 +335,6 @@ def _field_docstrings(module: str) -> dict[tuple[str, str], str]:
 
 
 def _plain(value: Any) -> Any:
-    """Convert numbers and arrays of NumPy and torch to Python numbers and lists."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 

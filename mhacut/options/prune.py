@@ -289,7 +289,6 @@ class PruneOptions(
         self._check_allocation()
 
     def _check_kind(self) -> None:
-        """Raise a :class:`UsageError` for options that do not work with ``--as huggingface``."""
         timm = self.as_ == "timm"
         fits = self.output is None or os.fspath(self.output).lower().endswith(".safetensors") == timm
         require("output", self.output, fits, "a name that ends in .safetensors" if timm else "a folder")
@@ -343,10 +342,8 @@ class PruneOptions(
 
     @property
     def bounds_loss(self) -> bool:
-        """Whether the run searches for the smallest model within a bound on the loss."""
         return self.max_kl is not None or self.max_drop is not None
 
     @property
     def images_wanted(self) -> int:
-        """Number of calibration images: ``calibration_images``, or the number set by the effort."""
         return self.calibration_images or self.work.calibration_images

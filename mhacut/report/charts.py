@@ -32,8 +32,6 @@ characters."""
 
 
 class Share(NamedTuple):
-    """A horizontal bar in a table, filled from the left up to ``value``."""
-
     value: float
     """Filled fraction of the bar, from 0 to 1."""
     text: str

@@ -12,8 +12,6 @@ from mhacut.text import filled_columns, safe
 
 
 class Choice(NamedTuple):
-    """The pruned model for 1 of several budgets."""
-
     budget: str
     """Budget as the user wrote it, for example ``50%``."""
     figures: Sequence[Figure]

@@ -147,7 +147,6 @@ def _template() -> Any:
 
 
 def _shown(value: Any) -> Any:
-    """Replace invisible characters in a text. HTML stays unchanged."""
     if hasattr(value, "__html__"):
         return value
     return safe(value) if isinstance(value, str) else value
