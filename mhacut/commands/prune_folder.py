@@ -1,4 +1,4 @@
-"""``mhacut prune FOLDER --as huggingface``: a model of transformers is pruned as what it is."""
+"""``mhacut prune FOLDER --as huggingface``: a model of transformers keeps its class."""
 
 from __future__ import annotations
 

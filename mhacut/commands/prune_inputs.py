@@ -329,9 +329,12 @@ def _read_checkpoint(
     if module is None:
         loaded = open_from_options(options, reporter)
         if is_huggingface(loaded):
-            pruned = "was pruned already. Start from the dense model"
-            advice = f"prune it as what it is, with {option_name('as_', 'huggingface')}"
-            raise UsageError(f"{loaded.source}: {pruned if loaded.record else advice}")
+            if loaded.record:
+                raise UsageError(f"{loaded.source}: was pruned already. Start from the dense model")
+            option = option_name("as_", "huggingface")
+            raise UsageError(
+                f"{loaded.source}: this transformers model cannot be converted to timm. Use {option}"
+            )
     else:
         hints = ModelHints(options.model, options.model_args, options.num_classes, options.part)
         loaded = rebuilt_module(module, hints)

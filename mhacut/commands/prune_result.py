@@ -128,7 +128,7 @@ class PruneResult:
 
     @property
     def verdict(self) -> str:
-        """One line for users: accuracy or similarity, FLOPs, speed, file size."""
+        """Summary in 1 line: accuracy or similarity, FLOPs, speed and file size."""
         dense, slim = self.dense, self.slim
         if dense.evaluation is not None and slim.evaluation is not None:
             quality = f"top-1 {slim.evaluation.top1:.1f} % (dense {dense.evaluation.top1:.1f} %)"
@@ -154,7 +154,7 @@ class PruneResult:
         return ", ".join(parts)
 
     def verdict_lines(self) -> list[str]:
-        """Return the verdict (a warning if much accuracy is lost), and each advice on a further line."""
+        """Return the verdict (a warning if much accuracy is lost), and 1 line per advice."""
         warning = "warning: large loss: " * self.much_lost
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 

@@ -313,9 +313,7 @@ class MaxKL(_Loss):
         preserve = self.inputs.options.preserve
         if preserve not in (None, "answers"):
             what = option_name("preserve", preserve)
-            raise UsageError(
-                f"{self.option}: bounds the classifier's outputs and cannot be combined with {what}"
-            )
+            raise UsageError(f"{self.option} is a bound on the logits: leave out {what}")
 
     def measure(self, attempt: Attempt, planner: Planner) -> TargetResult:
         model = attempt.model.to(self.job.device)

@@ -69,7 +69,7 @@ class InspectOptions(
         if others:
             needing = " and ".join(map(option_name, others))
             raise UsageError(
-                f"{shapes} reads only the file header, but {needing} must run the model; leave out {shapes}"
+                f"{shapes} reads the file header, but the model must run for {needing}; leave out {shapes}"
             )
         if self.sort in ("similarity", "rank"):
             raise UsageError(

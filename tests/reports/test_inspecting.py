@@ -131,7 +131,7 @@ def test_sorted_layers_fall(slim_of, sort):
     [
         (
             {"shapes": True, "data_dir": "d"},
-            "shapes=True reads only the file header, but data_dir must run the model",
+            "shapes=True reads the file header, but the model must run for data_dir",
         ),
         ({"shapes": True, "sort": "rank"}, "sort='rank' reads the model's weights; leave out shapes=True"),
         ({"sort": "size"}, "sort='size': expected one of layer, flops"),
