@@ -34,7 +34,7 @@ _ANY_NUMBER = re.compile(r"(, )?(at least -\d{19}|at most (\d{20}|1e\+36))")
 """Bounds of integer and float types, which the pages omit."""
 _WRITTEN = "<!-- Written by docs/generate.py -->\n\n"
 NAMES: Mapping[str, Sequence[str]] = {
-    "Verbs": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
+    "Functions": ("prune", "prune_many", "prune_", "finetune", "evaluate", "inspect", "bench", "export"),
     "Models": ("load_model", "save_model", "save_pruned", "apply_pruned", "load_pruned"),
     "Results": (
         *("PruneResult", "PruneResults", "InPlaceResult", "FinetuneResult"),
@@ -77,14 +77,15 @@ def python_page() -> str:
     """Python reference: a table of names, and directives for mkdocstrings."""
     head = f"""{_WRITTEN}# Python API
 
-Import these names from `mhacut`. Keyword arguments of the verbs are the flags of the
-[commands](commands/index.md), with underscores: `--round-to 16` is `round_to=16`, `--no-labels` is
-`labels=False`. `--model-arg` and `--teacher-model-arg` are the mappings `model_args` and
-`teacher_model_args`. `--config`, `--set`, `--json`, `--quiet` and `--verbose` are no keywords, and
-`mhacut models` is no function.
+Import the names in this table from `mhacut`.
+The keyword arguments of a function such as `mhacut.prune` are the flags of the [command](commands/index.md).
+For example, `--round-to 16` is `round_to=16`, and `--no-labels` is `labels=False`.
+The flags `--model-arg` and `--teacher-model-arg` are mappings in Python (`model_args`, `teacher_model_args`).
+The flags `--config`, `--set`, `--json`, `--quiet`, `--verbose` and the command `mhacut models` have no
+counterpart in Python.
 
-The sections below the table are filled in from the docstrings when the site is built. In Python,
-`help(mhacut.prune)` shows the same text.
+When the site is built, the sections below the table show the docstrings of mhacut's functions and classes.
+In Python, `help(mhacut.prune)` shows the docstring of `mhacut.prune`.
 
 | name | meaning |
 |---|---|
