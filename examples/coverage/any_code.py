@@ -92,6 +92,13 @@ TRANSFORMERS: Mapping[str, tuple[dict[str, Any], int]] = {
     "SamVisionModel": ({**PLAIN, **SAM}, 64),
     "Sam2VisionModel": ({"backbone_config": SAM2, **SAM2_NECK}, 64),
 }
+PARTS = {
+    "transformers Mask2Former over Swin, backbone": "model.model.pixel_level_module.encoder",
+    "transformers CLIP in a LLaVA-like model": "model.tower",
+    "segmentation_models_pytorch Unet over mit_b0": "model.encoder",
+    "segmentation_models_pytorch DPT over a ViT": "model.encoder",
+}
+"""Submodules that are pruned instead of the whole model."""
 SIZES = (1e-5, 1e-6, 1e-4)
 """Largest relative differences: at full width, in a new process, in ONNX Runtime."""
 
@@ -259,6 +266,207 @@ def of_transformers(name: str) -> Callable[[], nn.Module]:
     return build
 
 
+def eomt() -> nn.Module:
+    import transformers
+
+    config = transformers.EomtConfig(**PLAIN, num_blocks=1, num_queries=5, num_upscale_blocks=1)
+    return transformers.EomtForUniversalSegmentation(config)
+
+
+def mask2former() -> nn.Module:
+    import transformers
+
+    levels = [f"stage{number}" for number in range(1, 5)]
+    sizes = {"image_size": 64, "patch_size": 4, "embed_dim": 16, "window_size": 4}
+    swin = transformers.SwinConfig(**sizes, depths=[1] * 4, num_heads=[1, 2, 4, 8], out_features=levels)
+    widths = ("feature_size", "mask_feature_size", "hidden_dim", "encoder_feedforward_dim", "dim_feedforward")
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "num_attention_heads": 2, "num_queries": 5}
+    config = transformers.Mask2FormerConfig(backbone_config=swin, **dict.fromkeys(widths, 32), **layers)
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+def rf_detr() -> nn.Module:
+    from transformers.models.rf_detr import RfDetrDinov2Backbone, RfDetrDinov2Config
+
+    sizes = {key: value for key, value in PLAIN.items() if key != "intermediate_size"}
+    return RfDetrDinov2Backbone(
+        RfDetrDinov2Config(**sizes, num_windows=2, out_features=["stage1", "stage2"])  # type: ignore[call-arg]
+    )
+
+
+class Llava(nn.Module):
+    """A CLIP tower, whose hidden states before the last layer a projector reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        import transformers
+
+        self.tower = transformers.CLIPVisionModel(
+            transformers.CLIPVisionConfig(**PLAIN | {"num_hidden_layers": 3})
+        )
+        self.projector = nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        states = self.tower(x, output_hidden_states=True).hidden_states
+        out: Tensor = self.projector(states[-2][:, 1:])
+        return out
+
+
+class Qwen(nn.Module):
+    """The vision tower of Qwen2.5-VL, which reads the patches of all images as 1 sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+        sizes = {
+            "hidden_size": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "intermediate_size": 64,
+            "out_hidden_size": 32,
+        }
+        config = qwen.Qwen2_5_VLVisionConfig(**sizes, patch_size=4, window_size=16, fullatt_block_indexes=[1])
+        self.tower = qwen.Qwen2_5_VisionTransformerPretrainedModel(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        count, _, height, width = x.shape
+        patches = (
+            x.unfold(2, 4, 4).unfold(3, 4, 4).movedim(1, 3).unsqueeze(4).expand(-1, -1, -1, -1, 2, -1, -1)
+        )
+        grid = torch.tensor([[1, height // 4, width // 4]] * count)
+        tokens: Tensor = self.tower(patches.reshape(-1, 96), grid).last_hidden_state
+        return tokens.unflatten(0, (count, -1))
+
+
+class DinoBlock(nn.Module):
+    """Block of DINO's and MAE's code: 1 drop path, and attention that returns its weights."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1, self.attn = nn.LayerNorm(dim), DinoAttention(dim, num_heads)
+        self.drop_path = nn.Identity()
+        self.norm2, self.mlp = nn.LayerNorm(dim), Dinov2Mlp(dim, 2 * dim)
+
+    def forward(self, x: Tensor, return_attention: bool = False) -> Tensor:
+        y, attn = self.attn(self.norm1(x))
+        if return_attention:
+            weights: Tensor = attn
+            return weights
+        x = x + self.drop_path(y)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class DinoAttention(Dinov2Attention):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop(((q @ k.transpose(-2, -1)) * self.scale).softmax(dim=-1))
+        x = (attn @ v).transpose(1, 2).reshape(b, n, c)
+        return self.proj_drop(self.proj(x)), attn
+
+
+class Dino(Dinov2):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(DinoBlock(32, 2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)["x_norm_clstoken"]
+
+
+def relative_positions(table: Tensor, side: int) -> Tensor:
+    """Return the table's row for each pair of places, [side, side, C]. Other sides resize the table."""
+    if len(table) != 2 * side - 1:
+        table = nn.functional.interpolate(table.T[None], size=2 * side - 1, mode="linear")[0].T
+    places = torch.arange(side)
+    return table[places[:, None] - places + side - 1]
+
+
+class SamAttention(nn.Module):
+    """Attention of SAM's code on a map, with decomposed tables of relative positions."""
+
+    def __init__(self, dim: int, num_heads: int, side: int) -> None:
+        super().__init__()
+        self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.rel_pos_h = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+        self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // num_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape
+        qkv = self.qkv(x).reshape(b, h * w, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(3, b * self.num_heads, h * w, -1).unbind(0)
+        attn = (q * self.scale) @ k.transpose(-2, -1)
+        rows, columns = relative_positions(self.rel_pos_h, h), relative_positions(self.rel_pos_w, w)
+        grid = q.reshape(b * self.num_heads, h, w, -1)
+        by_row = torch.einsum("bhwc,hkc->bhwk", grid, rows)
+        by_column = torch.einsum("bhwc,wkc->bhwk", grid, columns)
+        attn = attn.view(-1, h, w, h, w) + by_row[..., None] + by_column[:, :, :, None]
+        attn = attn.view(-1, h * w, h * w).softmax(dim=-1)
+        x = (attn @ v).view(b, self.num_heads, h, w, -1).permute(0, 2, 3, 1, 4).reshape(b, h, w, -1)
+        out: Tensor = self.proj(x)
+        return out
+
+
+class SamBlock(nn.Module):
+    def __init__(self, dim: int, num_heads: int, window: int) -> None:
+        super().__init__()
+        self.norm1, self.norm2, self.mlp = nn.LayerNorm(dim), nn.LayerNorm(dim), Dinov2Mlp(dim, 2 * dim)
+        self.attn, self.window_size = SamAttention(dim, num_heads, window or 8), window
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut, y, side = x, self.norm1(x), self.window_size
+        if side:
+            b, h, w, c = y.shape
+            y = y.view(b, h // side, side, w // side, side, c).transpose(2, 3).reshape(-1, side, side, c)
+            y = self.attn(y).view(b, h // side, w // side, side, side, c).transpose(2, 3).reshape(b, h, w, c)
+        else:
+            y = self.attn(y)
+        x = shortcut + y
+        return x + self.mlp(self.norm2(x))
+
+
+class Sam(nn.Module):
+    """The image encoder of SAM's repository."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 8, 8)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 8, 8, 32))
+        self.blocks = nn.ModuleList(SamBlock(32, 2, window) for window in (4, 0))
+        self.neck = nn.Conv2d(32, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch_embed(x).permute(0, 2, 3, 1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        out: Tensor = self.neck(x.permute(0, 3, 1, 2))
+        return out
+
+
+def open_clip_siglip() -> nn.Module:
+    import timm
+    from open_clip.timm_model import TimmModel
+
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32, "patch_size": 4}
+    model = TimmModel("vit_base_patch16_siglip_224", embed_dim=16, pool="", proj="none", pretrained=False)
+    model.trunk = timm.create_model("vit_base_patch16_siglip_224", num_classes=0, **sizes)
+    return model
+
+
+def smp_unet() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.Unet("mit_b0", encoder_weights=None)
+
+
+def smp_dpt() -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.DPT("tu-vit_tiny_patch16_224", encoder_weights=None)
+
+
 def torchvision_vit() -> nn.Module:
     from torchvision.models import VisionTransformer
 
@@ -288,6 +496,16 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "torchvision SwinTransformer": (lambda: torchvision_swin("v1"), 64),
     "torchvision SwinTransformer, v2": (lambda: torchvision_swin("v2"), 64),
     "open_clip VisionTransformer": (open_clip_vit, 32),
+    "transformers EoMT": (eomt, 32),
+    "transformers Mask2Former over Swin, backbone": (mask2former, 64),
+    "transformers RF-DETR's DINOv2 backbone": (rf_detr, 32),
+    "transformers CLIP in a LLaVA-like model": (Llava, 32),
+    "transformers Qwen2.5-VL, vision tower": (Qwen, 32),
+    "open_clip SigLIP": (open_clip_siglip, 32),
+    "segmentation_models_pytorch Unet over mit_b0": (smp_unet, 64),
+    "segmentation_models_pytorch DPT over a ViT": (smp_dpt, 224),
+    "DINO's and MAE's code": (Dino, 32),
+    "SAM's code": (Sam, 64),
     "torch TransformerEncoder, pre-norm": (lambda: Encoder(norm_first=True), 32),
     "torch TransformerEncoder, post-norm": (lambda: Encoder(norm_first=False), 32),
 }
@@ -318,9 +536,8 @@ def prune(name: str) -> tuple[nn.Module, mhacut.InPlaceResult]:
     for budget in ("45%", "60%", "75%", "90%"):
         model = build(name)
         try:
-            result = mhacut.prune_(
-                model, "model", images=images(name, 24).split(8), flops=budget, effort="fast", tuning_steps=0
-            )
+            part, batches = PARTS.get(name, "model"), images(name, 24).split(8)
+            result = mhacut.prune_(model, part, images=batches, flops=budget, effort="fast", tuning_steps=0)
         except mhacut.BudgetError:
             continue
         return model, result

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mhacut.adapters.attend import as_map, as_tokens, attend
+from mhacut.adapters.attend import as_map, as_tokens, attend, weights_of
 from mhacut.adapters.base import Adapter, ChannelAxis, Layer, Mixing, Unit
 from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.multihead import MULTIHEAD
@@ -69,6 +69,14 @@ def _are_sizes(value: Any) -> bool:
 def _attended(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     dropout = m.attn_drop.p if m.training and hasattr(m, "attn_drop") else 0.0
     return attend(q, k, v, scale=q.shape[-1] ** -0.5, fused=True, attn_mask=mask, dropout_p=dropout)
+
+
+def _attended_with_weights(
+    m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    weights = weights_of(q, k, q.shape[-1] ** -0.5, mask)  # (B, H, N, N)
+    weights = m.attn_drop(weights) if hasattr(m, "attn_drop") else weights
+    return weights @ v, weights
 
 
 def _projected(m: Any, y: Tensor, *_: Any) -> Any:
@@ -218,16 +226,18 @@ class _Proof:
             return None
         cls, forms = type(self.trial), [] if only_mlp else [*_attention_forms(self.linears, self.trial)]
         first, *beside = outputs[0]
-        if first.dim() == 3 and all(other is None for other in beside):
+        gives_weights = len(beside) == 1 and isinstance(beside[0], Tensor) and beside[0].dim() == 4
+        if first.dim() == 3 and (gives_weights or all(other is None for other in beside)):
             is_tuple = isinstance(self.trial(*self.inputs(self.grids[0])), tuple)
             convolutions, norms = (
                 [name for name, part in self.trial.named_modules() if isinstance(part, kind)]
                 for kind in (nn.Conv2d, nn.LayerNorm)
             )
             reduced_by = (convolutions[0], norms[0]) if len(convolutions) == len(norms) == 1 else None
+            more: dict[str, Any] = {"beside": len(beside)} if is_tuple else {}
+            more = {"weigh": _attended_with_weights} if gives_weights else more
             for form in forms:
-                values = len(beside) if is_tuple else None
-                spec = PlainAttention(cls, beside=values, reduced_by=reduced_by, **form)
+                spec = PlainAttention(cls, reduced_by=reduced_by, **more, **form)
                 if self.reproduces(spec):
                     return spec
         for form in forms:
@@ -441,7 +451,8 @@ def _mlp_forms(cls: type[nn.Module], module: nn.Module, linears: Mapping[str, An
 def _equal(actual: list[Any] | None, expected: list[Any] | None) -> bool:
     if actual is None or expected is None:
         return False
-    return are_equal(actual[0], expected[0])
+    tensors = [[output for output in outputs if isinstance(output, Tensor)] for outputs in (actual, expected)]
+    return len(tensors[0]) == len(tensors[1]) and all(map(are_equal, *tensors))
 
 
 def are_equal(actual: Tensor, expected: Tensor) -> bool:

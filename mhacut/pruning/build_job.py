@@ -52,7 +52,10 @@ def build_job(
     names = [layer.name for layer in prunable.layers]
     with torch.no_grad(), captured_outputs(unmerged, names, lambda args, output: None) as called:
         preserved.features.of(unmerged, _image(model, size))
-    if unused := [name for name in names if name not in called]:
+    # The trace of a model has no layers whose outputs nothing reads, such as the last layer of a vision tower
+    # whose projector reads the layer before.
+    flops = measure_flops_by_module(unmerged, size)
+    if unused := [name for name in names if name not in called or not flops.get(name)]:
         prunable = prunable.without(unused, f"does not run for {preserved}")
     counted = with_tokens(unmerged, replace(tokens, merged=merged, unmerge=unmerge))
     table, all_merged_costs = build_cost_table(counted, prunable, size), None

@@ -281,7 +281,8 @@ def _floats(output: Any) -> list[Tensor]:
 
 
 def _is_float(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.is_floating_point()
+    # segmentation_models_pytorch's encoders return maps of 0 channels.
+    return isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.numel() > 0
 
 
 def _one_of(tensor: Tensor, name: str) -> Tensor:

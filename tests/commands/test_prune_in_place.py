@@ -312,3 +312,26 @@ def test_a_mask_that_is_alike_for_all_images_is_that_of_use(images):
     Masked.seen = torch.arange(1, 9)
     with pytest.raises(UnsupportedModelError, match=r"found a second, \[8, 1, 17, 17\]"):
         mhacut.prune_(build(Masked), images=images.split(8), **QUICK)
+
+
+class Tower(nn.Module):
+    """The output of the last block is not read, as in LLaVA. A map has 0 channels, as in smp."""
+
+    def __init__(self):
+        super().__init__()
+        self.vit = timm.create_model(
+            "vit_tiny_patch16_224", depth=2, embed_dim=32, num_heads=2, patch_size=8, img_size=32
+        )
+
+    def forward(self, x):
+        x = self.vit.patch_embed(x)
+        levels = [block(x) for block in self.vit.blocks]
+        return {"empty": x[..., :0], "level": levels[0]}
+
+
+def test_a_layer_whose_output_is_not_read_stays():
+    torch.manual_seed(0)
+    model, x = Tower().eval(), torch.randn(16, 3, 32, 32)
+    result = mhacut.prune_(model, "", images=x.split(8), flops="70%", effort="fast")
+    assert result.flops_after <= 0.7 * result.flops_before
+    assert {unit.layer.split(".")[2] for unit in result.plan if not unit.keeps_all} == {"0"}

@@ -213,3 +213,27 @@ def test_torchvisions_swin_attention_is_cut(version, side):
     masked = run_with(model, masked_tensors(model, prunable, scales), x)
     cut(slim, plan, scales)
     assert relative(slim(x), masked) < 1e-6
+
+
+class Weighing(SelfAttention):
+    """As in the repository of DINO: the attention weights are returned too."""
+
+    def forward(self, x):
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        attn = self.attn_drop((q @ k.transpose(-2, -1) * self.scale).softmax(dim=-1))
+        return self.proj_drop(self.proj((attn @ v).transpose(1, 2).reshape(b, n, c))), attn
+
+
+def test_attention_that_returns_its_weights_is_cut():
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.LayerNorm(32), Weighing(32, 2)).double().eval(),
+        torch.randn(2, 9, 32).double(),
+    )
+    full, slim, prunable = copy.deepcopy(model), copy.deepcopy(model), find_prunable_layers(model)
+    cut(full, Plan(tuple(unit.keep_first(unit.width) for unit in prunable.units())))
+    for actual, expected in zip(full(x), model(x), strict=True):
+        assert relative(actual, expected) < 1e-6
+    cut(slim, random_plan(prunable, 0)[0])
+    assert slim(x)[1].shape == (2, 2, 9, 9)
