@@ -21,9 +21,7 @@ class SlimAttention:
     output_tokens = None  # number of first tokens that have queries; None for all
     weighs_tokens = False  # whether the layer also returns the attention of the class token
 
-    def forward(
-        self: Any, x: Tensor, attn_mask: Any = None, is_causal: bool = False, mask: Any = None
-    ) -> Any:
+    def forward(self: Any, x: Tensor, attn_mask: Any = None, is_causal: Any = False, mask: Any = None) -> Any:
         widths = self.num_heads * self.qk, self.num_heads * self.v
         if self.qkv is None:
             q, (k, v) = self.q(x[:, : self.output_tokens]), self.kv(x).split(widths, dim=-1)
@@ -71,8 +69,6 @@ class SlimViT:
     """Mixin for a ViT whose head averages merged tokens by their numbers of patches."""
 
     def forward_features(self: Any, x: Tensor, attn_mask: None = None, is_causal: bool = False) -> Any:
-        if attn_mask is not None or is_causal:
-            raise ValueError("this model takes no attention mask")
         x = self.blocks(self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x)))))
         return x._replace(x=self.norm(x.x)) if isinstance(x, SizedTokens) else self.norm(x)
 
@@ -80,8 +76,7 @@ class SlimViT:
         if isinstance(x, Tensor):
             return super().pool(x, pool_type)  # type: ignore[misc, no-any-return]
         first = 0 if self.pool_include_prefix else self.num_prefix_tokens
-        mean: Tensor = (x.x * x.sizes)[:, first:].sum(1) / x.sizes[:, first:].sum(1)
-        return mean
+        return (x.x * x.sizes)[:, first:].sum(1) / x.sizes[:, first:].sum(1)  # type: ignore[no-any-return]
 
 
 def change(model: nn.Module, name: str, mixin: type | None = None, **attributes: Any) -> None:
