@@ -19,7 +19,7 @@ LINES = {
     "cli": 1174,
     "commands": 3448,
     "data": 1257,
-    "exporting": 1538,
+    "exporting": 1560,
     "finetuning": 1780,
     "flatten": 1361,
     "inspection": 545,

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
     from mhacut.exporting.quantize import Quantization
 
 
-_USUAL = ("format", "output", "overwrite", "int8", "dtype", "fixed_batch", "data_dir", "push_to_hub", "model")
+_USUAL = (
+    "format",
+    "output",
+    "overwrite",
+    "int8",
+    "dtype",
+    "fixed_batch",
+    "dynamic_size",
+    "data_dir",
+    "push_to_hub",
+    "model",
+)
 
 
 @command(ExportOptions, usual=_USUAL)
@@ -43,7 +54,9 @@ BFLOAT16 = (
 
 
 def _text(result: ExportResult) -> str:
-    channels, height, width = result.input_size
+    sizes = " ".join("x".join(map(str, size)) for size in result.compared_sizes)
+    if len(result.compared_sizes) > 1:
+        sizes = f"any image size, compared at {sizes}"
     batch = "any batch" if result.fixed_batch is None else f"batch {result.fixed_batch}"
     rows = [["batch", "difference"]]
     rows += [[str(count), f"{difference:.1e}"] for count, difference in result.difference.items()]
@@ -53,7 +66,7 @@ def _text(result: ExportResult) -> str:
     lines = [
         table(rows),
         "",
-        f"{safe(result.architecture)}, {batch} of {channels}x{height}x{width}, {dtype}",
+        f"{safe(result.architecture)}, {batch} of {sizes}, {dtype}",
         f"difference: largest difference {what}, relative to the largest output",
         *([] if result.int8 is None else _int8_lines(result.int8, result.file_bytes)),
         *([BFLOAT16] if result.format == "openvino" else []),

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from mhacut.exporting.runtimes import (
     RUNTIMES,
     Runner,
     in_dtype,
+    patch_side,
+    refusing,
     require_packages,
     weights_file,
     write_ir,
@@ -53,6 +56,8 @@ class ExportResult:
     dtype: str
     input_size: tuple[int, int, int]
     """Shape of 1 input image, [C, H, W]."""
+    compared_sizes: tuple[tuple[int, int, int], ...]
+    """Shapes of 1 input image, [C, H, W], at which outputs were compared."""
     fixed_batch: int | None
     preprocessing: Mapping[str, Any]
     """Preprocessing that images need. The exported file contains the same values."""
@@ -113,7 +118,8 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     _check(target, options, loaded.path)
     loaded.model.requires_grad_(False)
     preprocessing = resolve_preprocessing(loaded, PreprocessingOptions())
-    differences, quantized = _write(target, loaded, preprocessing, options, reporter)
+    sizes = _sizes(loaded, preprocessing.input_size, options)
+    differences, quantized = _write(target, loaded, preprocessing, sizes, options, reporter)
     pushed = None
     if options.push_to_hub is not None:
         reporter.start("pushing")
@@ -124,6 +130,7 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
         architecture=loaded.identity.architecture,
         dtype=options.dtype,
         input_size=preprocessing.input_size,
+        compared_sizes=sizes,
         fixed_batch=options.fixed_batch,
         preprocessing=preprocessing.to_json(),
         file_bytes=sum(file.stat().st_size for file in _files(target, options) if file.is_file()),
@@ -133,10 +140,31 @@ def run_export(options: ExportOptions, reporter: Reporter) -> ExportResult:
     )
 
 
+@torch.no_grad()
+def _sizes(
+    loaded: Checkpoint, size: tuple[int, int, int], options: ExportOptions
+) -> tuple[tuple[int, int, int], ...]:
+    """Return the image sizes to compare, or raise :class:`MhacutError` if the model rejects one."""
+    if not options.dynamic_size:
+        return (size,)
+    channels, *own = size
+    patch = patch_side(loaded.model)
+    half = [max(side // patch // 2, 2) * patch for side in own]
+    sizes = tuple((channels, height, width) for height, width in (half, own, [2 * side for side in own]))
+    for other in sizes:
+        shape = "x".join(map(str, other))
+        advice = "timm's ViTs take all sizes with the model argument dynamic_img_size=True"
+        what = f"{option_name('dynamic_size', True)}: {loaded.identity.architecture} does not take {shape}"
+        with refusing(what, advice):
+            loaded.model(torch.zeros(1, *other))
+    return sizes
+
+
 def _write(
     target: Path,
     loaded: Checkpoint,
     preprocessing: Preprocessing,
+    sizes: tuple[tuple[int, int, int], ...],
     options: ExportOptions,
     reporter: Reporter,
 ) -> tuple[dict[int, float], Quantization | None]:
@@ -150,7 +178,7 @@ def _write(
 
     def compare(run: Runner) -> None:
         reporter.start("comparing")
-        differences.update(_differences(model, run, size, options, TOLERANCE[options.dtype]))
+        differences.update(_differences(model, run, sizes, options, TOLERANCE[options.dtype]))
 
     def write(temporary: Path) -> None:
         content, run = RUNTIMES[options.format](in_dtype(model, options.dtype), size, about, options)
@@ -161,7 +189,7 @@ def _write(
                 content, model, preprocessing, options, reporter.log
             )
             quantized.append(measured)
-            differences.update(_differences(model, run, size, options, math.inf))
+            differences.update(_differences(model, run, sizes, options, math.inf))
         temporary.write_bytes(content)
 
     reporter.start("exporting")
@@ -192,7 +220,7 @@ def _check(target: Path, options: ExportOptions, input_path: Path | None) -> Non
 def _differences(
     model: nn.Module,
     run: Runner,
-    size: tuple[int, int, int],
+    sizes: tuple[tuple[int, int, int], ...],
     options: ExportOptions,
     bound: float,
 ) -> dict[int, float]:
@@ -201,17 +229,23 @@ def _differences(
     A relative difference above ``bound``, or NaN, is an error.
     """
     generator = torch.Generator().manual_seed(0)
-    differences = {}
-    for count in _BATCH_SIZES if options.fixed_batch is None else (options.fixed_batch,):
-        images = torch.randn(count, *size, generator=generator)
+    differences: dict[int, float] = {}
+    counts = _BATCH_SIZES if options.fixed_batch is None else (options.fixed_batch,)
+    for count, size in product(counts, sizes):
+        images, shape = torch.randn(count, *size, generator=generator), "x".join(map(str, size))
         expected = model(images)
         largest = expected.abs().max().clamp_min(1e-12)
-        differences[count] = float((run(images) - expected).abs().max() / largest)
-        if not differences[count] <= bound:  # also NaN
+        # torch.export may add conditions on the image size, which pt2 files check.
+        what = f"the exported {options.format} model refuses {count} images of {shape}"
+        with refusing(what, f"nothing was written; try {option_name('format', 'onnx')}"):
+            outputs = run(images)
+        difference = float((outputs - expected).abs().max() / largest)
+        differences[count] = max(difference, differences.get(count, 0.0))
+        if not difference <= bound:  # also NaN
             hint = f"; try {option_name('dtype', 'float32')}" if options.dtype != "float32" else ""
             raise MhacutError(
-                f"the exported {options.format} model differs from the original by {differences[count]:.1e} "
-                f"of the largest output at batch size {count}, expected at most {bound:g} in "
-                f"{options.dtype}; nothing was written{hint}"
+                f"the exported {options.format} model differs from the original by {difference:.1e} "
+                f"of the largest output at batch size {count} and image size {shape}, expected at most "
+                f"{bound:g} in {options.dtype}; nothing was written{hint}"
             )
     return differences

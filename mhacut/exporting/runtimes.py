@@ -30,6 +30,8 @@ ENDINGS = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "timm": "-timm"}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 LARGEST_BATCH = 2**31 - 1
 """Upper bound of the batch size in exported files. Without a bound, torch may fail to export."""
+_MOST_PATCHES = 1024
+"""Upper bound of the rows and columns of patches in files for several image sizes."""
 
 _OPSET = 18
 _STACK_TRACE = "pkg.torch.onnx.stack_trace"
@@ -80,18 +82,35 @@ def refusing(what: str, advice: str) -> Iterator[None]:
         raise MhacutError(f"{what}: {reason:.200}; {advice}") from error
 
 
-def _example(size: tuple[int, int, int], fixed_batch: int | None) -> tuple[Tensor, Any]:
+def patch_side(model: nn.Module) -> int:
+    """Return the stride of the first strided convolution, which is the patch embedding; 1 without one."""
+    convolutions = (module for module in model.modules() if isinstance(module, nn.Conv2d))
+    return next((conv.stride[0] for conv in convolutions if conv.stride[0] > 1), 1)
+
+
+def _example(
+    size: tuple[int, int, int], fixed_batch: int | None, patch: int | None = None
+) -> tuple[Tensor, Any]:
+    """Return images and their open dimensions; with ``patch``, height and width are open multiples of it."""
     # 2 images: torch treats sizes 0 and 1 as constants.
     images = torch.zeros(fixed_batch or 2, *size)
-    if fixed_batch is not None:
-        return images, None
-    return images, ({0: torch.export.Dim("batch", min=1, max=LARGEST_BATCH)},)
+    shapes: dict[int, Any] = {}
+    if fixed_batch is None:
+        shapes[0] = torch.export.Dim("batch", min=1, max=LARGEST_BATCH)
+    if patch is not None:
+        for place, name in ((2, "rows"), (3, "columns")):
+            shapes[place] = patch * torch.export.Dim(name, min=2, max=_MOST_PATCHES)
+    return images, (shapes,) if shapes else None
+
+
+def _example_of(model: nn.Module, size: tuple[int, int, int], options: ExportOptions) -> tuple[Tensor, Any]:
+    return _example(size, options.fixed_batch, patch_side(model) if options.dynamic_size else None)
 
 
 def pt2_file(
     model: nn.Module, size: tuple[int, int, int], about: str, options: ExportOptions
 ) -> tuple[bytes, Runner]:
-    images, shapes = _example(size, options.fixed_batch)
+    images, shapes = _example_of(model, size, options)
     option = option_name("format", "pt2")
     with refusing(f"{option}: torch.export fails", f"try {option_name('format', 'onnx')}"):
         with warnings.catch_warnings():
@@ -118,7 +137,7 @@ def onnx_file(
             f"try {option_name('opset', _OPSET)}, the default",
         )
     with refusing(f"{option}: onnxscript or ONNX Runtime fails", advice):
-        images, shapes = _example(size, options.fixed_batch)
+        images, shapes = _example_of(model, size, options)
         content = _onnx_content(model, images, shapes, about, options.opset)
         return content, onnx_runner(content)
 

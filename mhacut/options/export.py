@@ -47,6 +47,9 @@ class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
     """Precision of the exported weights. Images and logits are always float32."""
     fixed_batch: int | None = option(None, at_least=1)
     """Fixed batch size of the exported model. Default: any batch size."""
+    dynamic_size: bool = False
+    """Accept images of all sizes that are multiples of the patch size. Outputs are compared at half, equal
+    and double height and width. Requires a model that takes several sizes."""
     license: str | None = None
     """License in the model card, by its name on the Hugging Face hub, such as apache-2.0 or mit. Default: the
     checkpoint's license."""
@@ -73,6 +76,8 @@ class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
                 self.fixed_batch is None or not timm,
                 "another format: timm takes any batch size",
             ),
+            ("dynamic_size", not self.dynamic_size or onnx or self.format == "pt2", "format onnx or pt2"),
+            ("dynamic_size", not (self.dynamic_size and self.int8), f"no {int8}"),
             ("license", LICENSE.fullmatch(self.license or "mit"), "a name such as apache-2.0, in lower case"),
             ("license", self.license is None or timm, card),
             ("push_to_hub", REPOSITORY.fullmatch(self.push_to_hub or "a/b"), "OWNER/NAME"),

@@ -46,7 +46,9 @@ class Matcher(nn.Module):
             # From the tokens of the first block, so that rounding errors of blocks do not add up. Rounded up,
             # because at most half of the tokens of a block can merge.
             patches, left = self.planned
-            count = x.shape[1] - self.prefix + (self.prefix - first.shape[1]) * left // patches
+            # No negative number is divided: Python rounds down, ONNX towards 0.
+            left = ((first.shape[1] - self.prefix) * left + patches - 1) // patches
+            count = x.shape[1] - self.prefix - left
             # torch.jit.trace, which counts FLOPs, gives a tensor.
             count = int(count) if isinstance(count, Tensor) else count
         return match(x.detach(), weights, count, self.prefix)

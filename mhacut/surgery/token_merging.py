@@ -213,7 +213,8 @@ def checkerboard_order(indices: Tensor, prefix: int) -> Tensor:
 def _take_rows(tokens: Tensor, indices: Tensor, first: int = 0, step: int = 1) -> Tensor:
     """Return rows ``first + step * indices`` [B, n] of ``tokens`` [B, N, C], as [B, n, C]."""
     batch, total = tokens.shape[:2]
-    starts = torch.arange(first, first + batch * total, total, device=tokens.device)[:, None]
+    # torch.export knows the length of this range; of a range in steps of `total` it does not.
+    starts = torch.arange(batch, device=tokens.device)[:, None] * total + first
     # An embedding copies whole rows; gather copies single numbers and is slower.
     return F.embedding(torch.add(starts, indices, alpha=step), tokens.flatten(0, 1))
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import mhacut
-from helpers.cli import document_of, succeed
+from helpers.cli import document_of, run, succeed
 from helpers.files import save_dense
 from helpers.models import ModelCase, build
 from helpers.own_code import Dinov2Block, Vit
@@ -98,3 +98,21 @@ def test_inspect_shows_the_flops_of_models_that_take_several_sizes(slim_file, tm
     fixed = save_dense(build(ModelCase("vit_tiny_patch16_224", FIXED)), tmp_path / "fixed.safetensors")
     found = mhacut.inspect(fixed, model="vit_tiny_patch16_224", model_args=FIXED, shapes=True)
     assert found.inspection.flops_by_side == {}
+
+
+@pytest.mark.parametrize("format", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_an_exported_file_takes_several_sizes_merges_included(format, slim_file, tmp_path):
+    output = tmp_path / f"slim.{format}"
+    result = succeed("export", slim_file, "--format", format, "--dynamic-size", "-o", output)
+    assert "any image size, compared at 3x32x32 3x64x64 3x128x128" in result.stdout
+
+
+def test_a_model_of_one_size_is_refused_before_the_export(tmp_path):
+    fixed = save_dense(build(ModelCase("vit_tiny_patch16_224", FIXED)), tmp_path / "fixed.safetensors")
+    options = ["--model", "vit_tiny_patch16_224"]
+    options += [word for key, value in FIXED.items() for word in ("--model-arg", f"{key}={value}")]
+    result = run("export", fixed, *options, "--format", "pt2", "--dynamic-size", "-o", tmp_path / "a.pt2")
+    assert result.exit_code == 1
+    assert "vit_tiny_patch16_224 does not take 3x32x32: AssertionError" in result.stderr
+    assert "dynamic_img_size=True" in result.stderr
+    assert not (tmp_path / "a.pt2").exists()
