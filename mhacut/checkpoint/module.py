@@ -58,7 +58,7 @@ def copy_of_module(module: nn.Module, hints: ModelHints | None = None) -> Checkp
 
 
 def rebuilt_module(module: nn.Module, hints: ModelHints | None = None) -> Checkpoint:
-    """Return a checkpoint with a copy of a dense timm module, built from architecture and arguments."""
+    """Rebuild a dense timm module from its architecture and arguments. Return the copy as a checkpoint."""
     module, hints = unwrapped(module), hints or ModelHints()
     architecture, cfg = _stated(module, hints)
     source = f"{architecture} in memory"

@@ -68,7 +68,7 @@ class Comparison:
     """Median times of several programs that ran in turns, and ratios to the first program."""
 
     milliseconds: tuple[float, ...]
-    """Median time of each program: processor time for 1 CPU thread (except on Windows), else wall time."""
+    """Median run time of each model: processor time for 1 CPU thread (except on Windows), else wall time."""
     wall: tuple[float, ...]
     """Median wall time of each timed model or layer, in milliseconds."""
     ratios: tuple[float, ...]

@@ -71,7 +71,7 @@ class Option:
     endings: tuple[str, ...] = ()
     """Allowed endings of the file name, in upper or lower case."""
     reads: Literal["checkpoint", "data_dir", "class_map"] | None = None
-    """Kind of input that the option's path leads to. None for all other options."""
+    """Kind of files that the option's path names, such as images. None for options without a path."""
     repeats: bool = False
     """Whether the flag can be repeated."""
     off: str = ""

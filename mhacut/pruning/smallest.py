@@ -28,7 +28,7 @@ class Trial(NamedTuple):
 
 
 Search = Generator[int, Trial, None]
-"""Generator that yields the next budget to try and receives the trial."""
+"""Generator that yields the next budget to try. The caller sends the result of the trial."""
 
 
 def smallest_within(budgets: range, expected: Callable[[int], float], goal: float) -> Search:

@@ -22,7 +22,7 @@ from mhacut.surgery.token_merging import Match, token_of_patch_after
 SIZE = 150
 """Height and width of a picture in pixels."""
 _STAGES = (0.5, 1.0)
-"""Positions of the shown merging blocks: 0 is the first merging block of the model, 1 the last."""
+"""Relative depths of the shown merging blocks, from 0 for the first to 1 for the last."""
 
 
 @torch.no_grad()
