@@ -45,7 +45,7 @@ class FisherInformation:
     with mean 1."""
 
     def token_importance(self, layer: str, shape: Sequence[int], images: int) -> Tensor | None:
-        """Return the importance of each token (row) of an activation, float64 [rows]; None if not measured."""
+        """Return the importance of each token (row), float64 [rows]; None if not measured."""
         if shape[0] % images:
             return None
         laid_out = _grid(shape, images)

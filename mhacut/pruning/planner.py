@@ -60,7 +60,7 @@ class Planned:
         return int(self.table.flops(self.plan.widths()))
 
     def corrected(self, limit: Limit, asked: Limit, found: int) -> Limit:
-        """Correct ``limit`` for a planning error: the model cut for ``asked`` had the measured cost ``found``."""
+        """Correct ``limit`` for a planning error: the model cut for ``asked`` costs ``found``."""
         if limit.curve is None:
             return replace(limit, most=asked.most + self.cost(limit) - found)
         return replace(limit, curve=limit.curve.with_measured(self.flops, found, merges=any(self.merged)))

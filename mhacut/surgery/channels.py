@@ -47,7 +47,7 @@ def has_tensor(module: nn.Module, name: str) -> bool:
 
 
 def norm_axis(axis: ChannelAxis, tensor: str) -> ChannelAxis:
-    """Return the axis for the channels of ``axis`` in ``tensor``, a tensor of the batch norm after the projection."""
+    """Return the axis for the channels of ``axis`` in ``tensor`` of the batch norm after the projection."""
     return replace(axis, tensor=f"{axis.norm}.{tensor}", dim=0, norm=None)
 
 
