@@ -24,6 +24,7 @@ from mhacut.pruning.curves import Curve, divergence_by_cut
 from mhacut.pruning.job import Job
 from mhacut.pruning.limits import Limits, keeps, lowest_flops
 from mhacut.pruning.merge_law import (
+    MIN_KL,
     BlockCost,
     MergeLaw,
     Schedule,
@@ -44,6 +45,9 @@ TRIED_IMAGES = (32, 64)
 images is used. For dense features, the minimum is used, since each image gives many tokens."""
 OVERHEAD = 0.07
 """Time of matching and averaging tokens, relative to the time of a block of a ViT-Ti (197 tokens, CPU)."""
+LEAST_PRICE = 7_000_000
+"""Minimum price of a merging block, in multiply-accumulates (MACs) that take the same time. A merge of few
+tokens takes about 0.4 ms for 1 image on the CPU, in which a ViT-Ti does 7 to 9 million MACs."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
 """Prices of the dense model's FLOPs in nats. For each price, the schedule with the smallest sum of divergence
 and priced FLOPs is found."""
@@ -60,7 +64,7 @@ class MergeChoice(NamedTuple):
 
     def __str__(self) -> str:
         if not self.merged:
-            return "no token merging: pruning channels alone has the lower predicted divergence"
+            return "no token merging: it saves no time, or does not lower the predicted divergence"
         counts = ", ".join(str(count) for count in self.merged)
         return (
             f"tokens merged per block: {counts} (total {sum(self.merged)}), "
@@ -92,12 +96,15 @@ class MergeSearch:
         return MergeLaw.fit(trials, measured, self.tokens)
 
     @cached_property
+    def _costs(self) -> list[BlockCost]:
+        return block_costs(self.job, self.tokens)
+
+    @cached_property
     def schedules(self) -> list[Schedule]:
         """Merging schedules of least cost, ordered from no merging to maximum merging."""
-        costs = block_costs(self.job, self.tokens)
         scale = _DENSE_SCALE if self.job.dense else 1
         prices = [scale * price / self.job.table.dense for price in _PRICES]
-        cheapest = cheapest_schedules(self.law, self.tokens, costs, self.last, prices)
+        cheapest = cheapest_schedules(self.law, self.tokens, self._costs, self.last, prices)
         return [(), *filter(any, cheapest), most_merged(self.tokens, self.last)]
 
     def table(self, schedule: Schedule) -> CostTable:
@@ -178,6 +185,9 @@ class MergeSearch:
         near = range(low, min(high + 2, len(schedules)))
         ranked = sorted({0, *near, len(schedules) - 1}, key=worth)
         chosen = next(filter(None, (choice(index, close_gap) for index in ranked)), None)
+        alone = choice(0) if job.merges_must_pay else None
+        if chosen is not None and alone is not None and not self._pays(chosen, alone, limits):
+            chosen = alone
         if chosen is None:  # no choice keeps the limits: the narrowest layers, with what misses them least
             schedule = min((schedules[0], schedules[-1]), key=lambda candidate: excess(self.table(candidate)))
             return choice_of(schedule, self.table(schedule), job.least_widths)
@@ -186,6 +196,16 @@ class MergeSearch:
         widths = job_widths(job, limits, curves, chosen.table)
         schedule = self._filling(schedules.index(chosen.merged), widths, limits)
         return choice_of(schedule, self.table(schedule), widths)
+
+    def _pays(self, choice: MergeChoice, alone: MergeChoice, limits: Limits) -> bool:
+        """Whether ``choice`` lowers the divergence of channels ``alone``, and its merges save time."""
+        if alone.predicted - choice.predicted <= MIN_KL:
+            return False
+        if any(limit.curve is not None for limit in limits):
+            return True  # the limit counts the measured time of merges
+        price = sum(cost.merge for cost, count in zip(self._costs, choice.merged, strict=False) if count)
+        saved = int(self.job.table.flops(choice.widths) - choice.table.flops(choice.widths))
+        return price < saved
 
     def _filling(self, index: int, widths: Mapping[UnitKey, int], limits: Limits) -> Schedule:
         """Return schedule number ``index``. If FLOPs are left over, return a schedule with fewer merges."""
@@ -225,9 +245,8 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
             pair = 0  # its queries are few, whatever is merged before
         total = sum(by_layer[layer.name] for layer in attention)
         mlp = sum(by_layer[layer.name] for layer in layers if layer not in attention)
-        costs.append(
-            BlockCost(max(total - pair * count**2, 0) / count, pair, mlp / count, OVERHEAD * (total + mlp))
-        )
+        price = max(OVERHEAD * (total + mlp), LEAST_PRICE if job.merges_must_pay else 0)
+        costs.append(BlockCost(max(total - pair * count**2, 0) / count, pair, mlp / count, price))
     return costs
 
 

@@ -47,6 +47,8 @@ class Job:
     reporter: Reporter = SILENT
     all_merged_costs: CostTable | None = None
     """FLOPs with maximum token merging. None if no tokens are merged."""
+    merges_must_pay: bool = False
+    """Whether tokens are merged only if that saves time and divergence, as with ``--scope auto``."""
     preserved: Preserved | None = None
     """Outputs that the slim model must preserve. None for the model's own outputs."""
     merged: tuple[int, ...] = ()

@@ -22,7 +22,7 @@ _DEVIATIONS = (2.0, 0.4, 0.2, 0.5, 0.2)
 """Prior standard deviation of each parameter of the law around :data:`TYPICAL`."""
 _NOISE = 0.2
 """Assumed standard deviation of the logarithm of a measured divergence."""
-_MIN_KL = 1e-6
+MIN_KL = 1e-6
 """Smallest divergence in nats that the fit distinguishes. Smaller measurements are raised to this value."""
 _STATES = 100
 """Number of token counts that the dynamic programme distinguishes."""
@@ -64,7 +64,7 @@ class MergeLaw(NamedTuple):
             return TYPICAL
         typical = torch.tensor(TYPICAL, dtype=torch.float64)
         deviations = torch.tensor(_DEVIATIONS, dtype=torch.float64)
-        target = torch.tensor(measured, dtype=torch.float64).clamp_min(_MIN_KL).log()
+        target = torch.tensor(measured, dtype=torch.float64).clamp_min(MIN_KL).log()
         # Least squares of logarithms with a normal prior about TYPICAL: with six trials for five numbers, the
         # prior decides what they leave open.
         offsets = torch.zeros(len(typical), dtype=torch.float64, requires_grad=True)

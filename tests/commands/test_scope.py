@@ -25,13 +25,13 @@ def pruned(case, output, **options):
 
 
 @pytest.mark.slow
-def test_a_plain_vit_that_classifies_merges_tokens_too(tmp_path):
+def test_a_plain_vit_that_classifies_merges_tokens_if_that_saves_time(tmp_path):
     result, (line,) = pruned(VIT, tmp_path / "slim.safetensors", flops="35%")
     assert line == (
         "scope: channels and token merging (no patch features). scope='attention+mlp' cuts channels only. "
         "ONNX, OpenVINO and pt2 exports run anywhere; eager PyTorch needs mhacut"
     )
-    assert sum(result.plan.tokens.merged) > 0
+    assert not result.plan.tokens.merged  # so small a model is faster without
     assert last_step(result.output)["options"]["scope"] == "attention+mlp+tokens"
 
 

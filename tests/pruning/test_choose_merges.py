@@ -93,6 +93,41 @@ def test_dense_features_have_merges_up_to_the_most(model):
     assert merged[-2] > 0.7 * merged[-1]
 
 
+@pytest.mark.parametrize(
+    ("share", "level", "merges"), [(0.8, 1.4, False), (0.8, -30.0, False), (0.05, 1.4, True)]
+)
+def test_merges_that_take_more_time_than_they_save_are_not_used(model, share, level, merges):
+    """Unless channels alone miss the budget. The whole model has fewer FLOPs than the price of a merge."""
+    job = job_of(model, image(VIT, batch=2), counted=True)
+    curves = {
+        unit.key: {width: 10 * (1 - width / unit.width) for width in job.choices[unit.key]}
+        for unit in job.units
+    }
+    law = TYPICAL._replace(level=level)
+    forced = MergeSearch(job, None, law).choose(flops_limit(job, share), curves)
+    priced = MergeSearch(replace(job, merges_must_pay=True), None, law)
+    assert any(forced.merged)
+    assert any(priced.choose(flops_limit(job, share), curves).merged) == merges
+
+
+def test_merges_of_negligible_gain_are_not_used(model):
+    """Although they meet a measured time."""
+    job = replace(job_of(model, image(VIT, batch=2), counted=True), merges_must_pay=True)
+    dense = job.table.dense
+    curve = TimeCurve.through([(dense // 2, 0.5), (dense, 1.0)], [(dense // 2, 0.5), (dense, 1.0)], 10**6)
+    timed = (*flops_limit(job, 1), Limit(lambda widths: 0, 800_000, "max_latency", curve))
+
+    def merged(gain):
+        curves = {
+            unit.key: {width: gain * (1 - width / unit.width) for width in job.choices[unit.key]}
+            for unit in job.units
+        }
+        return MergeSearch(job, None, TYPICAL._replace(level=-30.0)).choose(timed, curves).merged
+
+    assert any(merged(1.0))
+    assert not any(merged(1e-8))
+
+
 def test_few_merges_that_cannot_meet_a_time_are_not_chosen(model):
     job = job_of(model, image(VIT, batch=2), counted=True)
     search = MergeSearch(job, None, TYPICAL)
