@@ -22,12 +22,13 @@ VIT = ModelCase("vit_tiny_patch16_224", {**ARGS, "patch_size": 8})
 FIXED = {"depth": 2, "embed_dim": 48, "num_heads": 3, "img_size": 64}
 SIDES = (32, 64, 72, 128)
 OPTIONS = {"calibration_images": 12, "round_to": 4, "latency": False}
+MERGING = {"scope": "attention+mlp+tokens", **OPTIONS}  # auto merges no tokens of a model this small
 
 
 @pytest.fixture(scope="module")
 def slim_file(tmp_path_factory):
     output = tmp_path_factory.mktemp("sizes") / "slim.safetensors"
-    return mhacut.prune(build(VIT), flops="55%", output=output, model_args=VIT.args, **OPTIONS).output
+    return mhacut.prune(build(VIT), flops="55%", output=output, model_args=VIT.args, **MERGING).output
 
 
 def tokens_behind_blocks(model, image):

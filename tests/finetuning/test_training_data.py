@@ -85,7 +85,7 @@ def test_errors_of_the_teacher_name_its_own_flags(slim, images, tiny_vit, tmp_pa
     for teacher, flags, message in (
         (save_dense(deeper, tmp_path / "3.safetensors"), [], "defaults: --teacher-model-arg KEY=VALUE"),
         (tiny_vit.path, ["--teacher-part", "pupil"], ": --teacher-part pupil: no such part"),
-        ("timm:resnet18", ["--teacher-model", "x"], "names its model. Leave --teacher-model out"),
+        ("timm:resnet18", ["--teacher-model", "x"], "already names the model. Leave out --teacher-model"),
     ):
         result = run(*given, "--teacher", teacher, *flags)
         assert (result.exit_code, result.stdout) == (1, "")
