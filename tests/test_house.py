@@ -26,7 +26,7 @@ LINES = {
     "linalg": 757,
     "measuring": 839,
     "options": 1400,
-    "pruning": 4260,
+    "pruning": 4272,
     "report": 960,
     "runtime": 790,
     "surgery": 3120,

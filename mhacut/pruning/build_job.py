@@ -214,9 +214,18 @@ def reads_class_token(model: nn.Module, preserved: Preserved, size: tuple[int, .
 
     with torch.enable_grad(), registered([stack.blocks[-1].register_forward_hook(replace_output)]):
         outputs = preserved.outputs(model, _image(model, size))
+        if not last or not outputs.requires_grad:  # nothing reads the last block
+            return False
         (gradient,) = torch.autograd.grad(outputs.square().sum(), last)
     tokens = gradient.transpose(0, 1) if stack.tokens_first else gradient
-    return tokens[0].any(-1).nonzero().flatten().tolist() == [0]
+    if tokens[0].any(-1).nonzero().flatten().tolist() != [0]:
+        return False
+    try:  # code of other libraries may need a token for every patch, for outputs besides the logits
+        with torch.no_grad():
+            preserved.outputs(with_all_merged(model, size), _image(model, size))
+    except Exception:
+        return False
+    return True
 
 
 def _image(model: nn.Module, size: tuple[int, ...]) -> Tensor:
