@@ -55,7 +55,7 @@ def folder(exported) -> Path:
 @pytest.mark.parametrize("name", slow_but(SLIM.keys() - {"vit", "flatten"}, SLIM))
 def test_timm_opens_it_to_the_same_numbers(name, slim_of, exported):
     result = exported(name)
-    assert max(result.difference.values()) == 0
+    assert max(result.difference.values()) < 1e-6
     model, images = mhacut.load_model(slim_of(name)), torch.randn(2, *result.input_size)
     assert torch.equal(opened(result.output)(images), model(images))
     assert list(result.output.parent.iterdir()) == [result.output]
