@@ -133,8 +133,8 @@ class Softmax(Adapter):
     """Function (m, y [B, N, H * d], input of q, x, ...) that applies the output projection and returns the
     layer's output."""
     mixins: tuple[type, ...] = (Twin,)
-    """Classes mixed in before ``cls`` in cut layers. Without :class:`Twin`, a cut layer runs the forward pass
-    of ``cls``."""
+    """Base classes of a cut layer's class, before ``cls``. :class:`Twin` replaces the forward pass of
+    ``cls``. With an empty tuple, a cut layer keeps the forward pass of ``cls``."""
     fits: Callable[[Any, int, int], bool] = lambda m, qk, v: False
     """Function (m, q/k width, v width) that returns whether the forward pass of ``cls`` supports these
     widths."""

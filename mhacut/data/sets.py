@@ -270,7 +270,8 @@ def evaluation_loader(
     if split.images is None:
         if part[1] > 1:
             raise DataError(
-                f"images {split.name}: a dataset without random access is read by 1 process. Start 1 process"
+                f"images {split.name}: the dataset has no random access, so processes cannot share it. "
+                "Run the command without torchrun"
             )
         total = len(split.stream)
         total = total if limit is None or not total else min(limit, total)

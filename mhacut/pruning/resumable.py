@@ -54,7 +54,10 @@ def _versions(value: Any) -> list[int]:
 
 
 class _TargetReached(BaseException):
-    """Ends a pass at the target. A BaseException, since models may catch Exception."""
+    """Raised when a forward pass has computed the module whose output the caller wants.
+
+    Models may catch Exception, but not BaseException.
+    """
 
     def __init__(self, value: Any) -> None:
         super().__init__()

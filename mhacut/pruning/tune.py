@@ -115,10 +115,9 @@ def tuned(slim: nn.Module, job: Job, calibration: Calibration, distance: float) 
 
 
 def _tuned_to_features(slim: nn.Module, job: Job, calibration: Calibration, distance: float) -> nn.Module:
-    """Tune to dense features, on the calibration images without crops.
+    """Train the pruned model to reproduce the dense model's feature maps on uncropped calibration images.
 
-    Each image gives so many features that a few hundred images do not overfit
-    (docs/explanation/choices.md).
+    A few hundred images do not overfit, because each image has many features (docs/explanation/choices.md).
     """
     options, count = job.options, len(job.images) - calibration.held
     size = min(options.batch_size, DENSE_BATCH, count)

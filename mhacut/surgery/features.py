@@ -121,7 +121,9 @@ def _outputs_of_layers(model: nn.Module, names: Sequence[str], images: Tensor) -
 @torch.no_grad()
 def find_token_map(model: nn.Module, prunable: PrunableLayers, image: Tensor) -> Features:
     if not hasattr(model, "forward_features"):
-        raise UnsupportedModelError("the model has no method forward_features, which returns tokens")
+        raise UnsupportedModelError(
+            "the model has no method forward_features, from which mhacut reads token features"
+        )
     run = _Reader(model, Features("tokens"))
     (tokens,) = run(image)
     _check_map(tokens, "forward_features", image)

@@ -49,7 +49,7 @@ def registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def capturing(model: nn.Module, units: Iterable[Unit], capture: Capture) -> Iterator[None]:
-    """Call ``capture`` with the channel activations of ``units`` in a ``with`` statement."""
+    """In a ``with`` statement, pass the channel activations of ``units`` to ``capture`` at every forward."""
     with registered(handle for unit in units for handle in _hooks_of(model, unit, capture)):
         yield
 

@@ -66,8 +66,8 @@ class Recorded:
     place: int
     """Index of the images (or tokens) in the flattened arguments of ``call``."""
     alike: tuple[int, ...]
-    """Indices of flattened arguments that are equal for all images. ``call`` holds only the row of 1
-    image."""
+    """Indices of the flattened tensor arguments whose rows are equal for all images, such as position
+    embeddings repeated for a batch. ``call`` stores only 1 row of these arguments."""
     images: Tensor
     """Input images (or tokens) of all calls, [n, ...], float32, on the CPU."""
     left_out: int

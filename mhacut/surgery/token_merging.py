@@ -123,9 +123,10 @@ def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
 
 
 def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
-    """Match the ``count`` tokens of set A that are cheapest to merge into set B; ``x`` is [B, N, C].
+    """Return the ``count`` cheapest merges of an odd into an even token among tokens ``x`` [B, N, C].
 
-    The cost is Ward's on directions: ``(1 - cosine) / (1 / v + 1 / w)`` for weights v and w.
+    The first ``prefix`` tokens never merge. The cost of merging 2 tokens with weights v and w is Ward's for
+    normalised tokens: ``(1 - cosine) / (1 / v + 1 / w)``.
     """
     with full_precision(x):
         directions = at_least_float32(x)

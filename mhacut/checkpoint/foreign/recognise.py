@@ -58,7 +58,7 @@ def recognise(header: FileHeader, *, headless: bool = False, model: str | None =
 
 
 def _stated(header: FileHeader) -> tuple[Config | None, Family | None]:
-    """Return the configuration and model family of another library's folder; (None, None) otherwise."""
+    """Return configuration and model family of a transformers or open_clip folder, else (None, None)."""
     stated = header.config
     if stated is None or ("architecture" in stated and not _is_wrapped(header.tensors)):
         return None, None
