@@ -36,7 +36,8 @@ class SlimAttention:
                 attn_mask = (attn_mask + mask[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
         dropout = self.attn_drop.p * self.training
         y = F.scaled_dot_product_attention(q, k, v, attn_mask, dropout, scale=self.scale)
-        y = self.proj_drop(self.proj(y.transpose(1, 2).flatten(2)))
+        norm = getattr(self, "norm", nn.Identity())
+        y = self.proj_drop(self.proj(norm(y.transpose(1, 2).flatten(2))))
         if not self.weighs_tokens:
             return y
         logits = (q[:, :, :1] * self.scale) @ k.mT

@@ -18,7 +18,7 @@ from mhacut.checkpoint.identity import PROVENANCE_CFG_KEYS, WEIGHTS_CFG_KEYS
 from mhacut.checkpoint.preprocessing import stated_license
 from mhacut.checkpoint.write import save_slim, save_tensors
 from mhacut.data import Preprocessing
-from mhacut.errors import MhacutError, OutputError, UnsupportedModelError, option_name
+from mhacut.errors import MhacutError, OutputError, option_name
 from mhacut.exporting.card import model_card
 from mhacut.exporting.runtimes import DTYPES, Runner
 from mhacut.exporting.timm_code import timm_code
@@ -72,7 +72,7 @@ def write_folder(
             save_tensors(tensors, folder / WEIGHTS, {"format": "pt"})
         else:
             save_slim(folder / WEIGHTS, model, loaded.record, dtypes)
-            has_code = _write_code(folder, loaded, arguments, log)
+            has_code = _write_code(folder, loaded, arguments, compare, log)
         card = model_card(source, loaded, preprocessing, options.license, has_code=has_code)
         (folder / CARD).write_text(card, encoding="utf-8")
         # timm initialises the model, which must not change the caller's random numbers.
@@ -80,25 +80,31 @@ def write_folder(
             opened = timm.create_model(f"local-dir:{folder}", pretrained=True)
         opened = opened.eval().requires_grad_(False)
         compare(lambda images: opened(images))
-        if has_code:
-            with torch.random.fork_rng(devices=[]):
-                alone = run_path(str(folder / CODE))["build"]().requires_grad_(False)
-            compare(lambda images: alone(images))
-        else:
+        if not has_code:
             (target / CODE).unlink(missing_ok=True)  # of the model that was in the folder
 
     fill_folder(target, fill)
 
 
 def _write_code(
-    folder: Path, loaded: Checkpoint, arguments: Mapping[str, Any], log: Callable[[str], None]
+    folder: Path,
+    loaded: Checkpoint,
+    arguments: Mapping[str, Any],
+    compare: Callable[[Runner], None],
+    log: Callable[[str], None],
 ) -> bool:
+    code = folder / CODE
     try:
-        code = timm_code(loaded.model, loaded.identity.architecture, arguments)
-    except UnsupportedModelError as error:
-        log(f"{CODE} is left out, so the folder needs mhacut: {error}")
+        text = timm_code(loaded.model, loaded.identity.architecture, arguments)
+        code.write_text(text, encoding="utf-8")
+        with torch.random.fork_rng(devices=[]):
+            model = run_path(str(code))["build"]().requires_grad_(False)
+        compare(lambda images: model(images))
+    except Exception as error:  # the code may fail in any way for layers that it was not written for
+        reason, _, _ = _reason(error).partition("; nothing was written")
+        log(f"{CODE} is left out, so the folder needs mhacut: {reason}")
+        code.unlink(missing_ok=True)
         return False
-    (folder / CODE).write_text(code, encoding="utf-8")
     return True
 
 

@@ -31,6 +31,7 @@ from mhacut.checkpoint.write import write_slim
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
 from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
+from mhacut.exporting import timm_folder
 from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.find import find_prunable_layers
 
@@ -123,6 +124,7 @@ MERGED = TokenPlan(merged=(0, 5, 5, *[2] * 8, 0))
     ("architecture", "options", "tokens"),
     [
         ("vit_tiny_patch16_224", {}, replace(MERGED, output_tokens=1)),
+        ("vit_tiny_patch16_224", {"scale_attn_norm": True}, replace(MERGED, output_tokens=1)),
         ("vit_tiny_patch16_224", {"global_pool": "avg"}, MERGED),
         ("deit_tiny_distilled_patch16_224", {}, replace(MERGED, output_tokens=2)),
     ],
@@ -163,6 +165,25 @@ def test_the_log_names_a_class_that_model_py_lacks(slim_of, tmp_path):
     assert result.exit_code == 0
     assert "model.py is left out, so the folder needs mhacut" in result.stderr
     assert not (folder / "model.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        ("1 / 0", "division by zero"),
+        ("torch.nn.Identity()", "refuses 1 images of 3x32x32: .*shape|must match the size"),
+        ("timm.create_model('vit_tiny_patch16_224', img_size=32, num_classes=5)", "the original by [^;]*"),
+    ],
+)
+def test_model_py_that_computes_something_else_is_left_out(slim_of, tmp_path, monkeypatch, build, reason):
+    code = f"import timm, torch\ndef build():\n    return {build}\n"
+    monkeypatch.setattr(timm_folder, "timm_code", lambda *args: code)
+    result = run("export", slim_of("vit"), "--format", "timm", "-o", tmp_path / "folder")
+    assert result.exit_code == 0
+    assert re.search(f"model.py is left out, .*{reason}", result.stderr)
+    assert opened(tmp_path / "folder")(torch.randn(1, 3, 32, 32)).shape == (1, 5)
+    assert not (tmp_path / "folder" / "model.py").exists()
+    assert "model.py" not in (tmp_path / "folder" / "README.md").read_text()
 
 
 @pytest.mark.slow
