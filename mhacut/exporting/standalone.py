@@ -60,8 +60,7 @@ class SlimBlock:
         sized = sized._replace(x=sized.x[:, : self.output_tokens] + self.drop_path1(self.ls1(y)))
         if self.merged:
             weights = weigh(sized.sizes, None if cls_weights is None else cls_weights.detach(), self.prefix)
-            count = min(self.merged, (sized.x.shape[1] - self.prefix) // 2)  # of a smaller image
-            sized = merge(sized, match(sized.x.detach(), weights, count, self.prefix), self.prefix)
+            sized = merge(sized, match(sized.x.detach(), weights, self.merged, self.prefix), self.prefix)
         x = sized.x + self.drop_path2(self.ls2(self.mlp(self.norm2(sized.x))))
         return sized._replace(x=x) if self.returns_sizes else x
 

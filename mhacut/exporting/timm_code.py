@@ -119,6 +119,13 @@ def _changes(model: Any, dense: Mapping[str, Any]) -> Iterator[str]:
             values = [f"{key}={value}" for key, value in attributes.items()]
             yield f"    change(model, {', '.join([*words, *values])})"
     if merges:
+        if model.attn_pool is not None:
+            raise UnsupportedModelError(
+                f"model.py does not support merged tokens before {type(model.attn_pool).__name__} (attn_pool)"
+            )
+        # mhacut merges the same share of the tokens at all image sizes, model.py the same number.
+        if not model.patch_embed.strict_img_size:
+            raise UnsupportedModelError("model.py merges tokens at 1 image size (dynamic_img_size=True)")
         yield f"    for block, merged in {merges}.items():"
         values = ["merged=merged", "prefix=model.num_prefix_tokens", "returns_sizes=True"]
         yield f'        change(model, f"blocks.{{block}}", SlimBlock, {", ".join(values)})'

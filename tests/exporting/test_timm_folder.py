@@ -30,10 +30,12 @@ from mhacut.checkpoint.load import read_model
 from mhacut.checkpoint.write import write_slim
 from mhacut.commands import export as exporting
 from mhacut.commands.export import ExportResult
-from mhacut.errors import CheckpointError, MhacutError, OutputError, UsageError
+from mhacut.errors import CheckpointError, MhacutError, OutputError, UnsupportedModelError, UsageError
 from mhacut.exporting import timm_folder
+from mhacut.exporting.timm_code import timm_code
 from mhacut.plan import Plan, TokenPlan
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.tokens import apply_tokens
 
 
 def opened(folder, **arguments):
@@ -165,6 +167,18 @@ def test_the_log_names_a_class_that_model_py_lacks(slim_of, tmp_path):
     assert result.exit_code == 0
     assert "model.py is left out, so the folder needs mhacut" in result.stderr
     assert not (folder / "model.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [({"global_pool": "map"}, "AttentionPoolLatent"), ({"dynamic_img_size": True}, "dynamic_img_size")],
+)
+def test_model_py_refuses_merges_that_it_would_do_otherwise(options, reason):
+    case = ModelCase("vit_tiny_patch16_224", {**DEEP, **options})
+    model = case.create()
+    apply_tokens(model, MERGED)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        timm_code(model, case.architecture, case.args)
 
 
 @pytest.mark.parametrize(
