@@ -78,7 +78,7 @@ class SizedTokens(NamedTuple):
             return self.unmerge() + other
         index = torch.arange(self.x.shape[1], device=self.x.device)[:, None]
         members = (self.token_of_patch[:, None] == index).to(other.dtype)  # (B, N, all tokens)
-        mean = members @ other.expand(len(self.x), -1, -1) / self.sizes
+        mean = members @ other.expand(self.x.shape[0], -1, -1) / self.sizes
         return self._replace(x=self.x + mean)
 
     # Code between blocks reads a tensor with a token for every patch.
@@ -189,7 +189,8 @@ def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) ->
     order = torch.cat((matched.merged, matched.kept), 1)
     # The indices that sort a permutation are its inverse; topk sorts.
     inverse = order.topk(order.shape[1], dim=-1, largest=False).indices
-    new = torch.cat((new_of_b.expand(len(order), -1), new_of_a.gather(1, inverse)), 1)  # B, then A
+    # Exporters take len(), unlike shape[0], for a constant batch size.
+    new = torch.cat((new_of_b.expand(order.shape[0], -1), new_of_a.gather(1, inverse)), 1)  # B, then A
     old = token_of_patch - prefix
     # Odd indices are in A, whose entries of `new` follow those of B.
     place = old // 2 + old % 2 * len(new_of_b)

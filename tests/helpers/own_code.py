@@ -149,7 +149,7 @@ class Vit(nn.Module):
         self.tokens_first = not getattr(attention, "batch_first", True)
 
     def forward(self, x):
-        x, count = self.patch_embed(x).flatten(2).mT + self.positions, len(x)
+        x, count = self.patch_embed(x).flatten(2).mT + self.positions, x.shape[0]
         x = torch.cat((self.first.expand(count, -1, -1), x, self.last.expand(count, -1, -1)), 1)
         x, levels = x.transpose(0, 1) if self.tokens_first else x, []
         for number, block in enumerate(self.blocks):

@@ -147,6 +147,9 @@ def test_positions_between_blocks_are_averaged_over_the_patches_of_a_token():
     assert tokens_of_own_code(model, first, x).x.shape[1] < 68
     assert last.unmerge
     assert model(x).shape[1] == 68
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (x[:2],), dynamic_shapes=({0: batch},), strict=False).module()
+    assert relative(exported(x[:5]), model(x[:5])) < 1e-5
 
 
 class Strict(Vit):
