@@ -28,6 +28,7 @@ class Published:
 
 _TOME = "README of facebookresearch/ToMe; FLOPs counted here"
 _TOME_PAPER, _DIFFRATE = "arXiv 2210.09461", "README of OpenGVLab/DiffRate"
+_CIS = "README of kukwang/Token-Merging-with-Class-Importance-Score; FLOPs counted here"
 _CORP = "README of BOX-LEO/CORP of May 2026"
 _SNAP = "results/in1k.md of WalterSimoncini/SnapViT; FLOPs counted here"
 _TINY, _SMALL, _BASE = (f"deit_{size}_patch16_224" for size in ("tiny", "small", "base"))
@@ -39,6 +40,8 @@ _STEPS = (90.5, 80.5, 70.6, 60.6, 50.7, 40.7)
 ROWS = (
     Published(_TINY, "CORP, q/k", 78.0, 64.25, 72.2, _CORP),
     Published(_TINY, "CORP, q/k and MLP", 54.0, 41.36, 72.2, _CORP),
+    Published(_TINY, "ToMeCIS", 58.6, 70.59, 72.13, _CIS),
+    Published(_TINY, "ToMeCIS", 49.8, 69.01, 72.13, _CIS),
     Published(_SMALL, "CORP, q/k", 84.0, 72.49, 79.8, _CORP),
     Published(_SMALL, "CORP, q/k and MLP", 56.0, 58.37, 79.8, _CORP),
     Published(_SMALL, "DiffRate", 63.2, 79.54, 79.8, _DIFFRATE, _TRAINED),

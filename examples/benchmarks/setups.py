@@ -35,6 +35,7 @@ class Setup:
     """``A,B,C``"""
     calibration_images: int
     seed: int
+    class_map: str | None = None
 
     @classmethod
     def of(cls, asked: argparse.Namespace, *, calibration_images: int, seed: int) -> Setup:
@@ -49,6 +50,7 @@ class Setup:
             std=asked.std,
             calibration_images=calibration_images,
             seed=seed,
+            class_map=asked.class_map,
         )
 
     def flags(self) -> list[str]:
@@ -58,7 +60,7 @@ class Setup:
             flags += ["--model", self.model]
         for argument in self.model_args:
             flags += ["--model-arg", argument]
-        for name, value in (("--mean", self.mean), ("--std", self.std)):
+        for name, value in (("--mean", self.mean), ("--std", self.std), ("--class-map", self.class_map)):
             flags += [] if value is None else [name, value]
         return flags
 
@@ -72,6 +74,8 @@ class Setup:
     def told(self) -> dict[str, Any]:
         """For the table's file: names instead of paths, and a digest that tells checkpoints apart."""
         told = asdict(self) | {"model_args": list(self.model_args)}
+        class_map = told.pop("class_map")
+        told |= {} if class_map is None else {"class_map": Path(class_map).name}
         told |= {"checkpoint": Path(self.checkpoint).name, "data_dir": Path(self.data_dir).name}
         return told | {"checkpoint_sha256": digest(self.checkpoint)}
 
@@ -112,7 +116,7 @@ def read_all(setup: Setup) -> tuple[Checkpoint, Preprocessing, CalibrationImages
     loaded, preprocessing = read(setup)
     seen = calibration_images(
         preprocessing,
-        DataOptions(data_dir=setup.data_dir),
+        DataOptions(data_dir=setup.data_dir, class_map=setup.class_map),
         count=setup.calibration_images,
         seed=setup.seed,
         num_classes=loaded.model.num_classes,
@@ -127,7 +131,7 @@ def evaluation_images(setup: Setup, preprocessing: Preprocessing, num_classes: i
 
     return evaluation_loader(
         preprocessing,
-        LabelledImages(data_dir=setup.data_dir, workers=0),
+        LabelledImages(data_dir=setup.data_dir, class_map=setup.class_map, workers=0),
         num_classes=num_classes,
         batch_size=EVALUATION_BATCH,
     )

@@ -21,6 +21,8 @@ class Subject:
     std: str
     model: str = "vit_tiny_patch16_224"
     model_args: tuple[str, ...] = ()
+    class_map: str | None = None
+    """File with the classes of the head, if images of some classes are missing."""
 
 
 HALF = "0.5,0.5,0.5"
@@ -35,6 +37,14 @@ SUBJECTS = {
     "wide430": Subject("vit_tiny_imagenet_wide430.safetensors", "imagenet_wide430", HALF, HALF),
     "narrow10": Subject("vit_tiny_imagenet_narrow10.safetensors", "imagenet_narrow10", HALF, HALF),
     "tiny200": Subject("vit_tiny_tiny200.safetensors", "tiny200", HALF, HALF),
+    "deit": Subject(
+        "deit_tiny_imagenet.safetensors",
+        "imagenet_wide430",
+        "0.485,0.456,0.406",
+        "0.229,0.224,0.225",
+        model="deit_tiny_patch16_224",
+        class_map="imagenet_synsets.txt",
+    ),
 }
 IMAGENET = "imagenet"
 """ImageNet itself, in ``--root``, for any ``--checkpoint`` such as ``timm:deit_small_patch16_224``."""
@@ -54,6 +64,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--model-arg", action="append", default=[], metavar="KEY=VALUE", help="may be given again"
     )
     parser.add_argument("--data-dir", help="folder with train/ and val/, a folder per class in each")
+    parser.add_argument("--class-map", metavar="FILE", help="folder names in the order of the head")
     parser.add_argument("--mean", metavar="A,B,C", help="per channel; by default the model's own")
     parser.add_argument("--std", metavar="A,B,C", help="per channel; by default the model's own")
 
@@ -68,6 +79,8 @@ def complete(parser: argparse.ArgumentParser, asked: argparse.Namespace) -> None
         asked.data_dir = asked.data_dir or os.path.join(asked.root, subject.data_dir)
         asked.model = asked.model or subject.model
         asked.model_arg = asked.model_arg or list(subject.model_args)
+        if subject.class_map is not None:
+            asked.class_map = asked.class_map or os.path.join(asked.root, subject.class_map)
         asked.mean, asked.std = asked.mean or subject.mean, asked.std or subject.std
     if asked.checkpoint is None or asked.data_dir is None:
         parser.error("name a --subject, or a --checkpoint and a --data-dir")
