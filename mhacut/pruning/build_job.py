@@ -24,7 +24,7 @@ from mhacut.surgery.find import find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import measure_flops, measure_flops_by_module
 from mhacut.surgery.hooks import captured_outputs, registered
 from mhacut.surgery.submodule import Loss, Recorded, SubmoduleFn, shown
-from mhacut.surgery.tokens import stack_of, why_not_merged, with_tokens
+from mhacut.surgery.tokens import stack_of, tokens_of, why_not_merged, with_tokens
 
 
 def build_job(
@@ -41,11 +41,11 @@ def build_job(
     """
     size, tokens = tuple(images.shape[1:]), tokens or TokenPlan()
     merges = scope.endswith("+tokens")
-    if merges and (reason := why_no_merging(model, preserved, size)):
-        raise UnsupportedModelError(f"{option_name('scope', scope)}: tokens cannot be merged: {reason}")
-    unmerge = _unmerges(model, preserved, size) if merges else tokens.unmerge
     # Channels are cut in a model that merges nothing; its merges, old or new, come back at the end.
     unmerged = with_tokens(model, replace(tokens, merged=()))
+    if merges and (reason := why_no_merging(unmerged, preserved, size)):
+        raise UnsupportedModelError(f"{option_name('scope', scope)}: tokens cannot be merged: {reason}")
+    unmerge = _unmerges(unmerged, preserved, size) if merges else tokens.unmerge
     merged, prunable = () if merges else tokens.merged, find_prunable_layers(unmerged)
     # The pooling head of SigLIP does not run for the features of all tokens, nor does the class attention of
     # CaiT for the levels of its pyramid; nothing says what cuts of them would cost.
@@ -173,6 +173,8 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
     """Return the reason why merged tokens would not give the ``preserved`` outputs; empty if they do."""
     if preserved.metric == "features":
         return "merged tokens have no separate features"
+    # Old merges keep the number of patches that they were planned for.
+    model = with_tokens(model, replace(tokens_of(model), merged=()))
     unmerge = _unmerges(model, preserved, size)
     if (reason := why_not_merged(model, unmerge) or find_outside_tokens(model, size)) or not unmerge:
         return reason

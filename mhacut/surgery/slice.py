@@ -14,7 +14,7 @@ from mhacut.plan import Plan, UnitKey, UnitKind, UnitPlan
 from mhacut.surgery.channels import add_constant, axes_of, tensor_of
 from mhacut.surgery.find import PrunableLayers, check_plan, find_prunable_layers
 from mhacut.surgery.mask import constant_lost, kept_channels, scale
-from mhacut.surgery.tokens import apply_tokens, tokens_of
+from mhacut.surgery.tokens import apply_tokens
 
 _MIN_GATE = 1e-60
 """Minimum scale of a kept channel with a gate, since parameters can absorb positive scales only. The q/k
@@ -39,7 +39,7 @@ def cut(
     Outputs equal those of the model with removed channels set to 0.
     """
     # On the meta device, this gives the expected shapes of a slim file before it is loaded.
-    if plan.tokens and tokens_of(model) != plan.tokens:
+    if plan.tokens:
         apply_tokens(model, plan.tokens)
         prunable = None
     prunable = prunable or find_prunable_layers(model)

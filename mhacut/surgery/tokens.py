@@ -171,8 +171,6 @@ def unmerge_of(model: nn.Module) -> Unmerge:
 
 def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) -> None:
     """Make block i of ``model`` merge ``merged[i]`` tokens, in place. An empty ``merged`` ends merging."""
-    if (merged, unmerge) == (merged_of(model), unmerge_of(model)):
-        return
     _remove_merges(model)
     if not any(merged):
         return
@@ -231,7 +229,9 @@ def check_merges(model: Any, merged: tuple[int, ...]) -> None:
     if vit is None:
         return
     # A model without a fixed image size has no fixed number of patches: its matcher limits the count itself.
-    left, fixed = vit.patch_embed.num_patches, getattr(vit.patch_embed, "strict_img_size", True)
+    # At other image sizes than the planned size, the matcher merges a share of the tokens.
+    left = getattr(blocks[0], "patches", None) or vit.patch_embed.num_patches
+    fixed = getattr(vit.patch_embed, "strict_img_size", True)
     for number, (block, count) in enumerate(zip(blocks, merged, strict=True)):
         if fixed and count > left // 2:
             raise PlanError(
@@ -270,7 +270,8 @@ def tokens_of(model: nn.Module) -> TokenPlan:
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
     """Return a copy of ``model`` with the token plan applied; the copy shares its tensors."""
-    if tokens == tokens_of(model):
+    applied = tokens_of(model)
+    if tokens == applied and (not tokens.merged or tokens.patches == applied.patches):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, dict[int, Any](shared))
@@ -282,8 +283,6 @@ def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
 def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
     """Apply a token plan to ``model``, in place. ``model`` may be on the meta device or cut."""
     applied = tokens_of(model)
-    if tokens == applied:
-        return
     if tokens.output_tokens != applied.output_tokens:
         if applied.output_tokens is not None or tokens.output_tokens is None:
             raise PlanError(

@@ -14,8 +14,13 @@ from helpers.cli import document_of, run, succeed
 from helpers.files import save_dense
 from helpers.models import ModelCase, build
 from helpers.own_code import Dinov2Block, Vit
+from mhacut.errors import PlanError
+from mhacut.plan import TokenPlan
+from mhacut.pruning.build_job import why_no_merging
+from mhacut.pruning.preserve import ANSWERS
 from mhacut.surgery.flops import executed_flops, measure_flops
 from mhacut.surgery.hooks import captured_outputs
+from mhacut.surgery.tokens import apply_tokens, tokens_of, with_tokens
 
 ARGS = {"depth": 4, "embed_dim": 48, "num_heads": 3, "img_size": 64, "dynamic_img_size": True}
 VIT = ModelCase("vit_tiny_patch16_224", {**ARGS, "patch_size": 8})
@@ -57,13 +62,37 @@ def test_files_without_the_planned_size_merge_the_same_number_at_all_sizes(slim_
     plan = mhacut.inspect(slim_file).inspection.tokens
     document = {key: value for key, value in plan.to_json().items() if key != "patches"}
     old = build(VIT)
-    mhacut.surgery.tokens.apply_tokens(old, type(plan).from_json(document))
+    apply_tokens(old, type(plan).from_json(document))
     merged = [count for count in plan.merged if count]
     for side in (64, 128):
         patches, left = tokens_behind_blocks(old, torch.randn(1, 3, side, side))
         assert left == [patches - total for total in accumulate(merged)]
         same = left == tokens_behind_blocks(model, torch.randn(1, 3, side, side))[1]
         assert same == (side == 64)
+
+
+def test_a_smaller_model_of_one_size_merges_the_same_share():
+    model = build(ModelCase("vit_tiny_patch16_224", {**FIXED, "img_size": 32, "patch_size": 8}))
+    apply_tokens(model, TokenPlan(merged=(20, 10), patches=64))
+    assert tokens_behind_blocks(model, torch.randn(1, 3, 32, 32)) == (16, [11, 9])
+    with pytest.raises(PlanError, match="block 1 has 44 patches and merges at most 22, found 23"):
+        apply_tokens(model, TokenPlan(merged=(20, 23), patches=64))
+
+
+def test_the_same_merges_planned_for_another_size_replace_the_old():
+    model = build(VIT)
+    small, large = (TokenPlan(merged=(4, 2, 0, 0), patches=patches) for patches in (16, 64))
+    apply_tokens(model, small)
+    assert with_tokens(model, large).blocks[1].matcher.planned == (64, 58)
+    assert with_tokens(model, small) is model
+    apply_tokens(model, large)
+    assert model.blocks[1].matcher.planned == (64, 58)
+
+
+def test_a_check_at_another_size_leaves_the_merges_of_a_slim_model(slim_file):
+    model = mhacut.load_model(slim_file)
+    assert why_no_merging(model, ANSWERS, (3, 128, 128)) == ""
+    assert tokens_of(model).patches == 64
 
 
 class AnySize(Vit):
