@@ -175,6 +175,30 @@ def test_a_backbone_merges_tokens_and_opens_again(tmp_path):
 
 
 @newest
+@pytest.mark.parametrize("reads", ["class token", "patches beside logits", "class token of the block before"])
+def test_tokens_of_a_classifier_are_copied_back_if_its_code_needs_them(reads):
+    transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
+
+    class Classifier(transformers.ViTForImageClassification):
+        def forward(self, pixel_values, **options):
+            if reads == "class token":
+                return super().forward(pixel_values, **options)
+            states = self.vit(pixel_values, output_hidden_states=True).hidden_states
+            if reads != "patches beside logits":
+                return {"logits": self.classifier(states[-2][:, 0])}
+            patches = states[-1][:, 1:].reshape(len(pixel_values), 8, 8, 32)
+            return {"logits": self.classifier(states[-1][:, 0]), "patches": patches}
+
+    model = build(Classifier, {"config": transformers.ViTConfig(**SIZES | {"image_size": 56}, num_labels=5)})
+    x = images_of(First(model), 12)[..., ::14, ::14].repeat_interleave(14, 2).repeat_interleave(14, 3)
+    result = mhacut.prune_(model, "", images=x.split(6), flops="45%", effort="fast", tuning_steps=0)
+    assert (result.metric, result.preserved) == ("answers", ("logits",))
+    assert sum(result.plan.tokens.merged) > 0
+    assert result.plan.tokens.unmerge == (reads != "class token")
+    assert model(x)["logits"].shape == (12, 5)  # and code beside the logits runs
+
+
+@newest
 def test_a_depth_model_is_written_as_a_folder_that_opens_by_one_call(tmp_path):
     stages = {"out_features": [f"stage{n}" for n in (1, 2, 3, 4)], "reshape_hidden_states": False}
     transformers = pytest.importorskip("transformers", reason="pip install 'mhacut[interop]'")
