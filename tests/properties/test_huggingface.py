@@ -183,11 +183,12 @@ def test_tokens_of_a_classifier_are_copied_back_if_its_code_needs_them(reads):
         def forward(self, pixel_values, **options):
             if reads == "class token":
                 return super().forward(pixel_values, **options)
-            states = self.vit(pixel_values, output_hidden_states=True).hidden_states
+            output = self.vit(pixel_values, output_hidden_states=True)
             if reads != "patches beside logits":
-                return {"logits": self.classifier(states[-2][:, 0])}
-            patches = states[-1][:, 1:].reshape(len(pixel_values), 8, 8, 32)
-            return {"logits": self.classifier(states[-1][:, 0]), "patches": patches}
+                return {"logits": self.classifier(output.hidden_states[-2][:, 0])}
+            last = output.last_hidden_state
+            patches = last[:, 1:].reshape(len(pixel_values), 8, 8, 32)
+            return {"logits": self.classifier(last[:, 0]), "patches": patches}
 
     model = build(Classifier, {"config": transformers.ViTConfig(**SIZES | {"image_size": 56}, num_labels=5)})
     x = images_of(First(model), 12)[..., ::14, ::14].repeat_interleave(14, 2).repeat_interleave(14, 3)
