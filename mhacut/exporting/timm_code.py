@@ -43,7 +43,7 @@ _MERGING: tuple[Any, ...] = (
     token_merging.full_precision,
 )
 
-_DROPPED = ("unmerge", "patch_rope", "__getitem__", "__add__", "__getattr__", "__torch_function__")
+_DROPPED = ("unmerge", "__getitem__", "__add__", "__getattr__", "__torch_function__")
 """Methods of token merging that ``model.py`` does not call."""
 
 

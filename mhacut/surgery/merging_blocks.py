@@ -124,8 +124,11 @@ class MergedOutputTokenEvaBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[eva
     pass
 
 
-def _rotation(tokens: SizedTokens, attention: Any) -> dict[str, Tensor | None]:
-    return {} if tokens.rope is None else {"rope": tokens.patch_rope(attention.num_prefix_tokens)}
+def _rotation(tokens: SizedTokens, attention: Any) -> dict[str, Tensor]:
+    if tokens.rope is None:
+        return {}
+    rope = tokens.rope[..., attention.num_prefix_tokens :, :]
+    return {"rope": rope if rope.dim() == 2 else rope[:, None]}  # the same for all heads
 
 
 class Branches(NamedTuple):

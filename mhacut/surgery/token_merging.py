@@ -99,12 +99,6 @@ class SizedTokens(NamedTuple):
         """Return ToMe's proportional attention: the bias of token sizes on logits, [B, 1, 1, N]."""
         return self.sizes.mT.log()[:, None]
 
-    def patch_rope(self, prefix: int) -> Tensor | None:
-        """Return the sines and cosines of the tokens after the prefix, with a dimension for heads."""
-        if self.rope is None or self.rope.dim() == 2:
-            return None if self.rope is None else self.rope[prefix:]
-        return self.rope[:, None, prefix:]
-
     def unmerge(self) -> Tensor:
         """Copy merged tokens back: return a token for every token of the first block, [B, N, C]."""
         return self.x if self.token_of_patch is None else _take_rows(self.x, self.token_of_patch)
