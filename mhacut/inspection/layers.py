@@ -206,7 +206,8 @@ def _flops_by_side(model: nn.Module, size: tuple[int, int, int], own: int) -> Ma
     counted, outline = {height: own}, weightless(model)
     for numerator, divisor in ((1, 2), (2, 1)):
         side = height * numerator // divisor
-        with suppress(Exception):  # of any kind: the model does not take this size
+        # The model does not take this size: timm asserts, transformers raises ValueError, layers the others.
+        with suppress(AssertionError, IndexError, RuntimeError, ValueError):
             counted[side] = measure_flops(outline, (channels, side, width * numerator // divisor))
     return dict(sorted(counted.items())) if len(counted) > 1 else {}
 
