@@ -285,11 +285,10 @@ def read_inputs(
     elif options.keep_dead_tokens and not preserved.dense:
         channels_only = "merged tokens have no separate features"
     scope = resolve_scope(options.scope, options, dense, preserved, size, reporter, channels_only)
-    must_pay, options = options.scope == "auto", replace(options, scope=scope)
     all_tokens = preserved.dense or options.keep_dead_tokens
     tokens = tokens_of(dense) if all_tokens else _without_unread_tokens(dense, reporter)
     job = build_job(dense, torch.empty(0, *size), preserved, scope, options, tokens)
-    job = replace(job, merges_must_pay=must_pay)
+    job = replace(job, merges_must_pay=options.scope == "auto")
     dense.to(processes.device)
     reporter.start("loading images")
     validation = partial(Validation, model=dense, processes=processes, reporter=reporter)
