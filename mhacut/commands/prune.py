@@ -197,8 +197,9 @@ def run_prune(
             if options.report is not None and options.several:
                 source, budgets = inputs[0].checkpoint, PruneResults(results)
                 prunable = find_prunable_layers(source.model)
-                warnings, choices = budgets.warnings(), budgets.choices()
-                write_overview(options, source.loaded, prunable, choices, source.provenance, warnings)
+                verdict = [line for result in budgets for line in result.verdict_lines()]
+                choices = budgets.choices()
+                write_overview(options, source.loaded, prunable, choices, source.provenance, verdict)
             return results
 
         return processes.from_first(in_first_process)

@@ -115,4 +115,4 @@ def gallery(
 
 def _prediction(probabilities: Tensor, names: Sequence[str]) -> str:
     best = int(probabilities.argmax())
-    return f"{names[best] if names else f'class {best}'} {100 * float(probabilities[best]):.0f} %"
+    return f"{names[best] if names else f'class {best}'}, {100 * float(probabilities[best]):.0f} %"

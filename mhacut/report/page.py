@@ -73,7 +73,8 @@ def write_report(
     )
     pictures: list[str] = []
     if any(inspection.tokens.merged) and used.shape[1] == 3:
-        pictures = gallery(dense.model, pruned.model, used[:PICTURES], inspection.preprocessing)
+        names = pruned.identity.pretrained_cfg.get("label_names", ())
+        pictures = gallery(dense.model, pruned.model, used[:PICTURES], inspection.preprocessing, names)
     # Only the run knows the origin of the preprocessing. The slim file has only its values.
     inspection = replace(inspection, provenance=provenance)
     # Only the last entry: an earlier cut's curves do not describe this cut.
@@ -96,13 +97,13 @@ def write_overview(
     prunable: PrunableLayers,
     choices: Sequence[Choice],
     provenance: Provenance,
-    warnings: Sequence[str],
+    verdict: Sequence[str],
 ) -> Path:
     """Write the page that compares the pruned models of several budgets."""
     assert options.report is not None
     inspection = inspect_model(dense, shapes_only=True, preprocessing=options, prunable=prunable)
     inspection = replace(inspection, provenance=provenance)
-    contents = Contents(inspection, inspection.layers, choices=choices, verdict=tuple(warnings))
+    contents = Contents(inspection, inspection.layers, choices=choices, verdict=tuple(verdict))
     return write_page(options.report, contents, options.overwrite, dense.path)
 
 
