@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -130,19 +130,28 @@ def swin_v2_positions(m: Any) -> Tensor:
     return 16 * table[m.relative_position_index].sigmoid().movedim(-1, 0).unsqueeze(0)  # (1, H, N, N)
 
 
-def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """Return q, k and a position bias: the bias of the layer or the bias ``shared`` by all layers."""
+class CompleteBias(NamedTuple):
+    """Attention bias of merged tokens, in place of a layer's position bias."""
+
+    bias: Tensor | None
+
+
+def position_bias(m: Any, shared: Tensor | CompleteBias | None) -> Tensor | None:
+    """Return the position bias of a layer. ``shared`` is the position bias of all layers."""
+    if isinstance(shared, CompleteBias):
+        return shared.bias
+    if hasattr(m, "rel_pos"):
+        return shared if m.rel_pos is None else m.rel_pos.get_bias()
+    if m.relative_position_bias_table is None:
+        return shared
+    bias: Tensor = m._get_rel_pos_bias()  # BEiT adds both
+    return bias if shared is None else bias + shared
+
+
+def rel_pos(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | CompleteBias | None) -> tuple[Any, ...]:
     if hasattr(m, "q_norm"):
         q, k = m.q_norm(q), m.k_norm(k)
-    return q, k, shared if m.rel_pos is None else m.rel_pos.get_bias()
-
-
-def beit_bias(m: Any, q: Tensor, k: Tensor, x: Tensor, shared: Tensor | None) -> tuple[Any, ...]:
-    """BEiT: return q, k and the sum of the layer's position bias and the bias of all layers, [H, N, N]."""
-    if m.relative_position_bias_table is None:
-        return q, k, shared
-    bias = m._get_rel_pos_bias()
-    return q, k, bias if shared is None else bias + shared
+    return q, k, position_bias(m, shared)
 
 
 def cached_biases(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:

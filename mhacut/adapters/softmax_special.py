@@ -293,10 +293,7 @@ OUTPUT_TOKENS: Mapping[type[nn.Module], Any] = {
 """Attention classes, each mapped to its subclass that computes q for the first tokens only."""
 
 
-CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {
-    cls: mixed("ClsWeights", cls)
-    for cls in (layers.Attention, layers.attention.AttentionRope, eva.EvaAttention)
-}
+CLS_WEIGHTS: Mapping[type[nn.Module], Any] = {cls: mixed("ClsWeights", cls) for cls in OUTPUT_TOKENS}
 """Attention classes, each mapped to its subclass that also returns the class token's attention weights, [B,
 H, N], for token merging."""
 

@@ -97,9 +97,10 @@ SOFTMAX = (
     Rope(models.eva.EvaAttention),
     ROPE_WITH_CLS_WEIGHTS(CLS_WEIGHTS[models.eva.EvaAttention]),
     ROPE_OF_OUTPUT_TOKENS(OUTPUT_TOKENS[models.eva.EvaAttention]),
-    Softmax(models.beit.Attention, logits=hooks.beit_bias),
+    Softmax(models.beit.Attention, logits=hooks.rel_pos),
+    WITH_CLS_WEIGHTS(CLS_WEIGHTS[models.beit.Attention], logits=hooks.rel_pos),
     OF_OUTPUT_TOKENS(
-        OUTPUT_TOKENS[models.beit.Attention], Q_K_V, logits=hooks.of_output_tokens(hooks.beit_bias)
+        OUTPUT_TOKENS[models.beit.Attention], Q_K_V, logits=hooks.of_output_tokens(hooks.rel_pos)
     ),
     Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
     Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
@@ -184,6 +185,7 @@ SOFTMAX = (
     ),
     Softmax(models.twins.GlobalSubSampleAttn, Q_KV, inputs=hooks.reduced),
     Softmax(models.vision_transformer_relpos.RelPosAttention, logits=hooks.rel_pos),
+    WITH_CLS_WEIGHTS(CLS_WEIGHTS[models.vision_transformer_relpos.RelPosAttention], logits=hooks.rel_pos),
     OF_OUTPUT_TOKENS(
         OUTPUT_TOKENS[models.vision_transformer_relpos.RelPosAttention],
         Q_KV,

@@ -12,16 +12,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint_seq, eva, vision_transformer
+from timm.models import beit, checkpoint_seq, eva, vision_transformer
+from timm.models import vision_transformer_relpos as relpos
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mhacut.adapters.attend import graph_is_recorded
+from mhacut.adapters.base import mixed
 from mhacut.adapters.mlp import Mlp
+from mhacut.adapters.softmax_hooks import CompleteBias, position_bias
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
-from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, scaled
+from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, OutputTokenBlock, scaled
 from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order, match, merge, weigh
 
 
@@ -81,9 +84,12 @@ class _TimmMerging(Merging):
         """Compute the block; ``rope`` holds the sines and cosines of all patches [N, 2 * d]."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _with_sizes(x, self, rope)
-        y, cls_weights = self.attn(self.norm1(tokens.x), attn_mask=bias, **_rotation(tokens, self.attn)), None
-        if isinstance(y, tuple):
-            y, cls_weights = y
+        y = self.attn(self.norm1(tokens.x), attn_mask=bias, **_rotation(tokens, self.attn))
+        return self.after_attention(tokens, y)
+
+    def after_attention(self: Any, tokens: SizedTokens, y: Any) -> Tensor | SizedTokens:
+        """Compute the rest of the block from the output ``y`` of the attention."""
+        y, cls_weights = y if isinstance(y, tuple) else (y, None)
         tokens = tokens._replace(x=tokens.x + self.drop_path1(scaled(self, 1, y)))
         if self.matcher is not None:
             tokens = merge(tokens, self.matcher(tokens, cls_weights), self.matcher.prefix)
@@ -124,10 +130,63 @@ class MergedOutputTokenEvaBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[eva
     pass
 
 
+class _BiasMerging(_TimmMerging):
+    """Mixin for timm's ViT blocks whose attention adds relative position biases."""
+
+    def forward(self: Any, x: Tensor | SizedTokens, *args: Any, **options: Any) -> Tensor | SizedTokens:
+        """Compute the block; the further argument is the position bias of all blocks or None."""
+        tokens, bias = _with_position_bias(x, self, *args, *options.values())
+        return self.after_attention(tokens, self.attn(self.norm1(tokens.x), bias))
+
+
+class _BiasMergedOutputTokens(Merging):
+    """Mixin for the last block that computes only the tokens the head reads, with position biases."""
+
+    def forward(self: Any, x: Tensor | SizedTokens, *args: Any, **options: Any) -> Tensor:
+        tokens, bias = _with_position_bias(x, self, *args, *options.values())
+        y: Tensor = OutputTokenBlock.forward(self, tokens.x, bias)
+        return y
+
+
+BIAS_BLOCKS = {
+    cls: (
+        mixed("Merging", _BiasMerging, cls),
+        mixed("Merging", _BiasMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[cls]),
+    )
+    for cls in (beit.Block, relpos.RelPosBlock)
+}
+"""Block classes with position biases, each mapped to its merging class and to that of the last block."""
+
+
+def _with_position_bias(
+    x: Tensor | SizedTokens, block: Any, shared: Tensor | None = None
+) -> tuple[SizedTokens, CompleteBias]:
+    """Return tokens with sizes, and the attention bias: mean over members, and sizes.
+
+    ``shared`` is the position bias of all blocks.
+    """
+    bias = position_bias(block.attn, shared)  # (1, H, N of the first block, N of the first block)
+    if bias is None:
+        tokens, size_bias = _with_sizes(x, block)
+        return tokens, CompleteBias(size_bias)
+    index = torch.arange(bias.shape[-1], device=bias.device)
+    tokens, size_bias = _with_sizes(x, block, (index[:, None] == index).to(bias.dtype))
+    bias, members = bias.reshape(-1, *bias.shape[-2:]), tokens.positions
+    assert members is not None
+    if members.dim() == 2:  # no merge yet: in the order of the tokens
+        order = members.max(-1).indices
+        return tokens, CompleteBias(bias.index_select(-1, order).index_select(-2, order)[None])
+    # Means over queries, then over keys. Products of 2 or 3 dimensions: batches get no copies of the bias.
+    rows = members @ bias.transpose(0, 1).flatten(1)  # (B, N, H * N of the first block)
+    rows = rows.unflatten(-1, (len(bias), -1)).flatten(1, 2) @ members.mT  # (B, N * H, N)
+    bias = rows.unflatten(1, (-1, len(bias))).transpose(1, 2)
+    return tokens, CompleteBias(bias if size_bias is None else bias + size_bias)
+
+
 def _rotation(tokens: SizedTokens, attention: Any) -> dict[str, Tensor]:
-    if tokens.rope is None:
+    if tokens.positions is None:
         return {}
-    rope = tokens.rope[..., attention.num_prefix_tokens :, :]
+    rope = tokens.positions[..., attention.num_prefix_tokens :, :]
     return {"rope": rope if rope.dim() == 2 else rope[:, None]}  # the same for all heads
 
 
@@ -238,13 +297,13 @@ PREFIX_PARAMETERS = ("cls_token", "class_embedding", "distillation_token", "regi
 
 
 def _with_sizes(
-    x: Tensor | SizedTokens, block: Merging, rope: Tensor | None = None
+    x: Tensor | SizedTokens, block: Merging, positions: Tensor | None = None
 ) -> tuple[SizedTokens, Tensor | None]:
     """Return tokens with their numbers of patches, and the attention bias (None before the first merge)."""
     if not isinstance(x, Tensor):
         return x, x.bias()
-    if rope is not None:
-        rope = F.pad(rope, (0, 0, x.shape[1] - rope.shape[-2], 0))
+    if positions is not None:
+        positions = F.pad(positions, (0, 0, x.shape[1] - positions.shape[-2], 0))
     token_of_patch = None
     if block.unmerge:
         token_of_patch = torch.arange(x.shape[1], device=x.device)
@@ -259,10 +318,10 @@ def _with_sizes(
             else:  # its own inverse
                 token_of_patch = order
             x = x.index_select(1, order)  # a single ONNX operation
-            rope = None if rope is None else rope.index_select(-2, order)
+            positions = None if positions is None else positions.index_select(-2, order)
         token_of_patch = token_of_patch.expand(x.shape[:2])
     sizes = x.new_ones(*x.shape[:2], 1)
-    return SizedTokens(x, sizes, token_of_patch, rope, sizes[..., :0]), None
+    return SizedTokens(x, sizes, token_of_patch, positions, sizes[..., :0]), None
 
 
 def unmerged(output: Any) -> Any:
@@ -344,6 +403,28 @@ class MergedEvaTokens(MergedTokens):
             else:
                 tokens = block(tokens, rope=rope)
         return tokens
+
+
+class MergedBiasTokens(MergedTokens):
+    """Mixin for timm's ViT classes with relative position biases whose blocks merge tokens."""
+
+    def run_blocks(self: Any, x: Tensor) -> Tensor | SizedTokens:
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)
+        if isinstance(self, beit.Beit):
+            x = self.pos_drop(x if self.pos_embed is None else x + self.pos_embed)
+        table = getattr(self, "rel_pos_bias", getattr(self, "shared_rel_pos", None))
+        shared = None if table is None else getattr(table, "get_bias", table)()
+        tokens: Tensor | SizedTokens = x
+        for block in self.blocks:
+            tokens = checkpoint(block, tokens, shared) if self.grad_checkpointing else block(tokens, shared)
+        return tokens
+
+    def forward_head(self: Any, x: Any, pre_logits: bool = False) -> Any:
+        if not isinstance(x, SizedTokens):
+            return super().forward_head(x, pre_logits)  # type: ignore[misc]
+        pooled = self.head_drop(self.fc_norm(self.pool(x)))
+        return pooled if pre_logits else self.head(pooled)
 
 
 class _UnmergedOutput(nn.Module):

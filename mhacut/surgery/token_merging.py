@@ -62,9 +62,10 @@ class SizedTokens(NamedTuple):
     token_of_patch: Tensor | None = None
     """For each token of the first block, the index of the current token that contains it, [B, N of the first
     block]. None if patch features are not needed."""
-    rope: Tensor | None = None
+    positions: Tensor | None = None
     """Sines and cosines of rotary positions, [N, 2 * d] before the first merge, then [B, N, 2 * d]. Rows of
-    the prefix are 0. None in models without rotary positions."""
+    the prefix are 0. With relative position biases: share of each token of the first block in each token, [N,
+    N of the first block] before the first merge, then [B, N, N of the first block]. None in other models."""
     first: Tensor | None = None
     """Empty tensor [B, N of the first block, 0]: a tensor, because ``torch.jit.trace`` takes no numbers."""
 
@@ -141,7 +142,7 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
     """Return N - r tokens, in the order prefix, rest of A, B. Merged tokens are weighted averages."""
-    x, sizes, token_of_patch, rope, _ = tokens
+    x, sizes, token_of_patch, positions, _ = tokens
     merged, kept, receivers, weights = matched
     with full_precision(x):
         x = at_least_float32(x)
@@ -149,11 +150,11 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         norms = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         # All quantities that add up when tokens are merged, in one tensor.
         parts = [weights * x, weights * norms, weights, at_least_float32(sizes)]
-        if rope is not None:
+        if positions is not None:
             # Attention of a merged token is the mean over its members if their q and k are equal and if their
             # sines and cosines are averaged by size. The averages are shorter than 1: a token that covers
             # many patches loses its fast frequencies.
-            parts.append(parts[-1] * rope)
+            parts.append(parts[-1] * positions)
         sums = torch.cat(parts, -1)
         a, b = _take_rows(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
         # A product with a 0/1 matrix in place of a scatter.
@@ -162,14 +163,14 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         b = torch.baddbmm(b, receives, a[:, : merged.shape[1]])
     # Unmerged tokens pass through the same division, which undoes their weighting: fewer operations.
     sums = torch.cat((sums[:, :prefix], a[:, merged.shape[1] :], b), 1)
-    x, norms, weights, new_sizes, *sums_of_rope = sums.split([part.shape[-1] for part in parts], dim=-1)
-    if rope is not None:
-        rope = (sums_of_rope[0] / new_sizes).to(rope.dtype)
+    x, norms, weights, new_sizes, *sums_of_positions = sums.split([part.shape[-1] for part in parts], dim=-1)
+    if positions is not None:
+        positions = (sums_of_positions[0] / new_sizes).to(positions.dtype)
     x = x * (norms / (weights * torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(_MIN_NORM)))
     if token_of_patch is not None:
         token_of_patch = token_of_patch_after(token_of_patch, matched, prefix)
     x, sizes = x.to(tokens.x.dtype), new_sizes.to(sizes.dtype)
-    return tokens._replace(x=x, sizes=sizes, token_of_patch=token_of_patch, rope=rope)
+    return tokens._replace(x=x, sizes=sizes, token_of_patch=token_of_patch, positions=positions)
 
 
 def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) -> Tensor:

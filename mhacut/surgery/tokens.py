@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import Attention, AttentionPoolLatent
-from timm.layers.attention import AttentionRope
-from timm.models import eva, vision_transformer
+from timm.layers import AttentionPoolLatent
+from timm.models import beit, eva, vision_transformer
+from timm.models import vision_transformer_relpos as relpos
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
 
@@ -24,8 +24,10 @@ from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import TokenPlan, Unmerge
 from mhacut.surgery.branches import block_width, branches_of, projections_of
 from mhacut.surgery.merging_blocks import (
+    BIAS_BLOCKS,
     PREFIX_PARAMETERS,
     Matcher,
+    MergedBiasTokens,
     MergedEvaTokens,
     MergedOutputTokenBlock,
     MergedOutputTokenEvaBlock,
@@ -49,11 +51,15 @@ _MERGING_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]: MergedOutputTokenBlock,
     eva.EvaBlock: MergingEvaBlock,
     OUTPUT_TOKEN_BLOCKS[eva.EvaBlock]: MergedOutputTokenEvaBlock,
+    **{cls: merging for cls, (merging, _) in BIAS_BLOCKS.items()},
+    **{OUTPUT_TOKEN_BLOCKS[cls]: merging for cls, (_, merging) in BIAS_BLOCKS.items()},
 }
 _VITS = {
     vision_transformer.VisionTransformer: MergedTokens,
     VisionTransformerDistilled: MergedTokens,
     eva.Eva: MergedEvaTokens,
+    beit.Beit: MergedBiasTokens,
+    relpos.VisionTransformerRelPos: MergedBiasTokens,
 }
 _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
     cls: mixed("Merged", mixin, cls)
@@ -61,11 +67,7 @@ _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
     for cls in (vit, OUTPUT_TOKEN_MODELS[vit])
 }
 _PLAIN_CLASSES = {merging: plain for plain, merging in (*_MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
-_ATTENTION = {
-    cls
-    for dense in (Attention, AttentionRope, eva.EvaAttention)
-    for cls in (dense, OUTPUT_TOKENS[dense], CLS_WEIGHTS[dense])
-}
+_ATTENTION = {cls for dense in CLS_WEIGHTS for cls in (dense, OUTPUT_TOKENS[dense], CLS_WEIGHTS[dense])}
 """timm attention classes of blocks that can merge tokens."""
 
 
@@ -203,8 +205,8 @@ def _weighs_by_attention(vit: Any) -> bool:
     """Whether the class token's attention weighs tokens: the head reads it, and q and k have no norms."""
     if any(getattr(block.attn, "num_kv_groups", 1) > 1 for block in vit.blocks):
         return False  # several heads share their keys
-    norms = [norm for block in vit.blocks for norm in (block.attn.q_norm, block.attn.k_norm)]
-    return _reads_class_token(vit) and all(isinstance(norm, nn.Identity) for norm in norms)
+    norms = [getattr(block.attn, name, None) for block in vit.blocks for name in ("q_norm", "k_norm")]
+    return _reads_class_token(vit) and all(isinstance(norm, nn.Identity | None) for norm in norms)
 
 
 def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
@@ -216,6 +218,9 @@ def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
         block.branches, block.projections = branches_of(block), None
         attention = block.get_submodule(block.branches.attention)
         adapter_for(attention).resize(attention, {})  # type: ignore[union-attr]
+    elif hasattr(block, "attn") and block.attn.__class__ in (beit.Attention, relpos.RelPosAttention):
+        # timm's forward pass takes no bias in place of its own.
+        _set_attention_class(block.attn, type(block.attn))
     block.__class__ = _MERGING_BLOCKS[plain]
     block.matcher, block.gives_sizes, block.unmerge = matcher, True, unmerge
     return block

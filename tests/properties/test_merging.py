@@ -10,6 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from timm.layers import RelPosMlp
 from torch import nn
 
 from helpers.models import ModelCase, build, double, image, relative, slow_but, slow_except
@@ -70,9 +71,36 @@ MERGING = {
         merging("vit_pe_core_tiny_patch16_384", num_classes=10),
         TokenPlan(None, (0, 8, 2)),
     ),
+    "position biases": (merging("beit_base_patch16_224", **WITH_HEAD), TokenPlan(None, (2, 5, 1))),
+    "position biases, read": (
+        merging("beitv2_base_patch16_224", **WITH_HEAD, global_pool="token"),
+        TokenPlan(1, (4, 3, 0)),
+    ),
+    "position biases of all blocks, copied back": (
+        merging(
+            "beit_base_patch16_224",
+            **WITH_HEAD,
+            use_rel_pos_bias=False,
+            use_shared_rel_pos_bias=True,
+        ),
+        TokenPlan(None, (0, 8, 4), unmerge=True),
+    ),
+    "positions by MLP": (
+        merging("vit_relpos_base_patch16_clsgap_224", **WITH_HEAD),
+        TokenPlan(None, (2, 5, 1)),
+    ),
+    "positions by MLP, all tokens": (
+        merging("vit_relpos_base_patch16_cls_224", **WITH_HEAD, qk_norm=True),
+        TokenPlan(None, (0, 8, 4)),
+    ),
+    "positions by MLP of all blocks, copied back": (
+        merging("vit_srelpos_small_patch16_224", **WITH_HEAD),
+        TokenPlan(None, (4, 0, 2), unmerge=True),
+    ),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""
+BIASES = [name for name in MERGING if name.startswith("position")]
 
 
 @pytest.fixture(
@@ -84,6 +112,8 @@ MERGING = {
             "copied back, registers",
             "rotary",
             "rotary by halves, averaging",
+            "position biases, read",
+            "positions by MLP",
         },
         MERGING,
     )
@@ -275,7 +305,7 @@ def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
 @pytest.mark.parametrize(
     ("architecture", "args"),
     [
-        ("vit_relpos_small_patch16_224", {}),
+        ("vit_relpos_base_patch16_rpn_224", {}),
         ("vit_small_patch16_rope_mixed_224", {}),
         ("vit_tiny_patch16_224", {"global_pool": "max"}),
         ("vit_tiny_patch16_224", {"depth": 1}),
@@ -320,8 +350,16 @@ def matrices(content: bytes) -> int:
 @pytest.mark.parametrize(
     "name",
     slow_but(
-        {"averaging", "copied back", "distilled", "rotary by halves, averaging"},
-        ["read", "averaging", "copied back", "distilled", "rotary", "rotary by halves, averaging"],
+        {"averaging", "copied back", "distilled", "rotary by halves, averaging", *BIASES},
+        [
+            "read",
+            "averaging",
+            "copied back",
+            "distilled",
+            "rotary",
+            "rotary by halves, averaging",
+            *BIASES,
+        ],
     ),
 )
 @torch.no_grad()
@@ -336,6 +374,11 @@ def test_onnx_programs_compute_the_same_without_scatter(name):
     linear = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     rope = getattr(model, "rope", None)  # its table is a constant: for the first merge, and in two halves
     tables = 0 if rope is None else 3 * rope.get_embed(shape=model.patch_embed.grid_size).numel()
+    for part in model.modules():
+        if isinstance(part, RelPosMlp):  # the exporter computes its table
+            linear -= sum(weight.numel() for weight in part.parameters() if weight.dim() == 2)
+        if hasattr(part, "relative_position_index"):
+            tables += 3 * 17**2 * 3  # of up to 17 x 17 tokens and 3 heads
     assert linear <= matrices(content) <= linear + tables  # of which there are no copies
     if name == "read":
         assert matrices(quantize(content)) == 0

@@ -81,7 +81,7 @@ def test_logits_of_merged_tokens_are_means_over_pairs_of_members(seed, half, cou
         (tokens.token_of_patch[0, prefix:] == prefix + i).nonzero().flatten().tolist() for i in range(total)
     ]
     q, k = torch.randn(2, total, 8, generator=chance, dtype=torch.float64)
-    averaged = tokens.rope[0, prefix:]
+    averaged = tokens.positions[0, prefix:]
     rotated = [apply_rot_embed_cat(part, averaged, half=half) for part in (q, k)]
     torch.testing.assert_close(rotated[0] @ rotated[1].T, slow_logits(q, k, members, rope, half))
 

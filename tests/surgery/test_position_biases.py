@@ -1,0 +1,141 @@
+"""Relative position biases of merged tokens: means over the members of queries and keys."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import timm
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import mhacut
+from helpers.models import relative
+from mhacut.adapters.softmax_hooks import position_bias
+from mhacut.plan import TokenPlan
+from mhacut.surgery.merging_blocks import Matcher, _with_position_bias
+from mhacut.surgery.token_merging import SizedTokens, merge
+from mhacut.surgery.tokens import apply_tokens, merged_of
+
+SMALL = {"depth": 3, "img_size": 64, "patch_size": 8, "embed_dim": 48, "num_heads": 3, "num_classes": 10}
+MODELS = {
+    "BEiT, mean": ("beit_base_patch16_224", {}),
+    "BEiT, class token": ("beitv2_base_patch16_224", {"global_pool": "token"}),
+    "BEiT, one table": (
+        "beit_base_patch16_224",
+        {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True, "use_abs_pos_emb": False},
+    ),
+    "BEiT, both tables": ("beit_base_patch16_224", {"use_shared_rel_pos_bias": True}),
+    "BEiT, no table": ("beit_base_patch16_224", {"use_rel_pos_bias": False}),
+    "MLP, mean": ("vit_relpos_small_patch16_224", {}),
+    "MLP, mean beside a class token": ("vit_relpos_base_patch16_clsgap_224", {}),
+    "MLP, class token, q/k norms": ("vit_relpos_base_patch16_cls_224", {"qk_norm": True}),
+    "MLP of all blocks": ("vit_srelpos_small_patch16_224", {}),
+    "table, class token": ("vit_relpos_base_patch16_cls_224", {"rel_pos_type": "bias"}),
+}
+
+
+def build(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    architecture, options = MODELS[name]
+    arguments = {**SMALL, "init_values": 0.5, **options}
+    model = timm.create_model(architecture, **arguments).eval().requires_grad_(False)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.weight.normal_(std=part.in_features**-0.5)
+        table = getattr(part, "relative_position_bias_table", None)
+        if table is not None:
+            table.normal_()
+    return model
+
+
+def smooth_images(count: int) -> Tensor:
+    noise = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return noise.repeat_interleave(16, 2).repeat_interleave(16, 3)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    name=st.sampled_from(sorted(set(MODELS) - {"BEiT, no table"})),
+    counts=st.lists(st.integers(1, 8), min_size=1, max_size=3),
+)
+def test_biases_of_merged_tokens_are_means_over_pairs_of_members(seed, name, counts):
+    model = build(name).double()
+    block, prefix = model.blocks[0], model.num_prefix_tokens
+    table = getattr(model, "rel_pos_bias", getattr(model, "shared_rel_pos", None))
+    shared = None if table is None else getattr(table, "get_bias", table)()
+    bias = position_bias(block.attn, shared).reshape(3, prefix + 64, prefix + 64)
+    chance = torch.Generator().manual_seed(seed)
+    block.matcher, block.unmerge = None, "rows"
+    x = torch.randn(2, prefix + 64, 48, generator=chance, dtype=torch.float64)
+    tokens, before = _with_position_bias(x, block, shared)
+    torch.testing.assert_close(before.bias[0], bias)
+    for count in counts:
+        tokens = merge(tokens, Matcher(count, prefix)(tokens, None), prefix)
+    assert isinstance(tokens, SizedTokens)
+    _, found = _with_position_bias(tokens, block, shared)
+    for image in range(2):
+        members = [
+            (tokens.token_of_patch[image] == token).nonzero().flatten() for token in range(tokens.x.shape[1])
+        ]
+        expected = torch.stack(
+            [
+                torch.stack([bias[:, queries][:, :, keys].mean((1, 2)) for keys in members], -1)
+                for queries in members
+            ],
+            1,
+        )  # (H, N, N)
+        sizes = torch.tensor([len(of) for of in members], dtype=torch.float64)
+        torch.testing.assert_close(found.bias[image], expected + sizes.log())
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("unmerge", [False, True])
+def test_zero_merges_give_the_outputs_of_the_model(name, unmerge):
+    model, merging, x = build(name), build(name), torch.randn(2, 3, 64, 64)
+    apply_tokens(merging, TokenPlan(None, (16, 8, 0), unmerge))
+    assert relative(merging(x), model(x)) > 1e-4
+    for block in merging.blocks[:2]:
+        block.matcher.count = 0
+    assert relative(merging(x), model(x)) < 1e-5
+    if unmerge:
+        expected, found = (m.forward_intermediates(x)[1][1] for m in (model, merging))
+        assert relative(found, expected) < 1e-5
+    merging.blocks[0].matcher.count = 1
+    apply_tokens(merging, TokenPlan())
+    assert merged_of(merging) == ()
+    assert relative(merging(x), model(x)) < 1e-6
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_merges_of_equal_tokens_change_nothing(name):
+    model = build(name)
+    for part in model.modules():  # all pairs of patches get the same bias
+        if hasattr(part, "relative_position_bias_table") and part.relative_position_bias_table is not None:
+            table = part.relative_position_bias_table
+            patches = 15**2  # the entries behind belong to the class token
+            table[:patches] = table[:1]
+        if hasattr(part, "rel_coords_log"):
+            part.rel_coords_log.fill_(0.7)
+    if getattr(model, "pos_embed", None) is not None:
+        model.pos_embed[:, 1:] = model.pos_embed[:, 1:2]
+    x = torch.randn(2, 3, 8, 8).repeat(1, 1, 8, 8)
+    expected = model(x)
+    for unmerge in (False, True):
+        merging = copy.deepcopy(model)
+        apply_tokens(merging, TokenPlan(None, (32, 16, 4), unmerge))
+        assert relative(merging(x), expected) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["BEiT, mean", "BEiT, class token", "MLP, mean", "MLP of all blocks"])
+def test_a_model_with_biases_is_pruned_with_merges_and_opens_again(name, tmp_path):
+    model, x = build(name), smooth_images(24)
+    options = {"images": x.split(8), "effort": "fast", "tuning_steps": 0, "heal_steps": 0}
+    result = mhacut.prune_(model, flops="45%", **options)
+    assert sum(result.plan.tokens.merged) > 0
+    mhacut.save_pruned(model, tmp_path / "slim.safetensors")
+    opened = build(name)
+    mhacut.apply_pruned(opened, tmp_path / "slim.safetensors")
+    assert relative(opened(x), model(x)) < 1e-5
