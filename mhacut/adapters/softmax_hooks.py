@@ -22,7 +22,7 @@ from mhacut.adapters.softmax import read
 # What q, k and v are made of.
 
 
-def class_token(m: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def class_token(m: Any, x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     """Return the class token as the input of q, and all tokens as the input of k and v."""
     return x[:, :1], x
 
@@ -130,6 +130,11 @@ def swin_v2_positions(m: Any) -> Tensor:
     return 16 * table[m.relative_position_index].sigmoid().movedim(-1, 0).unsqueeze(0)  # (1, H, N, N)
 
 
+def given(m: Any, q: Tensor, k: Tensor, x: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+    """Return q, k and the bias or sizes of merged tokens, an argument that timm's class does not have."""
+    return q, k, bias
+
+
 class CompleteBias(NamedTuple):
     """Attention bias of merged tokens, in place of a layer's position bias."""
 
@@ -212,10 +217,20 @@ def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
 # What weighs v.
 
 
-def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor, bias: None) -> Tensor:
-    """CaiT: mix the heads of the attention logits before the softmax, and of the weights after it."""
-    weights = _over_heads(m.proj_l, (q * m.scale) @ k.mT).softmax(dim=-1)  # (B, H, N, N)
-    return m.attn_drop(_over_heads(m.proj_w, weights)) @ v
+def talking_heads(m: Any, q: Tensor, k: Tensor, v: Tensor, sizes: Tensor | None) -> Tensor:
+    """CaiT: mix the heads of the attention logits before the softmax, and of the weights after it.
+
+    ``sizes`` are the numbers of patches of merged tokens, [B, N, 1].
+    """
+    logits = _over_heads(m.proj_l, (q * m.scale) @ k.mT)  # (B, H, N, N)
+    if sizes is None:
+        weights = _over_heads(m.proj_w, logits.softmax(dim=-1))
+    else:
+        by_key = sizes.mT[:, None]  # (B, 1, 1, N)
+        weights = _over_heads(m.proj_w, (logits + by_key.log()).softmax(dim=-1))
+        # The bias behind the softmax counts for every patch of a token.
+        weights = weights + (by_key - 1) * m.proj_w.bias[:, None, None]
+    return m.attn_drop(weights) @ v
 
 
 def _over_heads(mixing: Any, x: Tensor) -> Tensor:

@@ -102,8 +102,8 @@ SOFTMAX = (
     OF_OUTPUT_TOKENS(
         OUTPUT_TOKENS[models.beit.Attention], Q_K_V, logits=hooks.of_output_tokens(hooks.rel_pos)
     ),
-    Softmax(models.cait.TalkingHeadAttn, weigh=hooks.talking_heads),
-    Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token),
+    Softmax(models.cait.TalkingHeadAttn, logits=hooks.given, weigh=hooks.talking_heads),
+    Softmax(models.cait.ClassAttn, Q_K_V, inputs=hooks.class_token, logits=hooks.given),
     Softmax(models.convit.MHSA),
     Softmax(models.convit.GPSA, {"qk": "qk", "v": "v"}, weigh=hooks.content_and_place),
     LOWFORMER(models.cpubone.ConvAttention),

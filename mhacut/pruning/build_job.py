@@ -205,7 +205,7 @@ def reads_class_token(model: nn.Module, preserved: Preserved, size: tuple[int, .
     if stack is None or preserved.dense:
         return False
     if stack.vit is not None:
-        return bool(stack.vit.global_pool == "token")
+        return bool(stack.prefix and stack.vit.global_pool == "token")
     if find_outside_tokens(model, size):
         return False
     last: list[Tensor] = []

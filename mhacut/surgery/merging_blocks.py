@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import beit, checkpoint_seq, eva, vision_transformer
+from timm.models import beit, cait, checkpoint_seq, eva, vision_transformer
 from timm.models import vision_transformer_relpos as relpos
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.softmax_hooks import CompleteBias, position_bias
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
-from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, OutputTokenBlock, scaled
+from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, scaled
 from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order, match, merge, weigh
 
 
@@ -71,7 +71,7 @@ class Merging:
 
 
 class _TimmMerging(Merging):
-    """Mixin for timm's ViT blocks with norms before attention and MLP: token merging between both."""
+    """Mixin for timm's ViT blocks: token merging between attention and MLP."""
 
     def forward(
         self: Any,
@@ -84,17 +84,36 @@ class _TimmMerging(Merging):
         """Compute the block; ``rope`` holds the sines and cosines of all patches [N, 2 * d]."""
         _check_no_mask(attn_mask, is_causal)
         tokens, bias = _with_sizes(x, self, rope)
-        y = self.attn(self.norm1(tokens.x), attn_mask=bias, **_rotation(tokens, self.attn))
-        return self.after_attention(tokens, y)
+        return self.merged(tokens, attn_mask=bias, **_rotation(tokens, self.attn))
 
-    def after_attention(self: Any, tokens: SizedTokens, y: Any) -> Tensor | SizedTokens:
-        """Compute the rest of the block from the output ``y`` of the attention."""
-        y, cls_weights = y if isinstance(y, tuple) else (y, None)
-        tokens = tokens._replace(x=tokens.x + self.drop_path1(scaled(self, 1, y)))
+    def merged(self: Any, tokens: SizedTokens, *args: Any, **options: Any) -> Tensor | SizedTokens:
+        """Compute the block; further arguments are those of the attention."""
+        y, cls_weights = self.attn(self.normed(1, tokens.x), *args, **options), None
+        if isinstance(y, tuple):
+            y, cls_weights = y
+        tokens = tokens._replace(x=tokens.x + self.branch(1, y))
         if self.matcher is not None:
             tokens = merge(tokens, self.matcher(tokens, cls_weights), self.matcher.prefix)
-        y = tokens.x + self.drop_path2(scaled(self, 2, self.mlp(self.norm2(tokens.x))))
+        y = tokens.x + self.branch(2, self.mlp(self.normed(2, tokens.x)))
         return tokens._replace(x=y) if self.gives_sizes else y
+
+    def normed(self, number: int, x: Tensor) -> Any:
+        return getattr(self, f"norm{number}")(x)
+
+    def branch(self, number: int, y: Tensor) -> Any:
+        """Return what attention (1) or MLP (2) with output ``y`` add to the tokens."""
+        drop_path = getattr(self, f"drop_path{number}", None) or self.drop_path  # type: ignore[attr-defined]
+        return drop_path(scaled(self, number, y))
+
+
+class _PostNorm:
+    """Mixin for blocks with norms after attention and MLP."""
+
+    def normed(self, number: int, x: Tensor) -> Any:
+        return x
+
+    def branch(self, number: int, y: Tensor) -> Any:
+        return getattr(self, f"drop_path{number}")(getattr(self, f"norm{number}")(y))
 
 
 class _TimmMergedOutputTokens(Merging):
@@ -118,25 +137,13 @@ class MergingBlock(_TimmMerging, vision_transformer.Block):  # type: ignore[misc
     pass
 
 
-class MergingEvaBlock(_TimmMerging, eva.EvaBlock):  # type: ignore[misc]
-    pass
-
-
-class MergedOutputTokenBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]):  # type: ignore[misc, valid-type]
-    pass
-
-
-class MergedOutputTokenEvaBlock(_TimmMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[eva.EvaBlock]):  # type: ignore[misc, valid-type]
-    pass
-
-
 class _BiasMerging(_TimmMerging):
     """Mixin for timm's ViT blocks whose attention adds relative position biases."""
 
     def forward(self: Any, x: Tensor | SizedTokens, *args: Any, **options: Any) -> Tensor | SizedTokens:
         """Compute the block; the further argument is the position bias of all blocks or None."""
         tokens, bias = _with_position_bias(x, self, *args, *options.values())
-        return self.after_attention(tokens, self.attn(self.norm1(tokens.x), bias))
+        return self.merged(tokens, bias)
 
 
 class _BiasMergedOutputTokens(Merging):
@@ -144,18 +151,37 @@ class _BiasMergedOutputTokens(Merging):
 
     def forward(self: Any, x: Tensor | SizedTokens, *args: Any, **options: Any) -> Tensor:
         tokens, bias = _with_position_bias(x, self, *args, *options.values())
-        y: Tensor = OutputTokenBlock.forward(self, tokens.x, bias)
+        y: Tensor = super().forward(tokens.x, bias)  # type: ignore[misc]
         return y
 
 
-BIAS_BLOCKS = {
-    cls: (
-        mixed("Merging", _BiasMerging, cls),
-        mixed("Merging", _BiasMergedOutputTokens, OUTPUT_TOKEN_BLOCKS[cls]),
-    )
-    for cls in (beit.Block, relpos.RelPosBlock)
+class _TalkingMerging(_TimmMerging):
+    """Mixin for CaiT's blocks, whose talking heads take sizes in place of their logarithms."""
+
+    def forward(self: Any, x: Tensor | SizedTokens, *_: Any, **__: Any) -> Tensor | SizedTokens:
+        tokens, bias = _with_sizes(x, self)
+        return self.merged(tokens, None if bias is None else tokens.sizes)
+
+
+MERGING_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
+    vision_transformer.Block: MergingBlock,
+    cait.LayerScaleBlock: mixed("Merging", _TalkingMerging, cait.LayerScaleBlock),
 }
-"""Block classes with position biases, each mapped to its merging class and to that of the last block."""
+"""Block classes of timm, each mapped to its subclass that merges tokens."""
+for post_norm, merging, last, classes in (
+    ((), _TimmMerging, _TimmMergedOutputTokens, (vision_transformer.Block, eva.EvaBlock)),
+    (
+        (_PostNorm,),
+        _TimmMerging,
+        _TimmMergedOutputTokens,
+        (vision_transformer.ResPostBlock, eva.EvaBlockPostNorm),
+    ),
+    ((), _BiasMerging, _BiasMergedOutputTokens, (beit.Block, relpos.RelPosBlock)),
+    ((_PostNorm,), _BiasMerging, _BiasMergedOutputTokens, (relpos.ResPostRelPosBlock,)),
+):
+    for cls in classes:
+        MERGING_BLOCKS.setdefault(cls, mixed("Merging", *post_norm, merging, cls))
+        MERGING_BLOCKS[OUTPUT_TOKEN_BLOCKS[cls]] = mixed("Merging", last, OUTPUT_TOKEN_BLOCKS[cls])
 
 
 def _with_position_bias(
@@ -423,8 +449,43 @@ class MergedBiasTokens(MergedTokens):
     def forward_head(self: Any, x: Any, pre_logits: bool = False) -> Any:
         if not isinstance(x, SizedTokens):
             return super().forward_head(x, pre_logits)  # type: ignore[misc]
-        pooled = self.head_drop(self.fc_norm(self.pool(x)))
+        pooled = self.pool(x)
+        pooled = self.head_drop(self.fc_norm(pooled) if hasattr(self, "fc_norm") else pooled)
         return pooled if pre_logits else self.head(pooled)
+
+
+class MergedCaitTokens(MergedBiasTokens):
+    """Mixin for CaiT whose blocks merge patches before the class token joins them."""
+
+    def forward_features(self: Any, x: Tensor) -> Tensor | SizedTokens:  # type: ignore[override]
+        x = self.pos_drop(self.patch_embed(x) + self.pos_embed)
+        tokens = checkpoint_seq(self.blocks, x) if self.grad_checkpointing else self.blocks(x)
+        if tokens.token_of_patch is not None:
+            tokens = tokens.unmerge()
+        if self.blocks_token_only is not None:
+            tokens = self.forward_cls(tokens)
+        if isinstance(tokens, SizedTokens):
+            return tokens._replace(x=self.norm(tokens.x))
+        normed: Tensor = self.norm(tokens)
+        return normed
+
+    def forward_cls(self: Any, x: Any) -> Any:
+        if not isinstance(x, SizedTokens):
+            return super().forward_cls(x)  # type: ignore[misc]
+        cls_token = self.cls_token.expand(x.x.shape[0], -1, -1)
+        sizes = F.pad(x.sizes, (0, 0, 1, 0), value=1.0)
+        x = x._replace(sizes=sizes)
+        for block in self.blocks_token_only:
+            y = block.attn(block.norm1(torch.cat((cls_token, x.x), dim=1)), x.bias())
+            cls_token = cls_token + block.drop_path(scaled(block, 1, y))
+            y = block.mlp(block.norm2(cls_token))
+            cls_token = cls_token + block.drop_path(scaled(block, 2, y))
+        return x._replace(x=torch.cat((cls_token, x.x), dim=1))
+
+    def pool(self: Any, x: Any, pool_type: str | None = None) -> Tensor:
+        if self.global_pool == "token":
+            return x.x[:, 0]
+        return super().pool(x, pool_type)
 
 
 class _UnmergedOutput(nn.Module):

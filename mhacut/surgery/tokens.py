@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from timm.layers import AttentionPoolLatent
-from timm.models import beit, eva, vision_transformer
+from timm.models import beit, cait, eva, vision_transformer
 from timm.models import vision_transformer_relpos as relpos
 from timm.models.deit import VisionTransformerDistilled
 from torch import nn
@@ -24,21 +24,17 @@ from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import TokenPlan, Unmerge
 from mhacut.surgery.branches import block_width, branches_of, projections_of
 from mhacut.surgery.merging_blocks import (
-    BIAS_BLOCKS,
+    MERGING_BLOCKS,
     PREFIX_PARAMETERS,
     Matcher,
     MergedBiasTokens,
+    MergedCaitTokens,
     MergedEvaTokens,
-    MergedOutputTokenBlock,
-    MergedOutputTokenEvaBlock,
     MergedTokens,
     Merging,
-    MergingBlock,
-    MergingEvaBlock,
     MergingLayer,
 )
 from mhacut.surgery.output_tokens import (
-    OUTPUT_TOKEN_BLOCKS,
     OUTPUT_TOKEN_MODELS,
     OutputTokenBlock,
     dense_class,
@@ -46,29 +42,24 @@ from mhacut.surgery.output_tokens import (
     set_output_tokens,
 )
 
-_MERGING_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
-    vision_transformer.Block: MergingBlock,
-    OUTPUT_TOKEN_BLOCKS[vision_transformer.Block]: MergedOutputTokenBlock,
-    eva.EvaBlock: MergingEvaBlock,
-    OUTPUT_TOKEN_BLOCKS[eva.EvaBlock]: MergedOutputTokenEvaBlock,
-    **{cls: merging for cls, (merging, _) in BIAS_BLOCKS.items()},
-    **{OUTPUT_TOKEN_BLOCKS[cls]: merging for cls, (_, merging) in BIAS_BLOCKS.items()},
-}
 _VITS = {
     vision_transformer.VisionTransformer: MergedTokens,
     VisionTransformerDistilled: MergedTokens,
     eva.Eva: MergedEvaTokens,
     beit.Beit: MergedBiasTokens,
     relpos.VisionTransformerRelPos: MergedBiasTokens,
+    cait.Cait: MergedCaitTokens,
 }
 _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
     cls: mixed("Merged", mixin, cls)
     for vit, mixin in _VITS.items()
-    for cls in (vit, OUTPUT_TOKEN_MODELS[vit])
+    for cls in {vit, OUTPUT_TOKEN_MODELS.get(vit, vit)}
 }
-_PLAIN_CLASSES = {merging: plain for plain, merging in (*_MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
-_ATTENTION = {cls for dense in CLS_WEIGHTS for cls in (dense, OUTPUT_TOKENS[dense], CLS_WEIGHTS[dense])}
+_PLAIN_CLASSES = {merging: plain for plain, merging in (*MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
+_ATTENTION = {*CLS_WEIGHTS, *OUTPUT_TOKENS.values(), *CLS_WEIGHTS.values(), cait.TalkingHeadAttn}
 """timm attention classes of blocks that can merge tokens."""
+_WITHOUT_BIAS = (beit.Attention, relpos.RelPosAttention, cait.TalkingHeadAttn, cait.ClassAttn)
+"""timm attention classes whose forward pass takes no bias of merged tokens. The class of a cut layer does."""
 
 
 class Stack(NamedTuple):
@@ -96,7 +87,8 @@ def stack_of(model: nn.Module) -> Stack | None:
         vit: Any = module
         if type(vit) in _MERGING_MODELS or isinstance(vit, MergedTokens):
             names, blocks = zip(*_blocks_in(f"{name}.blocks".lstrip("."), vit.blocks), strict=True)
-            return Stack(vit.blocks, names, blocks, vit, vit.num_prefix_tokens, vit.embed_dim)
+            prefix = 0 if isinstance(vit, cait.Cait) else vit.num_prefix_tokens
+            return Stack(vit.blocks, names, blocks, vit, prefix, vit.embed_dim)
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         names, blocks = zip(*_blocks_in(name, module), strict=True) if len(module) else ((), ())
@@ -139,7 +131,7 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
     if getattr(vit, "rope_mixed", False):
         return "every block has rotary frequencies of its own (rope_type='mixed')"
     for block in vit.blocks:
-        if type(block) not in _MERGING_BLOCKS and not isinstance(block, Merging):
+        if type(block) not in MERGING_BLOCKS and not isinstance(block, Merging):
             return f"merging does not support blocks of class {type(block).__name__}"
         if getattr(adapter_for(block.attn), "cls", None) not in _ATTENTION:
             return f"merging does not support attention of class {type(block.attn).__name__}"
@@ -196,8 +188,11 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
             _set_attention_class(block.attn, CLS_WEIGHTS[library_class(block.attn)])
         elif by_attention and vit is None:
             block.projections = projections_of(block.get_submodule(block.branches.attention))
-    blocks[-1].gives_sizes = vit is not None and (unmerge or _pools_by_size(vit))
+    takes_sizes = isinstance(vit, cait.Cait) or (vit is not None and _pools_by_size(vit))
+    blocks[-1].gives_sizes = vit is not None and (unmerge or takes_sizes)
     if vit is not None:
+        for part in filter(lambda part: type(part) in _WITHOUT_BIAS, vit.modules()):
+            _set_attention_class(part, type(part))
         vit.__class__ = _MERGING_MODELS[type(vit)]
 
 
@@ -205,23 +200,22 @@ def _weighs_by_attention(vit: Any) -> bool:
     """Whether the class token's attention weighs tokens: the head reads it, and q and k have no norms."""
     if any(getattr(block.attn, "num_kv_groups", 1) > 1 for block in vit.blocks):
         return False  # several heads share their keys
+    if isinstance(vit, cait.Cait):
+        return False  # the class token joins behind the blocks
     norms = [getattr(block.attn, name, None) for block in vit.blocks for name in ("q_norm", "k_norm")]
     return _reads_class_token(vit) and all(isinstance(norm, nn.Identity | None) for norm in norms)
 
 
 def _set_merging(block: Any, matcher: Matcher | None, unmerge: Unmerge) -> Any:
     plain = type(block)
-    if plain not in _MERGING_BLOCKS:  # a class of another library, met for the first time
-        _MERGING_BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
-        _PLAIN_CLASSES[_MERGING_BLOCKS[plain]] = plain
-    if issubclass(_MERGING_BLOCKS[plain], MergingLayer):
+    if plain not in MERGING_BLOCKS:  # a class of another library, met for the first time
+        MERGING_BLOCKS[plain] = mixed("Merging", MergingLayer, plain)
+        _PLAIN_CLASSES[MERGING_BLOCKS[plain]] = plain
+    if issubclass(MERGING_BLOCKS[plain], MergingLayer):
         block.branches, block.projections = branches_of(block), None
         attention = block.get_submodule(block.branches.attention)
         adapter_for(attention).resize(attention, {})  # type: ignore[union-attr]
-    elif hasattr(block, "attn") and block.attn.__class__ in (beit.Attention, relpos.RelPosAttention):
-        # timm's forward pass takes no bias in place of its own.
-        _set_attention_class(block.attn, type(block.attn))
-    block.__class__ = _MERGING_BLOCKS[plain]
+    block.__class__ = MERGING_BLOCKS[plain]
     block.matcher, block.gives_sizes, block.unmerge = matcher, True, unmerge
     return block
 

@@ -97,10 +97,28 @@ MERGING = {
         merging("vit_srelpos_small_patch16_224", **WITH_HEAD),
         TokenPlan(None, (4, 0, 2), unmerge=True),
     ),
+    "position biases, norms behind": (
+        merging("vit_relpos_base_patch16_rpn_224", num_classes=10),
+        TokenPlan(None, (2, 5, 1)),
+    ),
+    "norms behind": (merging("vit_base_patch16_rpn_224", num_classes=10), TokenPlan(None, (2, 5, 1))),
+    "norms behind, read": (
+        merging("vit_base_patch16_rpn_224", num_classes=10, class_token=True, global_pool="token"),
+        TokenPlan(1, (2, 5, 0)),
+    ),
+    "class attention": (merging("cait_xxs24_224", **WITH_HEAD), TokenPlan(None, (2, 5, 1))),
+    "class attention, averaging": (
+        merging("cait_xxs24_224", **WITH_HEAD, global_pool="avg"),
+        TokenPlan(None, (2, 5, 1)),
+    ),
+    "class attention, copied back": (
+        merging("cait_xxs24_224", **WITH_HEAD),
+        TokenPlan(None, (4, 0, 2), unmerge=True),
+    ),
     "layer scale, normalised": (merging("deit3_small_patch16_224", qk_norm=True), TokenPlan(1, (1, 1, 0))),
 }
 """Models and what they merge."""
-BIASES = [name for name in MERGING if name.startswith("position")]
+BIASES = [name for name in MERGING if name.startswith(("position", "class attention"))]
 
 
 @pytest.fixture(
@@ -114,6 +132,7 @@ BIASES = [name for name in MERGING if name.startswith("position")]
             "rotary by halves, averaging",
             "position biases, read",
             "positions by MLP",
+            "class attention",
         },
         MERGING,
     )
@@ -305,7 +324,7 @@ def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
 @pytest.mark.parametrize(
     ("architecture", "args"),
     [
-        ("vit_relpos_base_patch16_rpn_224", {}),
+        ("xcit_nano_12_p16_224", {"depth": 2}),
         ("vit_small_patch16_rope_mixed_224", {}),
         ("vit_tiny_patch16_224", {"global_pool": "max"}),
         ("vit_tiny_patch16_224", {"depth": 1}),
@@ -314,7 +333,7 @@ def test_merges_that_a_model_has_no_tokens_for_are_refused(merges, reason):
 def test_models_that_cannot_merge_are_refused_by_name(architecture, args):
     model = build(merging(architecture, **args))
     with pytest.raises(
-        UnsupportedModelError, match=r"tokens cannot be merged: .*(RelPos|frequencies|max|no block)"
+        UnsupportedModelError, match=r"tokens cannot be merged: .*(plain|frequencies|max|no block)"
     ):
         set_merged(model, (1, 0, 0))
 

@@ -33,18 +33,27 @@ MODELS = {
     "MLP, mean beside a class token": ("vit_relpos_base_patch16_clsgap_224", {}),
     "MLP, class token, q/k norms": ("vit_relpos_base_patch16_cls_224", {"qk_norm": True}),
     "MLP of all blocks": ("vit_srelpos_small_patch16_224", {}),
+    "norms behind": ("vit_relpos_base_patch16_rpn_224", {}),
     "table, class token": ("vit_relpos_base_patch16_cls_224", {"rel_pos_type": "bias"}),
+}
+MODELS_WITHOUT = {
+    "norms behind, no biases": ("vit_base_patch16_rpn_224", {}),
+    "rotary, norms behind": ("eva02_tiny_patch14_224", {"use_post_norm": True, "init_values": None}),
+    "class attention": ("cait_xxs24_224", {}),
+    "class attention, mean": ("cait_xxs24_224", {"global_pool": "avg"}),
 }
 
 
 def build(name: str) -> nn.Module:
     torch.manual_seed(0)
-    architecture, options = MODELS[name]
+    architecture, options = (MODELS | MODELS_WITHOUT)[name]
     arguments = {**SMALL, "init_values": 0.5, **options}
     model = timm.create_model(architecture, **arguments).eval().requires_grad_(False)
     for part in model.modules():
         if isinstance(part, nn.Linear):
             part.weight.normal_(std=part.in_features**-0.5)
+            if part.bias is not None:
+                part.bias.normal_(std=0.3)
         table = getattr(part, "relative_position_bias_table", None)
         if table is not None:
             table.normal_()
@@ -91,7 +100,7 @@ def test_biases_of_merged_tokens_are_means_over_pairs_of_members(seed, name, cou
         torch.testing.assert_close(found.bias[image], expected + sizes.log())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | MODELS_WITHOUT)
 @pytest.mark.parametrize("unmerge", [False, True])
 def test_zero_merges_give_the_outputs_of_the_model(name, unmerge):
     model, merging, x = build(name), build(name), torch.randn(2, 3, 64, 64)
@@ -109,7 +118,7 @@ def test_zero_merges_give_the_outputs_of_the_model(name, unmerge):
     assert relative(merging(x), model(x)) < 1e-6
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", MODELS | MODELS_WITHOUT)
 def test_merges_of_equal_tokens_change_nothing(name):
     model = build(name)
     for part in model.modules():  # all pairs of patches get the same bias
@@ -120,7 +129,9 @@ def test_merges_of_equal_tokens_change_nothing(name):
         if hasattr(part, "rel_coords_log"):
             part.rel_coords_log.fill_(0.7)
     if getattr(model, "pos_embed", None) is not None:
-        model.pos_embed[:, 1:] = model.pos_embed[:, 1:2]
+        model.pos_embed[:, -64:] = model.pos_embed[:, -1:]
+    if getattr(model, "rope", None) is not None:
+        model.rope.pos_embed.copy_(model.rope.pos_embed[5].clone())
     x = torch.randn(2, 3, 8, 8).repeat(1, 1, 8, 8)
     expected = model(x)
     for unmerge in (False, True):
@@ -129,11 +140,15 @@ def test_merges_of_equal_tokens_change_nothing(name):
         assert relative(merging(x), expected) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["BEiT, mean", "BEiT, class token", "MLP, mean", "MLP of all blocks"])
+@pytest.mark.parametrize(
+    "name", ["BEiT, mean", "BEiT, class token", "MLP, mean", "MLP of all blocks", "class attention"]
+)
 def test_a_model_with_biases_is_pruned_with_merges_and_opens_again(name, tmp_path):
     model, x = build(name), smooth_images(24)
-    options = {"images": x.split(8), "effort": "fast", "tuning_steps": 0, "heal_steps": 0}
-    result = mhacut.prune_(model, flops="45%", **options)
+    options = {"scope": "attention+mlp+tokens", "effort": "fast", "tuning_steps": 0, "heal_steps": 0}
+    result = mhacut.prune_(
+        model, images=x.split(8), flops="25%" if name == "class attention" else "40%", **options
+    )
     assert sum(result.plan.tokens.merged) > 0
     mhacut.save_pruned(model, tmp_path / "slim.safetensors")
     opened = build(name)
