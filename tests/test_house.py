@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4272,
     "report": 960,
     "runtime": 790,
-    "surgery": 3270,
+    "surgery": 3320,
     "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

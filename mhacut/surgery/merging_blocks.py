@@ -25,7 +25,15 @@ from mhacut.adapters.softmax_hooks import CompleteBias, position_bias
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
 from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, scaled
-from mhacut.surgery.token_merging import Match, SizedTokens, checkerboard_order, match, merge, weigh
+from mhacut.surgery.token_merging import (
+    Match,
+    SizedTokens,
+    bias_between,
+    checkerboard_order,
+    match,
+    merge,
+    weigh,
+)
 
 
 class Matcher(nn.Module):
@@ -140,6 +148,9 @@ class MergingBlock(_TimmMerging, vision_transformer.Block):  # type: ignore[misc
 class _BiasMerging(_TimmMerging):
     """Mixin for timm's ViT blocks whose attention adds relative position biases."""
 
+    grid: tuple[int, int]
+    """Rows and columns of patches in the image."""
+
     def forward(self: Any, x: Tensor | SizedTokens, *args: Any, **options: Any) -> Tensor | SizedTokens:
         """Compute the block; the further argument is the position bias of all blocks or None."""
         tokens, bias = _with_position_bias(x, self, *args, *options.values())
@@ -187,7 +198,7 @@ for post_norm, merging, last, classes in (
 def _with_position_bias(
     x: Tensor | SizedTokens, block: Any, shared: Tensor | None = None
 ) -> tuple[SizedTokens, CompleteBias]:
-    """Return tokens with sizes, and the attention bias: mean over members, and sizes.
+    """Return tokens with sizes, and the attention bias of mean positions and sizes.
 
     ``shared`` is the position bias of all blocks.
     """
@@ -195,17 +206,15 @@ def _with_position_bias(
     if bias is None:
         tokens, size_bias = _with_sizes(x, block)
         return tokens, CompleteBias(size_bias)
-    index = torch.arange(bias.shape[-1], device=bias.device)
-    tokens, size_bias = _with_sizes(x, block, (index[:, None] == index).to(bias.dtype))
-    bias, members = bias.reshape(-1, *bias.shape[-2:]), tokens.positions
-    assert members is not None
-    if members.dim() == 2:  # no merge yet: in the order of the tokens
-        order = members.max(-1).indices
-        return tokens, CompleteBias(bias.index_select(-1, order).index_select(-2, order)[None])
-    # Means over queries, then over keys. Products of 2 or 3 dimensions: batches get no copies of the bias.
-    rows = members @ bias.transpose(0, 1).flatten(1)  # (B, N, H * N of the first block)
-    rows = rows.unflatten(-1, (len(bias), -1)).flatten(1, 2) @ members.mT  # (B, N * H, N)
-    bias = rows.unflatten(1, (-1, len(bias))).transpose(1, 2)
+    rows, columns = block.grid
+    patch = torch.arange(rows * columns, device=bias.device)
+    # bfloat16 would round mean positions.
+    positions = torch.stack((patch // columns, patch % columns), -1).to(
+        torch.promote_types(bias.dtype, torch.float32)
+    )
+    tokens, size_bias = _with_sizes(x, block, positions)
+    assert tokens.positions is not None
+    bias = bias_between(bias.reshape(1, *bias.shape[-3:]), tokens.positions, block.grid)
     return tokens, CompleteBias(bias if size_bias is None else bias + size_bias)
 
 

@@ -63,9 +63,8 @@ class SizedTokens(NamedTuple):
     """For each token of the first block, the index of the current token that contains it, [B, N of the first
     block]. None if patch features are not needed."""
     positions: Tensor | None = None
-    """Sines and cosines of rotary positions, [N, 2 * d] before the first merge, then [B, N, 2 * d]. Rows of
-    the prefix are 0. With relative position biases: share of each token of the first block in each token, [N,
-    N of the first block] before the first merge, then [B, N, N of the first block]. None in other models."""
+    """Sines and cosines of rotary positions (P = 2 * d), or row and column for relative position biases (P =
+    2): [N, P] before the first merge, then [B, N, P]. Rows of the prefix are 0. None in other models."""
     first: Tensor | None = None
     """Empty tensor [B, N of the first block, 0]: a tensor, because ``torch.jit.trace`` takes no numbers."""
 
@@ -171,6 +170,36 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
         token_of_patch = token_of_patch_after(token_of_patch, matched, prefix)
     x, sizes = x.to(tokens.x.dtype), new_sizes.to(sizes.dtype)
     return tokens._replace(x=x, sizes=sizes, token_of_patch=token_of_patch, positions=positions)
+
+
+def bias_between(bias: Tensor, positions: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return the relative position bias [B, H, N, N] between tokens at mean ``positions`` [(B,) N, 2].
+
+    ``bias`` [1, H, M, M] belongs to the M tokens of a grid without merges. Between the offsets of this grid,
+    the bias is bilinear: close to the mean over all pairs of members, for far fewer operations.
+    """
+    rows, columns = grid
+    prefix = bias.shape[-1] - rows * columns
+    down, along = (torch.arange(1 - side, side, device=bias.device) for side in grid)
+    # Each offset lies between 2 patches at corners of the grid.
+    query, key = (
+        ((sign * down).clamp_min(0)[:, None] * columns + (sign * along).clamp_min(0) + prefix).flatten()
+        for sign in (1, -1)
+    )
+    table = bias[:, :, query, key].unflatten(-1, (2 * rows - 1, 2 * columns - 1))
+    positions = (positions if positions.dim() == 3 else positions[None])[:, prefix:]
+    reach = positions.new_tensor([max(rows - 1, 1), max(columns - 1, 1)])
+    offsets = (positions[:, :, None] - positions[:, None]) / reach  # from -1 to 1
+    table = table.to(offsets.dtype).expand(offsets.shape[0], -1, -1, -1)
+    # grid_sample reads columns before rows.
+    between = F.grid_sample(table, offsets.flip(-1), padding_mode="border", align_corners=True).to(bias.dtype)
+    if prefix:  # all patches have the same bias with a token of the prefix
+        side, batch = between.shape[-1], between.shape[0]
+        above = bias[:, :, :prefix, prefix : prefix + 1].expand(batch, -1, -1, side)
+        left = bias[:, :, prefix : prefix + 1, :prefix].expand(batch, -1, side, -1)
+        first = bias[:, :, :prefix, :prefix].expand(batch, -1, -1, -1)
+        between = torch.cat((torch.cat((first, above), 3), torch.cat((left, between), 3)), 2)
+    return between
 
 
 def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) -> Tensor:

@@ -184,6 +184,8 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
         left -= min(count, left // 2)
         planned = None if patches is None else (patches, left)
         _set_merging(block, Matcher(count, stack.prefix, planned) if count else None, unmerge)
+        if isinstance(vit, beit.Beit | relpos.VisionTransformerRelPos):
+            block.grid = vit.patch_embed.grid_size
         if count and by_attention and vit is not None:
             _set_attention_class(block.attn, CLS_WEIGHTS[library_class(block.attn)])
         elif by_attention and vit is None:

@@ -1,8 +1,9 @@
-"""Relative position biases of merged tokens: means over the members of queries and keys."""
+"""Relative position biases of merged tokens: the bias between mean positions."""
 
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import timm
@@ -70,14 +71,14 @@ def smooth_images(count: int) -> Tensor:
     name=st.sampled_from(sorted(set(MODELS) - {"BEiT, no table"})),
     counts=st.lists(st.integers(1, 8), min_size=1, max_size=3),
 )
-def test_biases_of_merged_tokens_are_means_over_pairs_of_members(seed, name, counts):
+def test_biases_of_merged_tokens_are_bilinear_between_mean_positions(seed, name, counts):
     model = build(name).double()
     block, prefix = model.blocks[0], model.num_prefix_tokens
     table = getattr(model, "rel_pos_bias", getattr(model, "shared_rel_pos", None))
     shared = None if table is None else getattr(table, "get_bias", table)()
     bias = position_bias(block.attn, shared).reshape(3, prefix + 64, prefix + 64)
     chance = torch.Generator().manual_seed(seed)
-    block.matcher, block.unmerge = None, "rows"
+    block.matcher, block.unmerge, block.grid = None, "rows", (8, 8)
     x = torch.randn(2, prefix + 64, 48, generator=chance, dtype=torch.float64)
     tokens, before = _with_position_bias(x, block, shared)
     torch.testing.assert_close(before.bias[0], bias)
@@ -89,15 +90,29 @@ def test_biases_of_merged_tokens_are_means_over_pairs_of_members(seed, name, cou
         members = [
             (tokens.token_of_patch[image] == token).nonzero().flatten() for token in range(tokens.x.shape[1])
         ]
-        expected = torch.stack(
-            [
-                torch.stack([bias[:, queries][:, :, keys].mean((1, 2)) for keys in members], -1)
-                for queries in members
-            ],
-            1,
-        )  # (H, N, N)
         sizes = torch.tensor([len(of) for of in members], dtype=torch.float64)
+        expected = torch.stack(
+            [torch.stack([slow_bias(bias, prefix, q, k) for k in members], -1) for q in members], 1
+        )
         torch.testing.assert_close(found.bias[image], expected + sizes.log())
+
+
+def slow_bias(bias: Tensor, prefix: int, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the bias [H] between 2 tokens with members ``queries`` and ``keys`` on a grid of 8 x 8."""
+    if int(queries[0]) < prefix or int(keys[0]) < prefix:
+        return bias[:, queries[0], keys[0]]
+    rows, columns = ((queries - prefix) // 8, (queries - prefix) % 8)
+    down = float(rows.double().mean() - ((keys - prefix) // 8).double().mean())
+    along = float(columns.double().mean() - ((keys - prefix) % 8).double().mean())
+    total = torch.zeros(3, dtype=torch.float64)
+    for row in (math.floor(down), math.floor(down) + 1):
+        for column in (math.floor(along), math.floor(along) + 1):
+            weight = max(0, 1 - abs(down - row)) * max(0, 1 - abs(along - column))
+            if weight:
+                query = max(row, 0) * 8 + max(column, 0) + prefix
+                key = max(-row, 0) * 8 + max(-column, 0) + prefix
+                total += weight * bias[:, query, key]
+    return total
 
 
 @pytest.mark.parametrize("name", MODELS | MODELS_WITHOUT)
