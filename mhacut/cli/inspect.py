@@ -86,6 +86,7 @@ def _kept_channels(layers: Sequence[LayerReport]) -> Iterator[str]:
 
 
 def _about(inspection: Inspection) -> list[str]:
+    from mhacut.inspection.layers import about_sizes
     from mhacut.report.history import step
     from mhacut.report.tables import LAYER_NOTES
 
@@ -96,9 +97,7 @@ def _about(inspection: Inspection) -> list[str]:
         f"{format_flops(inspection.flops)} FLOPs, {format_flops(inspection.parameters)} parameters, "
         f"{' and '.join(inspection.dtypes)}",
     ]
-    if inspection.flops_by_side:
-        counts = [f"{side}: {format_flops(flops)}" for side, flops in inspection.flops_by_side.items()]
-        lines.append(f"FLOPs by image height: {', '.join(counts)}")
+    lines += about_sizes(inspection)
     if inspection.judged_by is not None:
         lines += [*LAYER_NOTES, f"computed from: {inspection.judged_by}"]
     lines.append(f"preprocessing: {inspection.provenance.describe(inspection.preprocessing)}")

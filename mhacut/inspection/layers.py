@@ -278,3 +278,9 @@ def about_tokens(tokens: TokenPlan) -> list[str]:
         count = "token" if tokens.output_tokens == 1 else f"{tokens.output_tokens} tokens"
         parts.append(f"the last block computes only the {count} that the classifier reads")
     return parts
+
+
+def about_sizes(inspection: Inspection) -> list[str]:
+    """Return a line with the FLOPs of each image height, if the model takes several sizes."""
+    counts = [f"{side}: {format_flops(flops)}" for side, flops in inspection.flops_by_side.items()]
+    return [f"FLOPs by image height: {', '.join(counts)}"] if counts else []

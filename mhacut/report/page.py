@@ -17,7 +17,7 @@ from mhacut.checkpoint.checkpoint import Checkpoint
 from mhacut.checkpoint.preprocessing import Provenance
 from mhacut.data import CalibrationImages
 from mhacut.inspection.compare import compare
-from mhacut.inspection.layers import about_tokens, inspect_model, summary
+from mhacut.inspection.layers import about_sizes, about_tokens, inspect_model, summary
 from mhacut.measuring.accuracy import Figure
 from mhacut.options.base import PathLike
 from mhacut.options.measure import INSPECTED_IMAGES
@@ -110,6 +110,8 @@ def write_overview(
 def page(contents: Contents) -> str:
     from markupsafe import Markup
 
+    inspection = contents.inspection
+    about_model = about_tokens(inspection.tokens) if contents.comparison else [summary(inspection)]
     style = files("mhacut.report").joinpath("page.css").read_text(encoding="utf-8")
     # Allows only this style sheet, by its hash: text from files cannot run even if it is not escaped.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
@@ -118,12 +120,8 @@ def page(contents: Contents) -> str:
         _template().render(
             policy=policy,
             style=Markup(style),  # not escaped: part of mhacut
-            inspection=contents.inspection,
-            summary=(
-                summary(contents.inspection)
-                if contents.comparison is None
-                else "; ".join(about_tokens(contents.inspection.tokens))
-            ),
+            inspection=inspection,
+            summary="; ".join((*about_model, *about_sizes(inspection))),
             date=date.today().isoformat(),
             verdict=contents.verdict,
             version=__version__,

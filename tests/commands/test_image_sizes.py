@@ -124,7 +124,10 @@ def test_inspect_shows_the_flops_of_models_that_take_several_sizes(slim_file, tm
     assert list(found) == ["32", "64", "128"]
     model = mhacut.load_model(slim_file)
     assert list(found.values()) == [measure_flops(model, (3, side, side)) for side in (32, 64, 128)]
-    assert "FLOPs by image height: 32: " in succeed("inspect", slim_file, "--shapes").stdout
+    page = tmp_path / "page.html"
+    shown = succeed("inspect", slim_file, "--shapes", "--html", page).stdout
+    assert "FLOPs by image height: 32: " in shown
+    assert "FLOPs by image height: 32: " in page.read_text()
     fixed = save_dense(build(ModelCase("vit_tiny_patch16_224", FIXED)), tmp_path / "fixed.safetensors")
     found = mhacut.inspect(fixed, model="vit_tiny_patch16_224", model_args=FIXED, shapes=True)
     assert found.inspection.flops_by_side == {}
