@@ -44,7 +44,7 @@ def read(m: Any, y: Tensor) -> Tensor:
 
 
 def to_tokens(m: Any, y: Tensor, query: Tensor, *_: Any) -> Tensor:
-    """Apply the output projection to y [B, N, C] after a reshape to the map or tokens of ``query``."""
+    """Reshape the attention output y [B, N, C] like ``query`` (map or tokens) and apply the projection."""
     return read(m, y.reshape(*query.shape[:-1], -1))
 
 

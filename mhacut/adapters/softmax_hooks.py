@@ -95,7 +95,7 @@ def masked(m: Any, q: Tensor, k: Tensor, x: Tensor, mask: Any, causal: bool = Fa
 
 
 def of_output_tokens(logits: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """Wrap a ``logits`` function for attention with q of the first tokens only: slice its mask or bias."""
+    """Return ``logits`` for attention that computes q of the first tokens only, with fewer bias rows."""
 
     def hook(m: Any, q: Tensor, k: Tensor, x: Tensor, *args: Any) -> tuple[Any, ...]:
         q, k, bias = logits(m, q, k, x, *args)  # bias (..., N or 1, N)

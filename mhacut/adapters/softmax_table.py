@@ -43,7 +43,7 @@ EFFICIENT_FORMER_V2_SIZES = {"key_dim": "qk", "d": "v", "dh": "heads * v"}
 
 
 def equal(m: Any, qk: int, v: int) -> bool:
-    """Whether q/k and v have the same width, so that timm's own forward pass supports it."""
+    """Whether q/k and v have the same width, so that a cut layer can keep timm's forward pass."""
     return qk == v
 
 

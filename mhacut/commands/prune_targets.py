@@ -71,7 +71,7 @@ class Target(ABC):
 
 
 def options_of_lowest(job: Job) -> str:
-    """Return text with the options that raise the lowest reachable budget, or an empty text."""
+    """Name the user's options that raise the lowest reachable budget; return an empty text without such."""
     named: list[tuple[str, object]] = []
     if not job.merges_tokens:
         mlp = any(unit.kind == "hidden" for unit in job.units)

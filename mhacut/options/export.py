@@ -27,7 +27,7 @@ _OF_INT8 = ("threads", "data_dir", "dataset", "train_split", "calibration_images
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions(CheckpointOptions, ImageSource, panel="Result"):
     int8: bool = option(False, panel="Quantization")
-    """Quantize the linear layers to INT8. Compare speed, size and outputs with the float32 model."""
+    """Quantize the linear layers to INT8, and print speed, size and output errors against float32."""
     threads: int | None = option(None, panel="Quantization", at_least=1, at_most=MAX_PARALLEL)
     """Number of CPU threads for timing the INT8 model. Default: PyTorch's default."""
     train_split: str = option("train", panel="Data", needs=NEEDS_IMAGES)

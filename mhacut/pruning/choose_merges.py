@@ -46,8 +46,8 @@ images is used. For dense features, the minimum is used, since each image gives 
 OVERHEAD = 0.07
 """Time of matching and averaging tokens, relative to the time of a block of a ViT-Ti (197 tokens, CPU)."""
 LEAST_PRICE = 7_000_000
-"""Minimum price of a merging block, in multiply-accumulates (MACs) that take the same time. A merge of few
-tokens takes about 0.4 ms for 1 image on the CPU, in which a ViT-Ti does 7 to 9 million MACs."""
+"""Minimum cost that the search adds for each merging block, in multiply-accumulates (MACs). A merge of few
+tokens takes about 0.4 ms for 1 image on the CPU. In this time, a ViT-Ti does 7 to 9 million MACs."""
 _PRICES = [10 ** (step / 8) for step in range(-96, 9)]
 """Prices of the dense model's FLOPs in nats. For each price, the schedule with the smallest sum of divergence
 and priced FLOPs is found."""

@@ -169,7 +169,7 @@ def _log_time(job: Job, what: str, steps: int, size: int, images: int, *runs: Ca
     # The last run is also differentiated, which takes about twice as long again.
     minutes = steps * (ticks[-1] - ticks[0] + 2 * (ticks[-1] - ticks[-2])) / 60
     job.reporter.log(
-        f"tuning {what}: {steps} steps of {size} images (of {images}), about {minutes:.1f} minutes"
+        f"tuning {what}: {steps} steps, each with {size} of {images} images, about {minutes:.1f} minutes"
     )
 
 

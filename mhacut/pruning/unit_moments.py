@@ -172,10 +172,11 @@ def output_gram_of(model: nn.Module, layer: Layer) -> Tensor:
 
 
 def white_moments(module: nn.Module, unit: Unit) -> tuple[UnitMoments, Tensor] | None:
-    """Return moments of a unit's channels for white inputs, and the mean similarity to other channels [H, d].
+    """Return second moments of a unit's channels for white inputs (identity covariance), and similarities.
 
-    Assumes that heads attend to different tokens, and ignores operations after the projections. Returns None
-    if channels are not output rows of linear layers that read the layer's input.
+    The similarity of a channel, [H, d], is the mean over the other channels of its head. Heads count as
+    independent, and operations after the projections, such as q/k norms, are ignored. Returns None unless
+    each channel is an output row of a linear layer that reads the layer's input.
     """
 
     def projects(axis: ChannelAxis) -> bool:

@@ -59,7 +59,7 @@ def test_tuning_brings_outputs_nearer_to_the_dense_model(tuned, tmp_path):
     result, (steps, line) = tuned
     plain, nothing = pruned(tmp_path / "plain.safetensors", tuning_steps=0)
     assert not nothing
-    assert "45 steps of 16 images (of 284)" in steps  # 300 less those held out of the 64
+    assert "45 steps, each with 16 of 284 images" in steps  # 300 less those held out of the 64
     assert result.divergence < 0.8 * plain.divergence
     before, after = map(float, re.search(r"held-out images (\S+) before, (\S+) after", line).groups())
     assert before > max(after, 1.1 * plain.divergence)  # on crops, of which the model knows less
@@ -88,7 +88,7 @@ def tiny(**options):
 def test_all_images_in_memory_are_read_by_no_other_process(monkeypatch, given):
     monkeypatch.setattr(BaseProcess, "start", lambda process: pytest.fail("a process was started"))
     messages = tiny(given=given, workers=None, tuning_steps=1)
-    assert any("tuning all weights: 1 steps of 16 images (of 18), about " in line for line in messages)
+    assert any("tuning all weights: 1 steps, each with 16 of 18 images, about " in line for line in messages)
 
 
 @pytest.mark.exhaustive
