@@ -26,7 +26,7 @@ LINES = {
     "linalg": 757,
     "measuring": 839,
     "options": 1400,
-    "pruning": 4272,
+    "pruning": 4300,
     "report": 960,
     "runtime": 790,
     "surgery": 3320,

@@ -136,9 +136,14 @@ def _nothing_fits(header: FileHeader, similar: Sequence[str]) -> str:
     where = show(header.path)
     if is_cut(header.shapes):
         return f"{where}: seems to be the state dict of a slim model. {SAVE_SLIM_ADVICE}"
+    found = f"{where}: no prunable timm model has exactly these {len(header.tensors)} tensors"
+    if not any(word in name for name in header.tensors for word in ("attn", "attention", "qkv")):
+        return f"{found}, and no tensor belongs to attention. mhacut prunes vision transformers"
+    if "blocks.0.attn.qkv.weight" in header.tensors:
+        options = option_name("model", "vit_tiny_patch16_224"), option_name("model_args", {"num_heads": "N"})
+        return f"{found}. For timm's plain ViT of another width, give {' '.join(options)}"
     nearest = f". The nearest are {listed(similar, _MAX_NAMES)}" if similar else ""
     return (
-        f"{where}: no prunable timm model has exactly these {len(header.tensors)} tensors. "
-        f"Give {option_name('model', 'NAME')}, and {option_name('model_args', {'KEY': 'VALUE'})} for "
-        f"arguments that differ from its defaults{nearest}"
+        f"{found}. Give {option_name('model', 'NAME')}, and "
+        f"{option_name('model_args', {'KEY': 'VALUE'})} for arguments that differ from its defaults{nearest}"
     )

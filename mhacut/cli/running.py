@@ -121,6 +121,13 @@ class Console:
         self.finish()
         self.say(text if self.rank == 0 else f"process {self.rank}: {text}")
 
+    def failure(self, message: str) -> None:
+        """Print the message of a failed command; with ``--json`` also as JSON on stdout."""
+        self.error(f"error: {message}")
+        if self.as_json and self.rank == 0:
+            with suppress(OSError):  # the reader has closed the pipe
+                print(json.dumps({"schema_version": SCHEMA_VERSION, "error": message}, indent=2), flush=True)
+
     def say(self, text: str) -> None:
         """Print lines on stderr above the progress bar, with control characters escaped."""
         lines = "\n".join(map(safe, text.split("\n")))
@@ -184,7 +191,7 @@ def running(console: Console, writer: OptionWriter, known: Collection[str]) -> I
                 console.error(traceback.format_exc().rstrip())
             bug = f"unexpected {type(error).__name__}: this is a bug in mhacut. "
             bug += "Please report it with the traceback above."
-            console.error(f"error: {message or bug}")
+            console.failure(message or bug)
         finally:
             console.finish()
     if code:

@@ -133,6 +133,12 @@ def read_class_map(file: PathLike, num_classes: int | None) -> dict[str, int]:
     return {name: index for index, name in enumerate(names)}
 
 
+def _below_single_folders(path: Path) -> Path:
+    while len(inner := subfolders(path)) == 1 and not any(map(_is_image, os.listdir(path / inner[0]))):
+        path /= inner[0]
+    return path
+
+
 def label_images(
     folder: Folder, data: LabelledImages, num_classes: int | None, hint: str, *, other: str | None
 ) -> list[int]:
@@ -160,10 +166,13 @@ def label_images(
             f"classes in the head's order with {option_name('class_map')}"
         )
     if num_classes is not None and len(folder.classes) != num_classes:
+        inner = _below_single_folders(folder.path)
+        cure = f"Name the classes in the head's order with {option_name('class_map')}{hint}"
+        if inner != folder.path:
+            cure = f"The folder may be too high: try {option_name('data_dir', os.fspath(inner))}"
         raise DataError(
             f"{folder.path}: {len(folder.classes)} class folders ({listed(folder.classes)}), "
-            f"the model's head has {num_classes} classes. Name the classes in the head's order with "
-            f"{option_name('class_map')}{hint}"
+            f"the model's head has {num_classes} classes. {cure}"
         )
     second = None if other is None or data.data_dir is None else split_folder(Path(data.data_dir), other)
     theirs = [] if second is None else subfolders(second)

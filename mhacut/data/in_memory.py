@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,8 @@ class Expected:
 
     def check(self, batch: Any, where: str) -> tuple[Tensor, Tensor | None]:
         """Return the images [B, C, H, W] and the labels [B] of ``batch``, or raise :class:`DataError`."""
+        if isinstance(batch, Mapping) and "pixel_values" in batch:  # as transformers' data collators yield
+            batch = batch["pixel_values"], batch.get("labels")
         pair = isinstance(batch, tuple | list) and len(batch) == 2
         images, labels = batch if pair else (batch, None)
         if not isinstance(images, Tensor):

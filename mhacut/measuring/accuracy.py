@@ -141,7 +141,7 @@ def evaluate(
     model.to(device).eval()
     batches = len(loader) if isinstance(loader, Sized) else 0
     first = first_five = images = classes = 0
-    loss = 0.0
+    loss, confusion = 0.0, torch.zeros(0, dtype=torch.long)
     try:
         for done, (inputs, labels) in enumerate(loader, start=1):
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=amp):
@@ -149,6 +149,9 @@ def evaluate(
             _check_finite(logits, done, amp)
             classes = logits.shape[1]
             best = logits.float().topk(min(_TOP, classes), dim=1).indices
+            pairs = labels.cpu().clamp_min(0) * classes + best[:, 0].cpu()
+            counts = torch.bincount(pairs[labels.cpu() >= 0], minlength=classes**2)
+            confusion = counts if done == 1 else confusion + counts
             hits = best == labels.to(device)[:, None]  # [B, 5]
             entropy = F.cross_entropy(logits.float(), labels.to(device), reduction="sum", ignore_index=-1)
             loss += float(entropy)
@@ -163,6 +166,7 @@ def evaluate(
         model.train(was_training)
     if images == 0:
         raise DataError("no images to evaluate on: the data set is empty")
+    _check_order(confusion.reshape(classes, classes), images)
     return Evaluation(
         top1=100 * first / images,
         top5=100 * first_five / images if classes > _TOP else None,
@@ -170,6 +174,25 @@ def evaluate(
         seconds=time.perf_counter() - began,
         loss=loss / images,
     )
+
+
+_IMAGES_PER_CLASS = 5
+"""Minimum mean number of images per class for a check of the order of classes."""
+
+
+def _check_order(confusion: Tensor, images: int) -> None:
+    """Raise an error if a permutation of classes explains the labels; ``confusion`` is [label, answer]."""
+    right, (fitted, answers) = int(confusion.diagonal().sum()), confusion.max(1)
+    permuted = int(fitted.sum())
+    one_to_one = len(answers.unique()) == len(answers)
+    if images < _IMAGES_PER_CLASS * len(confusion) or not one_to_one or permuted < 0.7 * images:
+        return
+    if right < permuted / 2:
+        raise DataError(
+            f"labels have another order than the model's classes: top-1 is {100 * right / images:.1f} %, and "
+            f"{100 * permuted / images:.1f} % in another order of the classes. Name the class folders in the "
+            f"head's order with {option_name('class_map')}"
+        )
 
 
 def _check_finite(logits: Tensor, batch: int, amp: bool) -> None:

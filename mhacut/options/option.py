@@ -407,6 +407,14 @@ def read_options(document: Mapping[Any, Any], options: Mapping[str, Option], whe
     return values
 
 
+_FIRST = ("checkpoint", "flops", "images", "val_images", "data_dir", "output", "effort", "scope")
+"""Keywords that most users need, which signatures and docstrings show first."""
+
+
+def _by_use(name: str) -> int:
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
+
+
 def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Callable[P, R]]:
     """Give a function of ``**options`` the signature of the dataclass ``call``, and the options' help.
 
@@ -416,7 +424,9 @@ def takes_keywords(call: Callable[P, Any]) -> Callable[[Callable[..., R]], Calla
     def decorate(function: Callable[..., R]) -> Callable[P, R]:
         written: Any = function
         returned = inspect.signature(function).return_annotation
-        written.__signature__ = inspect.signature(call).replace(return_annotation=returned)
+        shown = inspect.signature(call)
+        parameters = sorted(shown.parameters.values(), key=lambda parameter: _by_use(parameter.name))
+        written.__signature__ = shown.replace(parameters=parameters, return_annotation=returned)
         options = next(base for base in call.__bases__ if issubclass(base, Options))  # type: ignore[attr-defined]
         return lists_options(options)(function)
 
@@ -429,7 +439,7 @@ def lists_options(options: type[Options]) -> Callable[[Callable[P, R]], Callable
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
         lines = [
             f"    {name}: {spec.help}{'' if spec.default is None else f' Default: {spec.default!r}.'}"
-            for name, spec in options.options().items()
+            for name, spec in sorted(options.options().items(), key=lambda item: _by_use(item[0]))
             if not spec.required
         ]
         text = inspect.cleandoc(function.__doc__ or "")

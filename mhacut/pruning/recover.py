@@ -80,6 +80,7 @@ def recover(
     # Healing gains little where merged tokens are copied back, tuning more (docs/explanation/choices.md).
     unmerges = calibration.preserved.dense and unmerge_of(slim)
     heals = lost > HEAL_MIN_KL and not (unmerges and tune_steps)
+    before_healing = slim
     if heal_steps and (options.heal_steps is not None or heals):
         reporter.start("healing")
         slim = _better(slim, healed(slim, prunable, job, calibration), unseen(), reporter, "healing")
@@ -88,8 +89,15 @@ def recover(
         distance = unseen().divergence_of(slim)
         if options.tuning_steps is not None or distance > TUNE_MIN_KL:
             reporter.start("tuning")
-            changed = tuned(slim, job, calibration, distance)
-            slim = _better(slim, changed, unseen(), reporter, "tuning", distance)
+            start = slim
+            slim = _better(
+                slim, tuned(slim, job, calibration, distance), unseen(), reporter, "tuning", distance
+            )
+            if slim is start and start is not before_healing:
+                # Healed weights can be a dead end for tuning, where the weights before are not.
+                lost = unseen().divergence_of(before_healing)
+                changed = tuned(before_healing, job, calibration, lost)
+                slim = _better(slim, changed, unseen(), reporter, "tuning without healing", distance)
     return slim.cpu()
 
 

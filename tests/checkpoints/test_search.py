@@ -75,11 +75,18 @@ def test_of_a_width_that_timm_lacks_the_name_and_the_heads_are_asked_for():
     with pytest.raises(CheckpointError) as error:
         search(header, {})
     message = str(error.value)
-    assert "no prunable timm model has exactly these 32 tensors. Give model='NAME'" in message
+    assert "no prunable timm model has exactly these 32 tensors. For timm's plain ViT" in message
+    assert "model='vit_tiny_patch16_224' model_args={'num_heads': 'N'}" in message
     with pytest.raises(CheckpointError, match=r"expected \[192, 3, 8, 8\], found \[48, 3, 8, 8\]"):
         identify_dense(header, ModelHints(VIT))
     found = infer_from_shapes(VIT, {"num_heads": 3}, {}, header.tensors)
     assert found.identity.model_args["embed_dim"] == 48
+
+
+def test_of_a_cnn_the_kind_of_model_is_named():
+    header = header_of(timm.create_model("resnet18", num_classes=5))
+    with pytest.raises(CheckpointError, match="no tensor belongs to attention"):
+        search(header, {})
 
 
 @pytest.mark.slow

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
 
 from helpers.cli import document_of, run, succeed
+
+DIGITS = Path(__file__).parents[2] / "examples" / "digits"
 
 
 def test_evaluate(slim, images):
@@ -47,3 +51,33 @@ def test_inspect_names_coupled_channels(slim_of):
     assert " as v " in line
     document = document_of("inspect", slim_of("coat"), "--shapes")
     assert document["layers"][0]["coupled_with"] == {"qk": "v"}
+
+
+def test_errors_are_printed_as_json():
+    result = run("inspect", "missing.safetensors", "--json")
+    assert result.exit_code == 1
+    assert json.loads(result.stdout)["error"] == "no such file: missing.safetensors"
+    assert "error: no such file" in result.stderr
+
+
+def test_class_folders_in_another_order_are_noticed(tmp_path):
+    numbers = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    for digit, name in enumerate(numbers):  # sorted by name, not by number
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / name).symlink_to(DIGITS / "images" / "val" / str(digit))
+    result = run("evaluate", DIGITS / "model", "--data-dir", tmp_path, "--workers", "0")
+    assert result.exit_code == 1
+    assert "another order than the model's classes: top-1 is 9.0 %, and 97.7 %" in result.stderr
+    assert "--class-map" in result.stderr
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(numbers))
+    shown = succeed("evaluate", DIGITS / "model", "--data-dir", tmp_path, "--class-map", classes).stdout
+    assert "97.67%" in shown
+
+
+def test_a_data_folder_that_is_too_high_is_named(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "val").symlink_to(DIGITS / "images" / "val")
+    result = run("evaluate", DIGITS / "model", "--data-dir", tmp_path)
+    assert result.exit_code == 1
+    assert f"try --data-dir {tmp_path / 'a' / 'b'}" in result.stderr

@@ -77,6 +77,7 @@ def test_each_way_to_give_the_same_images_gives_the_same():
     loader = DataLoader(TensorDataset(images, labels), batch_size=7)
     ways = [(images, labels), loader, list(loader), iter(loader), (images.double(), labels.int())]
     ways += [(images.clone().requires_grad_(), labels), [images, labels]]
+    ways += [[{"pixel_values": some, "labels": theirs} for some, theirs in loader]]  # of transformers
     wanted, wanted_validation = split(ways[0])
     for way in ways[1:]:
         found, validation = split(way)
@@ -119,7 +120,7 @@ WRONG = [
     ((numbered(4), LABELS - 1), "found label -1"),
     ([numbered(4).numpy()], "batch 1: expected a tensor of images or .* found ndarray. Convert arrays"),
     ([numbered(4), (numbered(4), LABELS)], "batch 2: expected labels in all batches or in none"),
-    ([{"pixel_values": numbered(4)}], "batch 1: .* found dict"),
+    ([{"pictures": numbered(4)}], "batch 1: .* found dict"),
     (zip(numbered(4), LABELS, strict=True), "batch 1: expected images"),
 ]
 

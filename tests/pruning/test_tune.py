@@ -19,7 +19,7 @@ import mhacut
 from helpers.healing import VIT, Bench
 from helpers.jobs import Recorder, job_of
 from mhacut.options.prune import SearchOptions
-from mhacut.pruning import job, tune
+from mhacut.pruning import job, recover, tune
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.merging_blocks import unmerged
 
@@ -110,6 +110,28 @@ def test_tuning_that_harms_is_left_out(tmp_path):
     same, (_, line) = pruned(tmp_path / "same.safetensors", tuning_steps=4, tuning_lr=0.1)
     assert line.startswith("tuning rejected")
     assert same.divergence == plain.divergence
+
+
+@pytest.mark.slow
+def test_weights_before_healing_are_tuned_if_healed_weights_gain_nothing(tmp_path, monkeypatch):
+    started = []
+
+    def harmful(slim, *given):
+        started.append(slim)
+        broken = copy.deepcopy(slim)
+        torch.nn.init.zeros_(broken.head.weight)
+        return broken
+
+    monkeypatch.setattr(recover, "tuned", harmful)
+    given = {"heal_steps": 20, "tuning_steps": 1}
+    _, lines = pruned(tmp_path / "slim.safetensors", **given)
+    assert [line.partition(":")[0] for line in lines] == [
+        "healing accepted",
+        "tuning rejected",
+        "tuning without healing rejected",
+    ]
+    healed, before = (slim.blocks[0].mlp.fc2.weight for slim in started)
+    assert not torch.equal(healed, before)
 
 
 @pytest.mark.exhaustive
