@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 import mhacut
@@ -132,6 +133,27 @@ def test_weights_before_healing_are_tuned_if_healed_weights_gain_nothing(tmp_pat
     ]
     healed, before = (slim.blocks[0].mlp.fc2.weight for slim in started)
     assert not torch.equal(healed, before)
+
+
+@pytest.mark.exhaustive
+def test_the_second_attempt_equals_tuning_without_healing(tmp_path, monkeypatch):
+    real, starts = recover.tuned, []
+
+    def first_fails(slim, *given):
+        starts.append(slim)
+        trained = real(slim, *given)
+        if len(starts) == 1:
+            torch.nn.init.zeros_(trained.head.weight)
+        return trained
+
+    plain, _ = pruned(tmp_path / "plain.safetensors", tuning_steps=45)
+    monkeypatch.setattr(recover, "tuned", first_fails)
+    again, lines = pruned(tmp_path / "again.safetensors", heal_steps=20, tuning_steps=45)
+    assert lines[-1].startswith("tuning without healing accepted")
+    first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("plain", "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert again.divergence == plain.divergence
 
 
 @pytest.mark.exhaustive
