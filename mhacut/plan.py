@@ -20,9 +20,9 @@ UnitKey = tuple[str, UnitKind]
 
 _UNIT_KEYS = {"layer", "kind", "dense_width", "kept"}
 _OPTIONAL_KEYS = {"basis", "unshared"}
-_TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside", "patches"}
-MERGE_RULE, COPY_RULE = "weights", "checkerboard"
-"""Names of the token merging rules in files. The rule ``checkerboard`` copies merged tokens back to their
+_TOKEN_KEYS = {"read", "merged", "rule", "copied", "outside", "patches", "grid"}
+MERGE_RULE, COPY_RULE, GRID_RULE = "weights", "checkerboard", "grid"
+"""Names of the token merging rules in files. ``checkerboard`` and ``grid`` copy merged tokens back to their
 patches."""
 Unmerge = bool | Literal["rows"]
 """Whether merged tokens are copied back to their patches. ``"rows"`` is for older files, which match tokens
@@ -135,6 +135,9 @@ class TokenPlan:
     patches: int | None = field(default=None, compare=False)
     """Number of patches of the image size that the plan was made for. At other sizes, each block merges the
     same share of its tokens. None in older files: the numbers of merged tokens apply to all sizes."""
+    grid: tuple[int, int] | None = field(default=None, compare=False)
+    """Rows and columns of patches of the image size that the plan was made for, if merges leave a smaller
+    grid within each window. None: tokens merge all over the image."""
 
     def __post_init__(self) -> None:
         if self.output_tokens is not None and self.output_tokens < 1:
@@ -149,6 +152,8 @@ class TokenPlan:
             raise PlanError(f"token plan: `patches` must be at least 1, found {self.patches}")
         if self.unmerge and self.output_tokens is not None:
             raise PlanError("token plan: expected `copied` or `read`, found both")
+        if self.grid is not None and (min(self.grid) < 1 or (self.merged and not self.unmerge)):
+            raise PlanError("token plan: `grid` must be 2 positive numbers, beside `copied`")
 
     def __bool__(self) -> bool:
         return self.output_tokens is not None or bool(self.merged)
@@ -160,11 +165,12 @@ class TokenPlan:
         {'read': 1, 'merged': [0, 8], 'rule': 'weights'}
         """
         read = {} if self.output_tokens is None else {"read": self.output_tokens}
-        rule = COPY_RULE if self.unmerge is True else MERGE_RULE
+        rule = GRID_RULE if self.grid else COPY_RULE if self.unmerge is True else MERGE_RULE
         merged = {"merged": list(self.merged), "rule": rule} if self.merged else {}
         outside = {} if self.outside is None else {"outside": list(self.outside)}
         patches = {"patches": self.patches} if self.merged and self.patches is not None else {}
-        return {**read, **merged, **({"copied": True} if self.unmerge else {}), **outside, **patches}
+        grid = {"grid": list(self.grid)} if self.merged and self.grid else {}
+        return {**read, **merged, **({"copied": True} if self.unmerge else {}), **outside, **patches, **grid}
 
     @classmethod
     def from_json(cls, document: object) -> TokenPlan:
@@ -180,21 +186,23 @@ class TokenPlan:
             raise PlanError("token plan: `merged` must be a list of whole numbers, 1 per block")
         if not isinstance(copied, bool):
             raise PlanError("token plan: `copied` must be true or false")
-        if outside is not None and not (
-            isinstance(outside, list) and len(outside) == 2 and _all_int(outside)
-        ):
-            raise PlanError("token plan: `outside` must be a list of 2 whole numbers")
+        grid = document.get("grid")
+        for key, pair in (("outside", outside), ("grid", grid)):
+            if pair is not None and not (isinstance(pair, list) and len(pair) == 2 and _all_int(pair)):
+                raise PlanError(f"token plan: `{key}` must be a list of 2 whole numbers")
         # Merged by another rule, the same numbers would give other logits, without an error.
-        rule, known = document.get("rule"), COPY_RULE if copied else MERGE_RULE
-        if any(merged) and rule not in (known, MERGE_RULE):
+        rule = document.get("rule")
+        known = GRID_RULE if grid is not None else COPY_RULE if copied else MERGE_RULE
+        if any(merged) and rule != known and (grid is not None or rule != MERGE_RULE):
             raise PlanError(
                 f"token plan: this version of mhacut merges by the rule {known!r}, found {rule!r}; open the "
                 "file with the version of mhacut that wrote it, or prune the dense model again"
             )
         in_rows = copied and rule == MERGE_RULE
         unmerge: Unmerge = "rows" if in_rows else copied
-        kept = None if outside is None else (outside[0], outside[1])
-        return cls(cast("int | None", read), tuple(merged), unmerge, kept, document.get("patches"))
+        pairs = (None if pair is None else (pair[0], pair[1]) for pair in (outside, grid))
+        kept, places = pairs
+        return cls(cast("int | None", read), tuple(merged), unmerge, kept, document.get("patches"), places)
 
 
 @dataclass(frozen=True)

@@ -22,14 +22,14 @@ LINES = {
     "exporting": 1560,
     "finetuning": 1780,
     "flatten": 1361,
-    "inspection": 545,
+    "inspection": 548,
     "linalg": 757,
     "measuring": 839,
     "options": 1400,
-    "pruning": 4300,
+    "pruning": 4305,
     "report": 960,
     "runtime": 790,
-    "surgery": 3320,
+    "surgery": 3588,
     "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""

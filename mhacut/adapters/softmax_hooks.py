@@ -195,23 +195,44 @@ def global_queries(m: Any, q: Tensor | None, k: Tensor, x: Tensor, q_global: Ten
     return q, k, m.rel_pos.get_bias()
 
 
-def tables(m: Any, q: Tensor, k: Tensor, x: Tensor) -> tuple[Any, ...]:
-    """SAM: return q, k and a position bias: q times the relative position tables of rows and columns."""
+def tables(m: Any, q: Tensor, k: Tensor, x: Tensor, sizes: Tensor | None = None) -> tuple[Any, ...]:
+    """SAM: return q, k and a position bias: q times the relative position tables of rows and columns.
+
+    ``sizes`` is a bias of merged tokens, which is added.
+    """
     q, k = m.q_norm(q), m.k_norm(k)
     if m.rope is not None:
         table = m.rope.get_embed()
         return apply_rot_embed_cat(q, table).type_as(q), apply_rot_embed_cat(k, table).type_as(k), None
     if not m.use_rel_pos:
-        return q, k, None
+        return q, k, sizes
     height, width = x.shape[1:3]
     down, along = (
-        get_rel_pos(side, side, table).unflatten(-1, (-1, q.shape[-1])).expand(-1, -1, m.num_heads, -1)
+        get_rel_pos(side, side, _resized(table, 2 * side - 1))
+        .unflatten(-1, (-1, q.shape[-1]))
+        .expand(-1, -1, m.num_heads, -1)
         for side, table in ((height, m.rel_pos_h), (width, m.rel_pos_w))
     )  # (query, key, H, d)
     grid = q.unflatten(2, (height, width))
     rows = torch.einsum("bnhwc,hknc->bnhwk", grid, down)
     columns = torch.einsum("bnhwc,wknc->bnhwk", grid, along)
-    return q, k, (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)  # (B, H, N, N)
+    bias = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)  # (B, H, N, N)
+    return q, k, bias if sizes is None else bias + sizes
+
+
+def _resized(table: Tensor, rows: int) -> Tensor:
+    """Resize a table [L, C] to ``rows`` rows, linearly as in timm.
+
+    Not by upsampling, whose FLOPs would grow when heads that share the table get their own tables.
+    """
+    if len(table) == rows:
+        return table
+    place = torch.arange(rows, device=table.device) + 0.5
+    place = (place * (len(table) / rows) - 0.5).clamp(0, len(table) - 1)
+    low = place.long()
+    share = (place - low)[:, None].to(table.dtype)
+    high = (low + 1).clamp(max=len(table) - 1)
+    return table.index_select(0, low) * (1 - share) + table.index_select(0, high) * share
 
 
 # What weighs v.

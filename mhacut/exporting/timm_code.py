@@ -61,8 +61,8 @@ def timm_code(model: nn.Module, architecture: str, arguments: Mapping[str, Any])
     if any("SlimBlock" in change for change in changes):
         parts = [*_MERGING, standalone.SlimBlock, standalone.SlimViT, *parts]
     text = "\n\n".join(_short(inspect.getsource(part), part in _MERGING) for part in parts)
-    # Features of merged patches, and positions in attention, would need more code.
-    text = re.sub(r" +if (token_of_patch|positions) is not None:\n.*\n", "", text)
+    # Features of merged patches, positions in attention, and merges of neighbours would need more code.
+    text = re.sub(r" +if ((token_of_patch|positions) is not None|neighbours):\n.*\n", "", text)
     built = "\n".join(changes)
     return f'''"""{architecture}, pruned by mhacut: ``build()`` returns the model with its weights."""
 

@@ -24,6 +24,7 @@ from mhacut.runtime.distributed import Processes
 from mhacut.runtime.progress import Reporter
 from mhacut.surgery.find import PrunableLayers, find_prunable_layers, gives_probabilities
 from mhacut.surgery.flops import count_parameters, measure_flops_by_module
+from mhacut.surgery.grid_merging import LineMatcher
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.merging_blocks import Matcher
 from mhacut.surgery.token_merging import Match
@@ -211,7 +212,7 @@ class _LayerHooks:
     def __init__(self, dense: nn.Module, slim: nn.Module, tallies: Mapping[str, _Tally]) -> None:
         self.dense, self.slim, self.tallies = dense, slim, tallies
         self._slim_outputs: dict[str, Tensor] = {}
-        self._matches: dict[str, Match] = {}
+        self._matches: dict[str, Match | list[Match]] = {}
         self._on_dense_input = False
         """Whether a single slim layer runs on the input of the dense layer."""
 
@@ -219,7 +220,9 @@ class _LayerHooks:
         for name in self.tallies:
             for model, hook in ((self.dense, self._dense_hook(name)), (self.slim, self._slim_hook(name))):
                 yield model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-        for name in [name for name, module in self.slim.named_modules() if isinstance(module, Matcher)]:
+        for name in [
+            name for name, module in self.slim.named_modules() if isinstance(module, Matcher | LineMatcher)
+        ]:
             # The dense model merges the same tokens as the slim model.
             keep, take = partial(self._matches.__setitem__, name), partial(self._matches.pop, name, None)
             yield self.slim.get_submodule(name).register_forward_hook(lambda *call, keep=keep: keep(call[2]))

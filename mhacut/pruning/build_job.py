@@ -196,7 +196,8 @@ def why_no_merging(model: nn.Module, preserved: Preserved, size: tuple[int, ...]
 def _unmerges(model: nn.Module, preserved: Preserved, size: tuple[int, ...]) -> bool:
     stack = stack_of(model)
     other = stack is not None and stack.vit is None
-    return preserved.dense or (other and not reads_class_token(model, preserved, size))
+    windows = stack is not None and stack.window > 0  # the neck reads a token for every patch
+    return preserved.dense or windows or (other and not reads_class_token(model, preserved, size))
 
 
 def reads_class_token(model: nn.Module, preserved: Preserved, size: tuple[int, ...]) -> bool:

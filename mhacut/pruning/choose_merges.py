@@ -36,6 +36,7 @@ from mhacut.pruning.merge_law import (
 )
 from mhacut.surgery.costs import CostTable, LayerCost, Polynomial, build_cost_table
 from mhacut.surgery.find import find_prunable_layers
+from mhacut.surgery.grid_merging import steps_of
 from mhacut.surgery.hooks import registered
 from mhacut.surgery.output_tokens import output_tokens_of
 from mhacut.surgery.tokens import Stack, set_merged, stack_of
@@ -132,7 +133,7 @@ class MergeSearch:
                 continue
             share = (before if attends else after)[block] / total
             # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
-            pairs = total**2 if attends and block < self.last else 0
+            pairs = stack.pairs(block, total) if attends and block < self.last else 0
             flops = {}
             for unit in cost.layer.units:
                 dense, squares = cost.at({}) - cost.at({unit.key: 0}), unit.heads * unit.width * pairs
@@ -141,6 +142,7 @@ class MergeSearch:
         halves = [(n - self.tokens.prefix) // 2 for n in before]
         # Both products of a merge, less the two norms of a block, which count 5 FLOPs per value.
         merging = sum(half * (half + count) for half, count in zip(halves, schedule, strict=True) if count)
+        merging = 0 if stack.window else merging  # within lines, these products are few
         normed = sum(5 * (2 * total - n - left) for n, left in zip(before, after, strict=True))
         return CostTable(job.table.fixed + (merging - normed) * stack.width, tuple(layers), job.table.dense)
 
@@ -240,7 +242,8 @@ def block_costs(job: Job, tokens: Tokens) -> list[BlockCost]:
         layers = [layer for layer in job.prunable.layers if stack.block_of(layer.name) == block]
         attention = [layer for layer in layers if layer.adapter.family == "attention"]
         # n x n logits take n^2 products per channel of q/k, and their use n^2 per channel of v.
-        pair = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
+        pair: float = sum(unit.heads * unit.width for layer in attention for unit in layer.units)
+        pair *= stack.pairs(block, count) / count**2
         if block == tokens.depth - 1 and output_tokens_of(job.model) is not None:
             pair = 0  # its queries are few, whatever is merged before
         total = sum(by_layer[layer.name] for layer in attention)
@@ -267,6 +270,9 @@ def tokens_of_model(model: nn.Module, size: tuple[int, ...]) -> Tokens:
     stack = stack_of(model)
     assert stack is not None
     x, *_ = _inputs_of_blocks(model, stack, torch.zeros(1, *size))
+    if stack.window:
+        rows, columns = x.shape[1:3]
+        return Tokens(rows * columns, 0, len(stack.blocks), steps_of((rows, columns), stack.window))
     return Tokens(x.shape[1], stack.prefix, len(stack.blocks))
 
 
@@ -280,9 +286,12 @@ def find_outside_tokens(model: nn.Module, size: tuple[int, ...]) -> str:
     if stack is None:
         return ""
     if stack.vit is not None:
-        tokens = tokens_of_model(model, size)
+        x, *_ = _inputs_of_blocks(model, stack, torch.zeros(1, *size))
         for block in stack.blocks:
-            block.patches = tokens.total - tokens.prefix
+            block.patches = x.shape[1] - stack.prefix
+            if stack.window:
+                block.grid = tuple(x.shape[1:3])
+                block.patches = math.prod(block.grid)
         return ""
     if len(size) != 3:
         return (

@@ -34,6 +34,9 @@ class Tokens(NamedTuple):
     prefix: int
     """Number of first tokens that are never merged (class token, registers)."""
     depth: int
+    steps: tuple[tuple[int, int], ...] = ()
+    """For merges that leave a smaller grid: the possible numbers of tokens, descending, each with the least
+    number that 1 block leaves. Empty: any number, and 1 block leaves at least half."""
 
 
 class MergeLaw(NamedTuple):
@@ -144,7 +147,14 @@ def between(few: Schedule, many: Schedule, part: float, tokens: Tokens) -> Sched
 
 def _schedule(fractions: Sequence[float], tokens: Tokens) -> Schedule:
     count, merged = tokens.total, []
-    for fraction in fractions:
+    aim, least = float(count), dict(tokens.steps)
+    for fraction in fractions if least else ():
+        # Steps between grids are large: what a block merges too few or too many, the next blocks make up for.
+        aim -= fraction * tokens.total
+        left = min((n for n in least if least[count] <= n <= count), key=lambda n: abs(n - aim))
+        merged.append(count - left)
+        count = left
+    for fraction in () if least else fractions:
         merged.append(min(round(fraction * tokens.total), largest_merge(count, tokens.prefix)))
         count -= merged[-1]
     return (*merged, *(0,) * (tokens.depth - len(merged)))
@@ -171,8 +181,12 @@ def cheapest_schedules(
     step = max(1, round(tokens.total / _STATES))
     fewest = min(max(tokens.prefix, 1), tokens.total - 1)
     counts = torch.arange(tokens.total, fewest, -step, dtype=torch.float64)
+    if tokens.steps:
+        counts = torch.tensor([count for count, _ in tokens.steps], dtype=torch.float64)
     before, after = counts[:, None], counts[None, :]
     most = ((before - tokens.prefix).clamp_min(0) / 2).floor()
+    if tokens.steps:
+        most = torch.tensor([[count - least] for count, least in tokens.steps], dtype=torch.float64)
     # Matching pairs tokens of one half with tokens of the other, so that at most half can go.
     allowed = (after <= before) & (before - after <= most)
     terms = [law.terms(block, before, after, tokens) for block in range(last)]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mhacut.data import Preprocessing
 from mhacut.report.charts import figure_html, new_figure
+from mhacut.surgery.grid_merging import GridMerger
 from mhacut.surgery.hooks import captured_outputs
 from mhacut.surgery.merging_blocks import Matcher
 from mhacut.surgery.token_merging import Match, token_of_patch_after
@@ -29,8 +30,11 @@ _STAGES = (0.5, 1.0)
 def merged_groups(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     """Return {name of a token merging module: token index of each patch, int [B, patches]}."""
     matchers = {name: module for name, module in model.named_modules() if isinstance(module, Matcher)}
-    with captured_outputs(model, matchers) as found:
+    mergers = [name for name, module in model.named_modules() if isinstance(module, GridMerger)]
+    with captured_outputs(model, mergers or matchers) as found:
         model(images)
+    if mergers:
+        return {name: grid.token_of_patch.flatten(1) for name, (grid,) in found.items()}
     groups: dict[str, Tensor] = {}
     places: Tensor | None = None
     for name, (matched,) in found.items():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models import beit, cait, checkpoint_seq, eva, vision_transformer
+from timm.models import beit, cait, checkpoint_seq, eva, vision_transformer, vision_transformer_sam
 from timm.models import vision_transformer_relpos as relpos
 from timm.models._manipulate import checkpoint
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from mhacut.adapters.mlp import Mlp
 from mhacut.adapters.softmax_hooks import CompleteBias, position_bias
 from mhacut.errors import UnsupportedModelError, option_name
 from mhacut.plan import Unmerge
+from mhacut.surgery.grid_merging import GridMerging
 from mhacut.surgery.output_tokens import OUTPUT_TOKEN_BLOCKS, scaled
 from mhacut.surgery.token_merging import (
     Match,
@@ -177,6 +178,7 @@ class _TalkingMerging(_TimmMerging):
 MERGING_BLOCKS: dict[type[nn.Module], type[nn.Module]] = {
     vision_transformer.Block: MergingBlock,
     cait.LayerScaleBlock: mixed("Merging", _TalkingMerging, cait.LayerScaleBlock),
+    vision_transformer_sam.Block: mixed("Merging", GridMerging, Merging, vision_transformer_sam.Block),
 }
 """Block classes of timm, each mapped to its subclass that merges tokens."""
 for post_norm, merging, last, classes in (

@@ -61,7 +61,8 @@ class SizedTokens(NamedTuple):
     """Number of patches that each token stands for, [B, N, 1]."""
     token_of_patch: Tensor | None = None
     """For each token of the first block, the index of the current token that contains it, [B, N of the first
-    block]. None if patch features are not needed."""
+    block]. None if patch features are not needed. In grids, [B, rows, columns]; ``x`` and ``sizes`` have rows
+    and columns in place of N."""
     positions: Tensor | None = None
     """Sines and cosines of rotary positions (P = 2 * d), or row and column for relative position biases (P =
     2): [N, P] before the first merge, then [B, N, P]. Rows of the prefix are 0. None in other models."""
@@ -101,7 +102,11 @@ class SizedTokens(NamedTuple):
 
     def unmerge(self) -> Tensor:
         """Copy merged tokens back: return a token for every token of the first block, [B, N, C]."""
-        return self.x if self.token_of_patch is None else _take_rows(self.x, self.token_of_patch)
+        index = self.token_of_patch
+        if index is None or index.dim() == 2:
+            return self.x if index is None else _take_rows(self.x, index)
+        rows = _take_rows(self.x.flatten(1, 2), index.flatten(1))
+        return rows.reshape(*index.shape, -1)
 
 
 def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
@@ -116,11 +121,11 @@ def weigh(sizes: Tensor, cls_weights: Tensor | None, prefix: int) -> Tensor:
     return sizes * torch.add(attention_per_patch, mean.clamp_min(1e-20), alpha=ATTENTION_FLOOR).sqrt()
 
 
-def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
+def match(x: Tensor, weights: Tensor, count: int, prefix: int, neighbours: bool = False) -> Match:
     """Return the ``count`` cheapest merges of an odd into an even token among tokens ``x`` [B, N, C].
 
     The first ``prefix`` tokens never merge. The cost of merging 2 tokens with weights v and w is Ward's for
-    normalised tokens: ``(1 - cosine) / (1 / v + 1 / w)``.
+    normalised tokens: ``(1 - cosine) / (1 / v + 1 / w)``. With ``neighbours``, only neighbours merge.
     """
     with full_precision(x):
         directions = at_least_float32(x)
@@ -130,6 +135,8 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
         cost = (1 - torch.bmm(a, b.mT)) / (
             inverse_weights[:, prefix + 1 :: 2] + inverse_weights[:, prefix::2].mT
         )
+    if neighbours:
+        cost = _of_neighbours(cost)
     cost, nearest = cost.min(-1)  # (B, |A|)
     # topk sorts here: exporters lack sort.
     order = cost.topk(cost.shape[1], dim=-1, largest=False).indices
@@ -137,6 +144,13 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int) -> Match:
     # Ascending, because the next block splits its tokens into A and B by position.
     kept = rest.topk(rest.shape[1], dim=-1, largest=False).values
     return Match(merged, kept, nearest.gather(1, merged), weights)
+
+
+def _of_neighbours(cost: Tensor) -> Tensor:
+    """Make all merges infinitely costly except those of tokens side by side; ``cost`` is [B, |A|, |B|]."""
+    a, b = (torch.arange(length, device=cost.device) for length in cost.shape[1:])
+    right = b - a[:, None]  # token 2a + 1 lies between tokens 2a and 2a + 2
+    return cost.masked_fill(right * (right - 1) != 0, torch.inf)
 
 
 def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:

@@ -15,6 +15,8 @@ from timm.layers import AttentionPoolLatent
 from timm.models import beit, cait, eva, vision_transformer
 from timm.models import vision_transformer_relpos as relpos
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer_sam import Attention as SamAttention
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import nn
 
 from mhacut.adapters.base import library_class, mixed
@@ -23,6 +25,7 @@ from mhacut.adapters.softmax_special import CLS_WEIGHTS, OUTPUT_TOKENS
 from mhacut.errors import PlanError, UnsupportedModelError
 from mhacut.plan import TokenPlan, Unmerge
 from mhacut.surgery.branches import block_width, branches_of, projections_of
+from mhacut.surgery.grid_merging import Grid, GridMerger, sides_of
 from mhacut.surgery.merging_blocks import (
     MERGING_BLOCKS,
     PREFIX_PARAMETERS,
@@ -56,7 +59,13 @@ _MERGING_MODELS: dict[type[nn.Module], type[nn.Module]] = {
     for cls in {vit, OUTPUT_TOKEN_MODELS.get(vit, vit)}
 }
 _PLAIN_CLASSES = {merging: plain for plain, merging in (*MERGING_BLOCKS.items(), *_MERGING_MODELS.items())}
-_ATTENTION = {*CLS_WEIGHTS, *OUTPUT_TOKENS.values(), *CLS_WEIGHTS.values(), cait.TalkingHeadAttn}
+_ATTENTION = {
+    *CLS_WEIGHTS,
+    *OUTPUT_TOKENS.values(),
+    *CLS_WEIGHTS.values(),
+    cait.TalkingHeadAttn,
+    SamAttention,
+}
 """timm attention classes of blocks that can merge tokens."""
 _WITHOUT_BIAS = (beit.Attention, relpos.RelPosAttention, cait.TalkingHeadAttn, cait.ClassAttn)
 """timm attention classes whose forward pass takes no bias of merged tokens. The class of a cut layer does."""
@@ -76,6 +85,22 @@ class Stack(NamedTuple):
     width: int
     tokens_first: bool = False
     """Whether tokens have the shape [N, B, C] instead of [B, N, C]."""
+    window: int = 0
+    """Rows and columns of a window, if some blocks attend within windows. Tokens then have the shape
+    [B, rows, columns, C], and merges leave a smaller grid. 0: every block attends to all tokens."""
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of patches at the planned image size, of a model with windows."""
+        grid: Grid = getattr(self.blocks[0], "grid", None) or self.vit.patch_embed.grid_size
+        return grid
+
+    def pairs(self, block: int, total: int) -> int:
+        """Return how many pairs of query and key the unmerged block has, of ``total`` tokens."""
+        if not (self.window and self.blocks[block].window_size):
+            return total**2
+        rows, columns = (-(-length // self.window) for length in self.grid)  # padded to whole windows
+        return rows * columns * self.window**4
 
     def block_of(self, layer: str) -> int | None:
         return next((n for n, name in enumerate(self.names) if f"{layer}.".startswith(f"{name}.")), None)
@@ -85,10 +110,12 @@ def stack_of(model: nn.Module) -> Stack | None:
     """Return the blocks of the first plain ViT in ``model``; None without a plain ViT."""
     for name, module in model.named_modules():
         vit: Any = module
-        if type(vit) in _MERGING_MODELS or isinstance(vit, MergedTokens):
+        windowed = type(vit) is VisionTransformerSAM and any(block.window_size for block in vit.blocks)
+        if windowed or type(vit) in _MERGING_MODELS or isinstance(vit, MergedTokens):
             names, blocks = zip(*_blocks_in(f"{name}.blocks".lstrip("."), vit.blocks), strict=True)
-            prefix = 0 if isinstance(vit, cait.Cait) else vit.num_prefix_tokens
-            return Stack(vit.blocks, names, blocks, vit, prefix, vit.embed_dim)
+            prefix = getattr(vit, "num_prefix_tokens", 0) if not isinstance(vit, cait.Cait) else 0
+            window = max(block.window_size for block in blocks) if windowed else 0
+            return Stack(vit.blocks, names, blocks, vit, prefix, vit.embed_dim, window=window)
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         names, blocks = zip(*_blocks_in(name, module), strict=True) if len(module) else ((), ())
@@ -124,7 +151,9 @@ def why_not_merged(model: Any, unmerge: Unmerge = False) -> str:
     if stack.vit is None:
         return ""
     vit = stack.vit
-    if not (unmerge or _pools_by_size(vit) or _reads_class_token(vit)):
+    if stack.window and vit.rope_window is not None:
+        return "its windows have rotary positions"
+    if not (unmerge or stack.window or _pools_by_size(vit) or _reads_class_token(vit)):
         return f"its head pools by global_pool={vit.global_pool!r}, not by class token, mean or attention"
     if len(vit.blocks) < 2:
         return "it has no block before its last"
@@ -171,9 +200,12 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
     reason = why_not_merged(model, unmerge)
     if reason:
         raise UnsupportedModelError(f"tokens cannot be merged: {reason}")
-    check_merges(model, merged)
     stack = stack_of(model)
     assert stack is not None
+    if stack.window:
+        _set_grid_merging(stack, merged)
+        return
+    check_merges(model, merged)
     vit, blocks = stack.vit, stack.blocks
     by_attention = not unmerge and (vit is None or _weighs_by_attention(vit))
     # Blocks before the first merge keep their class: all their tokens have size 1.
@@ -196,6 +228,20 @@ def set_merged(model: Any, merged: tuple[int, ...], unmerge: Unmerge = False) ->
         for part in filter(lambda part: type(part) in _WITHOUT_BIAS, vit.modules()):
             _set_attention_class(part, type(part))
         vit.__class__ = _MERGING_MODELS[type(vit)]
+
+
+def _set_grid_merging(stack: Stack, merged: tuple[int, ...]) -> None:
+    blocks = stack.blocks
+    if len(merged) != len(blocks):
+        raise PlanError(f"token plan: the model has {len(blocks)} blocks, the plan {len(merged)}")
+    sides = sides_of(merged, stack.grid, stack.window)
+    first = next(number for number, count in enumerate(merged) if count)
+    for block, count, before, after in [*zip(blocks, merged, sides, sides[1:], strict=False)][first:]:
+        block.__class__ = MERGING_BLOCKS[type(block)]
+        block.matcher = GridMerger(count, stack.window, before, after) if count else None
+        block.gives_sizes, block.unmerge = block is not blocks[-1], True
+        block.window, block.side = stack.window, before
+        _set_attention_class(block.attn, type(block.attn))
 
 
 def _weighs_by_attention(vit: Any) -> bool:
@@ -266,13 +312,15 @@ def tokens_of(model: nn.Module) -> TokenPlan:
     stack = stack_of(model)
     first = None if stack is None else stack.blocks[0]
     outside, patches = getattr(first, "outside", None), getattr(first, "patches", None)
-    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside, patches)
+    grid = stack.grid if stack is not None and stack.window else None
+    return TokenPlan(output_tokens_of(model), merged_of(model), unmerge_of(model), outside, patches, grid)
 
 
 def with_tokens(model: nn.Module, tokens: TokenPlan) -> nn.Module:
     """Return a copy of ``model`` with the token plan applied; the copy shares its tensors."""
     applied = tokens_of(model)
-    if tokens == applied and (not tokens.merged or tokens.patches == applied.patches):
+    planned = (tokens.patches, tokens.grid) == (applied.patches, applied.grid)
+    if tokens == applied and (not tokens.merged or planned):
         return model
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     changed = copy.deepcopy(model, dict[int, Any](shared))
@@ -297,4 +345,6 @@ def apply_tokens(model: nn.Module, tokens: TokenPlan) -> None:
         if tokens.outside is not None:
             block.outside = tokens.outside
         block.patches = tokens.patches
+        if tokens.grid is not None:
+            block.grid = tokens.grid
     set_merged(model, tokens.merged, tokens.unmerge)

@@ -13,10 +13,13 @@ from mhacut.pruning.merge_law import (
     BlockCost,
     MergeLaw,
     Tokens,
+    between,
     cheapest_schedules,
     largest_merge,
+    most_merged,
     trial_schedules,
 )
+from mhacut.surgery.grid_merging import sides_of, steps_of
 
 VIT = Tokens(total=197, prefix=1, depth=12)
 
@@ -71,9 +74,19 @@ def test_a_fit_predicts_schedules_that_were_not_measured(seed: int):
         assert 1 / 1.35 < ratio < 1.35
 
 
+def test_schedules_of_grids_are_steps_between_grids():
+    tokens = Tokens(196, 0, 12, steps_of((14, 14), 14))
+    trials = trial_schedules(tokens, 12)
+    for schedule in (*trials, most_merged(tokens, 12), between((), most_merged(tokens, 12), 0.7, tokens)):
+        assert sides_of(schedule, (14, 14), 14)[-1] < 14
+    assert len(trials) >= 4
+    assert sides_of(most_merged(tokens, 12), (14, 14), 14)[:6] == [14, 8, 5, 3, 2, 2]
+
+
 @pytest.mark.parametrize("price", [0.0, 1e-4, 1e-3, 1e-2, 0.1])
-def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
-    tokens, costs = Tokens(9, 1, 3), [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 5)]
+@pytest.mark.parametrize("tokens", [Tokens(9, 1, 3), Tokens(25, 0, 3, steps_of((5, 5), 3))])
+def test_the_cheapest_schedule_is_that_of_a_search_through_all(tokens: Tokens, price: float):
+    costs = [BlockCost(4, 1, 8, 9), BlockCost(4, 1, 8, 3), BlockCost(2, 0, 5)]
 
     def cost(schedule: tuple[int, ...]) -> float:
         left, total = tokens.total, 0.0
@@ -86,12 +99,16 @@ def test_the_cheapest_schedule_is_that_of_a_search_through_all(price: float):
     def possible(schedule: tuple[int, ...]) -> bool:
         left = tokens.total
         for merged in schedule:
-            if merged > largest_merge(left, tokens.prefix):
+            if tokens.steps:
+                least = dict(tokens.steps)[left]
+                if left - merged < least or left - merged not in dict(tokens.steps):
+                    return False
+            elif merged > largest_merge(left, tokens.prefix):
                 return False
             left -= merged
         return True
 
-    every = [s for s in itertools.product(range(5), range(5), (0,)) if possible(s)]
+    every = [s for s in itertools.product(range(20), range(20), (0,)) if possible(s)]
     (found,) = cheapest_schedules(TYPICAL, tokens, costs, 2, [price])
     assert found[2] == 0
     assert possible(found)

@@ -16,6 +16,7 @@ from mhacut.surgery.tokens import set_merged
 CASE = ModelCase(
     "vit_tiny_patch16_224", {"depth": 4, "img_size": 32, "patch_size": 4, "num_classes": 7, "embed_dim": 48}
 )
+SAM = {"depth": 3, "embed_dim": 24, "num_heads": 2, "neck_chans": 8, "global_attn_indexes": (1,)}
 
 
 def test_groups_are_as_large_as_the_tokens_say():
@@ -38,6 +39,19 @@ def test_groups_are_as_large_as_the_tokens_say():
     first, last = groups.values()
     for one, other in zip(first, last, strict=True):  # what became one stays one
         assert all(len(other[one == group].unique()) == 1 for group in one.unique())
+
+
+def test_groups_of_grids_are_those_behind_each_block():
+    case = ModelCase("samvit_base_patch16", {"img_size": 32, "patch_size": 4, "window_size": 4, **SAM})
+    model, sizes = build(case), []
+    set_merged(model, (28, 20, 0))
+    for block in model.blocks[:2]:
+        block.matcher.register_forward_hook(lambda module, args, output: sizes.append(output.sizes))
+    groups = merged_groups(model, image(case, batch=2))
+    assert list(groups) == ["blocks.0.matcher", "blocks.1.matcher"]
+    for found, expected in zip(groups.values(), sizes, strict=True):
+        for one, tokens in zip(found, expected.flatten(1), strict=True):
+            assert torch.equal(torch.bincount(one), tokens.long())
 
 
 def test_borders_lie_between_groups():
