@@ -23,11 +23,11 @@ from mhacut.errors import UnsupportedModelError
 # is an error: silently counting attention as 0 is how other tools report wrong FLOPs.
 _NEGLIGIBLE_NAMES = """
 abs abs_ add add_ addcmul amax argsort bitwise_not cat ceil clamp clamp_min clone col2im constant_pad_nd
-copy_ cos cumsum div div_ dropout dropout_ embedding exp expand_as feature_dropout fill_ flip gelu gelu_
+copy_ cos cumsum div div_ dropout dropout_ embedding eq exp expand_as feature_dropout fill_ flip gelu gelu_
 hardswish hardswish_ hardtanh im2col index_select linalg_vector_norm log lt masked_fill masked_fill_ max
 max_pool2d mean meshgrid min movedim mT mul mul_ ne neg new_ones new_zeros norm numel one_hot ones_like pad
 pixel_shuffle pow prod rand rand_like randn reciprocal relu relu_ repeat repeat_interleave reshape_as
-rms_norm rsqrt rsub scalar_tensor scatter sigmoid sigmoid_ silu silu_ sin softmax softplus sqrt square
+rms_norm round rsqrt rsub scalar_tensor scatter sigmoid sigmoid_ silu silu_ sin softmax softplus sqrt square
 stack sub sub_ sum tanh tile topk triu_ unflatten unfold var where zero_ zeros_like
 """
 _NEGLIGIBLE = frozenset(f"aten::{name}" for name in _NEGLIGIBLE_NAMES.split())

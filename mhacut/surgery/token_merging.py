@@ -20,7 +20,6 @@ the tokens before the patches. B is the number of images, N the number of tokens
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -131,9 +130,13 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int, neighbours: bool 
         directions = at_least_float32(x)
         norms = torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
         directions = directions / norms.clamp_min(_MIN_NORM)
-        a, b, inverse_weights = directions[:, prefix + 1 :: 2], directions[:, prefix::2], weights.reciprocal()
+        a, b, inverse_weights = (
+            directions[:, prefix + 1 :: 2],
+            _set_b(directions, prefix),
+            weights.reciprocal(),
+        )
         cost = (1 - torch.bmm(a, b.mT)) / (
-            inverse_weights[:, prefix + 1 :: 2] + inverse_weights[:, prefix::2].mT
+            inverse_weights[:, prefix + 1 :: 2] + _set_b(inverse_weights, prefix).mT
         )
     if neighbours:
         cost = _of_neighbours(cost)
@@ -169,7 +172,7 @@ def merge(tokens: SizedTokens, matched: Match, prefix: int) -> SizedTokens:
             # many patches loses its fast frequencies.
             parts.append(parts[-1] * positions)
         sums = torch.cat(parts, -1)
-        a, b = _take_rows(sums, torch.cat((merged, kept), 1), prefix + 1, 2), sums[:, prefix::2]
+        a, b = _take_rows(sums, torch.cat((merged, kept), 1), prefix + 1, 2), _set_b(sums, prefix)
         # A product with a 0/1 matrix in place of a scatter.
         index_in_b = torch.arange(b.shape[1], device=b.device)[:, None]
         receives = (receivers[:, None] == index_in_b).to(b.dtype)  # (B, |B|, r)
@@ -221,17 +224,17 @@ def token_of_patch_after(token_of_patch: Tensor, matched: Match, prefix: int) ->
     # New order behind the prefix: kept tokens of A, then B.
     kept = matched.kept.shape[1]
     device = token_of_patch.device
-    new_of_b = torch.arange(kept, kept + matched.weights[:, prefix::2].shape[1], device=device)
+    new_of_b = torch.arange(kept, kept + _set_b(matched.weights, prefix).shape[1], device=device)
     new_of_kept = torch.arange(kept, device=device).expand_as(matched.kept)
     new_of_a = torch.cat((matched.receivers + kept, new_of_kept), 1)  # in the order of the match
     order = torch.cat((matched.merged, matched.kept), 1)
     # The indices that sort a permutation are its inverse; topk sorts.
     inverse = order.topk(order.shape[1], dim=-1, largest=False).indices
-    # Exporters take len(), unlike shape[0], for a constant batch size.
+    # Exporters take len(), unlike shape[0], for a constant.
     new = torch.cat((new_of_b.expand(order.shape[0], -1), new_of_a.gather(1, inverse)), 1)  # B, then A
     old = token_of_patch - prefix
     # Odd indices are in A, whose entries of `new` follow those of B.
-    place = old // 2 + old % 2 * len(new_of_b)
+    place = old // 2 + old % 2 * new_of_b.shape[0]
     return torch.where(old < 0, token_of_patch, new.gather(1, place.clamp_min(0)) + prefix)
 
 
@@ -242,12 +245,17 @@ def checkerboard_order(indices: Tensor, prefix: int) -> Tensor:
     """
     # Neighbours swap in every second row, so the order is its own inverse. Rows of odd length alternate
     # already. The width of other images is unknown: their order stays.
-    count = len(indices) - prefix
-    side = math.isqrt(count)
-    if side % 2 or side**2 != count:
-        return indices
     patch = indices[prefix:] - prefix
-    return torch.cat((indices[:prefix], indices[prefix:] + patch // side % 2 * (1 - patch % 2 * 2)))
+    count = patch[-1:] + 1  # a tensor: torch.export takes the root of a number for a constant
+    side = count.sqrt().round().to(count.dtype)
+    swaps = patch // side % 2 * (1 - side % 2) * (side**2 == count)
+    return torch.cat((indices[:prefix], indices[prefix:] + swaps * (1 - patch % 2 * 2)))
+
+
+def _set_b(x: Tensor, prefix: int) -> Tensor:
+    # torch.export does not know that N // 2 + (N + 1) // 2 = N. Without it, sizes grow with each block.
+    behind = x.shape[1] - prefix
+    return x[:, prefix::2].expand(-1, behind - behind // 2, -1)
 
 
 def _take_rows(tokens: Tensor, indices: Tensor, first: int = 0, step: int = 1) -> Tensor:

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 import mhacut
 from helpers.cli import document_of, run, succeed
-from helpers.files import save_dense
+from helpers.files import cut_into_file, save_dense
 from helpers.models import ModelCase, build
 from helpers.own_code import Dinov2Block, Vit
 from mhacut.errors import PlanError
-from mhacut.plan import TokenPlan
+from mhacut.plan import Plan, TokenPlan
 from mhacut.pruning.build_job import why_no_merging
 from mhacut.pruning.preserve import ANSWERS
 from mhacut.surgery.flops import executed_flops, measure_flops
@@ -137,6 +137,16 @@ def test_inspect_shows_the_flops_of_models_that_take_several_sizes(slim_file, tm
 def test_an_exported_file_takes_several_sizes_merges_included(format, slim_file, tmp_path):
     output = tmp_path / f"slim.{format}"
     result = succeed("export", slim_file, "--format", format, "--dynamic-size", "-o", output)
+    assert "any image size, compared at 3x32x32 3x64x64 3x128x128" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["pt2", "onnx"])
+def test_an_exported_backbone_copies_merged_tokens_back_at_all_sizes(format, tmp_path):
+    output = tmp_path / f"backbone.{format}"
+    plan = Plan((), TokenPlan(merged=(20, 12, 8, 0), unmerge=True, patches=64))
+    file = cut_into_file(build(VIT), plan, tmp_path / "backbone.safetensors", VIT)
+    result = succeed("export", file, "--format", format, "--dynamic-size", "-o", output)
     assert "any image size, compared at 3x32x32 3x64x64 3x128x128" in result.stdout
 
 
