@@ -288,8 +288,7 @@ def _ways_to_lose_less(
         yield f"{option_name('scope', 'attention+mlp+tokens')} also merges tokens and may lose much less"
     if by_curves and (budget := _milder(result.divergence, targets, attempt, planner)):
         yield f"{budget} should lose about 1 point of top-1"
-    from_file = options.checkpoint != IN_MEMORY and options.as_ == "timm"
-    if options.has_images and from_file and result.output is not None:
+    if options.has_images and options.checkpoint != IN_MEMORY and result.output is not None:
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
         named |= {name: getattr(options, name) for name in _SHARED if name in options.changed()}
         given = [option_name(name, value) for name, value in named.items() if value is not None]

@@ -10,6 +10,8 @@ import torch
 
 import mhacut
 from helpers.cli import document_of, research, run, succeed
+from helpers.data import write_split
+from helpers.huggingface import dense_folder
 from helpers.models import ModelCase, build
 from helpers.pruning import QUICK
 
@@ -52,6 +54,18 @@ def test_the_advice_after_a_loss_works(digits):
     succeed(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "--workers", "0")
     assert effort.startswith("--effort best ")
     assert images == "use more calibration images: found 8, the default is 128"
+
+
+@pytest.mark.slow
+def test_a_folder_of_transformers_is_advised_to_train(tmp_path):
+    folder = dense_folder(tmp_path / "dense", "ViTForImageClassification", num_labels=3)
+    images, slim = write_split(tmp_path / "images" / "train", per_class=16).parent, tmp_path / "slim"
+    flags = ["--as", "huggingface", "--data-dir", images, "--no-latency", "--set", "tuning_steps=0"]
+    found = document_of("prune", folder, "--flops", "20%", "--effort", "fast", *flags, "-o", slim)
+    assert found["much_lost"]
+    (finetune,) = (way for way in found["advice"] if way.startswith("mhacut finetune"))
+    command, _, _ = finetune.partition(" recovers")
+    succeed(*shlex.split(command)[1:], "--steps", "1", "-o", tmp_path / "run")
 
 
 def test_without_labels_the_divergence_is_judged(digits):
