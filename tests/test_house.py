@@ -29,7 +29,7 @@ LINES = {
     "pruning": 4305,
     "report": 960,
     "runtime": 790,
-    "surgery": 3588,
+    "surgery": 3596,
     "top": 814,
 }
 """Most lines of each package. A commit may lower a number, or raise it with a reason in its text."""
