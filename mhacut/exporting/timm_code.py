@@ -63,6 +63,7 @@ def timm_code(model: nn.Module, architecture: str, arguments: Mapping[str, Any])
     text = "\n\n".join(_short(inspect.getsource(part), part in _MERGING) for part in parts)
     # Features of merged patches, positions in attention, and merges of neighbours would need more code.
     text = re.sub(r" +if ((token_of_patch|positions) is not None|neighbours):\n.*\n", "", text)
+    text = re.sub(r"_set_b\((\w+), prefix\)", r"\1[:, prefix::2]", text)  # equal, except in torch.export
     built = "\n".join(changes)
     return f'''"""{architecture}, pruned by mhacut: ``build()`` returns the model with its weights."""
 

@@ -130,14 +130,9 @@ def match(x: Tensor, weights: Tensor, count: int, prefix: int, neighbours: bool 
         directions = at_least_float32(x)
         norms = torch.linalg.vector_norm(directions, dim=-1, keepdim=True)
         directions = directions / norms.clamp_min(_MIN_NORM)
-        a, b, inverse_weights = (
-            directions[:, prefix + 1 :: 2],
-            _set_b(directions, prefix),
-            weights.reciprocal(),
-        )
-        cost = (1 - torch.bmm(a, b.mT)) / (
-            inverse_weights[:, prefix + 1 :: 2] + _set_b(inverse_weights, prefix).mT
-        )
+        a, b, inverse_weights = directions[:, prefix + 1 :: 2], _set_b(directions, prefix), 1 / weights
+        inverse_a, inverse_b = inverse_weights[:, prefix + 1 :: 2], _set_b(inverse_weights, prefix)
+        cost = (1 - torch.bmm(a, b.mT)) / (inverse_a + inverse_b.mT)
     if neighbours:
         cost = _of_neighbours(cost)
     cost, nearest = cost.min(-1)  # (B, |A|)
