@@ -127,6 +127,11 @@ class PruneResult:
         return lost > MUCH_POINTS or not self.divergence <= MUCH_NATS  # it may be no number
 
     @property
+    def _slower(self) -> bool:
+        before, after = self.dense.latency_ms, self.slim.latency_ms
+        return before is not None and after is not None and round(after / before, 1) > 1
+
+    @property
     def verdict(self) -> str:
         """Summary in 1 line: accuracy or similarity, FLOPs, speed and file size."""
         dense, slim = self.dense, self.slim
@@ -155,7 +160,7 @@ class PruneResult:
 
     def verdict_lines(self) -> list[str]:
         """Return the verdict (a warning if much accuracy is lost), and 1 line per advice."""
-        warning = "warning: large loss: " * self.much_lost
+        warning = "warning: large loss: " * self.much_lost or "warning: slower than dense: " * self._slower
         return [warning + self.verdict, *(f"  {line}" for line in self.advice)]
 
     def figures(self) -> list[Figure]:
@@ -261,7 +266,11 @@ class PruneResults(tuple[PruneResult, ...]):
 
 def advice(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> tuple[str, ...]:
     ways = list(_ways_to_lose_less(result, targets, attempt, planner)) if result.much_lost else []
-    alone = not any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
+    if result._slower and any(result.plan.tokens.merged):
+        ways.append(f"{option_name('scope', 'attention+mlp')} merges no tokens and may be faster")
+    alone = not (
+        result.much_lost or any(target.name in ("params", "size", *BOUNDS) for target in targets.all)
+    )
     if alone and _mostly_merged(result) and targets.inputs.options.as_ == "timm":
         ways.append(f"add {option_name('params', _PARAMS)} for a smaller file")
     return tuple(ways)
@@ -286,7 +295,7 @@ def _ways_to_lose_less(
     merged = job.merges_tokens or any(job.merged) or options.keep_dead_tokens
     if by_curves and options.bounds_work and not (merged or why_not_merged(inputs.source.model)):
         yield f"{option_name('scope', 'attention+mlp+tokens')} also merges tokens and may lose much less"
-    if by_curves and (budget := _milder(result.divergence, targets, attempt, planner)):
+    if by_curves and (budget := _milder(result, targets, attempt, planner)):
         yield f"{budget} should lose about 1 point of top-1"
     if options.has_images and options.checkpoint != IN_MEMORY and result.output is not None:
         named = {"teacher": options.checkpoint, "teacher_part": options.part}
@@ -305,21 +314,25 @@ def _ways_to_lose_less(
         yield f"use more calibration images: found {images}, the default is {wanted}"
 
 
-def _milder(divergence: float, targets: Targets, attempt: Attempt, planner: Planner) -> str:
+def _milder(result: PruneResult, targets: Targets, attempt: Attempt, planner: Planner) -> str:
     """Return the option with the smallest budget whose expected loss is about 1 point of top-1 accuracy.
 
-    Expected losses are scaled by the ratio of measured to predicted loss. Empty if no budget below the dense
-    model suffices.
+    Expected losses are scaled by the ratio of measured to predicted loss. The KL divergence of 1 point is
+    measured too if images have labels. Empty if no budget below the dense model suffices.
     """
     if len(targets.all) != 1 or len(attempt.limits) != 1:
         return ""
     (target,), (limit,) = targets.all, attempt.limits
     assert isinstance(target, Amount)
-    factor = divergence / max(planner.expected_divergence((limit,)), 1e-9)
+    factor = result.divergence / max(planner.expected_divergence((limit,)), 1e-9)
+    before, after = result.dense.evaluation, result.slim.evaluation
+    nats_per_point = KL_PER_POINT
+    if before is not None and after is not None and before.top1 > after.top1 + 1:
+        nats_per_point = result.divergence / (before.top1 - after.top1)
 
     def mild(percent: int) -> bool:
         most = int(percent / 100 * target.dense)
-        return factor * planner.expected_divergence((replace(limit, most=most),)) <= KL_PER_POINT
+        return factor * planner.expected_divergence((replace(limit, most=most),)) <= nats_per_point
 
     now = 100 * limit.most / target.dense
     percents = range(_STEP * int(now / _STEP + 1), 100, _STEP)

@@ -18,8 +18,9 @@ from mhacut.surgery.tokens import set_merged
 EXACTNESS = 1e-3
 """Largest accepted relative difference between outputs of the masked dense model and of the cut model.
 Rounding causes 1e-6 to 1e-4, growing with depth (docs/explanation/choices.md)."""
-ROUNDING = 1e-2
-"""The pruned model may have fewer FLOPs than planned by at most this fraction."""
+ROUNDING = 5e-2
+"""The pruned model may have fewer FLOPs than planned by at most this fraction.
+Models with few channels and tokens had 3 % fewer."""
 REPEATABILITY = 1e-5
 """Largest accepted relative difference between outputs of 2 loads of the same model file."""
 

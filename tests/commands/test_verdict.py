@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -32,9 +33,8 @@ def digits(digits_vit, few_digits, tmp_path, monkeypatch):
 def test_what_was_kept_and_won_comes_first(digits):
     result = succeed("prune", *digits, "--flops", "50%", *CHANNELS)
     first, second, heading, *_ = result.stdout.splitlines()
-    expected = (
-        r"top-1 \d+\.\d % \(dense \d+\.\d %\) at 50 % of the FLOPs, \d+\.\dx (faster|slower) \(batch 8, CPU\)"
-    )
+    accuracy = r"(warning: slower than dense: )?top-1 \d+\.\d % \(dense \d+\.\d %\)"
+    expected = accuracy + r" at 50 % of the FLOPs, \d+\.\dx (faster|slower) \(batch 8, CPU\)"
     assert re.fullmatch(expected, first)
     assert (second, heading.split()[1:3]) == ("", ["dense", "slim"])
 
@@ -58,14 +58,16 @@ def test_the_advice_after_a_loss_works(digits):
 
 @pytest.mark.slow
 def test_a_folder_of_transformers_is_advised_to_train(tmp_path):
-    folder = dense_folder(tmp_path / "dense", "ViTForImageClassification", num_labels=3)
+    sizes = {"num_labels": 3, "hidden_size": 64, "intermediate_size": 256}
+    folder = dense_folder(tmp_path / "dense", "ViTForImageClassification", **sizes)
     images, slim = write_split(tmp_path / "images" / "train", per_class=16).parent, tmp_path / "slim"
-    flags = ["--as", "huggingface", "--data-dir", images, "--no-latency", "--set", "tuning_steps=0"]
-    found = document_of("prune", folder, "--flops", "20%", "--effort", "fast", *flags, "-o", slim)
+    flags = ["--as", "huggingface", "--data-dir", images, "--scope", "attention+mlp", "--effort", "fast"]
+    flags += research(repair=False, gain_steps=0, tuning_steps=0, basis="channel")
+    found = document_of("prune", folder, "--flops", "20%", "--no-latency", *flags, "-o", slim)
     assert found["much_lost"]
     (finetune,) = (way for way in found["advice"] if way.startswith("mhacut finetune"))
     command, _, _ = finetune.partition(" recovers")
-    succeed(*shlex.split(command)[1:], "--steps", "1", "-o", tmp_path / "run")
+    succeed(*shlex.split(command)[1:], "--steps", "1", "-b", "8", "-o", tmp_path / "run")
 
 
 def test_without_labels_the_divergence_is_judged(digits):
@@ -126,3 +128,12 @@ def test_what_merged_tokens_leave_of_the_file_is_told(tmp_path):
     assert both.slim.parameters <= 0.6 * both.dense.parameters
     assert re.search(r", file \d+ % smaller$", both.verdict)
     assert both.advice == ()
+
+
+def test_a_slower_model_is_a_warning(digits_vit):
+    fast = mhacut.prune(digits_vit[1], flops="70%", dry_run=True, **QUICK)
+    conditions = {"runtime": "eager", "batch_size": 8, "int8": False, "device": "cpu"}
+    dense, slim = replace(fast.dense, latency_ms=1.0), replace(fast.slim, latency_ms=1.2)
+    slow = replace(fast, dense=dense, slim=slim, timing=conditions)
+    assert slow.verdict_lines()[0] == f"warning: slower than dense: {slow.verdict}"
+    assert fast.verdict_lines()[0] == fast.verdict
